@@ -1,0 +1,26 @@
+# The two commands of the README; each sets up its own virtual environment first.
+PYTHON ?= python3
+VENV := .venv
+export OMP_WAIT_POLICY := passive
+
+.PHONY: demo test clean
+
+demo: $(VENV)/installed
+	$(VENV)/bin/memcontrol demo --out runs/demo
+
+test: $(VENV)/tested
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
+
+# torch comes first and pinned: any looser request may fetch gigabytes of CUDA packages.
+$(VENV)/installed: pyproject.toml constraints.txt
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt torch
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt --editable .
+	touch $@
+
+$(VENV)/tested: $(VENV)/installed
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt --editable '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,349 @@
+"""Owns the commands: parse, call, print. What they import, they import when they run: --help must be instant."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from memcontrol import __version__
+from memcontrol.errors import MemControlError
+
+STUDY_HELP = "the study's YAML file"
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="memcontrol",
+        description="Search which parameters of a diffusion model to fine-tune, so that quality stays and memorization goes.",
+    )
+    top.add_argument("--version", action="version", version=f"memcontrol {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run, text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text)
+        added.set_defaults(run=run)
+        return added
+
+    demo = command("demo", run_demo, "search, pick and retrain on the embedded digits, from one command")
+    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder to work in (default: runs/demo)")
+    demo.add_argument("--trials", type=whole(0), help="sampled trials, beside the three anchors (default: 8)")
+    demo.add_argument("--workers", type=whole(1), help="worker processes (default: 2)")
+    demo.add_argument("--seed", type=int, default=0, help="the study's seed (default: 0)")
+
+    search = command("search", run_search, "run or continue a study")
+    search.add_argument("study", type=Path, metavar="STUDY.yaml", help=STUDY_HELP)
+    search.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace those of the file, for example inner.batch_size=8")
+    search.add_argument("--trials", type=whole(0), help="sampled trials in all, beside the three anchors")
+    search.add_argument("--workers", type=whole(1), help="jobs at a time")
+    search.add_argument("--executor", choices=("inline", "local", "ray", "slurm"), help="where trials run")
+    search.add_argument("--dry-run", action="store_true", help="print the resolved config and stop")
+
+    for name, run, text in (("status", run_status, "list all trials with their state"), ("front", run_front, "list the Pareto front")):
+        added = command(name, run, text)
+        added.add_argument("study", type=Path, metavar="STUDY.yaml", help=STUDY_HELP)
+        added.add_argument("--json", action="store_true", help="one JSON document on stdout")
+
+    pick = command("pick", run_pick, "choose one trial of the study")
+    pick.add_argument("study", type=Path, metavar="STUDY.yaml", help=STUDY_HELP)
+    add_pick_arguments(pick)
+    pick.add_argument("--json", action="store_true", help="one JSON object on stdout")
+
+    retrain = command("retrain", run_retrain, "retrain a choice on the full training set, scored on test data beside full fine-tuning")
+    retrain.add_argument("study", type=Path, metavar="STUDY.yaml", help=STUDY_HELP)
+    add_pick_arguments(retrain)
+    retrain.add_argument("--choice", type=Path, metavar="CHOICE.json", help="a choice from a file, as `pick --json` prints it")
+    retrain.add_argument("--out", type=Path, help="run folder to write (default: retrain/KEY in the study's folder)")
+
+    export = command("export", run_export, "write a run's model for plain diffusers")
+    export.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a run folder, of a trial or of retrain")
+    export.add_argument("out", type=Path, metavar="OUT", help="new folder")
+    export.add_argument("--format", choices=("adapter", "pipeline"), help="default: adapter for LoRA, pipeline for anything else")
+
+    spaces = command("spaces", run_spaces, "list, show or check search spaces")
+    actions = spaces.add_subparsers(dest="action", required=True, metavar="list | show | check")
+    actions.add_parser("list", help="the shipped spaces")
+    actions.add_parser("show", help="print a shipped space").add_argument("name", metavar="NAME")
+    check = actions.add_parser("check", help="match a space against a base model")
+    check.add_argument("name", metavar="NAME_OR_FILE")
+    check.add_argument("--base", default="tiny", metavar="MODEL", help="tiny, a folder or a Hub id (default: tiny)")
+    return top
+
+
+def add_pick_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--rule", help="knee (default), quality or memorization")
+    command.add_argument("--trial", type=int, metavar="N", help="this trial")
+    command.add_argument("--limit", action="append", default=[], metavar="fid<=12", help="keep a reward within a bound (repeatable)")
+
+
+def whole(least: int):
+    def convert(text: str) -> int:
+        if int(text) < least:
+            raise ValueError
+        return int(text)
+
+    convert.__name__ = f"whole number of at least {least}"
+    return convert
+
+
+def console():
+    from rich.console import Console
+
+    width = None if sys.stderr.isatty() or "COLUMNS" in os.environ else 150
+    return Console(stderr=True, width=width)
+
+
+def out_json(value: object) -> None:
+    json.dump(value, sys.stdout, indent=1, ensure_ascii=False, allow_nan=False)
+    sys.stdout.write("\n")
+
+
+def opened(study_file: Path):
+    """The study as it was searched: its stored config counts, not later edits of the file. (study, folder)."""
+    from memcontrol.config import load_config, study_folder
+    from memcontrol.study import open_study
+
+    config = load_config(study_file)
+    folder = study_folder(study_file, config.name)
+    return open_study(config, folder, study_file, create=False), folder
+
+
+def run_demo(args: argparse.Namespace) -> int:
+    from memcontrol.demo import write_study
+
+    study_file = write_study(args.out, args.seed, args.trials, args.workers)
+    status = search_and_show(study_file, [])
+    return status or retrain_and_show(study_file, trial=None, rule=None, limits=[], choice_file=None, out=None)
+
+
+def run_search(args: argparse.Namespace) -> int:
+    options = {"search.trials": args.trials, "search.workers": args.workers, "search.executor": args.executor}
+    overrides = [*args.overrides, *(f"{key}={value}" for key, value in options.items() if value is not None)]
+    if args.dry_run:
+        import yaml
+
+        from memcontrol.config import load_config
+        from memcontrol.space import load_space
+
+        config = load_config(args.study, overrides)
+        load_space(config.space)
+        yaml.safe_dump(config.model_dump(mode="json"), sys.stdout, sort_keys=False, allow_unicode=True)
+        return 0
+    return search_and_show(args.study, overrides)
+
+
+def search_and_show(study_file: Path, overrides: list[str]) -> int:
+    from memcontrol.config import load_config, study_folder
+    from memcontrol.display import Display
+    from memcontrol.executors import make_executor
+    from memcontrol.orchestrate import search
+    from memcontrol.space import load_space
+
+    config, screen = load_config(study_file, overrides), console()
+    folder, space = study_folder(study_file, config.name), load_space(config.space)
+    executor = make_executor(config.search.executor, config.search.workers)
+    try:
+        with Display(screen, config.search.trials, len(space.groups), config.search.workers) as display:
+            search(config, study_file, folder, executor, display.on_event, display.on_study)
+    except KeyboardInterrupt:
+        screen.print("stopped; everything finished is kept, and the same command continues", highlight=False)
+        return 130
+    finally:
+        executor.close()
+    show_search(study_file, screen)
+    return 0
+
+
+def show_search(study_file: Path, screen) -> None:
+    from memcontrol.display import relative, study_table
+    from memcontrol.pick import finished, pick
+    from memcontrol.pictures import front_picture
+    from memcontrol.space import load_space
+
+    study, folder = opened(study_file)
+    complete = finished(study.records())
+    picked = pick(complete) if any(record.anchor != "none" for record in complete) else None
+    screen.print(study_table(complete, len(load_space(study.config.space).groups), "trials (* on the front, > the pick)", picked))
+    if len(study.config.rewards.objectives) > 1:
+        front_picture(complete, picked, folder / "front.png", study.config.name)
+        screen.print(f"front: {relative(folder / 'front.png')}", highlight=False, soft_wrap=True)
+
+
+def run_status(args: argparse.Namespace) -> int:
+    from memcontrol.display import study_table
+    from memcontrol.space import load_space
+
+    study, folder = opened(args.study)
+    records = study.records()
+    if args.json:
+        out_json([record.as_dict(folder) for record in records])
+        return 0
+    for state in ("COMPLETE", "RUNNING", "PRUNED", "FAIL"):
+        sys.stdout.write(f"{state.lower()}: {sum(record.state == state for record in records)}\n")
+    for record in records:
+        if record.reason:
+            sys.stdout.write(f"trial {record.number} {record.state.lower()}: {record.reason}\n")
+    printed(study_table(records, len(load_space(study.config.space).groups), study.config.name))
+    return 0
+
+
+def printed(table) -> None:
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else 150).print(table)
+
+
+def run_front(args: argparse.Namespace) -> int:
+    from memcontrol.display import study_table
+    from memcontrol.pick import finished, front_of
+    from memcontrol.space import load_space
+
+    study, folder = opened(args.study)
+    records = front_of(finished(study.records()))
+    if args.json:
+        out_json([record.as_dict(folder) for record in records])
+    else:
+        printed(study_table(records, len(load_space(study.config.space).groups), f"{study.config.name}: front"))
+    return 0
+
+
+def picked_record(study, trial: int | None, rule: str | None, limits: list[str]):
+    from memcontrol.pick import by_number, finished, pick
+
+    if trial is not None:
+        if rule or limits:
+            raise MemControlError("--trial names one trial; --rule and --limit do not go with it")
+        return by_number(finished(study.records()), trial)
+    return pick(study.records(), rule or "knee", limits)
+
+
+def run_pick(args: argparse.Namespace) -> int:
+    from memcontrol.display import study_table
+    from memcontrol.space import load_space
+
+    study, folder = opened(args.study)
+    record = picked_record(study, args.trial, args.rule, args.limit)
+    if args.json:
+        out_json(record.as_dict(folder))
+    else:
+        printed(study_table([record], len(load_space(study.config.space).groups), f"{study.config.name}: pick", record))
+        sys.stdout.write(f"groups: {', '.join(record.choice.groups) or '-'}\nrun: {folder / record.choice.key}\n")
+    return 0
+
+
+def run_retrain(args: argparse.Namespace) -> int:
+    return retrain_and_show(args.study, args.trial, args.rule, args.limit, args.choice, args.out)
+
+
+def retrain_and_show(study_file: Path, trial, rule, limits, choice_file: Path | None, out: Path | None) -> int:
+    from memcontrol.display import Display, gain_lines, relative, rewards_table, said_of
+    from memcontrol.executors import make_executor
+    from memcontrol.retrain import BASELINE, retrain
+    from memcontrol.space import load_space
+
+    study, folder = opened(study_file)
+    if choice_file and (trial is not None or rule or limits):
+        raise MemControlError("--choice names the choice; --trial, --rule and --limit do not go with it")
+    choice = read_choice(choice_file) if choice_file else picked_record(study, trial, rule, limits).choice
+    full = next((record.choice for record in study.records() if record.anchor == "full" and record.finished), None)
+    if full is None:
+        raise MemControlError("the anchor 'full' has not finished, so there is no baseline to compare with; let the search run on")
+    out, screen, n_groups = out or folder / "retrain" / choice.key, console(), len(load_space(study.config.space).groups)
+    executor = make_executor(study.config.search.executor, 2)
+    try:
+        with Display(screen, 0, n_groups, 2) as display:
+            display.note = f"retraining {said_of(choice, n_groups)} beside {said_of(full, n_groups)}"
+            results = retrain(study.config, choice, full, folder, out, executor, display.on_event)
+    except KeyboardInterrupt:
+        screen.print("stopped; the same command starts again what had not finished", highlight=False)
+        return 130
+    finally:
+        executor.close()
+    rewards = {name: result["rewards"] for name, result in results.items()}
+    rows = [("baseline", said_of(full, n_groups), rewards[BASELINE]), ("pick", said_of(choice, n_groups), rewards["pick"])]
+    screen.print(rewards_table(rows, "retrained on the full training set, scored on test data"))
+    show_pairs(out, rows, screen)
+    screen.print(f"model: {relative(out)} (memcontrol export {relative(out)} OUT)", highlight=False, soft_wrap=True)
+    for line in gain_lines(rewards[BASELINE], rewards["pick"]):
+        screen.print(line, highlight=False, soft_wrap=True)
+    return 0
+
+
+def show_pairs(out: Path, rows, screen) -> None:
+    from memcontrol.compare import nearest_pairs
+    from memcontrol.display import relative
+    from memcontrol.pictures import pairs_picture
+    from memcontrol.retrain import BASELINE
+    from memcontrol.run import Bench
+
+    bench, folders = Bench(), {"baseline": out / BASELINE, "pick": out}
+    strips = [
+        nearest_pairs(folders[name], f"{name}: {text}: {rewards['copy_rate']:.1%} copied; nearest to a training image first", bench)
+        for name, text, rewards in rows
+    ]
+    pairs_picture(strips, out / "pairs.png")
+    screen.print(f"images beside their nearest training images: {relative(out / 'pairs.png')}", highlight=False, soft_wrap=True)
+
+
+def read_choice(path: Path):
+    from memcontrol.space import Choice
+
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise MemControlError(f"{path} cannot be read as JSON: {error}; give what `memcontrol pick --json` prints") from None
+    values = values.get("choice", values) if isinstance(values, dict) else values
+    if not isinstance(values, dict):
+        raise MemControlError(f"{path} holds no choice; give what `memcontrol pick --json` prints")
+    return Choice.from_dict(values)
+
+
+def run_export(args: argparse.Namespace) -> int:
+    from memcontrol.export import export
+
+    sys.stdout.write(f"{export(args.run_dir, args.out, args.format)}\n")
+    return 0
+
+
+def run_spaces(args: argparse.Namespace) -> int:
+    from memcontrol.space import load_space, shipped_spaces
+
+    if args.action == "list":
+        for name in shipped_spaces():
+            space = load_space(name)
+            sys.stdout.write(f"{name:16} {len(space.groups):3} groups  {space.description}\n")
+        return 0
+    space = load_space(args.name)
+    if args.action == "show":
+        if args.name not in shipped_spaces():
+            raise MemControlError(f"space '{args.name}' is not shipped; shipped are {', '.join(shipped_spaces())}")
+        sys.stdout.write(shipped_spaces()[args.name].read_text(encoding="utf-8"))
+        return 0
+    from memcontrol.adapters import adaptable_modules
+    from memcontrol.models import empty_denoiser
+
+    denoiser = empty_denoiser(args.base)
+    sizes = {name: sum(parameter.numel() for parameter in module.parameters()) for name, module in denoiser.named_modules()}
+    for group, modules in space.module_names(adaptable_modules(denoiser)).items():
+        sys.stdout.write(f"{group:12} {len(modules):4} modules {sum(sizes[name] for name in modules):12,} parameters\n")
+    return 0
+
+
+def main() -> int:
+    args = parser().parse_args()
+    try:
+        return args.run(args)
+    except MemControlError as error:
+        sys.stderr.write(f"memcontrol: {error}\n")
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,178 @@
+"""Owns where jobs run, behind one face: in this process (inline) or in worker processes on this machine (local)."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from memcontrol.errors import MemControlError
+
+ENDS = ("prepared", "done", "stop", "lost")
+N_TRIES = 3
+
+
+@dataclass(frozen=True)
+class Event:
+    """What a worker said of a job: progress, warning, or one of ENDS."""
+
+    job: dict
+    kind: str
+    detail: dict = field(default_factory=dict)
+
+
+class Executor(ABC):
+    """Takes jobs while it has free places and says what becomes of them; every job ends in exactly one of ENDS."""
+
+    @abstractmethod
+    def free(self) -> int: ...
+
+    @abstractmethod
+    def submit(self, job: dict) -> None: ...
+
+    @abstractmethod
+    def events(self, timeout_seconds: float) -> Iterator[Event]:
+        """Events so far; waits up to the timeout for the first."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Ends everything at once, running jobs included; their folders keep what was written."""
+
+
+class Inline(Executor):
+    """One job at a time, in this process: for tests and debugging."""
+
+    def __init__(self):
+        self.waiting: list[dict] = []
+        self.bench = None
+
+    def free(self) -> int:
+        return 1 - len(self.waiting)
+
+    def submit(self, job: dict) -> None:
+        self.waiting.append(job)
+
+    def events(self, timeout_seconds: float) -> Iterator[Event]:
+        from memcontrol.run import Bench
+        from memcontrol.worker import run_job
+
+        self.bench = self.bench or Bench()
+        while self.waiting:
+            job, said = self.waiting[0], []
+            run_job(job, self.bench, said.append)
+            self.waiting.pop(0)
+            yield from (as_event(job, line) for line in said)
+
+    def close(self) -> None:
+        self.waiting.clear()
+
+
+class Local(Executor):
+    """A worker process for each place, which keeps the base loaded; one that dies is started again and its job repeated."""
+
+    def __init__(self, n_workers: int):
+        self.said: queue.Queue = queue.Queue()
+        threads = max(1, (os.cpu_count() or 1) // n_workers)
+        self.workers = [Worker(i, threads, self.said) for i in range(n_workers)]
+
+    def free(self) -> int:
+        return sum(worker.job is None for worker in self.workers)
+
+    def submit(self, job: dict) -> None:
+        next(worker for worker in self.workers if worker.job is None).take(job)
+
+    def events(self, timeout_seconds: float) -> Iterator[Event]:
+        with contextlib.suppress(queue.Empty):
+            yield from self.heard(*self.said.get(timeout=timeout_seconds))
+            while True:
+                yield from self.heard(*self.said.get_nowait())
+
+    def heard(self, worker: Worker, process: subprocess.Popen, line: dict | None) -> Iterator[Event]:
+        if process is not worker.process or worker.job is None:
+            return
+        if line is not None:
+            event = as_event(worker.job, line)
+            if event.kind in ENDS:
+                worker.job = None
+            yield event
+        elif worker.n_tries < N_TRIES:
+            worker.start()
+        else:
+            job, worker.job = worker.job, None
+            worker.process = None
+            yield Event(job, "lost", {"reason": f"its worker died {N_TRIES} times (exit code {process.poll()})"})
+
+    def close(self) -> None:
+        for worker in self.workers:
+            worker.kill()
+
+
+class Worker:
+    """One worker process and the job it has."""
+
+    def __init__(self, index: int, n_threads: int, said: queue.Queue):
+        self.index, self.n_threads, self.said = index, n_threads, said
+        self.job: dict | None = None
+        self.n_tries = 0
+        self.process: subprocess.Popen | None = None
+        self.spawn()
+
+    def spawn(self) -> None:
+        # Torch reads these when it is imported; threads that spin for two cores make each other up to 30 times slower.
+        threads = {"OMP_NUM_THREADS": str(self.n_threads), "MKL_NUM_THREADS": str(self.n_threads), "OMP_WAIT_POLICY": "passive"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "memcontrol.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            text=True, env={**os.environ, **threads, **visible_gpu(self.index)},
+        )  # fmt: skip
+        threading.Thread(target=self.listen, args=(self.process,), daemon=True).start()
+
+    def listen(self, process: subprocess.Popen) -> None:
+        for line in process.stdout:
+            self.said.put((self, process, json.loads(line)))
+        process.wait()
+        self.said.put((self, process, None))
+
+    def take(self, job: dict) -> None:
+        self.job, self.n_tries = job, 0
+        self.start()
+
+    def start(self) -> None:
+        self.n_tries += 1
+        if self.process is None or self.process.poll() is not None:
+            self.spawn()
+        with contextlib.suppress(BrokenPipeError):  # it died just now: `listen` says so
+            self.process.stdin.write(json.dumps(self.job) + "\n")
+            self.process.stdin.flush()
+
+    def kill(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
+
+def visible_gpu(index: int) -> dict[str, str]:
+    """The one GPU that worker `index` sees, where there are any: they are dealt out in turn."""
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = listed.split(",") if listed else [str(i) for i in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
+    return {"CUDA_VISIBLE_DEVICES": gpus[index % len(gpus)]} if gpus else {}
+
+
+def as_event(job: dict, line: dict) -> Event:
+    return Event(job, line["event"], {key: value for key, value in line.items() if key != "event"})
+
+
+def make_executor(name: str, n_workers: int) -> Executor:
+    """Raises MemControlError for a name that is not there."""
+    if name == "inline":
+        return Inline()
+    if name == "local":
+        return Local(n_workers)
+    raise MemControlError(f"executor '{name}' is not part of this version; allowed: inline, local")

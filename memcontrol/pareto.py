@@ -1,0 +1,59 @@
+"""Owns fronts: which points no other dominates, the knee among them, and limits such as fid<=12."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from memcontrol.errors import MemControlError
+
+
+@dataclass(frozen=True)
+class Limit:
+    """reward <= bound, or >= bound."""
+
+    reward: str
+    sign: str
+    bound: float
+
+    def holds(self, rewards: dict[str, float]) -> bool:
+        value = rewards[self.reward]
+        return value <= self.bound if self.sign == "<=" else value >= self.bound
+
+
+def parse_limit(text: str, known: Sequence[str]) -> Limit:
+    """"fid<=12" as a Limit on one of the `known` rewards. Raises MemControlError."""
+    found = re.fullmatch(r"\s*(\w+)\s*(<=|>=)\s*(\S+)\s*", text)
+    try:
+        limit = Limit(found[1], found[2], float(found[3]))
+    except (TypeError, ValueError):
+        raise MemControlError(f"limit '{text}': write it as REWARD<=NUMBER or REWARD>=NUMBER, for example fid<=12") from None
+    if limit.reward not in known:
+        raise MemControlError(f"limit '{text}': unknown reward '{limit.reward}'; this study has {', '.join(sorted(known))}")
+    return limit
+
+
+def dominates(a: Sequence[float], b: Sequence[float]) -> bool:
+    """Every value of a is at most b's, and one is less (all minimised)."""
+    return all(x <= y for x, y in zip(a, b)) and any(x < y for x, y in zip(a, b))
+
+
+def front(points: Sequence[Sequence[float]]) -> list[int]:
+    """Indices of the points that no other dominates, in order of the first value; of equal points the first stays."""
+    kept = [
+        i
+        for i, point in enumerate(points)
+        if not any(dominates(other, point) or (j < i and list(other) == list(point)) for j, other in enumerate(points))
+    ]
+    return sorted(kept, key=lambda i: tuple(points[i]))
+
+
+def knee(points: Sequence[Sequence[float]]) -> int:
+    """The index nearest to the ideal point after scaling each value to 0..1 over the points (all minimised)."""
+    lows, highs = ([extreme(column) for column in zip(*points)] for extreme in (min, max))
+
+    def distance(point: Sequence[float]) -> float:
+        return sum(((x - low) / (high - low or 1)) ** 2 for x, low, high in zip(point, lows, highs))
+
+    return min(range(len(points)), key=lambda i: (distance(points[i]), tuple(points[i])))

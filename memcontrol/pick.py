@@ -1,0 +1,60 @@
+"""Owns the choice of one trial among those of a study: by a rule, under limits, or by number."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from memcontrol.errors import MemControlError
+from memcontrol.pareto import front, knee, parse_limit
+from memcontrol.study import Record
+
+RULES = ("knee", "quality", "memorization")
+
+
+def finished(records: Sequence[Record]) -> list[Record]:
+    complete = [record for record in records if record.finished]
+    if not complete:
+        raise MemControlError("no trial of this study has finished yet; let the search run on")
+    return complete
+
+
+def front_of(records: Sequence[Record]) -> list[Record]:
+    """The records that no other dominates, best in the first objective first."""
+    return [records[i] for i in front([list(record.values.values()) for record in records])]
+
+
+def by_number(records: Sequence[Record], number: int) -> Record:
+    for record in records:
+        if record.number == number and record.finished:
+            return record
+    raise MemControlError(f"trial {number} is not among the finished ones: {', '.join(str(record.number) for record in records)}")
+
+
+def pick(records: Sequence[Record], rule: str = "knee", limits: Sequence[str] = ()) -> Record:
+    """One finished trial that fine-tunes and keeps the limits.
+
+    knee: of the front, among the trials no worse than full fine-tuning in the first objective (where there are any), the
+    one nearest to the ideal point after scaling. quality, memorization: the best in the first or the last objective.
+    Raises MemControlError.
+    """
+    complete = finished(records)
+    parsed = [parse_limit(text, list(complete[0].rewards)) for text in limits]
+    allowed = [record for record in complete if record.anchor != "none" and all(limit.holds(record.rewards) for limit in parsed)]
+    if not allowed:
+        best = {name: min(record.rewards[name] for record in complete) for name in {limit.reward for limit in parsed}}
+        reached = ", ".join(f"{name} {value:.4g}" for name, value in best.items())
+        raise MemControlError(f"no finished trial keeps {' and '.join(limits)}; the least reached: {reached}" if limits else "only the untrained base has finished")
+    points = front_of(allowed)
+    if rule == "quality":
+        return points[0]
+    if rule == "memorization":
+        return min(points, key=lambda record: list(record.values.values())[::-1])
+    if rule != "knee":
+        raise MemControlError(f"rule '{rule}' is unknown; allowed: {', '.join(RULES)}")
+    points = no_worse_than_full(points, complete) or points
+    return points[knee([list(record.values.values()) for record in points])]
+
+
+def no_worse_than_full(points: Sequence[Record], complete: Sequence[Record]) -> list[Record]:
+    full = [list(record.values.values())[0] for record in complete if record.anchor == "full"]
+    return [record for record in points if not full or list(record.values.values())[0] <= full[0]]

@@ -1,0 +1,77 @@
+"""Owns the pictures: the front with anchors and pick, and generated images beside their nearest training images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from memcontrol.files import replacing
+from memcontrol.pick import front_of
+from memcontrol.study import Record
+
+ANCHORS = {"none": ("s", "tab:gray", "no training"), "all": ("^", "tab:blue", "plain PEFT"), "full": ("D", "tab:red", "full fine-tuning")}
+TILE, GAP, N_COLUMNS = 64, 6, 12
+
+
+def front_picture(records: Sequence[Record], picked: Record | None, path: Path, title: str) -> None:
+    """All finished trials over the first two objectives, the front joined, anchors and pick marked; writes a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    x_name, y_name = list(records[0].values)[:2]
+    figure, axes = pyplot.subplots(figsize=(7, 5), dpi=150, layout="constrained")
+    sampled = [record for record in records if record.anchor is None]
+    for method, colour in (("lora", "tab:cyan"), ("attention", "tab:orange")):
+        points = [record for record in sampled if record.choice.method == method]
+        axes.scatter(*xy(points, x_name, y_name), s=28, color=colour, label=f"sampled: {method}", zorder=2)
+    points = front_of(records)
+    axes.step(*xy(points, x_name, y_name), where="post", color="black", linewidth=1, label="front", zorder=1)
+    for anchor, (marker, colour, label) in ANCHORS.items():
+        points = [record for record in records if record.anchor == anchor]
+        axes.scatter(*xy(points, x_name, y_name), s=70, marker=marker, color=colour, label=label, zorder=3)
+    if picked:
+        axes.scatter(*xy([picked], x_name, y_name), s=260, marker="o", facecolors="none", edgecolors="tab:green", linewidths=2, label="pick", zorder=4)
+    axes.set(xlabel=f"{x_name} (lower is better)", ylabel=f"{y_name} (lower is better)", title=title)
+    if min(record.values[x_name] for record in records) > 0:
+        axes.set_xscale("log")
+    axes.legend(fontsize=8)
+    with replacing(path) as part:
+        figure.savefig(part, format="png")
+    pyplot.close(figure)
+
+
+def xy(records: Sequence[Record], x_name: str, y_name: str) -> tuple[list[float], list[float]]:
+    return [record.values[x_name] for record in records], [record.values[y_name] for record in records]
+
+
+def pairs_picture(rows: Sequence[tuple[str, np.ndarray, np.ndarray, np.ndarray, np.ndarray]], path: Path) -> None:
+    """For each model a strip: generated images above their nearest training images, most suspicious first; writes a PNG.
+
+    A row is (title, generated [N, 3, H, W], nearest training [N, 3, H, W], distance to it [N], share of the distance to the
+    nearest image never trained on [N]).
+    """
+    font = ImageFont.load_default(11)
+    height = 18 + 2 * TILE + 34
+    sheet = Image.new("RGB", (70 + N_COLUMNS * (TILE + GAP), len(rows) * height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for r, (title, generated, matches, distances, shares) in enumerate(rows):
+        top = r * height
+        draw.text((4, top + 2), title, fill="black", font=font)
+        draw.text((4, top + 18 + TILE // 2), "generated", fill="black", font=font)
+        draw.text((4, top + 18 + TILE + TILE // 2), "nearest\ntraining", fill="black", font=font)
+        for column, i in enumerate(np.argsort(shares, kind="stable")[:N_COLUMNS]):
+            left = 70 + column * (TILE + GAP)
+            sheet.paste(tile(generated[i]), (left, top + 18))
+            sheet.paste(tile(matches[i]), (left, top + 18 + TILE))
+            draw.text((left, top + 20 + 2 * TILE), f"d {distances[i]:.2f}\n{shares[i]:.2f} of held", fill="black", font=font)
+    with replacing(path) as part:
+        sheet.save(part, format="PNG")
+
+
+def tile(image: np.ndarray) -> Image.Image:
+    return Image.fromarray(image.transpose(1, 2, 0)).resize((TILE, TILE), Image.Resampling.NEAREST)

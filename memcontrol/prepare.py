@@ -1,0 +1,57 @@
+"""Owns what must hold before the first trial: base, space, rewards and data fit each other; the split is recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from memcontrol.adapters import adaptable_modules
+from memcontrol.config import Config, load_config
+from memcontrol.data import Images, load_parts, parts_as_dict
+from memcontrol.errors import MemControlError
+from memcontrol.features import check_extractor
+from memcontrol.files import read_json, write_json
+from memcontrol.rewards import check_rewards
+from memcontrol.run import Bench
+from memcontrol.space import load_space
+
+
+def prepare(values: dict, folder: Path, bench: Bench, warn: Callable[[str], None]) -> dict:
+    """Checks the config against base, space and data and writes split.json. Returns the sizes of the parts.
+
+    Raises MemControlError, also where the data is not what the study began with.
+    """
+    config = load_config(values)
+    space = load_space(config.space)
+    n_features = check_extractor(config.rewards.extractor)
+    check_rewards(config.rewards.objectives, config.rewards.n_samples, n_features)
+    base = bench.base(config.base)
+    space.module_names(adaptable_modules(base.denoiser))
+    resolution = resolution_of(config, base)
+    parts = load_parts(config.data, resolution, config.search.seed, warn)
+    record_split(folder / "split.json", parts, config, resolution)
+    if "fid" in config.rewards.objectives and len(parts["holdout"]) < 4 * n_features:
+        warn(
+            f"fid over {n_features} features against {len(parts['holdout'])} held-out images is coarse; "
+            f"{4 * n_features} or more make it a fair measure"
+        )
+    return {"sizes": {part: len(images) for part, images in parts.items()}}
+
+
+def resolution_of(config: Config, base) -> int:
+    resolution, step = config.data.resolution or base.resolution, base.side_multiple
+    if resolution % step:
+        raise MemControlError(f"data.resolution is {resolution}; base '{config.base}' needs a multiple of {step}")
+    return resolution
+
+
+def record_split(path: Path, parts: dict[str, Images], config: Config, resolution: int) -> None:
+    source = config.data.path if config.data.path == "digits" else str(Path(config.data.path).resolve())
+    record = {"source": source, "resolution": resolution, "parts": parts_as_dict(parts)}
+    if not path.exists():
+        write_json(path, record)
+    elif read_json(path)["parts"] != record["parts"]:
+        raise MemControlError(
+            f"the images are not those that study '{config.name}' began with (recorded in {path}); "
+            "restore them, or choose another name"
+        )

@@ -1,0 +1,65 @@
+"""Owns retraining: the same trial on the whole training set, scored on test data, beside full fine-tuning at the same budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from memcontrol.config import Config
+from memcontrol.errors import MemControlError
+from memcontrol.executors import ENDS, Event, Executor
+from memcontrol.files import read_json
+from memcontrol.space import Choice, load_space
+from memcontrol.spec import RESULT, Spec
+
+BASELINE = "baseline"
+
+
+def retrain(
+    config: Config, choice: Choice, full: Choice, folder: Path, out: Path, executor: Executor, show: Callable[[Event], None]
+) -> dict[str, dict]:
+    """Runs the choice in `out` and full fine-tuning in out/baseline; what is finished there already is kept.
+
+    As many passes over the data as in the search, so the budget grows with the training set. Returns both results.
+    Raises MemControlError.
+    """
+    n_train = len(read_json(folder / "split.json")["parts"]["train"])
+    budget = round(config.inner.budget_images / config.search.train_fraction)
+    larger = config.model_copy(update={"inner": config.inner.model_copy(update={"budget_images": budget})})
+    space, folders = load_space(config.space), {"pick": (choice, out), BASELINE: (full, out / BASELINE)}
+    jobs = [
+        Spec(larger, space, wanted, folder, "retrain", "test", n_train).as_job(run)
+        for wanted, run in folders.values()
+        if not finished_with(run, wanted)
+    ]
+    run_jobs(jobs, executor, show)
+    return {name: complete_result(run) for name, (_, run) in folders.items()}
+
+
+def finished_with(run: Path, choice: Choice) -> bool:
+    """Whether the folder holds this choice's result; another's is refused rather than written over."""
+    if not (run / RESULT).exists():
+        return False
+    stored = read_json(run / RESULT)
+    if Choice.from_dict(stored["choice"]) != choice:
+        raise MemControlError(f"{run} holds the result of another choice; give another folder with --out")
+    return stored["state"] == "COMPLETE"
+
+
+def run_jobs(jobs: list[dict], executor: Executor, show: Callable[[Event], None]) -> None:
+    waiting, n_left = list(jobs), len(jobs)
+    while n_left:
+        while waiting and executor.free():
+            executor.submit(waiting.pop(0))
+        for event in executor.events(1.0):
+            show(event)
+            if event.kind in ("stop", "lost"):
+                raise MemControlError(event.detail["reason"])
+            n_left -= event.kind in ENDS
+
+
+def complete_result(run: Path) -> dict:
+    result = read_json(run / RESULT)
+    if result["state"] != "COMPLETE":
+        raise MemControlError(f"retraining in {run} ended as {result['state']}: {result['reason']}")
+    return result

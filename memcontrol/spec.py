@@ -1,0 +1,60 @@
+"""Owns a trial's specification: the file that names everything a trial depends on, written before it and read by it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from memcontrol import __version__
+from memcontrol.config import Config, load_config
+from memcontrol.errors import MemControlError
+from memcontrol.files import read_json, write_json
+from memcontrol.seeds import seed_of
+from memcontrol.space import Choice, SearchSpace, parse_space, space_as_dict
+
+SPEC, RESULT, SAMPLES = "spec.json", "result.json", "samples.npz"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """All that a trial depends on. `reference` names the part that rewards compare with: holdout in a search, test after it."""
+
+    config: Config
+    space: SearchSpace
+    choice: Choice
+    study_folder: Path
+    purpose: str
+    reference: str
+    n_train: int
+
+    @property
+    def seed(self) -> int:
+        return seed_of(self.config.search.seed, self.choice.key, self.purpose)
+
+    @property
+    def sampling_seed(self) -> int:
+        """Shared by all trials of a purpose: the same prompts and noise for everyone."""
+        return seed_of(self.config.search.seed, "sampling", self.purpose)
+
+    def description(self) -> dict[str, Any]:
+        """What a saved adapter says of itself."""
+        return {"version": __version__, "config": self.config.model_dump(mode="json"), "choice": self.choice.as_dict()}
+
+    def as_job(self, folder: Path) -> dict[str, Any]:
+        """Writes the spec into the trial's folder. Returns the job that runs it."""
+        rest = {"study_folder": str(self.study_folder), "purpose": self.purpose, "reference": self.reference, "n_train": self.n_train}
+        write_json(folder / SPEC, self.description() | {"space": space_as_dict(self.space)} | rest)
+        return {"trial": str(folder), "choice": self.choice.as_dict()}
+
+
+def read_spec(folder: Path) -> Spec:
+    """Raises MemControlError where the folder is no trial's."""
+    if not (folder / SPEC).is_file():
+        raise MemControlError(f"{folder} is no run folder: it has no {SPEC}; `front --json` and `retrain` name run folders")
+    values = read_json(folder / SPEC)
+    config = load_config(values["config"])
+    return Spec(
+        config, parse_space(values["space"], config.space), Choice.from_dict(values["choice"]), Path(values["study_folder"]),
+        values["purpose"], values["reference"], values["n_train"],
+    )  # fmt: skip

@@ -1,0 +1,246 @@
+"""Owns the study in Optuna's database: the only module that imports optuna. Opens it, suggests, records, reads."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.trial import TrialState, create_trial
+
+from memcontrol.config import Config, differing_keys, load_config
+from memcontrol.errors import MemControlError
+from memcontrol.seeds import seed_of
+from memcontrol.space import Choice, SearchSpace, rounded
+
+N_RANDOM = 6  # sampled trials before the sampler models anything
+N_ASKS = 50
+
+
+@dataclass(frozen=True)
+class Record:
+    """One trial of the study. An anchor tries several choices and stands for the best; `choice` is None until it has one."""
+
+    number: int
+    state: str
+    candidates: tuple[Choice, ...]
+    anchor: str | None = None
+    choice: Choice | None = None
+    values: dict[str, float] = field(default_factory=dict)
+    rewards: dict[str, float] = field(default_factory=dict)
+    reason: str = ""
+    seconds: float = 0.0
+
+    @property
+    def finished(self) -> bool:
+        return self.state == "COMPLETE"
+
+    def as_dict(self, folder: Path) -> dict[str, Any]:
+        """The form of every --json."""
+        return {
+            "trial": self.number, "state": self.state, "values": self.values,
+            "choice": self.choice.as_dict() if self.choice else None,
+            "run": str(folder / self.choice.key) if self.choice else None,
+            "anchor": self.anchor, "rewards": self.rewards, "reason": self.reason or None, "seconds": self.seconds,
+        }  # fmt: skip
+
+
+class Study:
+    """A study that is open: `records()` reads it, `begin` and `finish` write it; one process writes."""
+
+    def __init__(self, inner: optuna.Study, config: Config):
+        self.inner, self.config = inner, config
+
+    def records(self) -> list[Record]:
+        return [record_of(trial, self.config.rewards.objectives) for trial in self.inner.get_trials(deepcopy=False)]
+
+    def begin(self, candidates: Sequence[Choice], space: SearchSpace, anchor: str | None = None) -> int:
+        """Records a running trial, complete in one transaction: a crash leaves all of it or nothing. Returns its number."""
+        params = readable_params(candidates[0], space) if anchor is None else {}
+        attributes = {"anchor": anchor, "candidates": [choice.as_dict() for choice in candidates]}
+        frozen = create_trial(
+            state=TrialState.RUNNING, params=params, distributions=readable_distributions(params, space), user_attrs=attributes
+        )
+        self.inner.add_trial(frozen)
+        return max(
+            trial.number
+            for trial in self.inner.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+            if trial.user_attrs["candidates"] == attributes["candidates"]
+        )
+
+    def finish(self, number: int, results: Sequence[dict]) -> None:
+        """Ends a trial with its candidates' results: the complete one that is best in the first objective, or a failure."""
+        objectives = self.config.rewards.objectives
+        complete = [result for result in results if result["state"] == "COMPLETE"]
+        best = min(complete, key=lambda result: result["rewards"][objectives[0]], default=results[0])
+        trial = next(trial for trial in self.inner.get_trials(deepcopy=False) if trial.number == number)
+        live = optuna.trial.Trial(self.inner, trial._trial_id)
+        for key in ("choice", "rewards", "reason", "seconds"):
+            if key in best:
+                live.set_user_attr(key, best[key])
+        if len(results) > 1:
+            live.set_user_attr("tried", [{k: r.get(k) for k in ("choice", "state", "rewards", "reason")} for r in results])
+        if complete:
+            self.inner.tell(number, [best["rewards"][name] for name in objectives])
+        else:
+            self.inner.tell(number, state=TrialState[best["state"]])
+
+
+def storage_url(config: Config, folder: Path, study_file: Path) -> str:
+    """The database: SQLite in the study's folder unless the config names another; relative SQLite paths start at the study file."""
+    if config.storage is None:
+        return f"sqlite:///{folder / 'study.db'}"
+    prefix = "sqlite:///"
+    if config.storage.startswith(prefix):
+        return prefix + os.path.join(study_file.resolve().parent, config.storage.removeprefix(prefix))
+    return config.storage
+
+
+def open_study(config: Config, folder: Path, study_file: Path, *, create: bool) -> Study:
+    """The config's study. Its stored config must agree with a given one in all that numbers depend on. Raises MemControlError."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    logging.getLogger("alembic").setLevel(logging.ERROR)
+    url = storage_url(config, folder, study_file)
+    if not create and url.startswith("sqlite:///") and not Path(url.removeprefix("sqlite:///")).is_file():
+        raise no_study(config, study_file)
+    storage = open_storage(url)
+    names = optuna.get_all_study_names(storage)
+    if config.name not in names and not create:
+        raise no_study(config, study_file)
+    if config.name in names:
+        inner = optuna.load_study(study_name=config.name, storage=storage)
+        return Study(inner, agreeing_config(inner, config) if create else stored_config(inner))
+    objectives = list(config.rewards.objectives)
+    inner = optuna.create_study(study_name=config.name, storage=storage, directions=["minimize"] * len(objectives))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        inner.set_metric_names(objectives)
+    inner.set_user_attr("config", config.model_dump_json())
+    return Study(inner, config)
+
+
+def open_storage(url: str) -> optuna.storages.BaseStorage:
+    import sqlalchemy.exc
+
+    try:
+        if url.startswith("sqlite:///"):
+            Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        return optuna.storages.get_storage(url)
+    except (sqlalchemy.exc.SQLAlchemyError, ImportError, OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise MemControlError(f"storage cannot be opened: {reason}; give for example sqlite:///study.db") from None
+
+
+def no_study(config: Config, study_file: Path) -> MemControlError:
+    return MemControlError(f"study '{config.name}' has not been searched yet; run: memcontrol search {study_file}")
+
+
+def stored_config(inner: optuna.Study) -> Config:
+    if "config" not in inner.user_attrs:
+        raise MemControlError(f"study '{inner.study_name}' in this storage was not made by memcontrol; choose another name")
+    return load_config(json.loads(inner.user_attrs["config"]))
+
+
+def agreeing_config(inner: optuna.Study, config: Config) -> Config:
+    differing = differing_keys(stored_config(inner), config)
+    if differing:
+        raise MemControlError(
+            f"study '{config.name}' was begun with another config: {'; '.join(differing)}; restore these keys or choose another name"
+        )
+    return config
+
+
+def record_of(trial: optuna.trial.FrozenTrial, objectives: Sequence[str]) -> Record:
+    attributes = trial.user_attrs
+    complete = trial.state == TrialState.COMPLETE
+    candidates = tuple(Choice.from_dict(values) for values in attributes.get("candidates", ()))
+    choice = attributes.get("choice")
+    return Record(
+        number=trial.number, state=trial.state.name, candidates=candidates, anchor=attributes.get("anchor"),
+        choice=Choice.from_dict(choice) if choice else candidates[0] if len(candidates) == 1 else None,
+        values=dict(zip(objectives, trial.values)) if complete else {}, rewards=attributes.get("rewards", {}),
+        reason=attributes.get("reason", ""), seconds=attributes.get("seconds", 0.0),
+    )  # fmt: skip
+
+
+def readable_params(choice: Choice, space: SearchSpace) -> dict[str, Any]:
+    """The choice as the dashboard shows it."""
+    params: dict[str, Any] = {group: group in choice.groups for group in space.groups}
+    params |= {"method": choice.method, "learning_rate": choice.learning_rate}
+    return params if choice.rank is None else {**params, "rank": choice.rank}
+
+
+def readable_distributions(params: dict[str, Any], space: SearchSpace) -> dict[str, BaseDistribution]:
+    lows, highs = zip(*space.learning_rate.values())
+    found: dict[str, BaseDistribution] = {group: CategoricalDistribution([False, True]) for group in space.groups}
+    found["method"] = CategoricalDistribution(space.methods)
+    found["learning_rate"] = FloatDistribution(min(lows), max(highs), log=True)
+    found["rank"] = CategoricalDistribution(space.rank)
+    return {name: found[name] for name in params}
+
+
+def suggest(records: Sequence[Record], space: SearchSpace, seed: int, n_objectives: int) -> Choice:
+    """The next choice, never one that was asked for before: a pure function of the records and the seed.
+
+    A study in memory holds the records in the sampler's own coordinates (position in the method's learning-rate range,
+    rank for every method), so that sampling costs no database reads and nothing is half written. Raises MemControlError
+    when the space holds no further choice.
+    """
+    seed = seed_of(seed, "suggest", len(records)) % 2**32
+    model = multivariate_tpe(seed)
+    mirror = optuna.create_study(sampler=model, directions=["minimize"] * n_objectives)
+    for record in records:
+        frozen = mirrored(record, space)
+        if frozen is not None:
+            mirror.add_trial(frozen)
+    known = [choice for record in records for choice in record.candidates]
+    for _ in range(N_ASKS):
+        params = mirror.ask(coordinates(space)).params
+        choice = choice_of(params, space)
+        if choice.groups and not any(choice.same_as(other) for other in known):
+            return choice
+    raise MemControlError(f"space '{space.name}': {N_ASKS} draws gave no choice that was not tried before; the space is exhausted")
+
+
+def multivariate_tpe(seed: int) -> optuna.samplers.BaseSampler:
+    """Multivariate TPE with a constant liar for the trials still running (Watanabe 2023, arXiv 2304.11127)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return optuna.samplers.TPESampler(multivariate=True, constant_liar=True, n_startup_trials=N_RANDOM, seed=seed)
+
+
+def coordinates(space: SearchSpace) -> dict[str, BaseDistribution]:
+    found: dict[str, BaseDistribution] = {f"group:{group}": CategoricalDistribution([False, True]) for group in space.groups}
+    return found | {
+        "method": CategoricalDistribution(space.methods),
+        "rate": FloatDistribution(0, 1),
+        "rank": CategoricalDistribution(space.rank),
+    }
+
+
+def choice_of(params: dict[str, Any], space: SearchSpace) -> Choice:
+    low, high = space.learning_rate[params["method"]]
+    groups = tuple(group for group in space.groups_for(params["method"]) if params[f"group:{group}"])
+    rate = rounded(low * (high / low) ** params["rate"])
+    return Choice(groups, params["method"], rate, params["rank"] if params["method"] == "lora" else None)
+
+
+def mirrored(record: Record, space: SearchSpace) -> optuna.trial.FrozenTrial | None:
+    """The record in the sampler's coordinates; None where it has none: the anchors outside the space, failures."""
+    choice = record.choice
+    if choice is None or choice.method not in space.methods or record.state not in ("COMPLETE", "RUNNING"):
+        return None
+    low, high = space.learning_rate[choice.method]
+    position = math.log(choice.learning_rate / low) / math.log(high / low)
+    params = {f"group:{group}": group in choice.groups for group in space.groups}
+    params |= {"method": choice.method, "rate": min(max(position, 0.0), 1.0), "rank": choice.rank or space.rank[-1]}
+    values = list(record.values.values()) if record.finished else None
+    return create_trial(state=TrialState[record.state], params=params, distributions=coordinates(space), values=values)

@@ -1,0 +1,67 @@
+"""STUDY.yaml: what is accepted, and that each mistake is named in one line."""
+
+import pytest
+
+from memcontrol.config import differing_keys, load_config, study_folder
+from memcontrol.errors import MemControlError
+
+GOOD = {"name": "a", "data": "digits"}
+
+
+def refused(values, *overrides):
+    with pytest.raises(MemControlError) as caught:
+        load_config(values, overrides)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_short_and_long_forms_mean_the_same():
+    assert load_config(GOOD) == load_config({"name": "a", "data": {"path": "digits"}})
+
+
+def test_overrides_win_and_take_exponents_and_lists():
+    config = load_config(GOOD, ["inner.weight_decay=1e-3", "data.train=128", "rewards.objectives=[kid, memorization]", "search.seed=3"])
+    assert (config.inner.weight_decay, config.data.train, config.data.path) == (1e-3, 128, "digits")
+    assert config.rewards.objectives == ("kid", "memorization")
+
+
+@pytest.mark.parametrize(
+    "values, overrides, words",
+    [
+        ({**GOOD, "colour": 1}, [], ["unknown key 'colour'", "name, storage, base, data, space, inner, rewards, search"]),
+        ({**GOOD, "inner": {"batchsize": 1}}, [], ["unknown key 'inner.batchsize'", "batch_size"]),
+        ({**GOOD, "inner": {"batch_size": "big"}}, [], ["'inner.batch_size' is 'big'"]),
+        ({**GOOD, "inner": {"batch_size": 0}}, [], ["'inner.batch_size' is 0"]),
+        ({**GOOD, "inner": 3}, [], ["'inner' is 3"]),
+        ({"data": "digits"}, [], ["'name' is missing"]),
+        ({"name": "a"}, [], ["'data' is missing"]),
+        ({**GOOD, "name": "a/b"}, [], ["'name' is 'a/b'"]),
+        ({**GOOD, "data": {"path": "digits", "train": -1}}, [], ["'data.train' is -1"]),
+        (GOOD, ["inner.batch_size"], ["key=value"]),
+        (GOOD, ["inner.batch_size=[1"], ["not valid YAML"]),
+        (GOOD, ["nonsense=1"], ["unknown key 'nonsense'"]),
+    ],
+)
+def test_mistakes_are_named(values, overrides, words):
+    message = refused(values, *overrides)
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize("text, word", [("- 1\n", "list"), ("a: [", "not valid YAML"), ("!!python/object/apply:os.getcwd []", "not valid YAML")])
+def test_files_that_are_no_studies(tmp_path, text, word):
+    path = tmp_path / "study.yaml"
+    path.write_text(text)
+    assert word in refused(path)
+    assert "no such file" in refused(tmp_path / "missing.yaml")
+
+
+def test_what_may_change_between_two_runs():
+    config = load_config(GOOD)
+    assert differing_keys(config, load_config(GOOD, ["search.trials=7", "search.workers=1", "search.executor=inline"])) == []
+    assert differing_keys(config, load_config(GOOD, ["inner.batch_size=8"])) == ["inner.batch_size (16 there, 8 here)"]
+
+
+def test_where_results_go(tmp_path):
+    assert study_folder(tmp_path / "x.yaml", "x") == tmp_path / "runs" / "x"
+    assert study_folder(tmp_path / "runs" / "x" / "study.yaml", "x") == tmp_path / "runs" / "x"

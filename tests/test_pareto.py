@@ -1,0 +1,32 @@
+"""Fronts against brute force, knees and limits by hand."""
+
+import numpy as np
+import pytest
+
+from memcontrol.errors import MemControlError
+from memcontrol.pareto import front, knee, parse_limit
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("n_objectives", [1, 2, 3])
+def test_front_against_brute_force(seed, n_objectives):
+    points = np.random.default_rng(seed).integers(0, 6, (30, n_objectives)).astype(float)
+    best = {tuple(p) for p in points if not any((q <= p).all() and (q < p).any() for q in points)}
+    found = [tuple(points[i]) for i in front(points.tolist())]
+    assert set(found) == best and len(found) == len(best) and found == sorted(found)
+
+
+def test_knee_is_nearest_to_the_ideal_after_scaling():
+    assert knee([[0, 100], [1, 10], [10, 0]]) == 1
+    assert knee([[5, 5]]) == 0
+    assert knee([[0, 1], [0, 2]]) == 0
+
+
+def test_limits():
+    assert parse_limit("fid<=12", ["fid"]).holds({"fid": 12.0})
+    assert not parse_limit(" fid >= 12.5 ", ["fid"]).holds({"fid": 12.0})
+    for text in ("fid<12", "fid<=", "fid<=a", "<=1"):
+        with pytest.raises(MemControlError, match="REWARD<=NUMBER"):
+            parse_limit(text, ["fid"])
+    with pytest.raises(MemControlError, match="this study has fid, kid"):
+        parse_limit("fod<=1", ["kid", "fid"])
