@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from memcontrol import __version__
 from memcontrol.errors import MemControlError
+
+if TYPE_CHECKING:
+    from memcontrol.config import Config
+    from memcontrol.executors import Executor
 
 STUDY_HELP = "the study's YAML file"
 
@@ -111,49 +118,58 @@ def opened(study_file: Path):
 
 
 def run_demo(args: argparse.Namespace) -> int:
+    from memcontrol.config import load_config
     from memcontrol.demo import write_study
 
     study_file = write_study(args.out, args.seed, args.trials, args.workers)
-    status = search_and_show(study_file, [])
-    return status or retrain_and_show(study_file, trial=None, rule=None, limits=[], choice_file=None, out=None)
+    config = load_config(study_file)
+    with workers(config) as executor:  # the same for both parts: the base stays loaded
+        search_and_show(study_file, config, executor)
+        retrain_and_show(study_file, executor)
+    return 0
+
+
+@contextlib.contextmanager
+def workers(config: Config):
+    """The config's executor, ended at once when the block is left."""
+    from memcontrol.executors import make_executor
+
+    executor = make_executor(config.search.executor, config.search.workers)
+    try:
+        yield executor
+    finally:
+        executor.close()
 
 
 def run_search(args: argparse.Namespace) -> int:
     options = {"search.trials": args.trials, "search.workers": args.workers, "search.executor": args.executor}
     overrides = [*args.overrides, *(f"{key}={value}" for key, value in options.items() if value is not None)]
+    from memcontrol.config import load_config
+
+    config = load_config(args.study, overrides)
     if args.dry_run:
         import yaml
 
-        from memcontrol.config import load_config
         from memcontrol.space import load_space
 
-        config = load_config(args.study, overrides)
         load_space(config.space)
         yaml.safe_dump(config.model_dump(mode="json"), sys.stdout, sort_keys=False, allow_unicode=True)
         return 0
-    return search_and_show(args.study, overrides)
+    with workers(config) as executor:
+        search_and_show(args.study, config, executor)
+    return 0
 
 
-def search_and_show(study_file: Path, overrides: list[str]) -> int:
-    from memcontrol.config import load_config, study_folder
+def search_and_show(study_file: Path, config: Config, executor: Executor) -> None:
+    from memcontrol.config import study_folder
     from memcontrol.display import Display
-    from memcontrol.executors import make_executor
     from memcontrol.orchestrate import search
     from memcontrol.space import load_space
 
-    config, screen = load_config(study_file, overrides), console()
-    folder, space = study_folder(study_file, config.name), load_space(config.space)
-    executor = make_executor(config.search.executor, config.search.workers)
-    try:
-        with Display(screen, config.search.trials, len(space.groups), config.search.workers) as display:
-            search(config, study_file, folder, executor, display.on_event, display.on_study)
-    except KeyboardInterrupt:
-        screen.print("stopped; everything finished is kept, and the same command continues", highlight=False)
-        return 130
-    finally:
-        executor.close()
+    screen, folder, n_groups = console(), study_folder(study_file, config.name), len(load_space(config.space).groups)
+    with Display(screen, config.search.trials, n_groups, config.search.workers) as display:
+        search(config, study_file, folder, executor, display.on_event, display.on_study)
     show_search(study_file, screen)
-    return 0
 
 
 def show_search(study_file: Path, screen) -> None:
@@ -209,7 +225,7 @@ def run_front(args: argparse.Namespace) -> int:
     return 0
 
 
-def picked_record(study, trial: int | None, rule: str | None, limits: list[str]):
+def picked_record(study, trial: int | None, rule: str | None, limits: Sequence[str]):
     from memcontrol.pick import by_number, finished, pick
 
     if trial is not None:
@@ -234,12 +250,17 @@ def run_pick(args: argparse.Namespace) -> int:
 
 
 def run_retrain(args: argparse.Namespace) -> int:
-    return retrain_and_show(args.study, args.trial, args.rule, args.limit, args.choice, args.out)
+    study, _ = opened(args.study)
+    with workers(study.config) as executor:
+        retrain_and_show(args.study, executor, args.trial, args.rule, args.limit, args.choice, args.out)
+    return 0
 
 
-def retrain_and_show(study_file: Path, trial, rule, limits, choice_file: Path | None, out: Path | None) -> int:
+def retrain_and_show(
+    study_file: Path, executor: Executor, trial: int | None = None, rule: str | None = None, limits: Sequence[str] = (),
+    choice_file: Path | None = None, out: Path | None = None,
+) -> None:  # fmt: skip
     from memcontrol.display import Display, gain_lines, relative, rewards_table, said_of
-    from memcontrol.executors import make_executor
     from memcontrol.retrain import BASELINE, retrain
     from memcontrol.space import load_space
 
@@ -251,16 +272,9 @@ def retrain_and_show(study_file: Path, trial, rule, limits, choice_file: Path | 
     if full is None:
         raise MemControlError("the anchor 'full' has not finished, so there is no baseline to compare with; let the search run on")
     out, screen, n_groups = out or folder / "retrain" / choice.key, console(), len(load_space(study.config.space).groups)
-    executor = make_executor(study.config.search.executor, 2)
-    try:
-        with Display(screen, 0, n_groups, 2) as display:
-            display.note = f"retraining {said_of(choice, n_groups)} beside {said_of(full, n_groups)}"
-            results = retrain(study.config, choice, full, folder, out, executor, display.on_event)
-    except KeyboardInterrupt:
-        screen.print("stopped; the same command starts again what had not finished", highlight=False)
-        return 130
-    finally:
-        executor.close()
+    with Display(screen, 0, n_groups, 2) as display:
+        display.note = f"retraining {said_of(choice, n_groups)} beside {said_of(full, n_groups)}"
+        results = retrain(study.config, choice, full, folder, out, executor, display.on_event)
     rewards = {name: result["rewards"] for name, result in results.items()}
     rows = [("baseline", said_of(full, n_groups), rewards[BASELINE]), ("pick", said_of(choice, n_groups), rewards["pick"])]
     screen.print(rewards_table(rows, "retrained on the full training set, scored on test data"))
@@ -268,7 +282,6 @@ def retrain_and_show(study_file: Path, trial, rule, limits, choice_file: Path | 
     screen.print(f"model: {relative(out)} (memcontrol export {relative(out)} OUT)", highlight=False, soft_wrap=True)
     for line in gain_lines(rewards[BASELINE], rewards["pick"]):
         screen.print(line, highlight=False, soft_wrap=True)
-    return 0
 
 
 def show_pairs(out: Path, rows, screen) -> None:
@@ -339,6 +352,7 @@ def main() -> int:
         sys.stderr.write(f"memcontrol: {error}\n")
         return 1
     except KeyboardInterrupt:
+        sys.stderr.write("\nmemcontrol: stopped; everything finished is kept, and the same command continues\n")
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -13,11 +13,11 @@ from memcontrol.errors import MemControlError
 STUDY = {
     "name": "demo",
     "base": "tiny",
-    "data": {"path": "digits", "train": 128, "holdout": 832, "test": 837},
+    "data": {"path": "digits", "train": 40, "holdout": 878, "test": 879},
     "space": "digits",
-    "inner": {"budget_images": 6400, "batch_size": 32, "caption_dropout": 0.0},
+    "inner": {"budget_images": 4096, "batch_size": 16, "caption_dropout": 0.0},
     "rewards": {"objectives": ["fid", "memorization"], "n_samples": 256, "sampling_steps": 8},
-    "search": {"trials": 8, "workers": 2, "seed": 0},
+    "search": {"trials": 6, "workers": 2, "seed": 0},
 }
 
 

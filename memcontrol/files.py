@@ -12,6 +12,7 @@ from pathlib import Path
 from memcontrol.errors import DiskFull
 
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+NO_SPACE_WORDS = ("No space left", "database or disk is full")  # of the operating system and of SQLite, wrapped by others
 
 
 @contextlib.contextmanager
@@ -35,7 +36,7 @@ def disk_full_named(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if getattr(error, "errno", None) in NO_SPACE or "No space left" in str(error):
+        if getattr(error, "errno", None) in NO_SPACE or any(words in str(error) for words in NO_SPACE_WORDS):
             raise DiskFull(f"no space left to write {path}: free some space, then run the same command again") from error
         raise
 

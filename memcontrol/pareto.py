@@ -49,11 +49,15 @@ def front(points: Sequence[Sequence[float]]) -> list[int]:
     return sorted(kept, key=lambda i: tuple(points[i]))
 
 
-def knee(points: Sequence[Sequence[float]]) -> int:
-    """The index nearest to the ideal point after scaling each value to 0..1 over the points (all minimised)."""
-    lows, highs = ([extreme(column) for column in zip(*points)] for extreme in (min, max))
+def knee(points: Sequence[Sequence[float]], reference: Sequence[float] | None = None) -> int:
+    """The index of the point nearest to the ideal one, the best of each value (all minimised).
+
+    Each value is scaled to 0 at the ideal and 1 at the reference point; without a reference, at the worst of the points.
+    """
+    lows = [min(column) for column in zip(*points)]
+    highs = reference or [max(column) for column in zip(*points)]
 
     def distance(point: Sequence[float]) -> float:
-        return sum(((x - low) / (high - low or 1)) ** 2 for x, low, high in zip(point, lows, highs))
+        return sum(((x - low) / (high - low if high > low else 1)) ** 2 for x, low, high in zip(point, lows, highs))
 
     return min(range(len(points)), key=lambda i: (distance(points[i]), tuple(points[i])))

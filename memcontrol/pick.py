@@ -20,7 +20,7 @@ def finished(records: Sequence[Record]) -> list[Record]:
 
 def front_of(records: Sequence[Record]) -> list[Record]:
     """The records that no other dominates, best in the first objective first."""
-    return [records[i] for i in front([list(record.values.values()) for record in records])]
+    return [records[i] for i in front([values_of(record) for record in records])]
 
 
 def by_number(records: Sequence[Record], number: int) -> Record:
@@ -34,7 +34,7 @@ def pick(records: Sequence[Record], rule: str = "knee", limits: Sequence[str] = 
     """One finished trial that fine-tunes and keeps the limits.
 
     knee: of the front, among the trials no worse than full fine-tuning in the first objective (where there are any), the
-    one nearest to the ideal point after scaling. quality, memorization: the best in the first or the last objective.
+    one nearest to the ideal point, on a scale where full fine-tuning is at 1. quality, memorization: the best in the first or the last objective.
     Raises MemControlError.
     """
     complete = finished(records)
@@ -48,13 +48,13 @@ def pick(records: Sequence[Record], rule: str = "knee", limits: Sequence[str] = 
     if rule == "quality":
         return points[0]
     if rule == "memorization":
-        return min(points, key=lambda record: list(record.values.values())[::-1])
+        return min(points, key=lambda record: values_of(record)[::-1])
     if rule != "knee":
         raise MemControlError(f"rule '{rule}' is unknown; allowed: {', '.join(RULES)}")
-    points = no_worse_than_full(points, complete) or points
-    return points[knee([list(record.values.values()) for record in points])]
+    full = next((values_of(record) for record in complete if record.anchor == "full"), None)
+    points = [record for record in points if full and values_of(record)[0] <= full[0]] or points
+    return points[knee([values_of(record) for record in points], full)]
 
 
-def no_worse_than_full(points: Sequence[Record], complete: Sequence[Record]) -> list[Record]:
-    full = [list(record.values.values())[0] for record in complete if record.anchor == "full"]
-    return [record for record in points if not full or list(record.values.values())[0] <= full[0]]
+def values_of(record: Record) -> list[float]:
+    return list(record.values.values())

@@ -21,8 +21,11 @@ from memcontrol.errors import MemControlError
 from memcontrol.seeds import seed_of
 from memcontrol.space import Choice, SearchSpace, rounded
 
-N_RANDOM = 6  # sampled trials before the sampler models anything
+N_SPREAD = 6  # sampled trials before the sampler models anything
+GOLDEN = (5**0.5 - 1) / 2
 N_ASKS = 50
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+logging.getLogger("alembic").setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True)
@@ -106,8 +109,6 @@ def storage_url(config: Config, folder: Path, study_file: Path) -> str:
 
 def open_study(config: Config, folder: Path, study_file: Path, *, create: bool) -> Study:
     """The config's study. Its stored config must agree with a given one in all that numbers depend on. Raises MemControlError."""
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    logging.getLogger("alembic").setLevel(logging.ERROR)
     url = storage_url(config, folder, study_file)
     if not create and url.startswith("sqlite:///") and not Path(url.removeprefix("sqlite:///")).is_file():
         raise no_study(config, study_file)
@@ -202,19 +203,30 @@ def suggest(records: Sequence[Record], space: SearchSpace, seed: int, n_objectiv
         if frozen is not None:
             mirror.add_trial(frozen)
     known = [choice for record in records for choice in record.candidates]
-    for _ in range(N_ASKS):
-        params = mirror.ask(coordinates(space)).params
+    n_sampled = sum(record.anchor is None for record in records)
+    for attempt in range(N_ASKS):
+        trial = mirror.ask(coordinates(space))
+        params = trial.params if n_sampled >= N_SPREAD else {**trial.params, **spread(n_sampled + attempt, space)}
         choice = choice_of(params, space)
         if choice.groups and not any(choice.same_as(other) for other in known):
             return choice
     raise MemControlError(f"space '{space.name}': {N_ASKS} draws gave no choice that was not tried before; the space is exhausted")
 
 
+def spread(i: int, space: SearchSpace) -> dict[str, Any]:
+    """The i-th of the first choices: methods and ranks in turn, learning rates evenly over their range (golden-ratio steps)."""
+    turn = i // len(space.methods)
+    return {
+        "method": space.methods[i % len(space.methods)], "rate": (0.5 + turn * GOLDEN) % 1,
+        "rank": space.rank[(len(space.rank) // 2 + turn) % len(space.rank)],
+    }  # fmt: skip
+
+
 def multivariate_tpe(seed: int) -> optuna.samplers.BaseSampler:
     """Multivariate TPE with a constant liar for the trials still running (Watanabe 2023, arXiv 2304.11127)."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return optuna.samplers.TPESampler(multivariate=True, constant_liar=True, n_startup_trials=N_RANDOM, seed=seed)
+        return optuna.samplers.TPESampler(multivariate=True, constant_liar=True, n_startup_trials=N_SPREAD, seed=seed)
 
 
 def coordinates(space: SearchSpace) -> dict[str, BaseDistribution]:

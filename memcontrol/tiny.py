@@ -78,6 +78,20 @@ def place(ink: Image.Image, height, stretch, rotation, shear, shift) -> Image.Im
     return ink.transform((big, big), Image.Transform.AFFINE, coefficients, Image.Resampling.BICUBIC).reduce(4)
 
 
+def crumpled(ink: Image.Image, amplitude: float, rng: np.random.Generator) -> Image.Image:
+    """The drawing under a smooth warp: the inner corners of a 4 x 4 mesh move by up to `amplitude` pixels."""
+    cells, side = 4, ink.width // 4
+    corners = np.stack(np.meshgrid(*[np.arange(cells + 1) * side] * 2, indexing="xy"), -1).astype(float)  # [5, 5, xy]
+    corners[1:-1, 1:-1] += rng.uniform(-amplitude, amplitude, (cells - 1, cells - 1, 2))
+    mesh = []
+    for row in range(cells):
+        for column in range(cells):
+            box = (column * side, row * side, (column + 1) * side, (row + 1) * side)
+            quad = [corners[row + dy, column + dx] for dx, dy in ((0, 0), (0, 1), (1, 1), (1, 0))]
+            mesh.append((box, tuple(float(value) for point in quad for value in point)))
+    return ink.transform(ink.size, Image.Transform.MESH, mesh, Image.Resampling.BICUBIC)
+
+
 def colour(ink: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, str]:
     """Ink [H, W] in 0..1 to an image [H, W, 3]; one in six is printed in a named colour on tinted paper."""
     if rng.random() > 1 / 6:
@@ -105,14 +119,15 @@ def draw(n: int, rng: np.random.Generator, progress=lambda done, total: None) ->
     strokes = np.empty((n, 5), np.float32)
     for i in range(n):
         unit = np.clip(rng.standard_normal(4), -2.5, 2.5)
-        resolution = int(rng.choice([0, 8, 12, 16], p=[0.4, 0.3, 0.15, 0.15]))
-        ink = glyph(CHARACTERS[characters[i]], loaded[fonts[i]], int(rng.integers(0, 5)))
-        ink = place(ink, 25 + 2.5 * unit[0], np.exp(0.15 * unit[1]), 0.12 * unit[2], 0.15 * unit[3], rng.uniform(-1.5, 1.5, 2))
+        resolution = int(rng.choice([0, 8, 12, 16], p=[0.3, 0.45, 0.1, 0.15]))
+        ink = glyph(CHARACTERS[characters[i]], loaded[fonts[i]], int(rng.integers(0, 7)))
+        ink = place(ink, 28 + 1.8 * unit[0], np.exp(0.2 * unit[1]), 0.12 * unit[2], 0.15 * unit[3], rng.uniform(-1.5, 1.5, 2))
+        ink = crumpled(ink, rng.uniform(0, 3), rng)
         if resolution:
             ink = ink.resize((resolution, resolution), Image.Resampling.BOX).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
         image, ink_words = colour(np.asarray(ink, float) / 255, rng)
         images[i] = np.clip(image + 0.5, 0, 255).astype(np.uint8)
-        captions.append(describe(CHARACTERS[characters[i]], FONTS[fonts[i]], 0 < resolution <= 12, ink_words))
+        captions.append(describe(CHARACTERS[characters[i]], FONTS[fonts[i]], resolution == 8, ink_words))
         strokes[i] = (*unit, (resolution or SIZE) / SIZE * 2 - 1)
         progress(i + 1, n)
     return Page(images, captions, characters, fonts, strokes)
@@ -310,9 +325,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m memcontrol.tiny", description="Rebuild the embedded base and feature network.")
     parser.add_argument("--out", type=Path, default=ASSETS, help="folder to write (default: the package's own assets)")
     parser.add_argument("--n-images", type=int, default=24_000)
-    parser.add_argument("--vae-steps", type=int, default=2_000)
-    parser.add_argument("--feature-steps", type=int, default=2_000)
-    parser.add_argument("--denoiser-steps", type=int, default=4_500)
+    parser.add_argument("--vae-steps", type=int, default=1_500)
+    parser.add_argument("--feature-steps", type=int, default=1_500)
+    parser.add_argument("--denoiser-steps", type=int, default=3_600)
     parser.add_argument("--seed", type=int, default=0)
     build(**vars(parser.parse_args()), say=lambda line: print(line, file=sys.stderr, flush=True))
 

@@ -1,0 +1,108 @@
+"""The command line: every command has help and stands in the README, --json is pure, mistakes end in one line."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from memcontrol.cli import parser
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def run(*args, **options):
+    return subprocess.run([sys.executable, "-m", "memcontrol.cli", *map(str, args)], capture_output=True, text=True, **options)
+
+
+def refused(*args):
+    done = run(*args)
+    assert done.returncode in (1, 2) and done.stdout == "", done
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+def commands():
+    return next(action for action in parser()._actions if action.dest == "command").choices
+
+
+def test_every_command_has_help_and_stands_in_the_readme():
+    text = README.read_text()
+    for name, command in commands().items():
+        assert command.description
+        assert f"memcontrol {name}" in text, name
+        for action in command._actions:
+            assert action.help, (name, action.dest)
+
+
+def test_the_readme_names_every_key_of_a_study():
+    from memcontrol.config import Config, DataConfig, InnerConfig, RewardsConfig, SearchConfig
+
+    text = README.read_text()
+    for model in (Config, DataConfig, InnerConfig, RewardsConfig, SearchConfig):
+        for key in model.model_fields:
+            assert re.search(rf"\b{key}\b", text), key
+
+
+def test_dry_run_prints_the_resolved_config_and_makes_nothing(study_file):
+    study = study_file()
+    done = run("search", study, "inner.batch_size=8", "--trials", 5, "--dry-run")
+    values = yaml.safe_load(done.stdout)
+    assert (values["inner"]["batch_size"], values["search"]["trials"], values["base"]) == (8, 5, "tiny")
+    assert sorted(path.name for path in study.parent.iterdir()) == [study.name]
+
+
+def test_spaces(tmp_path):
+    listed = run("spaces", "list").stdout
+    assert "digits" in listed and "sd15-sites" in listed
+    assert yaml.safe_load(run("spaces", "show", "sd15-blocks").stdout)["groups"]
+    checked = run("spaces", "check", "sd15-sites", "--base", "tiny").stdout.splitlines()
+    assert len(checked) == 16 and "8 modules" in checked[0]
+    (tmp_path / "bad.yaml").write_text("groups: {a: nothing}\nlearning_rate: {lora: [1, 2], full: [1, 2]}\n")
+    assert "pattern 'nothing' of group 'a' matches no" in refused("spaces", "check", tmp_path / "bad.yaml")
+    assert "shipped are" in refused("spaces", "show", "none-such")
+
+
+@pytest.mark.parametrize(
+    "keys, words",
+    [
+        ({"colour": 1}, "unknown key 'colour'; allowed: name"),
+        ({"inner": {"batch_size": "x"}}, "'inner.batch_size' is 'x'"),
+        ({"space": "none-such"}, "space 'none-such': no such file and not shipped"),
+        ({"base": "./none-such"}, "base './none-such': no such folder"),
+        ({"data": "./none-such"}, "no such folder"),
+        ({"rewards": {"n_samples": 100}}, "needs at least 256"),
+        ({"rewards": {"objectives": ["beauty"]}}, "'beauty' is unknown"),
+        ({"rewards": {"extractor": "beauty"}}, "'beauty' is unknown; allowed: tiny"),
+        ({"data": {"path": "digits", "train": 4, "holdout": 64, "test": 64}}, "train has 4 images"),
+        ({"data": {"path": "digits", "train": 64, "holdout": 64, "test": 64, "resolution": 20}}, "multiple of"),
+    ],
+)
+def test_a_study_that_cannot_work_is_refused_before_anything_is_made(study_file, keys, words):
+    study = study_file(**keys)
+    message = refused("search", study)
+    assert words in message
+    assert len([line for line in message.splitlines() if line.startswith("memcontrol: ")]) == 1
+    assert not list(study.parent.rglob("*.db"))
+
+
+def test_commands_before_the_search_say_what_to_run(study_file):
+    study = study_file()
+    for command in ("status", "front", "pick", "retrain"):
+        assert "has not been searched yet; run: memcontrol search" in refused(command, study)
+    assert "no run folder" in refused("export", study.parent, study.parent / "out")
+    assert "no such file" in refused("front", study.parent / "missing.yaml")
+    assert "ray" in refused("search", study, "--executor", "ray")
+    refused("search", study, "--trials", "-1")
+
+
+def test_json_is_one_document(study_file):
+    study = study_file()
+    assert run("search", study, "--trials", 0).returncode == 0
+    for command in ("status", "front", "pick"):
+        done = run(command, study, "--json")
+        assert json.loads(done.stdout) and done.stderr == ""
+        assert run(command, study).stdout

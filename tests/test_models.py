@@ -1,0 +1,74 @@
+"""The base: the embedded one's shape and size, losses by hand, samples against the plain pipeline, caches."""
+
+import numpy as np
+import torch
+
+from memcontrol.config import load_config
+from memcontrol.data import load_parts
+from memcontrol.models import TINY, base_digest, load_base
+
+
+def test_the_embedded_base_has_stable_diffusions_structure_and_is_small(base):
+    config = base.denoiser.config
+    assert config.down_block_types == ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"] or tuple(config.down_block_types) == ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+    assert config.layers_per_block == 2 and len(config.block_out_channels) == 4
+    sites = [name for name, _ in base.denoiser.named_modules() if name.endswith("transformer_blocks.0")]
+    assert [sum(name.startswith(part) for name in sites) for part in ("down", "mid", "up")] == [6, 1, 9]
+    assert {"model_index.json", "unet", "vae", "text_encoder", "tokenizer", "scheduler"} <= {path.name for path in TINY.iterdir()}
+    assert sum(path.stat().st_size for path in TINY.parent.rglob("*") if path.is_file()) < 12e6
+
+
+def test_losses_are_the_squared_error_of_the_noise_predicted(base):
+    clean, text = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0)), base.encode_captions(["a", "b", "c"])
+    with torch.no_grad():
+        losses, timesteps = base.losses(clean, text, torch.Generator().manual_seed(7))
+        generator = torch.Generator().manual_seed(7)
+        noise = torch.randn(clean.shape, generator=generator)
+        expected_timesteps = torch.randint(1000, (3,), generator=generator)
+        betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2  # Stable Diffusion's schedule
+        kept = torch.cumprod(1 - betas, 0)[expected_timesteps].view(3, 1, 1, 1)
+        predicted = base.denoiser(kept.sqrt() * clean + (1 - kept).sqrt() * noise, expected_timesteps, text).sample
+    assert torch.equal(timesteps, expected_timesteps)
+    assert torch.allclose(losses, ((predicted - noise) ** 2).flatten(1).mean(1), atol=1e-5)
+
+
+def test_samples_are_those_of_the_plain_pipeline(base):
+    from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+
+    captions, seeds = ["a printed digit 3", "a printed letter k"], [11, 12]
+    images = base.sample(
+        base.encode_captions(captions), base.encode_captions([""]), seeds=seeds, steps=5, guidance=2.0, resolution=32, progress=lambda *_: None
+    )
+    plain = StableDiffusionPipeline.from_pretrained(TINY, safety_checker=None, requires_safety_checker=False)
+    plain.scheduler = DPMSolverMultistepScheduler.from_config(plain.scheduler.config)
+    plain.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    expected = plain(captions, generator=generators, num_inference_steps=5, guidance_scale=2.0, output_type="np").images
+    assert images.dtype == np.uint8 and images.shape == (2, 3, 32, 32)
+    assert np.abs(images.transpose(0, 2, 3, 1) / 255 - expected).max() < 1.01 / 255
+
+
+def test_encoding_is_the_autoencoders_and_happens_once(base, tmp_path, monkeypatch):
+    config = load_config({"name": "a", "data": {"path": "digits", "train": 20, "holdout": 20, "test": 20}})
+    images = load_parts(config.data, 32, 0)["train"]
+    encoded = base.encoded(images, tmp_path, "tiny")
+    with torch.no_grad():
+        pixels = torch.from_numpy(images.pixels()).float() / 127.5 - 1
+        expected = base.pipeline.vae.encode(pixels).latent_dist.mean * base.pipeline.vae.config.scaling_factor
+    assert torch.allclose(encoded.mean, expected, atol=1e-5) and (encoded.deviation > 0).all()
+    text = base.encode_captions(images.captions)
+    assert torch.allclose(encoded.embeddings[encoded.caption_rows], text, atol=1e-5)
+    assert torch.allclose(encoded.embeddings[0], base.encode_captions([""])[0], atol=1e-5)
+    monkeypatch.setattr(type(base), "encode_images", lambda *_: 1 / 0)
+    assert torch.equal(base.encoded(images, tmp_path, "tiny").mean, encoded.mean)
+    reconstructed = base.pipeline.vae.decode(expected / base.pipeline.vae.config.scaling_factor).sample.detach()
+    assert (reconstructed - pixels).abs().mean() < 0.1
+
+
+def test_the_digest_follows_the_content(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x").write_text("1")
+    first = base_digest(str(tmp_path / "a"))
+    (tmp_path / "a" / "x").write_text("2")
+    assert base_digest(str(tmp_path / "a")) != first and base_digest("tiny") == base_digest("tiny")
+    assert load_base("tiny").resolution == 32

@@ -1,0 +1,190 @@
+"""The way of a search from end to end, in real processes: results, resuming after kill -9, retraining, export."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from memcontrol.config import study_folder
+
+COMMAND = [sys.executable, "-m", "memcontrol.cli"]
+FAST = {"search": {"trials": 2, "workers": 2}}
+
+
+def memcontrol(*args, check=True, **options):
+    done = subprocess.run([*COMMAND, *map(str, args)], capture_output=True, text=True, **options)
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+def trials_of(study):
+    return json.loads(memcontrol("status", study, "--json").stdout)
+
+
+def assert_sound(trials, n_sampled):
+    """n_sampled finished sampled trials beside the three anchors, no choice twice, nothing left running."""
+    assert {trial["state"] for trial in trials} == {"COMPLETE"}
+    assert sorted(trial["anchor"] or "" for trial in trials) == [""] * n_sampled + ["all", "full", "none"]
+    choices = [json.dumps(trial["choice"], sort_keys=True) for trial in trials]
+    assert len(set(choices)) == len(choices)
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory):
+    """A finished small study: its file."""
+    import yaml
+
+    from conftest import SMALL
+
+    path = tmp_path_factory.mktemp("searched") / "small.yaml"
+    path.write_text(yaml.safe_dump({"name": "small", **SMALL, **FAST}))
+    memcontrol("search", path)
+    return path
+
+
+def test_a_search_ends_with_anchors_and_sampled_trials(searched):
+    trials = trials_of(searched)
+    assert_sound(trials, 2)
+    for trial in trials:
+        stored = json.loads(Path(trial["run"], "result.json").read_text())
+        assert stored["rewards"] == trial["rewards"] and trial["values"] == {name: stored["rewards"][name] for name in ("fid", "memorization")}
+    assert (study_folder(searched, "small") / "front.png").stat().st_size > 10_000
+
+
+def test_searching_again_repeats_nothing_and_more_trials_continue(searched):
+    before = trials_of(searched)
+    assert "trial" in memcontrol("search", searched).stderr
+    assert trials_of(searched) == before
+    memcontrol("search", searched, "--trials", 3, "--executor", "inline")
+    after = trials_of(searched)
+    assert after[: len(before)] == before
+    assert_sound(after, 3)
+
+
+def test_front_and_pick_agree_with_brute_force(searched):
+    trials = [trial for trial in trials_of(searched) if trial["values"]]
+    points = {trial["trial"]: tuple(trial["values"].values()) for trial in trials}
+    best = {i for i, p in points.items() if not any(all(a <= b for a, b in zip(q, p)) and q != p for q in points.values())}
+    front = json.loads(memcontrol("front", searched, "--json").stdout)
+    assert {points[trial["trial"]] for trial in front} == {points[i] for i in best}
+    assert all({"trial", "values", "choice", "run", "anchor"} <= set(trial) for trial in front)
+    picked = json.loads(memcontrol("pick", searched, "--json").stdout)
+    assert picked["anchor"] != "none" and picked["trial"] in points
+    chosen = json.loads(memcontrol("pick", searched, "--trial", front[-1]["trial"], "--json").stdout)
+    assert chosen == front[-1]
+    limit = sorted(point[0] for i, point in points.items())[1]
+    limited = json.loads(memcontrol("pick", searched, "--limit", f"fid<={limit}", "--json").stdout)
+    assert limited["values"]["fid"] <= limit
+    refused = memcontrol("pick", searched, "--limit", "fid<=0", check=False)
+    assert refused.returncode == 1 and "no finished trial keeps fid<=0" in refused.stderr
+
+
+SAMPLE_PLAINLY = """
+import sys
+sys.modules["memcontrol"] = None  # importing it now fails
+import numpy as np, torch
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+pipeline, lora, samples, captions, steps, out = sys.argv[1:]
+pipe = StableDiffusionPipeline.from_pretrained(pipeline, safety_checker=None)
+if lora:
+    pipe.load_lora_weights(lora)
+pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+stored = np.load(samples)
+captions = open(captions).read().split("\\n")
+n = 16
+generators = [torch.Generator().manual_seed(int(seed)) for seed in stored["seeds"][:n]]
+images = pipe([captions[row] for row in stored["rows"][:n]], generator=generators, num_inference_steps=int(steps), guidance_scale=1.0, output_type="np").images
+np.save(out, np.abs(images.transpose(0, 3, 1, 2) - stored["images"][:n] / 255).max())
+"""
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_exports_give_the_runs_images_in_plain_diffusers(searched, method, tmp_path):
+    from memcontrol.models import TINY
+
+    trial = next(trial for trial in trials_of(searched) if trial["choice"]["method"] == method)
+    split = json.loads((study_folder(searched, "small") / "split.json").read_text())
+    (tmp_path / "captions").write_text("\n".join(row["caption"] for row in split["parts"]["train"]))
+    runs = [("pipeline", str(tmp_path / "fused"), "")]
+    if method == "lora":
+        runs.append(("adapter", str(TINY), str(tmp_path / "lora")))
+    for format, pipeline, lora in runs:
+        memcontrol("export", trial["run"], lora or pipeline, "--format", format)
+        arguments = [pipeline, lora, f"{trial['run']}/samples.npz", str(tmp_path / "captions"), "1", str(tmp_path / "off.npy")]
+        subprocess.run([sys.executable, "-c", SAMPLE_PLAINLY, *arguments], check=True, capture_output=True, env={**os.environ, "PYTHONPATH": ""})
+        assert np.load(tmp_path / "off.npy") < 2 / 255
+    again = memcontrol("export", trial["run"], runs[0][1], check=False)
+    assert again.returncode == 1 and "not an empty folder" in again.stderr
+
+
+def test_retraining_scores_on_test_data_beside_full_fine_tuning(searched, tmp_path):
+    trial = next(trial for trial in trials_of(searched) if trial["choice"]["method"] == "lora")
+    (tmp_path / "choice.json").write_text(json.dumps(trial))
+    done = memcontrol("retrain", searched, "--choice", tmp_path / "choice.json", "--out", tmp_path / "out")
+    assert done.stderr.rstrip().splitlines()[-1].startswith("copy rate: ")
+    for folder in (tmp_path / "out", tmp_path / "out" / "baseline"):
+        result = json.loads((folder / "result.json").read_text())
+        assert result["state"] == "COMPLETE" and result["reference"] == "test" and result["images_seen"] == 32
+    assert json.loads((tmp_path / "out" / "result.json").read_text())["choice"] == trial["choice"]
+    assert (tmp_path / "out" / "pairs.png").stat().st_size > 10_000
+    memcontrol("export", tmp_path / "out", tmp_path / "lora")
+    assert os.listdir(tmp_path / "lora") == ["pytorch_lora_weights.safetensors"]
+
+
+def killed_after(study, seconds):
+    """Runs the search in a process group of its own and kills all of it; whether it had ended by itself."""
+    process = subprocess.Popen([*COMMAND, "search", str(study)], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        process.wait(seconds)
+        return True
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return False
+
+
+def test_kill_9_loses_and_repeats_nothing(study_file):
+    study, rng = study_file(**FAST), random.Random(0)
+    for _ in range(3):
+        if killed_after(study, rng.uniform(12, 25)):
+            break
+    begun = {}
+    folder = study_folder(study, "small")
+    for path in folder.glob("*/result.json"):
+        begun[path] = path.stat().st_mtime_ns
+    memcontrol("search", study)
+    assert_sound(trials_of(study), 2)
+    assert all(path.stat().st_mtime_ns == time_ns for path, time_ns in begun.items())
+
+
+def test_ctrl_c_ends_within_seconds_and_says_how_to_go_on(study_file):
+    study = study_file(**FAST)
+    process = subprocess.Popen([*COMMAND, "search", str(study)], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    time.sleep(15)
+    os.killpg(process.pid, signal.SIGINT)
+    started = time.monotonic()
+    _, stderr = process.communicate(timeout=20)
+    assert process.returncode == 130 and "the same command continues" in stderr and "Traceback" not in stderr
+    assert time.monotonic() - started < 10
+
+
+def test_a_diverging_loss_prunes_the_trial_and_the_study_goes_on(study_file, tmp_path):
+    space = tmp_path / "wild.yaml"
+    space.write_text(
+        "groups: {mid: 'mid_block.attentions.0.proj_in'}\nmethods: [lora]\nrank: [2]\n"
+        "learning_rate: {lora: [1.0e-4, 1.0e-3], full: [1.0e+24, 1.0e+30]}\n"
+    )
+    inner = {"budget_images": 160, "batch_size": 8, "warmup": 0.0, "max_grad_norm": 1.0e30}
+    study = study_file(space=str(space), inner=inner)
+    memcontrol("search", study)
+    states = {trial["anchor"]: trial["state"] for trial in trials_of(study)}
+    assert states == {"none": "COMPLETE", "all": "COMPLETE", "full": "PRUNED", None: "COMPLETE"}
+    refused = memcontrol("retrain", study, check=False)
+    assert refused.returncode == 1 and "'full' has not finished" in refused.stderr

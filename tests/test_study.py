@@ -1,0 +1,91 @@
+"""The study: what is recorded, what is suggested, and when a config is refused."""
+
+import math
+
+import pytest
+
+from memcontrol.config import load_config
+from memcontrol.errors import MemControlError
+from memcontrol.space import Choice, load_space, parse_space
+from memcontrol.study import choice_of, coordinates, mirrored, open_study, suggest
+
+SPACE = load_space("digits")
+
+
+def opened(tmp_path, create=True, **keys):
+    config = load_config({"name": "s", "data": "digits", "space": "digits", **keys})
+    return open_study(config, tmp_path, tmp_path / "s.yaml", create=create)
+
+
+def result(choice, fid, memorization=0.1, state="COMPLETE"):
+    if state != "COMPLETE":
+        return {"state": state, "choice": choice.as_dict(), "reason": "why"}
+    rewards = {"fid": fid, "memorization": memorization, "copy_rate": 0.0}
+    return {"state": state, "choice": choice.as_dict(), "rewards": rewards, "seconds": 1.0}
+
+
+def test_an_anchor_stands_for_the_best_of_its_candidates(tmp_path):
+    study, candidates = opened(tmp_path), SPACE.anchors()["full"]
+    number = study.begin(candidates, SPACE, "full")
+    assert [(r.state, r.anchor, r.choice) for r in study.records()] == [("RUNNING", "full", None)]
+    study.finish(number, [result(candidates[0], 9.0), result(candidates[1], 7.0, 0.3), result(candidates[2], 0, state="PRUNED")])
+    record = opened(tmp_path).records()[0]
+    assert (record.choice, record.values) == (candidates[1], {"fid": 7.0, "memorization": 0.3})
+    assert record.as_dict(tmp_path)["run"] == str(tmp_path / candidates[1].key)
+
+
+def test_a_trial_that_failed_keeps_its_reason(tmp_path):
+    study, choice = opened(tmp_path), Choice(("up_resnet",), "lora", 2e-3, 2)
+    study.finish(study.begin([choice], SPACE), [result(choice, 0, state="PRUNED")])
+    record = study.records()[0]
+    assert (record.state, record.reason, record.choice, record.values) == ("PRUNED", "why", choice, {})
+
+
+def test_suggestions_never_repeat_and_depend_on_records_and_seed_alone(tmp_path):
+    study, seen = opened(tmp_path), []
+    for i in range(15):
+        records = study.records()
+        choice = suggest(records, SPACE, 0, 2)
+        assert choice == suggest(records, SPACE, 0, 2)
+        assert choice.groups and set(choice.groups) <= set(SPACE.groups_for(choice.method)) and not any(choice.same_as(other) for other in seen)
+        seen.append(choice)
+        number = study.begin([choice], SPACE)
+        if i % 3:
+            study.finish(number, [result(choice, 10 - len(choice.groups), len(choice.groups) / 10)])
+    assert len({suggest([], SPACE, seed, 2) for seed in range(6)}) > 2
+
+
+def test_a_space_that_holds_nothing_new_says_so(tmp_path):
+    values = {"groups": {"a": "a"}, "learning_rate": {"lora": [1e-3, 1.05e-3], "full": [1e-3, 1e-2]}, "rank": [4]}
+    space, study = parse_space(values, "one"), opened(tmp_path)
+    study.begin([suggest(study.records(), space, 0, 2)], space)
+    with pytest.raises(MemControlError, match="exhausted"):
+        suggest(study.records(), space, 0, 2)
+
+
+def test_the_samplers_coordinates_give_the_choice_back(tmp_path):
+    study = opened(tmp_path)
+    choice = Choice(("down_attention", "up_resnet"), "lora", 2.5e-3, 8)
+    study.begin([choice], SPACE)
+    frozen = mirrored(study.records()[0], SPACE)
+    assert frozen.params.keys() == coordinates(SPACE).keys() and choice_of(frozen.params, SPACE) == choice
+    assert math.isclose(frozen.params["rate"], math.log10(2.5))
+
+
+def test_a_study_keeps_its_config(tmp_path):
+    opened(tmp_path)
+    assert opened(tmp_path, search={"trials": 99, "workers": 1}).config.search.trials == 99
+    with pytest.raises(MemControlError, match="begun with another config: inner.batch_size \\(16 there, 8 here\\)"):
+        opened(tmp_path, inner={"batch_size": 8})
+    assert opened(tmp_path, create=False, inner={"batch_size": 8}).config.inner.batch_size == 16
+
+
+def test_studies_and_storages_that_are_not_there(tmp_path):
+    with pytest.raises(MemControlError, match="has not been searched yet; run: memcontrol search"):
+        opened(tmp_path, create=False)
+    for storage in ("nonsense", "sqlite:////proc/none/x.db", "mysql+nothing://x"):
+        with pytest.raises(MemControlError, match="storage cannot be opened"):
+            opened(tmp_path, storage=storage)
+    (tmp_path / "text.db").write_text("this is no database, but it is long enough to be read as one" * 100)
+    with pytest.raises(MemControlError, match="storage cannot be opened"):
+        opened(tmp_path, storage="sqlite:///text.db")
