@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,7 +37,8 @@ class Display:
         self.records: list[Record] = []
         self.running: dict[str, tuple[str, float]] = {}
         self.study: Study | None = None
-        self.n_jobs_done, self.job_seconds = 0, 0.0
+        self.done: Counter[int] = Counter()  # runs ended, by trial
+        self.run_seconds = 0.0
         self.started, self.shown, self.begun_at = time.monotonic(), 0.0, {}
         self.live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
         self.note = "loading the base, reading the images"
@@ -68,8 +70,8 @@ class Display:
             self.running[name] = (said_of(Choice.from_dict(event.job["choice"]), self.n_groups), 0.8 * share if event.detail["stage"] == "train" else 0.8 + 0.15 * share)
         elif event.kind in ENDS and name:
             self.running.pop(name, None)
-            self.n_jobs_done += 1
-            self.job_seconds += time.monotonic() - self.begun_at.pop(name, time.monotonic())
+            self.done[event.job.get("number", -1)] += 1
+            self.run_seconds += time.monotonic() - self.begun_at.pop(name, time.monotonic())
         self.refresh()
 
     def refresh(self) -> None:
@@ -108,12 +110,12 @@ class Display:
 
     def left(self) -> str:
         """Time left, from the mean of the runs so far: each sampled trial is one run, an anchor one for each choice it tries."""
-        if not self.n_jobs_done:
+        if not self.done:
             return ""
-        n_open = sum(len(record.candidates) for record in self.records if record.state == "RUNNING")
+        n_open = sum(len(record.candidates) - self.done[record.number] for record in self.records if record.state == "RUNNING")
         n_begun = sum(record.anchor is None for record in self.records)
-        jobs = n_open + max(0, self.n_sampled - n_begun) - sum(share for _, share in self.running.values())
-        minutes = max(jobs, 0) * self.job_seconds / self.n_jobs_done / self.n_workers / 60
+        runs = n_open + max(0, self.n_sampled - n_begun) - sum(share for _, share in self.running.values())
+        minutes = max(runs, 0) * self.run_seconds / self.done.total() / self.n_workers / 60
         return f", about {minutes:.1f} min left"
 
 

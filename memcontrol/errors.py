@@ -11,3 +11,7 @@ class Diverged(MemControlError):
 
 class DiskFull(MemControlError):
     """Nothing more can be written: the search stops, everything finished is kept, the same command goes on."""
+
+
+class SpaceExhausted(MemControlError):
+    """Every choice of the space was asked for already: the search ends with what it has."""

@@ -132,12 +132,13 @@ class Worker:
             [sys.executable, "-m", "memcontrol.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
             text=True, env={**os.environ, **threads, **visible_gpu(self.index)},
         )  # fmt: skip
-        threading.Thread(target=self.listen, args=(self.process,), daemon=True).start()
+        self.listener = threading.Thread(target=self.listen, args=(self.process,), daemon=True)
+        self.listener.start()
 
     def listen(self, process: subprocess.Popen) -> None:
-        for line in process.stdout:
-            self.said.put((self, process, json.loads(line)))
-        process.wait()
+        with contextlib.suppress(BrokenPipeError), process:
+            for line in process.stdout:
+                self.said.put((self, process, json.loads(line)))
         self.said.put((self, process, None))
 
     def take(self, job: dict) -> None:
@@ -148,14 +149,14 @@ class Worker:
         self.n_tries += 1
         if self.process is None or self.process.poll() is not None:
             self.spawn()
-        with contextlib.suppress(BrokenPipeError):  # it died just now: `listen` says so
+        with contextlib.suppress(BrokenPipeError, ValueError):  # it died just now: `listen` says so
             self.process.stdin.write(json.dumps(self.job) + "\n")
             self.process.stdin.flush()
 
     def kill(self) -> None:
         if self.process is not None:
             self.process.kill()
-            self.process.wait()
+            self.listener.join()
 
 
 def visible_gpu(index: int) -> dict[str, str]:

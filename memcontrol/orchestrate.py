@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from memcontrol.config import Config
-from memcontrol.errors import MemControlError
+from memcontrol.errors import MemControlError, SpaceExhausted
 from memcontrol.executors import ENDS, Event, Executor
 from memcontrol.files import disk_full_named, read_json, write_json
 from memcontrol.space import Choice, SearchSpace, load_space
@@ -80,6 +80,7 @@ class Search:
         self.open: dict[int, Open] = {}
         self.waiting: deque[tuple[int, Choice]] = deque()
         self.n_failures = 0
+        self.exhausted = False
 
     def run(self) -> None:
         records = self.study.records()
@@ -122,7 +123,13 @@ class Search:
         records = self.study.records()
         if sum(record.anchor is None and record.state != "FAIL" for record in records) >= self.config.search.trials:
             return False
-        choice = suggest(records, self.space, self.config.search.seed, len(self.config.rewards.objectives))
+        try:
+            choice = suggest(records, self.space, self.config.search.seed, len(self.config.rewards.objectives))
+        except SpaceExhausted as error:
+            if not self.exhausted:
+                self.show(Event({}, "warning", {"text": str(error)}))
+            self.exhausted = True
+            return False
         self.admit(self.study.begin([choice], self.space), (choice,))
         return bool(self.waiting)
 

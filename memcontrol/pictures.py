@@ -21,7 +21,7 @@ def front_picture(records: Sequence[Record], picked: Record | None, path: Path, 
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     x_name, y_name = list(records[0].values)[:2]
     figure, axes = pyplot.subplots(figsize=(7, 5), dpi=150, layout="constrained")
@@ -37,8 +37,12 @@ def front_picture(records: Sequence[Record], picked: Record | None, path: Path, 
     if picked:
         axes.scatter(*xy([picked], x_name, y_name), s=260, marker="o", facecolors="none", edgecolors="tab:green", linewidths=2, label="pick", zorder=4)
     axes.set(xlabel=f"{x_name} (lower is better)", ylabel=f"{y_name} (lower is better)", title=title)
-    if min(record.values[x_name] for record in records) > 0:
+    span = [record.values[x_name] for record in records]
+    if 0 < 3 * min(span) < max(span):
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        axes.xaxis.set_major_formatter(ticker.ScalarFormatter())
+        axes.xaxis.set_minor_formatter(ticker.NullFormatter())
     axes.legend(fontsize=8)
     with replacing(path) as part:
         figure.savefig(part, format="png")

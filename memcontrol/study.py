@@ -17,7 +17,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import TrialState, create_trial
 
 from memcontrol.config import Config, differing_keys, load_config
-from memcontrol.errors import MemControlError
+from memcontrol.errors import MemControlError, SpaceExhausted
 from memcontrol.seeds import seed_of
 from memcontrol.space import Choice, SearchSpace, rounded
 
@@ -192,8 +192,8 @@ def suggest(records: Sequence[Record], space: SearchSpace, seed: int, n_objectiv
     """The next choice, never one that was asked for before: a pure function of the records and the seed.
 
     A study in memory holds the records in the sampler's own coordinates (position in the method's learning-rate range,
-    rank for every method), so that sampling costs no database reads and nothing is half written. Raises MemControlError
-    when the space holds no further choice.
+    rank for every method), so that sampling costs no database reads and nothing is half written. Raises SpaceExhausted
+    when the space seems to hold no further choice.
     """
     seed = seed_of(seed, "suggest", len(records)) % 2**32
     model = multivariate_tpe(seed)
@@ -210,7 +210,7 @@ def suggest(records: Sequence[Record], space: SearchSpace, seed: int, n_objectiv
         choice = choice_of(params, space)
         if choice.groups and not any(choice.same_as(other) for other in known):
             return choice
-    raise MemControlError(f"space '{space.name}': {N_ASKS} draws gave no choice that was not tried before; the space is exhausted")
+    raise SpaceExhausted(f"space '{space.name}': {N_ASKS} draws gave no choice that was not tried before; the space is exhausted")
 
 
 def spread(i: int, space: SearchSpace) -> dict[str, Any]:

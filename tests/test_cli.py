@@ -1,6 +1,5 @@
 """The command line: every command has help and stands in the README, --json is pure, mistakes end in one line."""
 
-import json
 import re
 import subprocess
 import sys
@@ -10,6 +9,9 @@ import pytest
 import yaml
 
 from memcontrol.cli import parser
+from memcontrol.errors import MemControlError
+from memcontrol.prepare import prepare
+from memcontrol.run import Bench
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -69,8 +71,6 @@ def test_spaces(tmp_path):
 @pytest.mark.parametrize(
     "keys, words",
     [
-        ({"colour": 1}, "unknown key 'colour'; allowed: name"),
-        ({"inner": {"batch_size": "x"}}, "'inner.batch_size' is 'x'"),
         ({"space": "none-such"}, "space 'none-such': no such file and not shipped"),
         ({"base": "./none-such"}, "base './none-such': no such folder"),
         ({"data": "./none-such"}, "no such folder"),
@@ -81,12 +81,40 @@ def test_spaces(tmp_path):
         ({"data": {"path": "digits", "train": 64, "holdout": 64, "test": 64, "resolution": 20}}, "multiple of"),
     ],
 )
-def test_a_study_that_cannot_work_is_refused_before_anything_is_made(study_file, keys, words):
+def test_a_study_that_cannot_work_is_refused_in_preparation(base, study_file, keys, words):
+    study, bench = study_file(**keys), Bench()
+    bench.kept["base", "tiny"] = base
+    with pytest.raises(MemControlError) as caught:
+        prepare(yaml.safe_load(study.read_text()), study.parent / "runs", bench, lambda line: None)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "keys, words",
+    [
+        ({"colour": 1}, "unknown key 'colour'; allowed: name"),
+        ({"space": "none-such"}, "space 'none-such': no such file and not shipped"),
+        ({"data": "./none-such"}, "no such folder"),
+    ],
+)
+def test_a_refused_study_is_one_line_and_makes_nothing(study_file, keys, words):
     study = study_file(**keys)
     message = refused("search", study)
     assert words in message
     assert len([line for line in message.splitlines() if line.startswith("memcontrol: ")]) == 1
     assert not list(study.parent.rglob("*.db"))
+
+
+def test_data_that_changed_since_the_study_began_is_refused(base, study_file, photographs):
+    photographs(40)
+    study, bench = study_file(data={"path": str(photographs(0)), "train": 16, "holdout": 12, "test": 12}), Bench()
+    bench.kept["base", "tiny"] = base
+    values = yaml.safe_load(study.read_text())
+    for _ in range(2):
+        assert prepare(values, study.parent / "runs", bench, lambda line: None)["sizes"] == {"train": 16, "holdout": 12, "test": 12}
+    (photographs(0) / "000.png").write_bytes((photographs(0) / "001.png").read_bytes())
+    with pytest.raises(MemControlError, match="not those that study 'small' began with"):
+        prepare(values, study.parent / "runs", bench, lambda line: None)
 
 
 def test_commands_before_the_search_say_what_to_run(study_file):
@@ -98,11 +126,3 @@ def test_commands_before_the_search_say_what_to_run(study_file):
     assert "ray" in refused("search", study, "--executor", "ray")
     refused("search", study, "--trials", "-1")
 
-
-def test_json_is_one_document(study_file):
-    study = study_file()
-    assert run("search", study, "--trials", 0).returncode == 0
-    for command in ("status", "front", "pick"):
-        done = run(command, study, "--json")
-        assert json.loads(done.stdout) and done.stderr == ""
-        assert run(command, study).stdout

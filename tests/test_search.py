@@ -86,6 +86,13 @@ def test_front_and_pick_agree_with_brute_force(searched):
     assert refused.returncode == 1 and "no finished trial keeps fid<=0" in refused.stderr
 
 
+def test_json_is_one_document_on_stdout_and_nothing_else(searched):
+    for command in ("status", "front", "pick"):
+        done = memcontrol(command, searched, "--json")
+        assert json.loads(done.stdout) and done.stderr == ""
+        assert memcontrol(command, searched).stdout
+
+
 SAMPLE_PLAINLY = """
 import sys
 sys.modules["memcontrol"] = None  # importing it now fails
