@@ -70,11 +70,11 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("--format", choices=("adapter", "pipeline"), help="default: adapter for LoRA, pipeline for anything else")
 
     spaces = command("spaces", run_spaces, "list, show or check search spaces")
-    actions = spaces.add_subparsers(dest="action", required=True, metavar="list | show | check")
+    actions = spaces.add_subparsers(dest="action", required=True, metavar="list | show | check", help="what to do")
     actions.add_parser("list", help="the shipped spaces")
-    actions.add_parser("show", help="print a shipped space").add_argument("name", metavar="NAME")
+    actions.add_parser("show", help="print a shipped space").add_argument("name", metavar="NAME", help="of `spaces list`")
     check = actions.add_parser("check", help="match a space against a base model")
-    check.add_argument("name", metavar="NAME_OR_FILE")
+    check.add_argument("name", metavar="NAME_OR_FILE", help="a shipped space or a YAML file")
     check.add_argument("--base", default="tiny", metavar="MODEL", help="tiny, a folder or a Hub id (default: tiny)")
     return top
 
