@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
 
     demo = command("demo", run_demo, "search, pick and retrain on the embedded digits, from one command")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder to work in (default: runs/demo)")
-    demo.add_argument("--trials", type=whole(0), help="sampled trials, beside the three anchors (default: 8)")
+    demo.add_argument("--trials", type=whole(0), help="sampled trials, beside the three anchors (default: 4)")
     demo.add_argument("--workers", type=whole(1), help="worker processes (default: 2)")
     demo.add_argument("--seed", type=int, default=0, help="the study's seed (default: 0)")
 

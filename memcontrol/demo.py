@@ -15,9 +15,9 @@ STUDY = {
     "base": "tiny",
     "data": {"path": "digits", "train": 40, "holdout": 878, "test": 879},
     "space": "digits",
-    "inner": {"budget_images": 4096, "batch_size": 16, "caption_dropout": 0.0},
+    "inner": {"budget_images": 5760, "batch_size": 16, "caption_dropout": 0.0},
     "rewards": {"objectives": ["fid", "memorization"], "n_samples": 256, "sampling_steps": 8},
-    "search": {"trials": 6, "workers": 2, "seed": 0},
+    "search": {"trials": 4, "workers": 2, "seed": 0},
 }
 
 

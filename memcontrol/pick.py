@@ -33,8 +33,10 @@ def by_number(records: Sequence[Record], number: int) -> Record:
 def pick(records: Sequence[Record], rule: str = "knee", limits: Sequence[str] = ()) -> Record:
     """One finished trial that fine-tunes and keeps the limits.
 
-    knee: of the front, among the trials no worse than full fine-tuning in the first objective (where there are any), the
-    one nearest to the ideal point, on a scale where full fine-tuning is at 1. quality, memorization: the best in the first or the last objective.
+    knee: of the front, the trials no worse than full fine-tuning in the first objective; of those, the ones whose copying
+    cannot be told from chance (the interval of the copy rate reaches the false-positive line); of those, the one nearest
+    to the ideal, on a scale where full fine-tuning is at 1. A condition that no trial meets is dropped.
+    quality, memorization: the best in the first or the last objective.
     Raises MemControlError.
     """
     complete = finished(records)
@@ -52,8 +54,13 @@ def pick(records: Sequence[Record], rule: str = "knee", limits: Sequence[str] = 
     if rule != "knee":
         raise MemControlError(f"rule '{rule}' is unknown; allowed: {', '.join(RULES)}")
     full = next((values_of(record) for record in complete if record.anchor == "full"), None)
-    points = [record for record in points if full and values_of(record)[0] <= full[0]] or points
+    for condition in (lambda record: not full or values_of(record)[0] <= full[0], not_copying):
+        points = [record for record in points if condition(record)] or points
     return points[knee([values_of(record) for record in points], full)]
+
+
+def not_copying(record: Record) -> bool:
+    return record.rewards["copy_rate_low"] <= record.rewards["copy_rate_line"]
 
 
 def values_of(record: Record) -> list[float]:

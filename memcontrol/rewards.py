@@ -249,7 +249,8 @@ def memorization_reward(evidence: Evidence) -> dict[str, float]:
 def copy_rate_reward(evidence: Evidence) -> dict[str, float]:
     share = copy_rate(evidence.space("pixels"))
     low, high = wilson(share, len(evidence.generated.pixels))
-    return {"copy_rate": share, "copy_rate_low": low, "copy_rate_high": high, "copy_rate_features": copy_rate(evidence.space("features"))}
+    beside = {"copy_rate_features": copy_rate(evidence.space("features")), "copy_rate_line": FALSE_POSITIVES}
+    return {"copy_rate": share, "copy_rate_low": low, "copy_rate_high": high, **beside}
 
 
 @reward("nearest_distance")

@@ -18,6 +18,7 @@ from optuna.trial import TrialState, create_trial
 
 from memcontrol.config import Config, differing_keys, load_config
 from memcontrol.errors import MemControlError, SpaceExhausted
+from memcontrol.pareto import knee
 from memcontrol.seeds import seed_of
 from memcontrol.space import Choice, SearchSpace, rounded
 
@@ -80,10 +81,11 @@ class Study:
         )
 
     def finish(self, number: int, results: Sequence[dict]) -> None:
-        """Ends a trial with its candidates' results: the complete one that is best in the first objective, or a failure."""
+        """Ends a trial with its candidates' results: the knee of the complete ones (the nearest to the ideal of them), or a failure."""
         objectives = self.config.rewards.objectives
         complete = [result for result in results if result["state"] == "COMPLETE"]
-        best = min(complete, key=lambda result: result["rewards"][objectives[0]], default=results[0])
+        values = [[result["rewards"][name] for name in objectives] for result in complete]
+        best = complete[knee(values)] if complete else results[0]
         trial = next(trial for trial in self.inner.get_trials(deepcopy=False) if trial.number == number)
         live = optuna.trial.Trial(self.inner, trial._trial_id)
         for key in ("choice", "rewards", "reason", "seconds"):
