@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import random
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -208,17 +209,19 @@ def suggest(records: Sequence[Record], space: SearchSpace, seed: int, n_objectiv
     n_sampled = sum(record.anchor is None for record in records)
     for attempt in range(N_ASKS):
         trial = mirror.ask(coordinates(space))
-        params = trial.params if n_sampled >= N_SPREAD else {**trial.params, **spread(n_sampled + attempt, space)}
+        params = trial.params if n_sampled >= N_SPREAD else {**trial.params, **spread(n_sampled + attempt, space, seed)}
         choice = choice_of(params, space)
         if choice.groups and not any(choice.same_as(other) for other in known):
             return choice
     raise SpaceExhausted(f"space '{space.name}': {N_ASKS} draws gave no choice that was not tried before; the space is exhausted")
 
 
-def spread(i: int, space: SearchSpace) -> dict[str, Any]:
-    """The i-th of the first choices: methods and ranks in turn, learning rates evenly over their range (golden-ratio steps)."""
-    turn = i // len(space.methods)
-    return {
+def spread(i: int, space: SearchSpace, seed: int) -> dict[str, Any]:
+    """The i-th of the first choices: methods and ranks in turn, learning rates evenly over their range (golden-ratio
+    steps), each group on with probability 3/4, since a mask of few groups rarely learns enough to be compared."""
+    turn, rng = i // len(space.methods), random.Random(seed_of(seed, "spread", i))
+    groups = {f"group:{group}": rng.random() < 0.75 for group in space.groups}
+    return groups | {
         "method": space.methods[i % len(space.methods)], "rate": (0.5 + turn * GOLDEN) % 1,
         "rank": space.rank[(len(space.rank) // 2 + turn) % len(space.rank)],
     }  # fmt: skip
