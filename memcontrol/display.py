@@ -38,7 +38,7 @@ class Display:
         self.running: dict[str, tuple[str, float]] = {}
         self.study: Study | None = None
         self.done: Counter[int] = Counter()  # runs ended, by trial
-        self.run_seconds = 0.0
+        self.lengths: list[float] = []  # seconds
         self.started, self.shown, self.begun_at = time.monotonic(), 0.0, {}
         self.live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
         self.note = "loading the base, reading the images"
@@ -71,7 +71,8 @@ class Display:
         elif event.kind in ENDS and name:
             self.running.pop(name, None)
             self.done[event.job.get("number", -1)] += 1
-            self.run_seconds += time.monotonic() - self.begun_at.pop(name, time.monotonic())
+            if event.job["choice"]["method"] != "none":  # it trains nothing and would make the rest look short
+                self.lengths.append(time.monotonic() - self.begun_at.pop(name, time.monotonic()))
         self.refresh()
 
     def refresh(self) -> None:
@@ -110,12 +111,12 @@ class Display:
 
     def left(self) -> str:
         """Time left, from the mean of the runs so far: each sampled trial is one run, an anchor one for each choice it tries."""
-        if not self.done:
+        if not self.lengths:
             return ""
         n_open = sum(len(record.candidates) - self.done[record.number] for record in self.records if record.state == "RUNNING")
         n_begun = sum(record.anchor is None for record in self.records)
         runs = n_open + max(0, self.n_sampled - n_begun) - sum(share for _, share in self.running.values())
-        minutes = max(runs, 0) * self.run_seconds / self.done.total() / self.n_workers / 60
+        minutes = max(runs, 0) * sum(self.lengths) / len(self.lengths) / self.n_workers / 60
         return f", about {minutes:.1f} min left"
 
 
