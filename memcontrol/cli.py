@@ -272,8 +272,8 @@ def retrain_and_show(
     if full is None:
         raise MemControlError("the anchor 'full' has not finished, so there is no baseline to compare with; let the search run on")
     out, screen, n_groups = out or folder / "retrain" / choice.key, console(), len(load_space(study.config.space).groups)
-    with Display(screen, 0, n_groups, 2) as display:
-        display.note = f"retraining {said_of(choice, n_groups)} beside {said_of(full, n_groups)}"
+    note = f"retraining {said_of(choice, n_groups)} beside {said_of(full, n_groups)}"
+    with Display(screen, 0, n_groups, 2, note) as display:
         results = retrain(study.config, choice, full, folder, out, executor, display.on_event)
     rewards = {name: result["rewards"] for name, result in results.items()}
     rows = [("baseline", said_of(full, n_groups), rewards[BASELINE]), ("pick", said_of(choice, n_groups), rewards["pick"])]

@@ -18,6 +18,7 @@ from memcontrol.space import Choice
 from memcontrol.study import Record, Study
 
 INTERVAL_SECONDS = 0.5
+LOADING = "loading the base, reading the images"
 
 
 def said_of(choice: Choice, n_groups: int) -> str:
@@ -32,7 +33,7 @@ def said_of(choice: Choice, n_groups: int) -> str:
 class Display:
     """Follows a search's events: a live block on a terminal, else one line for each finished trial."""
 
-    def __init__(self, console: Console, n_sampled: int, n_groups: int, n_workers: int):
+    def __init__(self, console: Console, n_sampled: int, n_groups: int, n_workers: int, note: str = LOADING):
         self.console, self.n_sampled, self.n_groups, self.n_workers = console, n_sampled, n_groups, n_workers
         self.records: list[Record] = []
         self.running: dict[str, tuple[str, float]] = {}
@@ -41,7 +42,7 @@ class Display:
         self.lengths: list[float] = []  # seconds
         self.started, self.shown, self.begun_at = time.monotonic(), 0.0, {}
         self.live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
-        self.note = "loading the base, reading the images"
+        self.note = note
 
     def __enter__(self) -> Display:
         if self.live:
