@@ -1,6 +1,6 @@
 """Owns the embedded base: draws printed characters from fonts and pretrains a small Stable-Diffusion-shaped pipeline on them.
 
-`python -m memcontrol.tiny` rebuilds what ships in memcontrol/assets (about an hour on two cores). The fonts are those
+`python -m memcontrol.tiny` rebuilds what ships in memcontrol/assets (about half an hour on one core). The fonts are those
 that come with matplotlib; nothing is downloaded, and no handwritten digit is ever seen.
 """
 
