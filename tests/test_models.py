@@ -10,7 +10,7 @@ from memcontrol.models import TINY, base_digest, load_base
 
 def test_the_embedded_base_has_stable_diffusions_structure_and_is_small(base):
     config = base.denoiser.config
-    assert config.down_block_types == ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"] or tuple(config.down_block_types) == ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+    assert tuple(config.down_block_types) == ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
     assert config.layers_per_block == 2 and len(config.block_out_channels) == 4
     sites = [name for name, _ in base.denoiser.named_modules() if name.endswith("transformer_blocks.0")]
     assert [sum(name.startswith(part) for name in sites) for part in ("down", "mid", "up")] == [6, 1, 9]
