@@ -13,10 +13,10 @@ from memcontrol.errors import MemControlError
 STUDY = {
     "name": "demo",
     "base": "tiny",
-    "data": {"path": "digits", "train": 40, "holdout": 878, "test": 879},
+    "data": {"path": "digits", "train": 42, "holdout": 877, "test": 878},
     "space": "digits",
-    "inner": {"budget_images": 5760, "batch_size": 16, "caption_dropout": 0.0},
-    "rewards": {"objectives": ["fid", "memorization"], "n_samples": 256, "sampling_steps": 8},
+    "inner": {"budget_images": 7360, "batch_size": 32, "caption_dropout": 0.0},
+    "rewards": {"objectives": ["fid", "memorization"], "n_samples": 256, "sampling_steps": 8, "guidance": 2.0},
     "search": {"trials": 4, "workers": 2, "seed": 0},
 }
 
