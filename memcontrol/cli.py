@@ -67,15 +67,18 @@ def parser() -> argparse.ArgumentParser:
     export = command("export", run_export, "write a run's model for plain diffusers")
     export.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a run folder, of a trial or of retrain")
     export.add_argument("out", type=Path, metavar="OUT", help="new folder")
-    export.add_argument("--format", choices=("adapter", "pipeline"), help="default: adapter for LoRA, pipeline for anything else")
+    export.add_argument("--format", choices=("adapter", "pipeline", "denoiser"), help="default: adapter for LoRA, pipeline for anything else")
 
     spaces = command("spaces", run_spaces, "list, show or check search spaces")
     actions = spaces.add_subparsers(dest="action", required=True, metavar="list | show | check", help="what to do")
     actions.add_parser("list", help="the shipped spaces")
-    actions.add_parser("show", help="print a shipped space").add_argument("name", metavar="NAME", help="of `spaces list`")
+    show = actions.add_parser("show", help="print a shipped space, or derive one")
+    show.add_argument("name", metavar="NAME", help="of `spaces list`; auto derives one from --base")
+    show.add_argument("--base", default="tiny", metavar="MODEL", help="for auto: tiny, a folder or a Hub id (default: tiny)")
     check = actions.add_parser("check", help="match a space against a base model")
     check.add_argument("name", metavar="NAME_OR_FILE", help="a shipped space or a YAML file")
-    check.add_argument("--base", default="tiny", metavar="MODEL", help="tiny, a folder or a Hub id (default: tiny)")
+    check.add_argument("--base", default="tiny", metavar="MODEL", help="tiny, a folder (config.json files suffice) or a Hub id (default: tiny)")
+    check.add_argument("--json", action="store_true", help="one JSON document on stdout")
     return top
 
 
@@ -326,22 +329,46 @@ def run_spaces(args: argparse.Namespace) -> int:
     if args.action == "list":
         for name in shipped_spaces():
             space = load_space(name)
-            sys.stdout.write(f"{name:16} {len(space.groups):3} groups  {space.description}\n")
+            sys.stdout.write(f"{name:26} {len(space.groups):3} groups  {space.description}\n")
         return 0
-    space = load_space(args.name)
     if args.action == "show":
-        if args.name not in shipped_spaces():
-            raise MemControlError(f"space '{args.name}' is not shipped; shipped are {', '.join(shipped_spaces())}")
-        sys.stdout.write(shipped_spaces()[args.name].read_text(encoding="utf-8"))
+        sys.stdout.write(shown_space(args.name, args.base))
         return 0
-    from memcontrol.adapters import adaptable_modules
+    from memcontrol.cost import survey
     from memcontrol.models import empty_denoiser
 
-    denoiser = empty_denoiser(args.base)
-    sizes = {name: sum(parameter.numel() for parameter in module.parameters()) for name, module in denoiser.named_modules()}
-    for group, modules in space.module_names(adaptable_modules(denoiser)).items():
-        sys.stdout.write(f"{group:12} {len(modules):4} modules {sum(sizes[name] for name in modules):12,} parameters\n")
+    found = survey(empty_denoiser(args.base), load_space(args.name))
+    if args.json:
+        out_json(found)
+    else:
+        print_survey(found)
     return 0
+
+
+def shown_space(name: str, base: str) -> str:
+    from memcontrol.space import shipped_spaces
+
+    if name == "auto":
+        from memcontrol.derive import derived_space
+        from memcontrol.models import empty_denoiser
+
+        return derived_space(empty_denoiser(base), base)
+    if name not in shipped_spaces():
+        raise MemControlError(f"space '{name}' is not shipped; shipped are {', '.join(shipped_spaces())}; 'auto' derives one from --base")
+    return shipped_spaces()[name].read_text(encoding="utf-8")
+
+
+def print_survey(found: dict) -> None:
+    write, total = sys.stdout.write, found["total"]
+    write(f"{total:,} parameters in all\n")
+    for method, counts in found["methods"].items():
+        cost = counts["cost"]
+        write(f"{method:12} all groups on {counts['all_on']:13,} ({counts['all_on'] / total:8.4%})   off {counts['all_off']:13,}")
+        write(f"   {cost['step_gflops']:,.0f} GFLOP and {cost['memory_mib']:,.0f} MiB for a step of one image\n" if cost else "\n")
+    for group in found["groups"]:
+        parts = ", ".join(f"{method} {n:,} ({n / total:.4%})" for method, n in group["parameters"].items())
+        write(f"{group['name']:24} {len(group['modules']):4} modules  {parts}\n")
+        write("".join(f"    {name}\n" for name in group["modules"]))
 
 
 def main() -> int:
