@@ -112,6 +112,9 @@ class Adapter:
                 by_rate.setdefault(part.rates[name], []).append(parameter)
         return [{"params": parameters, "lr": rate, "rate": rate} for rate, parameters in by_rate.items()]
 
+    def said_rates(self) -> str:
+        return ", ".join(f"{group['rate']:g}" for group in self.groups())
+
     def state(self) -> State:
         """Copies of all that was learned; the base is not part of it."""
         offsets = {name: offset for part in self.parts if isinstance(part, Peft) for name, offset in part.offsets().items()}

@@ -253,8 +253,9 @@ def run_pick(args: argparse.Namespace) -> int:
 
 
 def run_retrain(args: argparse.Namespace) -> int:
-    study, _ = opened(args.study)
-    with workers(study.config) as executor:
+    if args.choice and (args.trial is not None or args.rule or args.limit):
+        raise MemControlError("--choice names the choice; --trial, --rule and --limit do not go with it")
+    with workers(config_of(args.study)) as executor:
         retrain_and_show(args.study, executor, args.trial, args.rule, args.limit, args.choice, args.out)
     return 0
 
@@ -265,19 +266,23 @@ def retrain_and_show(
 ) -> None:  # fmt: skip
     from memcontrol.display import Display, gain_lines, relative, rewards_table, said_of
     from memcontrol.retrain import BASELINE, retrain
-    from memcontrol.space import load_space
 
-    study, folder = opened(study_file)
-    if choice_file and (trial is not None or rule or limits):
-        raise MemControlError("--choice names the choice; --trial, --rule and --limit do not go with it")
-    choice = read_choice(choice_file) if choice_file else picked_record(study, trial, rule, limits).choice
-    full = next((record.choice for record in study.records() if record.anchor == "full" and record.finished), None)
+    config, folder, screen = config_of(study_file), folder_of(study_file), console()
+    choice = read_choice(choice_file) if choice_file else None
+    if choice and not searched(study_file):
+        full = transferred(config, folder, choice, executor, screen)
+    else:
+        study, _ = opened(study_file)
+        config, choice = study.config, choice or picked_record(study, trial, rule, limits).choice
+        full = next((record.choice for record in study.records() if record.anchor == "full" and record.finished), None)
     if full is None:
         raise MemControlError("the anchor 'full' has not finished, so there is no baseline to compare with; let the search run on")
-    out, screen, n_groups = out or folder / "retrain" / choice.key, console(), len(load_space(study.config.space).groups)
+    space = space_of(config)
+    space.check_choice(choice)
+    out, n_groups = out or folder / "retrain" / choice.key, len(space.groups)
     note = f"retraining {said_of(choice, n_groups)} beside {said_of(full, n_groups)}"
     with Display(screen, 0, n_groups, 2, note) as display:
-        results = retrain(study.config, choice, full, folder, out, executor, display.on_event)
+        results = retrain(config, choice, full, folder, out, executor, display.on_event)
     rewards = {name: result["rewards"] for name, result in results.items()}
     rows = [("baseline", said_of(full, n_groups), rewards[BASELINE]), ("pick", said_of(choice, n_groups), rewards["pick"])]
     screen.print(rewards_table(rows, "retrained on the full training set, scored on test data"))
@@ -285,6 +290,43 @@ def retrain_and_show(
     screen.print(f"model: {relative(out)} (memcontrol export {relative(out)} OUT)", highlight=False, soft_wrap=True)
     for line in gain_lines(rewards[BASELINE], rewards["pick"]):
         screen.print(line, highlight=False, soft_wrap=True)
+
+
+def transferred(config: Config, folder: Path, choice, executor: Executor, screen):
+    """Makes a study that was never searched ready for a choice from another one. Returns full fine-tuning to compare with."""
+    from memcontrol.display import Display
+    from memcontrol.orchestrate import only_one, prepared
+
+    space = space_of(config)
+    space.check_choice(choice)
+    with only_one(folder), Display(screen, 0, len(space.groups), 2, "reading the images of a study that was not searched") as display:
+        prepared(config, folder, executor, display.on_event)
+    screen.print("this study was not searched: full fine-tuning is at the middle of its learning rates", highlight=False, soft_wrap=True)
+    return space.anchors()["full"][1]
+
+
+def config_of(study_file: Path) -> Config:
+    from memcontrol.config import load_config
+
+    return load_config(study_file)
+
+
+def folder_of(study_file: Path) -> Path:
+    from memcontrol.config import study_folder
+
+    return study_folder(study_file, config_of(study_file).name)
+
+
+def space_of(config: Config):
+    from memcontrol.space import load_space
+
+    return load_space(config.space)
+
+
+def searched(study_file: Path) -> bool:
+    from memcontrol.study import is_searched
+
+    return is_searched(config_of(study_file), folder_of(study_file), study_file)
 
 
 def show_pairs(out: Path, rows, screen) -> None:

@@ -28,7 +28,9 @@ def derived_space(denoiser: nn.Module, base: str) -> str:
                 blocks.setdefault(parts[0], [])
                 if parts[1].isdigit() and int(parts[1]) not in blocks[parts[0]]:
                     blocks[parts[0]].append(int(parts[1]))
-    blocks = {name: numbers for name, numbers in blocks.items() if numbers or name.endswith("block")}
+    way = ("down_blocks", "mid_block", "up_blocks")  # a U-Net registers its middle last
+    kept = [name for name in blocks if blocks[name] or name.endswith("block")]
+    blocks = {name: blocks[name] for name in sorted(kept, key=lambda name: way.index(name) if name in way else len(way))}
     length = -(-sum(max(1, len(numbers)) for numbers in blocks.values()) // N_GROUPS)
     groups = {}
     for name, numbers in blocks.items():

@@ -111,14 +111,11 @@ def storage_url(config: Config, folder: Path, study_file: Path) -> str:
 
 def open_study(config: Config, folder: Path, study_file: Path, *, create: bool) -> Study:
     """The config's study. Its stored config must agree with a given one in all that numbers depend on. Raises MemControlError."""
-    url = storage_url(config, folder, study_file)
-    if not create and url.startswith("sqlite:///") and not Path(url.removeprefix("sqlite:///")).is_file():
+    known = is_searched(config, folder, study_file)
+    if not known and not create:
         raise no_study(config, study_file)
-    storage = open_storage(url)
-    names = optuna.get_all_study_names(storage)
-    if config.name not in names and not create:
-        raise no_study(config, study_file)
-    if config.name in names:
+    storage = open_storage(storage_url(config, folder, study_file))
+    if known:
         inner = optuna.load_study(study_name=config.name, storage=storage)
         return Study(inner, agreeing_config(inner, config) if create else stored_config(inner))
     objectives = list(config.rewards.objectives)
@@ -128,6 +125,13 @@ def open_study(config: Config, folder: Path, study_file: Path, *, create: bool) 
         inner.set_metric_names(objectives)
     inner.set_user_attr("config", config.model_dump_json())
     return Study(inner, config)
+
+
+def is_searched(config: Config, folder: Path, study_file: Path) -> bool:
+    """Whether the storage holds the study."""
+    url = storage_url(config, folder, study_file)
+    absent = url.startswith("sqlite:///") and not Path(url.removeprefix("sqlite:///")).is_file()
+    return not absent and config.name in optuna.get_all_study_names(open_storage(url))
 
 
 def open_storage(url: str) -> optuna.storages.BaseStorage:

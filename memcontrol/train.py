@@ -43,7 +43,7 @@ def train(
         loss = batch_loss(base, data, inner, batch_rows(len(data.mean), inner.batch_size, seed, step), generator)
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
-            raise Diverged(f"the loss became {losses[-1]} at step {step + 1} of {n_steps}")
+            raise Diverged(f"the loss became {losses[-1]} at step {step + 1} of {n_steps} (learning rate {adapter.said_rates()})")
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, inner.max_grad_norm)

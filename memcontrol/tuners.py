@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -309,7 +310,10 @@ class Peft(Part):
 
         self.denoiser, self.method = denoiser, method
         self.config = PEFT[method](targets)
-        with torch.random.fork_rng(devices=[]):
+        if hasattr(denoiser, "peft_config"):
+            del denoiser.peft_config  # another method's, on other modules; its layers stay
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of norms for LN tuning, of block sizes that must divide a width
             torch.manual_seed(seed)  # peft draws its start from the global generator
             inject_adapter_in_model(self.config, denoiser)
         self.layers = {target.module: denoiser.get_submodule(target.module) for target in targets}
@@ -384,7 +388,7 @@ class Peft(Part):
             layer.merge()
             total += weight * (layer.get_base_layer().weight - original)
             layer.merged_adapters.clear()
-        base.copy_(before)
+        base.data = before  # merging may have left another memory layout, which rounds otherwise
         for key, tensor in kept.items():
             self.trained[key].copy_(tensor)
         found = {key: self.start[key] for key in own} | {f"{name}.offset": total}

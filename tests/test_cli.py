@@ -1,5 +1,6 @@
 """The command line: every command has help and stands in the README, --json is pure, mistakes end in one line."""
 
+import json
 import re
 import subprocess
 import sys

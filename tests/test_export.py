@@ -68,7 +68,7 @@ def in_plain_diffusers(jobs):
 
 def test_fused_pipelines_of_every_family_and_lora_files_load_in_plain_diffusers(tmp_path):
     jobs, expected = [], []
-    fused = {"tiny": "difffit", "sd-v": "svdiff", "sdxl": "loha", "sd3": "svdiff", "flux": "attention", "pixart": "norm", "sana": "lokr", "ddpm": "difffit"}
+    fused = {"tiny": "difffit", "sd-v": "svdiff", "sdxl": "loha", "sd3": "svdiff", "flux": "attention", "pixart": "bias", "sana": "lokr", "ddpm": "difffit"}
     for family, method in fused.items():
         base = "tiny" if family == "tiny" else str(build(family, tmp_path / family))
         call = CALLS.get(family, CALL)

@@ -56,7 +56,7 @@ def test_encoding_is_the_autoencoders_and_happens_once(base, tmp_path, monkeypat
         pixels = torch.from_numpy(images.pixels()).float() / 127.5 - 1
         expected = base.pipeline.vae.encode(pixels).latent_dist.mean * base.pipeline.vae.config.scaling_factor
     assert torch.allclose(encoded.mean, expected, atol=1e-5) and (encoded.deviation > 0).all()
-    text = base.encode_captions(images.captions)
+    text = base.encode_captions(images.captions)["prompt_embeds"]
     assert torch.allclose(encoded.texts(encoded.caption_rows)["prompt_embeds"], text, atol=1e-5)
     assert torch.allclose(encoded.text["prompt_embeds"][0], base.encode_captions([""])["prompt_embeds"][0], atol=1e-5)
     monkeypatch.setattr(type(base), "encode_images", lambda *_: 1 / 0)
