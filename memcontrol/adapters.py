@@ -1,52 +1,102 @@
-"""Owns what is trained: injects a choice's trainable tensors into a denoiser, saves, loads, fuses and removes them."""
+"""Owns what a choice trains in one denoiser: injects it, and saves, loads, averages, fuses and removes it as a whole."""
 
 from __future__ import annotations
 
 import json
-import math
-import re
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from memcontrol.errors import MemControlError
 from memcontrol.files import replacing
 from memcontrol.seeds import seed_of
-from memcontrol.space import Choice
+from memcontrol.space import EVERYTHING, Choice, SearchSpace
+from memcontrol.tuners import PEFT, DiffFit, Part, Peft, State, SvDiff, Target, Weights, is_norm, last_linear, output_layer, suits
 
-LORA_FILE = "pytorch_lora_weights.safetensors"  # the name and keys that diffusers' load_lora_weights reads
-WEIGHTS_FILE = "trained_weights.safetensors"
-
-
-def adaptable_modules(denoiser: nn.Module) -> list[str]:
-    """Names of the Linear and Conv2d modules, the ones that a search space's patterns are matched against."""
-    return [name for name, module in denoiser.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+ADAPTER_FILE = "adapter.safetensors"
 
 
-class Adapter(ABC):
+def trainable_modules(denoiser: nn.Module) -> list[str]:
+    """Names that a space's patterns are matched against: modules with parameters of their own, attention and feed-forward blocks."""
+    return [
+        name
+        for name, module in denoiser.named_modules()
+        if name and (next(module.parameters(recurse=False), None) is not None or last_linear(module))
+    ]
+
+
+def targets_of(denoiser: nn.Module, space: SearchSpace, choice: Choice) -> list[Target]:
+    """What a choice trains: first what the space always trains, then its groups.
+
+    Raises MemControlError: an unknown group, or a method with nothing to train in a group.
+    """
+    if choice.method == "none":
+        return []
+    space.check_choice(choice)
+    names = trainable_modules(denoiser)
+
+    def suited(modules: Sequence[str], method: str) -> list[str]:
+        return [name for name in modules if suits(method, denoiser.get_submodule(name))]
+
+    found = [Target(name, method, choice.learning_rate) for method, always in space.always_names(names) for name in suited(always, method)]
+    modules = space.module_names(names)
+    for group in choice.groups:
+        setting = choice.setting(group)
+        own = suited(modules[group], setting.method)
+        if not own:
+            raise MemControlError(f"space '{space.name}': method {setting.method} finds nothing to train in group '{group}'")
+        found += [Target(name, setting.method, setting.learning_rate, setting.rank, space.groups[group].alpha) for name in own]
+    return found
+
+
+def check_space(denoiser: nn.Module, space: SearchSpace) -> None:
+    """Raises MemControlError where a pattern matches nothing, groups share a module, or a method suits no module of its group."""
+    for method in space.methods:
+        targets = targets_of(denoiser, space, space.choice(space.groups_for(method), method, 0.5))
+        check_ownership(denoiser, targets, space)
+
+
+def check_ownership(denoiser: nn.Module, targets: Sequence[Target], space: SearchSpace) -> None:
+    """Raises MemControlError where two mechanisms would change one weight, whose changes could then not be told apart."""
+    owners: dict[str, str] = {}
+    for target in targets:
+        scaled = target.method == "difffit" and not is_norm(denoiser.get_submodule(target.module))
+        mechanism = None if target.method == "bias" else "scales" if scaled else target.method if target.method in WRAPPING else "weights"
+        name = output_layer(denoiser, target.module) if scaled else target.module
+        if mechanism and owners.setdefault(name, mechanism) != mechanism:
+            raise MemControlError(
+                f"space '{space.name}': module '{name}' is trained as {owners[name]} and as {mechanism} in one choice; "
+                "take it out of one group or of 'always'"
+            )
+
+
+def direct(denoiser: nn.Module, target: Target) -> dict[str, nn.Parameter]:
+    """The existing parameters that a target trains as they are."""
+    module = denoiser.get_submodule(target.module)
+    own = dict(module.named_parameters(recurse=False))
+    if target.method in WRAPPING:
+        own = {}
+    elif target.method == "bias" or (target.method == "difffit" and not is_norm(module)):
+        own = {name: parameter for name, parameter in own.items() if name == "bias"}
+    return {f"{target.module}.{name}": parameter for name, parameter in own.items()}
+
+
+WRAPPING = (*PEFT, "svdiff")
+
+
+class Adapter:
     """What a choice trains in one denoiser. Injecting changes no output; removing restores the base bit for bit."""
 
-    file: str
+    def __init__(self, denoiser: nn.Module, parts: Sequence[Part]):
+        self.denoiser, self.parts = denoiser, list(parts)
+        denoiser.requires_grad_(False)
+        for parameter in self.parameters():
+            parameter.requires_grad_(True)
 
-    @abstractmethod
-    def named_parameters(self) -> dict[str, nn.Parameter]: ...
-
-    @abstractmethod
-    def save(self, folder: Path, description: dict) -> None:
-        """Writes the trained tensors to folder/file as safetensors, what they are in its header."""
-
-    @abstractmethod
-    def load(self, folder: Path) -> None: ...
-
-    @abstractmethod
-    def fuse(self) -> None:
-        """Moves what was learned into the denoiser's own weights and leaves a plain diffusers model."""
-
-    @abstractmethod
-    def remove(self) -> None: ...
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        return {name: parameter for part in self.parts for name, parameter in part.trained.items()}
 
     def parameters(self) -> list[nn.Parameter]:
         return list(self.named_parameters().values())
@@ -54,102 +104,71 @@ class Adapter(ABC):
     def n_trained(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
 
+    def groups(self) -> list[dict]:
+        """Optimizer groups: parameters that share a learning rate, which is also kept under `rate`."""
+        by_rate: dict[float, list[nn.Parameter]] = {}
+        for part in self.parts:
+            for name, parameter in part.trained.items():
+                by_rate.setdefault(part.rates[name], []).append(parameter)
+        return [{"params": parameters, "lr": rate, "rate": rate} for rate, parameters in by_rate.items()]
 
-class Weights(Adapter):
-    """Trains existing weights: attention projections of the chosen groups, the whole denoiser, or nothing."""
+    def said_rates(self) -> str:
+        return ", ".join(f"{group['rate']:g}" for group in self.groups())
 
-    file = WEIGHTS_FILE
-
-    def __init__(self, denoiser: nn.Module, parameters: dict[str, nn.Parameter]):
-        self.trained = parameters
-        self.original = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-        for parameter in parameters.values():
-            parameter.requires_grad_(True)
-
-    def named_parameters(self) -> dict[str, nn.Parameter]:
-        return self.trained
-
-    def save(self, folder: Path, description: dict) -> None:
-        from safetensors.torch import save_file
-
-        with replacing(folder / self.file) as part:
-            save_file({name: parameter.detach().cpu().contiguous() for name, parameter in self.trained.items()}, part, header(description))
-
-    def load(self, folder: Path) -> None:
-        from safetensors.torch import load_file
-
-        self.copy_in(load_file(folder / self.file))
+    def state(self) -> State:
+        """Copies of all that was learned; the base is not part of it."""
+        offsets = {name: offset for part in self.parts if isinstance(part, Peft) for name, offset in part.offsets().items()}
+        return {name: parameter.detach().clone() for name, parameter in self.named_parameters().items()} | offsets
 
     @torch.no_grad()
-    def copy_in(self, tensors: dict[str, Tensor]) -> None:
-        if tensors.keys() != self.trained.keys():
-            raise MemControlError(f"{self.file} holds other tensors than this choice trains; it belongs to another base or space")
-        for name, parameter in self.trained.items():
-            parameter.copy_(tensors[name])
+    def load_state(self, state: State) -> None:
+        """Raises MemControlError where the state belongs to another choice, base or space."""
+        trained = self.named_parameters()
+        learned = {name: tensor for name, tensor in state.items() if not name.endswith(".offset")}
+        wrong = [name for name in trained.keys() ^ learned.keys()]
+        wrong += [name for name in trained.keys() & learned.keys() if trained[name].shape != learned[name].shape]
+        if wrong:
+            raise MemControlError(f"the saved adapter does not fit this choice (for one, '{min(wrong)}'); it belongs to another base or space")
+        for name, parameter in trained.items():
+            parameter.copy_(learned[name])
+        for part in self.parts:
+            part.load(state)
 
-    def fuse(self) -> None:
-        for parameter in self.trained.values():
-            parameter.requires_grad_(False)
+    def average(self, states: Sequence[State], weights: Sequence[float]) -> State:
+        """The state whose change of every weight is the weighted mean of the states' changes; weights are normalised.
 
-    def remove(self) -> None:
-        self.copy_in(self.original)
-        self.fuse()
-
-
-class Lora(Adapter):
-    """Low-rank adaptation through the peft library, alpha = rank (Hu et al. 2021, arXiv 2106.09685)."""
-
-    file = LORA_FILE
-
-    def __init__(self, denoiser: nn.Module, modules: Sequence[str], rank: int, seed: int):
-        from peft import LoraConfig, inject_adapter_in_model
-
-        pattern = "|".join(re.escape(name) for name in modules)  # a string: peft shortens long lists to suffixes
-        self.denoiser = denoiser
-        self.config = LoraConfig(r=rank, lora_alpha=rank, target_modules=pattern)
-        inject_adapter_in_model(self.config, denoiser)
-        generator = torch.Generator().manual_seed(seed)
-        for name, parameter in self.named_parameters().items():
-            if ".lora_A." in name:  # peft's own start, drawn again from our generator
-                bound = math.sqrt(6 / ((1 + 5) * parameter[0].numel()))
-                drawn = torch.rand(parameter.shape, generator=generator) * 2 * bound - bound
-                parameter.data.copy_(drawn)
-
-    def named_parameters(self) -> dict[str, nn.Parameter]:
-        return {name: parameter for name, parameter in self.denoiser.named_parameters() if ".lora_" in name}
+        Exact for every method (to rounding): where parameters do not average, the mean change is kept as an offset or folded
+        into factors. Spectral shifts average the singular values after relu.
+        """
+        total = sum(weights)
+        weights = [weight / total for weight in weights]
+        names = {name for state in states for name in state}
+        mean = {name: sum(w * state[name] for w, state in zip(weights, states) if name in state) for name in sorted(names)}
+        for part in self.parts:
+            mean |= part.average(mean, states, weights)
+        return mean
 
     def save(self, folder: Path, description: dict) -> None:
-        """The standard LoRA file, with its configuration in the header: without it a reader guesses alpha."""
-        from diffusers.utils import convert_state_dict_to_diffusers
-        from peft import get_peft_model_state_dict
+        """Writes what was learned to folder/adapter.safetensors, what it is in the header."""
         from safetensors.torch import save_file
 
-        state = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.denoiser))
-        tensors = {f"unet.{name}": tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-        settings = {f"unet.{key}": value for key, value in plain(self.config.to_dict()).items()}
-        with replacing(folder / self.file) as part:
-            save_file(tensors, part, header(description) | {"lora_adapter_metadata": json.dumps(settings, sort_keys=True)})
+        with replacing(folder / ADAPTER_FILE) as part:
+            save_file({name: tensor.cpu().contiguous() for name, tensor in self.state().items()}, part, header(description))
 
     def load(self, folder: Path) -> None:
-        from diffusers.utils import convert_unet_state_dict_to_peft
-        from peft import set_peft_model_state_dict
         from safetensors.torch import load_file
 
-        stored = {name.removeprefix("unet."): tensor for name, tensor in load_file(folder / self.file).items()}
-        result = set_peft_model_state_dict(self.denoiser, convert_unet_state_dict_to_peft(stored))
-        lost = [name for name in (*result.unexpected_keys, *result.missing_keys) if ".lora_" in name]
-        if lost:
-            raise MemControlError(f"{self.file} does not fit this choice (for one, '{lost[0]}'); it belongs to another base or space")
+        self.load_state(load_file(folder / ADAPTER_FILE))
 
     def fuse(self) -> None:
-        for layer in lora_layers(self.denoiser).values():
-            layer.merge()
-        self.remove()
+        """Moves what was learned into the denoiser's own weights and leaves a plain diffusers model."""
+        for part in reversed(self.parts):
+            part.fuse()
+        self.denoiser.requires_grad_(False)
 
     def remove(self) -> None:
-        for name, layer in lora_layers(self.denoiser).items():
-            self.denoiser.set_submodule(name, layer.get_base_layer())
-        del self.denoiser.peft_config
+        for part in reversed(self.parts):
+            part.remove()
         self.denoiser.requires_grad_(False)
 
 
@@ -157,26 +176,33 @@ def header(description: dict) -> dict[str, str]:
     return {"format": "pt", "memcontrol": json.dumps(description, sort_keys=True)}
 
 
-def plain(settings: dict) -> dict:
-    """peft's configuration as JSON can hold it."""
-    return {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
+def inject(
+    denoiser: nn.Module, space: SearchSpace, choice: Choice, seed: int, *, cache: Path | None = None, norm_shift_rate: float | None = None
+) -> Adapter:
+    """Freezes the denoiser and makes trainable what the choice names.
 
-
-def lora_layers(denoiser: nn.Module) -> dict[str, nn.Module]:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return {name: module for name, module in denoiser.named_modules() if isinstance(module, BaseTunerLayer)}
-
-
-def inject(denoiser: nn.Module, modules: Sequence[str], choice: Choice, seed: int) -> Adapter:
-    """Freezes the denoiser and makes trainable what the choice names; `modules` are those of its groups."""
-    denoiser.requires_grad_(False)
-    if choice.method == "lora":
-        return Lora(denoiser, modules, choice.rank or 1, seed_of(seed, "lora"))
-    wanted = {f"{name}.{kind}" for name in modules for kind in ("weight", "bias")}
-    trained = {
-        name: parameter
-        for name, parameter in denoiser.named_parameters()
-        if choice.method == "full" or (choice.method == "attention" and name in wanted)
-    }
-    return Weights(denoiser, trained)
+    `norm_shift_rate` is the learning rate of SV-Diff's shifts of norm layers, None for the choice's own. `cache` keeps
+    singular value decompositions. Raises MemControlError.
+    """
+    if EVERYTHING in choice.groups:
+        whole = dict(denoiser.named_parameters())
+        return Adapter(denoiser, [Weights(whole, dict.fromkeys(whole, choice.learning_rate))])
+    targets = targets_of(denoiser, space, choice)
+    check_ownership(denoiser, targets, space)
+    plain, rates = {}, {}
+    for target in targets:  # before anything is wrapped: names and parameters are the base's own
+        found = direct(denoiser, target)
+        plain |= found
+        rates |= dict.fromkeys(found, target.rate)
+    parts: list[Part] = [Weights(plain, rates)] if plain else []
+    for method, size in dict.fromkeys((target.method, target.rank if target.method == "oft" else None) for target in targets):
+        own = [target for target in targets if target.method == method and (method != "oft" or target.rank == size)]
+        own = list({target.module: target for target in own}.values())
+        if method in PEFT:
+            parts.append(Peft(denoiser, method, own, seed_of(seed, method)))
+        elif method == "svdiff":
+            parts.append(SvDiff(denoiser, own, norm_shift_rate, cache))
+        elif method == "difffit":
+            scaled = [target for target in own if not is_norm(denoiser.get_submodule(target.module))]
+            parts += [DiffFit(denoiser, scaled)] if scaled else []
+    return Adapter(denoiser, parts)

@@ -67,15 +67,18 @@ def parser() -> argparse.ArgumentParser:
     export = command("export", run_export, "write a run's model for plain diffusers")
     export.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a run folder, of a trial or of retrain")
     export.add_argument("out", type=Path, metavar="OUT", help="new folder")
-    export.add_argument("--format", choices=("adapter", "pipeline"), help="default: adapter for LoRA, pipeline for anything else")
+    export.add_argument("--format", choices=("adapter", "pipeline", "denoiser"), help="default: adapter for LoRA, pipeline for anything else")
 
     spaces = command("spaces", run_spaces, "list, show or check search spaces")
     actions = spaces.add_subparsers(dest="action", required=True, metavar="list | show | check", help="what to do")
     actions.add_parser("list", help="the shipped spaces")
-    actions.add_parser("show", help="print a shipped space").add_argument("name", metavar="NAME", help="of `spaces list`")
+    show = actions.add_parser("show", help="print a shipped space, or derive one")
+    show.add_argument("name", metavar="NAME", help="of `spaces list`; auto derives one from --base")
+    show.add_argument("--base", default="tiny", metavar="MODEL", help="for auto: tiny, a folder or a Hub id (default: tiny)")
     check = actions.add_parser("check", help="match a space against a base model")
     check.add_argument("name", metavar="NAME_OR_FILE", help="a shipped space or a YAML file")
-    check.add_argument("--base", default="tiny", metavar="MODEL", help="tiny, a folder or a Hub id (default: tiny)")
+    check.add_argument("--base", default="tiny", metavar="MODEL", help="tiny, a folder (config.json files suffice) or a Hub id (default: tiny)")
+    check.add_argument("--json", action="store_true", help="one JSON document on stdout")
     return top
 
 
@@ -250,8 +253,9 @@ def run_pick(args: argparse.Namespace) -> int:
 
 
 def run_retrain(args: argparse.Namespace) -> int:
-    study, _ = opened(args.study)
-    with workers(study.config) as executor:
+    if args.choice and (args.trial is not None or args.rule or args.limit):
+        raise MemControlError("--choice names the choice; --trial, --rule and --limit do not go with it")
+    with workers(config_of(args.study)) as executor:
         retrain_and_show(args.study, executor, args.trial, args.rule, args.limit, args.choice, args.out)
     return 0
 
@@ -262,19 +266,23 @@ def retrain_and_show(
 ) -> None:  # fmt: skip
     from memcontrol.display import Display, gain_lines, relative, rewards_table, said_of
     from memcontrol.retrain import BASELINE, retrain
-    from memcontrol.space import load_space
 
-    study, folder = opened(study_file)
-    if choice_file and (trial is not None or rule or limits):
-        raise MemControlError("--choice names the choice; --trial, --rule and --limit do not go with it")
-    choice = read_choice(choice_file) if choice_file else picked_record(study, trial, rule, limits).choice
-    full = next((record.choice for record in study.records() if record.anchor == "full" and record.finished), None)
+    config, folder, screen = config_of(study_file), folder_of(study_file), console()
+    choice = read_choice(choice_file) if choice_file else None
+    if choice and not searched(study_file):
+        full = transferred(config, folder, choice, executor, screen)
+    else:
+        study, _ = opened(study_file)
+        config, choice = study.config, choice or picked_record(study, trial, rule, limits).choice
+        full = next((record.choice for record in study.records() if record.anchor == "full" and record.finished), None)
     if full is None:
         raise MemControlError("the anchor 'full' has not finished, so there is no baseline to compare with; let the search run on")
-    out, screen, n_groups = out or folder / "retrain" / choice.key, console(), len(load_space(study.config.space).groups)
+    space = space_of(config)
+    space.check_choice(choice)
+    out, n_groups = out or folder / "retrain" / choice.key, len(space.groups)
     note = f"retraining {said_of(choice, n_groups)} beside {said_of(full, n_groups)}"
     with Display(screen, 0, n_groups, 2, note) as display:
-        results = retrain(study.config, choice, full, folder, out, executor, display.on_event)
+        results = retrain(config, choice, full, folder, out, executor, display.on_event)
     rewards = {name: result["rewards"] for name, result in results.items()}
     rows = [("baseline", said_of(full, n_groups), rewards[BASELINE]), ("pick", said_of(choice, n_groups), rewards["pick"])]
     screen.print(rewards_table(rows, "retrained on the full training set, scored on test data"))
@@ -282,6 +290,43 @@ def retrain_and_show(
     screen.print(f"model: {relative(out)} (memcontrol export {relative(out)} OUT)", highlight=False, soft_wrap=True)
     for line in gain_lines(rewards[BASELINE], rewards["pick"]):
         screen.print(line, highlight=False, soft_wrap=True)
+
+
+def transferred(config: Config, folder: Path, choice, executor: Executor, screen):
+    """Makes a study that was never searched ready for a choice from another one. Returns full fine-tuning to compare with."""
+    from memcontrol.display import Display
+    from memcontrol.orchestrate import only_one, prepared
+
+    space = space_of(config)
+    space.check_choice(choice)
+    with only_one(folder), Display(screen, 0, len(space.groups), 2, "reading the images of a study that was not searched") as display:
+        prepared(config, folder, executor, display.on_event)
+    screen.print("this study was not searched: full fine-tuning is at the middle of its learning rates", highlight=False, soft_wrap=True)
+    return space.anchors()["full"][1]
+
+
+def config_of(study_file: Path) -> Config:
+    from memcontrol.config import load_config
+
+    return load_config(study_file)
+
+
+def folder_of(study_file: Path) -> Path:
+    from memcontrol.config import study_folder
+
+    return study_folder(study_file, config_of(study_file).name)
+
+
+def space_of(config: Config):
+    from memcontrol.space import load_space
+
+    return load_space(config.space)
+
+
+def searched(study_file: Path) -> bool:
+    from memcontrol.study import is_searched
+
+    return is_searched(config_of(study_file), folder_of(study_file), study_file)
 
 
 def show_pairs(out: Path, rows, screen) -> None:
@@ -326,22 +371,46 @@ def run_spaces(args: argparse.Namespace) -> int:
     if args.action == "list":
         for name in shipped_spaces():
             space = load_space(name)
-            sys.stdout.write(f"{name:16} {len(space.groups):3} groups  {space.description}\n")
+            sys.stdout.write(f"{name:26} {len(space.groups):3} groups  {space.description}\n")
         return 0
-    space = load_space(args.name)
     if args.action == "show":
-        if args.name not in shipped_spaces():
-            raise MemControlError(f"space '{args.name}' is not shipped; shipped are {', '.join(shipped_spaces())}")
-        sys.stdout.write(shipped_spaces()[args.name].read_text(encoding="utf-8"))
+        sys.stdout.write(shown_space(args.name, args.base))
         return 0
-    from memcontrol.adapters import adaptable_modules
+    from memcontrol.cost import survey
     from memcontrol.models import empty_denoiser
 
-    denoiser = empty_denoiser(args.base)
-    sizes = {name: sum(parameter.numel() for parameter in module.parameters()) for name, module in denoiser.named_modules()}
-    for group, modules in space.module_names(adaptable_modules(denoiser)).items():
-        sys.stdout.write(f"{group:12} {len(modules):4} modules {sum(sizes[name] for name in modules):12,} parameters\n")
+    found = survey(empty_denoiser(args.base), load_space(args.name))
+    if args.json:
+        out_json(found)
+    else:
+        print_survey(found)
     return 0
+
+
+def shown_space(name: str, base: str) -> str:
+    from memcontrol.space import shipped_spaces
+
+    if name == "auto":
+        from memcontrol.derive import derived_space
+        from memcontrol.models import empty_denoiser
+
+        return derived_space(empty_denoiser(base), base)
+    if name not in shipped_spaces():
+        raise MemControlError(f"space '{name}' is not shipped; shipped are {', '.join(shipped_spaces())}; 'auto' derives one from --base")
+    return shipped_spaces()[name].read_text(encoding="utf-8")
+
+
+def print_survey(found: dict) -> None:
+    write, total = sys.stdout.write, found["total"]
+    write(f"{total:,} parameters in all\n")
+    for method, counts in found["methods"].items():
+        cost = counts["cost"]
+        write(f"{method:12} all groups on {counts['all_on']:13,} ({counts['all_on'] / total:8.4%})   off {counts['all_off']:13,}")
+        write(f"   {cost['step_gflops']:,.0f} GFLOP and {cost['memory_mib']:,.0f} MiB for a step of one image\n" if cost else "\n")
+    for group in found["groups"]:
+        parts = ", ".join(f"{method} {n:,} ({n / total:.4%})" for method, n in group["parameters"].items())
+        write(f"{group['name']:24} {len(group['modules']):4} modules  {parts}\n")
+        write("".join(f"    {name}\n" for name in group["modules"]))
 
 
 def main() -> int:

@@ -44,6 +44,7 @@ class InnerConfig(Strict):
     schedule: Literal["constant", "cosine"] = "cosine"
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     caption_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    norm_shift_rate: Annotated[float, Field(gt=0)] | None = 1e-6  # of SV-Diff's norm shifts, as published; None: the choice's own
 
 
 class RewardsConfig(Strict):

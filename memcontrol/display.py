@@ -14,7 +14,7 @@ from rich.text import Text
 
 from memcontrol.executors import ENDS, Event
 from memcontrol.pick import front_of
-from memcontrol.space import Choice
+from memcontrol.space import EVERYTHING, Choice
 from memcontrol.study import Record, Study
 
 INTERVAL_SECONDS = 0.5
@@ -26,8 +26,8 @@ def said_of(choice: Choice, n_groups: int) -> str:
     if choice.method == "none":
         return "no training"
     rank = f" r{choice.rank}" if choice.rank else ""
-    groups = "" if choice.method == "full" else f", {len(choice.groups)}/{n_groups} groups"
-    return f"{choice.method}{rank}, lr {choice.learning_rate:g}{groups}"
+    groups = "" if EVERYTHING in choice.groups else f", {len(choice.groups)}/{n_groups} groups"
+    return f"{'+'.join(choice.methods)}{rank}, lr {choice.learning_rate:g}{groups}"
 
 
 class Display:

@@ -1,50 +1,135 @@
-"""Owns export: a run's fine-tuning as a standard LoRA file, or fused into a pipeline that plain diffusers loads."""
+"""Owns what leaves MemControl: a run's fine-tuning as an adapter file, as a fused denoiser, or as a fused pipeline."""
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
-from memcontrol.adapters import LORA_FILE
+import torch
+
+from memcontrol.adapters import ADAPTER_FILE, Adapter, header, inject
 from memcontrol.errors import MemControlError
-from memcontrol.files import disk_full_named, read_json
+from memcontrol.files import disk_full_named, read_json, replacing
+from memcontrol.models import denoiser_name, open_pipeline
+from memcontrol.run import chosen_adapter
+from memcontrol.space import Choice, parse_space
 from memcontrol.spec import RESULT, Spec, read_spec
 
-FORMATS = ("adapter", "pipeline")
+FORMATS = ("adapter", "pipeline", "denoiser")
+LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers' load_lora_weights looks for
+COMFYUI_FILE = "comfyui/lora.safetensors"
 
 
 def export(run: Path, out: Path, format: str | None = None) -> Path:
     """Writes the run's model to the new folder `out`. By default a LoRA as an adapter, anything else as a pipeline.
 
-    Raises MemControlError: no finished run, `out` in use, or an adapter asked of what is no LoRA.
+    adapter: a LoRA or DoRA as diffusers' and ComfyUI's LoRA files, other adapters of peft in peft's format, and whatever is
+    no LoRA as a file for `memcontrol.load_adapter`. Raises MemControlError: no finished run, or `out` in use.
     """
     spec = read_spec(run)
     if not (run / RESULT).is_file() or read_json(run / RESULT)["state"] != "COMPLETE":
         raise MemControlError(f"run {run} has not finished; export takes finished runs")
-    is_lora = spec.choice.method == "lora"
-    format = format or ("adapter" if is_lora else "pipeline")
-    if format not in FORMATS:
+    if format not in (None, *FORMATS):
         raise MemControlError(f"format '{format}' is unknown; allowed: {', '.join(FORMATS)}")
-    if format == "adapter" and not is_lora:
-        raise MemControlError(f"run {run} trained '{spec.choice.method}', which is no LoRA; use --format pipeline")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise MemControlError(f"{out} exists and is not an empty folder; give another one")
     with disk_full_named(out):
+        pipeline = open_pipeline(spec.config.base)
+        denoiser = getattr(pipeline, denoiser_name(pipeline))
+        adapter = chosen_adapter(denoiser, spec)
+        adapter.load(run)
+        config = lone_config(adapter)
+        is_lora = config is not None and config.peft_type == "LORA"
         out.mkdir(parents=True, exist_ok=True)
-        if format == "adapter":
-            shutil.copyfile(run / LORA_FILE, out / LORA_FILE)
+        if (format or ("adapter" if is_lora else "pipeline")) == "adapter":
+            if is_lora:
+                write_lora(adapter, denoiser_name(pipeline), out, spec)
+            else:
+                shutil.copyfile(run / ADAPTER_FILE, out / ADAPTER_FILE)
+                write_peft(adapter, out)
         else:
-            fused_pipeline(run, spec).save_pretrained(out)
+            adapter.fuse()
+            (denoiser if format == "denoiser" else pipeline).save_pretrained(out)
     return out
 
 
-def fused_pipeline(run: Path, spec: Spec):
-    """The base's own pipeline, scheduler included, with what the run learned in its weights."""
-    from memcontrol.models import open_pipeline
-    from memcontrol.run import chosen_adapter
+def lone_config(adapter: Adapter):
+    """peft's configuration, where the adapter is one of peft's and nothing else."""
+    configs = [getattr(part, "config", None) for part in adapter.parts]
+    dense = any(name.endswith(".offset") for name in adapter.state())
+    return configs[0] if len(configs) == 1 and not dense else None
 
-    pipeline = open_pipeline(spec.config.base)
-    adapter = chosen_adapter(pipeline.unet, spec)
-    adapter.load(run)
-    adapter.fuse()
-    return pipeline
+
+def peft_state(adapter: Adapter) -> dict[str, torch.Tensor]:
+    from peft import get_peft_model_state_dict
+
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in get_peft_model_state_dict(adapter.denoiser).items()}
+
+
+def write_lora(adapter: Adapter, prefix: str, out: Path, spec: Spec) -> None:
+    """The standard LoRA file, its configuration in the header (without it a reader guesses alpha), and one for ComfyUI."""
+    from safetensors.torch import save_file
+
+    config, state = lone_config(adapter), peft_state(adapter)
+    settings = {f"{prefix}.{key}": value for key, value in plain(config.to_dict()).items()}
+    metadata = header(spec.description()) | {"lora_adapter_metadata": json.dumps(settings, sort_keys=True)}
+    (out / COMFYUI_FILE).parent.mkdir()
+    with replacing(out / LORA_FILE) as part:
+        save_file({f"{prefix}.{name}": tensor for name, tensor in state.items()}, part, metadata)
+    with replacing(out / COMFYUI_FILE) as part:
+        save_file(comfyui_state(adapter, prefix, state), part, header(spec.description()))
+
+
+def comfyui_state(adapter: Adapter, prefix: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """ComfyUI reads a U-Net's LoRA under kohya's names and a transformer's under diffusers' ones; alpha is a tensor beside each."""
+    ends = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight", "lora_magnitude_vector": "dora_scale"}
+    found = {}
+    for module, layer in adapter.parts[0].layers.items():
+        name = f"lora_unet_{module.replace('.', '_')}" if prefix == "unet" else f"{prefix}.{module}"
+        for end, kohya in ends.items():
+            if f"{module}.{end}" in state:
+                found[f"{name}.{kohya if prefix == 'unet' else end}"] = state[f"{module}.{end}"]
+        found[f"{name}.alpha"] = torch.tensor(float(layer.scaling["default"] * layer.r["default"]))
+    return found
+
+
+def write_peft(adapter: Adapter, out: Path) -> None:
+    """adapter_config.json and adapter_model.safetensors, as PeftModel.from_pretrained reads them, where all is of one peft method."""
+    from safetensors.torch import save_file
+
+    config = lone_config(adapter)
+    if config is not None:
+        config.save_pretrained(out)
+        with replacing(out / "adapter_model.safetensors") as part:
+            save_file({f"base_model.model.{name}": tensor for name, tensor in peft_state(adapter).items()}, part, {"format": "pt"})
+
+
+def plain(settings: dict) -> dict:
+    """peft's configuration as JSON can hold it."""
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
+
+
+def load_adapter(pipeline, path: str | Path) -> Adapter:
+    """Puts an exported adapter into a pipeline: a file, or the folder that `export --format adapter` or a run wrote.
+
+    The result can `fuse()` or `remove()` itself. Raises MemControlError where the file is not MemControl's or does not fit.
+    """
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    path = Path(path)
+    if path.is_dir():
+        path = next((path / name for name in (ADAPTER_FILE, LORA_FILE) if (path / name).is_file()), path)
+    if not path.is_file():
+        raise MemControlError(f"{path} holds no adapter; give a run folder, or what `memcontrol export --format adapter` wrote")
+    with safe_open(path, "pt") as opened:
+        described = (opened.metadata() or {}).get("memcontrol")
+    if described is None:
+        raise MemControlError(f"{path} was not written by memcontrol; load it with the library that it came from")
+    values, prefix = json.loads(described), denoiser_name(pipeline)
+    space = parse_space(values["space"], values["config"]["space"])
+    adapter = inject(getattr(pipeline, prefix), space, Choice.from_dict(values["choice"]), 0)
+    state = {name.removeprefix(f"{prefix}."): tensor for name, tensor in load_file(path).items()}
+    adapter.load_state({f"{name}.weight" if name.endswith("lora_magnitude_vector") else name: tensor for name, tensor in state.items()})
+    return adapter

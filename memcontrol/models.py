@@ -1,4 +1,4 @@
-"""Owns the base: a diffusers text-to-image pipeline behind losses() and sample(), and its cached latents and embeddings."""
+"""Owns the base: a diffusers pipeline behind losses() and sample(), and its cached latents and caption encodings."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from memcontrol.data import Images
 from memcontrol.errors import MemControlError
+from memcontrol.families import Family, Text, Unconditional, family_of
 from memcontrol.files import replacing
 
 TINY = Path(__file__).parent / "assets" / "tiny"
@@ -27,31 +28,45 @@ def base_path(name: str) -> str:
 def load_base(name: str) -> Base:
     """`tiny`, a local folder or a Hub id in diffusers' format. Raises MemControlError."""
     pipeline = open_pipeline(name)
-    from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
+    from diffusers import DDIMPipeline, DDPMScheduler, DPMSolverMultistepScheduler
 
-    pipeline.set_progress_bar_config(disable=True)
+    family = family_of(type(pipeline).__name__, name)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    settings = pipeline.scheduler.config
+    schedule = pipeline.scheduler if family.flow else DDPMScheduler.from_config(settings)
+    if isinstance(family, Unconditional):
+        pipeline = DDIMPipeline(pipeline.unet, pipeline.scheduler)  # eta = 0: an image depends on its first noise alone
+    elif not family.flow:
+        pipeline.scheduler = DPMSolverMultistepScheduler.from_config(settings)
+    pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device)
-    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
-        part.requires_grad_(False).eval()
-    schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
-    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
-    return Base(pipeline, schedule, device)
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.requires_grad_(False).eval()
+    return Base(pipeline, family, schedule, device)
 
 
 def open_pipeline(name: str):
     """The pipeline as plain diffusers reads it. Raises MemControlError."""
     quiet_libraries()
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline
 
     path = base_path(name)
     if not os.path.isdir(path) and (path.startswith((".", "/")) or path.count("/") != 1):
         raise MemControlError(f"base '{name}': no such folder; give 'tiny', a folder in diffusers' format, or a Hub id (owner/name)")
     try:
-        return StableDiffusionPipeline.from_pretrained(path, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+        kind = DiffusionPipeline.load_config(path).get("_class_name", "")
+        family_of(kind, name)
+        unneeded = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        return DiffusionPipeline.from_pretrained(path, **(unneeded if kind == "StableDiffusionPipeline" else {}))
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise MemControlError(f"base '{name}' cannot be loaded as a Stable Diffusion pipeline: {reason}") from None
+        raise MemControlError(f"base '{name}' cannot be loaded as a diffusers pipeline: {reason}") from None
+
+
+def denoiser_name(pipeline) -> str:
+    """The pipeline's component that is fine-tuned."""
+    return "unet" if getattr(pipeline, "unet", None) is not None else "transformer"
 
 
 def quiet_libraries() -> None:
@@ -68,12 +83,16 @@ def quiet_libraries() -> None:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A data set as the denoiser sees it: the latent posterior of each image and the embedding of each distinct caption."""
+    """A data set as the denoiser sees it: the latent posterior of each image and the encodings of each distinct caption."""
 
     mean: Tensor  # [N, C, h, w], scaled
     deviation: Tensor  # [N, C, h, w], scaled
-    embeddings: Tensor  # [U, L, D]; row 0 is the empty caption
-    caption_rows: Tensor  # [N], into embeddings
+    text: Text  # each [U, ...]; row 0 is the empty caption
+    caption_rows: Tensor  # [N], into text
+
+    def texts(self, rows: Tensor) -> Text:
+        """Encodings of the captions in `rows` [B] of `text`."""
+        return {name: tensor[rows] for name, tensor in self.text.items()}
 
 
 @dataclass
@@ -81,79 +100,112 @@ class Base:
     """A frozen pipeline on one device; trials put their adapters into `denoiser` and take them out again."""
 
     pipeline: object
+    family: Family
     schedule: object
     device: torch.device
 
     @property
     def denoiser(self) -> torch.nn.Module:
-        return self.pipeline.unet
+        return getattr(self.pipeline, self.family.denoiser)
+
+    @property
+    def pixels_per_latent(self) -> int:
+        return getattr(self.pipeline, "vae_scale_factor", 1)
 
     @property
     def resolution(self) -> int:
         """Pixels of a side of the images that the base was made for."""
-        return self.denoiser.config.sample_size * self.pipeline.vae_scale_factor
+        side = self.denoiser.config.get("sample_size") or self.pipeline.default_sample_size
+        return side * self.pixels_per_latent
 
     @property
     def side_multiple(self) -> int:
         """Image sides must be a multiple of this many pixels: the autoencoder's factor times the denoiser's."""
-        return self.pipeline.vae_scale_factor * 2 ** (len(self.denoiser.config.block_out_channels) - 1)
+        config = self.denoiser.config
+        inner = 2 ** (len(config.block_out_channels) - 1) if "block_out_channels" in config else max(2, config.get("patch_size", 1))
+        return self.pixels_per_latent * inner
 
-    def losses(self, clean: Tensor, embeddings: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """The denoising loss of each latent [B, C, h, w], unreduced [B], and the timesteps [B] drawn (DDPM, Ho et al. 2020, eq. 14)."""
+    def noised(self, clean: Tensor, noise: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Noisy latents and targets [B, C, h, w], times [B] for the denoiser and as whole timesteps 0..999.
+
+        Diffusion: uniform timesteps (DDPM, Ho et al. 2020). Flow: logit-normal times under the schedule's shift
+        (Esser et al. 2024, arXiv 2403.03206, section 3.1).
+        """
+        if not self.family.flow:
+            timesteps = torch.randint(self.schedule.config.num_train_timesteps, (len(clean),), generator=generator).to(self.device)
+            velocity = self.schedule.config.prediction_type == "v_prediction"
+            target = self.schedule.get_velocity(clean, noise, timesteps) if velocity else noise
+            return self.schedule.add_noise(clean, noise, timesteps), target, timesteps, timesteps
+        share = torch.sigmoid(torch.randn(len(clean), generator=generator)).to(self.device)
+        shift = self.schedule.config.get("shift") or self.schedule.config.get("flow_shift") or 1.0
+        share = shift * share / (1 + (shift - 1) * share)
+        level = share.view(-1, 1, 1, 1)
+        return (1 - level) * clean + level * noise, noise - clean, 1000 * share, (1000 * share).long().clamp(max=999)
+
+    def losses(self, clean: Tensor, text: Text, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """The denoising loss of each latent [B, C, h, w], unreduced [B], and the timesteps [B] drawn."""
         noise = torch.randn(clean.shape, generator=generator).to(self.device)
-        timesteps = torch.randint(self.schedule.config.num_train_timesteps, (len(clean),), generator=generator).to(self.device)
-        noisy = self.schedule.add_noise(clean, noise, timesteps)
-        predicted = self.denoiser(noisy, timesteps, embeddings).sample
-        target = noise
-        if self.schedule.config.prediction_type == "v_prediction":
-            target = self.schedule.get_velocity(clean, noise, timesteps)
+        noisy, target, times, timesteps = self.noised(clean, noise, generator)
+        predicted = self.family.predict(self.denoiser, noisy, times, text)
         return (predicted.float() - target.float()).square().mean(dim=(1, 2, 3)), timesteps
 
     @torch.no_grad()
     def encode_images(self, images: Images) -> tuple[Tensor, Tensor]:
         """Mean and deviation of the latent posterior, scaled as the denoiser expects: each [N, C, h, w]."""
-        vae, means, deviations = self.pipeline.vae, [], []
-        for start in range(0, len(images), ENCODE_BATCH):
-            pixels = torch.from_numpy(images.take(range(start, min(start + ENCODE_BATCH, len(images)))).pixels())
-            posterior = vae.encode(pixels.to(self.device).float() / 127.5 - 1).latent_dist
-            means.append(posterior.mean * vae.config.scaling_factor)
-            deviations.append(posterior.std * vae.config.scaling_factor)
+        means, deviations = zip(*(
+            self.posterior(torch.from_numpy(images.take(range(start, min(start + ENCODE_BATCH, len(images)))).pixels()))
+            for start in range(0, len(images), ENCODE_BATCH)
+        ))  # fmt: skip
         return torch.cat(means), torch.cat(deviations)
 
+    def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Of uint8 pixels [B, 3, H, W]; without an autoencoder the pixels themselves, in -1..1."""
+        scaled, vae = pixels.to(self.device).float() / 127.5 - 1, getattr(self.pipeline, "vae", None)
+        if vae is None:
+            return scaled, torch.zeros_like(scaled)
+        encoded, scale = vae.encode(scaled), vae.config.scaling_factor
+        if not hasattr(encoded, "latent_dist"):
+            return encoded.latent * scale, torch.zeros_like(encoded.latent)
+        shift = vae.config.get("shift_factor") or 0.0
+        return (encoded.latent_dist.mean - shift) * scale, encoded.latent_dist.std * scale
+
     @torch.no_grad()
-    def encode_captions(self, captions: Sequence[str]) -> Tensor:
-        """Text embeddings [N, L, D]."""
-        tokenizer = self.pipeline.tokenizer
-        chunks = []
-        for start in range(0, len(captions), ENCODE_BATCH):
-            texts = list(captions[start : start + ENCODE_BATCH])
-            tokens = tokenizer(texts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt")
-            chunks.append(self.pipeline.text_encoder(tokens.input_ids.to(self.device))[0])
-        return torch.cat(chunks)
+    def encode_captions(self, captions: Sequence[str]) -> Text:
+        """Encodings by name, each [N, ...]."""
+        chunks = [self.family.encode(self.pipeline, captions[start : start + ENCODE_BATCH]) for start in range(0, len(captions), ENCODE_BATCH)]
+        return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
 
     @torch.no_grad()
     def sample(
-        self, embeddings: Tensor, empty: Tensor, *, seeds: Sequence[int], steps: int, guidance: float, resolution: int, progress: Callable
+        self, text: Text, empty: Text, *, seeds: Sequence[int], steps: int, guidance: float, resolution: int, progress: Callable
     ) -> np.ndarray:
-        """One image for each text embedding [N, L, D] by DPM-Solver++(2M), its noise drawn from its own seed. uint8 [N, 3, H, W]."""
-        side = resolution // self.pipeline.vae_scale_factor
-        shape = (self.denoiser.config.in_channels, side, side)
-        noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+        """One image for each seed, from encodings [N, ...] and those of the empty caption [1, ...]. uint8 [N, 3, H, W].
+
+        The noise of an image follows from its own seed. Diffusion: DPM-Solver++(2M), without captions DDIM; flow: the
+        pipeline's own solver.
+        """
         images = []
-        for start in range(0, len(embeddings), ENCODE_BATCH):
-            rows = slice(start, start + ENCODE_BATCH)
-            text = embeddings[rows].to(self.device)
-            images.append(
-                self.pipeline(
-                    prompt_embeds=text, negative_prompt_embeds=empty.to(self.device).expand_as(text), latents=noise[rows].to(self.device),
-                    num_inference_steps=steps, guidance_scale=guidance, height=resolution, width=resolution, output_type="np",
-                ).images
-            )  # fmt: skip
-            progress(min(start + ENCODE_BATCH, len(embeddings)), len(embeddings))
+        for start in range(0, len(seeds), ENCODE_BATCH):
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + ENCODE_BATCH]]
+            own = {name: tensor[start : start + ENCODE_BATCH].to(self.device) for name, tensor in text.items()}
+            none = {name: tensor.expand(len(generators), *tensor.shape[1:]).to(self.device) for name, tensor in empty.items()}
+            call = self.unconditional(generators) if not text else self.conditional(generators, own, none, guidance, resolution)
+            images.append(self.pipeline(**call, num_inference_steps=steps, output_type="np").images)
+            progress(start + len(generators), len(seeds))
         return (np.concatenate(images).transpose(0, 3, 1, 2) * 255 + 0.5).astype(np.uint8)
 
+    def conditional(self, generators: Sequence[torch.Generator], text: Text, empty: Text, guidance: float, resolution: int) -> dict:
+        side = resolution // self.pixels_per_latent
+        channels = self.denoiser.config.in_channels // self.family.packing
+        noise = torch.stack([torch.randn(channels, side, side, generator=generator) for generator in generators])
+        call = self.family.sampled(self.pipeline, text, empty, guidance)
+        return {**call, "latents": self.family.latents(noise).to(self.device), "height": resolution, "width": resolution}
+
+    def unconditional(self, generators: Sequence[torch.Generator]) -> dict:
+        return {"batch_size": len(generators), "generator": list(generators)}
+
     def encoded(self, images: Images, cache: Path, base_name: str) -> Encoded:
-        """The images' latents and embeddings, computed once per content and base and kept under `cache`."""
+        """The images' latents and encodings, computed once per content and base and kept under `cache`."""
         from filelock import FileLock
         from safetensors.torch import load_file, save_file
 
@@ -162,13 +214,16 @@ class Base:
         with FileLock(f"{path}.lock"):
             if not path.exists():
                 mean, deviation = self.encode_images(images)
-                texts = list(dict.fromkeys(["", *images.captions]))
-                row_of = {text: row for row, text in enumerate(texts)}
+                captions = list(dict.fromkeys(["", *images.captions]))
+                row_of = {caption: row for row, caption in enumerate(captions)}
                 rows = torch.tensor([row_of[caption] for caption in images.captions])
-                tensors = {"mean": mean, "deviation": deviation, "embeddings": self.encode_captions(texts), "caption_rows": rows}
+                text = {f"text.{name}": tensor for name, tensor in self.encode_captions(captions).items()}
+                tensors = {"mean": mean, "deviation": deviation, "caption_rows": rows, **text}
                 with replacing(path) as part:
                     save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, part)
-        return Encoded(**load_file(path))
+        stored = load_file(path)
+        text = {name.removeprefix("text."): stored.pop(name) for name in list(stored) if name.startswith("text.")}
+        return Encoded(text=text, **stored)
 
 
 def base_digest(name: str) -> str:
@@ -184,14 +239,31 @@ def base_digest(name: str) -> str:
 
 
 def empty_denoiser(name: str) -> torch.nn.Module:
-    """The base's denoiser without its weights, on the meta device: names and shapes only. Raises MemControlError."""
+    """The base's denoiser without its weights, on the meta device: names and shapes only. Raises MemControlError.
+
+    A folder with nothing but config.json files will do: those of a pipeline (unet/ or transformer/), or the denoiser's own.
+    """
     quiet_libraries()
+    import diffusers
+
+    config = denoiser_config(name)
+    kind = config.get("_class_name", "")
+    if not hasattr(diffusers, kind):
+        raise MemControlError(f"base '{name}': its denoiser is a '{kind}', which this diffusers ({diffusers.__version__}) does not know")
+    with torch.device("meta"):
+        return getattr(diffusers, kind).from_config(config)
+
+
+def denoiser_config(name: str) -> dict:
     from diffusers import UNet2DConditionModel
 
-    try:
-        config = UNet2DConditionModel.load_config(base_path(name), subfolder="unet")
-        with torch.device("meta"):
-            return UNet2DConditionModel.from_config(config)
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise MemControlError(f"base '{name}': its unet cannot be read: {reason}") from None
+    path, reason = base_path(name), ""
+    places = ("unet", "transformer", None)
+    if os.path.isdir(path):
+        places = tuple(place for place in places if (Path(path) / (place or "") / "config.json").is_file())
+    for place in places:
+        try:
+            return UNet2DConditionModel.load_config(path, subfolder=place)
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+    raise MemControlError(f"base '{name}': no unet/config.json, transformer/config.json or config.json can be read. {reason}".strip())

@@ -13,7 +13,12 @@ from memcontrol.pick import front_of
 from memcontrol.study import Record
 
 ANCHORS = {"none": ("s", "tab:gray", "no training"), "all": ("^", "tab:blue", "plain PEFT"), "full": ("D", "tab:red", "full fine-tuning")}
+COLOURS = ("tab:cyan", "tab:orange", "tab:olive", "tab:pink", "tab:brown", "tab:purple", "gold", "teal")
 TILE, GAP, N_COLUMNS = 64, 6, 12
+
+
+def kind_of(record: Record) -> str:
+    return "+".join(record.choice.methods)
 
 
 def front_picture(records: Sequence[Record], picked: Record | None, path: Path, title: str) -> None:
@@ -26,9 +31,9 @@ def front_picture(records: Sequence[Record], picked: Record | None, path: Path, 
     x_name, y_name = list(records[0].values)[:2]
     figure, axes = pyplot.subplots(figsize=(7, 5), dpi=150, layout="constrained")
     sampled = [record for record in records if record.anchor is None]
-    for method, colour in (("lora", "tab:cyan"), ("attention", "tab:orange")):
-        points = [record for record in sampled if record.choice.method == method]
-        axes.scatter(*xy(points, x_name, y_name), s=28, color=colour, label=f"sampled: {method}", zorder=2)
+    for kind, colour in zip(sorted({kind_of(record) for record in sampled}), COLOURS):
+        points = [record for record in sampled if kind_of(record) == kind]
+        axes.scatter(*xy(points, x_name, y_name), s=28, color=colour, label=f"sampled: {kind}", zorder=2)
     points = front_of(records)
     axes.step(*xy(points, x_name, y_name), where="post", color="black", linewidth=1, label="front", zorder=1)
     for anchor, (marker, colour, label) in ANCHORS.items():

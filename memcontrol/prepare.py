@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from memcontrol.adapters import adaptable_modules
+from memcontrol.adapters import check_space
 from memcontrol.config import Config, load_config
 from memcontrol.data import Images, load_parts, parts_as_dict
 from memcontrol.errors import MemControlError
@@ -26,7 +26,7 @@ def prepare(values: dict, folder: Path, bench: Bench, warn: Callable[[str], None
     n_features = check_extractor(config.rewards.extractor)
     check_rewards(config.rewards.objectives, config.rewards.n_samples, n_features)
     base = bench.base(config.base)
-    space.module_names(adaptable_modules(base.denoiser))
+    check_space(base.denoiser, space)
     resolution = resolution_of(config, base)
     parts = load_parts(config.data, resolution, config.search.seed, warn)
     record_split(folder / "split.json", parts, config, resolution)

@@ -269,7 +269,7 @@ def trained_fraction(evidence: Evidence) -> dict[str, float]:
     return {"trained_fraction": evidence.trained_fraction}
 
 
-OBJECTIVES = ("fid", "kid", "memorization", "copy_rate", "trained_fraction")
+OBJECTIVES = ("fid", "kid", "memorization", "copy_rate", "trained_fraction", "step_gflops", "memory_mib")
 
 
 def score(evidence: Evidence) -> dict[str, float]:

@@ -9,20 +9,22 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from memcontrol.adapters import Adapter, adaptable_modules, inject
+from memcontrol.adapters import Adapter, inject
+from memcontrol.cost import cost_of
 from memcontrol.data import Images, parts_from_dict
 from memcontrol.features import load_extractor, pixel_features
 from memcontrol.files import read_json, replacing, write_json
-from memcontrol.models import Base, Encoded, load_base
+from memcontrol.models import Base, Encoded, empty_denoiser, load_base
 from memcontrol.rewards import Evidence, Views, score
 from memcontrol.seeds import seed_of
 from memcontrol.spec import RESULT, SAMPLES, Spec, read_spec
 from memcontrol.train import train
 
+
 def chosen_adapter(denoiser: torch.nn.Module, spec: Spec) -> Adapter:
     """The adapter that the spec asks for, injected into the denoiser and not yet trained."""
-    modules = spec.space.modules(adaptable_modules(denoiser), spec.choice)
-    return inject(denoiser, modules, spec.choice, spec.seed)
+    cache, norm_rate = spec.study_folder / "cache", spec.config.inner.norm_shift_rate
+    return inject(denoiser, spec.space, spec.choice, spec.seed, cache=cache, norm_shift_rate=norm_rate)
 
 
 class Bench:
@@ -58,6 +60,15 @@ class Bench:
             ("encoded", images.digest, name), lambda: self.base(name).encoded(images, spec.study_folder / "cache", name)
         )  # fmt: skip
 
+    def cost(self, spec: Spec, data: Encoded) -> dict[str, float]:
+        """What the choice costs, from shapes alone: the rewards step_gflops and memory_mib."""
+        name = spec.config.base
+        denoiser = self.once(("empty", name), lambda: empty_denoiser(name))
+        text = {key: tensor.shape[1:] for key, tensor in data.text.items()}
+        batch = spec.config.inner.batch_size
+        cost = cost_of(denoiser, spec.space, spec.choice, self.base(name).family, data.mean.shape[1:], text, batch)
+        return {"step_gflops": cost.step_gflops, "memory_mib": cost.memory_mib}
+
     def views(self, images: Images, extractor: str) -> Views:
         return self.once(("views", images.digest, extractor), lambda: views_of(images.pixels(), self.extractor(extractor)[0]))
 
@@ -71,11 +82,11 @@ def trial(folder: Path, bench: Bench, progress: Callable[[str, int, int], None])
     """Fine-tunes, samples and scores what the folder's spec.json says, and writes result.json last. Returns the result."""
     spec, started = read_spec(folder), time.monotonic()
     base, data = bench.base(spec.config.base), bench.encoded(spec)
+    cost = bench.cost(spec, data)
     adapter = chosen_adapter(base.denoiser, spec)
     try:
         log = train(
-            base, adapter, data, spec.config.inner, rate=spec.choice.learning_rate, seed=spec.seed,
-            progress=lambda done, total: progress("train", done, total),
+            base, adapter, data, spec.config.inner, seed=spec.seed, progress=lambda done, total: progress("train", done, total)
         )  # fmt: skip
         n_trained, n_all = adapter.n_trained(), sum(parameter.numel() for parameter in base.denoiser.parameters())
         adapter.save(folder, spec.description())
@@ -84,7 +95,7 @@ def trial(folder: Path, bench: Bench, progress: Callable[[str, int, int], None])
         adapter.remove()
     save_samples(folder / SAMPLES, samples)
     trained_at, images = time.monotonic(), samples["images"]
-    rewards = score(evidence(images, spec, bench, n_trained / n_all))
+    rewards = score(evidence(images, spec, bench, n_trained / n_all)) | cost
     result = {
         "state": "COMPLETE", "choice": spec.choice.as_dict(), "rewards": rewards, "n_trained": n_trained, "n_steps": log.n_steps,
         "images_seen": log.images_seen, "first_loss": finite(log.first_loss), "last_loss": finite(log.last_loss),
@@ -106,7 +117,7 @@ def sample(base: Base, data: Encoded, spec: Spec, progress: Callable) -> dict[st
     rows = np.random.default_rng(seed_of(spec.sampling_seed, "captions")).integers(len(data.caption_rows), size=n)
     seeds = [seed_of(spec.sampling_seed, "noise", i) for i in range(n)]
     images = base.sample(
-        data.embeddings[data.caption_rows[torch.from_numpy(rows)]], data.embeddings[:1], seeds=seeds,
+        data.texts(data.caption_rows[torch.from_numpy(rows)]), data.texts(torch.tensor([0])), seeds=seeds,
         steps=rewards.sampling_steps, guidance=rewards.guidance,
         resolution=spec.config.data.resolution or base.resolution, progress=progress,
     )  # fmt: skip

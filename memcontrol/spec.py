@@ -39,12 +39,13 @@ class Spec:
 
     def description(self) -> dict[str, Any]:
         """What a saved adapter says of itself."""
-        return {"version": __version__, "config": self.config.model_dump(mode="json"), "choice": self.choice.as_dict()}
+        config = self.config.model_dump(mode="json")
+        return {"version": __version__, "config": config, "choice": self.choice.as_dict(), "space": space_as_dict(self.space)}
 
     def as_job(self, folder: Path) -> dict[str, Any]:
         """Writes the spec into the trial's folder. Returns the job that runs it."""
         rest = {"study_folder": str(self.study_folder), "purpose": self.purpose, "reference": self.reference, "n_train": self.n_train}
-        write_json(folder / SPEC, self.description() | {"space": space_as_dict(self.space)} | rest)
+        write_json(folder / SPEC, self.description() | rest)
         return {"trial": str(folder), "choice": self.choice.as_dict()}
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import random
 import warnings
@@ -21,7 +20,7 @@ from memcontrol.config import Config, differing_keys, load_config
 from memcontrol.errors import MemControlError, SpaceExhausted
 from memcontrol.pareto import knee
 from memcontrol.seeds import seed_of
-from memcontrol.space import Choice, SearchSpace, rounded
+from memcontrol.space import Choice, SearchSpace
 
 N_SPREAD = 6  # sampled trials before the sampler models anything
 GOLDEN = (5**0.5 - 1) / 2
@@ -112,14 +111,11 @@ def storage_url(config: Config, folder: Path, study_file: Path) -> str:
 
 def open_study(config: Config, folder: Path, study_file: Path, *, create: bool) -> Study:
     """The config's study. Its stored config must agree with a given one in all that numbers depend on. Raises MemControlError."""
-    url = storage_url(config, folder, study_file)
-    if not create and url.startswith("sqlite:///") and not Path(url.removeprefix("sqlite:///")).is_file():
+    known = is_searched(config, folder, study_file)
+    if not known and not create:
         raise no_study(config, study_file)
-    storage = open_storage(url)
-    names = optuna.get_all_study_names(storage)
-    if config.name not in names and not create:
-        raise no_study(config, study_file)
-    if config.name in names:
+    storage = open_storage(storage_url(config, folder, study_file))
+    if known:
         inner = optuna.load_study(study_name=config.name, storage=storage)
         return Study(inner, agreeing_config(inner, config) if create else stored_config(inner))
     objectives = list(config.rewards.objectives)
@@ -129,6 +125,13 @@ def open_study(config: Config, folder: Path, study_file: Path, *, create: bool) 
         inner.set_metric_names(objectives)
     inner.set_user_attr("config", config.model_dump_json())
     return Study(inner, config)
+
+
+def is_searched(config: Config, folder: Path, study_file: Path) -> bool:
+    """Whether the storage holds the study."""
+    url = storage_url(config, folder, study_file)
+    absent = url.startswith("sqlite:///") and not Path(url.removeprefix("sqlite:///")).is_file()
+    return not absent and config.name in optuna.get_all_study_names(open_storage(url))
 
 
 def open_storage(url: str) -> optuna.storages.BaseStorage:
@@ -176,19 +179,23 @@ def record_of(trial: optuna.trial.FrozenTrial, objectives: Sequence[str]) -> Rec
 
 
 def readable_params(choice: Choice, space: SearchSpace) -> dict[str, Any]:
-    """The choice as the dashboard shows it."""
-    params: dict[str, Any] = {group: group in choice.groups for group in space.groups}
-    params |= {"method": choice.method, "learning_rate": choice.learning_rate}
-    return params if choice.rank is None else {**params, "rank": choice.rank}
+    """The choice as the dashboard shows it: which groups are on, how they are trained, and the learning rate."""
+    point = space.point_of(choice)
+    del point["rate"]
+    if choice.rank is None:
+        del point["rank"]
+    return point | {"learning_rate": choice.learning_rate}
 
 
 def readable_distributions(params: dict[str, Any], space: SearchSpace) -> dict[str, BaseDistribution]:
     lows, highs = zip(*space.learning_rate.values())
-    found: dict[str, BaseDistribution] = {group: CategoricalDistribution([False, True]) for group in space.groups}
-    found["method"] = CategoricalDistribution(space.methods)
-    found["learning_rate"] = FloatDistribution(min(lows), max(highs), log=True)
-    found["rank"] = CategoricalDistribution(space.rank)
+    found = distributions(space) | {"learning_rate": FloatDistribution(min(lows), max(highs), log=True)}
     return {name: found[name] for name in params}
+
+
+def distributions(space: SearchSpace) -> dict[str, BaseDistribution]:
+    found: dict[str, BaseDistribution] = {name: CategoricalDistribution(options) for name, options in space.coordinates().items()}
+    return found | {"rate": FloatDistribution(0, 1)}
 
 
 def suggest(records: Sequence[Record], space: SearchSpace, seed: int, n_objectives: int) -> Choice:
@@ -208,10 +215,10 @@ def suggest(records: Sequence[Record], space: SearchSpace, seed: int, n_objectiv
     known = [choice for record in records for choice in record.candidates]
     n_sampled = sum(record.anchor is None for record in records)
     for attempt in range(N_ASKS):
-        trial = mirror.ask(coordinates(space))
+        trial = mirror.ask(distributions(space))
         params = trial.params if n_sampled >= N_SPREAD else {**trial.params, **spread(n_sampled + attempt, space, seed)}
-        choice = choice_of(params, space)
-        if choice.groups and not any(choice.same_as(other) for other in known):
+        choice = space.choice_at(params)
+        if (choice.groups or space.always) and not any(choice.same_as(other) for other in known):
             return choice
     raise SpaceExhausted(f"space '{space.name}': {N_ASKS} draws gave no choice that was not tried before; the space is exhausted")
 
@@ -220,11 +227,17 @@ def spread(i: int, space: SearchSpace, seed: int) -> dict[str, Any]:
     """The i-th of the first choices: methods and ranks in turn, learning rates evenly over their range (golden-ratio
     steps), each group on with probability 3/4, since a mask of few groups rarely learns enough to be compared."""
     turn, rng = i // len(space.methods), random.Random(seed_of(seed, "spread", i))
-    groups = {f"group:{group}": rng.random() < 0.75 for group in space.groups}
-    return groups | {
-        "method": space.methods[i % len(space.methods)], "rate": (0.5 + turn * GOLDEN) % 1,
-        "rank": space.rank[(len(space.rank) // 2 + turn) % len(space.rank)],
-    }  # fmt: skip
+    point = {}
+    for name, options in space.coordinates().items():
+        if name in space.groups:
+            point[name] = rng.random() < 0.75
+        elif name == "method":
+            point[name] = options[i % len(options)]
+        elif name.endswith("rank"):
+            point[name] = options[(len(options) // 2 + turn) % len(options)]
+        else:
+            point[name] = rng.choice(options)
+    return point | {"rate": (0.5 + turn * GOLDEN) % 1}
 
 
 def multivariate_tpe(seed: int) -> optuna.samplers.BaseSampler:
@@ -234,30 +247,10 @@ def multivariate_tpe(seed: int) -> optuna.samplers.BaseSampler:
         return optuna.samplers.TPESampler(multivariate=True, constant_liar=True, n_startup_trials=N_SPREAD, seed=seed)
 
 
-def coordinates(space: SearchSpace) -> dict[str, BaseDistribution]:
-    found: dict[str, BaseDistribution] = {f"group:{group}": CategoricalDistribution([False, True]) for group in space.groups}
-    return found | {
-        "method": CategoricalDistribution(space.methods),
-        "rate": FloatDistribution(0, 1),
-        "rank": CategoricalDistribution(space.rank),
-    }
-
-
-def choice_of(params: dict[str, Any], space: SearchSpace) -> Choice:
-    low, high = space.learning_rate[params["method"]]
-    groups = tuple(group for group in space.groups_for(params["method"]) if params[f"group:{group}"])
-    rate = rounded(low * (high / low) ** params["rate"])
-    return Choice(groups, params["method"], rate, params["rank"] if params["method"] == "lora" else None)
-
-
 def mirrored(record: Record, space: SearchSpace) -> optuna.trial.FrozenTrial | None:
     """The record in the sampler's coordinates; None where it has none: the anchors outside the space, failures."""
     choice = record.choice
-    if choice is None or choice.method not in space.methods or record.state not in ("COMPLETE", "RUNNING"):
+    if choice is None or record.anchor in ("none", "full") or record.state not in ("COMPLETE", "RUNNING"):
         return None
-    low, high = space.learning_rate[choice.method]
-    position = math.log(choice.learning_rate / low) / math.log(high / low)
-    params = {f"group:{group}": group in choice.groups for group in space.groups}
-    params |= {"method": choice.method, "rate": min(max(position, 0.0), 1.0), "rank": choice.rank or space.rank[-1]}
     values = list(record.values.values()) if record.finished else None
-    return create_trial(state=TrialState[record.state], params=params, distributions=coordinates(space), values=values)
+    return create_trial(state=TrialState[record.state], params=space.point_of(choice), distributions=distributions(space), values=values)

@@ -26,24 +26,24 @@ class TrainLog:
 
 
 def train(
-    base: Base, adapter: Adapter, data: Encoded, inner: InnerConfig, *, rate: float, seed: int, progress: Callable[[int, int], None]
+    base: Base, adapter: Adapter, data: Encoded, inner: InnerConfig, *, seed: int, progress: Callable[[int, int], None]
 ) -> TrainLog:
     """Trains for inner.budget_images images seen, with AdamW and linear warm-up. Raises Diverged where the loss is not finite."""
     parameters = adapter.parameters()
     if not parameters:
         return TrainLog(0, 0, math.nan, math.nan)
-    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=inner.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(adapter.groups(), weight_decay=inner.weight_decay, fused=True)
     n_steps = math.ceil(inner.budget_images / inner.batch_size)
     generator = torch.Generator()
     losses: list[float] = []
     for step in range(n_steps):
         generator.manual_seed(seed_of(seed, "step", step))  # a step depends on its number alone, so a run can resume anywhere
         for group in optimizer.param_groups:
-            group["lr"] = rate * pace((step + 1) / n_steps, inner)
+            group["lr"] = group["rate"] * pace((step + 1) / n_steps, inner)
         loss = batch_loss(base, data, inner, batch_rows(len(data.mean), inner.batch_size, seed, step), generator)
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
-            raise Diverged(f"the loss became {losses[-1]} at step {step + 1} of {n_steps} (learning rate {rate:g})")
+            raise Diverged(f"the loss became {losses[-1]} at step {step + 1} of {n_steps} (learning rate {adapter.said_rates()})")
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, inner.max_grad_norm)
@@ -79,6 +79,6 @@ def batch_loss(base: Base, data: Encoded, inner: InnerConfig, rows: torch.Tensor
     mean, deviation = data.mean[rows], data.deviation[rows]  # [B, C, h, w]
     clean = mean + deviation * torch.randn(mean.shape, generator=generator)
     dropped = torch.rand(len(rows), generator=generator) < inner.caption_dropout
-    text = data.embeddings[torch.where(dropped, 0, data.caption_rows[rows])]  # [B, L, D]
-    losses, _ = base.losses(clean.to(base.device), text.to(base.device), generator)
+    text = data.texts(torch.where(dropped, 0, data.caption_rows[rows]))
+    losses, _ = base.losses(clean.to(base.device), {name: tensor.to(base.device) for name, tensor in text.items()}, generator)
     return losses.mean()

@@ -1,5 +1,6 @@
 """The command line: every command has help and stands in the README, --json is pure, mistakes end in one line."""
 
+import json
 import re
 import subprocess
 import sys
@@ -61,8 +62,13 @@ def test_spaces(tmp_path):
     listed = run("spaces", "list").stdout
     assert "digits" in listed and "sd15-sites" in listed
     assert yaml.safe_load(run("spaces", "show", "sd15-blocks").stdout)["groups"]
-    checked = run("spaces", "check", "sd15-sites", "--base", "tiny").stdout.splitlines()
-    assert len(checked) == 16 and "8 modules" in checked[0]
+    checked = [line for line in run("spaces", "check", "sd15-sites", "--base", "tiny").stdout.splitlines() if not line.startswith(" ")]
+    assert len(checked) == 3 + 16 and "8 modules" in checked[3] and "GFLOP" in checked[1]
+    derived = tmp_path / "derived.yaml"
+    derived.write_text(run("spaces", "show", "auto", "--base", "tiny").stdout)
+    found = json.loads(run("spaces", "check", derived, "--base", "tiny", "--json").stdout)
+    assert [group["name"] for group in found["groups"]] == ["down_0", "down_1", "down_2", "down_3", "mid_block", "up_0", "up_1", "up_2", "up_3"]
+    assert found["methods"]["lora"]["all_off"] == 0 < found["methods"]["lora"]["all_on"] < found["total"]
     (tmp_path / "bad.yaml").write_text("groups: {a: nothing}\nlearning_rate: {lora: [1, 2], full: [1, 2]}\n")
     assert "pattern 'nothing' of group 'a' matches no" in refused("spaces", "check", tmp_path / "bad.yaml")
     assert "shipped are" in refused("spaces", "show", "none-such")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import memcontrol
 
-LAYERS = """errors seeds files config space spec data features adapters models rewards train run prepare worker
-pareto executors study pick pictures compare retrain export orchestrate display demo cli tiny""".split()
+LAYERS = """errors seeds files config space spec data features tuners adapters families models cost derive rewards train run prepare
+worker pareto executors study pick pictures compare retrain export orchestrate display demo cli tiny""".split()
 PACKAGE = Path(memcontrol.__file__).parent
 
 

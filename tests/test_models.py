@@ -27,7 +27,7 @@ def test_losses_are_the_squared_error_of_the_noise_predicted(base):
         expected_timesteps = torch.randint(1000, (3,), generator=generator)
         betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2  # Stable Diffusion's schedule
         kept = torch.cumprod(1 - betas, 0)[expected_timesteps].view(3, 1, 1, 1)
-        predicted = base.denoiser(kept.sqrt() * clean + (1 - kept).sqrt() * noise, expected_timesteps, text).sample
+        predicted = base.denoiser(kept.sqrt() * clean + (1 - kept).sqrt() * noise, expected_timesteps, text["prompt_embeds"]).sample
     assert torch.equal(timesteps, expected_timesteps)
     assert torch.allclose(losses, ((predicted - noise) ** 2).flatten(1).mean(1), atol=1e-5)
 
@@ -56,9 +56,9 @@ def test_encoding_is_the_autoencoders_and_happens_once(base, tmp_path, monkeypat
         pixels = torch.from_numpy(images.pixels()).float() / 127.5 - 1
         expected = base.pipeline.vae.encode(pixels).latent_dist.mean * base.pipeline.vae.config.scaling_factor
     assert torch.allclose(encoded.mean, expected, atol=1e-5) and (encoded.deviation > 0).all()
-    text = base.encode_captions(images.captions)
-    assert torch.allclose(encoded.embeddings[encoded.caption_rows], text, atol=1e-5)
-    assert torch.allclose(encoded.embeddings[0], base.encode_captions([""])[0], atol=1e-5)
+    text = base.encode_captions(images.captions)["prompt_embeds"]
+    assert torch.allclose(encoded.texts(encoded.caption_rows)["prompt_embeds"], text, atol=1e-5)
+    assert torch.allclose(encoded.text["prompt_embeds"][0], base.encode_captions([""])["prompt_embeds"][0], atol=1e-5)
     monkeypatch.setattr(type(base), "encode_images", lambda *_: 1 / 0)
     assert torch.equal(base.encoded(images, tmp_path, "tiny").mean, encoded.mean)
     reconstructed = base.pipeline.vae.decode(expected / base.pipeline.vae.config.scaling_factor).sample.detach()

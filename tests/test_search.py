@@ -142,7 +142,7 @@ def test_retraining_scores_on_test_data_beside_full_fine_tuning(searched, tmp_pa
     assert json.loads((tmp_path / "out" / "result.json").read_text())["choice"] == trial["choice"]
     assert (tmp_path / "out" / "pairs.png").stat().st_size > 10_000
     memcontrol("export", tmp_path / "out", tmp_path / "lora")
-    assert os.listdir(tmp_path / "lora") == ["pytorch_lora_weights.safetensors"]
+    assert sorted(os.listdir(tmp_path / "lora")) == ["comfyui", "pytorch_lora_weights.safetensors"]
 
 
 def killed_after(study, seconds):

@@ -1,12 +1,14 @@
 """Search spaces: the grammar, its refusals, and choices."""
 
+import json
+import random
 import re
 
 import pytest
 import yaml
 
 from memcontrol.errors import MemControlError
-from memcontrol.space import Choice, load_space, parse_space, shipped_spaces, space_as_dict, three_rates
+from memcontrol.space import Choice, Setting, load_space, parse_space, rate_at, shipped_spaces, space_as_dict
 
 GOOD = {"groups": {"a": r"a\..*", "b": [r"b\.x", r"b\.y"]}, "learning_rate": {"lora": [1e-4, 1e-2], "full": [1e-5, 1e-3]}}
 NAMES = ["a.x", "a.y", "b.x", "b.y", "c"]
@@ -19,8 +21,6 @@ def refused(values, words):
 
 def test_patterns_match_whole_names():
     assert parse_space(GOOD, "mine").module_names(NAMES) == {"a": ["a.x", "a.y"], "b": ["b.x", "b.y"]}
-    choice = Choice(("b",), "lora", 1e-3, 4)
-    assert parse_space(GOOD, "mine").modules(NAMES, choice) == ["b.x", "b.y"]
 
 
 def test_a_pattern_that_matches_nothing_and_a_shared_module_are_named():
@@ -30,7 +30,7 @@ def test_a_pattern_that_matches_nothing_and_a_shared_module_are_named():
     with pytest.raises(MemControlError, match="groups 'a' and 'b' share module 'a.x'"):
         parse_space(shared, "mine").module_names(NAMES)
     with pytest.raises(MemControlError, match="unknown group 'z'; space 'mine' has a, b"):
-        parse_space(GOOD, "mine").modules(NAMES, Choice(("z",), "lora", 1e-3, 4))
+        parse_space(GOOD, "mine").check_choice(Choice(("z",), "lora", 1e-3, 4))
 
 
 def test_a_group_may_name_its_methods():
@@ -40,8 +40,8 @@ def test_a_group_may_name_its_methods():
     }  # fmt: skip
     space = parse_space(values, "mine")
     assert space.groups_for("lora") == ("a", "b") and space.groups_for("attention") == ("a",)
-    refused({**values, "groups": {"a": {"patterns": "a", "method": ["lora"]}}}, "allowed: patterns, methods")
-    refused({**values, "groups": {"a": {"patterns": "a", "methods": ["full"]}}}, "methods is")
+    refused({**values, "groups": {"a": {"patterns": "a", "method": ["lora"]}}}, "allowed: patterns, methods, rank, alpha")
+    refused({**values, "groups": {"a": {"patterns": "a", "methods": ["full"]}}}, "'methods' is")
 
 
 @pytest.mark.parametrize(
@@ -51,31 +51,36 @@ def test_a_group_may_name_its_methods():
         ({"groups": {}}, "'groups' must map"),
         ({"groups": {"a": "("}}, "no regular expression"),
         ({"groups": {"a": 3}}, "group 'a' is 3"),
-        ({"methods": ["dora"]}, "allowed: a list of lora, attention"),
+        ({"methods": ["vera"]}, "allowed: a list of lora, dora"),
         ({"learning_rate": {"lora": [1e-4, 1e-2]}}, "for each of lora, full"),
         ({"learning_rate": {"lora": [1e-2, 1e-4], "full": [1, 2]}}, "0 < low < high"),
         ({"rank": [0]}, "'rank' is"),
         ({"rank": 4}, "'rank' is 4"),
+        ({"alpha": 0}, "'alpha' is 0"),
+        ({"mix": "yes"}, "'mix' is 'yes'"),
+        ({"always": [{"method": "lora", "patterns": "a"}]}, "'always': method is"),
+        ({"always": {"method": "bias"}}, "allowed: a list of"),
+        ({"groups": {"rank": "a"}}, "may not be called 'rank'"),
     ],
 )
 def test_mistakes_are_named(change, words):
     refused({**GOOD, **change}, words)
 
 
-@pytest.mark.parametrize("name", shipped_spaces())
-def test_shipped_spaces_fit_the_embedded_base(name, base):
-    from memcontrol.adapters import adaptable_modules
+@pytest.mark.parametrize("name", [name for name in shipped_spaces() if name.startswith(("digits", "sd15", "memcontrol"))])
+def test_spaces_of_stable_diffusion_fit_the_embedded_base(name, base):
+    from memcontrol.adapters import trainable_modules
 
     space = load_space(name)
-    groups = space.module_names(adaptable_modules(base.denoiser))
+    groups = space.module_names(trainable_modules(base.denoiser))
     assert all(groups.values()) and parse_space(space_as_dict(space), name) == space
     assert yaml.safe_load(shipped_spaces()[name].read_text())["description"]
 
 
 def test_sites_are_the_sixteen_of_stable_diffusion(base):
-    from memcontrol.adapters import adaptable_modules
+    from memcontrol.adapters import trainable_modules
 
-    groups = load_space("sd15-sites").module_names(adaptable_modules(base.denoiser))
+    groups = load_space("sd15-sites").module_names(trainable_modules(base.denoiser))
     assert len(groups) == 16 and all(len(modules) == 8 for modules in groups.values())
 
 
@@ -100,11 +105,51 @@ def test_choices_survive_json_and_refuse_nonsense():
             Choice.from_dict(values)
 
 
-def test_three_rates_are_the_middles_of_the_thirds():
-    assert three_rates(1e-6, 1.0) == (1e-5, 1e-3, 1e-1)
+def test_anchors_are_tried_at_the_middles_of_the_thirds():
+    space = parse_space({**GOOD, "learning_rate": {"lora": [1e-6, 1.0], "full": [1e-6, 1.0]}}, "mine")
+    for anchor in ("all", "full"):
+        assert [choice.learning_rate for choice in space.anchors()[anchor]] == [1e-5, 1e-3, 1e-1]
+    assert rate_at((1e-4, 1e-2), 0.5) == 1e-3
 
 
 def test_anchors():
     anchors = parse_space(GOOD, "mine").anchors()
     assert [choice.method for choice in anchors["none"]] == ["none"]
     assert {choice.groups for choice in anchors["all"]} == {("a", "b")} and len(anchors["all"]) == len(anchors["full"]) == 3
+
+
+MIXED = {
+    "groups": {"a": "a", "b": {"patterns": "b", "methods": ["lora", "svdiff"], "rank": [8, 16], "alpha": 2}, "c": {"patterns": "c", "methods": ["difffit"]}},
+    "methods": ["lora", "svdiff", "difffit"], "mix": True, "always": [{"method": "bias", "patterns": "d"}], "rank": [2, 4],
+    "learning_rate": {"lora": [1e-4, 1e-2], "svdiff": [1e-5, 1e-3], "difffit": [1e-3, 1e-1], "full": [1e-6, 1e-4]},
+}  # fmt: skip
+
+
+def test_a_mixed_choice_by_hand():
+    space = parse_space(MIXED, "mixed")
+    assert space.coordinates() == {
+        "a": (False, True), "b": (False, True), "c": (False, True), "a.method": ("lora", "svdiff", "difffit"),
+        "b.method": ("lora", "svdiff"), "rank": (2, 4), "b.rank": (8, 16),
+    }  # fmt: skip
+    choice = space.choice_at({"a": True, "b": True, "c": True, "a.method": "svdiff", "b.method": "lora", "rank": 2, "b.rank": 16, "rate": 0.5})
+    assert choice.methods == ("svdiff", "lora", "difffit")
+    assert choice.setting("a") == Setting("svdiff", 1e-4) and choice.setting("b") == Setting("lora", 1e-3, 16)
+    assert choice.setting("c") == Setting("difffit", 1e-2)
+    other = space.choice_at({"a": True, "b": True, "c": True, "a.method": "svdiff", "b.method": "lora", "rank": 4, "b.rank": 8, "rate": 0.5})
+    assert not choice.same_as(other) and choice.same_as(choice)
+
+
+@pytest.mark.parametrize("values", [GOOD, MIXED], ids=["uniform", "mixed"])
+def test_a_thousand_random_choices_survive_json_and_the_samplers_coordinates(values):
+    space, rng = parse_space(values, "mine"), random.Random(0)
+    for _ in range(1000):
+        point = {name: rng.choice(options) for name, options in space.coordinates().items()} | {"rate": rng.random()}
+        choice = space.choice_at(point)
+        assert Choice.from_dict(json.loads(json.dumps(choice.as_dict()))) == choice
+        back = space.choice_at(space.point_of(choice))
+        assert back.groups == choice.groups and back.same_as(choice)
+
+
+def test_a_mask_with_no_group_on_is_a_choice():
+    space = parse_space(MIXED, "mine")
+    assert space.choice((), "lora", 0.5) == Choice((), "lora", 1e-3, 4)

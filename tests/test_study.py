@@ -1,13 +1,19 @@
 """The study: what is recorded, what is suggested, and when a config is refused."""
 
+import json
 import math
+import random
 
 import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
+from memcontrol.adapters import header
 from memcontrol.config import load_config
 from memcontrol.errors import MemControlError
 from memcontrol.space import Choice, load_space, parse_space
-from memcontrol.study import choice_of, coordinates, mirrored, open_study, suggest
+from memcontrol.study import distributions, mirrored, open_study, suggest
 
 SPACE = load_space("digits")
 
@@ -68,9 +74,41 @@ def test_the_samplers_coordinates_give_the_choice_back(tmp_path):
     choice = Choice(("down_attention", "up_resnet"), "lora", 2.5e-3, 8)
     study.begin([choice], SPACE)
     frozen = mirrored(study.records()[0], SPACE)
-    assert frozen.params.keys() == coordinates(SPACE).keys() and choice_of(frozen.params, SPACE) == choice
+    assert frozen.params.keys() == distributions(SPACE).keys() and SPACE.choice_at(frozen.params) == choice
     low, high = SPACE.learning_rate["lora"]
     assert math.isclose(frozen.params["rate"], math.log(2.5e-3 / low) / math.log(high / low))
+
+
+MIXED = parse_space(
+    {
+        "groups": {"a": "a", "b": {"patterns": "b", "methods": ["lora", "svdiff"], "rank": [8, 16]}, "c": {"patterns": "c", "methods": ["difffit"]}},
+        "methods": ["lora", "svdiff", "difffit"], "mix": True, "rank": [2, 4],
+        "learning_rate": dict.fromkeys(["lora", "svdiff", "difffit", "full"], [1e-4, 1e-2]),
+    },
+    "mixed",
+)  # fmt: skip
+
+
+def test_a_thousand_random_choices_survive_the_database_and_safetensors(tmp_path):
+    rng, study = random.Random(0), opened(tmp_path)
+    points = [{name: rng.choice(options) for name, options in MIXED.coordinates().items()} | {"rate": rng.random()} for _ in range(1000)]
+    choices = [MIXED.choice_at(point) for point in points]
+    study.begin(choices, MIXED, "all")
+    assert list(opened(tmp_path).records()[0].candidates) == choices
+    for choice in choices:
+        save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors", header({"choice": choice.as_dict()}))
+        with safe_open(tmp_path / "x.safetensors", "pt") as file:
+            assert Choice.from_dict(json.loads(file.metadata()["memcontrol"])["choice"]) == choice
+
+
+def test_mixed_suggestions_are_recorded_as_they_are(tmp_path):
+    study = opened(tmp_path)
+    for _ in range(10):
+        choice = suggest(study.records(), MIXED, 0, 2)
+        number = study.begin([choice], MIXED)
+        record = study.records()[number]
+        assert record.choice == choice and MIXED.choice_at(mirrored(record, MIXED).params).same_as(choice)
+        study.finish(number, [result(choice, 10 - len(choice.groups))])
 
 
 def test_a_study_keeps_its_config(tmp_path):

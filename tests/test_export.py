@@ -1,0 +1,149 @@
+"""What leaves MemControl: plain diffusers, in a process where memcontrol cannot be imported, gives the same outputs."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from memcontrol import load_adapter
+from memcontrol.config import load_config
+from memcontrol.errors import MemControlError
+from memcontrol.export import COMFYUI_FILE, LORA_FILE, export
+from memcontrol.files import write_json
+from memcontrol.models import load_base, open_pipeline
+from memcontrol.run import chosen_adapter
+from memcontrol.space import parse_space
+from memcontrol.spec import RESULT, Spec
+from small_pipelines import build
+from test_adapters import disturbed, space_of
+
+PLAIN_DIFFUSERS = """
+import sys, json
+sys.modules["memcontrol"] = None  # importing it now fails
+import numpy as np, torch
+from diffusers import DiffusionPipeline
+for job in json.loads(sys.argv[1]):
+    pipe = DiffusionPipeline.from_pretrained(job["pipeline"])
+    pipe.set_progress_bar_config(disable=True)
+    if job["lora"]:
+        pipe.load_lora_weights(job["lora"])
+    generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    call = {"batch_size": 2} if job["call"] is None else {"prompt": ["a digit"] * 2, **job["call"]}
+    np.save(job["out"], pipe(**call, generator=generators, num_inference_steps=2, output_type="np").images)
+"""
+CALLS = {"ddpm": None, "pixart": {"height": 32, "width": 32, "use_resolution_binning": False}, "sana": {"height": 32, "width": 32, "use_resolution_binning": False}}
+CALL = {"height": 32, "width": 32}
+
+
+def finished_run(folder, base_name, method, mix=()):
+    """A run folder with an adapter that changes much, as a trial leaves it."""
+    pipeline = open_pipeline(base_name)
+    denoiser = getattr(pipeline, "unet", None) or pipeline.transformer
+    space = space_of(denoiser, [method, *mix], mix=bool(mix))
+    config = load_config({"name": "test", "base": base_name, "data": "digits"})
+    choice = space.choice(("first", "second"), method, 0.5, methods={"second": mix[0]} if mix else None)
+    spec = Spec(config, space, choice, folder.parent, "search", "holdout", 10)
+    spec.as_job(folder)
+    adapter = chosen_adapter(denoiser, spec)
+    disturbed(adapter, 1)
+    adapter.save(folder, spec.description())
+    adapter.fuse()
+    write_json(folder / RESULT, {"state": "COMPLETE"})
+    return pipeline
+
+
+def images_of(pipeline, call):
+    pipeline.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    call = {"batch_size": 2} if call is None else {"prompt": ["a digit"] * 2, **call}
+    return pipeline(**call, generator=generators, num_inference_steps=2, output_type="np").images
+
+
+def in_plain_diffusers(jobs):
+    subprocess.run([sys.executable, "-c", PLAIN_DIFFUSERS, json.dumps(jobs)], check=True, capture_output=True)
+
+
+def test_fused_pipelines_of_every_family_and_lora_files_load_in_plain_diffusers(tmp_path):
+    jobs, expected = [], []
+    fused = {"tiny": "difffit", "sd-v": "svdiff", "sdxl": "loha", "sd3": "svdiff", "flux": "attention", "pixart": "bias", "sana": "lokr", "ddpm": "difffit"}
+    for family, method in fused.items():
+        base = "tiny" if family == "tiny" else str(build(family, tmp_path / family))
+        call = CALLS.get(family, CALL)
+        expected.append(images_of(finished_run(tmp_path / f"{family}-run", base, method), call))
+        out = export(tmp_path / f"{family}-run", tmp_path / f"{family}-out", "pipeline")
+        jobs.append({"pipeline": str(out), "lora": None, "call": call, "out": str(tmp_path / f"{len(jobs)}.npy")})
+    for family, method in {"tiny": "lora", "sdxl": "lora", "sd3": "lora", "flux": "lora", "sd-v": "dora"}.items():
+        base = "tiny" if family == "tiny" else str(tmp_path / family)
+        expected.append(images_of(finished_run(tmp_path / f"{family}-lora-run", base, method), CALL))
+        out = export(tmp_path / f"{family}-lora-run", tmp_path / f"{family}-lora")  # ranks and alphas differ by group
+        from memcontrol.models import base_path
+
+        jobs.append({"pipeline": base_path(base), "lora": str(out), "call": CALL, "out": str(tmp_path / f"{len(jobs)}.npy")})
+    in_plain_diffusers(jobs)
+    for job, images in zip(jobs, expected):
+        assert np.abs(np.load(job["out"]) - images).max() < 2 / 255, job
+
+
+@pytest.mark.parametrize("method, mix", [("lora", ()), ("svdiff", ()), ("oft", ()), ("difffit", ("lora",))])
+def test_an_exported_adapter_loads_by_memcontrol(tmp_path, method, mix):
+    expected = images_of(finished_run(tmp_path / "run", "tiny", method, mix), CALL)
+    out = export(tmp_path / "run", tmp_path / "out", "adapter")
+    pipeline = open_pipeline("tiny")
+    before = images_of(pipeline, CALL)
+    adapter = load_adapter(pipeline, out)
+    assert np.abs(images_of(pipeline, CALL) - expected).max() < 2 / 255 < np.abs(before - expected).max()
+    adapter.remove()
+    assert np.array_equal(images_of(pipeline, CALL), before)
+
+
+def test_peft_reads_the_other_adapters(tmp_path):
+    from peft import PeftModel
+
+    fused = finished_run(tmp_path / "run", "tiny", "loha")
+    export(tmp_path / "run", tmp_path / "out", "adapter")
+    model = PeftModel.from_pretrained(open_pipeline("tiny").unet, tmp_path / "out").merge_and_unload()
+    for name, tensor in fused.unet.state_dict().items():
+        assert torch.allclose(model.state_dict()[name], tensor, atol=1e-5)
+
+
+def test_the_denoiser_alone(tmp_path):
+    from diffusers import UNet2DConditionModel
+
+    fused = finished_run(tmp_path / "run", "tiny", "svdiff")
+    loaded = UNet2DConditionModel.from_pretrained(export(tmp_path / "run", tmp_path / "out", "denoiser"))
+    assert all(torch.equal(tensor, fused.unet.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+
+
+def test_the_files_describe_themselves(tmp_path):
+    from safetensors import safe_open
+
+    finished_run(tmp_path / "run", "tiny", "lora")
+    out = export(tmp_path / "run", tmp_path / "out")
+    with safe_open(out / LORA_FILE, "pt") as file:
+        described, settings = (json.loads(file.metadata()[key]) for key in ("memcontrol", "lora_adapter_metadata"))
+    assert described["choice"]["groups"] == ["first", "second"] and described["config"]["name"] == "test"
+    assert parse_space(described["space"], "test").groups["second"].alpha == 2.0
+    assert settings["unet.rank_pattern"] and settings["unet.alpha_pattern"]
+    with safe_open(out / COMFYUI_FILE, "pt") as file:
+        names = [name for name in file.keys() if "mid_block" in name and "to_q" in name]
+        by_end = {name.partition(".")[2]: file.get_tensor(name) for name in names if "attn1" in name}
+    assert set(by_end) == {"lora_down.weight", "lora_up.weight", "alpha"} and names[0].startswith("lora_unet_mid_block_attentions_0_")
+    assert float(by_end["alpha"]) == len(by_end["lora_down.weight"]) * (2.0 if len(by_end["lora_down.weight"]) == 2 else 1.0)
+
+
+def test_refusals(tmp_path):
+    finished_run(tmp_path / "run", "tiny", "bias")
+    with pytest.raises(MemControlError, match="allowed: adapter, pipeline, denoiser"):
+        export(tmp_path / "run", tmp_path / "out", "onnx")
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "file").write_text("")
+    with pytest.raises(MemControlError, match="not an empty folder"):
+        export(tmp_path / "run", tmp_path / "used")
+    with pytest.raises(MemControlError, match="holds no adapter"):
+        load_adapter(open_pipeline("tiny"), tmp_path / "used")
+    (tmp_path / "run" / RESULT).unlink()
+    with pytest.raises(MemControlError, match="has not finished"):
+        export(tmp_path / "run", tmp_path / "out")
