@@ -378,17 +378,18 @@ class Peft(Part):
     def restarted(self, name: str, layer: nn.Module, own: Sequence[str], states: Sequence[State], weights: Sequence[float]) -> State:
         """The mean change of the weight as an offset, under an adapter that starts anew: no factors of this kind hold a mean."""
         kept, base = {key: self.trained[key].clone() for key in own}, layer.get_base_layer().weight
-        before, original = base.clone(), self.original.get(name, base)
-        original = original.clone()
-        total = torch.zeros_like(base)
+        home, before = base.data, base.detach().clone()  # merging may move the weight, and results depend on where it lies
+        original = self.original.get(name, before)
+        total = torch.zeros_like(before)
         for state, weight in zip(states, weights):
-            base.copy_(original + state.get(f"{name}.offset", 0.0))
+            home.copy_(original + state.get(f"{name}.offset", 0.0))
             for key in own:
                 self.trained[key].copy_(state[key])
             layer.merge()
-            total += weight * (layer.get_base_layer().weight - original)
+            total += weight * (base - original)
+            base.data = home
             layer.merged_adapters.clear()
-        base.data = before  # merging may have left another memory layout, which rounds otherwise
+        home.copy_(before)
         for key, tensor in kept.items():
             self.trained[key].copy_(tensor)
         found = {key: self.start[key] for key in own} | {f"{name}.offset": total}
