@@ -9,7 +9,7 @@ demo: $(VENV)/installed
 	$(VENV)/bin/memcontrol demo --out runs/demo
 
 test: $(VENV)/tested
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --dist worksteal
 
 # torch comes first and pinned: any looser request may fetch gigabytes of CUDA packages.
 $(VENV)/installed: pyproject.toml constraints.txt

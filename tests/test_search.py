@@ -145,6 +145,21 @@ def test_retraining_scores_on_test_data_beside_full_fine_tuning(searched, tmp_pa
     assert sorted(os.listdir(tmp_path / "lora")) == ["comfyui", "pytorch_lora_weights.safetensors"]
 
 
+def test_a_choice_is_transferred_to_a_study_that_was_never_searched(searched, study_file, photographs, tmp_path):
+    """As in the paper: a mask found on one dataset, applied to another; what cannot be mapped is named."""
+    trial = next(trial for trial in trials_of(searched) if trial["choice"]["method"] == "lora")
+    (tmp_path / "choice.json").write_text(json.dumps(trial))
+    data = {"path": str(photographs(96)), "train": 32, "holdout": 32, "test": 32}
+    other = study_file("other", data=data, rewards={"n_samples": 16, "sampling_steps": 1, "objectives": ["kid", "memorization"]})
+    done = memcontrol("retrain", other, "--choice", tmp_path / "choice.json", "--out", tmp_path / "out")
+    assert "full fine-tuning is at the middle of its learning rates" in done.stderr
+    assert json.loads((tmp_path / "out" / "result.json").read_text())["choice"] == trial["choice"]
+    trial["choice"]["groups"] = ["down_1_0"]
+    (tmp_path / "choice.json").write_text(json.dumps(trial))
+    refused = memcontrol("retrain", other, "--choice", tmp_path / "choice.json", "--out", tmp_path / "out2", check=False)
+    assert refused.returncode == 1 and "unknown group 'down_1_0'; space 'digits' has down_attention" in refused.stderr
+
+
 def killed_after(study, seconds):
     """Runs the search in a process group of its own and kills all of it; whether it had ended by itself."""
     process = subprocess.Popen([*COMMAND, "search", str(study)], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
