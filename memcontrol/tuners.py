@@ -172,7 +172,9 @@ class SvDiff(Part):
         self.trained = {name: shift.delta for name, shift in self.shifts.items()}
 
     def average(self, mean: State, states: Sequence[State], weights: Sequence[float]) -> State:
-        return {name: shift.mean([state[name] for state in states], weights) for name, shift in self.shifts.items() if shift.factors}
+        for module in self.modules:
+            _ = module.weight  # its first use decomposes it
+        return {name: shift.mean([state[name] for state in states], weights) for name, shift in self.shifts.items()}
 
     def fuse(self) -> None:
         self.end(leave_parametrized=True)

@@ -13,7 +13,7 @@ from memcontrol.config import load_config
 from memcontrol.errors import MemControlError
 from memcontrol.export import COMFYUI_FILE, LORA_FILE, export
 from memcontrol.files import write_json
-from memcontrol.models import load_base, open_pipeline
+from memcontrol.models import base_path, open_pipeline
 from memcontrol.run import chosen_adapter
 from memcontrol.space import parse_space
 from memcontrol.spec import RESULT, Spec
@@ -79,8 +79,6 @@ def test_fused_pipelines_of_every_family_and_lora_files_load_in_plain_diffusers(
         base = "tiny" if family == "tiny" else str(tmp_path / family)
         expected.append(images_of(finished_run(tmp_path / f"{family}-lora-run", base, method), CALL))
         out = export(tmp_path / f"{family}-lora-run", tmp_path / f"{family}-lora")  # ranks and alphas differ by group
-        from memcontrol.models import base_path
-
         jobs.append({"pipeline": base_path(base), "lora": str(out), "call": CALL, "out": str(tmp_path / f"{len(jobs)}.npy")})
     in_plain_diffusers(jobs)
     for job, images in zip(jobs, expected):

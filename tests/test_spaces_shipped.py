@@ -13,7 +13,7 @@ from memcontrol.cost import cost_of, survey, typical_cost
 from memcontrol.derive import derived_space
 from memcontrol.families import Family
 from memcontrol.models import empty_denoiser
-from memcontrol.space import load_space, parse_space, shipped_spaces
+from memcontrol.space import load_space, parse_space
 
 ARCHITECTURES = Path(__file__).parent / "architectures"
 SD15 = 859_520_964
