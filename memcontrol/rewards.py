@@ -269,7 +269,8 @@ def trained_fraction(evidence: Evidence) -> dict[str, float]:
     return {"trained_fraction": evidence.trained_fraction}
 
 
-OBJECTIVES = ("fid", "kid", "memorization", "copy_rate", "trained_fraction", "step_gflops", "memory_mib")
+COSTS = ("step_gflops", "memory_mib")  # known before training, by memcontrol.cost
+OBJECTIVES = ("fid", "kid", "memorization", "copy_rate", "trained_fraction", *COSTS)
 
 
 def score(evidence: Evidence) -> dict[str, float]:

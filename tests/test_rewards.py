@@ -10,6 +10,7 @@ import scipy.stats
 from memcontrol.errors import MemControlError
 from memcontrol.features import nearest
 from memcontrol.rewards import (
+    COSTS,
     OBJECTIVES, Evidence, Space, Views, check_rewards, copy_rate, frechet_distance, kernel_distance, memorization, score, wilson,
 )  # fmt: skip
 
@@ -120,7 +121,7 @@ def test_mirrored_copies_are_seen_in_pixels():
     rewards = score(evidence)
     assert rewards["copy_rate"] == pytest.approx(0.5, abs=0.03)
     assert rewards["memorization"] > 0.5
-    assert set(OBJECTIVES) <= set(rewards)
+    assert set(OBJECTIVES) - set(COSTS) <= set(rewards)
 
 
 def test_rewards_that_cannot_mean_anything_are_refused():
