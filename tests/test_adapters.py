@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from torch.nn.utils import parametrize
 
 from memcontrol.adapters import inject, trainable_modules
 from memcontrol.derive import derived_space
@@ -79,8 +80,11 @@ def check_contract(base, space, choice, tmp_path):
     denoiser = base.denoiser
     plain, before = {name: tensor.clone() for name, tensor in denoiser.state_dict().items()}, output(base)
     adapter = inject(denoiser, space, choice, 0)
-    at_start = output(base)
-    assert torch.equal(at_start, before) or (choice.method == "oft" and torch.allclose(at_start, before, atol=1e-6)), "injecting changed the output"
+    # Weights to the bit; a matrix product of equal numbers may round otherwise at another place in memory.
+    assert torch.allclose(output(base), before, atol=2e-6), "injecting changed the output"
+    for name, module in denoiser.named_modules():
+        if parametrize.is_parametrized(module):
+            assert all(torch.equal(getattr(module, kind), plain[f"{name}.{kind}"]) for kind in module.parametrizations)
     trainable = {id(parameter) for parameter in denoiser.parameters() if parameter.requires_grad}
     assert trainable == {id(parameter) for parameter in adapter.parameters()} and trainable
     grouped = [id(parameter) for group in adapter.groups() for parameter in group["params"]]
@@ -102,7 +106,7 @@ def check_contract(base, space, choice, tmp_path):
     adapter.remove()
     after = denoiser.state_dict()
     assert after.keys() == plain.keys() and all(torch.equal(after[name], plain[name]) for name in plain)
-    assert torch.equal(output(base), before) and not any(parameter.requires_grad for parameter in denoiser.parameters())
+    assert torch.allclose(output(base), before, atol=2e-6) and not any(parameter.requires_grad for parameter in denoiser.parameters())
 
     again = inject(denoiser, space, choice, 5)
     again.load(tmp_path)
