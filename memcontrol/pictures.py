@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ def front_picture(records: Sequence[Record], picked: Record | None, path: Path, 
     x_name, y_name = list(records[0].values)[:2]
     figure, axes = pyplot.subplots(figsize=(7, 5), dpi=150, layout="constrained")
     sampled = [record for record in records if record.anchor is None]
-    for kind, colour in zip(sorted({kind_of(record) for record in sampled}), COLOURS):
+    for kind, colour in zip(sorted({kind_of(record) for record in sampled}), cycle(COLOURS)):
         points = [record for record in sampled if kind_of(record) == kind]
         axes.scatter(*xy(points, x_name, y_name), s=28, color=colour, label=f"sampled: {kind}", zorder=2)
     points = front_of(records)

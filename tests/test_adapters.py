@@ -80,8 +80,10 @@ def check_contract(base, space, choice, tmp_path):
     denoiser = base.denoiser
     plain, before = {name: tensor.clone() for name, tensor in denoiser.state_dict().items()}, output(base)
     adapter = inject(denoiser, space, choice, 0)
-    # Weights to the bit; a matrix product of equal numbers may round otherwise at another place in memory.
-    assert torch.allclose(output(base), before, atol=2e-6), "injecting changed the output"
+    # A weight made anew lies elsewhere in memory, where a product of equal numbers may round otherwise; rotations are solved for.
+    rounds = {"svdiff", "difffit", "oft"} & set(choice.methods)
+    at_start = output(base)
+    assert torch.allclose(at_start, before, atol=1e-6, rtol=1e-6) if rounds else torch.equal(at_start, before), "injecting changed the output"
     for name, module in denoiser.named_modules():
         if parametrize.is_parametrized(module):
             assert all(torch.equal(getattr(module, kind), plain[f"{name}.{kind}"]) for kind in module.parametrizations)
@@ -106,7 +108,7 @@ def check_contract(base, space, choice, tmp_path):
     adapter.remove()
     after = denoiser.state_dict()
     assert after.keys() == plain.keys() and all(torch.equal(after[name], plain[name]) for name in plain)
-    assert torch.allclose(output(base), before, atol=2e-6) and not any(parameter.requires_grad for parameter in denoiser.parameters())
+    assert torch.equal(output(base), before) and not any(parameter.requires_grad for parameter in denoiser.parameters())
 
     again = inject(denoiser, space, choice, 5)
     again.load(tmp_path)
