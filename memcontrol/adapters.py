@@ -13,7 +13,8 @@ from memcontrol.errors import MemControlError
 from memcontrol.files import replacing
 from memcontrol.seeds import seed_of
 from memcontrol.space import EVERYTHING, Choice, SearchSpace
-from memcontrol.tuners import PEFT, DiffFit, Part, Peft, State, SvDiff, Target, Weights, is_norm, last_linear, output_layer, suits
+from memcontrol.peft_tuners import PEFT, Peft
+from memcontrol.tuners import DiffFit, Part, State, SvDiff, Target, Weights, is_norm, last_linear, output_layer, suits
 
 ADAPTER_FILE = "adapter.safetensors"
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import memcontrol
 
-LAYERS = """errors seeds files config space spec data features tuners adapters families models cost derive rewards train run prepare
-worker pareto executors study pick pictures compare retrain export orchestrate display demo cli tiny""".split()
+LAYERS = """errors seeds files config space spec data features tuners peft_tuners adapters families models cost derive rewards train run prepare
+worker pareto executors study pick pictures compare retrain export orchestrate display demo commands cli tiny""".split()
 PACKAGE = Path(memcontrol.__file__).parent
 
 

@@ -1,0 +1,333 @@
+"""Owns what each command does: call, print. What they import, they import when they run: --help must be instant."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from memcontrol.errors import MemControlError
+
+if TYPE_CHECKING:
+    from memcontrol.config import Config
+    from memcontrol.executors import Executor
+
+
+def console():
+    from rich.console import Console
+
+    width = None if sys.stderr.isatty() or "COLUMNS" in os.environ else 150
+    return Console(stderr=True, width=width)
+
+
+def out_json(value: object) -> None:
+    json.dump(value, sys.stdout, indent=1, ensure_ascii=False, allow_nan=False)
+    sys.stdout.write("\n")
+
+
+def opened(study_file: Path):
+    """The study as it was searched: its stored config counts, not later edits of the file. (study, folder)."""
+    from memcontrol.config import load_config, study_folder
+    from memcontrol.study import open_study
+
+    config = load_config(study_file)
+    folder = study_folder(study_file, config.name)
+    return open_study(config, folder, study_file, create=False), folder
+
+
+def run_demo(args: argparse.Namespace) -> int:
+    from memcontrol.config import load_config
+    from memcontrol.demo import write_study
+
+    study_file = write_study(args.out, args.seed, args.trials, args.workers)
+    config = load_config(study_file)
+    with workers(config) as executor:  # the same for both parts: the base stays loaded
+        search_and_show(study_file, config, executor)
+        retrain_and_show(study_file, executor)
+    return 0
+
+
+@contextlib.contextmanager
+def workers(config: Config):
+    """The config's executor, ended at once when the block is left."""
+    from memcontrol.executors import make_executor
+
+    executor = make_executor(config.search.executor, config.search.workers)
+    try:
+        yield executor
+    finally:
+        executor.close()
+
+
+def run_search(args: argparse.Namespace) -> int:
+    options = {"search.trials": args.trials, "search.workers": args.workers, "search.executor": args.executor}
+    overrides = [*args.overrides, *(f"{key}={value}" for key, value in options.items() if value is not None)]
+    from memcontrol.config import load_config
+
+    config = load_config(args.study, overrides)
+    if args.dry_run:
+        import yaml
+
+        from memcontrol.space import load_space
+
+        load_space(config.space)
+        yaml.safe_dump(config.model_dump(mode="json"), sys.stdout, sort_keys=False, allow_unicode=True)
+        return 0
+    with workers(config) as executor:
+        search_and_show(args.study, config, executor)
+    return 0
+
+
+def search_and_show(study_file: Path, config: Config, executor: Executor) -> None:
+    from memcontrol.config import study_folder
+    from memcontrol.display import Display
+    from memcontrol.orchestrate import search
+    from memcontrol.space import load_space
+
+    screen, folder, n_groups = console(), study_folder(study_file, config.name), len(load_space(config.space).groups)
+    with Display(screen, config.search.trials, n_groups, config.search.workers) as display:
+        search(config, study_file, folder, executor, display.on_event, display.on_study)
+    show_search(study_file, screen)
+
+
+def show_search(study_file: Path, screen) -> None:
+    from memcontrol.display import relative, study_table
+    from memcontrol.pick import finished, pick
+    from memcontrol.pictures import front_picture
+    from memcontrol.space import load_space
+
+    study, folder = opened(study_file)
+    complete = finished(study.records())
+    picked = pick(complete) if any(record.anchor != "none" for record in complete) else None
+    screen.print(study_table(complete, len(load_space(study.config.space).groups), "trials (* on the front, > the pick)", picked))
+    if len(study.config.rewards.objectives) > 1:
+        front_picture(complete, picked, folder / "front.png", study.config.name)
+        screen.print(f"front: {relative(folder / 'front.png')}", highlight=False, soft_wrap=True)
+
+
+def run_status(args: argparse.Namespace) -> int:
+    from memcontrol.display import study_table
+    from memcontrol.space import load_space
+
+    study, folder = opened(args.study)
+    records = study.records()
+    if args.json:
+        out_json([record.as_dict(folder) for record in records])
+        return 0
+    for state in ("COMPLETE", "RUNNING", "PRUNED", "FAIL"):
+        sys.stdout.write(f"{state.lower()}: {sum(record.state == state for record in records)}\n")
+    for record in records:
+        if record.reason:
+            sys.stdout.write(f"trial {record.number} {record.state.lower()}: {record.reason}\n")
+    printed(study_table(records, len(load_space(study.config.space).groups), study.config.name))
+    return 0
+
+
+def printed(table) -> None:
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else 150).print(table)
+
+
+def run_front(args: argparse.Namespace) -> int:
+    from memcontrol.display import study_table
+    from memcontrol.pick import finished, front_of
+    from memcontrol.space import load_space
+
+    study, folder = opened(args.study)
+    records = front_of(finished(study.records()))
+    if args.json:
+        out_json([record.as_dict(folder) for record in records])
+    else:
+        printed(study_table(records, len(load_space(study.config.space).groups), f"{study.config.name}: front"))
+    return 0
+
+
+def picked_record(study, trial: int | None, rule: str | None, limits: Sequence[str]):
+    from memcontrol.pick import by_number, finished, pick
+
+    if trial is not None:
+        if rule or limits:
+            raise MemControlError("--trial names one trial; --rule and --limit do not go with it")
+        return by_number(finished(study.records()), trial)
+    return pick(study.records(), rule or "knee", limits)
+
+
+def run_pick(args: argparse.Namespace) -> int:
+    from memcontrol.display import study_table
+    from memcontrol.space import load_space
+
+    study, folder = opened(args.study)
+    record = picked_record(study, args.trial, args.rule, args.limit)
+    if args.json:
+        out_json(record.as_dict(folder))
+    else:
+        printed(study_table([record], len(load_space(study.config.space).groups), f"{study.config.name}: pick", record))
+        sys.stdout.write(f"groups: {', '.join(record.choice.groups) or '-'}\nrun: {folder / record.choice.key}\n")
+    return 0
+
+
+def run_retrain(args: argparse.Namespace) -> int:
+    if args.choice and (args.trial is not None or args.rule or args.limit):
+        raise MemControlError("--choice names the choice; --trial, --rule and --limit do not go with it")
+    with workers(config_of(args.study)) as executor:
+        retrain_and_show(args.study, executor, args.trial, args.rule, args.limit, args.choice, args.out)
+    return 0
+
+
+def retrain_and_show(
+    study_file: Path, executor: Executor, trial: int | None = None, rule: str | None = None, limits: Sequence[str] = (),
+    choice_file: Path | None = None, out: Path | None = None,
+) -> None:  # fmt: skip
+    from memcontrol.display import Display, gain_lines, relative, rewards_table, said_of
+    from memcontrol.retrain import BASELINE, retrain
+
+    config, folder, screen = config_of(study_file), folder_of(study_file), console()
+    choice = read_choice(choice_file) if choice_file else None
+    if choice and not searched(study_file):
+        full = transferred(config, folder, choice, executor, screen)
+    else:
+        study, _ = opened(study_file)
+        config, choice = study.config, choice or picked_record(study, trial, rule, limits).choice
+        full = next((record.choice for record in study.records() if record.anchor == "full" and record.finished), None)
+    if full is None:
+        raise MemControlError("the anchor 'full' has not finished, so there is no baseline to compare with; let the search run on")
+    space = space_of(config)
+    space.check_choice(choice)
+    out, n_groups = out or folder / "retrain" / choice.key, len(space.groups)
+    note = f"retraining {said_of(choice, n_groups)} beside {said_of(full, n_groups)}"
+    with Display(screen, 0, n_groups, 2, note) as display:
+        results = retrain(config, choice, full, folder, out, executor, display.on_event)
+    rewards = {name: result["rewards"] for name, result in results.items()}
+    rows = [("baseline", said_of(full, n_groups), rewards[BASELINE]), ("pick", said_of(choice, n_groups), rewards["pick"])]
+    screen.print(rewards_table(rows, "retrained on the full training set, scored on test data"))
+    show_pairs(out, rows, screen)
+    screen.print(f"model: {relative(out)} (memcontrol export {relative(out)} OUT)", highlight=False, soft_wrap=True)
+    for line in gain_lines(rewards[BASELINE], rewards["pick"]):
+        screen.print(line, highlight=False, soft_wrap=True)
+
+
+def transferred(config: Config, folder: Path, choice, executor: Executor, screen):
+    """Makes a study that was never searched ready for a choice from another one. Returns full fine-tuning to compare with."""
+    from memcontrol.display import Display
+    from memcontrol.orchestrate import only_one, prepared
+
+    space = space_of(config)
+    space.check_choice(choice)
+    with only_one(folder), Display(screen, 0, len(space.groups), 2, "reading the images of a study that was not searched") as display:
+        prepared(config, folder, executor, display.on_event)
+    screen.print("this study was not searched: full fine-tuning is at the middle of its learning rates", highlight=False, soft_wrap=True)
+    return space.anchors()["full"][1]
+
+
+def config_of(study_file: Path) -> Config:
+    from memcontrol.config import load_config
+
+    return load_config(study_file)
+
+
+def folder_of(study_file: Path) -> Path:
+    from memcontrol.config import study_folder
+
+    return study_folder(study_file, config_of(study_file).name)
+
+
+def space_of(config: Config):
+    from memcontrol.space import load_space
+
+    return load_space(config.space)
+
+
+def searched(study_file: Path) -> bool:
+    from memcontrol.study import is_searched
+
+    return is_searched(config_of(study_file), folder_of(study_file), study_file)
+
+
+def show_pairs(out: Path, rows, screen) -> None:
+    from memcontrol.compare import nearest_pairs
+    from memcontrol.display import relative
+    from memcontrol.pictures import pairs_picture
+    from memcontrol.retrain import BASELINE
+    from memcontrol.run import Bench
+
+    bench, folders = Bench(), {"baseline": out / BASELINE, "pick": out}
+    strips = [
+        nearest_pairs(folders[name], f"{name}: {text}: {rewards['copy_rate']:.1%} copied; nearest to a training image first", bench)
+        for name, text, rewards in rows
+    ]
+    pairs_picture(strips, out / "pairs.png")
+    screen.print(f"images beside their nearest training images: {relative(out / 'pairs.png')}", highlight=False, soft_wrap=True)
+
+
+def read_choice(path: Path):
+    from memcontrol.space import Choice
+
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise MemControlError(f"{path} cannot be read as JSON: {error}; give what `memcontrol pick --json` prints") from None
+    values = values.get("choice", values) if isinstance(values, dict) else values
+    if not isinstance(values, dict):
+        raise MemControlError(f"{path} holds no choice; give what `memcontrol pick --json` prints")
+    return Choice.from_dict(values)
+
+
+def run_export(args: argparse.Namespace) -> int:
+    from memcontrol.export import export
+
+    sys.stdout.write(f"{export(args.run_dir, args.out, args.format)}\n")
+    return 0
+
+
+def run_spaces(args: argparse.Namespace) -> int:
+    from memcontrol.space import load_space, shipped_spaces
+
+    if args.action == "list":
+        for name in shipped_spaces():
+            space = load_space(name)
+            sys.stdout.write(f"{name:26} {len(space.groups):3} groups  {space.description}\n")
+        return 0
+    if args.action == "show":
+        sys.stdout.write(shown_space(args.name, args.base))
+        return 0
+    from memcontrol.cost import survey
+    from memcontrol.models import empty_denoiser
+
+    found = survey(empty_denoiser(args.base), load_space(args.name))
+    if args.json:
+        out_json(found)
+    else:
+        print_survey(found)
+    return 0
+
+
+def shown_space(name: str, base: str) -> str:
+    from memcontrol.space import shipped_spaces
+
+    if name == "auto":
+        from memcontrol.derive import derived_space
+        from memcontrol.models import empty_denoiser
+
+        return derived_space(empty_denoiser(base), base)
+    if name not in shipped_spaces():
+        raise MemControlError(f"space '{name}' is not shipped; shipped are {', '.join(shipped_spaces())}; 'auto' derives one from --base")
+    return shipped_spaces()[name].read_text(encoding="utf-8")
+
+
+def print_survey(found: dict) -> None:
+    write, total = sys.stdout.write, found["total"]
+    write(f"{total:,} parameters in all\n")
+    for method, counts in found["methods"].items():
+        cost = counts["cost"]
+        write(f"{method:12} all groups on {counts['all_on']:13,} ({counts['all_on'] / total:8.4%})   off {counts['all_off']:13,}")
+        write(f"   {cost['step_gflops']:,.0f} GFLOP and {cost['memory_mib']:,.0f} MiB for a step of one image\n" if cost else "\n")
+    for group in found["groups"]:
+        parts = ", ".join(f"{method} {n:,} ({n / total:.4%})" for method, n in group["parameters"].items())
+        write(f"{group['name']:24} {len(group['modules']):4} modules  {parts}\n")
+        write("".join(f"    {name}\n" for name in group["modules"]))
