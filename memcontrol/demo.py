@@ -13,7 +13,7 @@ from memcontrol.errors import MemControlError
 STUDY = {
     "name": "demo",
     "base": "tiny",
-    "data": {"path": "digits", "train": 38, "holdout": 879, "test": 880},
+    "data": {"path": "digits", "train": 35, "holdout": 881, "test": 881},
     "space": "digits",
     "inner": {"budget_images": 7360, "batch_size": 32, "caption_dropout": 0.0},
     "rewards": {"objectives": ["fid", "memorization"], "n_samples": 256, "sampling_steps": 8, "guidance": 2.0},
