@@ -34,6 +34,17 @@ for job in json.loads(sys.argv[1]):
     call = {"batch_size": 2} if job["call"] is None else {"prompt": ["a digit"] * 2, **job["call"]}
     np.save(job["out"], pipe(**call, generator=generators, num_inference_steps=2, output_type="np").images)
 """
+BY_MEMCONTROL = """
+import sys
+import numpy as np, torch
+from diffusers import DiffusionPipeline
+from memcontrol import load_adapter
+pipe = DiffusionPipeline.from_pretrained(sys.argv[1])
+pipe.set_progress_bar_config(disable=True)
+load_adapter(pipe, sys.argv[2])
+generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+np.save(sys.argv[3], pipe(prompt=["a digit"] * 2, height=32, width=32, generator=generators, num_inference_steps=2, output_type="np").images)
+"""
 CALLS = {"ddpm": None, "pixart": {"height": 32, "width": 32, "use_resolution_binning": False}, "sana": {"height": 32, "width": 32, "use_resolution_binning": False}}
 CALL = {"height": 32, "width": 32}
 
@@ -95,6 +106,14 @@ def test_an_exported_adapter_loads_by_memcontrol(tmp_path, method, mix):
     assert np.abs(images_of(pipeline, CALL) - expected).max() < 2 / 255 < np.abs(before - expected).max()
     adapter.remove()
     assert np.array_equal(images_of(pipeline, CALL), before)
+
+
+def test_an_exported_adapter_loads_in_a_new_process(tmp_path):
+    expected = images_of(finished_run(tmp_path / "run", "tiny", "difffit", ("svdiff",)), CALL)
+    out = export(tmp_path / "run", tmp_path / "out", "adapter")
+    command = [sys.executable, "-c", BY_MEMCONTROL, base_path("tiny"), str(out), str(tmp_path / "images.npy")]
+    subprocess.run(command, check=True, capture_output=True)
+    assert np.abs(np.load(tmp_path / "images.npy") - expected).max() < 2 / 255
 
 
 def test_peft_reads_the_other_adapters(tmp_path):
