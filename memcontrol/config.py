@@ -110,6 +110,8 @@ def read_yaml(path: Path) -> dict:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise MemControlError(f"{path}: no such file; give a study file in YAML, see the README for an example") from None
+    except IsADirectoryError:
+        raise MemControlError(f"{path}: is a folder; give the study file, such as {path / 'study.yaml'}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise MemControlError(f"{path}: cannot be read ({error}); give a text file in YAML") from None
     except yaml.YAMLError as error:

@@ -129,6 +129,7 @@ def test_commands_before_the_search_say_what_to_run(study_file):
         assert "has not been searched yet; run: memcontrol search" in refused(command, study)
     assert "no run folder" in refused("export", study.parent, study.parent / "out")
     assert "no such file" in refused("front", study.parent / "missing.yaml")
+    assert "is a folder; give the study file" in refused("status", study.parent)
     assert "ray" in refused("search", study, "--executor", "ray")
     refused("search", study, "--trials", "-1")
 
