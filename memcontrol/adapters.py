@@ -11,9 +11,9 @@ from torch import nn
 
 from memcontrol.errors import MemControlError
 from memcontrol.files import replacing
+from memcontrol.peft_tuners import PEFT, Peft
 from memcontrol.seeds import seed_of
 from memcontrol.space import EVERYTHING, Choice, SearchSpace
-from memcontrol.peft_tuners import PEFT, Peft
 from memcontrol.tuners import DiffFit, Part, State, SvDiff, Target, Weights, is_norm, last_linear, output_layer, suits
 
 ADAPTER_FILE = "adapter.safetensors"
