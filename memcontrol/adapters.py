@@ -97,10 +97,15 @@ class Adapter:
             parameter.requires_grad_(True)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        return {name: parameter for part in self.parts for name, parameter in part.trained.items()}
+        """All that a state holds by name, parameters that stay fixed included."""
+        return {name: parameter for part in self.parts for name, parameter in part.learned.items()}
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        return {name: parameter for part in self.parts for name, parameter in part.trained().items()}
 
     def parameters(self) -> list[nn.Parameter]:
-        return list(self.named_parameters().values())
+        """What is trained."""
+        return list(self.trained().values())
 
     def n_trained(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
@@ -109,7 +114,7 @@ class Adapter:
         """Optimizer groups: parameters that share a learning rate, which is also kept under `rate`."""
         by_rate: dict[float, list[nn.Parameter]] = {}
         for part in self.parts:
-            for name, parameter in part.trained.items():
+            for name, parameter in part.trained().items():
                 by_rate.setdefault(part.rates[name], []).append(parameter)
         return [{"params": parameters, "lr": rate, "rate": rate} for rate, parameters in by_rate.items()]
 
@@ -118,19 +123,22 @@ class Adapter:
 
     def state(self) -> State:
         """Copies of all that was learned; the base is not part of it."""
-        offsets = {name: offset for part in self.parts if isinstance(part, Peft) for name, offset in part.offsets().items()}
-        return {name: parameter.detach().clone() for name, parameter in self.named_parameters().items()} | offsets
+        return {name: parameter.detach().clone() for name, parameter in self.named_parameters().items()} | self.offsets()
+
+    def offsets(self) -> State:
+        """Dense changes of weights under factors that could not hold a mean."""
+        return {name: offset for part in self.parts if isinstance(part, Peft) for name, offset in part.offsets().items()}
 
     @torch.no_grad()
     def load_state(self, state: State) -> None:
         """Raises MemControlError where the state belongs to another choice, base or space."""
-        trained = self.named_parameters()
+        held = self.named_parameters()
         learned = {name: tensor for name, tensor in state.items() if not name.endswith(".offset")}
-        wrong = [name for name in trained.keys() ^ learned.keys()]
-        wrong += [name for name in trained.keys() & learned.keys() if trained[name].shape != learned[name].shape]
+        wrong = [name for name in held.keys() ^ learned.keys()]
+        wrong += [name for name in held.keys() & learned.keys() if held[name].shape != learned[name].shape]
         if wrong:
             raise MemControlError(f"the saved adapter does not fit this choice (for one, '{min(wrong)}'); it belongs to another base or space")
-        for name, parameter in trained.items():
+        for name, parameter in held.items():
             parameter.copy_(learned[name])
         for part in self.parts:
             part.load(state)
@@ -154,7 +162,8 @@ class Adapter:
         from safetensors.torch import save_file
 
         with replacing(folder / ADAPTER_FILE) as part:
-            save_file({name: tensor.cpu().contiguous() for name, tensor in self.state().items()}, part, header(description))
+            tensors = {name: tensor.cpu().contiguous() for name, tensor in self.state().items()}
+            save_file(tensors, part, {"memcontrol": described(description)})  # one entry: several are written in any order
 
     def load(self, folder: Path) -> None:
         from safetensors.torch import load_file
@@ -173,17 +182,18 @@ class Adapter:
         self.denoiser.requires_grad_(False)
 
 
-def header(description: dict) -> dict[str, str]:
-    return {"format": "pt", "memcontrol": json.dumps(description, sort_keys=True)}
+def described(description: dict) -> str:
+    return json.dumps(description, sort_keys=True)
 
 
 def inject(
-    denoiser: nn.Module, space: SearchSpace, choice: Choice, seed: int, *, cache: Path | None = None, norm_shift_rate: float | None = None
-) -> Adapter:
+    denoiser: nn.Module, space: SearchSpace, choice: Choice, seed: int, *,
+    cache: Path | None = None, norm_shift_rate: float | None = None, shared_a: bool = False,
+) -> Adapter:  # fmt: skip
     """Freezes the denoiser and makes trainable what the choice names.
 
     `norm_shift_rate` is the learning rate of SV-Diff's shifts of norm layers, None for the choice's own. `cache` keeps
-    singular value decompositions. Raises MemControlError.
+    singular value decompositions. `shared_a` trains only B of a LoRA. Raises MemControlError.
     """
     if EVERYTHING in choice.groups:
         whole = dict(denoiser.named_parameters())
@@ -200,7 +210,7 @@ def inject(
         own = [target for target in targets if target.method == method and (method != "oft" or target.rank == size)]
         own = list({target.module: target for target in own}.values())
         if method in PEFT:
-            parts.append(Peft(denoiser, method, own, seed_of(seed, method)))
+            parts.append(Peft(denoiser, method, own, seed_of(seed, method), shared_a))
         elif method == "svdiff":
             parts.append(SvDiff(denoiser, own, norm_shift_rate, cache))
         elif method == "difffit":

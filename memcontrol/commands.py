@@ -57,7 +57,7 @@ def workers(config: Config):
     """The config's executor, ended at once when the block is left."""
     from memcontrol.executors import make_executor
 
-    executor = make_executor(config.search.executor, config.search.workers)
+    executor = make_executor(config.search.executor, config.search.workers, config.search.processes)
     try:
         yield executor
     finally:

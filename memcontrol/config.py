@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -12,11 +12,14 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from memcontrol.errors import MemControlError
 
 # What may change between two runs of one study: where and how fast it runs, not what it finds.
-FREE_KEYS = ("storage", "search.trials", "search.workers", "search.executor")
+FREE_KEYS = ("storage", "search.trials", "search.workers", "search.executor", "search.processes")
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 Share = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Probability = Annotated[float, Field(ge=0, le=1)]
 
 
 class Strict(BaseModel):
@@ -34,17 +37,124 @@ class DataConfig(Strict):
     skip_unreadable: bool = False
 
 
+class EnsembleConfig(Strict):
+    """Iterative ensemble training (IET-AGC, arXiv 2407.15328): shards of the training set, each with a proxy, averaged by size.
+
+    average: `shared_a` freezes LoRA's A, the same for all shards, so that the mean of B is exact (FFA-LoRA, arXiv 2403.12313);
+    `refactored` trains both and keeps what rank-r factors of the mean change leave over as a dense offset.
+    moments: what an optimizer's moments become after an averaging; `kept` per shard is what the published code does.
+    """
+
+    shards: Count = 1
+    split: Literal["random", "balanced", "contiguous", "similar"] = "random"
+    average: Literal["shared_a", "refactored"] = "shared_a"
+    moments: Literal["reset", "averaged", "kept"] = "reset"
+
+
+class SkipConfig(Strict):
+    """Anti-gradient control (IET-AGC): an image is skipped where loss < memory[timestep] / ratio.
+
+    Published: ratio 2 for CIFAR, 1.25 for LAION, decay 0.8, memory from zero. `corrected` divides the memory by the weight that
+    it has gathered, as Adam does. `bins` smaller than 1000 lets neighbouring timesteps share a memory, for budgets in which each is
+    seen a few times only. A step whose images were skipped draws up to `refill` batches to be whole again.
+    """
+
+    ratio: Annotated[float, Field(ge=1)] = 2.0
+    decay: Annotated[float, Field(gt=0, lt=1)] = 0.8
+    start: Literal["zero", "corrected"] = "zero"
+    bins: Annotated[int, Field(ge=1, le=1000)] = 1000
+    refill: Count = 1
+
+
+class RedistributionConfig(Strict):
+    """Memory samples redistribute (IET-AGC+, arXiv 2502.09434): each shard's most skipped share moves to the next shard.
+
+    rounds: `alternate` exchanges in odd rounds and averages in even ones; `every` does both each round. order: to the next
+    shard in a `ring`, or in a `random` ring drawn each time.
+    """
+
+    share: Annotated[float, Field(gt=0, le=1)] = 0.25
+    order: Literal["ring", "random"] = "ring"
+    rounds: Literal["alternate", "every"] = "alternate"
+
+
+class AugmentationConfig(Strict):
+    """Threshold-aware augmentation (IET-AGC+): RandAugment, the stronger the nearer a loss lies to the skip threshold.
+
+    rule: `zone` trains u >= bar as it is, queues 1 <= u < bar for augmentation and skips u < 1, where u = ratio loss / memory;
+    `kept` queues every image that is not skipped and trains nothing else. retest: augmented images may be skipped too.
+    """
+
+    rule: Literal["zone", "kept"] = "zone"
+    base: Positive = 5.0
+    bar: Annotated[float, Field(gt=1)] = 1.5
+    retest: bool = True
+
+
+class CaptionsConfig(Strict):
+    """Edits of a training caption, each with a probability, drawn anew every time it is used (Somepalli et al. 2023, arXiv
+    2305.20086): n_words random words added, the caption replaced by as many random words, one of its words repeated."""
+
+    add_words: Probability = 0.0
+    replace: Probability = 0.0
+    repeat_word: Probability = 0.0
+    n_words: Count = 4
+
+    @property
+    def any(self) -> bool:
+        return bool(self.add_words or self.replace or self.repeat_word)
+
+
 class InnerConfig(Strict):
-    """One fine-tuning: its budget in images seen, batch and optimizer."""
+    """One fine-tuning: its budget in images seen, batch and optimizer, and the training methods that fight copying."""
 
     budget_images: Count = 10_000
     batch_size: Count = 16
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    micro_batch_size: Count | None = None  # images in one forward: gradients accumulate to the batch
+    rounds: Count = 5  # of equal length: a killed run goes on from the last one; shards are averaged after each
+    optimizer: Literal["adamw", "adam", "nadam", "radam", "adafactor", "sgd"] = "adamw"
+    weight_decay: NotNegative = 0.01
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
     schedule: Literal["constant", "cosine"] = "cosine"
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    max_grad_norm: Positive = 1.0
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    gradient_checkpointing: bool = False
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None  # decay; the averaged weights are what is sampled and saved
+    from_scratch: bool = False  # the denoiser's weights are drawn anew instead of read
+    norm_shift_rate: Positive | None = 1e-6  # of SV-Diff's norm shifts, as published; None: the choice's own
     caption_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    norm_shift_rate: Annotated[float, Field(gt=0)] | None = 1e-6  # of SV-Diff's norm shifts, as published; None: the choice's own
+    captions: CaptionsConfig = CaptionsConfig()
+    embedding_noise: NotNegative = 0.0  # standard deviation of Gaussian noise on the caption's encoding
+    noise_offset: NotNegative = 0.0
+    input_perturbation: NotNegative = 0.0
+    min_snr: Positive | None = None
+    norm_threshold: Positive | Literal["decile"] | None = None
+    stop_gap: Annotated[float, Field(gt=0, lt=1)] | None = None
+    ensemble: EnsembleConfig = EnsembleConfig()
+    skip: SkipConfig | None = None
+    redistribution: RedistributionConfig | None = None
+    augmentation: AugmentationConfig | None = None
+
+    @model_validator(mode="after")
+    def parts_fit(self) -> InnerConfig:
+        if self.redistribution and (self.skip is None or self.ensemble.shards < 2 or self.rounds < 2):
+            raise ValueError("inner.redistribution moves skipped images between shards; it needs inner.skip, ensemble.shards and rounds of 2 or more")
+        if self.augmentation and self.skip is None:
+            raise ValueError("inner.augmentation looks at the skip threshold; it needs inner.skip, for example inner.skip={ratio: 2}")
+        if self.norm_threshold == "decile" and (self.micro_batch_size or self.batch_size) < 10:
+            raise ValueError("inner.norm_threshold=decile drops a tenth of each forward's images; it needs batches of 10 or more")
+        if self.micro_batch_size and self.micro_batch_size > self.batch_size:
+            raise ValueError(f"inner.micro_batch_size is larger than inner.batch_size ({self.micro_batch_size} > {self.batch_size})")
+        if 1 < self.ensemble.shards and self.budget_steps < self.ensemble.shards * self.rounds:
+            raise ValueError(
+                f"inner.budget_images / inner.batch_size gives {self.budget_steps} steps, fewer than {self.ensemble.shards} shards "
+                f"x {self.rounds} rounds; raise the budget or lower one of them"
+            )
+        return self
+
+    @property
+    def budget_steps(self) -> int:
+        return -(-self.budget_images // self.batch_size)
 
 
 class RewardsConfig(Strict):
@@ -55,6 +165,9 @@ class RewardsConfig(Strict):
     n_samples: Count = 256
     sampling_steps: Count = 20
     guidance: Annotated[float, Field(ge=1)] = 1.0
+    guidance_from: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of the sampling steps without guidance (arXiv 2411.16738)
+    random_words: Annotated[int, Field(ge=0)] = 0  # added to each prompt when sampling (arXiv 2305.20086)
+    embedding_noise: NotNegative = 0.0  # on the prompt's encoding when sampling
 
 
 class SearchConfig(Strict):
@@ -62,6 +175,7 @@ class SearchConfig(Strict):
 
     trials: Annotated[int, Field(ge=0)] = 20
     workers: Count = 2
+    processes: Count = 1  # that train the shards of one trial side by side, a GPU each
     seed: int = 0
     executor: Literal["inline", "local"] = "local"
     train_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -160,19 +274,21 @@ def explain(problem: dict) -> str:
         return f"unknown key '{key}'; allowed: {valid}"
     if problem["type"] == "missing":
         return f"key '{key}' is missing"
+    if problem["type"] == "value_error":  # of a validator of ours, which says it all
+        return problem["msg"].removeprefix("Value error, ")
     return f"key '{key}' is {problem['input']!r}; {problem['msg'][0].lower()}{problem['msg'][1:]}"
 
 
 def known_names() -> set[str]:
-    models = (Config, DataConfig, InnerConfig, RewardsConfig, SearchConfig)
-    return {name for model in models for name in model.model_fields}
+    return {name for model in Strict.__subclasses__() for name in model.model_fields}
 
 
 def model_at(place: Sequence) -> type[BaseModel]:
+    """The model of the keys at a place, such as ("inner", "skip")."""
     model: type[BaseModel] = Config
     for part in place:
         inner = model.model_fields[part].annotation
-        model = inner if isinstance(inner, type) and issubclass(inner, BaseModel) else model
+        model = next((kind for kind in (inner, *get_args(inner)) if isinstance(kind, type) and issubclass(kind, BaseModel)), model)
     return model
 
 

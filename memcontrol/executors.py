@@ -73,15 +73,17 @@ class Inline(Executor):
 
     def close(self) -> None:
         self.waiting.clear()
+        if self.bench is not None:
+            self.bench.close()
 
 
 class Local(Executor):
     """A worker process for each place, which keeps the base loaded; one that dies is started again and its job repeated."""
 
-    def __init__(self, n_workers: int):
+    def __init__(self, n_workers: int, n_processes: int = 1):
         self.said: queue.Queue = queue.Queue()
-        threads = max(1, (os.cpu_count() or 1) // n_workers)
-        self.workers = [Worker(i, threads, self.said) for i in range(n_workers)]
+        threads = max(1, (os.cpu_count() or 1) // (n_workers * n_processes))
+        self.workers = [Worker(i, threads, self.said, n_processes) for i in range(n_workers)]
 
     def free(self) -> int:
         return sum(worker.job is None for worker in self.workers)
@@ -118,8 +120,8 @@ class Local(Executor):
 class Worker:
     """One worker process and the job it has."""
 
-    def __init__(self, index: int, n_threads: int, said: queue.Queue):
-        self.index, self.n_threads, self.said = index, n_threads, said
+    def __init__(self, index: int, n_threads: int, said: queue.Queue, n_processes: int = 1):
+        self.index, self.n_threads, self.said, self.n_processes = index, n_threads, said, n_processes
         self.job: dict | None = None
         self.n_tries = 0
         self.process: subprocess.Popen | None = None
@@ -130,7 +132,7 @@ class Worker:
         threads = {"OMP_NUM_THREADS": str(self.n_threads), "MKL_NUM_THREADS": str(self.n_threads), "OMP_WAIT_POLICY": "passive"}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "memcontrol.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            text=True, env={**os.environ, **threads, **visible_gpu(self.index)},
+            text=True, env={**os.environ, **threads, **visible_gpus(self.index, self.n_processes)},
         )  # fmt: skip
         self.listener = threading.Thread(target=self.listen, args=(self.process,), daemon=True)
         self.listener.start()
@@ -159,21 +161,22 @@ class Worker:
             self.listener.join()
 
 
-def visible_gpu(index: int) -> dict[str, str]:
-    """The one GPU that worker `index` sees, where there are any: they are dealt out in turn."""
+def visible_gpus(index: int, n_processes: int = 1) -> dict[str, str]:
+    """The GPUs that worker `index` sees, one for each process of its trials, where there are any: they are dealt out in turn."""
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = listed.split(",") if listed else [str(i) for i in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
-    return {"CUDA_VISIBLE_DEVICES": gpus[index % len(gpus)]} if gpus else {}
+    own = dict.fromkeys(gpus[(index * n_processes + i) % len(gpus)] for i in range(n_processes)) if gpus else {}
+    return {"CUDA_VISIBLE_DEVICES": ",".join(own)} if own else {}
 
 
 def as_event(job: dict, line: dict) -> Event:
     return Event(job, line["event"], {key: value for key, value in line.items() if key != "event"})
 
 
-def make_executor(name: str, n_workers: int) -> Executor:
+def make_executor(name: str, n_workers: int, n_processes: int = 1) -> Executor:
     """Raises MemControlError for a name that is not there."""
     if name == "inline":
         return Inline()
     if name == "local":
-        return Local(n_workers)
+        return Local(n_workers, n_processes)
     raise MemControlError(f"executor '{name}' is not part of this version; allowed: inline, local")

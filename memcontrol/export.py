@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from memcontrol.adapters import ADAPTER_FILE, Adapter, header, inject
+from memcontrol.adapters import ADAPTER_FILE, Adapter, described, inject
 from memcontrol.errors import MemControlError
 from memcontrol.files import disk_full_named, read_json, replacing
-from memcontrol.models import denoiser_name, open_pipeline
-from memcontrol.run import chosen_adapter
+from memcontrol.models import denoiser_name, open_pipeline, redraw_weights
+from memcontrol.run import chosen_adapter, scratch_seed
 from memcontrol.space import Choice, parse_space
 from memcontrol.spec import RESULT, Spec, read_spec
 
@@ -37,6 +37,8 @@ def export(run: Path, out: Path, format: str | None = None) -> Path:
     with disk_full_named(out):
         pipeline = open_pipeline(spec.config.base)
         denoiser = getattr(pipeline, denoiser_name(pipeline))
+        if spec.config.inner.from_scratch:
+            redraw_weights(denoiser, scratch_seed(spec.config))
         adapter = chosen_adapter(denoiser, spec)
         adapter.load(run)
         config = lone_config(adapter)
@@ -73,12 +75,12 @@ def write_lora(adapter: Adapter, prefix: str, out: Path, spec: Spec) -> None:
 
     config, state = lone_config(adapter), peft_state(adapter)
     settings = {f"{prefix}.{key}": value for key, value in plain(config.to_dict()).items()}
-    metadata = header(spec.description()) | {"lora_adapter_metadata": json.dumps(settings, sort_keys=True)}
+    metadata = {"format": "pt", "memcontrol": described(spec.description())}
     (out / COMFYUI_FILE).parent.mkdir()
     with replacing(out / LORA_FILE) as part:
-        save_file({f"{prefix}.{name}": tensor for name, tensor in state.items()}, part, metadata)
+        save_file({f"{prefix}.{name}": tensor for name, tensor in state.items()}, part, metadata | {"lora_adapter_metadata": described(settings)})
     with replacing(out / COMFYUI_FILE) as part:
-        save_file(comfyui_state(adapter, prefix, state), part, header(spec.description()))
+        save_file(comfyui_state(adapter, prefix, state), part, metadata)
 
 
 def comfyui_state(adapter: Adapter, prefix: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -18,6 +18,7 @@ class Family:
     denoiser = "unet"
     flow = False  # rectified flow: x_t = (1 - s) x + s noise, and the denoiser predicts noise - x
     packing = 1  # latents that the denoiser takes as one
+    guides_late = True  # the pipeline reads its guidance scale anew in every step
 
     def encode(self, pipeline, captions: Sequence[str]) -> Text:
         embeddings, _ = pipeline.encode_prompt(list(captions), pipeline.device, 1, False)
@@ -83,7 +84,7 @@ class StableDiffusion3(Family):
 class Flux(Family):
     """A flow transformer on packed 2 x 2 latents; the guidance of distilled models is an input, as in sampling."""
 
-    denoiser, flow, packing = "transformer", True, 4
+    denoiser, flow, packing, guides_late = "transformer", True, 4, False
     trained_guidance = 1.0  # as in diffusers' own fine-tuning of distilled models
 
     def encode(self, pipeline, captions: Sequence[str]) -> Text:
@@ -119,7 +120,7 @@ class Flux(Family):
 class PixArt(Family):
     """A diffusion transformer with a masked T5 caption; half of its output may be a learned variance (arXiv 2310.00426)."""
 
-    denoiser = "transformer"
+    denoiser, guides_late = "transformer", False
 
     def encode(self, pipeline, captions: Sequence[str]) -> Text:
         embeddings, mask, _, _ = pipeline.encode_prompt(list(captions), do_classifier_free_guidance=False, device=pipeline.device)
@@ -147,7 +148,7 @@ class PixArt(Family):
 class Sana(PixArt):
     """A linear-attention flow transformer over a 32-fold autoencoder, captions by a language model (arXiv 2410.10629)."""
 
-    flow = True
+    flow, guides_late = True, True
 
     def predict(self, denoiser, noisy: Tensor, time: Tensor, text: Text) -> Tensor:
         mask, scaled = text["prompt_attention_mask"], time * denoiser.config.timestep_scale
@@ -156,6 +157,8 @@ class Sana(PixArt):
 
 class Unconditional(Family):
     """A denoiser of pixels without captions, as DDPM (arXiv 2006.11239)."""
+
+    guides_late = False
 
     def encode(self, pipeline, captions: Sequence[str]) -> Text:
         return {}

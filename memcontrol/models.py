@@ -95,6 +95,19 @@ class Encoded:
         return {name: tensor[rows] for name, tensor in self.text.items()}
 
 
+@dataclass(frozen=True)
+class Noised:
+    """A batch that the denoiser can be asked about."""
+
+    noisy: Tensor  # [B, C, h, w]
+    target: Tensor  # [B, C, h, w]
+    times: Tensor  # [B], as the denoiser takes them
+    timesteps: Tensor  # [B], whole, 0..999
+
+    def part(self, rows: slice) -> Noised:
+        return Noised(self.noisy[rows], self.target[rows], self.times[rows], self.timesteps[rows])
+
+
 @dataclass
 class Base:
     """A frozen pipeline on one device; trials put their adapters into `denoiser` and take them out again."""
@@ -125,29 +138,43 @@ class Base:
         inner = 2 ** (len(config.block_out_channels) - 1) if "block_out_channels" in config else max(2, config.get("patch_size", 1))
         return self.pixels_per_latent * inner
 
-    def noised(self, clean: Tensor, noise: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Noisy latents and targets [B, C, h, w], times [B] for the denoiser and as whole timesteps 0..999.
+    def noised(
+        self, clean: Tensor, generator: torch.Generator, offset: float = 0.0, perturbation: float = 0.0
+    ) -> Noised:
+        """Latents [B, C, h, w] with noise and times from the generator, and the target of each.
 
         Diffusion: uniform timesteps (DDPM, Ho et al. 2020). Flow: logit-normal times under the schedule's shift
-        (Esser et al. 2024, arXiv 2403.03206, section 3.1).
+        (Esser et al. 2024, arXiv 2403.03206, section 3.1). `offset` adds noise that is equal all over a channel, this many
+        times as strong; `perturbation` noises with noise + perturbation * noise' where the target keeps noise (Ning et al.
+        2023, arXiv 2301.11706, eq. 7).
         """
-        if not self.family.flow:
+        noise = torch.randn(clean.shape, generator=generator)
+        if self.family.flow:
+            share = torch.sigmoid(torch.randn(len(clean), generator=generator)).to(self.device)
+        else:
             timesteps = torch.randint(self.schedule.config.num_train_timesteps, (len(clean),), generator=generator).to(self.device)
+        if offset:
+            noise = noise + offset * torch.randn(*clean.shape[:2], 1, 1, generator=generator)
+        shown = noise + perturbation * torch.randn(clean.shape, generator=generator) if perturbation else noise
+        noise, shown = noise.to(self.device), shown.to(self.device)
+        if not self.family.flow:
             velocity = self.schedule.config.prediction_type == "v_prediction"
             target = self.schedule.get_velocity(clean, noise, timesteps) if velocity else noise
-            return self.schedule.add_noise(clean, noise, timesteps), target, timesteps, timesteps
-        share = torch.sigmoid(torch.randn(len(clean), generator=generator)).to(self.device)
+            return Noised(self.schedule.add_noise(clean, shown, timesteps), target, timesteps, timesteps)
         shift = self.schedule.config.get("shift") or self.schedule.config.get("flow_shift") or 1.0
         share = shift * share / (1 + (shift - 1) * share)
         level = share.view(-1, 1, 1, 1)
-        return (1 - level) * clean + level * noise, noise - clean, 1000 * share, (1000 * share).long().clamp(max=999)
+        return Noised((1 - level) * clean + level * shown, noise - clean, 1000 * share, (1000 * share).long().clamp(max=999))
+
+    def denoised(self, noised: Noised, text: Text) -> tuple[Tensor, Tensor]:
+        """The denoising loss of each latent, unreduced [B], and the prediction [B, C, h, w]."""
+        predicted = self.family.predict(self.denoiser, noised.noisy, noised.times, text)
+        return (predicted.float() - noised.target.float()).square().mean(dim=(1, 2, 3)), predicted
 
     def losses(self, clean: Tensor, text: Text, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """The denoising loss of each latent [B, C, h, w], unreduced [B], and the timesteps [B] drawn."""
-        noise = torch.randn(clean.shape, generator=generator).to(self.device)
-        noisy, target, times, timesteps = self.noised(clean, noise, generator)
-        predicted = self.family.predict(self.denoiser, noisy, times, text)
-        return (predicted.float() - target.float()).square().mean(dim=(1, 2, 3)), timesteps
+        noised = self.noised(clean, generator)
+        return self.denoised(noised, text)[0], noised.timesteps
 
     @torch.no_grad()
     def encode_images(self, images: Images) -> tuple[Tensor, Tensor]:
@@ -177,12 +204,13 @@ class Base:
 
     @torch.no_grad()
     def sample(
-        self, text: Text, empty: Text, *, seeds: Sequence[int], steps: int, guidance: float, resolution: int, progress: Callable
-    ) -> np.ndarray:
+        self, text: Text, empty: Text, *, seeds: Sequence[int], steps: int, guidance: float, resolution: int, progress: Callable,
+        guidance_from: float = 0.0,
+    ) -> np.ndarray:  # fmt: skip
         """One image for each seed, from encodings [N, ...] and those of the empty caption [1, ...]. uint8 [N, 3, H, W].
 
         The noise of an image follows from its own seed. Diffusion: DPM-Solver++(2M), without captions DDIM; flow: the
-        pipeline's own solver.
+        pipeline's own solver. Guidance acts after the share `guidance_from` of the steps (Jain et al. 2024, arXiv 2411.16738).
         """
         images = []
         for start in range(0, len(seeds), ENCODE_BATCH):
@@ -190,6 +218,8 @@ class Base:
             own = {name: tensor[start : start + ENCODE_BATCH].to(self.device) for name, tensor in text.items()}
             none = {name: tensor.expand(len(generators), *tensor.shape[1:]).to(self.device) for name, tensor in empty.items()}
             call = self.unconditional(generators) if not text else self.conditional(generators, own, none, guidance, resolution)
+            if guidance_from and guidance > 1:
+                call |= late_guidance(guidance, round(guidance_from * steps))
             images.append(self.pipeline(**call, num_inference_steps=steps, output_type="np").images)
             progress(start + len(generators), len(seeds))
         return (np.concatenate(images).transpose(0, 3, 1, 2) * 255 + 0.5).astype(np.uint8)
@@ -224,6 +254,25 @@ class Base:
         stored = load_file(path)
         text = {name.removeprefix("text."): stored.pop(name) for name in list(stored) if name.startswith("text.")}
         return Encoded(text=text, **stored)
+
+
+def late_guidance(guidance: float, n_without: int) -> dict:
+    """Arguments of a pipeline's call that leave the first steps without guidance."""
+
+    def after(pipeline, step: int, timestep, tensors: dict) -> dict:
+        if step + 1 >= n_without:
+            pipeline._guidance_scale = guidance
+        return tensors
+
+    # Just above 1: at 1 the pipeline would not evaluate the empty caption at all, and could not begin to later.
+    return {"guidance_scale": guidance if n_without == 0 else 1 + 1e-6, "callback_on_step_end": after}
+
+
+def redraw_weights(denoiser: torch.nn.Module, seed: int) -> None:
+    """Replaces the denoiser's weights by random ones, as its class draws them."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        denoiser.load_state_dict(type(denoiser).from_config(denoiser.config).state_dict())
 
 
 def base_digest(name: str) -> str:

@@ -77,10 +77,10 @@ class Peft(Part):
     """Adapters of the peft library: LoRA (arXiv 2106.09685), DoRA (2402.09353), LoHa and LoKr (LyCORIS, 2309.14859),
     OFT (2306.07280), IA3 (2205.05638) and LN tuning (2312.11420)."""
 
-    def __init__(self, denoiser: nn.Module, method: str, targets: Sequence[Target], seed: int):
+    def __init__(self, denoiser: nn.Module, method: str, targets: Sequence[Target], seed: int, shared_a: bool = False):
         from peft import inject_adapter_in_model
 
-        self.denoiser, self.method = denoiser, method
+        self.denoiser, self.method, self.shared_a = denoiser, method, shared_a and method == "lora"
         self.config = PEFT[method](targets)
         if hasattr(denoiser, "peft_config"):
             del denoiser.peft_config  # another method's, on other modules; its layers stay
@@ -89,7 +89,7 @@ class Peft(Part):
             torch.manual_seed(seed)  # peft draws its start from the global generator
             inject_adapter_in_model(self.config, denoiser)
         self.layers = {target.module: denoiser.get_submodule(target.module) for target in targets}
-        self.trained = {
+        self.learned = {
             f"{name}.{inside.replace('.default', '')}": parameter
             for name, layer in self.layers.items()
             for inside, parameter in layer.named_parameters()
@@ -97,10 +97,14 @@ class Peft(Part):
         }
         rates = {target.module: target.rate for target in targets}
         self.rates = {
-            name: next(rates[module] for module in self.layers if name.startswith(f"{module}.")) for name in self.trained
+            name: next(rates[module] for module in self.layers if name.startswith(f"{module}.")) for name in self.learned
         }
-        self.start = {} if method in LINEAR else {name: parameter.detach().clone() for name, parameter in self.trained.items()}
+        self.start = {} if method in LINEAR else {name: parameter.detach().clone() for name, parameter in self.learned.items()}
         self.original: dict[str, Tensor] = {}  # weights of the base that an offset has been added to
+        self.added: State = {}  # the offsets
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        return {name: parameter for name, parameter in self.learned.items() if not (self.shared_a and ".lora_A." in name)}
 
     @torch.no_grad()
     def load(self, state: State) -> None:
@@ -111,9 +115,10 @@ class Peft(Part):
                 weight.copy_(self.original.setdefault(name, weight.clone()) + offset.to(weight))
             elif name in self.original:
                 weight.copy_(self.original.pop(name))
+        self.added = {key: offset for key, offset in state.items() if key.removesuffix(".offset") in self.original}
 
     def offsets(self) -> State:
-        return {f"{name}.offset": self.layers[name].get_base_layer().weight.detach() - weight for name, weight in self.original.items()}
+        return self.added
 
     @torch.no_grad()
     def average(self, mean: State, states: Sequence[State], weights: Sequence[float]) -> State:
@@ -121,7 +126,7 @@ class Peft(Part):
             return {}
         found: State = {}
         for name, layer in self.layers.items():
-            own = [key for key in self.trained if key.startswith(f"{name}.")]
+            own = [key for key in self.learned if key.startswith(f"{name}.")]
             if self.method == "lora":
                 found |= self.refactored(name, layer, [{key: state[key] for key in own} for state in states], mean, weights)
             else:
@@ -132,7 +137,7 @@ class Peft(Part):
         """The mean of the products BA: its best factors of the same rank, and what they leave over as an offset."""
         down, up = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
         if all(torch.equal(state[down], states[0][down]) for state in states):
-            return {}  # a shared A: the mean of B is exact
+            return {down: states[0][down]}  # a shared A: the mean of B is exact
         scaling, rank = layer.scaling["default"], len(mean[down])
         tall = torch.cat([w * state[up].flatten(1) for w, state in zip(weights, states)], 1).double()  # [out, K r]
         wide = torch.cat([state[down].flatten(1) for state in states]).double()  # [K r, in]
@@ -149,21 +154,21 @@ class Peft(Part):
 
     def restarted(self, name: str, layer: nn.Module, own: Sequence[str], states: Sequence[State], weights: Sequence[float]) -> State:
         """The mean change of the weight as an offset, under an adapter that starts anew: no factors of this kind hold a mean."""
-        kept, base = {key: self.trained[key].clone() for key in own}, layer.get_base_layer().weight
+        kept, base = {key: self.learned[key].clone() for key in own}, layer.get_base_layer().weight
         home, before = base.data, base.detach().clone()  # merging may move the weight, and results depend on where it lies
         original = self.original.get(name, before)
         total = torch.zeros_like(before)
         for state, weight in zip(states, weights):
-            home.copy_(original + state.get(f"{name}.offset", 0.0))
+            home.copy_(original + torch.as_tensor(state.get(f"{name}.offset", 0.0)).to(original))
             for key in own:
-                self.trained[key].copy_(state[key])
+                self.learned[key].copy_(state[key])
             layer.merge()
             total += weight * (base - original)
             base.data = home
             layer.merged_adapters.clear()
         home.copy_(before)
         for key, tensor in kept.items():
-            self.trained[key].copy_(tensor)
+            self.learned[key].copy_(tensor)
         found = {key: self.start[key] for key in own} | {f"{name}.offset": total}
         magnitude = f"{name}.lora_magnitude_vector.weight"
         if magnitude in own:
@@ -174,6 +179,7 @@ class Peft(Part):
         for layer in self.layers.values():
             layer.merge()
         self.original.clear()
+        self.added = {}
         self.remove()
 
     def remove(self) -> None:

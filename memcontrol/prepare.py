@@ -9,8 +9,10 @@ from memcontrol.adapters import check_space
 from memcontrol.config import Config, load_config
 from memcontrol.data import Images, load_parts, parts_as_dict
 from memcontrol.errors import MemControlError
+from memcontrol.families import Unconditional
 from memcontrol.features import check_extractor
 from memcontrol.files import read_json, write_json
+from memcontrol.models import Base
 from memcontrol.rewards import check_rewards
 from memcontrol.run import Bench
 from memcontrol.space import load_space
@@ -25,8 +27,9 @@ def prepare(values: dict, folder: Path, bench: Bench, warn: Callable[[str], None
     space = load_space(config.space)
     n_features = check_extractor(config.rewards.extractor)
     check_rewards(config.rewards.objectives, config.rewards.n_samples, n_features)
-    base = bench.base(config.base)
+    base = bench.base(config)
     check_space(base.denoiser, space)
+    check_mitigations(config, base)
     resolution = resolution_of(config, base)
     parts = load_parts(config.data, resolution, config.search.seed, warn)
     record_split(folder / "split.json", parts, config, resolution)
@@ -36,6 +39,22 @@ def prepare(values: dict, folder: Path, bench: Bench, warn: Callable[[str], None
             f"{4 * n_features} or more make it a fair measure"
         )
     return {"sizes": {part: len(images) for part, images in parts.items()}}
+
+
+def check_mitigations(config: Config, base: Base) -> None:
+    """Raises MemControlError for a setting that means nothing for this kind of base."""
+    inner, rewards = config.inner, config.rewards
+    on_text = {
+        "inner.captions": inner.captions.any, "inner.embedding_noise": inner.embedding_noise, "inner.norm_threshold": inner.norm_threshold,
+        "rewards.random_words": rewards.random_words, "rewards.embedding_noise": rewards.embedding_noise,
+    }  # fmt: skip
+    for key, value in on_text.items():
+        if value and isinstance(base.family, Unconditional):
+            raise MemControlError(f"{key} changes captions and base '{config.base}' has none; take it out")
+    if inner.min_snr and base.family.flow:
+        raise MemControlError(f"inner.min_snr weighs the steps of a diffusion and base '{config.base}' is a flow; take it out")
+    if rewards.guidance_from and not base.family.guides_late:
+        raise MemControlError(f"rewards.guidance_from is {rewards.guidance_from}; the pipeline of base '{config.base}' cannot begin guidance late; take it out")
 
 
 def resolution_of(config: Config, base) -> int:

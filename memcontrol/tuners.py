@@ -75,8 +75,12 @@ def output_layer(denoiser: nn.Module, name: str) -> str:
 class Part(ABC):
     """Targets of one mechanism in one denoiser: its parameters and their learning rates by name. Injected, it changes no output."""
 
-    trained: dict[str, nn.Parameter]
+    learned: dict[str, nn.Parameter]
     rates: dict[str, float]
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What the optimizer changes; the rest of `learned` stays as it began, and is saved with it."""
+        return self.learned
 
     @abstractmethod
     def fuse(self) -> None:
@@ -91,14 +95,14 @@ class Part(ABC):
         return {}
 
     def load(self, state: State) -> None:
-        """Takes in what a state holds beside `trained`."""
+        """Takes in what a state holds beside `learned`."""
 
 
 class Weights(Part):
     """Trains existing parameters."""
 
     def __init__(self, parameters: dict[str, nn.Parameter], rates: dict[str, float]):
-        self.trained, self.rates = parameters, rates
+        self.learned, self.rates = parameters, rates
         self.original = {name: parameter.detach().clone() for name, parameter in parameters.items()}
 
     def fuse(self) -> None:
@@ -106,7 +110,7 @@ class Weights(Part):
 
     @torch.no_grad()
     def remove(self) -> None:
-        for name, parameter in self.trained.items():
+        for name, parameter in self.learned.items():
             parameter.copy_(self.original[name])
 
 
@@ -167,7 +171,7 @@ class SvDiff(Part):
             self.rates[name] = norm_rate if is_norm(module) and norm_rate is not None else target.rate
             self.shifts[name] = SpectralShift(module.weight, cache)
             parametrize.register_parametrization(module, "weight", self.shifts[name], unsafe=True)  # unsafe: no trial run, it would decompose
-        self.trained = {name: shift.delta for name, shift in self.shifts.items()}
+        self.learned = {name: shift.delta for name, shift in self.shifts.items()}
 
     def average(self, mean: State, states: Sequence[State], weights: Sequence[float]) -> State:
         for module in self.modules:
@@ -204,7 +208,7 @@ class DiffFit(Part):
 
     def __init__(self, denoiser: nn.Module, targets: Sequence[Target]):
         self.layers: dict[str, tuple[nn.Module, list[str]]] = {}  # layer name: the layer, names of its scales
-        self.trained, self.rates = {}, {}
+        self.learned, self.rates = {}, {}
         for target in targets:
             name = output_layer(denoiser, target.module)
             layer, scales = self.layers.setdefault(name, (denoiser.get_submodule(name), []))
@@ -213,7 +217,7 @@ class DiffFit(Part):
                 if getattr(layer, tensor) is not None:
                     parametrize.register_parametrization(layer, tensor, scale, unsafe=True)
             scales.append(f"{target.module}.gamma_shift")
-            self.trained[scales[-1]], self.rates[scales[-1]] = scale.shift, target.rate
+            self.learned[scales[-1]], self.rates[scales[-1]] = scale.shift, target.rate
 
     def average(self, mean: State, states: Sequence[State], weights: Sequence[float]) -> State:
         """The product of a layer's scales, and scale times bias, are what must be averaged; the last scale carries the rest."""

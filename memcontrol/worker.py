@@ -22,7 +22,12 @@ Say = Callable[[dict], None]
 
 
 def run_job(job: dict, bench, say: Say) -> None:
-    """One job: {"prepare": folder, "config": ...} or {"trial": folder}. Says progress, then exactly one end."""
+    """One job: {"prepare": folder, "config": ...}, {"trial": folder}, or {"help": folder, "rank": ..., "size": ...}, a share of
+    another process's trial. Says progress, then exactly one end."""
+    if "help" in job:  # what goes wrong here ends the process, and the one that leads the trial meets it itself
+        from memcontrol.run import help_train
+
+        return help_train(Path(job["help"]), job["rank"], job["size"], bench)
     try:
         if "prepare" in job:
             from memcontrol.prepare import prepare
@@ -38,8 +43,8 @@ def run_trial(folder: Path, bench, say: Say) -> None:
     """A trial that diverges is pruned, one that breaks is failed, both with a result file; other user errors end the search."""
     from memcontrol.run import RESULT, read_spec, trial
 
-    def progress(stage: str, done: int, total: int) -> None:
-        say({"event": "progress", "stage": stage, "done": done, "total": total})
+    def progress(stage: str, done: int, total: int, **said) -> None:
+        say({"event": "progress", "stage": stage, "done": done, "total": total, **said})
 
     try:
         trial(folder, bench, progress)
@@ -88,7 +93,8 @@ def main() -> None:
     bench = Bench()
     while True:
         job = jobs.get()
-        log_to(Path(job.get("trial") or job["prepare"]) / "log.txt")
+        folder = job.get("trial") or job.get("prepare") or job["help"]
+        log_to(Path(folder) / (f"log-{job['rank']}.txt" if "help" in job else "log.txt"))
         run_job(job, bench, say)
 
 

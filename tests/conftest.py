@@ -14,6 +14,9 @@ from PIL import Image
 
 torch.set_num_threads(1)
 
+CHOICE = {"groups": ("up_attention",), "method": "lora", "learning_rate": 3e-3, "rank": 2}
+N_IMAGES = 20
+
 SMALL = {
     "data": {"path": "digits", "train": 32, "holdout": 64, "test": 64},
     "space": "digits",
@@ -55,3 +58,38 @@ def photographs(tmp_path):
         return root
 
     return make
+
+
+@pytest.fixture(scope="session")
+def material(base, tmp_path_factory):
+    """Twenty digits, encoded."""
+    from memcontrol.config import load_config
+    from memcontrol.data import load_parts
+    from memcontrol.train import Material
+
+    config, cache = load_config({"name": "a", "data": {"path": "digits", "train": N_IMAGES, "holdout": 20, "test": 20}}), tmp_path_factory.mktemp("cache")
+    parts = load_parts(config.data, 32, 0)
+    encoded = {part: base.encoded(images, cache, "tiny") for part, images in parts.items()}
+    images = parts["train"]
+    return Material(encoded["train"], images.captions, lambda rows: images.take(rows).pixels(), lambda: encoded["holdout"])
+
+
+@pytest.fixture
+def trained(base, material, tmp_path):
+    """Trains, and returns the log and what was learned."""
+    from memcontrol.adapters import inject
+    from memcontrol.config import InnerConfig
+    from memcontrol.ensemble import train
+    from memcontrol.space import Choice, load_space
+
+    def run(choice=None, seed=3, folder="rounds", space="digits", progress=lambda *_, **said: None, **inner):
+        settings = InnerConfig(**{"budget_images": 24, "batch_size": 8, **inner})
+        shared_a = settings.ensemble.shards > 1 and settings.ensemble.average == "shared_a"
+        adapter = inject(base.denoiser, load_space(space) if isinstance(space, str) else space, choice or Choice(**CHOICE), seed, shared_a=shared_a)
+        try:
+            log = train(base, adapter, material, settings, seed=seed, folder=tmp_path / folder, identity=str(inner), progress=progress)
+            return log, adapter.state()
+        finally:
+            adapter.remove()
+
+    return run

@@ -7,7 +7,7 @@ import pytest
 
 from memcontrol.config import load_config
 from memcontrol.errors import MemControlError
-from memcontrol.executors import ENDS, Local, make_executor, visible_gpu
+from memcontrol.executors import ENDS, Local, make_executor, visible_gpus
 from memcontrol.space import Choice, load_space
 from memcontrol.spec import RESULT, Spec
 
@@ -84,7 +84,7 @@ def test_a_worker_that_is_killed_is_started_again_with_its_job(tmp_path):
 
 def test_gpus_are_dealt_out_in_turn(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
-    assert [visible_gpu(i)["CUDA_VISIBLE_DEVICES"] for i in range(3)] == ["2", "5", "2"]
+    assert [visible_gpus(i)["CUDA_VISIBLE_DEVICES"] for i in range(3)] == ["2", "5", "2"]
 
 
 def test_an_unknown_executor_is_refused():

@@ -1,34 +1,52 @@
-"""The inner loop: batches, schedule, determinism, and what happens when the loss is not finite."""
+"""One shard's inner loop: batches, schedule, and each rule of a step against a plain loop written from its formula."""
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from conftest import CHOICE as KEYS
+from conftest import N_IMAGES
 
 from memcontrol.adapters import inject
-from memcontrol.config import InnerConfig, load_config
-from memcontrol.data import load_parts
+from memcontrol.config import AugmentationConfig, InnerConfig, SkipConfig
 from memcontrol.errors import Diverged
+from memcontrol.memory import LossMemory
+from memcontrol.seeds import seed_of
 from memcontrol.space import Choice, load_space
-from memcontrol.train import batch_rows, pace, train
+from memcontrol.train import Loop, Shard, batch_rows, pace
 
-CHOICE = Choice(("up_attention",), "lora", 3e-3, 2)
-
-
-@pytest.fixture(scope="module")
-def encoded(base, tmp_path_factory):
-    config = load_config({"name": "a", "data": {"path": "digits", "train": 20, "holdout": 20, "test": 20}})
-    return base.encoded(load_parts(config.data, 32, 0)["train"], tmp_path_factory.mktemp("cache"), "tiny")
+CHOICE = Choice(**KEYS)
 
 
-def trained(base, encoded, choice=CHOICE, seed=3, **inner):
-    adapter = inject(base.denoiser, load_space("digits"), choice, seed)
-    try:
-        settings = InnerConfig(**{"budget_images": 24, "batch_size": 8, **inner})
-        log = train(base, adapter, encoded, settings, seed=seed, progress=lambda *_: None)
-        return log, {name: parameter.detach().clone() for name, parameter in adapter.named_parameters().items()}
-    finally:
+
+@pytest.fixture
+def loop(base, material):
+    """A loop over all images; its adapter is removed when the next one is made, and in the end."""
+    adapters = []
+
+    def make(choice=CHOICE, bank=None, **inner):
+        if adapters:
+            adapters.pop().remove()
+        adapters.append(inject(base.denoiser, load_space("digits"), choice, 3))
+        settings = InnerConfig(**{"batch_size": 8, **inner})
+        memory = LossMemory.empty(settings.skip) if settings.skip else None
+        if bank is not None:
+            memory.bank[:] = bank
+        shard = Shard(0, torch.arange(N_IMAGES), *torch.zeros(2, N_IMAGES, dtype=torch.long), memory)
+        return Loop(base, adapters[-1], material, settings, shard, 3)
+
+    yield make
+    for adapter in adapters:
         adapter.remove()
+
+
+def same(one, other, tolerance=0.0):
+    return one.keys() == other.keys() and all(torch.allclose(one[name], other[name], rtol=0, atol=tolerance) for name in one)
+
+
+def gradients(loop):
+    return {name: parameter.grad.clone() for name, parameter in loop.trained.items()}
 
 
 def test_every_pass_sees_every_image_once():
@@ -47,26 +65,223 @@ def test_the_schedule():
     assert pace(0.01, InnerConfig(schedule="constant", warmup=0.0)) == 1
 
 
-def test_the_same_seed_gives_the_same_numbers(base, encoded):
+def test_the_same_seed_gives_the_same_numbers(trained):
     torch.manual_seed(1)
-    first_log, first = trained(base, encoded)
+    first_log, first = trained(folder="a")
     torch.manual_seed(2)
-    again_log, again = trained(base, encoded)
-    other_log, _ = trained(base, encoded, seed=4)
-    assert first_log == again_log != other_log and (first_log.n_steps, first_log.images_seen) == (3, 24)
-    assert all(torch.equal(first[name], again[name]) for name in first)
+    again_log, again = trained(folder="b")
+    other_log, _ = trained(seed=4, folder="c")
+    assert first_log.last_loss == again_log.last_loss != other_log.last_loss and (first_log.n_steps, first_log.images_seen) == (3, 24)
+    assert same(first, again)
 
 
-def test_training_lowers_the_loss(base, encoded):
-    log, _ = trained(base, encoded, Choice(("*",), "full", 1e-3), budget_images=960, batch_size=16)
+def test_training_lowers_the_loss(trained):
+    log, _ = trained(Choice(("*",), "full", 1e-3), budget_images=960, batch_size=16)
     assert log.last_loss < 0.9 * log.first_loss
 
 
-def test_a_loss_that_is_not_finite_is_named(base, encoded):
-    with pytest.raises(Diverged, match="loss became .* of 200 .*learning rate 1e\\+30"):
-        trained(base, encoded, Choice(("*",), "full", 1e30), budget_images=1600, warmup=0.0, max_grad_norm=1e30)
+def test_a_loss_that_is_not_finite_is_named(trained):
+    with pytest.raises(Diverged, match="loss became .*learning rate 1e\\+30"):
+        trained(Choice(("*",), "full", 1e30), budget_images=1600, warmup=0.0, max_grad_norm=1e30)
 
 
-def test_nothing_to_train_takes_no_step(base, encoded):
-    log, state = trained(base, encoded, Choice((), "none", 0.0))
+def test_nothing_to_train_takes_no_step(trained):
+    log, state = trained(Choice((), "none", 0.0))
     assert log.n_steps == 0 and math.isnan(log.last_loss) and state == {}
+
+
+def test_a_run_is_plain_adamw_on_the_batches_mean_loss(base, material, trained):
+    """The whole default training, written out: no helper of ours but batches and seeds."""
+    log, found = trained(budget_images=40, weight_decay=0.1, warmup=0.4)
+    adapter = inject(base.denoiser, load_space("digits"), CHOICE, 3)
+    parameters, data = adapter.parameters(), material.data
+    optimizer = torch.optim.AdamW(parameters, lr=3e-3, weight_decay=0.1)
+    for step in range(5):
+        done = (step + 1) / 5
+        optimizer.param_groups[0]["lr"] = 3e-3 * (done / 0.4 if done < 0.4 else 0.5 + 0.5 * math.cos(math.pi * (done - 0.4) / 0.6))
+        generator = torch.Generator().manual_seed(seed_of(3, "step", step))
+        rows = batch_rows(N_IMAGES, 8, 3, step)
+        clean = data.mean[rows] + data.deviation[rows] * torch.randn(data.mean[rows].shape, generator=generator)
+        captions = torch.where(torch.rand(8, generator=generator) < 0.1, 0, data.caption_rows[rows])
+        losses, _ = base.losses(clean, data.texts(captions), generator)
+        optimizer.zero_grad()
+        losses.mean().backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+    assert same(adapter.state(), found, 1e-6) and log.last_loss == pytest.approx(losses.mean().item(), rel=1e-4)
+    adapter.remove()
+
+
+def test_micro_batches_change_no_gradient(loop):
+    found = []
+    for size in (None, 3, 1):
+        one = loop(micro_batch_size=size)
+        assert one.plain_part([]) == 8
+        found.append(gradients(one))
+    assert same(found[0], found[1], 1e-6) and same(found[0], found[2], 1e-6)
+
+
+def test_the_step_is_on_the_mean_gradient_of_the_images_kept(base, loop):
+    """L = sum keep l / sum keep, the memory judged before and updated after; skipped images are counted."""
+    one = loop(skip=SkipConfig(ratio=2.0), bank=0.3)
+    batch = one.draw()
+    losses, _ = base.denoised(batch.noised, batch.text)
+    keep = 2 * losses.detach() >= 0.3
+    assert 0 < keep.sum() < 8
+    expected = torch.autograd.grad((losses * keep).sum() / keep.sum(), one.parameters)
+    one.shard.counts.clear()
+    n_kept = one.plain_part([])
+    one.inner = one.inner.model_copy(update={"max_grad_norm": 1e9})
+    one.optimizer.step = lambda: None
+    one.step(n_kept)
+    assert n_kept == keep.sum() == one.shard.counts["trained"] and one.shard.counts["skipped"] == 8 - n_kept
+    assert all(torch.allclose(found, wanted, atol=1e-7) for found, wanted in zip(gradients(one).values(), expected))
+    assert one.shard.skips[batch.rows].tolist() == (~keep).int().tolist() and one.shard.skips.sum() == 8 - n_kept
+    bank = torch.full((1000,), 0.3, dtype=torch.float64)
+    for t, loss in zip(batch.noised.timesteps.tolist(), losses.tolist()):
+        bank[t] = 0.8 * bank[t] + 0.2 * loss
+    assert torch.allclose(one.shard.memory.bank, bank)
+
+
+def test_a_batch_that_is_skipped_whole_takes_no_step(loop):
+    one = loop(skip=SkipConfig(), bank=1e6)
+    before = {name: parameter.detach().clone() for name, parameter in one.trained.items()}
+    one.slot(0.5)
+    assert one.shard.counts["steps"] == 0 and one.shard.counts["skipped"] == 8 and one.shard.losses[0] > 0
+    assert same(before, {name: parameter.detach() for name, parameter in one.trained.items()}) and not one.optimizer.state
+
+
+def test_a_refilled_step_is_whole(loop):
+    assert loop(skip=SkipConfig(), bank=0.3).plain_part([]) < 8
+    refilled = loop(skip=SkipConfig(refill=20), bank=0.3)
+    assert refilled.plain_part([]) == 8
+    assert refilled.shard.counts["trained"] == 8 and refilled.shard.counts["batches"] > 1
+
+
+def test_min_snr_weighs_each_loss(base, loop):
+    one = loop(min_snr=5.0)
+    batch = one.draw()
+    losses, _ = base.denoised(batch.noised, batch.text)
+    kept = base.schedule.alphas_cumprod[batch.noised.timesteps]
+    weights = torch.minimum(kept / (1 - kept), torch.tensor(5.0)) / (kept / (1 - kept))
+    expected = torch.autograd.grad((losses * weights).mean(), one.parameters)
+    one.shard.counts.clear()
+    one.plain_part([])
+    assert all(torch.allclose(found, wanted, atol=1e-6) for found, wanted in zip(gradients(one).values(), expected))
+
+
+def test_images_with_a_large_noise_norm_are_dropped(base, loop):
+    one = loop(norm_threshold="decile", batch_size=10, caption_dropout=0.0)
+    batch = one.draw()
+    with torch.no_grad():
+        _, with_caption = base.denoised(batch.noised, batch.text)
+        empty = base.encode_captions([""])["prompt_embeds"].expand(10, -1, -1)
+        without = base.denoiser(batch.noised.noisy, batch.noised.times, empty).sample
+    norms = (with_caption - without).flatten(1).norm(dim=1)
+    one.shard.counts.clear()
+    assert one.plain_part([]) == 9 and one.shard.counts["dropped"] == 1
+    fixed = loop(norm_threshold=float(norms.sort().values[4]), batch_size=10, caption_dropout=0.0)
+    assert fixed.plain_part([]) == 4
+
+
+def test_input_perturbation_and_noise_offset_by_hand(base):
+    clean, generator = torch.randn(4, 4, 8, 8), torch.Generator().manual_seed(5)
+    found = base.noised(clean, torch.Generator().manual_seed(5), offset=0.1, perturbation=0.2)
+    noise, timesteps = torch.randn(clean.shape, generator=generator), torch.randint(1000, (4,), generator=generator)
+    noise = noise + 0.1 * torch.randn(4, 4, 1, 1, generator=generator)
+    shown = noise + 0.2 * torch.randn(clean.shape, generator=generator)
+    kept = base.schedule.alphas_cumprod[timesteps].view(4, 1, 1, 1)
+    assert torch.equal(found.target, noise) and torch.allclose(found.noisy, kept.sqrt() * clean + (1 - kept).sqrt() * shown, atol=1e-6)
+
+
+def test_zones_train_queue_and_skip(base, loop):
+    """u >= bar trains, 1 <= u < bar waits for augmentation, u < 1 is skipped; the queue is trained when it holds a batch."""
+    one = loop(skip=SkipConfig(ratio=2.0), augmentation=AugmentationConfig(bar=2.0), bank=0.2)
+    batch = one.draw()
+    with torch.no_grad():
+        u = 2 * base.denoised(batch.noised, batch.text)[0] / 0.2
+    one.shard.counts.clear()
+    assert one.plain_part([]) == (u >= 2).sum()
+    assert one.shard.queue.tolist() == batch.rows[(u >= 1) & (u < 2)].tolist() and one.shard.counts["skipped"] == (u < 1).sum()
+    assert torch.allclose(one.shard.queue_closeness, u[(u >= 1) & (u < 2)].double())
+    for _ in range(20):
+        if one.queue_is_full():
+            break
+        one.plain_part([])
+    waiting, bank = one.shard.queue.tolist(), one.shard.memory.bank.clone()
+    assert one.augmented_part([]) > 0 and one.shard.queue.tolist() == waiting[8:]
+    assert torch.equal(one.shard.memory.bank, bank) and one.shard.counts["augmented_batches"] == 1
+
+
+def test_the_rule_kept_trains_nothing_but_augmented_images(loop):
+    one = loop(skip=SkipConfig(), augmentation=AugmentationConfig(rule="kept", retest=False))
+    one.slot(0.5)
+    assert one.shard.counts["steps"] == one.shard.counts["augmented_batches"] == 1 and len(one.shard.queue) == 0
+    full = loop(skip=SkipConfig(), augmentation=AugmentationConfig(rule="kept"), bank=1e6)
+    full.slot(0.5)
+    assert full.shard.counts["steps"] == 0 and full.shard.counts["skipped"] == 8 and len(full.shard.queue) == 0
+
+
+def test_the_strength_of_augmentation_follows_the_closeness(loop, monkeypatch):
+    """magnitude = base * mean exp(-5 |u - 1|), not cut to a whole number."""
+    given = []
+    monkeypatch.setattr("memcontrol.train.augmented", lambda pixels, magnitude, seed: given.append((pixels, magnitude)) or pixels)
+    one = loop(skip=SkipConfig(), augmentation=AugmentationConfig(base=5.0))
+    closeness = torch.tensor([1.0, 1.1, 1.2, 1.4, 1.05, 1.3, 1.0, 1.01, 1.49], dtype=torch.float64)
+    one.enqueue(torch.arange(9), closeness)
+    batch = one.from_queue()
+    pixels, magnitude = given[0]
+    assert magnitude == pytest.approx(5 * np.exp(-5 * np.abs(closeness[:8].numpy() - 1)).mean())
+    assert batch.rows.tolist() == list(range(8)) and one.shard.queue.tolist() == [8] and np.array_equal(pixels, one.material.pixels(range(8)))
+
+
+def test_edited_captions_are_encoded_anew(base, loop):
+    one = loop(captions={"add_words": 1.0}, caption_dropout=0.5)
+    rows, dropped = torch.arange(4), torch.tensor([True, False, False, True])
+    text, plain = one.texts(rows, dropped, 1), one.material.data.texts(torch.where(dropped, 0, one.material.data.caption_rows[rows]))
+    changed = (text["prompt_embeds"] - plain["prompt_embeds"]).flatten(1).abs().amax(1) > 1e-3
+    assert changed.tolist() == [False, True, True, False]
+    from memcontrol.mitigate import edited
+
+    captions = edited(["", *one.material.captions[1:3], ""], one.inner.captions, one.words, 1)
+    assert torch.allclose(text["prompt_embeds"][1:3], base.encode_captions(captions[1:3])["prompt_embeds"], atol=1e-6)
+    assert torch.equal(one.material.data.texts(torch.tensor([0]))["prompt_embeds"], base.encode_captions([""])["prompt_embeds"])
+
+
+def test_the_moving_average_by_hand(loop):
+    one = loop(ema=0.5)
+    shadow = {name: parameter.detach().clone() for name, parameter in one.trained.items()}
+    for step in range(1, 4):
+        one.slot(0.5)
+        decay = min(0.5, (1 + step) / (10 + step))
+        shadow = {name: decay * shadow[name] + (1 - decay) * parameter.detach() for name, parameter in one.trained.items()}
+    assert all(torch.allclose(found, wanted, atol=1e-7) for found, wanted in zip(one.shadows, shadow.values()))
+
+
+@pytest.mark.parametrize("optimizer", ("adamw", "adam", "nadam", "radam", "adafactor", "sgd"))
+def test_every_optimizer_goes_on_from_its_checkpoint(trained, optimizer):
+    _, whole = trained(optimizer=optimizer, rounds=1, budget_images=40, folder="a")
+    _, in_parts = trained(optimizer=optimizer, rounds=5, budget_images=40, folder="b")
+    _, start = trained(optimizer=optimizer, rounds=1, budget_images=8, warmup=0.0, folder="c")
+    assert same(whole, in_parts) and not same(whole, start)
+
+
+@pytest.mark.parametrize("precision", ("bfloat16", "float16"))
+def test_half_precision_learns_nearly_the_same(trained, precision):
+    _, full = trained(folder="a")
+    log, half = trained(precision=precision, folder="b")
+    assert log.n_steps == 3 and not same(full, half)
+    before = trained(budget_images=8, batch_size=8, warmup=0.9, max_grad_norm=1e-9, weight_decay=0.0, folder="c")[1]
+    moved = torch.cat([(full[name] - before[name]).flatten() for name in full])
+    other = torch.cat([(half[name] - before[name]).flatten() for name in full])
+    assert torch.nn.functional.cosine_similarity(moved, other, 0) > 0.9
+
+
+def test_gradient_checkpointing_changes_no_number(base, trained):
+    _, plain = trained(folder="a")
+    base.denoiser.enable_gradient_checkpointing()
+    try:
+        _, checkpointed = trained(folder="b")
+    finally:
+        base.denoiser.disable_gradient_checkpointing()
+    assert same(plain, checkpointed, 1e-6)

@@ -1,0 +1,404 @@
+"""Owns a fine-tuning as a whole: rounds over shards, their averaging and exchange, and the files that it goes on from when killed.
+
+A round's files are its checkpoint and how processes meet: each shard leaves NNNN-SS.safetensors, then one process leaves
+NNNN-mean.safetensors (where the round averages) and NNNN-end.json. What follows is a function of these files alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from memcontrol.adapters import Adapter
+from memcontrol.config import InnerConfig
+from memcontrol.errors import MemControlError
+from memcontrol.files import read_json, replacing, write_json
+from memcontrol.memory import LossMemory
+from memcontrol.models import Base, Encoded
+from memcontrol.seeds import seed_of
+from memcontrol.shards import deal, exchange
+from memcontrol.train import Loop, Material, Shard
+
+State = dict[str, Tensor]
+Progress = Callable[..., None]  # (done, total, round=, loss=, skipped=)
+
+POLL_SECONDS = 0.05
+PROBE_IMAGES, PROBE_DRAWS = 64, 4  # of the loss gap
+
+
+@dataclass(frozen=True)
+class TrainLog:
+    """What a fine-tuning did: optimizer steps, images seen, the mean loss of its first and last tenth, and its record by round."""
+
+    n_steps: int = 0
+    images_seen: int = 0
+    first_loss: float = math.nan
+    last_loss: float = math.nan
+    record: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Team:
+    """The processes that train one fine-tuning's shards: this one's rank, and whether another one still lives."""
+
+    rank: int = 0
+    size: int = 1
+    alive: Callable[[int], bool] = lambda rank: True
+
+    def owns(self, shard: int) -> bool:
+        """Rank 0 takes over what a dead process would have trained."""
+        owner = shard % self.size
+        return owner == self.rank or (self.rank == 0 and not self.alive(owner))
+
+
+@dataclass
+class Stored:
+    """A shard's file."""
+
+    shard: Shard
+    weights: State
+    ema: State
+    moments: State
+    scaler: dict
+    records: list[dict]
+
+
+def train(
+    base: Base, adapter: Adapter, material: Material, inner: InnerConfig, *,
+    seed: int, folder: Path, identity: str = "", progress: Progress, team: Team = Team(),
+) -> TrainLog:  # fmt: skip
+    """Trains the adapter for inner.budget_steps steps in all, in inner.rounds rounds over inner.ensemble.shards shards.
+
+    Goes on from the last round in `folder` if that was begun with the same `identity` (whatever else the numbers depend on).
+    Raises Diverged where a loss is not finite, MemControlError.
+    """
+    if not adapter.parameters():
+        return TrainLog()
+    plan = hashlib.sha256(f"{identity} {seed} {inner.model_dump_json()}".encode()).hexdigest()
+    begin(folder, plan, team)
+    return Rounds(base, adapter, material, inner, seed, folder, progress, team).run()
+
+
+def begin(folder: Path, plan: str, team: Team) -> None:
+    """Clears away what another plan left in the folder; ranks above 0 wait until that is done."""
+    path = folder / "plan.json"
+    while not path.exists() or read_json(path) != plan:
+        if team.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+            write_json(path, plan)
+        time.sleep(POLL_SECONDS)
+
+
+class Rounds:
+    """One fine-tuning in its folder."""
+
+    def __init__(
+        self, base: Base, adapter: Adapter, material: Material, inner: InnerConfig, seed: int, folder: Path, progress: Progress, team: Team
+    ):
+        self.base, self.adapter, self.material, self.inner, self.seed = base, adapter, material, inner, seed
+        self.folder, self.progress, self.team = folder, progress, team
+        self.n_shards, self.n_rounds = inner.ensemble.shards, inner.rounds
+        if self.n_shards > len(material.data.mean):
+            raise MemControlError(f"inner.ensemble.shards is {self.n_shards} and there are {len(material.data.mean)} training images; ask for fewer")
+        self.initial = {name: tensor.cpu() for name, tensor in adapter.state().items()} if self.n_shards > 1 else {}  # the adapter still holds it where there is one shard
+
+    def run(self) -> TrainLog:
+        last = self.n_rounds - 1
+        for number in range(self.first_open(), self.n_rounds):
+            for shard in range(self.n_shards):
+                if self.team.owns(shard) and not self.shard_file(number, shard).exists():
+                    self.train_shard(number, shard)
+            self.wait_for_shards(number)
+            if self.team.rank == 0:
+                self.close(number)
+            if self.wait_for(self.end_file(number))["stopped"]:
+                last = number
+                break
+        self.take(last)
+        return self.log(last)
+
+    def shard_file(self, number: int, shard: int) -> Path:
+        return self.folder / f"{number:04}-{shard:02}.safetensors"
+
+    def mean_file(self, number: int) -> Path:
+        return self.folder / f"{number:04}-mean.safetensors"
+
+    def end_file(self, number: int) -> Path:
+        return self.folder / f"{number:04}-end.json"
+
+    def first_open(self) -> int:
+        """The round to go on with; one that ended the training early is repeated as a look at its files."""
+        done = [number for number in range(self.n_rounds) if self.end_file(number).exists()]
+        return 0 if not done else done[-1] if read_json(self.end_file(done[-1]))["stopped"] else done[-1] + 1
+
+    def averages(self, number: int) -> bool:
+        """IET-AGC averages after each round; with alternate redistribution the odd rounds (from 1) exchange images instead."""
+        if self.n_shards == 1:
+            return False
+        rule = self.inner.redistribution
+        return number == self.n_rounds - 1 or rule is None or rule.rounds == "every" or (number + 1) % 2 == 0
+
+    def exchanges(self, number: int) -> bool:
+        rule = self.inner.redistribution
+        return rule is not None and number < self.n_rounds - 1 and (rule.rounds == "every" or (number + 1) % 2 == 1)
+
+    def slots(self, number: int, shard: int) -> tuple[int, int]:
+        """First and last + 1 of the budget's steps that a shard has in a round: all steps in turn, as equal as can be."""
+        part, n_parts = number * self.n_shards + shard, self.n_rounds * self.n_shards
+        return part * self.inner.budget_steps // n_parts, (part + 1) * self.inner.budget_steps // n_parts
+
+    def shard_seed(self, shard: int) -> int:
+        return seed_of(self.seed, "shard", shard) if shard else self.seed
+
+    def train_shard(self, number: int, shard: int) -> None:
+        """One shard's part of a round, from what the last round left to its file."""
+        started, stored = time.monotonic(), self.start(number, shard)
+        loop, counts, n_losses = self.loop(number, stored), Counter(stored.shard.counts), len(stored.shard.losses)
+        (first, end), state = self.slots(number, shard), stored.shard
+        lengths = [last - start for start, last in (self.slots(i, shard) for i in range(self.n_rounds))]
+        for i in range(end - first):
+            loop.slot((sum(lengths[:number]) + i + 1) / sum(lengths))
+            done = state.counts - counts
+            self.progress(
+                first + i + 1, self.inner.budget_steps, round=number + 1, loss=state.losses[-1] if state.losses else None,
+                skipped=done["skipped"] / max(done["seen"], 1),
+            )  # fmt: skip
+        losses, done = state.losses[n_losses:], state.counts - counts
+        stored.records.append({
+            "round": number + 1, "shard": shard, "images": len(state.rows),
+            **{name: done[name] for name in ("steps", "seen", "trained", "skipped", "dropped")},
+            "loss": sum(losses) / len(losses) if losses else None, "moved": self.moved(stored.weights),
+            "seconds": round(time.monotonic() - started, 3),
+        })  # fmt: skip
+        self.write(number, loop, stored)
+
+    def loop(self, number: int, stored: Stored) -> Loop:
+        """The loop that goes on where the shard stands."""
+        if stored.weights:
+            self.adapter.load_state(stored.weights | self.offsets(number))
+        loop = Loop(self.base, self.adapter, self.material, self.inner, stored.shard, self.shard_seed(stored.shard.number))
+        loop.load_moments(stored.moments)
+        if stored.scaler:
+            loop.scaler.load_state_dict(stored.scaler)
+        if stored.ema:
+            loop.load_shadows(stored.ema)
+        stored.moments, stored.ema = {}, {}
+        return loop
+
+    def moved(self, before: State) -> float | None:
+        """How far the parameters trained are from where they were."""
+        if self.n_shards == 1:
+            return None
+        trained = self.adapter.trained().items()
+        return math.sqrt(sum(float((parameter.detach().cpu() - before[name]).square().sum()) for name, parameter in trained))
+
+    def keeps_moments(self, number: int) -> bool:
+        """Whether anything after the round looks at its moments."""
+        return number < self.n_rounds - 1 and not (self.averages(number) and self.inner.ensemble.moments == "reset")
+
+    def write(self, number: int, loop: Loop, stored: Stored) -> None:
+        from safetensors.torch import save_file
+
+        shard = stored.shard
+        tensors = {f"weights {name}": parameter for name, parameter in self.adapter.named_parameters().items()}
+        tensors |= {f"ema {name}": shadow for name, shadow in zip(loop.trained, loop.shadows)}
+        tensors |= {f"moments {name}": value for name, value in loop.moments().items() if self.keeps_moments(number)}
+        tensors |= {"rows": shard.rows, "skips": shard.skips, "skipped": shard.skipped, "queue": shard.queue, "closeness": shard.queue_closeness}
+        tensors["losses"] = torch.tensor(shard.losses, dtype=torch.float64)
+        if shard.memory:
+            tensors |= {"bank": shard.memory.bank, "weight": shard.memory.weight}
+        said = {"counts": shard.counts, "exchanged_at": shard.exchanged_at, "scaler": loop.scaler.state_dict(), "records": stored.records}
+        with replacing(self.shard_file(number, shard.number)) as part:
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part, {"memcontrol": json.dumps(said)})
+
+    def read(self, number: int, shard: int) -> Stored:
+        from safetensors import safe_open
+
+        with safe_open(self.shard_file(number, shard), "pt") as file:
+            said = json.loads(file.metadata()["memcontrol"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        memory = None
+        if self.inner.skip:
+            memory = LossMemory(self.inner.skip, tensors["bank"].to(self.base.device), tensors["weight"].to(self.base.device))
+        state = Shard(
+            shard, tensors["rows"], tensors["skips"], tensors["skipped"], memory, tensors["queue"], tensors["closeness"],
+            tensors["losses"].tolist(), Counter(said["counts"]), said["exchanged_at"],
+        )  # fmt: skip
+        return Stored(state, within("weights", tensors), within("ema", tensors), within("moments", tensors), said["scaler"], said["records"])
+
+    def start(self, number: int, shard: int) -> Stored:
+        """What a shard begins a round with."""
+        if number == 0:
+            return self.fresh(shard)
+        stored = self.read(number - 1, shard)
+        if self.averages(number - 1):
+            mean = self.read_mean(number - 1)
+            stored.weights, stored.ema = within("weights", mean), within("ema", mean)
+            moments = self.inner.ensemble.moments
+            if moments == "averaged":
+                stored.moments = within("moments", mean)
+            if moments == "reset" or within("offsets", mean):  # factors were made anew: their moments belong to others
+                stored.moments = {}
+        if self.exchanges(number - 1):
+            self.change_images(stored.shard, self.members(number - 1)[shard])
+        return stored
+
+    def fresh(self, shard: int) -> Stored:
+        data = self.material.data
+        rows = deal(self.inner.ensemble.split, self.n_shards, data.caption_rows, data.mean.flatten(1), self.seed)[shard]
+        memory = LossMemory.empty(self.inner.skip, self.base.device) if self.inner.skip else None
+        zeros = torch.zeros(len(data.mean), dtype=torch.long)
+        return Stored(Shard(shard, rows, zeros, zeros.clone(), memory), self.initial, {}, {}, {}, [])
+
+    def members(self, number: int) -> list[Tensor]:
+        """Who has which images after a round's exchange."""
+        shards = [self.read(number, shard).shard for shard in range(self.n_shards)]
+        return exchange([shard.rows for shard in shards], [shard.skips for shard in shards], self.inner.redistribution, seed_of(self.seed, "exchange", number))
+
+    def change_images(self, shard: Shard, rows: Tensor) -> None:
+        shard.rows, shard.skips, shard.exchanged_at = rows, torch.zeros_like(shard.skips), shard.counts["batches"]
+        mine = torch.isin(shard.queue, rows)
+        shard.queue, shard.queue_closeness = shard.queue[mine], shard.queue_closeness[mine]
+
+    def offsets(self, number: int) -> State:
+        """Of the last averaging before the round."""
+        known = [i for i in range(number) if self.mean_file(i).exists()]
+        return within("offsets", self.read_mean(known[-1])) if known else {}
+
+    def read_mean(self, number: int) -> State:
+        from safetensors.torch import load_file
+
+        return load_file(self.mean_file(number))
+
+    def close(self, number: int) -> None:
+        """Ends a round: averages if it is due, notes how far the shards were apart, drops the files of the round before."""
+        end = {"divergence": None, "gap": None, "stopped": False}
+        if not self.end_file(number).exists():
+            if self.averages(number):
+                end["divergence"] = self.average(number)
+            if self.inner.stop_gap and number < self.n_rounds - 1 and (self.n_shards == 1 or self.averages(number)):
+                self.take(number)
+                end["gap"] = self.loss_gap()
+                end["stopped"] = end["gap"] > self.inner.stop_gap
+            write_json(self.end_file(number), end)
+        for shard in range(self.n_shards if number else 0):
+            self.shard_file(number - 1, shard).unlink(missing_ok=True)
+        if self.averages(number):
+            for i in range(number):
+                self.mean_file(i).unlink(missing_ok=True)
+
+    def average(self, number: int) -> float:
+        """Writes the mean of the shards, weighted by their images, and of their moving averages. Returns how far they were apart.
+
+        Divergence: root mean square distance from the mean over root mean square distance travelled in the round, in the
+        parameters trained; 0 where all moved alike, near 1 where their moves have nothing in common.
+        """
+        from safetensors.torch import save_file
+
+        stored = [self.read(number, shard) for shard in range(self.n_shards)]
+        sizes, offsets = [len(one.shard.rows) for one in stored], self.offsets(number)
+        self.adapter.load_state(stored[0].weights | offsets)
+        mean = self.adapter.average([one.weights | offsets for one in stored], sizes)
+        tensors = split_offsets(mean, "weights")
+        if self.inner.ema:
+            last = number == self.n_rounds - 1
+            ema = self.adapter.average([one.weights | one.ema | offsets for one in stored], sizes)
+            if any(name.endswith(".offset") for name in ema) and not last:
+                ema = mean  # factors were made anew, so their moving average starts from them
+            tensors |= split_offsets({name: tensor.clone() for name, tensor in ema.items()}, "ema")
+        if self.inner.ensemble.moments == "averaged":
+            for name in stored[0].moments:
+                tensors[f"moments {name}"] = sum(size * one.moments[name] for size, one in zip(sizes, stored)) / sum(sizes)
+        with replacing(self.mean_file(number)) as part:
+            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, part)
+        trained = list(self.adapter.trained())
+        plain = {name: sum(size * one.weights[name] for size, one in zip(sizes, stored)) / sum(sizes) for name in trained}
+        apart = sum(float((one.weights[name] - plain[name]).square().sum()) for one in stored for name in trained)
+        moved = sum(one.records[-1]["moved"] ** 2 for one in stored)
+        return math.sqrt(apart / moved) if moved else 0.0
+
+    def take(self, number: int) -> None:
+        """Puts into the adapter what a round ended with, its moving average where there is one."""
+        kind = "ema" if self.inner.ema else "weights"
+        if not self.averages(number):
+            stored = self.read(number, 0)
+            self.adapter.load_state(stored.weights | (stored.ema if kind == "ema" else {}) | self.offsets(number))
+            return
+        mean = self.read_mean(number)
+        self.adapter.load_state(within(kind, mean) | within("offsets" if kind == "weights" else "ema_offsets", mean))
+
+    @torch.no_grad()
+    def loss_gap(self) -> float:
+        """(held-out loss - training loss) / held-out loss, on the same noise and timesteps for both and for every round."""
+        held, known = self.probe(self.material.holdout()), self.probe(self.material.data)
+        return (held - known) / held
+
+    def probe(self, data: Encoded) -> float:
+        losses = []
+        for draw in range(PROBE_DRAWS):
+            generator = torch.Generator().manual_seed(seed_of(self.seed, "probe", draw))
+            clean, text = data.mean[:PROBE_IMAGES].to(self.base.device), data.texts(data.caption_rows[:PROBE_IMAGES])
+            noised = self.base.noised(clean, generator)
+            losses.append(self.base.denoised(noised, {name: tensor.to(self.base.device) for name, tensor in text.items()})[0].mean())
+        return float(torch.stack(losses).mean())
+
+    def wait_for_shards(self, number: int) -> None:
+        """Until every shard of the round has its file, or the round has ended; rank 0 trains those of a process that died."""
+        while not self.end_file(number).exists():
+            missing = [shard for shard in range(self.n_shards) if not self.shard_file(number, shard).exists()]
+            if not missing:
+                return
+            for shard in missing:
+                if self.team.owns(shard):
+                    self.train_shard(number, shard)
+            time.sleep(POLL_SECONDS)
+
+    def wait_for(self, path: Path) -> dict:
+        while not path.exists():
+            time.sleep(POLL_SECONDS)
+        return read_json(path)
+
+    def log(self, last: int) -> TrainLog:
+        """The whole fine-tuning's record, from the files of its last round."""
+        stored = [self.read(last, shard) for shard in range(self.n_shards)]
+        counts = sum((one.shard.counts for one in stored), Counter())
+        tenths = [(one.shard.losses[: tenth(one)], one.shard.losses[-tenth(one) :]) for one in stored if one.shard.losses]
+        skipped = sum(one.shard.skipped for one in stored)
+        ends = [read_json(self.end_file(number)) for number in range(last + 1)]
+        record = {
+            "rounds": [{"round": number + 1, **end} for number, end in enumerate(ends)],
+            "shards": sorted((row for one in stored for row in one.records), key=lambda row: (row["round"], row["shard"])),
+            "images": [sorted(one.shard.rows.tolist()) for one in stored], "skips_by_image": skipped.tolist(),
+        }  # fmt: skip
+        return TrainLog(counts["steps"], counts["seen"], mean_of([first for first, _ in tenths]), mean_of([end for _, end in tenths]), record)
+
+
+def within(kind: str, tensors: State) -> State:
+    """The tensors of a kind, by their own names."""
+    return {name.removeprefix(f"{kind} "): tensor for name, tensor in tensors.items() if name.startswith(f"{kind} ")}
+
+
+def split_offsets(state: State, kind: str) -> State:
+    prefix = "offsets" if kind == "weights" else "ema_offsets"
+    return {f"{prefix if name.endswith('.offset') else kind} {name}": tensor for name, tensor in state.items()}
+
+
+def tenth(stored: Stored) -> int:
+    return max(1, len(stored.shard.losses) // 10)
+
+
+def mean_of(losses: list[list[float]]) -> float:
+    each = [sum(part) / len(part) for part in losses]
+    return sum(each) / len(each) if each else math.nan
+
+

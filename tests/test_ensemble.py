@@ -1,0 +1,256 @@
+"""Rounds over shards: averaging and exchange against the same written out, resuming to the bit, several processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import CHOICE, N_IMAGES
+from safetensors.torch import load_file
+
+from memcontrol.adapters import inject
+from memcontrol.config import InnerConfig
+from memcontrol.ensemble import Rounds, Team
+from memcontrol.errors import MemControlError
+from memcontrol.seeds import seed_of
+from memcontrol.shards import deal
+from memcontrol.space import Choice, load_space
+from memcontrol.train import Loop, Shard
+
+LORA = Choice(**CHOICE)
+FULL = Choice(("*",), "full", 1e-3)
+SHARDED = {"ensemble": {"shards": 3}, "rounds": 2, "budget_images": 8 * 12}
+
+
+def same(one, other, tolerance=0.0):
+    return one.keys() == other.keys() and all(torch.allclose(one[name], other[name], rtol=0, atol=tolerance) for name in one)
+
+
+def by_hand(base, material, choice, n_shards, n_rounds, n_steps, **inner):
+    """Iterative ensemble training of weights that average as they are, written out: moments reset, shards of equal steps."""
+    settings = InnerConfig(**{"batch_size": 8, "budget_images": 8 * n_steps, **inner})
+    adapter = inject(base.denoiser, load_space("digits"), choice, 3, shared_a=True)
+    data = material.data
+    members = deal("random", n_shards, data.caption_rows, data.mean.flatten(1), 3)
+    shards = [Shard(i, rows, *torch.zeros(2, N_IMAGES, dtype=torch.long)) for i, rows in enumerate(members)]
+    shared, per_round = adapter.state(), n_steps // (n_shards * n_rounds)
+    for number in range(n_rounds):
+        states = []
+        for i, shard in enumerate(shards):
+            adapter.load_state(shared)
+            loop = Loop(base, adapter, material, settings, shard, seed_of(3, "shard", i) if i else 3)
+            for step in range(per_round):
+                loop.slot((number * per_round + step + 1) / (n_rounds * per_round))
+            states.append(adapter.state())
+        weights = [len(shard.rows) / N_IMAGES for shard in shards]
+        shared = {name: sum(w * state[name] for w, state in zip(weights, states)) for name in shared}
+    adapter.remove()
+    return shared
+
+
+@pytest.mark.parametrize("choice", (LORA, FULL), ids=("lora", "full"))
+def test_shards_are_trained_apart_and_averaged_by_size(base, material, trained, choice):
+    log, found = trained(choice, **SHARDED)
+    assert same(found, by_hand(base, material, choice, 3, 2, 12), 1e-6)
+    assert log.n_steps == 12 and log.images_seen == 96
+    assert [row["images"] for row in log.record["shards"][:3]] == [7, 7, 6]
+    assert sorted(sum(log.record["images"], [])) == list(range(N_IMAGES))
+    assert all(0 < one["divergence"] < 1.5 for one in log.record["rounds"])
+
+
+def test_the_budget_is_the_same_however_many_shards(trained):
+    for shards, rounds in ((1, 5), (2, 3), (5, 2)):
+        log, _ = trained(ensemble={"shards": shards}, rounds=rounds, budget_images=8 * 13, folder=f"{shards}")
+        assert log.n_steps == 13 and log.images_seen == 104
+
+
+def test_a_shared_a_is_never_trained(trained):
+    _, found = trained(**SHARDED)
+    _, start = trained(budget_images=8, max_grad_norm=1e-12, weight_decay=0.0, warmup=0.5, ensemble={"shards": 1}, folder="start")
+    down = [name for name in found if ".lora_A." in name]
+    assert down and all(torch.allclose(found[name], start[name], atol=1e-4) for name in down)
+    assert any(found[name].abs().max() > 0 for name in found if ".lora_B." in name)
+
+
+@pytest.mark.parametrize("method", ("lora", "dora", "svdiff", "difffit"))
+def test_what_is_kept_is_the_mean_of_the_shards_changes(base, trained, method, monkeypatch):
+    """Every method, both factors trained: the weights after a round are the mean of the shards' weights."""
+    from test_adapters import fused_weights, space_of
+
+    space = space_of(base.denoiser, [method])
+    choice = space.choice(("first", "second"), method, 0.8)
+    kept, plain = {}, Rounds.average
+
+    def watched(self, number):
+        kept["shards"] = [(len(one.shard.rows), one.weights) for one in (self.read(number, shard) for shard in range(3))]
+        return plain(self, number)
+
+    monkeypatch.setattr(Rounds, "average", watched)
+    _, found = trained(choice, space=space, ensemble={"shards": 3, "average": "refactored"}, rounds=1, budget_images=8 * 6, weight_decay=0.0)
+    before = fused_weights(base, space, choice, inject_and_state(base, space, choice))
+    each = [(n, fused_weights(base, space, choice, state)) for n, state in kept["shards"]]
+    expected = {name: sum(n * weights[name] for n, weights in each) / N_IMAGES for name in before}
+    after = fused_weights(base, space, choice, found)
+    assert max(float((after[name] - expected[name]).abs().max()) for name in expected) < 1e-6
+    assert max(float((after[name] - before[name]).abs().max()) for name in expected) > 1e-4
+
+
+def inject_and_state(base, space, choice):
+    adapter = inject(base.denoiser, space, choice, 3)
+    state = adapter.state()
+    adapter.remove()
+    return state
+
+
+def test_refactored_rounds_go_on_from_their_offset(trained):
+    """Two rounds of both factors: a shard's second round begins at the mean, so the loss does not jump back."""
+    log, found = trained(ensemble={"shards": 2, "average": "refactored"}, rounds=3, budget_images=8 * 24)
+    assert any(name.endswith(".offset") for name in found)
+    again, resumed = trained(ensemble={"shards": 2, "average": "refactored"}, rounds=3, budget_images=8 * 24)
+    assert same(found, resumed) and again.record == log.record
+
+
+@pytest.mark.parametrize("moments", ("reset", "averaged", "kept"))
+def test_moments_after_an_averaging(trained, moments, tmp_path):
+    trained(FULL, ensemble={"shards": 2, "moments": moments}, rounds=2, budget_images=8 * 8, folder=moments)
+    files = sorted((tmp_path / moments).glob("*.safetensors"))
+    assert [file.name for file in files] == ["0001-00.safetensors", "0001-01.safetensors", "0001-mean.safetensors"]
+
+
+def test_the_ways_of_moments_differ(trained):
+    found = {way: trained(FULL, ensemble={"shards": 2, "moments": way}, rounds=2, budget_images=8 * 8, folder=way)[1] for way in ("reset", "averaged", "kept")}
+    name = "conv_in.weight"
+    assert not torch.equal(found["reset"][name], found["kept"][name]) and not torch.equal(found["averaged"][name], found["kept"][name])
+
+
+def test_a_moving_average_is_averaged_too(trained):
+    inner = {**SHARDED, "rounds": 1, "budget_images": 8 * 6}
+    _, plain = trained(FULL, folder="plain", **inner)
+    _, slow = trained(FULL, folder="slow", ema=0.9999, **inner)
+    _, start = trained(FULL, folder="start", budget_images=8, max_grad_norm=1e-12, weight_decay=0.0)
+    name = "conv_in.weight"
+    assert 0 < (slow[name] - start[name]).norm() < (plain[name] - start[name]).norm()
+    files = load_file(next(iter_mean(trained)))
+    assert torch.equal(files[f"ema {name}"], slow[name]) and torch.equal(files[f"weights {name}"], plain[name])
+
+
+def iter_mean(trained):
+    """The last round's mean of the run in folder `slow`."""
+    folder = trained.__closure__[[cell for cell in trained.__code__.co_freevars].index("tmp_path")].cell_contents
+    return (folder / "slow").glob("*-mean.safetensors")
+
+
+def test_alternate_rounds_exchange_and_average(trained):
+    """Odd rounds move images and keep the proxies' own weights, even ones average; the last always averages."""
+    log, _ = trained(
+        skip={"ratio": 1.0, "bins": 20}, redistribution={"share": 0.5}, ensemble={"shards": 2, "split": "contiguous"}, rounds=5, budget_images=8 * 40
+    )
+    assert [one["divergence"] is None for one in log.record["rounds"]] == [True, False, True, False, False]
+    assert sorted(sum(log.record["images"], [])) == list(range(N_IMAGES))
+    assert set(log.record["images"][0]) & set(range(10, 20)) and all(len(rows) == 10 for rows in log.record["images"])
+    assert sum(row["skipped"] for row in log.record["shards"]) == sum(log.record["skips_by_image"]) > 0
+
+
+def test_every_round_can_do_both(trained):
+    log, _ = trained(skip={"ratio": 1.0}, redistribution={"rounds": "every"}, ensemble={"shards": 2}, rounds=3, budget_images=8 * 12)
+    assert all(one["divergence"] is not None for one in log.record["rounds"])
+
+
+def test_training_stops_when_held_out_images_fall_behind(trained):
+    log, _ = trained(FULL, stop_gap=1e-6, budget_images=8 * 200, rounds=20)
+    gaps = [one["gap"] for one in log.record["rounds"]]
+    assert log.record["rounds"][-1]["stopped"] and gaps[-1] > 1e-6 and log.n_steps == 10 * len(gaps) < 200
+    again, _ = trained(FULL, stop_gap=1e-6, budget_images=8 * 200, rounds=20)
+    assert again.n_steps == log.n_steps
+
+
+def test_more_shards_than_images_or_steps_are_refused(trained):
+    with pytest.raises(MemControlError, match="shards is 21 and there are 20 training images"):
+        trained(ensemble={"shards": 21}, rounds=1, budget_images=8 * 40)
+
+
+def test_another_plan_in_the_folder_is_begun_anew(trained):
+    _, first = trained(FULL)
+    _, other = trained(FULL, budget_images=32)
+    _, again = trained(FULL)
+    assert same(first, again) and not same(first, other)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from memcontrol.run import Bench, trial
+steps = int(sys.argv[2])
+def progress(stage, done, total, **said):
+    if stage == "train" and done == steps:
+        os.kill(os.getpid(), signal.SIGKILL)
+trial(Path(sys.argv[1]), Bench(), progress)
+"""
+INNER = {
+    "budget_images": 96, "batch_size": 8, "rounds": 3, "ema": 0.9, "skip": {"ratio": 1.25}, "redistribution": {},
+    "augmentation": {}, "ensemble": {"shards": 2, "moments": "kept"},
+}  # fmt: skip
+
+
+def folder_of_trial(tmp_path, name, inner=INNER, processes=1):
+    from memcontrol.config import load_config
+    from memcontrol.prepare import prepare
+    from memcontrol.run import Bench
+    from memcontrol.spec import Spec
+
+    values = {
+        "name": "a", "space": "digits", "inner": inner, "data": {"path": "digits", "train": 20, "holdout": 20, "test": 20},
+        "rewards": {"n_samples": 256, "sampling_steps": 1}, "search": {"processes": processes},
+    }  # fmt: skip
+    study, config = tmp_path / "study", load_config(values)
+    if not (study / "split.json").exists():
+        prepare(values, study, Bench(), lambda line: None)
+    Spec(config, load_space("digits"), LORA, study, "search", "holdout", 20).as_job(tmp_path / name)
+    return tmp_path / name
+
+
+def run_trial(folder):
+    from memcontrol.run import Bench, trial
+
+    bench = Bench()
+    trial(folder, bench, lambda *_, **said: None)
+    bench.close()
+    return (folder / "adapter.safetensors").read_bytes(), json.loads((folder / "training.json").read_text())
+
+
+def without_times(record):
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in record["shards"]]
+
+
+def test_a_killed_trial_ends_as_if_it_had_never_stopped(tmp_path):
+    """kill -9 in the middle of the first, a middle and the last round: the same adapter, byte for byte."""
+    whole, record = run_trial(folder_of_trial(tmp_path, "whole"))
+    folder = folder_of_trial(tmp_path, "killed")
+    for steps in (3, 6, 11):
+        killed = subprocess.run([sys.executable, "-c", KILLED, str(folder), str(steps)], capture_output=True)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+    resumed, other = run_trial(folder)
+    assert resumed == whole
+    assert without_times(record) == without_times(other) and record["skips_by_image"] == other["skips_by_image"]
+    assert not (folder / "rounds").exists()
+
+
+def test_processes_that_share_a_trials_shards_change_no_number(tmp_path):
+    alone, record = run_trial(folder_of_trial(tmp_path, "alone"))
+    shared, other = run_trial(folder_of_trial(tmp_path, "shared", processes=2))
+    tensors = [load_file(tmp_path / name / "adapter.safetensors") for name in ("alone", "shared")]
+    assert same(*tensors) and without_times(record) == without_times(other)
+    assert (tmp_path / "shared" / "log-1.txt").exists()
+
+
+def test_a_helper_that_dies_is_done_without(tmp_path, monkeypatch):
+    alone, _ = run_trial(folder_of_trial(tmp_path, "alone"))
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    monkeypatch.setattr("memcontrol.run.Bench.team", lambda self, folder, spec: Team(0, 2, lambda rank: rank == 0))
+    left, _ = run_trial(folder_of_trial(tmp_path, "left", processes=2))
+    assert same(*(load_file(tmp_path / name / "adapter.safetensors") for name in ("alone", "left")))
+    assert os.path.exists(tmp_path / "left" / "result.json")
