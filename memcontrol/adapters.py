@@ -95,6 +95,8 @@ class Adapter:
         denoiser.requires_grad_(False)
         for parameter in self.parameters():
             parameter.requires_grad_(True)
+        norms = [module for module in denoiser.modules() if isinstance(module, nn.GroupNorm)]
+        self.hooks = [norm.register_forward_pre_hook(contiguous_input) for norm in norms if any(p.requires_grad for p in norm.parameters())]
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """All that a state holds by name, parameters that stay fixed included."""
@@ -174,12 +176,23 @@ class Adapter:
         """Moves what was learned into the denoiser's own weights and leaves a plain diffusers model."""
         for part in reversed(self.parts):
             part.fuse()
-        self.denoiser.requires_grad_(False)
+        self.end()
 
     def remove(self) -> None:
         for part in reversed(self.parts):
             part.remove()
+        self.end()
+
+    def end(self) -> None:
         self.denoiser.requires_grad_(False)
+        for hook in self.hooks:
+            hook.remove()
+
+
+def contiguous_input(norm: nn.GroupNorm, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor] | None:
+    """Torch's CPU backward of a GroupNorm crashes where only its weight or bias is trained and the input is in channels-last order."""
+    (hidden,) = inputs
+    return (hidden.contiguous(),) if torch.is_grad_enabled() and not hidden.requires_grad else None
 
 
 def described(description: dict) -> str:

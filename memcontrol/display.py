@@ -30,6 +30,16 @@ def said_of(choice: Choice, n_groups: int) -> str:
     return f"{'+'.join(choice.methods)}{rank}, lr {choice.learning_rate:g}{groups}"
 
 
+def said_of_step(detail: dict) -> str:
+    """Where a fine-tuning is: "step 120/230, round 3, loss 0.123, 14 % skipped"."""
+    parts = [f"step {detail['done']}/{detail['total']}", f"round {detail['round']}"]
+    if detail["loss"] is not None:
+        parts.append(f"loss {detail['loss']:.3f}")
+    if detail["skipped"]:
+        parts.append(f"{detail['skipped']:.0%} skipped")
+    return ", ".join(parts)
+
+
 class Display:
     """Follows a search's events: a live block on a terminal, else one line for each finished trial."""
 
@@ -68,7 +78,9 @@ class Display:
         elif event.kind == "progress":
             self.begun_at.setdefault(name, time.monotonic())
             share = event.detail["done"] / event.detail["total"]
-            self.running[name] = (said_of(Choice.from_dict(event.job["choice"]), self.n_groups), 0.8 * share if event.detail["stage"] == "train" else 0.8 + 0.15 * share)
+            training = event.detail["stage"] == "train"
+            text = said_of(Choice.from_dict(event.job["choice"]), self.n_groups)
+            self.running[name] = (f"{text}: {said_of_step(event.detail)}" if training else text, 0.8 * share if training else 0.8 + 0.15 * share)
         elif event.kind in ENDS and name:
             self.running.pop(name, None)
             self.done[event.job.get("number", -1)] += 1

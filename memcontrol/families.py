@@ -148,7 +148,7 @@ class PixArt(Family):
 class Sana(PixArt):
     """A linear-attention flow transformer over a 32-fold autoencoder, captions by a language model (arXiv 2410.10629)."""
 
-    flow, guides_late = True, True
+    flow = True
 
     def predict(self, denoiser, noisy: Tensor, time: Tensor, text: Text) -> Tensor:
         mask, scaled = text["prompt_attention_mask"], time * denoiser.config.timestep_scale

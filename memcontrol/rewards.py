@@ -144,6 +144,16 @@ def kernel_distance(generated: np.ndarray, reference: np.ndarray) -> float:
     return float((xx.sum() - np.trace(xx)) / (n * (n - 1)) + (yy.sum() - np.trace(yy)) / (m * (m - 1)) - 2 * xy.mean())
 
 
+def mq(generated: np.ndarray, train: np.ndarray, threshold: float = 0.5, k: int = 50) -> int:
+    """IET-AGC's MQ: how many generated images have d1 / mean(d1 .. dk) below the threshold (arXiv 2407.15328, section 4.1).
+
+    d1 .. dk are squared distances of an image [N, D] to its k nearest training images [T, D], the nearest included; in pixels
+    of 0..1 as published. Squares make 0.5 an ordinary distance ratio of some 0.7.
+    """
+    squares = nearest(generated, train, min(k, len(train)))[0] ** 2
+    return int((squares[:, 0] / np.maximum(squares.mean(1), 1e-300) < threshold).sum())
+
+
 def wilson(share: float, n: int) -> tuple[float, float]:
     """The 95 % interval of a share of n (Wilson 1927)."""
     centre = share + NORMAL_95**2 / (2 * n)

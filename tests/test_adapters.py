@@ -196,6 +196,19 @@ def test_spectral_shifts_by_hand(bases, tmp_path):
     adapter.remove()
 
 
+@pytest.mark.parametrize("method", ("norm", "svdiff"))
+def test_a_norm_that_is_trained_first_takes_any_memory_layout(bases, method):
+    """An attention block hands its output on in channels-last order, and torch's CPU kernel crashes the process on that."""
+    base = bases("ddpm")
+    values = {"groups": {"a": r"up_blocks\.0\.resnets\.0\.norm1"}, "methods": [method], "learning_rate": dict.fromkeys([method, "full"], [1e-4, 1e-2])}
+    space = parse_space(values, "test")
+    adapter = inject(base.denoiser, space, space.choice(("a",), method, 0.5), 0)
+    base.denoiser(torch.randn(2, 3, 16, 16), torch.tensor([3, 5])).sample.square().mean().backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in adapter.parameters())
+    adapter.remove()
+    assert not base.denoiser.up_blocks[0].resnets[0].norm1._forward_pre_hooks
+
+
 def test_decay_pulls_difffits_scales_to_one(bases):
     base = bases("tiny")
     space = space_of(base.denoiser, ["difffit"])

@@ -42,10 +42,10 @@ def test_every_command_has_help_and_stands_in_the_readme():
 
 
 def test_the_readme_names_every_key_of_a_study():
-    from memcontrol.config import Config, DataConfig, InnerConfig, RewardsConfig, SearchConfig
+    from memcontrol.config import Strict
 
     text = README.read_text()
-    for model in (Config, DataConfig, InnerConfig, RewardsConfig, SearchConfig):
+    for model in Strict.__subclasses__():
         for key in model.model_fields:
             assert re.search(rf"\b{key}\b", text), key
 
@@ -89,7 +89,7 @@ def test_spaces(tmp_path):
 )
 def test_a_study_that_cannot_work_is_refused_in_preparation(base, study_file, keys, words):
     study, bench = study_file(**keys), Bench()
-    bench.kept["base", "tiny"] = base
+    bench.kept["base", "tiny", None] = base
     with pytest.raises(MemControlError) as caught:
         prepare(yaml.safe_load(study.read_text()), study.parent / "runs", bench, lambda line: None)
     assert words in str(caught.value) and "\n" not in str(caught.value)
@@ -114,7 +114,7 @@ def test_a_refused_study_is_one_line_and_makes_nothing(study_file, keys, words):
 def test_data_that_changed_since_the_study_began_is_refused(base, study_file, photographs):
     photographs(40)
     study, bench = study_file(data={"path": str(photographs(0)), "train": 16, "holdout": 12, "test": 12}), Bench()
-    bench.kept["base", "tiny"] = base
+    bench.kept["base", "tiny", None] = base
     values = yaml.safe_load(study.read_text())
     for _ in range(2):
         assert prepare(values, study.parent / "runs", bench, lambda line: None)["sizes"] == {"train": 16, "holdout": 12, "test": 12}

@@ -33,6 +33,14 @@ def test_overrides_win_and_take_exponents_and_lists():
         ({**GOOD, "inner": {"batch_size": "big"}}, [], ["'inner.batch_size' is 'big'"]),
         ({**GOOD, "inner": {"batch_size": 0}}, [], ["'inner.batch_size' is 0"]),
         ({**GOOD, "inner": 3}, [], ["'inner' is 3"]),
+        ({**GOOD, "inner": {"skip": {"ratios": 2}}}, [], ["unknown key 'inner.skip.ratios'", "ratio, decay, start"]),
+        ({**GOOD, "inner": {"skip": {"ratio": 0.5}}}, [], ["'inner.skip.ratio' is 0.5"]),
+        ({**GOOD, "inner": {"ensemble": {"split": "fair"}}}, [], ["'inner.ensemble.split' is 'fair'", "'random', 'balanced'"]),
+        ({**GOOD, "inner": {"redistribution": {}}}, [], ["inner.redistribution moves skipped images", "needs inner.skip"]),
+        ({**GOOD, "inner": {"augmentation": {}}}, [], ["inner.augmentation looks at the skip threshold"]),
+        ({**GOOD, "inner": {"norm_threshold": "decile", "batch_size": 4}}, [], ["batches of 10 or more"]),
+        (GOOD, ["inner.ensemble.shards=4", "inner.budget_images=128"], ["gives 8 steps, fewer than 4 shards x 5 rounds"]),
+        (GOOD, ["inner.micro_batch_size=32"], ["32 > 16"]),
         ({"data": "digits"}, [], ["'name' is missing"]),
         ({"name": "a"}, [], ["'data' is missing"]),
         ({**GOOD, "name": "a/b"}, [], ["'name' is 'a/b'"]),
@@ -54,6 +62,12 @@ def test_files_that_are_no_studies(tmp_path, text, word):
     path.write_text(text)
     assert word in refused(path)
     assert "no such file" in refused(tmp_path / "missing.yaml")
+
+
+def test_settings_within_settings_can_be_overridden():
+    config = load_config(GOOD, ["inner.skip.ratio=1.25", "inner.ensemble.shards=4", "inner.augmentation.rule=kept"])
+    assert (config.inner.skip.ratio, config.inner.ensemble.shards, config.inner.augmentation.rule) == (1.25, 4, "kept")
+    assert load_config(config.model_dump(mode="json")) == config
 
 
 def test_what_may_change_between_two_runs():

@@ -7,7 +7,7 @@ import torch
 from memcontrol.config import load_config
 from memcontrol.errors import MemControlError
 from memcontrol.models import denoiser_config, empty_denoiser, load_base, open_pipeline
-from memcontrol.prepare import prepare
+from memcontrol.prepare import check_mitigations, prepare
 from memcontrol.run import Bench, trial
 from memcontrol.space import Choice, load_space
 from memcontrol.spec import Spec
@@ -21,13 +21,22 @@ def family(request, tmp_path_factory):
     return request.param, str(build(request.param, tmp_path_factory.mktemp("families") / request.param))
 
 
-def test_a_trial_runs_on_every_family(family, tmp_path, photographs):
+ALL_AT_ONCE = {
+    "ensemble": {"shards": 2}, "rounds": 2, "skip": {}, "redistribution": {}, "augmentation": {"rule": "kept", "retest": False}, "ema": 0.9,
+    "gradient_checkpointing": True, "noise_offset": 0.1, "input_perturbation": 0.1, "micro_batch_size": 2,
+}  # fmt: skip
+ON_TEXT = {"captions": {"add_words": 0.5, "repeat_word": 0.5}, "embedding_noise": 0.1, "norm_threshold": 1e6}
+
+
+@pytest.mark.parametrize("inner", ("plain", "all at once"))
+def test_a_trial_runs_on_every_family(family, inner, tmp_path, photographs):
     name, base = family
+    settings = {} if inner == "plain" else ALL_AT_ONCE if name == "ddpm" else ALL_AT_ONCE | ON_TEXT
     space = tmp_path / "space.yaml"
     groups = "{a: '(down_blocks|transformer_blocks)\\..*', b: '(up_blocks|single_transformer_blocks|proj_out|norm_out)\\.?.*'}"
     space.write_text(f"groups: {groups}\nmethods: [svdiff]\nlearning_rate: {{svdiff: [1.0e-3, 1.0e-2], full: [1.0e-5, 1.0e-4]}}\n")
     config = load_config({
-        "name": "t", "base": base, "space": str(space), "inner": {"budget_images": 8, "batch_size": 4},
+        "name": "t", "base": base, "space": str(space), "inner": {"budget_images": 16, "batch_size": 4, **settings},
         "data": {"path": str(photographs(30)), "train": 10, "holdout": 10, "test": 10, "resolution": RESOLUTION.get(name, 32)},
         "rewards": {"n_samples": 8, "sampling_steps": 2, "objectives": ["kid", "memorization", "step_gflops"]},
     })  # fmt: skip
@@ -35,9 +44,39 @@ def test_a_trial_runs_on_every_family(family, tmp_path, photographs):
     assert prepare(config.model_dump(mode="json"), tmp_path, bench, lambda text: None)["sizes"] == {"train": 10, "holdout": 10, "test": 10}
     spec = Spec(config, load_space(str(space)), Choice(("a",), "svdiff", 5e-3), tmp_path, "search", "holdout", 10)
     spec.as_job(tmp_path / "run")
-    found = trial(tmp_path / "run", bench, lambda *_: None)
-    assert found["state"] == "COMPLETE" and found["n_steps"] == 2 and all(np.isfinite(value) for value in found["rewards"].values())
+    found = trial(tmp_path / "run", bench, lambda *_, **said: None)
+    assert found["state"] == "COMPLETE" and found["n_steps"] == 4 and all(np.isfinite(value) for value in found["rewards"].values())
     assert found["rewards"]["step_gflops"] > 0 and found["rewards"]["memory_mib"] > 0
+
+
+@pytest.mark.parametrize(
+    "name, key, value, word",
+    [
+        ("ddpm", "inner.captions.replace", 0.1, "inner.captions changes captions"),
+        ("ddpm", "inner.norm_threshold", 1.0, "inner.norm_threshold changes captions"),
+        ("ddpm", "rewards.random_words", 2, "has none; take it out"),
+        ("sd3", "inner.min_snr", 5.0, "is a flow; take it out"),
+        ("pixart", "rewards.guidance_from", 0.2, "cannot begin guidance late"),
+        ("flux", "rewards.guidance_from", 0.2, "cannot begin guidance late"),
+        ("sana", "rewards.guidance_from", 0.2, "cannot begin guidance late"),
+        ("sdxl", "rewards.guidance_from", 0.2, None),
+        ("sd3", "rewards.guidance_from", 0.2, None),
+    ],
+)
+def test_settings_that_mean_nothing_for_a_base_are_refused(name, key, value, word, tmp_path):
+    base = load_base(str(build(name, tmp_path / name)))
+    config = load_config({"name": "a", "base": name, "data": "digits"}, [f"{key}={value}"])
+    if word:
+        with pytest.raises(MemControlError, match=word):
+            check_mitigations(config, base)
+    else:  # and the pipeline really reads its scale anew in every step
+        check_mitigations(config, base)
+        text, empty = base.encode_captions(["a red face"]), base.encode_captions([""])
+        late, always, never = (
+            base.sample(text, empty, seeds=[1], steps=4, guidance=guidance, resolution=32, progress=lambda *_: None, guidance_from=share)
+            for guidance, share in ((9.0, 0.5), (9.0, 0.0), (1.0, 0.0))
+        )
+        assert not np.array_equal(late, always) and not np.array_equal(late, never)
 
 
 def test_samples_are_those_of_the_plain_pipeline(family):

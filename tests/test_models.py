@@ -1,6 +1,7 @@
 """The base: the embedded one's shape and size, losses by hand, samples against the plain pipeline, caches."""
 
 import numpy as np
+import pytest
 import torch
 
 from memcontrol.config import load_config
@@ -72,3 +73,37 @@ def test_the_digest_follows_the_content(tmp_path):
     (tmp_path / "a" / "x").write_text("2")
     assert base_digest(str(tmp_path / "a")) != first and base_digest("tiny") == base_digest("tiny")
     assert load_base("tiny").resolution == 32
+
+
+@pytest.mark.parametrize("share, n_without", [(0.0, 0), (0.4, 2), (0.79, 4)])
+def test_guidance_that_begins_late_by_hand(base, share, n_without):
+    """The sampler written out: the caption alone in the first steps, then empty + g (caption - empty)."""
+    from diffusers import DPMSolverMultistepScheduler
+
+    text, empty = base.encode_captions(["a printed digit 3"]), base.encode_captions([""])
+    images = base.sample(text, empty, seeds=[11], steps=5, guidance=3.0, resolution=32, progress=lambda *_: None, guidance_from=share)
+    solver = DPMSolverMultistepScheduler.from_config(base.pipeline.scheduler.config)
+    solver.set_timesteps(5)
+    latents = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(11))[None] * solver.init_noise_sigma
+    with torch.no_grad():
+        for i, t in enumerate(solver.timesteps):
+            caption, none = (base.denoiser(latents, t, each["prompt_embeds"]).sample for each in (text, empty))
+            predicted = caption if i < n_without else none + 3.0 * (caption - none)
+            latents = solver.step(predicted, t, latents).prev_sample
+        pixels = base.pipeline.vae.decode(latents / base.pipeline.vae.config.scaling_factor).sample
+    expected = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round()
+    assert np.abs(images[0].astype(float) - expected[0].numpy()).max() <= 1
+
+
+def test_redrawn_weights_follow_from_the_seed(tmp_path):
+    from small_pipelines import build
+
+    from memcontrol.models import load_base, redraw_weights
+
+    denoiser = load_base(str(build("ddpm", tmp_path / "ddpm"))).denoiser
+    states = []
+    for seed in (1, 1, 2):
+        redraw_weights(denoiser, seed)
+        states.append({name: tensor.clone() for name, tensor in denoiser.state_dict().items()})
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert not torch.equal(states[0]["conv_in.weight"], states[2]["conv_in.weight"])

@@ -11,7 +11,7 @@ from memcontrol.errors import MemControlError
 from memcontrol.features import nearest
 from memcontrol.rewards import (
     COSTS,
-    OBJECTIVES, Evidence, Space, Views, check_rewards, copy_rate, frechet_distance, kernel_distance, memorization, score, wilson,
+    OBJECTIVES, Evidence, Space, Views, check_rewards, copy_rate, frechet_distance, kernel_distance, memorization, mq, score, wilson,
 )  # fmt: skip
 
 
@@ -130,3 +130,16 @@ def test_rewards_that_cannot_mean_anything_are_refused():
     for objectives, n, words in [(("fid", "memorization"), 255, "at least 256"), (("fod",), 256, "unknown"), (("kid", "kid"), 256, "twice")]:
         with pytest.raises(MemControlError, match=words):
             check_rewards(objectives, n, 64)
+
+
+def test_mq_is_the_published_loop():
+    train, generated = gaussian(80, 12, 0), gaussian(40, 12, 1)
+    generated[:5] = train[:5] + 0.01
+    for threshold, k in ((0.5, 50), (0.9, 50), (0.5, 10)):
+        count = 0
+        for image in generated:
+            squares = sorted(((image - other) ** 2).sum() for other in train)
+            count += squares[0] / (sum(squares[:k]) / k) < threshold
+        assert mq(generated, train, threshold, k) == count >= 5
+    few = [((generated[0] - other) ** 2).sum() for other in train[:7]]
+    assert mq(generated[:1], train[:7]) == (min(few) / np.mean(few) < 0.5)

@@ -188,7 +188,10 @@ def test_kill_9_loses_and_repeats_nothing(study_file):
 
 def test_ctrl_c_ends_within_seconds_and_says_how_to_go_on(study_file):
     study = study_file(search={"trials": 1000, "workers": 2})
-    process = subprocess.Popen([*COMMAND, "search", str(study)], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*COMMAND, "search", str(study)], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background inherit that it is ignored
+    )  # fmt: skip
     while process.poll() is None and not list(study_folder(study, "small").glob("*/result.json")):
         time.sleep(0.2)
     os.killpg(process.pid, signal.SIGINT)

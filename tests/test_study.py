@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from memcontrol.adapters import header
+from memcontrol.adapters import described
 from memcontrol.config import load_config
 from memcontrol.errors import MemControlError
 from memcontrol.space import Choice, load_space, parse_space
@@ -96,7 +96,7 @@ def test_a_thousand_random_choices_survive_the_database_and_safetensors(tmp_path
     study.begin(choices, MIXED, "all")
     assert list(opened(tmp_path).records()[0].candidates) == choices
     for choice in choices:
-        save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors", header({"choice": choice.as_dict()}))
+        save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors", {"memcontrol": described({"choice": choice.as_dict()})})
         with safe_open(tmp_path / "x.safetensors", "pt") as file:
             assert Choice.from_dict(json.loads(file.metadata()["memcontrol"])["choice"]) == choice
 

@@ -1,0 +1,37 @@
+"""Random-weight models and data of a stated size, so that a benchmark measures the code and not a download."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+
+from memcontrol.families import Family
+from memcontrol.models import Base, Encoded
+from memcontrol.train import Material
+
+
+def unet(widths: tuple[int, int, int, int], side: int) -> UNet2DConditionModel:
+    """Stable Diffusion 1.5's structure at other widths."""
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=side, in_channels=4, out_channels=4, layers_per_block=2, block_out_channels=widths, cross_attention_dim=768,
+        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        attention_head_dim=8,
+    )  # fmt: skip
+
+
+def base_of(denoiser: UNet2DConditionModel, device: str) -> Base:
+    denoiser.to(device).requires_grad_(False).eval()
+    schedule = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    return Base(SimpleNamespace(unet=denoiser), Family(), schedule, torch.device(device))
+
+
+def random_material(n: int, side: int) -> Material:
+    """n latents [4, side, side] and ten captions."""
+    generator = torch.Generator().manual_seed(0)
+    mean, text = torch.randn(n, 4, side, side, generator=generator), torch.randn(11, 77, 768, generator=generator)
+    data = Encoded(mean, torch.zeros_like(mean), {"prompt_embeds": text}, torch.arange(n) % 10 + 1)
+    return Material(data, [""] * n, lambda rows: np.zeros((len(rows), 3, 8 * side, 8 * side), np.uint8), lambda: data)

@@ -1,0 +1,134 @@
+"""What ensemble training, skipping, redistribution and augmentation do to copying and quality, at one budget, on the digits.
+
+`python -m benchmarks.evidence.inner_loop [--seeds 0 1 2] [--workers 2]` fine-tunes every parameter of the embedded base on 35
+digits, as the demo's baseline does, once for each arm and seed; scores 256 samples on test images; writes inner_loop.json,
+inner_loop.md and inner_loop.png beside this file. Runs are kept in runs/evidence, so a second call goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from pathlib import Path
+
+from memcontrol.config import Config, load_config
+from memcontrol.demo import STUDY
+from memcontrol.executors import ENDS, Local
+from memcontrol.files import read_json, write_json
+from memcontrol.orchestrate import prepared
+from memcontrol.retrain import run_jobs
+from memcontrol.space import EVERYTHING, Choice, load_space
+from memcontrol.spec import Spec
+
+HERE = Path(__file__).parent
+RATE = 4.4e-4  # where the demo's search puts full fine-tuning on every seed
+IET = {"ensemble": {"shards": 4}, "rounds": 8}
+AGC = {"skip": {"ratio": 1.25, "start": "corrected", "bins": 50}}
+MSR, TAA = {"redistribution": {}}, {"augmentation": {}}
+ARMS: dict[str, dict] = {
+    "plain training": {},
+    "plain, a quarter of the steps": {"budget_images": STUDY["inner"]["budget_images"] // 4},
+    "IET, moments reset": IET,
+    "IET, moments averaged": {**IET, "ensemble": {"shards": 4, "moments": "averaged"}},
+    "IET, moments kept (as published)": {**IET, "ensemble": {"shards": 4, "moments": "kept"}},
+    "AGC as published (1000 timesteps, ratio 2)": {"skip": {}},
+    "AGC (50 bins, ratio 1.25, corrected)": AGC,
+    "IET + AGC": {**IET, **AGC},
+    "IET + AGC + redistribution": {**IET, **AGC, **MSR},
+    "IET + AGC + augmentation": {**IET, **AGC, **TAA},
+    "IET + AGC + redistribution + augmentation": {**IET, **AGC, **MSR, **TAA},
+}
+
+
+def config_of(arm: str, seed: int) -> Config:
+    return load_config({**STUDY, "name": "evidence", "inner": {**STUDY["inner"], **ARMS[arm]}, "search": {"seed": seed}})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--runs", type=Path, default=Path("runs/evidence"))
+    args = parser.parse_args()
+    executor = Local(args.workers)
+    try:
+        for seed in args.seeds:
+            run_seed(seed, args.runs.resolve() / str(seed), executor)
+    finally:
+        executor.close()
+    rows = [row(arm, seed, args.runs.resolve() / str(seed)) for arm in ARMS for seed in args.seeds]
+    write_json(HERE / "inner_loop.json", rows)
+    (HERE / "inner_loop.md").write_text(table(rows))
+    picture(rows, HERE / "inner_loop.png")
+    print(table(rows))
+
+
+def run_seed(seed: int, folder: Path, executor: Local) -> None:
+    prepared(config_of("plain training", seed), folder, executor, lambda event: None)
+    space, choice = load_space(STUDY["space"]), Choice((EVERYTHING,), "full", RATE)
+    jobs = []
+    for arm in ARMS:
+        run = folder / str(list(ARMS).index(arm))
+        config = config_of(arm, seed)
+        if not (run / "result.json").exists():
+            jobs.append(Spec(config, space, choice, folder, "evidence", "test", config.data.train).as_job(run))
+    run_jobs(jobs, executor, lambda event: print(seed, event.job["trial"], event.kind) if event.kind in ENDS else None)
+
+
+def row(arm: str, seed: int, folder: Path) -> dict:
+    from memcontrol.features import pixel_features
+    from memcontrol.rewards import mq
+    from memcontrol.run import Bench, read_samples
+    from memcontrol.spec import read_spec
+
+    run = folder / str(list(ARMS).index(arm))
+    result, training = read_json(run / "result.json"), read_json(run / "training.json")
+    if result["state"] != "COMPLETE":
+        raise SystemExit(f"{run}: {result['reason']}")
+    train = pixel_features(Bench().train_images(read_spec(run)).pixels())
+    seen = sum(shard["seen"] for shard in training["shards"])
+    return {
+        "arm": arm, "seed": seed, **{name: result["rewards"][name] for name in ("fid", "memorization", "copy_rate")},
+        "mq": mq(pixel_features(read_samples(run)["images"]), train), "steps": training["n_steps"], "seen": seen,
+        "skipped": sum(shard["skipped"] for shard in training["shards"]) / max(seen, 1), "seconds": result["seconds"],
+    }  # fmt: skip
+
+
+def means(rows: list[dict], arm: str) -> dict[str, float]:
+    own = [row for row in rows if row["arm"] == arm]
+    return {key: statistics.mean(row[key] for row in own) for key in own[0] if key not in ("arm", "seed")}
+
+
+def table(rows: list[dict]) -> str:
+    """Means over the seeds, copy rates also one by one."""
+    lines = ["| arm | FID | copied | by seed | MQ of 256 | M | skipped | steps | images seen |", "|---|---|---|---|---|---|---|---|---|"]
+    for arm in ARMS:
+        one, each = means(rows, arm), " ".join(f"{row['copy_rate']:.1%}" for row in rows if row["arm"] == arm)
+        lines.append(
+            f"| {arm} | {one['fid']:.1f} | {one['copy_rate']:.1%} | {each} | {one['mq']:.0f} | {one['memorization']:.2f} "
+            f"| {one['skipped']:.1%} | {one['steps']:.0f} | {one['seen']:.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def picture(rows: list[dict], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 5.5), dpi=130, layout="constrained")
+    for i, arm in enumerate(ARMS):
+        own, colour = [row for row in rows if row["arm"] == arm], pyplot.get_cmap("tab20")(i)
+        axes.scatter([row["fid"] for row in own], [row["copy_rate"] for row in own], color=colour, s=18, alpha=0.6)
+        one = means(rows, arm)
+        axes.scatter(one["fid"], one["copy_rate"], color=colour, s=90, marker="D", edgecolors="black", label=arm)
+    axes.axhline(0.01, color="grey", linestyle=":", linewidth=1)
+    axes.set(xlabel="FID on test images (lower is better)", ylabel="copy rate (dotted: false positives)", title="Full fine-tuning on 35 digits, one budget, three seeds")
+    axes.legend(fontsize=7)
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    main()
