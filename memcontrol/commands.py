@@ -111,11 +111,11 @@ def show_search(study_file: Path, screen) -> None:
 
 
 def run_status(args: argparse.Namespace) -> int:
-    from memcontrol.display import study_table
+    from memcontrol.display import said_of, study_table
     from memcontrol.space import load_space
 
     study, folder = opened(args.study)
-    records = study.records()
+    records, n_groups = study.records(), len(load_space(study.config.space).groups)
     if args.json:
         out_json([record.as_dict(folder) for record in records])
         return 0
@@ -124,7 +124,10 @@ def run_status(args: argparse.Namespace) -> int:
     for record in records:
         if record.reason:
             sys.stdout.write(f"trial {record.number} {record.state.lower()}: {record.reason}\n")
-    printed(study_table(records, len(load_space(study.config.space).groups), study.config.name))
+        if record.state == "RUNNING":  # or interrupted: the next search goes on with it
+            said = " or ".join(said_of(choice, n_groups) for choice in record.candidates)
+            sys.stdout.write(f"trial {record.number} running ({record.anchor or 'sampled'}): {said}\n")
+    printed(study_table(records, n_groups, f"{study.config.name}: finished trials"))
     return 0
 
 

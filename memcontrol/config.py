@@ -231,7 +231,8 @@ def read_yaml(path: Path) -> dict:
     except yaml.YAMLError as error:
         raise MemControlError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise MemControlError(f"{path}: holds {type(values).__name__}, not keys; a study file has {', '.join(Config.model_fields)}")
+        held = "is empty" if values is None else f"holds {type(values).__name__}, not keys"
+        raise MemControlError(f"{path}: {held}; a study file has {', '.join(Config.model_fields)}")
     return values
 
 
@@ -276,7 +277,8 @@ def explain(problem: dict) -> str:
         return f"key '{key}' is missing"
     if problem["type"] == "value_error":  # of a validator of ours, which says it all
         return problem["msg"].removeprefix("Value error, ")
-    return f"key '{key}' is {problem['input']!r}; {problem['msg'][0].lower()}{problem['msg'][1:]}"
+    wanted = problem["msg"].replace("Input should be a valid tuple", "give a list, such as [fid, memorization]").replace("Input should", "it should")
+    return f"key '{key}' is {problem['input']!r}; {wanted[0].lower()}{wanted[1:]}"
 
 
 def known_names() -> set[str]:

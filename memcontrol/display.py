@@ -83,6 +83,10 @@ class Display:
             self.running[name] = (f"{text}: {said_of_step(event.detail)}" if training else text, 0.8 * share if training else 0.8 + 0.15 * share)
         elif event.kind in ENDS and name:
             self.running.pop(name, None)
+            if not self.live:
+                minutes = (time.monotonic() - self.started) / 60
+                said = said_of(Choice.from_dict(event.job["choice"]), self.n_groups)
+                self.console.print(f"{minutes:.1f} min: {said}: run ended", highlight=False, soft_wrap=True)
             self.done[event.job.get("number", -1)] += 1
             if event.job["choice"]["method"] != "none":  # it trains nothing and would make the rest look short
                 self.lengths.append(time.monotonic() - self.begun_at.pop(name, time.monotonic()))

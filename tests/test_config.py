@@ -45,6 +45,7 @@ def test_overrides_win_and_take_exponents_and_lists():
         ({"name": "a"}, [], ["'data' is missing"]),
         ({**GOOD, "name": "a/b"}, [], ["'name' is 'a/b'"]),
         ({**GOOD, "data": {"path": "digits", "train": -1}}, [], ["'data.train' is -1"]),
+        (GOOD, ["rewards.objectives=fid"], ["'rewards.objectives' is 'fid'; give a list, such as [fid, memorization]"]),
         (GOOD, ["inner.batch_size"], ["key=value"]),
         (GOOD, ["inner.batch_size=[1"], ["not valid YAML"]),
         (GOOD, ["nonsense=1"], ["unknown key 'nonsense'"]),
@@ -56,7 +57,7 @@ def test_mistakes_are_named(values, overrides, words):
         assert word in message
 
 
-@pytest.mark.parametrize("text, word", [("- 1\n", "list"), ("a: [", "not valid YAML"), ("!!python/object/apply:os.getcwd []", "not valid YAML")])
+@pytest.mark.parametrize("text, word", [("- 1\n", "holds list, not keys"), ("", "is empty; a study file has name"), ("a: [", "not valid YAML"), ("!!python/object/apply:os.getcwd []", "not valid YAML")])
 def test_files_that_are_no_studies(tmp_path, text, word):
     path = tmp_path / "study.yaml"
     path.write_text(text)
