@@ -50,6 +50,10 @@ class EnsembleConfig(Strict):
     average: Literal["shared_a", "refactored"] = "shared_a"
     moments: Literal["reset", "averaged", "kept"] = "reset"
 
+    @property
+    def shares_a(self) -> bool:
+        return self.shards > 1 and self.average == "shared_a"
+
 
 class SkipConfig(Strict):
     """Anti-gradient control (IET-AGC): an image is skipped where loss < memory[timestep] / ratio.

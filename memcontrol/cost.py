@@ -25,8 +25,9 @@ class Cost:
 
 
 def cost_of(
-    denoiser: nn.Module, space: SearchSpace, choice: Choice, family: Family, latents: Sequence[int], text: dict[str, Sequence[int]], batch: int = 1
-) -> Cost:
+    denoiser: nn.Module, space: SearchSpace, choice: Choice, family: Family, latents: Sequence[int], text: dict[str, Sequence[int]],
+    batch: int = 1, shared_a: bool = False,
+) -> Cost:  # fmt: skip
     """The cost of a choice on a denoiser on the meta device, from the shapes of one image's latents [C, h, w] and encodings.
 
     Backward stops at the first trained module, so a choice that begins late is cheaper. Memory counts the weights, for
@@ -34,7 +35,7 @@ def cost_of(
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    adapter = inject(denoiser, space, choice, 0)
+    adapter = inject(denoiser, space, choice, 0, shared_a=shared_a)
     try:
         n_trained = adapter.n_trained()
         kept = Kept(denoiser)

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import resource
-import shutil
 import subprocess
 import sys
 import time
@@ -41,8 +40,9 @@ def scratch_seed(config: Config) -> int:
 def chosen_adapter(denoiser: torch.nn.Module, spec: Spec) -> Adapter:
     """The adapter that the spec asks for, injected into the denoiser and not yet trained."""
     cache, inner = spec.study_folder / "cache", spec.config.inner
-    shared_a = inner.ensemble.shards > 1 and inner.ensemble.average == "shared_a"
-    return inject(denoiser, spec.space, spec.choice, spec.seed, cache=cache, norm_shift_rate=inner.norm_shift_rate, shared_a=shared_a)
+    return inject(
+        denoiser, spec.space, spec.choice, spec.seed, cache=cache, norm_shift_rate=inner.norm_shift_rate, shared_a=inner.ensemble.shares_a
+    )  # fmt: skip
 
 
 class Bench:
@@ -99,7 +99,8 @@ class Bench:
         denoiser = self.once(("empty", name), lambda: empty_denoiser(name))
         text = {key: tensor.shape[1:] for key, tensor in data.text.items()}
         batch = spec.config.inner.batch_size
-        cost = cost_of(denoiser, spec.space, spec.choice, self.base(spec.config).family, data.mean.shape[1:], text, batch)
+        family, shared_a = self.base(spec.config).family, spec.config.inner.ensemble.shares_a
+        cost = cost_of(denoiser, spec.space, spec.choice, family, data.mean.shape[1:], text, batch, shared_a)
         return {"step_gflops": cost.step_gflops, "memory_mib": cost.memory_mib}
 
     def views(self, images: Images, extractor: str) -> Views:
@@ -167,7 +168,6 @@ def trial(folder: Path, bench: Bench, progress: Callable[..., None]) -> dict:
     }  # fmt: skip
     write_json(folder / TRAINING, training_record(log, spec, bench))
     write_json(folder / RESULT, result)
-    shutil.rmtree(folder / ROUNDS, ignore_errors=True)
     return result
 
 

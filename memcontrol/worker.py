@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -41,7 +42,7 @@ def run_job(job: dict, bench, say: Say) -> None:
 
 def run_trial(folder: Path, bench, say: Say) -> None:
     """A trial that diverges is pruned, one that breaks is failed, both with a result file; other user errors end the search."""
-    from memcontrol.run import RESULT, read_spec, trial
+    from memcontrol.run import RESULT, ROUNDS, read_spec, trial
 
     def progress(stage: str, done: int, total: int, **said) -> None:
         say({"event": "progress", "stage": stage, "done": done, "total": total, **said})
@@ -56,6 +57,7 @@ def run_trial(folder: Path, bench, say: Say) -> None:
         traceback.print_exc()
         reason = f"{type(error).__name__}: {error} (see {folder / 'log.txt'})"
         write_json(folder / RESULT, {"state": "FAIL", "choice": read_spec(folder).choice.as_dict(), "reason": reason})
+    shutil.rmtree(folder / ROUNDS, ignore_errors=True)  # it ended, however it did: nothing will go on from there
     say({"event": "done"})
 
 

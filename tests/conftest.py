@@ -84,8 +84,7 @@ def trained(base, material, tmp_path):
 
     def run(choice=None, seed=3, folder="rounds", space="digits", progress=lambda *_, **said: None, **inner):
         settings = InnerConfig(**{"budget_images": 24, "batch_size": 8, **inner})
-        shared_a = settings.ensemble.shards > 1 and settings.ensemble.average == "shared_a"
-        adapter = inject(base.denoiser, load_space(space) if isinstance(space, str) else space, choice or Choice(**CHOICE), seed, shared_a=shared_a)
+        adapter = inject(base.denoiser, load_space(space) if isinstance(space, str) else space, choice or Choice(**CHOICE), seed, shared_a=settings.ensemble.shares_a)
         try:
             log = train(base, adapter, material, settings, seed=seed, folder=tmp_path / folder, identity=str(inner), progress=progress)
             return log, adapter.state()

@@ -190,7 +190,7 @@ def progress(stage, done, total, **said):
 trial(Path(sys.argv[1]), Bench(), progress)
 """
 INNER = {
-    "budget_images": 96, "batch_size": 8, "rounds": 3, "ema": 0.9, "skip": {"ratio": 1.25}, "redistribution": {},
+    "budget_images": 96, "batch_size": 8, "rounds": 4, "ema": 0.9, "skip": {"ratio": 1.25}, "redistribution": {},
     "augmentation": {}, "ensemble": {"shards": 2, "moments": "kept"},
 }  # fmt: skip
 
@@ -226,16 +226,15 @@ def without_times(record):
 
 
 def test_a_killed_trial_ends_as_if_it_had_never_stopped(tmp_path):
-    """kill -9 in the middle of the first, a middle and the last round: the same adapter, byte for byte."""
+    """kill -9 in the middle of rounds 1, 3 and 4, the last: the same adapter, byte for byte."""
     whole, record = run_trial(folder_of_trial(tmp_path, "whole"))
     folder = folder_of_trial(tmp_path, "killed")
-    for steps in (3, 6, 11):
+    for steps in (2, 8, 11):
         killed = subprocess.run([sys.executable, "-c", KILLED, str(folder), str(steps)], capture_output=True)
         assert killed.returncode == -signal.SIGKILL, killed.stderr
     resumed, other = run_trial(folder)
     assert resumed == whole
     assert without_times(record) == without_times(other) and record["skips_by_image"] == other["skips_by_image"]
-    assert not (folder / "rounds").exists()
 
 
 def test_processes_that_share_a_trials_shards_change_no_number(tmp_path):

@@ -214,6 +214,7 @@ def test_a_diverging_loss_prunes_the_trial_and_the_study_goes_on(study_file, tmp
     study = study_file(space=str(space), inner=inner)
     memcontrol("search", study)
     states = {trial["anchor"]: trial["state"] for trial in trials_of(study)}
+    assert not list(study_folder(study, "small").glob("*/rounds"))
     assert states == {"none": "COMPLETE", "all": "COMPLETE", "full": "PRUNED", None: "COMPLETE"}
     refused = memcontrol("retrain", study, check=False)
     assert refused.returncode == 1 and "'full' has not finished" in refused.stderr
