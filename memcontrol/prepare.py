@@ -9,11 +9,11 @@ from memcontrol.adapters import check_space
 from memcontrol.config import Config, load_config
 from memcontrol.data import Images, load_parts, parts_as_dict
 from memcontrol.errors import MemControlError
+from memcontrol.evidence import check_rewards
 from memcontrol.families import Unconditional
 from memcontrol.features import check_extractor
 from memcontrol.files import read_json, write_json
 from memcontrol.models import Base
-from memcontrol.rewards import check_rewards
 from memcontrol.run import Bench
 from memcontrol.space import load_space
 

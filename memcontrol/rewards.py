@@ -1,10 +1,13 @@
-"""Owns the rewards: quality and memorization as pure functions of features; all are minimised."""
+"""Owns the metrics of quality and of memorization: pure functions of feature matrices [n, d], numpy or torch.
+
+Every value is an Estimate: a float that knows its error or interval. Distances are Euclidean, sums are float64.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -20,31 +23,195 @@ N_DRAWS = 5
 FALSE_POSITIVES = 0.01
 NORMAL_95 = 1.959963984540054
 
+# Thresholds as published: MQ's of squared distances, Carlini's alpha, the extraction attack's tile distance (224 pixels, 0..1).
+PRESETS = {
+    "iet-agc": {"mq": 0.5, "mq_neighbours": 50},
+    "carlini2023": {"alpha": 0.5, "neighbours": 50},
+    "memcontrol2025": {"tile_distance": 20.0, "component": 3, "mifid_threshold": 0.1},
+}
+
+
+class Estimate(float):
+    """A value with its standard error, its 95 % interval, or the p-value of what it says, as far as they are known."""
+
+    error: float | None
+    low: float | None
+    high: float | None
+    p: float | None
+
+    def __new__(cls, value: float, error: float | None = None, low: float | None = None, high: float | None = None, p: float | None = None):
+        estimate = super().__new__(cls, value)
+        estimate.error, estimate.p = error, p
+        estimate.low = value - NORMAL_95 * error if low is None and error is not None else low
+        estimate.high = value + NORMAL_95 * error if high is None and error is not None else high
+        return estimate
+
+
+def matrix(features, name: str, least: int = 1) -> np.ndarray:
+    """float64 [n, d] of a numpy array, a torch tensor or lists. Raises MemControlError: another shape, too few rows, not finite."""
+    found = np.asarray(features.detach().cpu() if hasattr(features, "detach") else features, np.float64)
+    if found.ndim != 2:
+        raise MemControlError(f"{name} has shape {list(found.shape)}; give a matrix of features [n, d]")
+    if len(found) < least:
+        raise MemControlError(f"{name} needs at least {least} images and has {len(found)}")
+    if not np.isfinite(found).all():
+        raise MemControlError(f"{name} holds values that are not finite; look for broken images or an extractor in half precision")
+    return found
+
 
 @dataclass(frozen=True)
-class Views:
-    """One set of images under the two descriptors: pixels [N, 3072] with their mirror images, and extractor features [N, D]."""
+class Gaussian:
+    """Mean [d] and a factor R of the covariance R'R of a set of features: what fid needs of a reference, made once."""
 
-    pixels: np.ndarray
-    mirrored: np.ndarray
-    features: np.ndarray
+    mean: np.ndarray
+    factor: np.ndarray  # [min(n, d), d]
+
+    @property
+    def trace(self) -> float:
+        return float(np.square(self.factor).sum())
 
 
-@dataclass(frozen=True)
-class Evidence:
-    """All that rewards may look at: generated images, the training set, and as references images never trained on."""
+def gaussian(features) -> Gaussian:
+    """Of features [n, d], n >= 2. Raises MemControlError."""
+    rows = features if isinstance(features, Gaussian) else matrix(features, "a feature set of fid", 2)
+    if isinstance(rows, Gaussian):
+        return rows
+    mean = rows.mean(0)
+    return Gaussian(mean, np.linalg.qr((rows - mean) / math.sqrt(len(rows) - 1), mode="r"))
 
-    generated: Views
-    train: Views
-    holdout: Views
-    seed: int = 0
-    trained_fraction: float = 0.0
-    cache: dict = field(default_factory=dict, compare=False)
 
-    def space(self, name: str) -> Space:
-        if name not in self.cache:
-            self.cache[name] = (pixel_space if name == "pixels" else feature_space)(self)
-        return self.cache[name]
+def fid(real, generated) -> Estimate:
+    """Frechet distance of features [N, d] and [M, d], or their Gaussians (Heusel et al. 2017, arXiv 1706.08500, eq. 6).
+
+    |mu - mu'|^2 + tr S + tr S' - 2 tr (S S')^(1/2), covariances with n - 1. The trace of the root is a nuclear norm of the
+    factors' product: real whatever the ranks, so nothing imaginary appears where n <= d. Biased upward, the more the fewer images.
+    """
+    x, y = gaussian(real), gaussian(generated)
+    if len(x.mean) != len(y.mean):
+        raise MemControlError(f"fid compares features of {len(x.mean)} and of {len(y.mean)} dimensions; use one extractor for both")
+    root = np.linalg.norm(x.factor @ y.factor.T, "nuc")  # tr((R'R Q'Q)^(1/2)) = sum of the singular values of R Q'
+    return Estimate(max(float(np.square(x.mean - y.mean).sum()) + x.trace + y.trace - 2 * float(root), 0.0))
+
+
+def fd_pca(real, generated, k: int = 64) -> Estimate:
+    """Frechet distance on the first k principal components of the real features: ranks with far fewer images than all d."""
+    x, y = matrix(real, "real", 2), matrix(generated, "generated", 2)
+    centre = x.mean(0)
+    _, _, directions = np.linalg.svd(x - centre, full_matrices=False)
+    return fid((x - centre) @ directions[:k].T, (y - centre) @ directions[:k].T)
+
+
+def kid(real, generated, scale: float = 1.0) -> Estimate:
+    """Unbiased squared MMD with the kernel (x.y / d + 1)^3 over all rows, its error by the jackknife (Binkowski et al. 2018,
+    arXiv 1801.01401). Values a little below 0 are right. `scale` divides the features first: the kernel is not scale-free."""
+    x, y = matrix(real, "real", 3) / scale, matrix(generated, "generated", 3) / scale
+    xx, yy, xy = (np.power(p @ q.T / x.shape[1] + 1, 3) for p, q in ((x, x), (y, y), (x, y)))
+    for kernel in (xx, yy):
+        np.fill_diagonal(kernel, 0.0)
+    n, m = xy.shape
+    within_x, within_y, across = xx.sum() / (n * (n - 1)), yy.sum() / (m * (m - 1)), xy.mean()
+    # What is left when one row is left out, for each row.
+    without_x = (xx.sum() - 2 * xx.sum(1)) / ((n - 1) * (n - 2)) - 2 * (xy.sum() - xy.sum(1)) / ((n - 1) * m)
+    without_y = (yy.sum() - 2 * yy.sum(1)) / ((m - 1) * (m - 2)) - 2 * (xy.sum() - xy.sum(0)) / (n * (m - 1))
+    variance = (n - 1) * without_x.var() + (m - 1) * without_y.var()
+    return Estimate(float(within_x + within_y - 2 * across), math.sqrt(variance))
+
+
+def prdc(real, generated, k: int = 5) -> dict[str, Estimate]:
+    """Precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991), density and coverage (Naeem et al. 2020, arXiv 2002.09797).
+
+    A point's ball reaches to its k-th nearest other point of its own set; being inside means nearer than that.
+    """
+    x, y = matrix(real, "real", k + 1), matrix(generated, "generated", k + 1)
+    radius_x, radius_y = (nearest_others(points, k)[:, -1] for points in (x, y))
+    across = pairwise(x, y)  # [N, M]
+    inside = across < radius_x[:, None]
+    shares = {"precision": (inside.any(0), len(y)), "recall": ((across < radius_y[None]).any(1), len(x))}
+    found = {name: share_of(hits) for name, (hits, _) in shares.items()}
+    found["density"] = Estimate(float(inside.sum(0).mean() / k))
+    return found | {"coverage": share_of(across.min(1) < radius_x)}
+
+
+def share_of(hits: np.ndarray) -> Estimate:
+    """The share of a boolean array, with its Wilson interval."""
+    share = float(hits.mean())
+    low, high = wilson(share, len(hits))
+    return Estimate(share, low=low, high=high)
+
+
+def pairwise(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """All distances [N, M]."""
+    squares = np.square(x).sum(1)[:, None] + np.square(y).sum(1)[None] - 2 * x @ y.T
+    return np.sqrt(np.maximum(squares, 0.0))
+
+
+def nearest_others(points: np.ndarray, k: int) -> np.ndarray:
+    """Distances of each point to its k nearest other points of the set: [N, k]."""
+    distances, indices = nearest(points, points, k + 1)
+    own = indices == np.arange(len(points))[:, None]
+    own[~own.any(1), -1] = True  # among many equal points its own may not be listed: any of them stands for it
+    return distances[~own].reshape(len(points), k)
+
+
+def authpct(generated, train) -> Estimate:
+    """Per cent of generated points that are farther from their nearest training point than that one from its own nearest other
+    (Alaa et al. 2022, arXiv 2102.08921). Real images reach some 70, not 100: read it beside the held-out images' value."""
+    g, t = matrix(generated, "generated"), matrix(train, "train", 2)
+    distances, indices = nearest(g, t)
+    return percent(share_of(nearest_others(t, 1)[indices[:, 0], 0] < distances[:, 0]))
+
+
+def percent(share: Estimate) -> Estimate:
+    return Estimate(100 * share, low=100 * share.low, high=100 * share.high)
+
+
+def mq(generated, train, threshold: float = PRESETS["iet-agc"]["mq"], k: int = PRESETS["iet-agc"]["mq_neighbours"]) -> int:
+    """IET-AGC's MQ: how many generated images have d1 / mean(d1 .. dk) below the threshold (arXiv 2407.15328).
+
+    d1 .. dk are squared distances of an image to its k nearest training images, the nearest included; in pixels of 0..1 as
+    published. Squares make 0.5 an ordinary distance ratio of some 0.7.
+    """
+    squares = nearest(matrix(generated, "generated"), matrix(train, "train"), k)[0] ** 2
+    return int((squares[:, 0] / np.maximum(squares.mean(1), 1e-300) < threshold).sum())
+
+
+def carlini_rate(generated, train, k: int = PRESETS["carlini2023"]["neighbours"], alpha: float = PRESETS["carlini2023"]["alpha"]) -> Estimate:
+    """The share of images with d1 < alpha mean(d1 .. dk), distances to the k nearest training images (Carlini et al. 2023,
+    arXiv 2301.13188, section 5). Needs many more training images than k."""
+    distances = nearest(matrix(generated, "generated"), matrix(train, "train"), k)[0]
+    return share_of(distances[:, 0] < alpha * distances.mean(1))
+
+
+def mifid(real, generated, direction: str = "kaggle", threshold: float = PRESETS["memcontrol2025"]["mifid_threshold"]) -> Estimate:
+    """FID divided by the mean least cosine distance d, where d lies below the threshold (Bai et al. 2021, arXiv 2106.03062).
+
+    `kaggle`: the mean over generated images of the nearest real one; `torchmetrics`: over real ones of the nearest generated.
+    For continuity only: a perfect copy has FID 0 and so the best score.
+    """
+    if direction not in ("kaggle", "torchmetrics"):
+        raise MemControlError(f"mifid's direction is '{direction}'; allowed: kaggle, torchmetrics")
+    distance, value = cosine_distance(real, generated, direction), fid(real, generated)
+    if direction == "torchmetrics" and value <= 1e-8:
+        return Estimate(0.0)
+    return Estimate(value / (distance + 1e-14) if distance < threshold else float(value))
+
+
+def cosine_distance(real, generated, direction: str = "kaggle") -> float:
+    """Mean over one set of the least 1 - |cos| to the other."""
+    x, y = unit(matrix(real, "real")), unit(matrix(generated, "generated"))
+    return float((1 - np.abs(y @ x.T)).min(1 if direction == "kaggle" else 0).mean())
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """The 95 % interval of a share of n (Wilson 1927)."""
+    centre = share + NORMAL_95**2 / (2 * n)
+    half = NORMAL_95 * math.sqrt(share * (1 - share) / n + NORMAL_95**2 / (4 * n * n))
+    total = 1 + NORMAL_95**2 / n
+    return max(0.0, (centre - half) / total), min(1.0, (centre + half) / total)
 
 
 @dataclass(frozen=True)
@@ -55,7 +222,7 @@ class Space:
     train: np.ndarray
     holdout: np.ndarray
     held_queries: tuple[np.ndarray, ...]
-    seed: int
+    seed: int = 0
 
     @cached_property
     def to_train(self) -> tuple[np.ndarray, np.ndarray]:
@@ -99,89 +266,48 @@ def unique_first(row: np.ndarray, k: int) -> np.ndarray:
     return np.sort(np.unique(row, return_index=True)[1])[:k]
 
 
-def pixel_space(evidence: Evidence) -> Space:
-    generated, held = evidence.generated, evidence.holdout
-    return Space(
-        (generated.pixels, generated.mirrored), evidence.train.pixels, held.pixels, (held.pixels, held.mirrored), evidence.seed
-    )  # fmt: skip
-
-
-def feature_space(evidence: Evidence) -> Space:
-    """Features centred on the mean of both references and scaled to unit length (cosine geometry)."""
-    centre = (evidence.train.features.mean(0) + evidence.holdout.features.mean(0)) / 2
-    generated, train, held = (unit(x.features - centre) for x in (evidence.generated, evidence.train, evidence.holdout))
-    return Space((generated,), train, held, (held,), evidence.seed)
-
-
-def unit(rows: np.ndarray) -> np.ndarray:
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
-
-
-def frechet_distance(generated: np.ndarray, reference: np.ndarray) -> float:
-    """Frechet distance of two feature sets [N, D], [M, D] (Heusel et al. 2017, arXiv 1706.08500), float64.
-
-    The trace of the root is a nuclear norm, real whatever the ranks, so nothing imaginary appears where N <= D.
-    """
-    x, y = (np.asarray(z, np.float64) for z in (generated, reference))
-    if len(x) < 2 or len(y) < 2:
-        raise MemControlError(f"fid needs at least 2 images on each side and got {len(x)} and {len(y)}")
-    a, b = ((z - z.mean(0)) / math.sqrt(len(z) - 1) for z in (x, y))
-    shift = np.square(x.mean(0) - y.mean(0)).sum()
-    factors = (np.linalg.qr(z, mode="r") for z in (a, b))  # A'A = R'R, at most [D, D]
-    root = np.linalg.norm(next(factors) @ next(factors).T, "nuc")  # tr((A'A B'B)^(1/2)) = sum of singular values of A B'
-    return float(max(shift + np.square(a).sum() + np.square(b).sum() - 2 * root, 0.0))
-
-
-def kernel_distance(generated: np.ndarray, reference: np.ndarray) -> float:
-    """KID: unbiased squared MMD with kernel (x.y/d + 1)^3 (Binkowski et al. 2018, arXiv 1801.01401), over all rows.
-
-    Features are first divided by the reference's root mean square, since the kernel is not scale-free.
-    """
-    scale = math.sqrt(np.square(reference, dtype=np.float64).mean())
-    x, y = (np.asarray(z, np.float64) / scale for z in (generated, reference))
-    xx, yy, xy = (np.power(p @ q.T / x.shape[1] + 1, 3) for p, q in ((x, x), (y, y), (x, y)))
-    n, m = len(x), len(y)
-    return float((xx.sum() - np.trace(xx)) / (n * (n - 1)) + (yy.sum() - np.trace(yy)) / (m * (m - 1)) - 2 * xy.mean())
-
-
-def mq(generated: np.ndarray, train: np.ndarray, threshold: float = 0.5, k: int = 50) -> int:
-    """IET-AGC's MQ: how many generated images have d1 / mean(d1 .. dk) below the threshold (arXiv 2407.15328, section 4.1).
-
-    d1 .. dk are squared distances of an image [N, D] to its k nearest training images [T, D], the nearest included; in pixels
-    of 0..1 as published. Squares make 0.5 an ordinary distance ratio of some 0.7.
-    """
-    squares = nearest(generated, train, min(k, len(train)))[0] ** 2
-    return int((squares[:, 0] / np.maximum(squares.mean(1), 1e-300) < threshold).sum())
-
-
-def wilson(share: float, n: int) -> tuple[float, float]:
-    """The 95 % interval of a share of n (Wilson 1927)."""
-    centre = share + NORMAL_95**2 / (2 * n)
-    half = NORMAL_95 * math.sqrt(share * (1 - share) / n + NORMAL_95**2 / (4 * n * n))
-    total = 1 + NORMAL_95**2 / n
-    return max(0.0, (centre - half) / total), min(1.0, (centre + half) / total)
-
-
-def copy_rate(space: Space) -> float:
-    """The share of generated images nearer to a training image, relative to held-out ones, than 99 % of real images are.
-
-    The threshold is the 1 % quantile of d(train)/d(holdout) for real held-out images, each left out of its own reference.
-    """
-    threshold = np.quantile(ratio(space.held_to_train, space.held_to_others), FALSE_POSITIVES, method="lower")
-    return float((ratio(space.to_train[0], space.to_holdout) < threshold).mean())
-
-
 def ratio(to_train: np.ndarray, to_holdout: np.ndarray) -> np.ndarray:
     return to_train / np.maximum(to_holdout, 1e-12)
 
 
-def memorization(space: Space) -> tuple[float, float, float]:
+def copy_rate(generated, train, holdout, calibration=None) -> Estimate:
+    """The share of generated images nearer to a training image, relative to held-out ones, than 99 % of real images are.
+
+    The threshold is the 1 % quantile of d(train) / d(holdout) for `calibration`, real images of neither set; without them,
+    for the held-out images, each left out of its own reference. A model that copies nothing has about 0.01.
+    """
+    space = space_of(generated, train, holdout)
+    if calibration is None:
+        return copy_rate_in(space)
+    known = space_of(matrix(calibration, "calibration"), train, holdout)
+    return below_real(space, ratio(known.to_train[0], known.to_holdout))
+
+
+def copy_rate_in(space: Space) -> Estimate:
+    return below_real(space, ratio(space.held_to_train, space.held_to_others))
+
+
+def below_real(space: Space, real_ratios: np.ndarray) -> Estimate:
+    threshold = np.quantile(real_ratios, FALSE_POSITIVES, method="lower")
+    return share_of(ratio(space.to_train[0], space.to_holdout) < threshold)
+
+
+def space_of(generated, train, holdout, seed: int = 0) -> Space:
+    held = matrix(holdout, "holdout", 2)
+    return Space((matrix(generated, "generated"),), matrix(train, "train"), held, (held,), seed)
+
+
+def memorization(generated, train, holdout, seed: int = 0) -> Estimate:
     """M, its standard deviation under permuted labels, and the p-value of M > 0.
 
     M is the mean over generated images of log(d(holdout) / d(train)), clipped to +-log 4, with references of equal size:
     the larger one is drawn down, five times. 0 where training images are no nearer than held-out ones, positive for
     copying. The null keeps the pooled reference and permutes which half is called train.
     """
+    return memorization_in(space_of(generated, train, holdout, seed))
+
+
+def memorization_in(space: Space) -> Estimate:
     n_train, n_holdout = len(space.train), len(space.holdout)
     m, pooled = min(n_train, n_holdout), np.concatenate([space.train, space.holdout])
     # Wide enough that each half of a draw has a neighbour in the list: 96 on average.
@@ -197,7 +323,7 @@ def memorization(space: Space) -> tuple[float, float, float]:
             mixed = rng.permutation(rows)
             null.append(log_ratio(distances, labels(len(pooled), mixed[:m], mixed[m:])[indices]))
     value = float(np.mean(values))
-    return value, float(np.std(null)), (1 + sum(x >= value for x in null)) / (1 + len(null))
+    return Estimate(value, float(np.std(null)), p=(1 + sum(x >= value for x in null)) / (1 + len(null)))
 
 
 TRAIN, HOLDOUT = 1, 2
@@ -220,82 +346,3 @@ def first_distance(distances: np.ndarray, chosen: np.ndarray) -> np.ndarray:
     """The distance of the first chosen neighbour of each row, or of the last neighbour where none is chosen: [N]."""
     column = np.where(chosen.any(1), chosen.argmax(1), -1)
     return distances[np.arange(len(distances)), column]
-
-
-REWARDS: dict[str, Callable[[Evidence], dict[str, float]]] = {}
-
-
-def reward(name: str):
-    """Registers a function of the evidence; it gives its own value under its name, and what belongs beside it."""
-
-    def register(function):
-        REWARDS[name] = function
-        return function
-
-    return register
-
-
-@reward("fid")
-def fid(evidence: Evidence) -> dict[str, float]:
-    return {"fid": frechet_distance(evidence.generated.features, evidence.holdout.features)}
-
-
-@reward("kid")
-def kid(evidence: Evidence) -> dict[str, float]:
-    return {"kid": kernel_distance(evidence.generated.features, evidence.holdout.features)}
-
-
-@reward("memorization")
-def memorization_reward(evidence: Evidence) -> dict[str, float]:
-    """The larger of M in pixels and M in features, and at least 0: below 0 is noise, never "better"."""
-    found = {name: memorization(evidence.space(name)) for name in ("pixels", "features")}
-    worst = max(found, key=lambda name: found[name][0])
-    value, deviation, p = found[worst]
-    parts = {f"memorization_{name}": result[0] for name, result in found.items()}
-    return {"memorization": max(value, 0.0), "memorization_sd": deviation, "memorization_p": p, **parts}
-
-
-@reward("copy_rate")
-def copy_rate_reward(evidence: Evidence) -> dict[str, float]:
-    share = copy_rate(evidence.space("pixels"))
-    low, high = wilson(share, len(evidence.generated.pixels))
-    beside = {"copy_rate_features": copy_rate(evidence.space("features")), "copy_rate_line": FALSE_POSITIVES}
-    return {"copy_rate": share, "copy_rate_low": low, "copy_rate_high": high, **beside}
-
-
-@reward("nearest_distance")
-def nearest_distance(evidence: Evidence) -> dict[str, float]:
-    """Average minimum pixel distances, for the eye only: no objective, since noise has the largest."""
-    space = evidence.space("pixels")
-    return {
-        "amd_train": float(space.to_train[0].mean()),
-        "amd_holdout": float(space.to_holdout.mean()),
-        "amd_holdout_train": float(space.held_to_train.mean()),
-    }
-
-
-@reward("trained_fraction")
-def trained_fraction(evidence: Evidence) -> dict[str, float]:
-    return {"trained_fraction": evidence.trained_fraction}
-
-
-COSTS = ("step_gflops", "memory_mib")  # known before training, by memcontrol.cost
-OBJECTIVES = ("fid", "kid", "memorization", "copy_rate", "trained_fraction", *COSTS)
-
-
-def score(evidence: Evidence) -> dict[str, float]:
-    """Every registered reward of one fine-tuned model."""
-    return {name: value for function in REWARDS.values() for name, value in function(evidence).items()}
-
-
-def check_rewards(objectives: tuple[str, ...], n_samples: int, n_features: int) -> None:
-    """Raises MemControlError for an unknown objective or too few samples for the FID to rank by anything but chance."""
-    for name in objectives:
-        if name not in OBJECTIVES:
-            raise MemControlError(f"rewards.objectives: '{name}' is unknown; allowed: {', '.join(OBJECTIVES)}")
-    if len(set(objectives)) < len(objectives):
-        raise MemControlError(f"rewards.objectives: {', '.join(objectives)} names one twice")
-    if "fid" in objectives and n_samples < 4 * n_features:
-        raise MemControlError(
-            f"rewards.n_samples is {n_samples}: fid over {n_features} features needs at least {4 * n_features}; raise it, or use kid"
-        )

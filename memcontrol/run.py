@@ -20,11 +20,11 @@ from memcontrol.config import Config
 from memcontrol.cost import cost_of
 from memcontrol.data import Images, parts_from_dict
 from memcontrol.ensemble import Team, TrainLog, train
+from memcontrol.evidence import Evidence, Views, score
 from memcontrol.features import load_extractor, pixel_features
 from memcontrol.files import read_json, replacing, write_json
 from memcontrol.mitigate import noisy_text, vocabulary, with_random_words
 from memcontrol.models import Base, Encoded, empty_denoiser, load_base, redraw_weights
-from memcontrol.rewards import Evidence, Views, score
 from memcontrol.seeds import seed_of
 from memcontrol.spec import RESULT, SAMPLES, TRAINING, Spec, read_spec
 from memcontrol.train import Material

@@ -9,44 +9,59 @@ import scipy.stats
 
 from memcontrol.errors import MemControlError
 from memcontrol.features import nearest
+from memcontrol.evidence import COSTS, OBJECTIVES, Evidence, Views, check_rewards, score
 from memcontrol.rewards import (
-    COSTS,
-    OBJECTIVES, Evidence, Space, Views, check_rewards, copy_rate, frechet_distance, kernel_distance, memorization, mq, score, wilson,
+    Estimate, Space, authpct, carlini_rate, copy_rate, copy_rate_in, fd_pca, fid, gaussian, kid, memorization, memorization_in, mifid,
+    mq, prdc, wilson,
 )  # fmt: skip
 
 
-def gaussian(n, d, seed, scale=1.0, shift=0.0):
+def normal(n, d, seed, scale=1.0, shift=0.0):
     return np.random.default_rng(seed).standard_normal((n, d)) * scale + shift
 
 
 @pytest.mark.parametrize("n, m, d", [(300, 200, 8), (20, 200, 32), (12, 10, 32), (64, 64, 64)])
 def test_frechet_distance_equals_scipys(n, m, d):
-    mixing = gaussian(d, d, 9)
-    x, y = gaussian(n, d, 0) @ mixing, gaussian(m, d, 1, 1.3, 0.2)
+    mixing = normal(d, d, 9)
+    x, y = normal(n, d, 0) @ mixing, normal(m, d, 1, 1.3, 0.2)
     s, t = np.cov(x.T), np.cov(y.T)
     roots = np.sqrt(np.maximum(scipy.linalg.eigvals(s @ t).real, 0)).sum()
     expected = np.square(x.mean(0) - y.mean(0)).sum() + np.trace(s) + np.trace(t) - 2 * roots
-    assert frechet_distance(x, y) == pytest.approx(expected, rel=1e-6)
+    assert fid(x, y) == pytest.approx(expected, rel=1e-6)
     if n > d and m > d:
         by_root = np.square(x.mean(0) - y.mean(0)).sum() + np.trace(s + t - 2 * scipy.linalg.sqrtm(s @ t).real)
-        assert frechet_distance(x, y) == pytest.approx(by_root, rel=1e-6)
+        assert fid(x, y) == pytest.approx(by_root, rel=1e-6)
 
 
 def test_frechet_distance_of_a_set_with_itself_and_of_one_image():
-    x = gaussian(50, 8, 0)
-    assert frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
-    with pytest.raises(MemControlError, match="at least 2"):
-        frechet_distance(x[:1], x)
+    x = normal(50, 8, 0)
+    assert fid(x, x) == pytest.approx(0, abs=1e-9)
+    with pytest.raises(MemControlError, match="needs at least 2 images and has 1"):
+        fid(x[:1], x)
 
 
-def test_kernel_distance_equals_the_double_loop():
-    x, y = gaussian(7, 5, 0), gaussian(9, 5, 1, 2.0, 0.5)
-    scale = math.sqrt((y**2).mean())
-    k = lambda a, b: (np.dot(a / scale, b / scale) / 5 + 1) ** 3
-    xx = sum(k(x[i], x[j]) for i in range(7) for j in range(7) if i != j) / (7 * 6)
-    yy = sum(k(y[i], y[j]) for i in range(9) for j in range(9) if i != j) / (9 * 8)
-    xy = sum(k(a, b) for a in x for b in y) / 63
-    assert kernel_distance(x, y) == pytest.approx(xx + yy - 2 * xy, rel=1e-10)
+def kid_by_loops(x, y, scale=1.0):
+    n, m, d = len(x), len(y), x.shape[1]
+    k = lambda a, b: (np.dot(a / scale, b / scale) / d + 1) ** 3
+    xx = sum(k(x[i], x[j]) for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
+    yy = sum(k(y[i], y[j]) for i in range(m) for j in range(m) if i != j) / (m * (m - 1))
+    return xx + yy - 2 * sum(k(a, b) for a in x for b in y) / (n * m)
+
+
+@pytest.mark.parametrize("scale", (1.0, 1.7))
+def test_kid_and_its_error_equal_the_loops(scale):
+    x, y = normal(7, 5, 0), normal(9, 5, 1, 2.0, 0.5)
+    found = kid(x, y, scale)
+    assert found == pytest.approx(kid_by_loops(x, y, scale), rel=1e-10)
+    left_x = [kid_by_loops(np.delete(x, i, 0), y, scale) for i in range(7)]
+    left_y = [kid_by_loops(x, np.delete(y, i, 0), scale) for i in range(9)]
+    assert found.error == pytest.approx(math.sqrt(6 * np.var(left_x) + 8 * np.var(left_y)), rel=1e-9)
+
+
+def test_kid_of_equal_distributions_is_near_zero_and_may_be_negative():
+    found = [kid(normal(200, 8, seed), normal(150, 8, 100 + seed)) for seed in range(20)]
+    assert all(abs(value) < 4 * value.error for value in found) and min(found) < 0
+    assert sum(abs(value) < 2 * value.error for value in found) >= 16
 
 
 @pytest.mark.parametrize("share, n", [(0.0, 256), (0.02, 100), (0.5, 10), (1.0, 40)])
@@ -57,7 +72,7 @@ def test_wilson_equals_scipys(share, n):
 
 @pytest.mark.parametrize("k, chunk", [(1, 256), (5, 7), (200, 256)])
 def test_nearest_against_brute_force(k, chunk):
-    queries, references = gaussian(40, 12, 0).astype(np.float32), gaussian(150, 12, 1).astype(np.float32)
+    queries, references = normal(40, 12, 0).astype(np.float32), normal(150, 12, 1).astype(np.float32)
     distances, indices = nearest(queries, references, k, chunk)
     exact = np.linalg.norm(queries[:, None].astype(float) - references[None].astype(float), axis=2)
     order = exact.argsort(axis=1, kind="stable")[:, :k]
@@ -66,7 +81,7 @@ def test_nearest_against_brute_force(k, chunk):
 
 
 def test_nearest_keeps_its_digits_for_near_copies():
-    references = gaussian(500, 64, 0, 1.0, 100.0).astype(np.float32)
+    references = normal(500, 64, 0, 1.0, 100.0).astype(np.float32)
     queries = references[:20].copy()
     queries[:, 0] += np.float32(2**-10)
     assert nearest(queries, references)[0][:, 0] == pytest.approx(2**-10, rel=1e-6)
@@ -74,35 +89,35 @@ def test_nearest_keeps_its_digits_for_near_copies():
 
 def world(n_copies, n=300, d=24, n_train=80, n_holdout=200):
     """Generated points of which n_copies are training points with a little noise."""
-    train, holdout, generated = gaussian(n_train, d, 1), gaussian(n_holdout, d, 2), gaussian(n, d, 3)
-    generated[:n_copies] = train[np.arange(n_copies) % n_train] + 0.01 * gaussian(n_copies, d, 4)
+    train, holdout, generated = normal(n_train, d, 1), normal(n_holdout, d, 2), normal(n, d, 3)
+    generated[:n_copies] = train[np.arange(n_copies) % n_train] + 0.01 * normal(n_copies, d, 4)
     return Space((generated,), train, holdout, (holdout,), seed=0)
 
 
 @pytest.mark.parametrize("n_copies", [0, 15, 60, 300])
 def test_copy_rate_recovers_the_planted_share(n_copies):
     low, high = wilson(n_copies / 300, 300)
-    assert low - 0.001 <= copy_rate(world(n_copies)) <= high + 0.02
+    assert low - 0.001 <= copy_rate_in(world(n_copies)) <= high + 0.02
 
 
 def test_memorization_is_zero_without_copies_and_grows_with_them():
-    values = [memorization(world(n)) for n in (0, 15, 60, 300)]
-    assert abs(values[0][0]) < 3 * values[0][1] and values[0][2] > 0.01
-    assert all(a[0] < b[0] for a, b in zip(values, values[1:]))
-    assert values[-1][0] == pytest.approx(math.log(4), rel=0.02) and values[-1][2] < 0.01
+    values = [memorization_in(world(n)) for n in (0, 15, 60, 300)]
+    assert abs(values[0]) < 3 * values[0].error and values[0].p > 0.01
+    assert all(a < b for a, b in zip(values, values[1:]))
+    assert values[-1] == pytest.approx(math.log(4), rel=0.02) and values[-1].p < 0.01
 
 
 def test_memorization_changes_sign_with_the_labels():
     space = world(60, n_holdout=80)
     swapped = Space(space.generated, space.holdout, space.train, (space.train,), seed=0)
-    assert memorization(swapped)[0] == pytest.approx(-memorization(space)[0], abs=1e-9)
+    assert memorization_in(swapped) == pytest.approx(-memorization_in(space), abs=1e-9)
 
 
 def test_noise_and_collapse_do_not_look_like_copying():
     space = world(0)
-    for generated in (10 * gaussian(300, 24, 5), np.zeros((300, 24))):
-        value, deviation, _ = memorization(Space((generated,), space.train, space.holdout, (space.holdout,), seed=0))
-        assert abs(value) < 3 * deviation
+    for generated in (10 * normal(300, 24, 5), np.zeros((300, 24))):
+        value = memorization(generated, space.train, space.holdout)
+        assert abs(value) < 3 * value.error
 
 
 def views(pixels, features):
@@ -133,7 +148,7 @@ def test_rewards_that_cannot_mean_anything_are_refused():
 
 
 def test_mq_is_the_published_loop():
-    train, generated = gaussian(80, 12, 0), gaussian(40, 12, 1)
+    train, generated = normal(80, 12, 0), normal(40, 12, 1)
     generated[:5] = train[:5] + 0.01
     for threshold, k in ((0.5, 50), (0.9, 50), (0.5, 10)):
         count = 0
@@ -143,3 +158,127 @@ def test_mq_is_the_published_loop():
         assert mq(generated, train, threshold, k) == count >= 5
     few = [((generated[0] - other) ** 2).sum() for other in train[:7]]
     assert mq(generated[:1], train[:7]) == (min(few) / np.mean(few) < 0.5)
+
+
+@pytest.mark.parametrize("n, d", [(300, 16), (20, 48)])
+def test_fid_and_mifid_equal_torchmetrics(n, d):
+    """Full-rank and rank-deficient; its extractor is replaced by one that takes features as they are."""
+    import torch
+    from torchmetrics.image.fid import FrechetInceptionDistance
+    from torchmetrics.image.mifid import MemorizationInformedFrechetInceptionDistance
+
+    class AsTheyAre(torch.nn.Identity):
+        num_features = d
+
+    real, generated = normal(n, d, 0) @ normal(d, d, 9) + 0.5, normal(n + 7, d, 1) @ normal(d, d, 9) * 1.2
+    for kind, ours in ((FrechetInceptionDistance, fid), (MemorizationInformedFrechetInceptionDistance, lambda x, y: mifid(x, y, "torchmetrics"))):
+        metric = kind(feature=AsTheyAre(), normalize=True).set_dtype(torch.float64)
+        metric.update(torch.from_numpy(real), real=True)
+        metric.update(torch.from_numpy(generated), real=False)
+        assert ours(real, generated) == pytest.approx(float(metric.compute()), rel=1e-6), kind
+
+
+def test_fid_of_commuting_covariances_is_analytic():
+    """|dmu|^2 + sum (sqrt a - sqrt b)^2 for diagonal covariances; a^2 FD under scaling; the same under rotation."""
+    x = np.concatenate([np.eye(4) * [1, 2, 3, 4], -np.eye(4) * [1, 2, 3, 4]])
+    y = 1.5 * x + 0.5
+    spread = np.diag(np.cov(x.T))
+    assert fid(x, y) == pytest.approx(4 * 0.25 + np.sum((np.sqrt(spread) - 1.5 * np.sqrt(spread)) ** 2), rel=1e-9)
+    turn = np.linalg.qr(normal(4, 4, 0))[0]
+    assert fid(3 * x @ turn, 3 * y @ turn) == pytest.approx(9 * fid(x, y), rel=1e-9)
+
+
+def test_a_references_gaussian_can_be_kept():
+    import torch
+
+    x, y = normal(90, 6, 0), normal(40, 6, 1, 1.2)
+    assert fid(gaussian(x), y) == fid(x, y) == fid(torch.from_numpy(x), torch.from_numpy(y))
+    assert fd_pca(x, y, 6) == pytest.approx(fid(x, y), rel=1e-9) and fd_pca(x, y, 2) < fid(x, y)
+
+
+def balls(points, k):
+    return [sorted(np.linalg.norm(points[i] - points[j]) for j in range(len(points)) if j != i)[k - 1] for i in range(len(points))]
+
+
+@pytest.mark.parametrize("k", (1, 5))
+def test_prdc_equals_the_loops(k):
+    x, y = normal(40, 3, 0), normal(30, 3, 1, 0.8, 0.4)
+    rx, ry = balls(x, k), balls(y, k)
+    d = [[np.linalg.norm(a - b) for b in y] for a in x]
+    expected = {
+        "precision": np.mean([any(d[i][j] < rx[i] for i in range(40)) for j in range(30)]),
+        "recall": np.mean([any(d[i][j] < ry[j] for j in range(30)) for i in range(40)]),
+        "density": sum(d[i][j] < rx[i] for i in range(40) for j in range(30)) / (k * 30),
+        "coverage": np.mean([min(d[i]) < rx[i] for i in range(40)]),
+    }
+    found = prdc(x, y, k)
+    assert {name: float(value) for name, value in found.items()} == pytest.approx(expected)
+    assert found["recall"].low < found["recall"] <= found["recall"].high + 1e-9
+
+
+def test_authpct_equals_the_loop_and_takes_duplicates():
+    train, generated = normal(50, 4, 0), normal(60, 4, 1)
+    train[10:13] = train[9]
+    count = 0
+    for point in generated:
+        nearest_one = min(range(50), key=lambda i: np.linalg.norm(point - train[i]))
+        own = min(np.linalg.norm(train[nearest_one] - train[j]) for j in range(50) if j != nearest_one)
+        count += own < np.linalg.norm(point - train[nearest_one])
+    assert authpct(generated, train) == pytest.approx(100 * count / 60)
+
+
+def test_carlinis_rate_equals_the_loop():
+    train, generated = normal(80, 6, 0), normal(40, 6, 1)
+    generated[:7] = train[:7] + 0.01
+    count = 0
+    for point in generated:
+        distances = sorted(np.linalg.norm(point - other) for other in train)[:50]
+        count += distances[0] < 0.5 * np.mean(distances)
+    assert carlini_rate(generated, train) == pytest.approx(count / 40) and count >= 7
+
+
+def test_mifid_in_both_directions():
+    real, generated = normal(40, 5, 0) + 2, normal(30, 5, 1) + 2
+    cosines = np.array([[1 - abs(a @ b) / np.linalg.norm(a) / np.linalg.norm(b) for b in real] for a in generated])
+    for direction, axis in (("kaggle", 1), ("torchmetrics", 0)):
+        distance = cosines.min(axis).mean()
+        assert mifid(real, generated, direction, threshold=1.0) == pytest.approx(fid(real, generated) / (distance + 1e-14), rel=1e-9)
+        assert mifid(real, generated, direction, threshold=0.0) == fid(real, generated)
+    assert mifid(real, real, "torchmetrics") == 0
+    with pytest.raises(MemControlError, match="allowed: kaggle, torchmetrics"):
+        mifid(real, generated, "both")
+
+
+@pytest.mark.parametrize("n_copies", [0, 15, 60, 300])
+def test_copy_rate_with_calibration_images_of_their_own(n_copies):
+    space, calibration = world(n_copies), normal(400, 24, 9)
+    found = copy_rate(space.generated[0], space.train, space.holdout, calibration)
+    to_train, to_holdout = (np.linalg.norm(calibration[:, None] - x[None], axis=2).min(1) for x in (space.train, space.holdout))
+    limit = np.quantile(to_train / to_holdout, 0.01, method="lower")
+    own = [np.linalg.norm(space.generated[0][:, None] - x[None], axis=2).min(1) for x in (space.train, space.holdout)]
+    assert found == pytest.approx((own[0] / own[1] < limit).mean()) and found.low - 0.01 <= n_copies / 300 <= found.high + 1e-9
+
+
+def test_order_and_chunks_change_nothing():
+    space = world(30)
+    g, order = space.generated[0], np.random.default_rng(0).permutation(300)
+    for metric in (lambda x: copy_rate(x, space.train, space.holdout), lambda x: authpct(x, space.train), lambda x: carlini_rate(x, space.train)):
+        assert metric(g) == metric(g[order])
+    assert memorization(g[order], space.train, space.holdout) == pytest.approx(memorization(g, space.train, space.holdout), abs=1e-12)
+    one, other = nearest(g, space.train, 3, chunk=7), nearest(g, space.train, 3, chunk=1000)
+    assert np.array_equal(one[0], other[0]) and np.array_equal(one[1], other[1])
+
+
+def test_an_estimate_is_a_number_that_knows_its_error():
+    value = Estimate(2.0, 0.5)
+    assert value == 2.0 and value + 1 == 3.0 and (value.low, value.high) == (pytest.approx(1.02, abs=1e-3), pytest.approx(2.98, abs=1e-3))
+    assert Estimate(0.1, low=0.0, high=0.2).error is None
+
+
+@pytest.mark.parametrize("bad, words", [(np.zeros(5), "has shape [5]"), (np.full((5, 2), np.nan), "not finite"), (np.zeros((1, 2)), "at least")])
+def test_what_is_no_feature_matrix_is_named(bad, words):
+    with pytest.raises(MemControlError) as caught:
+        fid(bad, normal(5, 2, 0))
+    assert words in str(caught.value)
+    with pytest.raises(MemControlError, match="3 and of 2 dimensions"):
+        fid(normal(5, 3, 0), normal(5, 2, 0))
