@@ -288,6 +288,41 @@ def run_export(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_audit(args: argparse.Namespace) -> int:
+    from memcontrol.audit import audit, folder_pictures, pictures_of, sampled_pictures, samples_of, write_report
+    from memcontrol.display import Steps, relative
+    from memcontrol.spec import SPEC
+
+    run = Path(args.model) if args.model and (Path(args.model) / SPEC).is_file() else None
+    if not run and not (args.train and args.holdout):
+        raise MemControlError("audit compares with training and held-out images; give --train DIR and --holdout DIR")
+    with Steps(console()) as steps:
+        parts = {name: folder_pictures(name, folder, steps.warn, args.skip_unreadable) for name, folder in (("train", args.train), ("holdout", args.holdout)) if folder}
+        if run:
+            from memcontrol.run import Bench, read_samples
+            from memcontrol.spec import read_spec
+
+            spec, bench = read_spec(run), Bench()
+            own = {"train": bench.train_images(spec), "holdout": bench.parts(spec)[spec.reference]}
+            parts = {name: parts.get(name) or pictures_of(name, images) for name, images in own.items()}
+            generated = sampled_pictures(read_samples(run)["images"])
+        elif args.images:
+            generated = folder_pictures("generated", args.images, steps.warn, args.skip_unreadable)
+        else:
+            from memcontrol.data import read_captions
+
+            captions = sorted(read_captions(args.train).values())
+            generated = samples_of(args.model, captions, args.samples, args.steps, args.guidance, args.seed, steps.show)
+        found = audit(generated, parts["train"], parts["holdout"], args.extractor, steps.show)
+        write_report(found, generated, parts["train"], args.out)
+    if args.json:
+        out_json(found)
+    screen = console()
+    screen.print(found["verdict"], highlight=False, soft_wrap=True)
+    screen.print(f"report: {relative(args.out / 'audit.html')}", highlight=False, soft_wrap=True)
+    return 0
+
+
 def run_spaces(args: argparse.Namespace) -> int:
     from memcontrol.space import load_space, shipped_spaces
 

@@ -87,7 +87,7 @@ def decode(path: Path) -> Image.Image:
                 return to_rgb(ImageOps.exif_transpose(image))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise MemControlError(
-            f"image {path} cannot be decoded ({type(error).__name__}); mend or remove it, or set data.skip_unreadable=true"
+            f"image {path} cannot be decoded ({type(error).__name__}); mend or remove it, or set data.skip_unreadable=true (audit: --skip-unreadable)"
         ) from None
 
 

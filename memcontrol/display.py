@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -135,6 +136,29 @@ class Display:
         runs = n_open + max(0, self.n_sampled - n_begun) - sum(share for _, share in self.running.values())
         minutes = max(runs, 0) * sum(self.lengths) / len(self.lengths) / self.n_workers / 60
         return f", about {minutes:.1f} min left"
+
+
+class Steps:
+    """Bars of a command that does one thing after another: what it is at, and how far."""
+
+    def __init__(self, console: Console):
+        self.progress = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=console, transient=True)
+        self.tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> Steps:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.progress.stop()
+
+    def show(self, title: str, done: int, total: int) -> None:
+        if title not in self.tasks:
+            self.tasks[title] = self.progress.add_task(title, total=total)
+        self.progress.update(self.tasks[title], completed=done)
+
+    def warn(self, line: str) -> None:
+        self.progress.console.print(f"warning: {line}", highlight=False, soft_wrap=True)
 
 
 def ended(record: Record) -> bool:

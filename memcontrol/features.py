@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from memcontrol.errors import MemControlError
 
 TINY_FEATURES = Path(__file__).parent / "assets" / "features.safetensors"
-N_EXACT = 8
+N_SPARE = 32  # candidates beyond those asked for: float32 products may rank neighbours of equal distance wrongly
+REFERENCE_BLOCK = 16384
 
 
 class TinyFeatures(nn.Module):
@@ -78,24 +79,65 @@ def check_extractor(name: str) -> int:
     return EXTRACTORS[name][1]
 
 
-def nearest(queries: np.ndarray, references: np.ndarray, k: int = 1, chunk: int = 256) -> tuple[np.ndarray, np.ndarray]:
+def nearest(queries: np.ndarray, references: np.ndarray, k: int = 1, chunk: int = 1024) -> tuple[np.ndarray, np.ndarray]:
     """The k nearest references of each query: Euclidean distances [N, k] and indices [N, k], nearest first.
 
-    Distances come from a product in float64; those of the nearest N_EXACT are computed again as differences, since the
-    product form loses digits exactly for near-copies. Ties go to the lower index.
+    A float32 product, block by block, finds candidates; the distances of the k + N_SPARE nearest are then computed again as
+    float64 differences, since the product form loses digits exactly for near-copies. Ties go to the lower index. Memory
+    beyond the inputs does not grow with their number.
     """
-    centre = references.mean(0, dtype=np.float64)
-    left, right = (torch.from_numpy(np.asarray(x, np.float64) - centre) for x in (queries, references))
-    k, n_exact = min(k, len(right)), min(N_EXACT, len(right))
-    norms = right.square().sum(1)  # [M]
-    distances, indices = [], []
-    for rows in left.split(chunk):
-        squares = norms - 2 * rows @ right.T + rows.square().sum(1, keepdim=True)  # [n, M]
-        near = squares.topk(max(k, n_exact), dim=1, largest=False)
-        for column in range(n_exact):
-            near.values[:, column] = (right[near.indices[:, column]] - rows).square().sum(1)
-        found, order = near.values.clamp(min=0).sqrt().numpy(), near.indices.numpy()
-        ranked = np.lexsort((order, found), axis=1)[:, :k]
-        distances.append(np.take_along_axis(found, ranked, 1))
-        indices.append(np.take_along_axis(order, ranked, 1))
+    k = min(k, len(references))
+    n_candidates, centre = min(k + N_SPARE, len(references)), mean_of(references)
+    found = []
+    for rows in np.array_split(queries, max(1, -(-len(queries) // chunk))):
+        if 4 * n_candidates > len(references):  # nearly all of them: one product gives every distance
+            found.append(among_all(rows, references, centre, k))
+        else:
+            found.append(among(rows, references, candidates(rows, references, centre, n_candidates), k))
+    distances, indices = zip(*found)
     return np.concatenate(distances), np.concatenate(indices)
+
+
+def mean_of(references: np.ndarray) -> np.ndarray:
+    """float64 [d], without a float64 copy of them all."""
+    return sum(block.sum(0, dtype=np.float64) for block in blocks(references)) / len(references)
+
+
+def blocks(references: np.ndarray) -> list[np.ndarray]:
+    return [references[i : i + REFERENCE_BLOCK] for i in range(0, len(references), REFERENCE_BLOCK)]
+
+
+def candidates(queries: np.ndarray, references: np.ndarray, centre: np.ndarray, n: int) -> np.ndarray:
+    """Indices [N, n] of the references nearest by a float32 product, in any order."""
+    centre = centre.astype(np.float32)
+    left = torch.from_numpy(queries.astype(np.float32, copy=False) - centre)
+    best = torch.empty(len(left), 0), torch.empty(len(left), 0, dtype=torch.long)
+    for number, block in enumerate(blocks(references)):
+        right = torch.from_numpy(block.astype(np.float32, copy=False) - centre)
+        scores = torch.addmm(right.square().sum(1), left, right.T, alpha=-2)  # squared distances less the query's own square
+        values, places = scores.topk(min(n, len(right)), dim=1, largest=False, sorted=False)
+        values, places = torch.cat([best[0], values], 1), torch.cat([best[1], places + number * REFERENCE_BLOCK], 1)
+        order = values.topk(min(n, values.shape[1]), dim=1, largest=False, sorted=False).indices
+        best = values.gather(1, order), places.gather(1, order)
+    return best[1].numpy()
+
+
+def among(queries: np.ndarray, references: np.ndarray, chosen: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k nearest of each query's candidates [N, n], by float64 differences."""
+    distances = np.stack([
+        np.linalg.norm(references[rows].astype(np.float64) - query.astype(np.float64), axis=1) for query, rows in zip(queries, chosen)
+    ])  # fmt: skip
+    order = np.lexsort((chosen, distances), axis=1)[:, :k]
+    return np.take_along_axis(distances, order, 1), np.take_along_axis(chosen, order, 1)
+
+
+def among_all(queries: np.ndarray, references: np.ndarray, centre: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k nearest of all references, by a float64 product; the nearest N_SPARE by differences."""
+    left, right = (np.asarray(x, np.float64) - centre for x in (queries, references))
+    squares = np.square(left).sum(1)[:, None] + np.square(right).sum(1) - 2 * left @ right.T  # [N, M]
+    distances, n_exact = np.sqrt(np.maximum(squares, 0)), min(N_SPARE, len(references))
+    nearest_few = np.argpartition(distances, n_exact - 1, axis=1)[:, :n_exact]
+    exact, places = among(queries, references, nearest_few, n_exact)
+    np.put_along_axis(distances, places, exact, 1)
+    order = np.argsort(distances, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(distances, order, 1), order

@@ -284,12 +284,21 @@ def copy_rate(generated, train, holdout, calibration=None) -> Estimate:
 
 
 def copy_rate_in(space: Space) -> Estimate:
-    return below_real(space, ratio(space.held_to_train, space.held_to_others))
+    return below_real(space, real_ratios(space))
 
 
-def below_real(space: Space, real_ratios: np.ndarray) -> Estimate:
-    threshold = np.quantile(real_ratios, FALSE_POSITIVES, method="lower")
-    return share_of(ratio(space.to_train[0], space.to_holdout) < threshold)
+def real_ratios(space: Space) -> np.ndarray:
+    """d(train) / d(holdout) of the held-out images, each left out of its own reference: [H]."""
+    return ratio(space.held_to_train, space.held_to_others)
+
+
+def threshold_of(real: np.ndarray) -> float:
+    """The ratio that 99 % of real images exceed."""
+    return float(np.quantile(real, FALSE_POSITIVES, method="lower"))
+
+
+def below_real(space: Space, real: np.ndarray) -> Estimate:
+    return share_of(ratio(space.to_train[0], space.to_holdout) < threshold_of(real))
 
 
 def space_of(generated, train, holdout, seed: int = 0) -> Space:

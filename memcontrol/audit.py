@@ -1,0 +1,237 @@
+"""Owns the audit: how much images, or a model's samples, copy a training set, judged against held-out images; audit.json and audit.html."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from memcontrol.data import Images, checked, read_captions, squared
+from memcontrol.errors import MemControlError
+from memcontrol.evidence import Evidence, Views, score
+from memcontrol.features import load_extractor, nearest, pixel_features
+from memcontrol.files import replacing, write_json
+from memcontrol.models import load_base
+from memcontrol.rewards import CLIP, FALSE_POSITIVES, Space, ratio, real_ratios, threshold_of
+from memcontrol.seeds import seed_of
+
+CHUNK = 512
+SIDE = 64  # pixels of a side, to which every image is brought: descriptors use 32, the report shows this
+FEWEST = 8
+N_SHOWN = 24
+BLIND = (
+    "Whole-image copies in these two descriptors are all that is seen: not parts of images, not style, not facts about a person.",
+    "No figure here is a privacy guarantee: a model that shows no copies can still reveal who was in the training set.",
+    "Copies that were rotated, cropped or redrawn may be missed; mirrored ones are seen in pixels.",
+)
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """A named set of images: where they came from, their names, and how to read some of them as uint8 [B, 3, SIDE, SIDE]."""
+
+    title: str
+    names: tuple[str, ...]
+    digests: tuple[str, ...]
+    read: Callable[[list[int]], np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def folder_pictures(title: str, folder: Path, warn: Callable[[str], None], skip_unreadable: bool = False) -> Pictures:
+    """The images of a folder and its sub-folders. Raises MemControlError: none, or one that cannot be decoded."""
+    if not folder.is_dir():
+        raise MemControlError(f"{title}: {folder} is no folder; give a folder of images")
+    records = checked(folder, read_captions(folder), skip_unreadable, warn)
+    return pictures_of(title, Images(str(folder), SIDE, tuple(records)))
+
+
+def pictures_of(title: str, images: Images) -> Pictures:
+    small = replace(images, resolution=SIDE)
+    names, digests = (tuple(getattr(record, key) for record in images.records) for key in ("name", "digest"))
+    return Pictures(title, names, digests, lambda rows: small.take(rows).pixels())
+
+
+def sampled_pictures(pixels: np.ndarray) -> Pictures:
+    """uint8 [N, 3, H, W] that a model made."""
+    names = tuple(f"sample {i}" for i in range(len(pixels)))
+
+    def read(rows: list[int]) -> np.ndarray:
+        tiles = (squared(Image.fromarray(pixels[row].transpose(1, 2, 0)), SIDE) for row in rows)
+        return np.stack(list(tiles)).transpose(0, 3, 1, 2)
+
+    return Pictures("generated", names, tuple("" for _ in names), read)
+
+
+def samples_of(model: str, captions: list[str], n: int, steps: int, guidance: float, seed: int, progress: Progress) -> Pictures:
+    """n images of a pipeline (a folder or Hub id in diffusers' format), from captions drawn at random. Raises MemControlError."""
+    base = load_base(model)
+    drawn = np.random.default_rng(seed_of(seed, "captions")).choice(captions or [""], size=n).tolist()
+    pixels = base.sample(
+        base.encode_captions(drawn), base.encode_captions([""]), seeds=[seed_of(seed, "noise", i) for i in range(n)], steps=steps,
+        guidance=guidance, resolution=base.resolution, progress=lambda done, total: progress("sampling", done, total),
+    )  # fmt: skip
+    return sampled_pictures(pixels)
+
+
+def audit(generated: Pictures, train: Pictures, holdout: Pictures, extractor: str, progress: Progress) -> dict:
+    """Every figure of the audit, as audit.json holds it. Raises MemControlError where the images cannot be judged."""
+    check(generated, train, holdout)
+    extract, _, pinned = load_extractor(extractor)
+    views = [views_of(pictures, extract, progress) for pictures in (generated, train, holdout)]
+    check_generated(views[0])
+    evidence = Evidence(*views)
+    rewards = score(evidence)
+    space = evidence.space("pixels")
+    suspicion, limit = ratio(space.to_train[0], space.to_holdout), threshold_of(real_ratios(space))
+    order = np.argsort(suspicion, kind="stable")
+    copies = [
+        {
+            "generated": generated.names[i], "training": train.names[space.to_train[1][i]], "distance": float(space.to_train[0][i]),
+            "of_holdout": float(suspicion[i]), "copy": bool(suspicion[i] < limit), "rows": [int(i), int(space.to_train[1][i])],
+        }
+        for i in order[: max(N_SHOWN, int((suspicion < limit).sum()))]
+    ]  # fmt: skip
+    return {
+        "verdict": verdict(rewards, len(generated)), "sizes": {part.title: len(part) for part in (generated, train, holdout)},
+        "extractor": pinned, "side": SIDE, "threshold": float(limit), "rewards": rewards, "copies": copies,
+        "duplicates": duplicates(space, train), "cannot_see": list(BLIND),
+    }  # fmt: skip
+
+
+def check(generated: Pictures, train: Pictures, holdout: Pictures) -> None:
+    for part in (generated, train, holdout):
+        if len(part) < FEWEST:
+            raise MemControlError(f"{part.title} has {len(part)} images; an audit needs at least {FEWEST} of each, and some hundred to say much")
+    held = dict(zip(holdout.digests, holdout.names))
+    for digest, name in zip(train.digests, train.names):
+        if digest in held:
+            raise MemControlError(f"train and holdout share an image: '{name}' and '{held[digest]}' have the same pixels; remove one, since copying could not be told from chance")
+
+
+def views_of(pictures: Pictures, extract: Callable, progress: Progress) -> Views:
+    """Descriptors of all images, read in chunks: pixels [N, 3072] as they are and mirrored, features [N, D]."""
+    parts: list[tuple[np.ndarray, ...]] = []
+    for start in range(0, len(pictures), CHUNK):
+        rows = list(range(start, min(start + CHUNK, len(pictures))))
+        pixels = pictures.read(rows)
+        parts.append((pixel_features(pixels), pixel_features(pixels[..., ::-1]), extract(pixels)))
+        progress(pictures.title, rows[-1] + 1, len(pictures))
+    return Views(*(np.concatenate(part) for part in zip(*parts)))
+
+
+def check_generated(views: Views) -> None:
+    """Raises MemControlError for images that a broken model makes."""
+    flat = views.pixels.reshape(len(views.pixels), 3, -1).std(axis=2).max(axis=1) < 1e-3
+    if flat.mean() > 0.5:
+        raise MemControlError(f"{flat.mean():.0%} of the generated images are one flat colour; the model is broken (NaN, wrong precision or scaling), so nothing can be judged")
+
+
+def duplicates(space: Space, train: Pictures) -> list[dict]:
+    """Pairs of training images at less than half the distance that 99 % of held-out images keep from their nearest training image."""
+    distances, indices = nearest(space.train, space.train, 2)
+    other = np.where(indices[:, 0] == np.arange(len(indices)), indices[:, 1], indices[:, 0])
+    limit = 0.5 * np.quantile(space.held_to_train, FALSE_POSITIVES)
+    close = np.flatnonzero(distances[:, 1] < limit)
+    pairs = {tuple(sorted((int(i), int(other[i])))): float(distances[i, 1]) for i in close}
+    return [{"images": [train.names[i], train.names[j]], "distance": d} for (i, j), d in sorted(pairs.items(), key=lambda pair: pair[1])]
+
+
+def verdict(rewards: dict[str, float], n: int) -> str:
+    """One sentence with its error."""
+    rate, low, high = (rewards[f"copy_rate{end}"] for end in ("", "_low", "_high"))
+    said = f"{rate:.1%} of {n} images ({low:.1%} to {high:.1%}) are nearer to a training image than {1 - FALSE_POSITIVES:.0%} of real images are, where {FALSE_POSITIVES:.0%} is chance"
+    m, error, p = rewards["memorization"], rewards["memorization_sd"], rewards["memorization_p"]
+    beside = f"memorization distance {m:.2f} +- {error:.2f} of at most {CLIP:.2f}, p = {p:.3f}"
+    if low > FALSE_POSITIVES:
+        return f"Copying is visible: {said}; {beside}."
+    if p < 0.01:
+        return f"The images lean towards the training set, without copies that stand out: {said}; {beside}."
+    return f"No copying is visible at this sample size: {said}; {beside}."
+
+
+def write_report(found: dict, generated: Pictures, train: Pictures, out: Path) -> None:
+    """Writes out/audit.json and the self-contained out/audit.html."""
+    shown = found["copies"][:N_SHOWN]
+    pairs = zip(generated.read([one["rows"][0] for one in shown]), train.read([one["rows"][1] for one in shown]))
+    cards = "".join(card(one, *pair) for one, pair in zip(shown, pairs))
+    write_json(out / "audit.json", found)
+    with replacing(out / "audit.html") as part:
+        part.write_text(page(found, cards), encoding="utf-8")
+
+
+def card(one: dict, generated: np.ndarray, training: np.ndarray) -> str:
+    mark = "copy" if one["copy"] else "like"
+    return (
+        f'<figure class="{mark}"><img src="{png(generated)}" alt="generated"><img src="{png(training)}" alt="training">'
+        f"<figcaption>{html.escape(one['generated'])}<br>{html.escape(one['training'])}<br>"
+        f"distance {one['distance']:.2f}, {one['of_holdout']:.2f} of held out</figcaption></figure>"
+    )
+
+
+def png(image: np.ndarray) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(image.transpose(1, 2, 0)).save(buffer, format="PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+FIGURES = {
+    "copy_rate": ("copied, by pixels", "{:.1%}", "share nearer to a training image than 99 % of real images; about 1 % is chance"),
+    "copy_rate_features": ("copied, by features", "{:.1%}", "the same with the feature network"),
+    "memorization_pixels": ("memorization distance, pixels", "{:.3f}", "mean clipped log of distance to held-out over distance to training images; 0 without copying"),
+    "memorization_features": ("memorization distance, features", "{:.3f}", "the same with the feature network"),
+    "amd_train": ("mean distance to training images", "{:.2f}", "read the next two beside it: alone it says nothing"),
+    "amd_holdout": ("mean distance to held-out images", "{:.2f}", "of the generated images"),
+    "amd_holdout_train": ("held-out to training images", "{:.2f}", "what real images have"),
+    "mq": ("MQ, images below 0.5", "{:.0f}", "IET-AGC's count; homogeneous data raise it without copying"),
+    "carlini_rate": ("Carlini's rate", "{:.1%}", "nearest distance below half the mean of the 50 nearest"),
+    "authpct": ("AuthPct", "{:.1f}", "low: copying; compare with the held-out images' value"),
+    "authpct_holdout": ("AuthPct of held-out images", "{:.1f}", "what copying nothing gives"),
+    "fid": ("FID against held-out images", "{:.2f}", "quality; biased upward at small numbers"),
+    "kid": ("KID against held-out images", "{:.4f}", "quality, unbiased"),
+}  # fmt: skip
+
+
+def interval(name: str, rewards: dict[str, float], form: str) -> str:
+    if name == "copy_rate":
+        return f" ({form.format(rewards['copy_rate_low'])} to {form.format(rewards['copy_rate_high'])})"
+    return f" +- {form.format(rewards['kid_error'])}" if name == "kid" else ""
+
+
+STYLE = """
+:root { color-scheme: light dark; --line: #8884; --bad: #c22; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: auto; padding: 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
+.verdict { font-size: 1.15rem; border-left: 4px solid var(--line); padding-left: .8rem; }
+table { border-collapse: collapse; width: 100%; } td, th { border-bottom: 1px solid var(--line); padding: .3rem .6rem .3rem 0; text-align: left; vertical-align: top; }
+.pairs { display: flex; flex-wrap: wrap; gap: .8rem; } figure { margin: 0; width: 10.5rem; font-size: .75rem; overflow-wrap: anywhere; }
+figure img { width: 5rem; image-rendering: pixelated; margin-right: 2px; } .copy img { outline: 2px solid var(--bad); outline-offset: -2px; }
+@media print { figure { break-inside: avoid; } }
+"""
+
+
+def page(found: dict, cards: str) -> str:
+    rewards, sizes = found["rewards"], ", ".join(f"{n:,} {title}" for title, n in found["sizes"].items())
+    rows = "".join(
+        f"<tr><td>{title}</td><td>{form.format(rewards[name])}{interval(name, rewards, form)}</td><td>{meaning}</td></tr>"
+        for name, (title, form, meaning) in FIGURES.items()
+    )
+    twins = "".join(f"<li>{html.escape(a)} and {html.escape(b)}</li>" for a, b in (pair["images"] for pair in found["duplicates"]))
+    return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Audit of copying</title><style>{STYLE}</style></head><body>
+<h1>Audit of copying</h1><p class="verdict">{html.escape(found["verdict"])}</p>
+<p>{sizes} images, brought to {found["side"]} x {found["side"]} pixels; features by {html.escape(found["extractor"])}.</p>
+<h2>Figures</h2><table><tr><th>figure</th><th>value (95 %)</th><th>meaning</th></tr>{rows}</table>
+<h2>Most suspicious images beside their nearest training images</h2><p>Framed in red: nearer than 99 % of real images are.</p><div class="pairs">{cards}</div>
+<h2>Training images that are nearly the same</h2>{f"<ul>{twins}</ul>" if twins else "<p>None were found.</p>"}
+<h2>What this cannot see</h2><ul>{"".join(f"<li>{html.escape(line)}</li>" for line in found["cannot_see"])}</ul>
+</body></html>
+"""

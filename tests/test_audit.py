@@ -1,0 +1,101 @@
+"""The audit: planted copies are found, ranked first and shown; what cannot be judged is named; a run and a pipeline are audited too."""
+
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from memcontrol.audit import audit, folder_pictures
+from memcontrol.errors import MemControlError
+
+
+def command(*args):
+    return subprocess.run([sys.executable, "-m", "memcontrol.cli", "audit", *map(str, args)], capture_output=True, text=True)
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """150 training and 150 held-out images, 200 generated, of which n are training images with a little noise."""
+
+    def picture(seed):
+        cells = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        return Image.fromarray(cells).resize((80, 60), Image.Resampling.BICUBIC)
+
+    def make(n_copies):
+        for part, seeds in (("train", range(150)), ("holdout", range(1000, 1150)), ("generated", range(2000, 2200 - n_copies))):
+            (tmp_path / part).mkdir(exist_ok=True)
+            for seed in seeds:
+                picture(seed).save(tmp_path / part / f"{seed}.png")
+        for i in range(n_copies):
+            noisy = np.asarray(picture(9 * i % 150)) + np.random.default_rng(i).normal(0, 4, (60, 80, 3))
+            Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(tmp_path / "generated" / f"copy{i}.png")
+        return tmp_path
+
+    return make
+
+
+def found_in(root):
+    parts = [folder_pictures(part, root / part, print) for part in ("generated", "train", "holdout")]
+    return audit(*parts, "tiny", lambda *_: None)
+
+
+def test_planted_copies_are_found_first_and_shown(folders):
+    root = folders(7)
+    picture = Image.open(root / "train" / "3.png")
+    picture.resize((82, 61)).save(root / "train" / "twin.png")
+    done = command("--images", root / "generated", "--train", root / "train", "--holdout", root / "holdout", "--out", root / "out", "--json")
+    assert done.returncode == 0 and done.stderr.count("Copying is visible") == 1
+    found = json.loads((root / "out" / "audit.json").read_text())
+    assert json.loads(done.stdout) == found
+    first = found["copies"][:7]
+    assert {(one["generated"], one["training"]) for one in first} == {(f"copy{i}.png", f"{9 * i}.png") for i in range(7)}
+    assert all(one["copy"] and one["of_holdout"] < 0.1 for one in first) and found["copies"][7]["of_holdout"] > 0.5
+    assert found["rewards"]["copy_rate_low"] <= 0.035 <= found["rewards"]["copy_rate_high"]
+    assert [pair["images"] for pair in found["duplicates"]] == [["3.png", "twin.png"]]
+    page = (root / "out" / "audit.html").read_text()
+    assert page.count("<img") == 2 * 24 and page.count('class="copy"') >= 7 and "copy6.png" in page
+    assert not re.search(r"""(src|href)=["'](?!data:)""", page) and "privacy guarantee" in page
+
+
+def test_without_copies_none_are_seen(folders):
+    found = found_in(folders(0))
+    assert found["verdict"].startswith("No copying is visible at this sample size") and found["rewards"]["copy_rate_low"] < 0.01
+
+
+@pytest.mark.parametrize("n, share", [(10, 0.05), (40, 0.2), (200, 1.0)])
+def test_the_copy_rate_recovers_what_was_planted(folders, n, share):
+    rewards = found_in(folders(n))["rewards"]
+    assert rewards["copy_rate_low"] - 0.01 <= share <= rewards["copy_rate_high"] + 1e-9
+
+
+def test_what_cannot_be_judged_is_named(folders, tmp_path):
+    root = folders(0)
+    for seed in range(150):
+        Image.new("RGB", (80, 60), (seed, 9, 9)).save(root / "generated" / f"{2000 + seed}.png")
+    with pytest.raises(MemControlError, match="75% of the generated images are one flat colour"):
+        found_in(root)
+    (root / "holdout" / "same.png").write_bytes((root / "train" / "5.png").read_bytes())
+    with pytest.raises(MemControlError, match="train and holdout share an image: '5.png' and 'same.png'"):
+        found_in(root)
+    (tmp_path / "few").mkdir()
+    with pytest.raises(MemControlError, match="few has 0 images"):
+        audit(folder_pictures("few", tmp_path / "few", print), *(folder_pictures("x", root / "train", print),) * 2, "tiny", print)
+    assert "give --train DIR and --holdout DIR" in command("--images", root / "generated").stderr
+    (root / "train" / "broken.png").write_bytes(b"")
+    refused = command("--images", root / "generated", "--train", root / "train", "--holdout", root / "train")
+    assert refused.returncode == 1 and "broken.png cannot be decoded" in refused.stderr
+
+
+def test_a_pipeline_is_sampled_and_audited(folders, tmp_path):
+    from memcontrol.models import TINY
+
+    root = folders(0)
+    (root / "train" / "metadata.csv").write_text("file_name,text\n5.png,a printed digit 3\n")
+    done = command("--model", TINY, "--train", root / "train", "--holdout", root / "holdout", "--out", tmp_path / "out", "--samples", 16, "--steps", 2)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "out" / "audit.json").read_text())
+    assert found["sizes"] == {"generated": 16, "train": 150, "holdout": 150} and "sample 0" in {one["generated"] for one in found["copies"]}
