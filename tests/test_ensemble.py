@@ -22,7 +22,7 @@ from memcontrol.train import Loop, Shard
 
 LORA = Choice(**CHOICE)
 FULL = Choice(("*",), "full", 1e-3)
-SHARDED = {"ensemble": {"shards": 3}, "rounds": 2, "budget_images": 8 * 12}
+SHARDED = {"ensemble": {"shards": 3, "moments": "reset"}, "rounds": 2, "budget_images": 8 * 12}
 
 
 def same(one, other, tolerance=0.0):
@@ -118,6 +118,25 @@ def test_moments_after_an_averaging(trained, moments, tmp_path):
     trained(FULL, ensemble={"shards": 2, "moments": moments}, rounds=2, budget_images=8 * 8, folder=moments)
     files = sorted((tmp_path / moments).glob("*.safetensors"))
     assert [file.name for file in files] == ["0001-00.safetensors", "0001-01.safetensors", "0001-mean.safetensors"]
+
+
+def test_averaged_moments_are_the_mean_of_the_shards_moments(trained, tmp_path, monkeypatch):
+    from memcontrol.ensemble import within
+
+    kept, plain = {}, Rounds.average
+
+    def watched(self, number):
+        kept[number] = [(len(one.shard.rows), one.moments) for one in (self.read(number, shard) for shard in range(3))]
+        found = plain(self, number)
+        kept[f"mean {number}"] = within("moments", self.read_mean(number))
+        return found
+
+    monkeypatch.setattr(Rounds, "average", watched)
+    trained(LORA, ensemble={"shards": 3, "moments": "averaged"}, rounds=2, budget_images=8 * 12)
+    assert any(name.endswith("exp_avg_sq") for name in kept["mean 0"])
+    for name, value in kept["mean 0"].items():
+        assert torch.allclose(value, sum(n * moments[name] for n, moments in kept[0]) / N_IMAGES)
+    assert not kept["mean 1"]  # nothing follows the last round
 
 
 def test_the_ways_of_moments_differ(trained):

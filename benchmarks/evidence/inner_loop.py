@@ -22,9 +22,10 @@ from memcontrol.spec import Spec
 
 HERE = Path(__file__).parent
 RATE = 4.4e-4  # where the demo's search puts full fine-tuning on every seed
-IET = {"ensemble": {"shards": 4}, "rounds": 8}
+IET = {"ensemble": {"shards": 4, "moments": "reset"}, "rounds": 8}
 AGC = {"skip": {"ratio": 1.25, "start": "corrected", "bins": 50}}
 MSR, TAA = {"redistribution": {}}, {"augmentation": {}}
+LONG = {"budget_images": 4 * STUDY["inner"]["budget_images"]}  # so that each of four shards is trained as long as plain training is
 ARMS: dict[str, dict] = {
     "plain training": {},
     "plain, a quarter of the steps": {"budget_images": STUDY["inner"]["budget_images"] // 4},
@@ -37,6 +38,9 @@ ARMS: dict[str, dict] = {
     "IET + AGC + redistribution": {**IET, **AGC, **MSR},
     "IET + AGC + augmentation": {**IET, **AGC, **TAA},
     "IET + AGC + redistribution + augmentation": {**IET, **AGC, **MSR, **TAA},
+    "four times the budget: plain": LONG,
+    "four times the budget: IET": {**IET, **LONG},
+    "four times the budget: IET + AGC": {**IET, **AGC, **LONG},
 }
 
 
