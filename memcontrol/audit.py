@@ -15,7 +15,8 @@ from PIL import Image
 from memcontrol.data import Images, checked, read_captions, squared
 from memcontrol.errors import MemControlError
 from memcontrol.evidence import Evidence, Views, score
-from memcontrol.features import load_extractor, nearest, pixel_features
+from memcontrol.extractors import load_extractor
+from memcontrol.features import nearest, pixel_features
 from memcontrol.files import replacing, write_json
 from memcontrol.models import load_base
 from memcontrol.rewards import CLIP, FALSE_POSITIVES, Space, ratio, real_ratios, threshold_of
@@ -85,8 +86,8 @@ def samples_of(model: str, captions: list[str], n: int, steps: int, guidance: fl
 def audit(generated: Pictures, train: Pictures, holdout: Pictures, extractor: str, progress: Progress) -> dict:
     """Every figure of the audit, as audit.json holds it. Raises MemControlError where the images cannot be judged."""
     check(generated, train, holdout)
-    extract, _, pinned = load_extractor(extractor)
-    views = [views_of(pictures, extract, progress) for pictures in (generated, train, holdout)]
+    network = load_extractor(extractor)
+    views = [views_of(pictures, network.extract, progress) for pictures in (generated, train, holdout)]
     check_generated(views[0])
     evidence = Evidence(*views)
     rewards = score(evidence)
@@ -102,7 +103,7 @@ def audit(generated: Pictures, train: Pictures, holdout: Pictures, extractor: st
     ]  # fmt: skip
     return {
         "verdict": verdict(rewards, len(generated)), "sizes": {part.title: len(part) for part in (generated, train, holdout)},
-        "extractor": pinned, "side": SIDE, "threshold": float(limit), "rewards": rewards, "copies": copies,
+        "extractor": network.id, "side": SIDE, "threshold": float(limit), "rewards": rewards, "copies": copies,
         "duplicates": duplicates(space, train), "cannot_see": list(BLIND),
     }  # fmt: skip
 

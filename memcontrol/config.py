@@ -168,6 +168,7 @@ class RewardsConfig(Strict):
     objectives: Annotated[tuple[str, ...], Field(min_length=1)] = ("fid", "memorization")
     extractor: str = "tiny"
     n_samples: Count = 256
+    force: bool = False  # take a fid of too few samples all the same
     sampling_steps: Count = 20
     guidance: Annotated[float, Field(ge=1)] = 1.0
     guidance_from: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of the sampling steps without guidance (arXiv 2411.16738)

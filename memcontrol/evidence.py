@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from memcontrol.config import RewardsConfig
 from memcontrol.errors import MemControlError
 from memcontrol.rewards import (
     FALSE_POSITIVES, Space, authpct, carlini_rate, copy_rate_in, fd_pca, fid, kid, memorization_in, mifid, mq, prdc, unit,
@@ -147,14 +148,15 @@ def score(evidence: Evidence) -> dict[str, float]:
     return {name: float(value) for function in REWARDS.values() for name, value in function(evidence).items()}
 
 
-def check_rewards(objectives: tuple[str, ...], n_samples: int, n_features: int) -> None:
+def check_rewards(rewards: RewardsConfig, n_features: int) -> None:
     """Raises MemControlError for an unknown objective or too few samples for the FID to rank by anything but chance."""
-    for name in objectives:
+    for name in rewards.objectives:
         if name not in OBJECTIVES:
             raise MemControlError(f"rewards.objectives: '{name}' is unknown; allowed: {', '.join(OBJECTIVES)}")
-    if len(set(objectives)) < len(objectives):
-        raise MemControlError(f"rewards.objectives: {', '.join(objectives)} names one twice")
-    if "fid" in objectives and n_samples < 4 * n_features:
+    if len(set(rewards.objectives)) < len(rewards.objectives):
+        raise MemControlError(f"rewards.objectives: {', '.join(rewards.objectives)} names one twice")
+    if "fid" in rewards.objectives and rewards.n_samples < 4 * n_features and not rewards.force:
         raise MemControlError(
-            f"rewards.n_samples is {n_samples}: fid over {n_features} features needs at least {4 * n_features}; raise it, or use kid"
+            f"rewards.n_samples is {rewards.n_samples}: fid over {n_features} features needs at least {4 * n_features} to rank by anything "
+            "but chance; raise it, use kid or fd_pca, or set rewards.force=true"
         )

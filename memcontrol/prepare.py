@@ -11,7 +11,6 @@ from memcontrol.data import Images, load_parts, parts_as_dict
 from memcontrol.errors import MemControlError
 from memcontrol.evidence import check_rewards
 from memcontrol.families import Unconditional
-from memcontrol.features import check_extractor
 from memcontrol.files import read_json, write_json
 from memcontrol.models import Base
 from memcontrol.run import Bench
@@ -25,14 +24,16 @@ def prepare(values: dict, folder: Path, bench: Bench, warn: Callable[[str], None
     """
     config = load_config(values)
     space = load_space(config.space)
-    n_features = check_extractor(config.rewards.extractor)
-    check_rewards(config.rewards.objectives, config.rewards.n_samples, n_features)
+    extractor = bench.extractor(config.rewards.extractor)
+    n_features = extractor.n_features
+    check_rewards(config.rewards, n_features)
     base = bench.base(config)
     check_space(base.denoiser, space)
     check_mitigations(config, base)
     resolution = resolution_of(config, base)
     parts = load_parts(config.data, resolution, config.search.seed, warn)
     record_split(folder / "split.json", parts, config, resolution)
+    record_extractor(folder / "extractor.json", extractor.id, config)
     if "fid" in config.rewards.objectives and len(parts["holdout"]) < 4 * n_features:
         warn(
             f"fid over {n_features} features against {len(parts['holdout'])} held-out images is coarse; "
@@ -62,6 +63,16 @@ def resolution_of(config: Config, base) -> int:
     if resolution % step:
         raise MemControlError(f"data.resolution is {resolution}; base '{config.base}' needs a multiple of {step}")
     return resolution
+
+
+def record_extractor(path: Path, pinned: str, config: Config) -> None:
+    """Numbers made with different feature networks are never compared: the study keeps to the one it began with."""
+    if not path.exists():
+        write_json(path, pinned)
+    elif read_json(path) != pinned:
+        raise MemControlError(
+            f"the feature network is {pinned}, and study '{config.name}' began with {read_json(path)}; restore it, or choose another name"
+        )
 
 
 def record_split(path: Path, parts: dict[str, Images], config: Config, resolution: int) -> None:

@@ -21,7 +21,8 @@ from memcontrol.cost import cost_of
 from memcontrol.data import Images, parts_from_dict
 from memcontrol.ensemble import Team, TrainLog, train
 from memcontrol.evidence import Evidence, Views, score
-from memcontrol.features import load_extractor, pixel_features
+from memcontrol.extractors import Extractor, load_extractor
+from memcontrol.features import pixel_features
 from memcontrol.files import read_json, replacing, write_json
 from memcontrol.mitigate import noisy_text, vocabulary, with_random_words
 from memcontrol.models import Base, Encoded, empty_denoiser, load_base, redraw_weights
@@ -69,7 +70,7 @@ class Bench:
 
         return self.once(("base", config.base, seed), load)
 
-    def extractor(self, name: str):
+    def extractor(self, name: str) -> Extractor:
         return self.once(("extractor", name), lambda: load_extractor(name))
 
     def parts(self, spec: Spec) -> dict[str, Images]:
@@ -104,7 +105,7 @@ class Bench:
         return {"step_gflops": cost.step_gflops, "memory_mib": cost.memory_mib}
 
     def views(self, images: Images, extractor: str) -> Views:
-        return self.once(("views", images.digest, extractor), lambda: views_of(images.pixels(), self.extractor(extractor)[0]))
+        return self.once(("views", images.digest, extractor), lambda: views_of(images.pixels(), self.extractor(extractor).extract))
 
     def team(self, folder: Path, spec: Spec) -> Team:
         """This process and its helpers, which are told to train their shards of the trial."""
@@ -163,7 +164,7 @@ def trial(folder: Path, bench: Bench, progress: Callable[..., None]) -> dict:
     result = {
         "state": "COMPLETE", "choice": spec.choice.as_dict(), "rewards": rewards, "n_trained": n_trained, "n_steps": log.n_steps,
         "images_seen": log.images_seen, "first_loss": finite(log.first_loss), "last_loss": finite(log.last_loss),
-        "extractor": bench.extractor(spec.config.rewards.extractor)[2], "reference": spec.reference, "n_samples": len(images),
+        "extractor": bench.extractor(spec.config.rewards.extractor).id, "reference": spec.reference, "n_samples": len(images),
         "seconds": round(time.monotonic() - started, 2), "scoring_seconds": round(time.monotonic() - trained_at, 2),
     }  # fmt: skip
     write_json(folder / TRAINING, training_record(log, spec, bench))
@@ -247,6 +248,6 @@ def read_samples(folder: Path) -> dict[str, np.ndarray]:
 def evidence(images: np.ndarray, spec: Spec, bench: Bench, trained_fraction: float) -> Evidence:
     extractor, parts = spec.config.rewards.extractor, bench.parts(spec)
     return Evidence(
-        generated=views_of(images, bench.extractor(extractor)[0]), train=bench.views(bench.train_images(spec), extractor),
+        generated=views_of(images, bench.extractor(extractor).extract), train=bench.views(bench.train_images(spec), extractor),
         holdout=bench.views(parts[spec.reference], extractor), seed=spec.sampling_seed, trained_fraction=trained_fraction,
     )  # fmt: skip

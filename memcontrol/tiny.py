@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from memcontrol.features import TinyFeatures
+from memcontrol.extractors import TinyFeatures
 
 ASSETS = Path(__file__).parent / "assets"
 SIZE = 32

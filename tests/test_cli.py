@@ -82,7 +82,7 @@ def test_spaces(tmp_path):
         ({"data": "./none-such"}, "no such folder"),
         ({"rewards": {"n_samples": 100}}, "needs at least 256"),
         ({"rewards": {"objectives": ["beauty"]}}, "'beauty' is unknown"),
-        ({"rewards": {"extractor": "beauty"}}, "'beauty' is unknown; allowed: tiny"),
+        ({"rewards": {"extractor": "beauty"}}, "'beauty' is unknown; allowed: tiny, pixels"),
         ({"data": {"path": "digits", "train": 4, "holdout": 64, "test": 64}}, "train has 4 images"),
         ({"data": {"path": "digits", "train": 64, "holdout": 64, "test": 64, "resolution": 20}}, "multiple of"),
     ],

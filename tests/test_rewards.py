@@ -7,6 +7,7 @@ import pytest
 import scipy.linalg
 import scipy.stats
 
+from memcontrol.config import RewardsConfig
 from memcontrol.errors import MemControlError
 from memcontrol.features import nearest
 from memcontrol.evidence import COSTS, OBJECTIVES, Evidence, Views, check_rewards, score
@@ -140,11 +141,12 @@ def test_mirrored_copies_are_seen_in_pixels():
 
 
 def test_rewards_that_cannot_mean_anything_are_refused():
-    check_rewards(("fid", "memorization"), 256, 64)
-    check_rewards(("kid", "memorization"), 50, 64)
-    for objectives, n, words in [(("fid", "memorization"), 255, "at least 256"), (("fod",), 256, "unknown"), (("kid", "kid"), 256, "twice")]:
+    check_rewards(RewardsConfig(), 64)
+    check_rewards(RewardsConfig(objectives=("kid", "memorization"), n_samples=50), 64)
+    check_rewards(RewardsConfig(n_samples=50, force=True), 64)
+    for keys, words in [({"n_samples": 255}, "at least 256 .*use kid or fd_pca"), ({"objectives": ("fod",)}, "unknown"), ({"objectives": ("kid", "kid")}, "twice")]:
         with pytest.raises(MemControlError, match=words):
-            check_rewards(objectives, n, 64)
+            check_rewards(RewardsConfig(**keys), 64)
 
 
 def test_mq_is_the_published_loop():
