@@ -103,7 +103,7 @@ def show_search(study_file: Path, screen) -> None:
 
     study, folder = opened(study_file)
     complete = finished(study.records())
-    picked = pick(complete) if any(record.anchor != "none" for record in complete) else None
+    picked = pick(complete, wanted=study.config.rewards.limits) if any(record.anchor != "none" for record in complete) else None
     screen.print(study_table(complete, len(load_space(study.config.space).groups), "trials (* on the front, > the pick)", picked))
     if len(study.config.rewards.objectives) > 1:
         front_picture(complete, picked, folder / "front.png", study.config.name)
@@ -158,7 +158,7 @@ def picked_record(study, trial: int | None, rule: str | None, limits: Sequence[s
         if rule or limits:
             raise MemControlError("--trial names one trial; --rule and --limit do not go with it")
         return by_number(finished(study.records()), trial)
-    return pick(study.records(), rule or "knee", limits)
+    return pick(study.records(), rule or "knee", limits, study.config.rewards.limits)
 
 
 def run_pick(args: argparse.Namespace) -> int:

@@ -163,9 +163,13 @@ class InnerConfig(Strict):
 
 
 class RewardsConfig(Strict):
-    """What each trial is scored on, and how its images are sampled."""
+    """What each trial is scored on, and how its images are sampled.
+
+    An objective is a reward of ours, or FILE.py:FUNCTION, a user's own: from the evidence of a trial to a number, less is better.
+    """
 
     objectives: Annotated[tuple[str, ...], Field(min_length=1)] = ("fid", "memorization")
+    limits: dict[str, float] = {}  # upper bounds of rewards: constraints of the search
     extractor: str = "tiny"
     n_samples: Count = 256
     force: bool = False  # take a fid of too few samples all the same
@@ -174,6 +178,16 @@ class RewardsConfig(Strict):
     guidance_from: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of the sampling steps without guidance (arXiv 2411.16738)
     random_words: Annotated[int, Field(ge=0)] = 0  # added to each prompt when sampling (arXiv 2305.20086)
     embedding_noise: NotNegative = 0.0  # on the prompt's encoding when sampling
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The objectives as values are named after them: a user's function by its own name."""
+        return tuple(objective.rpartition(":")[2] for objective in self.objectives)
+
+    @property
+    def functions(self) -> dict[str, str]:
+        """Name to FILE.py:FUNCTION of a user's own objectives."""
+        return {name: objective for name, objective in zip(self.names, self.objectives) if ":" in objective}
 
 
 class SearchConfig(Strict):
@@ -205,12 +219,16 @@ class Config(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def lists_to_tuples(cls, value: Any) -> Any:
-        if isinstance(value, dict) and isinstance(value.get("rewards"), dict):
-            objectives = value["rewards"].get("objectives")
-            if isinstance(objectives, list):
-                return {**value, "rewards": {**value["rewards"], "objectives": tuple(objectives)}}
-        return value
+    def short_forms(cls, value: Any) -> Any:
+        """`rewards: [fid, mine.py:auc]` and `rewards: mine.py:auc` name the objectives alone; lists become tuples."""
+        if not isinstance(value, dict) or "rewards" not in value:
+            return value
+        rewards = value["rewards"]
+        if isinstance(rewards, (str, list)):
+            rewards = {"objectives": [rewards] if isinstance(rewards, str) else rewards}
+        if isinstance(rewards, dict) and isinstance(rewards.get("objectives"), list):
+            rewards = {**rewards, "objectives": tuple(rewards["objectives"])}
+        return {**value, "rewards": rewards}
 
 
 def load_config(source: Path | str | dict, overrides: Sequence[str] = ()) -> Config:
@@ -219,10 +237,20 @@ def load_config(source: Path | str | dict, overrides: Sequence[str] = ()) -> Con
     for override in overrides:
         values = with_override(values, override)
     try:
-        return Config.model_validate(values)
+        config = Config.model_validate(values)
+        return config if isinstance(source, dict) else with_absolute_functions(config, Path(source).resolve().parent)
     except ValidationError as error:
         where = "the config" if isinstance(source, dict) else str(source)
         raise MemControlError(f"{where}: " + "; ".join(explain(problem) for problem in error.errors())) from None
+
+
+def with_absolute_functions(config: Config, folder: Path) -> Config:
+    """A user's own objectives lie relative to the study file; workers may run elsewhere."""
+    objectives = tuple(
+        f"{folder / objective.rpartition(':')[0]}:{name}" if ":" in objective else objective
+        for objective, name in zip(config.rewards.objectives, config.rewards.names)
+    )
+    return config.model_copy(update={"rewards": config.rewards.model_copy(update={"objectives": objectives})})
 
 
 def read_yaml(path: Path) -> dict:

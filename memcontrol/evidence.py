@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
@@ -141,20 +143,54 @@ def trained_fraction(evidence: Evidence) -> dict[str, float]:
 
 COSTS = ("step_gflops", "memory_mib")  # known before training, by memcontrol.cost
 OBJECTIVES = ("fid", "fd_pca", "kid", "memorization", "copy_rate", "trained_fraction", *COSTS)
+LIMITABLE = (*OBJECTIVES, "copy_rate_high", "copy_rate_features", "memorization_pixels", "memorization_features", "mq", "carlini_rate", "mifid")
 
 
-def score(evidence: Evidence) -> dict[str, float]:
-    """Every registered reward of one fine-tuned model."""
-    return {name: float(value) for function in REWARDS.values() for name, value in function(evidence).items()}
+def score(evidence: Evidence, functions: dict[str, str] = {}) -> dict[str, float]:
+    """Every registered reward of one fine-tuned model, and a user's own by name from FILE.py:FUNCTION. Raises MemControlError."""
+    found = {name: float(value) for function in REWARDS.values() for name, value in function(evidence).items()}
+    return found | {name: own_reward(place, evidence) for name, place in functions.items()}
+
+
+def own_reward(place: str, evidence: Evidence) -> float:
+    value = load_function(place)(evidence)
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise MemControlError(f"reward {place} gave {value!r}; it must give a finite number, less is better")
+    return number
+
+
+def load_function(place: str) -> Callable[[Evidence], float]:
+    """The function of FILE.py:FUNCTION. Raises MemControlError where there is none, or the file breaks."""
+    path, _, name = place.rpartition(":")
+    if not Path(path).is_file():
+        raise MemControlError(f"rewards.objectives: '{place}': no such file {path}; write FILE.py:FUNCTION, beside the study file")
+    spec = importlib.util.spec_from_file_location(f"memcontrol_reward_{Path(path).stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise MemControlError(f"rewards.objectives: {path} cannot be imported: {type(error).__name__}: {error}") from error
+    if not callable(getattr(module, name, None)):
+        raise MemControlError(f"rewards.objectives: {path} has no function '{name}'")
+    return getattr(module, name)
 
 
 def check_rewards(rewards: RewardsConfig, n_features: int) -> None:
-    """Raises MemControlError for an unknown objective or too few samples for the FID to rank by anything but chance."""
-    for name in rewards.objectives:
-        if name not in OBJECTIVES:
-            raise MemControlError(f"rewards.objectives: '{name}' is unknown; allowed: {', '.join(OBJECTIVES)}")
-    if len(set(rewards.objectives)) < len(rewards.objectives):
-        raise MemControlError(f"rewards.objectives: {', '.join(rewards.objectives)} names one twice")
+    """Raises MemControlError for an unknown objective or limit, or too few samples for the FID to rank by anything but chance."""
+    for name, objective in zip(rewards.names, rewards.objectives):
+        if ":" in objective:
+            load_function(objective)
+        elif name not in OBJECTIVES:
+            raise MemControlError(f"rewards.objectives: '{name}' is unknown; allowed: {', '.join(OBJECTIVES)}, or FILE.py:FUNCTION")
+    if len(set(rewards.names)) < len(rewards.names):
+        raise MemControlError(f"rewards.objectives: {', '.join(rewards.names)} names one twice")
+    for name in rewards.limits:
+        if name not in (*LIMITABLE, *rewards.names):
+            raise MemControlError(f"rewards.limits: '{name}' is unknown; allowed: {', '.join((*LIMITABLE, *rewards.functions))}")
     if "fid" in rewards.objectives and rewards.n_samples < 4 * n_features and not rewards.force:
         raise MemControlError(
             f"rewards.n_samples is {rewards.n_samples}: fid over {n_features} features needs at least {4 * n_features} to rank by anything "

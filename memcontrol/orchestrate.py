@@ -124,7 +124,8 @@ class Search:
         if sum(record.anchor is None and record.state != "FAIL" for record in records) >= self.config.search.trials:
             return False
         try:
-            choice = suggest(records, self.space, self.config.search.seed, len(self.config.rewards.objectives))
+            rewards = self.config.rewards
+            choice = suggest(records, self.space, self.config.search.seed, len(rewards.objectives), rewards.limits)
         except SpaceExhausted as error:
             if not self.exhausted:
                 self.show(Event({}, "warning", {"text": str(error)}))

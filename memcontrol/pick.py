@@ -31,8 +31,8 @@ def by_number(records: Sequence[Record], number: int) -> Record:
     raise MemControlError(f"trial {number} is not among the finished ones: {', '.join(str(record.number) for record in records)}")
 
 
-def pick(records: Sequence[Record], rule: str = "knee", limits: Sequence[str] = ()) -> Record:
-    """One finished trial that fine-tunes and keeps the limits.
+def pick(records: Sequence[Record], rule: str = "knee", limits: Sequence[str] = (), wanted: dict[str, float] = {}) -> Record:
+    """One finished trial that fine-tunes and keeps the limits, and where any does the study's own, `wanted`.
 
     knee: of the front, the trials at most 5 % worse than full fine-tuning in the first objective (an FID of some hundred
     images errs by more); of those, the ones whose copying cannot be told from chance (the interval of the copy rate reaches
@@ -48,7 +48,8 @@ def pick(records: Sequence[Record], rule: str = "knee", limits: Sequence[str] = 
         best = {name: min(record.rewards[name] for record in complete) for name in {limit.reward for limit in parsed}}
         reached = ", ".join(f"{name} {value:.4g}" for name, value in best.items())
         raise MemControlError(f"no finished trial keeps {' and '.join(limits)}; the least reached: {reached}" if limits else "only the untrained base has finished")
-    points = front_of(allowed)
+    keeping = [record for record in allowed if all(record.rewards[name] <= bound for name, bound in wanted.items())]
+    points = front_of(keeping or allowed)
     if rule == "quality":
         return points[0]
     if rule == "memorization":

@@ -160,7 +160,7 @@ def trial(folder: Path, bench: Bench, progress: Callable[..., None]) -> dict:
         adapter.remove()
     save_samples(folder / SAMPLES, samples)
     trained_at, images = time.monotonic(), samples["images"]
-    rewards = score(evidence(images, spec, bench, n_trained / n_all)) | cost
+    rewards = score(evidence(images, spec, bench, n_trained / n_all), spec.config.rewards.functions) | cost
     result = {
         "state": "COMPLETE", "choice": spec.choice.as_dict(), "rewards": rewards, "n_trained": n_trained, "n_steps": log.n_steps,
         "images_seen": log.images_seen, "first_loss": finite(log.first_loss), "last_loss": finite(log.last_loss),

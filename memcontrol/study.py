@@ -64,7 +64,7 @@ class Study:
         self.inner, self.config = inner, config
 
     def records(self) -> list[Record]:
-        return [record_of(trial, self.config.rewards.objectives) for trial in self.inner.get_trials(deepcopy=False)]
+        return [record_of(trial, self.config.rewards.names) for trial in self.inner.get_trials(deepcopy=False)]
 
     def begin(self, candidates: Sequence[Choice], space: SearchSpace, anchor: str | None = None) -> int:
         """Records a running trial, complete in one transaction: a crash leaves all of it or nothing. Returns its number."""
@@ -82,7 +82,7 @@ class Study:
 
     def finish(self, number: int, results: Sequence[dict]) -> None:
         """Ends a trial with its candidates' results: the knee of the complete ones (the nearest to the ideal of them), or a failure."""
-        objectives = self.config.rewards.objectives
+        objectives = self.config.rewards.names
         complete = [result for result in results if result["state"] == "COMPLETE"]
         values = [[result["rewards"][name] for name in objectives] for result in complete]
         best = complete[knee(values)] if complete else results[0]
@@ -93,10 +93,17 @@ class Study:
                 live.set_user_attr(key, best[key])
         if len(results) > 1:
             live.set_user_attr("tried", [{k: r.get(k) for k in ("choice", "state", "rewards", "reason")} for r in results])
+        for name, excess in excesses(best.get("rewards", {}), self.config.rewards.limits).items():
+            live.set_constraint(name, excess)
         if complete:
             self.inner.tell(number, [best["rewards"][name] for name in objectives])
         else:
             self.inner.tell(number, state=TrialState[best["state"]])
+
+
+def excesses(rewards: dict[str, float], limits: dict[str, float]) -> dict[str, float]:
+    """How far each limited reward lies above its limit; at most 0 where it keeps it."""
+    return {name: rewards[name] - limit for name, limit in limits.items() if name in rewards}
 
 
 def storage_url(config: Config, folder: Path, study_file: Path) -> str:
@@ -118,7 +125,7 @@ def open_study(config: Config, folder: Path, study_file: Path, *, create: bool) 
     if known:
         inner = optuna.load_study(study_name=config.name, storage=storage)
         return Study(inner, agreeing_config(inner, config) if create else stored_config(inner))
-    objectives = list(config.rewards.objectives)
+    objectives = list(config.rewards.names)
     inner = optuna.create_study(study_name=config.name, storage=storage, directions=["minimize"] * len(objectives))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -198,7 +205,7 @@ def distributions(space: SearchSpace) -> dict[str, BaseDistribution]:
     return found | {"rate": FloatDistribution(0, 1)}
 
 
-def suggest(records: Sequence[Record], space: SearchSpace, seed: int, n_objectives: int) -> Choice:
+def suggest(records: Sequence[Record], space: SearchSpace, seed: int, n_objectives: int, limits: dict[str, float] = {}) -> Choice:
     """The next choice, never one that was asked for before: a pure function of the records and the seed.
 
     A study in memory holds the records in the sampler's own coordinates (position in the method's learning-rate range,
@@ -209,7 +216,7 @@ def suggest(records: Sequence[Record], space: SearchSpace, seed: int, n_objectiv
     model = multivariate_tpe(seed)
     mirror = optuna.create_study(sampler=model, directions=["minimize"] * n_objectives)
     for record in records:
-        frozen = mirrored(record, space)
+        frozen = mirrored(record, space, limits)
         if frozen is not None:
             mirror.add_trial(frozen)
     known = [choice for record in records for choice in record.candidates]
@@ -247,10 +254,13 @@ def multivariate_tpe(seed: int) -> optuna.samplers.BaseSampler:
         return optuna.samplers.TPESampler(multivariate=True, constant_liar=True, n_startup_trials=N_SPREAD, seed=seed)
 
 
-def mirrored(record: Record, space: SearchSpace) -> optuna.trial.FrozenTrial | None:
+def mirrored(record: Record, space: SearchSpace, limits: dict[str, float] = {}) -> optuna.trial.FrozenTrial | None:
     """The record in the sampler's coordinates; None where it has none: the anchors outside the space, failures."""
     choice = record.choice
     if choice is None or record.anchor in ("none", "full") or record.state not in ("COMPLETE", "RUNNING"):
         return None
     values = list(record.values.values()) if record.finished else None
-    return create_trial(state=TrialState[record.state], params=space.point_of(choice), distributions=distributions(space), values=values)
+    constraints = {f"constraints:{name}": excess for name, excess in excesses(record.rewards, limits).items()}  # as Trial.set_constraint keeps them
+    return create_trial(
+        state=TrialState[record.state], params=space.point_of(choice), distributions=distributions(space), values=values, system_attrs=constraints
+    )  # fmt: skip

@@ -128,3 +128,18 @@ def test_studies_and_storages_that_are_not_there(tmp_path):
     (tmp_path / "text.db").write_text("this is no database, but it is long enough to be read as one" * 100)
     with pytest.raises(MemControlError, match="storage cannot be opened"):
         opened(tmp_path, storage="sqlite:///text.db")
+
+
+def test_limits_steer_the_sampler_away(tmp_path):
+    """Among many trials of two methods, of which one always breaks a limit, the sampler asks for the other."""
+    study = opened(tmp_path, rewards={"limits": {"copy_rate": 0.02}})
+    rng = random.Random(0)
+    for i in range(24):
+        method = ("lora", "attention")[i % 2]
+        choice = SPACE.choice(SPACE.groups_for(method)[: 1 + i % 3], method, rng.random())
+        told = result(choice, 10.0)
+        told["rewards"]["copy_rate"] = 0.01 if method == "lora" else 0.5
+        study.finish(study.begin([choice], SPACE), [told])
+    records = study.records()
+    counts = [suggest(records, SPACE, seed, 2, study.config.rewards.limits).methods[0] for seed in range(12)]
+    assert counts.count("lora") > 9
