@@ -24,7 +24,8 @@ from memcontrol.config import InnerConfig
 from memcontrol.errors import MemControlError
 from memcontrol.files import read_json, replacing, write_json
 from memcontrol.memory import LossMemory
-from memcontrol.models import Base, Encoded
+from memcontrol.models import Base
+from memcontrol.probe import loss_gap
 from memcontrol.seeds import seed_of
 from memcontrol.shards import deal, exchange
 from memcontrol.train import Loop, Material, Shard
@@ -33,7 +34,6 @@ State = dict[str, Tensor]
 Progress = Callable[..., None]  # (done, total, round=, loss=, skipped=)
 
 POLL_SECONDS = 0.05
-PROBE_IMAGES, PROBE_DRAWS = 64, 4  # of the loss gap
 
 
 @dataclass(frozen=True)
@@ -288,7 +288,7 @@ class Rounds:
                 end["divergence"] = self.average(number)
             if self.inner.stop_gap and number < self.n_rounds - 1 and (self.n_shards == 1 or self.averages(number)):
                 self.take(number)
-                end["gap"] = self.loss_gap()
+                end["gap"] = loss_gap(self.base, self.material.data, self.material.holdout(), self.seed)
                 end["stopped"] = end["gap"] > self.inner.stop_gap
             write_json(self.end_file(number), end)
         for shard in range(self.n_shards if number else 0):
@@ -336,21 +336,6 @@ class Rounds:
             return
         mean = self.read_mean(number)
         self.adapter.load_state(within(kind, mean) | within("offsets" if kind == "weights" else "ema_offsets", mean))
-
-    @torch.no_grad()
-    def loss_gap(self) -> float:
-        """(held-out loss - training loss) / held-out loss, on the same noise and timesteps for both and for every round."""
-        held, known = self.probe(self.material.holdout()), self.probe(self.material.data)
-        return (held - known) / held
-
-    def probe(self, data: Encoded) -> float:
-        losses = []
-        for draw in range(PROBE_DRAWS):
-            generator = torch.Generator().manual_seed(seed_of(self.seed, "probe", draw))
-            clean, text = data.mean[:PROBE_IMAGES].to(self.base.device), data.texts(data.caption_rows[:PROBE_IMAGES])
-            noised = self.base.noised(clean, generator)
-            losses.append(self.base.denoised(noised, {name: tensor.to(self.base.device) for name, tensor in text.items()})[0].mean())
-        return float(torch.stack(losses).mean())
 
     def wait_for_shards(self, number: int) -> None:
         """Until every shard of the round has its file, or the round has ended; rank 0 trains those of a process that died."""

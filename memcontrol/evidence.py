@@ -142,7 +142,8 @@ def trained_fraction(evidence: Evidence) -> dict[str, float]:
 
 
 COSTS = ("step_gflops", "memory_mib")  # known before training, by memcontrol.cost
-OBJECTIVES = ("fid", "fd_pca", "kid", "memorization", "copy_rate", "trained_fraction", *COSTS)
+PROBES = ("loss_gap", "noise_norm_mean", "noise_norm_max", "noise_norm_ratio")  # of the denoiser itself, by memcontrol.probe
+OBJECTIVES = ("fid", "fd_pca", "kid", "memorization", "copy_rate", "trained_fraction", *PROBES, *COSTS)
 LIMITABLE = (*OBJECTIVES, "copy_rate_high", "copy_rate_features", "memorization_pixels", "memorization_features", "mq", "carlini_rate", "mifid")
 
 

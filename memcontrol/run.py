@@ -26,6 +26,8 @@ from memcontrol.features import pixel_features
 from memcontrol.files import read_json, replacing, write_json
 from memcontrol.mitigate import noisy_text, vocabulary, with_random_words
 from memcontrol.models import Base, Encoded, empty_denoiser, load_base, redraw_weights
+from memcontrol.probe import N_IMAGES as N_PROBED
+from memcontrol.probe import probe_rewards
 from memcontrol.seeds import seed_of
 from memcontrol.spec import RESULT, SAMPLES, TRAINING, Spec, read_spec
 from memcontrol.train import Material
@@ -91,8 +93,13 @@ class Bench:
         images = self.train_images(spec)
         return Material(
             self.encoded(spec, images), images.captions, lambda rows: images.take(rows).pixels(),
-            lambda: self.encoded(spec, self.parts(spec)["holdout"]),
+            lambda: self.unseen(spec, "holdout"),
         )  # fmt: skip
+
+    def unseen(self, spec: Spec, part: str) -> Encoded:
+        """The first images of a part that is not trained on, for probes."""
+        images = self.parts(spec)[part]
+        return self.encoded(spec, images.take(range(len(images))[:N_PROBED]))
 
     def cost(self, spec: Spec, data: Encoded) -> dict[str, float]:
         """What the choice costs, from shapes alone: the rewards step_gflops and memory_mib."""
@@ -155,12 +162,13 @@ def trial(folder: Path, bench: Bench, progress: Callable[..., None]) -> dict:
         log = fine_tune(folder, spec, bench, adapter, lambda done, total, **said: progress("train", done, total, **said))
         n_trained, n_all = adapter.n_trained(), sum(parameter.numel() for parameter in base.denoiser.parameters())
         adapter.save(folder, spec.description())
+        probes = probe_rewards(base, material.data, bench.unseen(spec, spec.reference), spec.sampling_seed)
         samples = sample(base, material, spec, lambda done, total: progress("sample", done, total))
     finally:
         adapter.remove()
     save_samples(folder / SAMPLES, samples)
     trained_at, images = time.monotonic(), samples["images"]
-    rewards = score(evidence(images, spec, bench, n_trained / n_all), spec.config.rewards.functions) | cost
+    rewards = score(evidence(images, spec, bench, n_trained / n_all), spec.config.rewards.functions) | probes | cost
     result = {
         "state": "COMPLETE", "choice": spec.choice.as_dict(), "rewards": rewards, "n_trained": n_trained, "n_steps": log.n_steps,
         "images_seen": log.images_seen, "first_loss": finite(log.first_loss), "last_loss": finite(log.last_loss),

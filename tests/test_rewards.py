@@ -10,7 +10,7 @@ import scipy.stats
 from memcontrol.config import RewardsConfig
 from memcontrol.errors import MemControlError
 from memcontrol.features import nearest
-from memcontrol.evidence import COSTS, OBJECTIVES, Evidence, Views, check_rewards, score
+from memcontrol.evidence import COSTS, OBJECTIVES, PROBES, Evidence, Views, check_rewards, score
 from memcontrol.rewards import (
     Estimate, Space, authpct, carlini_rate, copy_rate, copy_rate_in, fd_pca, fid, gaussian, kid, memorization, memorization_in, mifid,
     mq, prdc, wilson,
@@ -137,7 +137,7 @@ def test_mirrored_copies_are_seen_in_pixels():
     rewards = score(evidence)
     assert rewards["copy_rate"] == pytest.approx(0.5, abs=0.03)
     assert rewards["memorization"] > 0.5
-    assert set(OBJECTIVES) - set(COSTS) <= set(rewards)
+    assert set(OBJECTIVES) - {*COSTS, *PROBES} <= set(rewards)
 
 
 def test_rewards_that_cannot_mean_anything_are_refused():

@@ -1,0 +1,43 @@
+"""Owns what is asked of the denoiser itself, on noise and timesteps that are the same for every model: loss gap, noise norms."""
+
+from __future__ import annotations
+
+import torch
+
+from memcontrol.mitigate import noise_norms
+from memcontrol.models import Base, Encoded
+from memcontrol.seeds import seed_of
+
+N_IMAGES, N_DRAWS = 32, 4
+
+
+@torch.no_grad()
+def probed(base: Base, data: Encoded, seed: int, norms: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses, and norms of what a caption changes in the prediction (Wen et al. 2024, arXiv 2407.21720), of the first images:
+    each [draws, images]. Norms are 0 unless asked for."""
+    clean, found = data.mean[:N_IMAGES].to(base.device), []
+    texts = [data.texts(rows) for rows in (data.caption_rows[:N_IMAGES], torch.zeros(len(clean), dtype=torch.long))]
+    for draw in range(N_DRAWS):
+        noised = base.noised(clean, torch.Generator().manual_seed(seed_of(seed, "probe", draw)))
+        text, empty = ({name: tensor.to(base.device) for name, tensor in each.items()} for each in texts)
+        losses, predicted = base.denoised(noised, text)
+        apart = noise_norms(predicted, base.denoised(noised, empty)[1]) if norms and text else torch.zeros_like(losses)
+        found.append((losses.cpu(), apart.cpu()))
+    return torch.stack([losses for losses, _ in found]), torch.stack([apart for _, apart in found])
+
+
+def loss_gap(base: Base, train: Encoded, holdout: Encoded, seed: int) -> float:
+    """(held-out loss - training loss) / held-out loss: 0 without memorization, towards 1 with it."""
+    known, held = (float(probed(base, data, seed)[0].mean()) for data in (train, holdout))
+    return (held - known) / held
+
+
+def probe_rewards(base: Base, train: Encoded, holdout: Encoded, seed: int) -> dict[str, float]:
+    """The loss gap, and MemControl's noise norm of training images: mean, largest (of means over draws), and its ratio to
+    held-out images, without which it means little. Without captions the gap alone."""
+    (known, norms), (held, held_norms) = (probed(base, data, seed, norms=True) for data in (train, holdout))
+    found = {"loss_gap": float((held.mean() - known.mean()) / held.mean())}
+    if not train.text:
+        return found
+    mean, largest, beside = float(norms.mean()), float(norms.mean(0).max()), float(held_norms.mean())
+    return found | {"noise_norm_mean": mean, "noise_norm_max": largest, "noise_norm_ratio": mean / max(beside, 1e-12)}

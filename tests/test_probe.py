@@ -1,0 +1,43 @@
+"""Loss gap and noise norms against the same written out with the plain denoiser, and on a model that has memorized."""
+
+import pytest
+import torch
+
+from memcontrol.adapters import inject
+from memcontrol.probe import N_DRAWS, loss_gap, probe_rewards
+from memcontrol.seeds import seed_of
+from memcontrol.space import Choice, load_space
+
+
+def test_probes_by_hand(base, material):
+    found, held = probe_rewards(base, material.data, material.holdout(), 5), material.holdout()
+    losses, norms = {}, {}
+    for name, data in (("train", material.data), ("held", held)):
+        losses[name], norms[name] = [], []
+        for draw in range(N_DRAWS):
+            generator = torch.Generator().manual_seed(seed_of(5, "probe", draw))
+            noise, timesteps = torch.randn(data.mean.shape, generator=generator), torch.randint(1000, (len(data.mean),), generator=generator)
+            kept = base.schedule.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+            noisy = kept.sqrt() * data.mean + (1 - kept).sqrt() * noise
+            with torch.no_grad():
+                caption, none = (base.denoiser(noisy, timesteps, data.text["prompt_embeds"][rows]).sample for rows in (data.caption_rows, [0] * len(noisy)))
+            losses[name].append(((caption - noise) ** 2).flatten(1).mean(1))
+            norms[name].append((caption - none).flatten(1).norm(dim=1))
+    losses, norms = ({name: torch.stack(each) for name, each in found.items()} for found in (losses, norms))
+    assert found["loss_gap"] == pytest.approx(float((losses["held"].mean() - losses["train"].mean()) / losses["held"].mean()), abs=1e-5)
+    assert found["noise_norm_mean"] == pytest.approx(float(norms["train"].mean()), rel=1e-4)
+    assert found["noise_norm_max"] == pytest.approx(float(norms["train"].mean(0).max()), rel=1e-4)
+    assert found["noise_norm_ratio"] == pytest.approx(float(norms["train"].mean() / norms["held"].mean()), rel=1e-4)
+
+
+def test_the_gap_opens_as_a_model_memorizes(base, material, tmp_path):
+    from memcontrol.config import InnerConfig
+    from memcontrol.ensemble import train
+
+    before = loss_gap(base, material.data, material.holdout(), 1)
+    adapter = inject(base.denoiser, load_space("digits"), Choice(("*",), "full", 2e-3), 0)
+    try:
+        train(base, adapter, material, InnerConfig(budget_images=3200, batch_size=20), seed=0, folder=tmp_path, progress=lambda *_, **said: None)
+        assert loss_gap(base, material.data, material.holdout(), 1) > before + 0.1
+    finally:
+        adapter.remove()
