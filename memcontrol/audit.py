@@ -119,12 +119,12 @@ def check(generated: Pictures, train: Pictures, holdout: Pictures) -> None:
 
 
 def views_of(pictures: Pictures, extract: Callable, progress: Progress) -> Views:
-    """Descriptors of all images, read in chunks: pixels [N, 3072] as they are and mirrored, features [N, D]."""
+    """Descriptors of all images, read in chunks: pixels [N, 3072], features [N, D]."""
     parts: list[tuple[np.ndarray, ...]] = []
     for start in range(0, len(pictures), CHUNK):
         rows = list(range(start, min(start + CHUNK, len(pictures))))
         pixels = pictures.read(rows)
-        parts.append((pixel_features(pixels), pixel_features(pixels[..., ::-1]), extract(pixels)))
+        parts.append((pixel_features(pixels), extract(pixels)))
         progress(pictures.title, rows[-1] + 1, len(pictures))
     return Views(*(np.concatenate(part) for part in zip(*parts)))
 

@@ -21,11 +21,15 @@ N_BALL = 5  # neighbours of precision, recall, density and coverage
 
 @dataclass(frozen=True)
 class Views:
-    """One set of images under the two descriptors: pixels [N, 3072] with their mirror images, and extractor features [N, D]."""
+    """One set of images under the two descriptors: pixels [N, 3072], 32 x 32 in 0..1, and extractor features [N, D]."""
 
     pixels: np.ndarray
-    mirrored: np.ndarray
     features: np.ndarray
+
+    @property
+    def mirrored(self) -> np.ndarray:
+        """The pixels of the mirror images [N, 3072]."""
+        return self.pixels.reshape(-1, 3, 32, 32)[..., ::-1].reshape(len(self.pixels), -1)
 
 
 @dataclass(frozen=True)

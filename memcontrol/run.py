@@ -149,7 +149,7 @@ def start_helper(rank: int) -> subprocess.Popen:
 
 def views_of(pixels: np.ndarray, extract: Callable) -> Views:
     """uint8 [N, 3, H, W] under both descriptors."""
-    return Views(pixel_features(pixels), pixel_features(pixels[..., ::-1]), extract(pixels))
+    return Views(pixel_features(pixels), extract(pixels))
 
 
 def trial(folder: Path, bench: Bench, progress: Callable[..., None]) -> dict:
