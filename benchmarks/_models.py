@@ -19,7 +19,7 @@ def unet(widths: tuple[int, int, int, int], side: int) -> UNet2DConditionModel:
     return UNet2DConditionModel(
         sample_size=side, in_channels=4, out_channels=4, layers_per_block=2, block_out_channels=widths, cross_attention_dim=768,
         down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-        attention_head_dim=8,
+        attention_head_dim=8, norm_num_groups=32 if widths[0] % 32 == 0 else 8,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Time and peak memory of ten shards against one at the same number of steps: LoRA on a U-Net of 55 million random parameters."""
+"""Time and peak memory of ten shards against one at the same number of steps: LoRA on a U-Net of 35 million random parameters."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def measure(shards: str, device: str) -> dict:
     from memcontrol.ensemble import train
     from memcontrol.space import load_space
 
-    base, space = base_of(unet((80, 160, 320, 320), SIDE), device), load_space("sd15-sites-complete")
+    base, space = base_of(unet((64, 128, 256, 256), SIDE), device), load_space("sd15-sites-complete")
     adapter = inject(base.denoiser, space, space.choice(space.groups_for("lora"), "lora", 0.5), 0, shared_a=shards != "1")
     inner = InnerConfig(budget_images=N_STEPS * BATCH, batch_size=BATCH, rounds=N_ROUNDS, ensemble={"shards": int(shards)})
     started = time.perf_counter()

@@ -9,7 +9,7 @@ import statistics
 import time
 
 N_STEPS = 60
-SIZES = {"tiny widths, batch 32 of 8 x 8": ((24, 40, 56, 56), 8, 32), "55 M parameters, batch 8 of 16 x 16": ((80, 160, 320, 320), 16, 8)}
+SIZES = {"tiny widths, batch 32 of 8 x 8": ((24, 40, 56, 56), 8, 32), "35 M parameters, batch 8 of 16 x 16": ((64, 128, 256, 256), 16, 8)}
 
 
 def run(device: str) -> list[dict]:

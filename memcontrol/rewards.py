@@ -202,6 +202,45 @@ def cosine_distance(real, generated, direction: str = "kaggle") -> float:
     return float((1 - np.abs(y @ x.T)).min(1 if direction == "kaggle" else 0).mean())
 
 
+def clip_score(image_embeddings, text_embeddings) -> Estimate:
+    """100 times the mean cosine of each image with its caption, at least 0 each (Hessel et al. 2021, arXiv 2104.08718, without its
+    factor of 2.5): embeddings [n, d] of one CLIP model, row by row."""
+    x, y = unit(matrix(image_embeddings, "image embeddings", 2)), unit(matrix(text_embeddings, "text embeddings", 2))
+    if x.shape != y.shape:
+        raise MemControlError(f"clip_score compares images and captions row by row and got {list(x.shape)} and {list(y.shape)}")
+    scores = 100 * np.maximum((x * y).sum(1), 0)
+    return Estimate(float(scores.mean()), float(scores.std(ddof=1) / math.sqrt(len(scores))))
+
+
+def tile_distances(images, n_tiles: int = 4) -> np.ndarray:
+    """For images [m, C, H, W] in 0..1, the largest root mean square difference of a tile, of n_tiles x n_tiles: [m, m].
+
+    Carlini et al. 2023 (arXiv 2301.13188, section 4.2), in root mean squares so that a threshold holds at any size.
+    """
+    pixels = np.asarray(images, np.float64)
+    m, channels, height, width = pixels.shape
+    high, wide = height // n_tiles, width // n_tiles
+    tiles = pixels[:, :, : high * n_tiles, : wide * n_tiles].reshape(m, channels, n_tiles, high, n_tiles, wide)
+    rows = tiles.transpose(2, 4, 0, 1, 3, 5).reshape(n_tiles**2, m, -1)
+    return np.max([pairwise(tile, tile) for tile in rows], axis=0) / math.sqrt(rows.shape[2])
+
+
+def extraction(generations, threshold: float, least: int = PRESETS["memcontrol2025"]["component"]) -> dict[str, Estimate]:
+    """The share of prompts whose generations [P, m, C, H, W] agree: `component` by `least` images joined by pairs below the
+    threshold (what MemControl's code counts), `clique` by `least` images that all lie below it pairwise (Carlini et al. 2023).
+
+    Calibrate the threshold, the 1 % quantile of `tile_distances` of held-out images: a fixed one passes half of all X-ray pairs.
+    """
+    import networkx
+
+    found = {"component": [], "clique": []}
+    for images in generations:
+        graph = networkx.from_numpy_array(np.triu(tile_distances(images) < threshold, 1))
+        found["component"].append(max(map(len, networkx.connected_components(graph))) >= least)
+        found["clique"].append(max(map(len, networkx.find_cliques(graph))) >= least)
+    return {name: share_of(np.array(hits)) for name, hits in found.items()}
+
+
 def unit(rows: np.ndarray) -> np.ndarray:
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
 

@@ -12,8 +12,8 @@ from memcontrol.errors import MemControlError
 from memcontrol.features import nearest
 from memcontrol.evidence import COSTS, OBJECTIVES, PROBES, Evidence, Views, check_rewards, score
 from memcontrol.rewards import (
-    Estimate, Space, authpct, carlini_rate, copy_rate, copy_rate_in, fd_pca, fid, gaussian, kid, memorization, memorization_in, mifid,
-    mq, prdc, wilson,
+    Estimate, Space, authpct, carlini_rate, clip_score, copy_rate, copy_rate_in, extraction, fd_pca, fid, gaussian, kid, memorization, memorization_in, mifid,
+    mq, prdc, tile_distances, wilson,
 )  # fmt: skip
 
 
@@ -283,3 +283,31 @@ def test_what_is_no_feature_matrix_is_named(bad, words):
     assert words in str(caught.value)
     with pytest.raises(MemControlError, match="3 and of 2 dimensions"):
         fid(normal(5, 3, 0), normal(5, 2, 0))
+
+
+def test_clip_score_is_the_mean_cosine():
+    images, texts = normal(20, 8, 0), normal(20, 8, 1)
+    cosines = [max(a @ b / np.linalg.norm(a) / np.linalg.norm(b), 0) for a, b in zip(images, texts)]
+    found = clip_score(images, texts)
+    assert found == pytest.approx(100 * np.mean(cosines)) and found.error == pytest.approx(100 * np.std(cosines, ddof=1) / math.sqrt(20))
+    with pytest.raises(MemControlError, match="row by row"):
+        clip_score(images, texts[:5])
+
+
+def test_tile_distances_by_hand():
+    images = np.random.default_rng(0).random((3, 2, 8, 12))
+    for i in range(3):
+        for j in range(3):
+            difference = images[i] - images[j]
+            worst = max(np.sqrt(np.mean(difference[:, 2 * a : 2 * a + 2, 3 * b : 3 * b + 3] ** 2)) for a in range(4) for b in range(4))
+            assert tile_distances(images)[i, j] == pytest.approx(worst, abs=1e-7)
+
+
+def test_extraction_tells_chains_from_cliques():
+    """Prompt 0: three alike. Prompt 1: a chain, its ends apart. Prompt 2: all different."""
+    base = np.zeros((3, 8, 8))
+    alike, chain = np.stack([base, base + 0.01, base + 0.02, base + 0.9]), np.stack([base, base + 0.05, base + 0.1, base + 0.9])
+    different = np.stack([base + i / 4 for i in range(4)])
+    found = extraction(np.stack([alike, chain, different]), threshold=0.06)
+    assert found["component"] == pytest.approx(2 / 3) and found["clique"] == pytest.approx(1 / 3)
+    assert found["clique"].low < 1 / 3 < found["clique"].high

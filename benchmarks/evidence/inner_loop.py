@@ -128,7 +128,7 @@ def picture(rows: list[dict], path: Path) -> None:
         one = means(rows, arm)
         axes.scatter(one["fid"], one["copy_rate"], color=colour, s=90, marker="D", edgecolors="black", label=arm)
     axes.axhline(0.01, color="grey", linestyle=":", linewidth=1)
-    axes.set(xlabel="FID on test images (lower is better)", ylabel="copy rate (dotted: false positives)", title="Full fine-tuning on 35 digits, one budget, three seeds")
+    axes.set(xlabel="FID on test images (lower is better)", ylabel="copy rate (dotted: false positives)", title="Full fine-tuning on 35 digits, three seeds and their means")
     axes.legend(fontsize=7)
     figure.savefig(path)
     pyplot.close(figure)
