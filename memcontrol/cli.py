@@ -95,6 +95,16 @@ def add_pick_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--limit", action="append", default=[], metavar="fid<=12", help="keep a reward within a bound (repeatable)")
 
 
+def parsed(top: argparse.ArgumentParser) -> argparse.Namespace:
+    """The arguments; overrides of a search may also stand after its options."""
+    args, rest = top.parse_known_args()
+    if rest and args.command == "search" and all("=" in text and not text.startswith("-") for text in rest):
+        args.overrides += rest
+    elif rest:
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args
+
+
 def whole(least: int):
     def convert(text: str) -> int:
         if int(text) < least:
@@ -106,7 +116,7 @@ def whole(least: int):
 
 
 def main() -> int:
-    args = parser().parse_args()
+    args = parsed(parser())
     try:
         return args.run(args)
     except MemControlError as error:

@@ -104,14 +104,26 @@ def show_search(study_file: Path, screen) -> None:
     study, folder = opened(study_file)
     complete = finished(study.records())
     picked = pick(complete, wanted=study.config.rewards.limits) if any(record.anchor != "none" for record in complete) else None
+    warn_of_full(picked, screen)
     screen.print(study_table(complete, len(load_space(study.config.space).groups), "trials (* on the front, > the pick)", picked))
     if len(study.config.rewards.objectives) > 1:
         front_picture(complete, picked, folder / "front.png", study.config.name)
         screen.print(f"front: {relative(folder / 'front.png')}", highlight=False, soft_wrap=True)
 
 
+def warn_of_full(picked, screen) -> None:
+    """A pick that is the baseline itself must not pass for a mask."""
+    if picked and picked.anchor == "full":
+        screen.print(
+            "warning: no mask comes within 5 % of full fine-tuning's first objective, so the pick is full fine-tuning itself; "
+            'search on with more trials, or bound its copying: memcontrol pick ... --limit "copy_rate_low<=0.01"',
+            style="yellow", highlight=False, soft_wrap=True,
+        )  # fmt: skip
+
+
 def run_status(args: argparse.Namespace) -> int:
     from memcontrol.display import said_of, study_table
+    from memcontrol.orchestrate import is_searching
     from memcontrol.space import load_space
 
     study, folder = opened(args.study)
@@ -119,14 +131,17 @@ def run_status(args: argparse.Namespace) -> int:
     if args.json:
         out_json([record.as_dict(folder) for record in records])
         return 0
-    for state in ("COMPLETE", "RUNNING", "PRUNED", "FAIL"):
-        sys.stdout.write(f"{state.lower()}: {sum(record.state == state for record in records)}\n")
+    searching = is_searching(folder)
+    said = {"COMPLETE": "complete", "RUNNING": "running" if searching else "interrupted", "PRUNED": "pruned", "FAIL": "failed"}
+    for state, word in said.items():
+        sys.stdout.write(f"{word}: {sum(record.state == state for record in records)}\n")
     for record in records:
         if record.reason:
-            sys.stdout.write(f"trial {record.number} {record.state.lower()}: {record.reason}\n")
-        if record.state == "RUNNING":  # or interrupted: the next search goes on with it
-            said = " or ".join(said_of(choice, n_groups) for choice in record.candidates)
-            sys.stdout.write(f"trial {record.number} running ({record.anchor or 'sampled'}): {said}\n")
+            sys.stdout.write(f"trial {record.number} {said[record.state]}: {record.reason}\n")
+        if record.state == "RUNNING":
+            choices = " or ".join(said_of(choice, n_groups) for choice in record.candidates)
+            goes_on = "" if searching else " (the next search goes on with it)"
+            sys.stdout.write(f"trial {record.number} {said['RUNNING']} ({record.anchor or 'sampled'}): {choices}{goes_on}\n")
     printed(study_table(records, n_groups, f"{study.config.name}: finished trials"))
     return 0
 
@@ -170,7 +185,9 @@ def run_pick(args: argparse.Namespace) -> int:
     if args.json:
         out_json(record.as_dict(folder))
     else:
-        printed(study_table([record], len(load_space(study.config.space).groups), f"{study.config.name}: pick", record))
+        printed(study_table([record], len(load_space(study.config.space).groups), f"{study.config.name}: pick", record, study.records()))
+        if args.trial is None:
+            warn_of_full(record, console())
         sys.stdout.write(f"groups: {', '.join(record.choice.groups) or '-'}\nrun: {folder / record.choice.key}\n")
     return 0
 
@@ -203,13 +220,16 @@ def retrain_and_show(
     space = space_of(config)
     space.check_choice(choice)
     out, n_groups = out or folder / "retrain" / choice.key, len(space.groups)
+    baseline = out if choice == full else folder / "retrain" / full.key  # one for every pick of the study
     note = f"retraining {said_of(choice, n_groups)} beside {said_of(full, n_groups)}"
+    if choice == full:
+        note = f"the pick is full fine-tuning itself: retraining {said_of(full, n_groups)} alone"
     with Display(screen, 0, n_groups, 2, note) as display:
-        results = retrain(config, choice, full, folder, out, executor, display.on_event)
+        results = retrain(config, choice, full, folder, out, baseline, executor, display.on_event)
     rewards = {name: result["rewards"] for name, result in results.items()}
     rows = [("baseline", said_of(full, n_groups), rewards[BASELINE]), ("pick", said_of(choice, n_groups), rewards["pick"])]
     screen.print(rewards_table(rows, "retrained on the full training set, scored on test data"))
-    show_pairs(out, rows, screen)
+    show_pairs({"baseline": baseline, "pick": out}, out / "pairs.png", rows, screen)
     screen.print(f"model: {relative(out)} (memcontrol export {relative(out)} OUT)", highlight=False, soft_wrap=True)
     for line in gain_lines(rewards[BASELINE], rewards["pick"]):
         screen.print(line, highlight=False, soft_wrap=True)
@@ -252,20 +272,19 @@ def searched(study_file: Path) -> bool:
     return is_searched(config_of(study_file), folder_of(study_file), study_file)
 
 
-def show_pairs(out: Path, rows, screen) -> None:
+def show_pairs(folders: dict[str, Path], path: Path, rows, screen) -> None:
     from memcontrol.compare import nearest_pairs
     from memcontrol.display import relative
     from memcontrol.pictures import pairs_picture
-    from memcontrol.retrain import BASELINE
     from memcontrol.run import Bench
 
-    bench, folders = Bench(), {"baseline": out / BASELINE, "pick": out}
+    bench = Bench()
     strips = [
         nearest_pairs(folders[name], f"{name}: {text}: {rewards['copy_rate']:.1%} copied; nearest to a training image first", bench)
         for name, text, rewards in rows
     ]
-    pairs_picture(strips, out / "pairs.png")
-    screen.print(f"images beside their nearest training images: {relative(out / 'pairs.png')}", highlight=False, soft_wrap=True)
+    pairs_picture(strips, path)
+    screen.print(f"images beside their nearest training images: {relative(path)}", highlight=False, soft_wrap=True)
 
 
 def read_choice(path: Path):
@@ -282,9 +301,11 @@ def read_choice(path: Path):
 
 
 def run_export(args: argparse.Namespace) -> int:
-    from memcontrol.export import export
+    from memcontrol.export import export, how_to_load
 
-    sys.stdout.write(f"{export(args.run_dir, args.out, args.format)}\n")
+    out = export(args.run_dir, args.out, args.format)
+    sys.stdout.write(f"{out}\n")
+    console().print(how_to_load(args.run_dir, out), highlight=False, soft_wrap=True)
     return 0
 
 
@@ -360,12 +381,17 @@ def shown_space(name: str, base: str) -> str:
 
 def print_survey(found: dict) -> None:
     write, total = sys.stdout.write, found["total"]
-    write(f"{total:,} parameters in all\n")
-    for method, counts in found["methods"].items():
-        cost = counts["cost"]
-        write(f"{method:12} all groups on {counts['all_on']:13,} ({counts['all_on'] / total:8.4%})   off {counts['all_off']:13,}")
-        write(f"   {cost['step_gflops']:,.0f} GFLOP and {cost['memory_mib']:,.0f} MiB for a step of one image\n" if cost else "\n")
     for group in found["groups"]:
         parts = ", ".join(f"{method} {n:,} ({n / total:.4%})" for method, n in group["parameters"].items())
         write(f"{group['name']:24} {len(group['modules']):4} modules  {parts}\n")
         write("".join(f"    {name}\n" for name in group["modules"]))
+    write(f"{total:,} parameters in all\n")
+    for method, counts in found["methods"].items():
+        cost = counts["cost"]
+        write(f"{method:12} all groups on {counts['all_on']:13,} ({counts['all_on'] / total:8.4%})   off {counts['all_off']:13,}")
+        write(f"   {figure(cost['step_gflops'])} GFLOP and {figure(cost['memory_mib'])} MiB for a step of one image\n" if cost else "\n")
+
+
+def figure(value: float) -> str:
+    """Three digits of what is small, no decimals of what is large."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

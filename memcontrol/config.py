@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -241,7 +242,7 @@ def load_config(source: Path | str | dict, overrides: Sequence[str] = ()) -> Con
         return config if isinstance(source, dict) else with_absolute_functions(config, Path(source).resolve().parent)
     except ValidationError as error:
         where = "the config" if isinstance(source, dict) else str(source)
-        raise MemControlError(f"{where}: " + "; ".join(explain(problem) for problem in error.errors())) from None
+        raise MemControlError(f"{where}: {explained(error.errors())}") from None
 
 
 def with_absolute_functions(config: Config, folder: Path) -> Config:
@@ -255,7 +256,7 @@ def with_absolute_functions(config: Config, folder: Path) -> Config:
 
 def read_yaml(path: Path) -> dict:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = with_exponents(yaml.safe_load(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise MemControlError(f"{path}: no such file; give a study file in YAML, see the README for an example") from None
     except IsADirectoryError:
@@ -288,15 +289,32 @@ def placed(values: Any, keys: list[str], value: Any) -> dict:
     return {**inside, keys[0]: placed(inside.get(keys[0]), keys[1:], value) if keys[1:] else value}
 
 
+EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
+
+
 def yaml_number(text: str) -> Any:
-    """YAML 1.1 reads 1e-3 as text; people mean a number."""
-    value = yaml.safe_load(text)
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+    return with_exponents(yaml.safe_load(text))
+
+
+def with_exponents(value: Any) -> Any:
+    """YAML 1.1 reads 1e-3 and 1e4 as text; people mean a number, and a whole one where it is whole."""
+    if isinstance(value, dict):
+        return {key: with_exponents(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [with_exponents(inner) for inner in value]
+    if not isinstance(value, str) or not EXPONENT.fullmatch(value):
+        return value
+    number = float(value)
+    return int(number) if number.is_integer() else number
+
+
+def explained(problems: Sequence[dict]) -> str:
+    """One sentence for each key; what a key of two types could be is joined by "or"."""
+    found: dict[str, str] = {}
+    for said in map(explain, problems):
+        key = said.partition(";")[0]
+        found[key] = f"{found[key]}, or{said.partition(';')[2].removeprefix(' it')}" if key in found and key != said else said
+    return "; ".join(found.values())
 
 
 def explain(problem: dict) -> str:

@@ -39,9 +39,10 @@ def derived_space(denoiser: nn.Module, base: str) -> str:
         for start in range(0, len(numbers), length):
             run = numbers[start : start + length]
             groups[group_name(name, run)] = rf"{name}\.({'|'.join(map(str, run))})\..*" if len(run) > 1 else rf"{name}\.{run[0]}\..*"
+    lower = [float(f"{rate / 10:.3g}") for rate in (LOW, HIGH)]
     values = {
         "description": f"Derived from the blocks of {base} ({type(denoiser).__name__}).", "groups": groups, "methods": list(METHODS),
-        "learning_rate": {**dict.fromkeys(METHODS, [LOW, HIGH]), "attention": [LOW / 10, HIGH / 10], "full": [LOW / 10, HIGH / 10]},
+        "learning_rate": {**dict.fromkeys(METHODS, [LOW, HIGH]), "attention": lower, "full": lower},
         "rank": [2, 4, 8, 16],
     }  # fmt: skip
     return yaml.dump(values, Dumper=Plain, sort_keys=False, width=1000)

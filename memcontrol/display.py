@@ -191,13 +191,15 @@ def cell(key: str, rewards: dict[str, float]) -> str:
     return f"{text} ({rewards['copy_rate_low']:.1%}-{rewards['copy_rate_high']:.1%})" if key == "copy_rate" else text
 
 
-def study_table(records: Sequence[Record], n_groups: int, title: str, picked: Record | None = None) -> Table:
-    """All finished trials, the front marked with *, the pick with >."""
+def study_table(
+    records: Sequence[Record], n_groups: int, title: str, picked: Record | None = None, among: Sequence[Record] | None = None
+) -> Table:
+    """The finished trials of `records`, those on the front (of `among`, or of themselves) marked with *, the pick with >."""
     complete = sorted((record for record in records if record.finished), key=lambda record: tuple(record.values.values()))
-    best = front_of(complete)
+    best = {record.number for record in front_of([record for record in among or complete if record.finished])}
     rows = [
         (
-            f"{'>' if record is picked else ' '}{'*' if record in best else ' '}{record.number}{' ' + record.anchor if record.anchor else ''}",
+            f"{'>' if record is picked else ' '}{'*' if record.number in best else ' '}{record.number}{' ' + record.anchor if record.anchor else ''}",
             said_of(record.choice, n_groups), record.rewards,
         )
         for record in complete

@@ -11,7 +11,7 @@ import torch
 from memcontrol.adapters import ADAPTER_FILE, Adapter, described, inject
 from memcontrol.errors import MemControlError
 from memcontrol.files import disk_full_named, read_json, replacing
-from memcontrol.models import denoiser_name, open_pipeline, redraw_weights
+from memcontrol.models import base_path, denoiser_name, open_pipeline, redraw_weights
 from memcontrol.run import chosen_adapter, scratch_seed
 from memcontrol.space import Choice, parse_space
 from memcontrol.spec import RESULT, Spec, read_spec
@@ -54,6 +54,17 @@ def export(run: Path, out: Path, format: str | None = None) -> Path:
             adapter.fuse()
             (denoiser if format == "denoiser" else pipeline).save_pretrained(out)
     return out
+
+
+def how_to_load(run: Path, out: Path) -> str:
+    """One line that says what an exported folder is and how it is loaded."""
+    base = base_path(read_spec(run).config.base)
+    if (out / LORA_FILE).is_file():
+        return f'a LoRA: DiffusionPipeline.from_pretrained("{base}").load_lora_weights("{out}"); comfyui/ has it for ComfyUI'
+    if (out / ADAPTER_FILE).is_file():
+        return f'an adapter: memcontrol.load_adapter(DiffusionPipeline.from_pretrained("{base}"), "{out}")'
+    kind = "pipeline" if (out / "model_index.json").is_file() else "denoiser"
+    return f'a fused {kind}: {"DiffusionPipeline" if kind == "pipeline" else "its class"}.from_pretrained("{out}"); --format adapter gives a small file instead'
 
 
 def lone_config(adapter: Adapter):

@@ -14,7 +14,7 @@ from memcontrol.executors import ENDS, Event, Executor
 from memcontrol.files import disk_full_named, read_json, write_json
 from memcontrol.space import Choice, SearchSpace, load_space
 from memcontrol.spec import RESULT, Spec
-from memcontrol.study import Record, Study, open_study, suggest
+from memcontrol.study import Record, Study, is_searched, open_study, suggest
 
 Show = Callable[[Event], None]
 N_FAILURES = 3  # this many in a row mean that something other than the choices is wrong
@@ -35,6 +35,8 @@ def search(config: Config, study_file: Path, folder: Path, executor: Executor, s
     Raises MemControlError for what the user must mend; trials not finished stay recorded and run again next time.
     """
     with only_one(folder), disk_full_named(folder):
+        if is_searched(config, folder, study_file):
+            open_study(config, folder, study_file, create=True)  # names keys that differ before the images are blamed for it
         sizes = prepared(config, folder, executor, show)
         study = open_study(config, folder, study_file, create=True)
         on_study(study)
@@ -52,6 +54,15 @@ def only_one(folder: Path) -> Iterator[None]:
             yield
     except Timeout:
         raise MemControlError(f"another search is running in {folder}; wait for it or stop it first") from None
+
+
+def is_searching(folder: Path) -> bool:
+    """Whether a search holds the folder."""
+    try:
+        with only_one(folder):
+            return False
+    except MemControlError:
+        return True
 
 
 def prepared(config: Config, folder: Path, executor: Executor, show: Show) -> dict[str, int]:

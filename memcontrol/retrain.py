@@ -16,9 +16,9 @@ BASELINE = "baseline"
 
 
 def retrain(
-    config: Config, choice: Choice, full: Choice, folder: Path, out: Path, executor: Executor, show: Callable[[Event], None]
+    config: Config, choice: Choice, full: Choice, folder: Path, out: Path, baseline: Path, executor: Executor, show: Callable[[Event], None]
 ) -> dict[str, dict]:
-    """Runs the choice in `out` and full fine-tuning in out/baseline; what is finished there already is kept.
+    """Runs the choice in `out` and full fine-tuning in `baseline`, once where both are the same; what is finished there is kept.
 
     As many passes over the data as in the search, so the budget grows with the training set. Returns both results.
     Raises MemControlError.
@@ -26,14 +26,14 @@ def retrain(
     n_train = len(read_json(folder / "split.json")["parts"]["train"])
     budget = round(config.inner.budget_images / config.search.train_fraction)
     larger = config.model_copy(update={"inner": config.inner.model_copy(update={"budget_images": budget})})
-    space, folders = load_space(config.space), {"pick": (choice, out), BASELINE: (full, out / BASELINE)}
+    space, runs = load_space(config.space), {"pick": (choice, out), BASELINE: (full, baseline)}
     jobs = [
         Spec(larger, space, wanted, folder, "retrain", "test", n_train).as_job(run)
-        for wanted, run in folders.values()
+        for run, wanted in {run: wanted for wanted, run in runs.values()}.items()
         if not finished_with(run, wanted)
     ]
     run_jobs(jobs, executor, show)
-    return {name: complete_result(run) for name, (_, run) in folders.items()}
+    return {name: complete_result(run) for name, (_, run) in runs.items()}
 
 
 def finished_with(run: Path, choice: Choice) -> bool:

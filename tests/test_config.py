@@ -45,7 +45,8 @@ def test_overrides_win_and_take_exponents_and_lists():
         ({"name": "a"}, [], ["'data' is missing"]),
         ({**GOOD, "name": "a/b"}, [], ["'name' is 'a/b'"]),
         ({**GOOD, "data": {"path": "digits", "train": -1}}, [], ["'data.train' is -1"]),
-        (GOOD, ["rewards.objectives=fid"], ["'rewards.objectives' is 'fid'; give a list, such as [fid, memorization]"]),
+        ({**GOOD, "data": {"path": "digits", "train": 1.5}}, [], ["'data.train' is 1.5; it should be less than 1, or should be a valid integer"]),
+        (GOOD, ["rewards.objectives={}"], ["'rewards.objectives' is {}; give a list, such as [fid, memorization]"]),
         (GOOD, ["inner.batch_size"], ["key=value"]),
         (GOOD, ["inner.batch_size=[1"], ["not valid YAML"]),
         (GOOD, ["nonsense=1"], ["unknown key 'nonsense'"]),
@@ -63,6 +64,15 @@ def test_files_that_are_no_studies(tmp_path, text, word):
     path.write_text(text)
     assert word in refused(path)
     assert "no such file" in refused(tmp_path / "missing.yaml")
+
+
+def test_numbers_with_exponents_are_numbers(tmp_path):
+    path = tmp_path / "study.yaml"
+    path.write_text("name: 1e3\ndata: digits\ninner: {budget_images: 1e4, weight_decay: 1e-3}\n")
+    assert refused(path).count("'name' is 1000")
+    path.write_text("name: a\ndata: digits\ninner: {budget_images: 1e4, weight_decay: 1e-3}\n")
+    config = load_config(path)
+    assert (config.inner.budget_images, config.inner.weight_decay) == (10_000, 1e-3)
 
 
 def test_settings_within_settings_can_be_overridden():

@@ -58,6 +58,12 @@ def test_a_search_ends_with_anchors_and_sampled_trials(searched):
     assert (study_folder(searched, "small") / "front.png").stat().st_size > 10_000
 
 
+def test_a_study_begun_with_other_keys_is_refused_by_their_names(searched):
+    for override, words in (("search.seed=5", "search.seed (0 there, 5 here)"), ("data.holdout=65", "data.holdout (64 there, 65 here)")):
+        refused = memcontrol("search", searched, "--workers", 1, override, check=False)
+        assert refused.returncode == 1 and words in refused.stderr
+
+
 def test_searching_again_repeats_nothing_and_more_trials_continue(searched):
     before = trials_of(searched)
     assert "trial" in memcontrol("search", searched).stderr
@@ -136,13 +142,19 @@ def test_retraining_scores_on_test_data_beside_full_fine_tuning(searched, tmp_pa
     (tmp_path / "choice.json").write_text(json.dumps(trial))
     done = memcontrol("retrain", searched, "--choice", tmp_path / "choice.json", "--out", tmp_path / "out")
     assert done.stderr.rstrip().splitlines()[-1].startswith("copy rate: ")
-    for folder in (tmp_path / "out", tmp_path / "out" / "baseline"):
+    full = next(trial for trial in trials_of(searched) if trial["anchor"] == "full")
+    baseline = study_folder(searched, "small") / "retrain" / Path(full["run"]).name
+    for folder in (tmp_path / "out", baseline):
         result = json.loads((folder / "result.json").read_text())
         assert result["state"] == "COMPLETE" and result["reference"] == "test" and result["images_seen"] == 32
     assert json.loads((tmp_path / "out" / "result.json").read_text())["choice"] == trial["choice"]
     assert (tmp_path / "out" / "pairs.png").stat().st_size > 10_000
-    memcontrol("export", tmp_path / "out", tmp_path / "lora")
+    said = memcontrol("export", tmp_path / "out", tmp_path / "lora")
     assert sorted(os.listdir(tmp_path / "lora")) == ["comfyui", "pytorch_lora_weights.safetensors"]
+    assert said.stdout == f"{tmp_path / 'lora'}\n" and f'assets/tiny").load_lora_weights("{tmp_path / "lora"}")' in said.stderr
+    trained_at = (baseline / "result.json").stat().st_mtime_ns
+    done = memcontrol("retrain", searched, "--trial", full["trial"])  # the baseline itself: nothing is trained twice
+    assert "the pick is full fine-tuning itself" in done.stderr and (baseline / "result.json").stat().st_mtime_ns == trained_at
 
 
 def test_a_choice_is_transferred_to_a_study_that_was_never_searched(searched, study_file, photographs, tmp_path):
@@ -200,6 +212,8 @@ def test_ctrl_c_ends_within_seconds_and_says_how_to_go_on(study_file):
         _, stderr = process.communicate(timeout=20)
     finally:
         process.kill()  # one that hangs must not trouble the tests after this
+    said = memcontrol("status", study).stdout
+    assert "running" not in said and "interrupted (" in said and "the next search goes on with it" in said
     assert process.returncode == 130 and "the same command continues" in stderr and "Traceback" not in stderr
     assert time.monotonic() - started < 10
 
