@@ -12,7 +12,7 @@ import math
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -210,48 +210,55 @@ class Rounds:
         from safetensors.torch import save_file
 
         shard = stored.shard
-        tensors = {f"weights {name}": parameter for name, parameter in self.adapter.named_parameters().items()}
-        tensors |= {f"ema {name}": shadow for name, shadow in zip(loop.trained, loop.shadows)}
-        tensors |= {f"moments {name}": value for name, value in loop.moments().items() if self.keeps_moments(number)}
-        tensors |= {"rows": shard.rows, "skips": shard.skips, "skipped": shard.skipped, "queue": shard.queue, "closeness": shard.queue_closeness}
-        tensors["losses"] = torch.tensor(shard.losses, dtype=torch.float64)
+        found = {f"weights {name}": parameter for name, parameter in self.adapter.named_parameters().items()}
+        found |= {f"ema {name}": shadow for name, shadow in zip(loop.trained, loop.shadows)}
+        found |= {f"moments {name}": value for name, value in loop.moments().items() if self.keeps_moments(number)}
+        found |= {"rows": shard.rows, "skips": shard.skips, "skipped": shard.skipped, "queue": shard.queue, "closeness": shard.queue_closeness}
+        found["losses"] = torch.tensor(shard.losses, dtype=torch.float64)
         if shard.memory:
-            tensors |= {"bank": shard.memory.bank, "weight": shard.memory.weight}
+            found |= {"bank": shard.memory.bank, "weight": shard.memory.weight}
         said = {"counts": shard.counts, "exchanged_at": shard.exchanged_at, "scaler": loop.scaler.state_dict(), "records": stored.records}
         with replacing(self.shard_file(number, shard.number)) as part:
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part, {"memcontrol": json.dumps(said)})
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}, part, {"memcontrol": json.dumps(said)})
 
-    def read(self, number: int, shard: int) -> Stored:
+    def read(self, number: int, shard: int, kinds: Collection[str] = ()) -> Stored:
+        """A shard's file; of the large tensors only those of the kinds `weights`, `ema`, `moments` that are asked for."""
         from safetensors import safe_open
 
-        with safe_open(self.shard_file(number, shard), "pt") as file:
+        path = self.shard_file(number, shard)
+        with safe_open(path, "pt") as file:
             said = json.loads(file.metadata()["memcontrol"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            own = {name: file.get_tensor(name) for name in file.keys() if " " not in name}
         memory = None
         if self.inner.skip:
-            memory = LossMemory(self.inner.skip, tensors["bank"].to(self.base.device), tensors["weight"].to(self.base.device))
+            memory = LossMemory(self.inner.skip, own["bank"].to(self.base.device), own["weight"].to(self.base.device))
         state = Shard(
-            shard, tensors["rows"], tensors["skips"], tensors["skipped"], memory, tensors["queue"], tensors["closeness"],
-            tensors["losses"].tolist(), Counter(said["counts"]), said["exchanged_at"],
+            shard, own["rows"], own["skips"], own["skipped"], memory, own["queue"], own["closeness"],
+            own["losses"].tolist(), Counter(said["counts"]), said["exchanged_at"],
         )  # fmt: skip
-        return Stored(state, within("weights", tensors), within("ema", tensors), within("moments", tensors), said["scaler"], said["records"])
+        large = {kind: tensors(path, kind) if kind in kinds else {} for kind in ("weights", "ema", "moments")}
+        return Stored(state, **large, scaler=said["scaler"], records=said["records"])
 
     def start(self, number: int, shard: int) -> Stored:
         """What a shard begins a round with."""
         if number == 0:
             return self.fresh(shard)
-        stored = self.read(number - 1, shard)
+        stored = self.read(number - 1, shard, self.kept_by_shards(number - 1))
         if self.averages(number - 1):
-            mean = self.read_mean(number - 1)
-            stored.weights, stored.ema = within("weights", mean), within("ema", mean)
-            moments = self.inner.ensemble.moments
-            if moments == "averaged":
-                stored.moments = within("moments", mean)
-            if moments == "reset" or within("offsets", mean):  # factors were made anew: their moments belong to others
+            mean = self.mean_file(number - 1)
+            stored.weights, stored.ema = tensors(mean, "weights"), tensors(mean, "ema")
+            stored.moments |= tensors(mean, "moments")
+            if tensors(mean, "offsets"):  # factors were made anew: their moments belong to others
                 stored.moments = {}
         if self.exchanges(number - 1):
             self.change_images(stored.shard, self.members(number - 1)[shard])
         return stored
+
+    def kept_by_shards(self, number: int) -> tuple[str, ...]:
+        """What each shard goes on with as it left it; the rest comes from the round's mean."""
+        if not self.averages(number):
+            return ("weights", "ema", "moments")
+        return ("moments",) if self.inner.ensemble.moments == "kept" else ()
 
     def fresh(self, shard: int) -> Stored:
         data = self.material.data
@@ -273,12 +280,7 @@ class Rounds:
     def offsets(self, number: int) -> State:
         """Of the last averaging before the round."""
         known = [i for i in range(number) if self.mean_file(i).exists()]
-        return within("offsets", self.read_mean(known[-1])) if known else {}
-
-    def read_mean(self, number: int) -> State:
-        from safetensors.torch import load_file
-
-        return load_file(self.mean_file(number))
+        return tensors(self.mean_file(known[-1]), "offsets") if known else {}
 
     def close(self, number: int) -> None:
         """Ends a round: averages if it is due, notes how far the shards were apart, drops the files of the round before."""
@@ -305,37 +307,44 @@ class Rounds:
         """
         from safetensors.torch import save_file
 
-        stored = [self.read(number, shard) for shard in range(self.n_shards)]
+        stored = [self.read(number, shard, ("weights", "ema")) for shard in range(self.n_shards)]
         sizes, offsets = [len(one.shard.rows) for one in stored], self.offsets(number)
         self.adapter.load_state(stored[0].weights | offsets)
         mean = self.adapter.average([one.weights | offsets for one in stored], sizes)
-        tensors = split_offsets(mean, "weights")
+        found = split_offsets(mean, "weights")
         if self.inner.ema:
             last = number == self.n_rounds - 1
             ema = self.adapter.average([one.weights | one.ema | offsets for one in stored], sizes)
             if any(name.endswith(".offset") for name in ema) and not last:
                 ema = mean  # factors were made anew, so their moving average starts from them
-            tensors |= split_offsets({name: tensor.clone() for name, tensor in ema.items()}, "ema")
+            found |= split_offsets({name: tensor.clone() for name, tensor in ema.items()}, "ema")
         if self.inner.ensemble.moments == "averaged":
-            for name in stored[0].moments:
-                tensors[f"moments {name}"] = sum(size * one.moments[name] for size, one in zip(sizes, stored)) / sum(sizes)
+            found |= {f"moments {name}": moment for name, moment in self.mean_moments(number, sizes).items()}
         with replacing(self.mean_file(number)) as part:
-            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, part)
+            save_file({name: tensor.cpu().contiguous() for name, tensor in found.items()}, part)
         trained = list(self.adapter.trained())
         plain = {name: sum(size * one.weights[name] for size, one in zip(sizes, stored)) / sum(sizes) for name in trained}
         apart = sum(float((one.weights[name] - plain[name]).square().sum()) for one in stored for name in trained)
         moved = sum(one.records[-1]["moved"] ** 2 for one in stored)
         return math.sqrt(apart / moved) if moved else 0.0
 
+    def mean_moments(self, number: int, sizes: Sequence[int]) -> State:
+        """One shard's moments after the other: they are twice as large as what is trained."""
+        mean: State = {}
+        for shard, size in enumerate(sizes):
+            for name, moment in tensors(self.shard_file(number, shard), "moments").items():
+                mean[name] = mean.get(name, 0.0) + size / sum(sizes) * moment
+        return mean
+
     def take(self, number: int) -> None:
         """Puts into the adapter what a round ended with, its moving average where there is one."""
         kind = "ema" if self.inner.ema else "weights"
-        if not self.averages(number):
-            stored = self.read(number, 0)
-            self.adapter.load_state(stored.weights | (stored.ema if kind == "ema" else {}) | self.offsets(number))
-            return
-        mean = self.read_mean(number)
-        self.adapter.load_state(within(kind, mean) | within("offsets" if kind == "weights" else "ema_offsets", mean))
+        if self.averages(number):
+            mean = self.mean_file(number)
+            self.adapter.load_state(tensors(mean, kind) | tensors(mean, "offsets" if kind == "weights" else "ema_offsets"))
+        else:
+            stored = self.read(number, 0, ("weights", kind))
+            self.adapter.load_state(stored.weights | stored.ema | self.offsets(number))
 
     def wait_for_shards(self, number: int) -> None:
         """Until every shard of the round has its file, or the round has ended; rank 0 trains those of a process that died."""
@@ -368,9 +377,12 @@ class Rounds:
         return TrainLog(counts["steps"], counts["seen"], mean_of([first for first, _ in tenths]), mean_of([end for _, end in tenths]), record)
 
 
-def within(kind: str, tensors: State) -> State:
-    """The tensors of a kind, by their own names."""
-    return {name.removeprefix(f"{kind} "): tensor for name, tensor in tensors.items() if name.startswith(f"{kind} ")}
+def tensors(path: Path, kind: str) -> State:
+    """The file's tensors of a kind, by their own names."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return {name.removeprefix(f"{kind} "): file.get_tensor(name) for name in file.keys() if name.startswith(f"{kind} ")}
 
 
 def split_offsets(state: State, kind: str) -> State:

@@ -85,7 +85,7 @@ def test_what_is_kept_is_the_mean_of_the_shards_changes(base, trained, method, m
     kept, plain = {}, Rounds.average
 
     def watched(self, number):
-        kept["shards"] = [(len(one.shard.rows), one.weights) for one in (self.read(number, shard) for shard in range(3))]
+        kept["shards"] = [(len(one.shard.rows), one.weights) for one in (self.read(number, shard, ("weights",)) for shard in range(3))]
         return plain(self, number)
 
     monkeypatch.setattr(Rounds, "average", watched)
@@ -121,14 +121,14 @@ def test_moments_after_an_averaging(trained, moments, tmp_path):
 
 
 def test_averaged_moments_are_the_mean_of_the_shards_moments(trained, tmp_path, monkeypatch):
-    from memcontrol.ensemble import within
+    from memcontrol.ensemble import tensors
 
     kept, plain = {}, Rounds.average
 
     def watched(self, number):
-        kept[number] = [(len(one.shard.rows), one.moments) for one in (self.read(number, shard) for shard in range(3))]
+        kept[number] = [(len(one.shard.rows), one.moments) for one in (self.read(number, shard, ("moments",)) for shard in range(3))]
         found = plain(self, number)
-        kept[f"mean {number}"] = within("moments", self.read_mean(number))
+        kept[f"mean {number}"] = tensors(self.mean_file(number), "moments")
         return found
 
     monkeypatch.setattr(Rounds, "average", watched)
