@@ -254,9 +254,20 @@ def with_absolute_functions(config: Config, folder: Path) -> Config:
     return config.model_copy(update={"rewards": config.rewards.model_copy(update={"objectives": objectives})})
 
 
+class EachKeyOnce(yaml.SafeLoader):
+    """The safe loader, but a key given twice is an error: one of the two would be lost in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"key '{key}' is given twice{node.start_mark}")
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path) -> dict:
     try:
-        values = with_exponents(yaml.safe_load(path.read_text(encoding="utf-8")))
+        values = with_exponents(yaml.load(path.read_text(encoding="utf-8"), Loader=EachKeyOnce))
     except FileNotFoundError:
         raise MemControlError(f"{path}: no such file; give a study file in YAML, see the README for an example") from None
     except IsADirectoryError:
@@ -330,6 +341,7 @@ def explain(problem: dict) -> str:
     if problem["type"] == "value_error":  # of a validator of ours, which says it all
         return problem["msg"].removeprefix("Value error, ")
     wanted = problem["msg"].replace("Input should be a valid tuple", "give a list, such as [fid, memorization]").replace("Input should", "it should")
+    wanted = re.sub(r"a valid dictionary or instance of \w+", "keys and values, such as {shards: 4}", wanted)
     return f"key '{key}' is {problem['input']!r}; {wanted[0].lower()}{wanted[1:]}"
 
 

@@ -112,8 +112,13 @@ class Rounds:
             raise MemControlError(f"inner.ensemble.shards is {self.n_shards} and there are {len(material.data.mean)} training images; ask for fewer")
         self.initial = {name: tensor.cpu() for name, tensor in adapter.state().items()} if self.n_shards > 1 else {}  # the adapter still holds it where there is one shard
 
+    def gap(self) -> float:
+        return loss_gap(self.base, self.material.data, self.material.holdout(), self.seed)
+
     def run(self) -> TrainLog:
         last = self.n_rounds - 1
+        if self.inner.stop_gap and self.team.rank == 0 and not (self.folder / "start.json").exists():
+            write_json(self.folder / "start.json", self.gap())  # two sets of images differ a little before anything is learned
         for number in range(self.first_open(), self.n_rounds):
             for shard in range(self.n_shards):
                 if self.team.owns(shard) and not self.shard_file(number, shard).exists():
@@ -176,7 +181,7 @@ class Rounds:
         losses, done = state.losses[n_losses:], state.counts - counts
         stored.records.append({
             "round": number + 1, "shard": shard, "images": len(state.rows),
-            **{name: done[name] for name in ("steps", "seen", "trained", "skipped", "dropped")},
+            **{name: done[name] for name in ("steps", "seen", "trained", "skipped", "dropped", "queued", "surplus")},
             "loss": sum(losses) / len(losses) if losses else None, "moved": self.moved(stored.weights),
             "seconds": round(time.monotonic() - started, 3),
         })  # fmt: skip
@@ -286,11 +291,13 @@ class Rounds:
         """Ends a round: averages if it is due, notes how far the shards were apart, drops the files of the round before."""
         end = {"divergence": None, "gap": None, "stopped": False}
         if not self.end_file(number).exists():
+            if self.n_shards > 1:
+                end["divergence"] = self.divergence(number)
             if self.averages(number):
-                end["divergence"] = self.average(number)
+                self.average(number)
             if self.inner.stop_gap and number < self.n_rounds - 1 and (self.n_shards == 1 or self.averages(number)):
                 self.take(number)
-                end["gap"] = loss_gap(self.base, self.material.data, self.material.holdout(), self.seed)
+                end["gap"] = self.gap() - read_json(self.folder / "start.json")
                 end["stopped"] = end["gap"] > self.inner.stop_gap
             write_json(self.end_file(number), end)
         for shard in range(self.n_shards if number else 0):
@@ -299,12 +306,8 @@ class Rounds:
             for i in range(number):
                 self.mean_file(i).unlink(missing_ok=True)
 
-    def average(self, number: int) -> float:
-        """Writes the mean of the shards, weighted by their images, and of their moving averages. Returns how far they were apart.
-
-        Divergence: root mean square distance from the mean over root mean square distance travelled in the round, in the
-        parameters trained; 0 where all moved alike, near 1 where their moves have nothing in common.
-        """
+    def average(self, number: int) -> None:
+        """Writes the mean of the shards, weighted by their images, of their moving averages and moments."""
         from safetensors.torch import save_file
 
         stored = [self.read(number, shard, ("weights", "ema")) for shard in range(self.n_shards)]
@@ -322,10 +325,21 @@ class Rounds:
             found |= {f"moments {name}": moment for name, moment in self.mean_moments(number, sizes).items()}
         with replacing(self.mean_file(number)) as part:
             save_file({name: tensor.cpu().contiguous() for name, tensor in found.items()}, part)
-        trained = list(self.adapter.trained())
-        plain = {name: sum(size * one.weights[name] for size, one in zip(sizes, stored)) / sum(sizes) for name in trained}
-        apart = sum(float((one.weights[name] - plain[name]).square().sum()) for one in stored for name in trained)
-        moved = sum(one.records[-1]["moved"] ** 2 for one in stored)
+
+    def divergence(self, number: int) -> float:
+        """How far the shards are apart: root mean square distance from their mean over that from where they last were one.
+
+        In the parameters trained, by size; 0 where all moved alike, 1 where their moves have nothing in common.
+        """
+        stored = [self.read(number, shard, ("weights",)) for shard in range(self.n_shards)]
+        earlier = [i for i in range(number) if self.mean_file(i).exists()]
+        start = tensors(self.mean_file(earlier[-1]), "weights") if earlier else self.initial
+        sizes, apart, moved = [len(one.shard.rows) for one in stored], 0.0, 0.0
+        for name in self.adapter.trained():
+            mean = sum(size * one.weights[name] for size, one in zip(sizes, stored)) / sum(sizes)
+            for size, one in zip(sizes, stored):
+                apart += size * float((one.weights[name] - mean).square().sum())
+                moved += size * float((one.weights[name] - start[name]).square().sum())
         return math.sqrt(apart / moved) if moved else 0.0
 
     def mean_moments(self, number: int, sizes: Sequence[int]) -> State:
@@ -373,6 +387,7 @@ class Rounds:
             "rounds": [{"round": number + 1, **end} for number, end in enumerate(ends)],
             "shards": sorted((row for one in stored for row in one.records), key=lambda row: (row["round"], row["shard"])),
             "images": [sorted(one.shard.rows.tolist()) for one in stored], "skips_by_image": skipped.tolist(),
+            "waiting": sum(len(one.shard.queue) for one in stored),
         }  # fmt: skip
         return TrainLog(counts["steps"], counts["seen"], mean_of([first for first, _ in tenths]), mean_of([end for _, end in tenths]), record)
 

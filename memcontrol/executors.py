@@ -82,7 +82,7 @@ class Local(Executor):
 
     def __init__(self, n_workers: int, n_processes: int = 1):
         self.said: queue.Queue = queue.Queue()
-        threads = max(1, (os.cpu_count() or 1) // (n_workers * n_processes))
+        threads = max(1, (os.cpu_count() or 1) // n_workers)  # whatever n_processes: sums round by the number of threads
         self.workers = [Worker(i, threads, self.said, n_processes) for i in range(n_workers)]
 
     def free(self) -> int:

@@ -32,6 +32,8 @@ def export(run: Path, out: Path, format: str | None = None) -> Path:
         raise MemControlError(f"run {run} has not finished; export takes finished runs")
     if format not in (None, *FORMATS):
         raise MemControlError(f"format '{format}' is unknown; allowed: {', '.join(FORMATS)}")
+    if spec.config.inner.from_scratch and format == "adapter":
+        raise MemControlError("this run trained a denoiser that was drawn anew, which no adapter holds; export it with --format pipeline")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise MemControlError(f"{out} exists and is not an empty folder; give another one")
     with disk_full_named(out):
@@ -44,7 +46,7 @@ def export(run: Path, out: Path, format: str | None = None) -> Path:
         config = lone_config(adapter)
         is_lora = config is not None and config.peft_type == "LORA"
         out.mkdir(parents=True, exist_ok=True)
-        if (format or ("adapter" if is_lora else "pipeline")) == "adapter":
+        if (format or ("adapter" if is_lora and not spec.config.inner.from_scratch else "pipeline")) == "adapter":
             if is_lora:
                 write_lora(adapter, denoiser_name(pipeline), out, spec)
             else:

@@ -32,6 +32,7 @@ def prepare(values: dict, folder: Path, bench: Bench, warn: Callable[[str], None
     check_mitigations(config, base)
     resolution = resolution_of(config, base)
     parts = load_parts(config.data, resolution, config.search.seed, warn)
+    check_shards(config, len(parts["train"]))
     record_split(folder / "split.json", parts, config, resolution)
     record_extractor(folder / "extractor.json", extractor.id, config)
     if "fid" in config.rewards.objectives and len(parts["holdout"]) < 4 * n_features:
@@ -56,6 +57,13 @@ def check_mitigations(config: Config, base: Base) -> None:
         raise MemControlError(f"inner.min_snr weighs the steps of a diffusion and base '{config.base}' is a flow; take it out")
     if rewards.guidance_from and not base.family.guides_late:
         raise MemControlError(f"rewards.guidance_from is {rewards.guidance_from}; the pipeline of base '{config.base}' cannot begin guidance late; take it out")
+
+
+def check_shards(config: Config, n_images: int) -> None:
+    """Raises MemControlError where a shard would be empty."""
+    n_train, n_shards = max(1, round(n_images * config.search.train_fraction)), config.inner.ensemble.shards
+    if n_shards > n_train:
+        raise MemControlError(f"inner.ensemble.shards is {n_shards} and there are {n_train} training images; ask for fewer")
 
 
 def resolution_of(config: Config, base) -> int:

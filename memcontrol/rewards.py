@@ -6,7 +6,6 @@ Every value is an Estimate: a float that knows its error or interval. Distances 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 

@@ -206,9 +206,12 @@ def training_record(log: TrainLog, spec: Spec, bench: Bench) -> dict:
     """What training.json holds: each shard's rounds, how far shards were apart, how often each image was skipped, peak memory."""
     names = [record.name for record in bench.train_images(spec).records]
     record = dict(log.record)
-    skips = record.pop("skips_by_image", [])
-    skipped = {name: n for name, n in zip(names, skips) if n}
-    return {"n_steps": log.n_steps, "images_seen": log.images_seen, **record, "skips_by_image": skipped, "peak_mib": round(peak_mib(), 1)}
+    skipped = {name: n for name, n in zip(names, record.pop("skips_by_image", [])) if n}
+    members = [[names[row] for row in rows] for rows in record.pop("images", [])]
+    return {
+        "n_steps": log.n_steps, "images_seen": log.images_seen, **record, "images_of_shards": members, "skips_by_image": skipped,
+        "peak_mib": round(peak_mib(), 1),
+    }  # fmt: skip
 
 
 def peak_mib() -> float:

@@ -31,6 +31,7 @@ OPTIMIZERS: dict[str, Callable] = {
     "sgd": lambda groups, decay: torch.optim.SGD(groups, weight_decay=decay, momentum=0.9),
 }
 FUSED = ("adamw", "adam")
+SCREENINGS = 8  # batches that augmentation by rule `kept` may score for one step
 
 
 @dataclass(frozen=True)
@@ -95,13 +96,10 @@ class Loop:
         if n_kept:
             self.step(n_kept)
 
-    def n_draws(self) -> int:
-        return self.inner.skip.refill if self.inner.skip else 1
-
     def plain_part(self, losses: list[float]) -> int:
         """Gradients of batches until as many images were kept as a batch has, or the draws are used up. How many were kept."""
         n_kept = 0
-        for _ in range(self.n_draws()):
+        for _ in range(self.inner.skip.refill if self.inner.skip else 1):
             n_kept += self.learn(self.draw(), losses, self.inner.batch_size - n_kept)
             if n_kept == self.inner.batch_size:
                 break
@@ -109,8 +107,7 @@ class Loop:
 
     def augmented_part(self, losses: list[float]) -> int:
         """Gradients of a batch of augmented images, once the queue holds one; rule `kept` first scores batches to fill it."""
-        rule = self.inner.augmentation
-        for _ in range(self.n_draws() if rule.rule == "kept" else 0):
+        for _ in range(max(self.inner.skip.refill, SCREENINGS) if self.inner.augmentation.rule == "kept" else 0):
             if not self.queue_is_full():
                 self.screen(self.draw(), losses)
         if not self.queue_is_full():
@@ -173,7 +170,9 @@ class Loop:
             with self.autocast():
                 loss, predicted = self.base.denoised(noised, text)
             keep = self.verdict(loss.detach(), predicted.detach(), noised, text, batch.rows[rows], from_queue)
-            keep &= n_kept + keep.cumsum(0) <= room
+            fits = n_kept + keep.cumsum(0) <= room
+            self.shard.counts["surplus"] += int((keep & ~fits).sum())
+            keep &= fits
             weight = keep.to(loss) * self.weights(noised.timesteps)
             n_kept += (n_new := int(keep.sum()))
             if n_new:
@@ -209,21 +208,22 @@ class Loop:
             self.shard.memory.update(found, batch.noised.timesteps)
 
     def verdict(self, loss: Tensor, predicted: Tensor, noised: Noised, text: Text, rows: Tensor, from_queue: bool) -> Tensor:
-        """Which images [B] to train on now; counts those skipped and queues those that are to be augmented."""
+        """Which images [B] to train on now; counts those dropped and skipped, and queues those that are to be augmented."""
         keep = torch.ones_like(loss, dtype=torch.bool)
         if self.inner.norm_threshold:
             keep &= below_threshold(noise_norms(predicted, self.without_caption(noised, text)), self.inner.norm_threshold)
             self.shard.counts["dropped"] += len(keep) - int(keep.sum())
         if not self.shard.memory or (from_queue and not self.inner.augmentation.retest):
             return keep
-        known = self.shard.memory.keeps(loss, noised.timesteps)
-        self.count_skips(rows[~known.cpu()])
+        known_too_well = keep & ~self.shard.memory.keeps(loss, noised.timesteps)
+        self.count_skips(rows[known_too_well.cpu()])
+        keep &= ~known_too_well
         if self.inner.augmentation and not from_queue:
             closeness = self.shard.memory.closeness(loss, noised.timesteps)
-            waits = keep & known & ((closeness < self.inner.augmentation.bar) | (self.inner.augmentation.rule == "kept"))
+            waits = keep & ((closeness < self.inner.augmentation.bar) | (self.inner.augmentation.rule == "kept"))
             self.enqueue(rows[waits.cpu()], closeness[waits])
             keep &= ~waits
-        return keep & known
+        return keep
 
     def count_skips(self, rows: Tensor) -> None:
         for counts in (self.shard.skips, self.shard.skipped):
@@ -233,6 +233,7 @@ class Loop:
     def enqueue(self, rows: Tensor, closeness: Tensor) -> None:
         self.shard.queue = torch.cat([self.shard.queue, rows])
         self.shard.queue_closeness = torch.cat([self.shard.queue_closeness, closeness.cpu()])
+        self.shard.counts["queued"] += len(rows)
 
     @torch.no_grad()
     def without_caption(self, noised: Noised, text: Text) -> Tensor:

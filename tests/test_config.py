@@ -58,7 +58,7 @@ def test_mistakes_are_named(values, overrides, words):
         assert word in message
 
 
-@pytest.mark.parametrize("text, word", [("- 1\n", "holds list, not keys"), ("", "is empty; a study file has name"), ("a: [", "not valid YAML"), ("!!python/object/apply:os.getcwd []", "not valid YAML")])
+@pytest.mark.parametrize("text, word", [("- 1\n", "holds list, not keys"), ("", "is empty; a study file has name"), ("a: [", "not valid YAML"), ("name: a\nname: b\n", "key 'name' is given twice"), ("!!python/object/apply:os.getcwd []", "not valid YAML")])
 def test_files_that_are_no_studies(tmp_path, text, word):
     path = tmp_path / "study.yaml"
     path.write_text(text)

@@ -219,7 +219,24 @@ def test_the_rule_kept_trains_nothing_but_augmented_images(loop):
     assert one.shard.counts["steps"] == one.shard.counts["augmented_batches"] == 1 and len(one.shard.queue) == 0
     full = loop(skip=SkipConfig(), augmentation=AugmentationConfig(rule="kept"), bank=1e6)
     full.slot(0.5)
-    assert full.shard.counts["steps"] == 0 and full.shard.counts["skipped"] == 8 and len(full.shard.queue) == 0
+    assert full.shard.counts["steps"] == 0 and full.shard.counts["skipped"] == 8 * 8 and len(full.shard.queue) == 0
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        {"skip": {"refill": 3}}, {"skip": {}, "augmentation": {}}, {"skip": {}, "augmentation": {"rule": "kept"}},
+        {"skip": {"refill": 2}, "augmentation": {"retest": False}, "norm_threshold": "decile", "batch_size": 10}, {"norm_threshold": 0.5},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_every_image_that_was_seen_is_accounted_for(loop, inner):
+    one = loop(**inner, bank=0.2 if "skip" in inner else None)
+    for _ in range(6):
+        one.slot(0.5)
+    counts = one.shard.counts
+    assert counts["seen"] == sum(counts[name] for name in ("trained", "skipped", "dropped", "queued", "surplus"))
+    assert counts["trained"] and counts["skipped"] == one.shard.skipped.sum()
 
 
 def test_the_strength_of_augmentation_follows_the_closeness(loop, monkeypatch):
