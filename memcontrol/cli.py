@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from memcontrol import __version__, commands
+from memcontrol import __version__, commands, interrupt
 from memcontrol.errors import MemControlError
 
 STUDY_HELP = "the study's YAML file"
@@ -117,6 +117,7 @@ def whole(least: int):
 
 def main() -> int:
     args = parsed(parser())
+    interrupt.remember()
     try:
         return args.run(args)
     except MemControlError as error:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from memcontrol import interrupt
 from memcontrol.config import Config
 from memcontrol.errors import MemControlError, SpaceExhausted
 from memcontrol.executors import ENDS, Event, Executor
@@ -69,6 +70,7 @@ def prepared(config: Config, folder: Path, executor: Executor, show: Show) -> di
     """Checks data, base and space in a worker, where their libraries are loaded anyway. Returns the sizes of the parts."""
     executor.submit({"prepare": str(folder), "config": config.model_dump(mode="json")})
     while True:
+        interrupt.check()
         for event in executor.events(1.0):
             show(event)
             if event.kind in ENDS:
@@ -102,6 +104,7 @@ class Search:
             if not any(record.anchor == anchor for record in records):
                 self.admit(self.study.begin(candidates, self.space, anchor), tuple(candidates))
         while self.fill() or self.open:
+            interrupt.check()
             for event in self.executor.events(1.0):
                 self.show(event)
                 if event.kind in ENDS:

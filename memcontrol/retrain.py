@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from memcontrol import interrupt
 from memcontrol.config import Config
 from memcontrol.errors import MemControlError
 from memcontrol.executors import ENDS, Event, Executor
@@ -49,6 +50,7 @@ def finished_with(run: Path, choice: Choice) -> bool:
 def run_jobs(jobs: list[dict], executor: Executor, show: Callable[[Event], None]) -> None:
     waiting, n_left = list(jobs), len(jobs)
     while n_left:
+        interrupt.check()
         while waiting and executor.free():
             executor.submit(waiting.pop(0))
         for event in executor.events(1.0):
