@@ -182,14 +182,17 @@ def trial(folder: Path, bench: Bench, progress: Callable[..., None]) -> dict:
 
 def fine_tune(folder: Path, spec: Spec, bench: Bench, adapter: Adapter, progress: Callable[..., None], team: Team | None = None) -> TrainLog:
     """Trains the injected adapter, its rounds kept in the trial's folder; alone, or with the other processes of a team."""
-    team = team or bench.team(folder, spec)
     base, identity = bench.base(spec.config), f"{spec.config.base} {spec.choice} {spec.space} {bench.train_images(spec).digest}"
     if spec.config.inner.gradient_checkpointing:
         base.denoiser.enable_gradient_checkpointing()
-    return train(
-        base, adapter, bench.material(spec), spec.config.inner, seed=spec.seed, folder=folder / ROUNDS, identity=identity,
-        progress=progress, team=team,
-    )  # fmt: skip
+    try:
+        return train(
+            base, adapter, bench.material(spec), spec.config.inner, seed=spec.seed, folder=folder / ROUNDS, identity=identity,
+            progress=progress, team=team or bench.team(folder, spec),
+        )  # fmt: skip
+    except BaseException:
+        bench.close()  # helpers would wait for ever for the end of a round that never comes, and for the next trial with it
+        raise
 
 
 def help_train(folder: Path, rank: int, size: int, bench: Bench) -> None:

@@ -1,7 +1,6 @@
 """Rounds over shards: averaging and exchange against the same written out, resuming to the bit, several processes."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -290,10 +289,24 @@ def test_processes_that_share_a_trials_shards_change_no_number(tmp_path):
 
 
 def test_a_helper_that_dies_is_done_without(tmp_path, monkeypatch):
-    alone, _ = run_trial(folder_of_trial(tmp_path, "alone"))
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
+    run_trial(folder_of_trial(tmp_path, "alone"))
     monkeypatch.setattr("memcontrol.run.Bench.team", lambda self, folder, spec: Team(0, 2, lambda rank: rank == 0))
-    left, _ = run_trial(folder_of_trial(tmp_path, "left", processes=2))
+    run_trial(folder_of_trial(tmp_path, "left", processes=2))
     assert same(*(load_file(tmp_path / name / "adapter.safetensors") for name in ("alone", "left")))
-    assert os.path.exists(tmp_path / "left" / "result.json")
+
+
+def test_a_trial_that_diverges_leaves_no_helper_behind_that_waits(tmp_path):
+    """The next trial of the same worker would wait for it, and it for the end of the trial that diverged."""
+    from memcontrol.errors import Diverged
+    from memcontrol.run import Bench, trial
+
+    wild = INNER | {"max_grad_norm": 1e30, "skip": None, "redistribution": None, "augmentation": None}
+    first, bench = folder_of_trial(tmp_path, "wild", wild, processes=2), Bench()
+    spec = json.loads((first / "spec.json").read_text())
+    spec["choice"]["learning_rate"] = 1e30
+    (first / "spec.json").write_text(json.dumps(spec))
+    with pytest.raises(Diverged):
+        trial(first, bench, lambda *_, **said: None)
+    assert all(process.poll() is not None for process in bench.helpers.values()) and bench.helpers
+    assert trial(folder_of_trial(tmp_path, "next", processes=2), bench, lambda *_, **said: None)["state"] == "COMPLETE"
+    bench.close()
