@@ -3,6 +3,15 @@
 __version__ = "0.1.0"
 
 
+def __getattr__(name):
+    """`memcontrol.reward` marks a reward of a user's own; imported when it is asked for, since it brings numpy and torch."""
+    if name == "reward":
+        from memcontrol.evidence import reward
+
+        return reward
+    raise AttributeError(f"module 'memcontrol' has no attribute '{name}'")
+
+
 def load_adapter(pipeline, path):
     """Puts an exported adapter into a diffusers pipeline; see memcontrol.export.load_adapter."""
     from memcontrol.export import load_adapter as load

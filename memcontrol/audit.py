@@ -14,9 +14,10 @@ from PIL import Image
 
 from memcontrol.data import Images, checked, read_captions, squared
 from memcontrol.errors import MemControlError
-from memcontrol.evidence import Evidence, Views, score
+from memcontrol.evidence import N_PAIRED, Evidence, Views, broken_images, extraction_rewards, flat, score
 from memcontrol.extractors import load_extractor
 from memcontrol.features import nearest, pixel_features
+from memcontrol.figures import FIGURES, written
 from memcontrol.files import replacing, write_json
 from memcontrol.models import load_base
 from memcontrol.rewards import CLIP, FALSE_POSITIVES, Space, ratio, real_ratios, threshold_of
@@ -25,6 +26,7 @@ from memcontrol.seeds import seed_of
 CHUNK = 512
 SIDE = 64  # pixels of a side, to which every image is brought: descriptors use 32, the report shows this
 FEWEST = 8
+N_ATTACK = 10  # images of each attacked caption
 N_SHOWN = 24
 BLIND = (
     "Whole-image copies in these two descriptors are all that is seen: not parts of images, not style, not facts about a person.",
@@ -72,25 +74,39 @@ def sampled_pictures(pixels: np.ndarray) -> Pictures:
     return Pictures("generated", names, tuple("" for _ in names), read)
 
 
-def samples_of(model: str, captions: list[str], n: int, steps: int, guidance: float, seed: int, progress: Progress) -> Pictures:
-    """n images of a pipeline (a folder or Hub id in diffusers' format), from captions drawn at random. Raises MemControlError."""
+def samples_of(
+    model: str, captions: list[str], n: int, n_attacked: int, steps: int, guidance: float, seed: int, progress: Progress
+) -> tuple[Pictures, np.ndarray | None]:
+    """n images of a pipeline (a folder or Hub id in diffusers' format), from captions drawn at random; and N_ATTACK of each of
+    n_attacked captions, [P, N_ATTACK, 3, H, W], None where there are no captions. Raises MemControlError."""
     base = load_base(model)
-    drawn = np.random.default_rng(seed_of(seed, "captions")).choice(captions or [""], size=n).tolist()
-    pixels = base.sample(
-        base.encode_captions(drawn), base.encode_captions([""]), seeds=[seed_of(seed, "noise", i) for i in range(n)], steps=steps,
-        guidance=guidance, resolution=base.resolution, progress=lambda done, total: progress("sampling", done, total),
-    )  # fmt: skip
-    return sampled_pictures(pixels)
+
+    def sampled(title: str, drawn: list[str]) -> np.ndarray:
+        return base.sample(
+            base.encode_captions(drawn), base.encode_captions([""]), seeds=[seed_of(seed, title, i) for i in range(len(drawn))], steps=steps,
+            guidance=guidance, resolution=base.resolution, progress=lambda done, total: progress(title, done, total),
+        )  # fmt: skip
+
+    pixels = sampled("sampling", np.random.default_rng(seed_of(seed, "captions")).choice(captions or [""], size=n).tolist())
+    prompts = np.random.default_rng(seed_of(seed, "attacked")).permutation(sorted(set(captions)))[:n_attacked].tolist()
+    attack = sampled("extraction attack", [prompt for prompt in prompts for _ in range(N_ATTACK)]) if prompts else None
+    return sampled_pictures(pixels), None if attack is None else attack.reshape(len(prompts), N_ATTACK, *attack.shape[1:])
 
 
-def audit(generated: Pictures, train: Pictures, holdout: Pictures, extractor: str, progress: Progress) -> dict:
-    """Every figure of the audit, as audit.json holds it. Raises MemControlError where the images cannot be judged."""
+def audit(
+    generated: Pictures, train: Pictures, holdout: Pictures, extractor: str, progress: Progress, attack: np.ndarray | None = None
+) -> dict:
+    """Every figure of the audit, as audit.json holds it; `attack` is what an extraction attack sampled, uint8 [P, m, 3, H, W].
+    Raises MemControlError where the images cannot be judged."""
     check(generated, train, holdout)
     network = load_extractor(extractor)
     views = [views_of(pictures, network.extract, progress) for pictures in (generated, train, holdout)]
-    check_generated(views[0])
+    if broken := broken_images(views[0].pixels):
+        raise MemControlError(f"{broken}, so nothing can be judged")
     evidence = Evidence(*views)
-    rewards = score(evidence)
+    progress("judging", 0, 2)
+    rewards = flat(score(evidence) | attacked(attack, holdout))
+    progress("judging", 1, 2)
     space = evidence.space("pixels")
     suspicion, limit = ratio(space.to_train[0], space.to_holdout), threshold_of(real_ratios(space))
     order = np.argsort(suspicion, kind="stable")
@@ -104,8 +120,16 @@ def audit(generated: Pictures, train: Pictures, holdout: Pictures, extractor: st
     return {
         "verdict": verdict(rewards, len(generated)), "sizes": {part.title: len(part) for part in (generated, train, holdout)},
         "extractor": network.id, "side": SIDE, "threshold": float(limit), "rewards": rewards, "copies": copies,
-        "duplicates": duplicates(space, train), "cannot_see": list(BLIND),
+        "duplicates": duplicates(space, train, progress), "cannot_see": list(BLIND),
     }  # fmt: skip
+
+
+def attacked(attack: np.ndarray | None, holdout: Pictures) -> dict[str, float]:
+    """What the extraction attack found, all images brought to one size."""
+    if attack is None:
+        return {}
+    small = sampled_pictures(attack.reshape(-1, *attack.shape[2:])).read(list(range(attack.shape[0] * attack.shape[1])))
+    return extraction_rewards(small.reshape(*attack.shape[:2], *small.shape[1:]), holdout.read(list(range(len(holdout))[:N_PAIRED])))
 
 
 def check(generated: Pictures, train: Pictures, holdout: Pictures) -> None:
@@ -129,20 +153,20 @@ def views_of(pictures: Pictures, extract: Callable, progress: Progress) -> Views
     return Views(*(np.concatenate(part) for part in zip(*parts)))
 
 
-def check_generated(views: Views) -> None:
-    """Raises MemControlError for images that a broken model makes."""
-    flat = views.pixels.reshape(len(views.pixels), 3, -1).std(axis=2).max(axis=1) < 1e-3
-    if flat.mean() > 0.5:
-        raise MemControlError(f"{flat.mean():.0%} of the generated images are one flat colour; the model is broken (NaN, wrong precision or scaling), so nothing can be judged")
+def duplicates(space: Space, train: Pictures, progress: Progress) -> list[dict]:
+    """Pairs of training images at less than half the distance that 99 % of held-out images keep from their nearest training image.
 
-
-def duplicates(space: Space, train: Pictures) -> list[dict]:
-    """Pairs of training images at less than half the distance that 99 % of held-out images keep from their nearest training image."""
-    distances, indices = nearest(space.train, space.train, 2)
-    other = np.where(indices[:, 0] == np.arange(len(indices)), indices[:, 1], indices[:, 0])
-    limit = 0.5 * np.quantile(space.held_to_train, FALSE_POSITIVES)
-    close = np.flatnonzero(distances[:, 1] < limit)
-    pairs = {tuple(sorted((int(i), int(other[i])))): float(distances[i, 1]) for i in close}
+    8 x 8 thumbnails are compared first: block means times 4 are an orthogonal projection, so no pair is nearer than its thumbnails.
+    """
+    limit, pairs = 0.5 * np.quantile(space.held_to_train, FALSE_POSITIVES), {}
+    small = 4 * space.train.reshape(-1, 3, 8, 4, 8, 4).mean((3, 5)).reshape(-1, 192)
+    for start in range(0, len(small), CHUNK):
+        rows = np.arange(start, min(start + CHUNK, len(small)))
+        near = rows[nearest(small[rows], small, 2)[0][:, 1] < limit]
+        distances, indices = nearest(space.train[near], space.train, 2) if len(near) else (np.empty((0, 2)), np.empty((0, 2), int))
+        other = np.where(indices[:, 0] == near, indices[:, 1], indices[:, 0])
+        pairs |= {tuple(sorted((int(i), int(j)))): float(d) for i, j, d in zip(near, other, distances[:, 1]) if d < limit}
+        progress("duplicates", int(rows[-1]) + 1, len(small))
     return [{"images": [train.names[i], train.names[j]], "distance": d} for (i, j), d in sorted(pairs.items(), key=lambda pair: pair[1])]
 
 
@@ -150,7 +174,7 @@ def verdict(rewards: dict[str, float], n: int) -> str:
     """One sentence with its error."""
     rate, low, high = (rewards[f"copy_rate{end}"] for end in ("", "_low", "_high"))
     said = f"{rate:.1%} of {n} images ({low:.1%} to {high:.1%}) are nearer to a training image than {1 - FALSE_POSITIVES:.0%} of real images are, where {FALSE_POSITIVES:.0%} is chance"
-    m, error, p = rewards["memorization"], rewards["memorization_sd"], rewards["memorization_p"]
+    m, error, p = rewards["memorization"], rewards["memorization_error"], rewards["memorization_p"]
     beside = f"memorization distance {m:.2f} +- {error:.2f} of at most {CLIP:.2f}, p = {p:.3f}"
     if low > FALSE_POSITIVES:
         return f"Copying is visible: {said}; {beside}."
@@ -184,27 +208,10 @@ def png(image: np.ndarray) -> str:
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-FIGURES = {
-    "copy_rate": ("copied, by pixels", "{:.1%}", "share nearer to a training image than 99 % of real images; about 1 % is chance"),
-    "copy_rate_features": ("copied, by features", "{:.1%}", "the same with the feature network"),
-    "memorization_pixels": ("memorization distance, pixels", "{:.3f}", "mean clipped log of distance to held-out over distance to training images; 0 without copying"),
-    "memorization_features": ("memorization distance, features", "{:.3f}", "the same with the feature network"),
-    "amd_train": ("mean distance to training images", "{:.2f}", "read the next two beside it: alone it says nothing"),
-    "amd_holdout": ("mean distance to held-out images", "{:.2f}", "of the generated images"),
-    "amd_holdout_train": ("held-out to training images", "{:.2f}", "what real images have"),
-    "mq": ("MQ, images below 0.5", "{:.0f}", "IET-AGC's count; homogeneous data raise it without copying"),
-    "carlini_rate": ("Carlini's rate", "{:.1%}", "nearest distance below half the mean of the 50 nearest"),
-    "authpct": ("AuthPct", "{:.1f}", "low: copying; compare with the held-out images' value"),
-    "authpct_holdout": ("AuthPct of held-out images", "{:.1f}", "what copying nothing gives"),
-    "fid": ("FID against held-out images", "{:.2f}", "quality; biased upward at small numbers"),
-    "kid": ("KID against held-out images", "{:.4f}", "quality, unbiased"),
-}  # fmt: skip
-
-
-def interval(name: str, rewards: dict[str, float], form: str) -> str:
-    if name == "copy_rate":
-        return f" ({form.format(rewards['copy_rate_low'])} to {form.format(rewards['copy_rate_high'])})"
-    return f" +- {form.format(rewards['kid_error'])}" if name == "kid" else ""
+SHOWN = (
+    "copy_rate", "copy_rate_features", "memorization_pixels", "memorization_features", "amd_train", "amd_holdout", "amd_holdout_train", "mq",
+    "carlini_rate", "authpct", "authpct_holdout", "extraction_component", "extraction_clique", "fid", "kid",
+)  # fmt: skip
 
 
 STYLE = """
@@ -222,8 +229,7 @@ figure img { width: 5rem; image-rendering: pixelated; margin-right: 2px; } .copy
 def page(found: dict, cards: str) -> str:
     rewards, sizes = found["rewards"], ", ".join(f"{n:,} {title}" for title, n in found["sizes"].items())
     rows = "".join(
-        f"<tr><td>{title}</td><td>{form.format(rewards[name])}{interval(name, rewards, form)}</td><td>{meaning}</td></tr>"
-        for name, (title, form, meaning) in FIGURES.items()
+        f"<tr><td>{FIGURES[name].title}</td><td>{written(name, rewards)}</td><td>{FIGURES[name].meaning}</td></tr>" for name in SHOWN if name in rewards
     )
     twins = "".join(f"<li>{html.escape(a)} and {html.escape(b)}</li>" for a, b in (pair["images"] for pair in found["duplicates"]))
     return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">

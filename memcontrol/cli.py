@@ -70,11 +70,20 @@ def parser() -> argparse.ArgumentParser:
     audit.add_argument("--out", type=Path, default=Path("audit"), help="folder for audit.json and audit.html (default: audit)")
     audit.add_argument("--extractor", default="tiny", help="the feature network (default: tiny, which knows characters)")
     audit.add_argument("--samples", type=whole(8), default=256, metavar="N", help="images to sample from a pipeline (default: 256)")
+    audit.add_argument("--attacked", type=whole(0), default=0, metavar="N", help="captions for an extraction attack on a pipeline, 10 images each (default: 0)")
     audit.add_argument("--steps", type=whole(1), default=20, help="sampling steps (default: 20)")
     audit.add_argument("--guidance", type=float, default=1.0, help="guidance scale (default: 1)")
     audit.add_argument("--seed", type=int, default=0, help="of captions and noise (default: 0)")
     audit.add_argument("--skip-unreadable", action="store_true", help="skip images that cannot be decoded instead of stopping")
     audit.add_argument("--json", action="store_true", help="print audit.json on stdout as well")
+
+    compare = command("compare", commands.run_compare, "two runs figure by figure, in pairs over their common prompts")
+    compare.add_argument("run_a", type=Path, metavar="RUN_DIR", help="a run folder, of a trial or of retrain")
+    compare.add_argument("run_b", type=Path, metavar="RUN_DIR", help="another, of the same study and kind")
+    compare.add_argument("--json", action="store_true", help="one JSON object on stdout")
+
+    rewards = command("rewards", commands.run_rewards, "list every figure: direction, interval, cost, meaning")
+    rewards.add_argument("--json", action="store_true", help="one JSON object on stdout")
 
     spaces = command("spaces", commands.run_spaces, "list, show or check search spaces")
     actions = spaces.add_subparsers(dest="action", required=True, metavar="list | show | check", help="what to do")

@@ -18,6 +18,12 @@ if TYPE_CHECKING:
     from memcontrol.executors import Executor
 
 
+ONCE = (
+    "warning: some of these were measured once only, as the search chose them, and may look better than they are; the end of the search "
+    "measures them again"
+)
+
+
 def console():
     from rich.console import Console
 
@@ -96,19 +102,21 @@ def search_and_show(study_file: Path, config: Config, executor: Executor) -> Non
 
 
 def show_search(study_file: Path, screen) -> None:
-    from memcontrol.display import relative, study_table
+    from memcontrol.display import cheap_line, relative, study_table
     from memcontrol.pick import finished, pick
     from memcontrol.pictures import front_picture
     from memcontrol.space import load_space
 
     study, folder = opened(study_file)
     complete = finished(study.records())
-    picked = pick(complete, wanted=study.config.rewards.limits) if any(record.anchor != "none" for record in complete) else None
+    picked = pick(complete, wanted=study.limits) if any(record.anchor != "none" for record in complete) else None
     warn_of_full(picked, screen)
-    screen.print(study_table(complete, len(load_space(study.config.space).groups), "trials (* on the front, > the pick)", picked))
+    screen.print(study_table(complete, len(load_space(study.config.space).groups), "trials", picked))
     if len(study.config.rewards.objectives) > 1:
         front_picture(complete, picked, folder / "front.png", study.config.name)
         screen.print(f"front: {relative(folder / 'front.png')}", highlight=False, soft_wrap=True)
+    if line := cheap_line(complete):
+        screen.print(line, highlight=False, soft_wrap=True)
 
 
 def warn_of_full(picked, screen) -> None:
@@ -154,15 +162,18 @@ def printed(table) -> None:
 
 def run_front(args: argparse.Namespace) -> int:
     from memcontrol.display import study_table
-    from memcontrol.pick import finished, front_of
+    from memcontrol.pick import finished, front_of, ties_of, to_confirm
     from memcontrol.space import load_space
 
     study, folder = opened(args.study)
-    records = front_of(finished(study.records()))
+    complete = finished(study.records())
+    records = front_of(complete)
     if args.json:
         out_json([record.as_dict(folder) for record in records])
-    else:
-        printed(study_table(records, len(load_space(study.config.space).groups), f"{study.config.name}: front"))
+        return 0
+    printed(study_table(records + ties_of(complete), len(load_space(study.config.space).groups), f"{study.config.name}: front", None, complete))
+    if study.config.rewards.confirm and to_confirm(complete):
+        console().print(ONCE, style="yellow", highlight=False, soft_wrap=True)
     return 0
 
 
@@ -173,7 +184,7 @@ def picked_record(study, trial: int | None, rule: str | None, limits: Sequence[s
         if rule or limits:
             raise MemControlError("--trial names one trial; --rule and --limit do not go with it")
         return by_number(finished(study.records()), trial)
-    return pick(study.records(), rule or "knee", limits, study.config.rewards.limits)
+    return pick(study.records(), rule or "knee", limits, study.limits)
 
 
 def run_pick(args: argparse.Namespace) -> int:
@@ -204,6 +215,7 @@ def retrain_and_show(
     study_file: Path, executor: Executor, trial: int | None = None, rule: str | None = None, limits: Sequence[str] = (),
     choice_file: Path | None = None, out: Path | None = None,
 ) -> None:  # fmt: skip
+    from memcontrol.compare import differences
     from memcontrol.display import Display, gain_lines, relative, rewards_table, said_of
     from memcontrol.retrain import BASELINE, retrain
 
@@ -231,7 +243,8 @@ def retrain_and_show(
     screen.print(rewards_table(rows, "retrained on the full training set, scored on test data"))
     show_pairs({"baseline": baseline, "pick": out}, out / "pairs.png", rows, screen)
     screen.print(f"model: {relative(out)} (memcontrol export {relative(out)} OUT)", highlight=False, soft_wrap=True)
-    for line in gain_lines(rewards[BASELINE], rewards["pick"]):
+    apart = differences(out, baseline) if choice != full else {}
+    for line in gain_lines(rewards[BASELINE], rewards["pick"], apart):
         screen.print(line, highlight=False, soft_wrap=True)
 
 
@@ -273,10 +286,10 @@ def searched(study_file: Path) -> bool:
 
 
 def show_pairs(folders: dict[str, Path], path: Path, rows, screen) -> None:
+    from memcontrol.bench import Bench
     from memcontrol.compare import nearest_pairs
     from memcontrol.display import relative
     from memcontrol.pictures import pairs_picture
-    from memcontrol.run import Bench
 
     bench = Bench()
     strips = [
@@ -320,27 +333,54 @@ def run_audit(args: argparse.Namespace) -> int:
     with Steps(console()) as steps:
         parts = {name: folder_pictures(name, folder, steps.warn, args.skip_unreadable) for name, folder in (("train", args.train), ("holdout", args.holdout)) if folder}
         if run:
-            from memcontrol.run import Bench, read_samples
+            from memcontrol.bench import Bench
+            from memcontrol.scoring import read_samples
             from memcontrol.spec import read_spec
 
             spec, bench = read_spec(run), Bench()
             own = {"train": bench.train_images(spec), "holdout": bench.parts(spec)[spec.reference]}
             parts = {name: parts.get(name) or pictures_of(name, images) for name, images in own.items()}
-            generated = sampled_pictures(read_samples(run)["images"])
+            samples = read_samples(run)
+            generated, attack = sampled_pictures(samples["images"]), samples.get("extraction")
         elif args.images:
-            generated = folder_pictures("generated", args.images, steps.warn, args.skip_unreadable)
+            generated, attack = folder_pictures("generated", args.images, steps.warn, args.skip_unreadable), None
         else:
             from memcontrol.data import read_captions
 
             captions = sorted(read_captions(args.train).values())
-            generated = samples_of(args.model, captions, args.samples, args.steps, args.guidance, args.seed, steps.show)
-        found = audit(generated, parts["train"], parts["holdout"], args.extractor, steps.show)
+            generated, attack = samples_of(args.model, captions, args.samples, args.attacked, args.steps, args.guidance, args.seed, steps.show)
+        found = audit(generated, parts["train"], parts["holdout"], args.extractor, steps.show, attack)
         write_report(found, generated, parts["train"], args.out)
     if args.json:
         out_json(found)
     screen = console()
     screen.print(found["verdict"], highlight=False, soft_wrap=True)
     screen.print(f"report: {relative(args.out / 'audit.html')}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def run_compare(args: argparse.Namespace) -> int:
+    from memcontrol.compare import differences
+    from memcontrol.display import differences_table
+
+    apart = differences(args.run_a, args.run_b)
+    if args.json:
+        out_json({name: {"difference": float(value), "error": value.error, "low": value.low, "high": value.high} for name, value in apart.items()})
+    else:
+        printed(differences_table(apart, f"{args.run_a} less {args.run_b}"))
+    return 0
+
+
+def run_rewards(args: argparse.Namespace) -> int:
+    from memcontrol.display import figures_table
+    from memcontrol.figures import FIGURES
+
+    if args.json:
+        from dataclasses import asdict
+
+        out_json({name: asdict(figure) for name, figure in FIGURES.items()})
+    else:
+        printed(figures_table())
     return 0
 
 

@@ -1,4 +1,5 @@
-"""Owns the look at one finished run's images: each generated one, its nearest training image, and how near that is."""
+"""Owns comparisons of runs: two models figure by figure, in pairs over prompts, and a run's images beside their nearest training
+images."""
 
 from __future__ import annotations
 
@@ -6,17 +7,44 @@ from pathlib import Path
 
 import numpy as np
 
-from memcontrol.run import Bench, evidence, read_samples
-from memcontrol.spec import read_spec
+from memcontrol.bench import Bench
+from memcontrol.errors import MemControlError
+from memcontrol.estimate import Estimate, paired_difference
+from memcontrol.files import read_json
+from memcontrol.scoring import evidence, read_contributions, read_samples
+from memcontrol.seeds import seed_of
+from memcontrol.spec import CONTRIBUTIONS, RESULT, read_spec
+from memcontrol.study import refuse_incomparable
 
 Strip = tuple[str, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
 def nearest_pairs(run: Path, title: str, bench: Bench) -> Strip:
     """A row of `pictures.pairs_picture` for a run folder."""
-    spec = read_spec(run)
-    images = read_samples(run)["images"]
-    space = evidence(images, spec, bench, 0.0).space("pixels")
+    spec, samples = read_spec(run), read_samples(run)
+    space = evidence(samples, spec, bench).space("pixels")
     distances, indices = space.to_train
     matches = bench.train_images(spec).take(indices.tolist()).pixels()
-    return title, images, matches, distances, distances / np.maximum(space.to_holdout, 1e-12)
+    return title, samples["images"], matches, distances, distances / np.maximum(space.to_holdout, 1e-12)
+
+
+def differences(a: Path, b: Path) -> dict[str, Estimate]:
+    """Run a's figures less run b's, each with the interval that resampling their common prompts gives.
+
+    Raises MemControlError where a run has not finished, or the two were not measured with the same things.
+    """
+    results = [finished_result(run) for run in (a, b)]
+    refuse_incomparable(results[0]["measured_with"], results[1]["measured_with"], f"{a} and {b}")
+    first, second = read_contributions(a), read_contributions(b)
+    prompts, found = first["prompts"], {}
+    for name in first:
+        if name != "prompts" and name in second:
+            pair = (Estimate(result["rewards"][name], contributions=rows[name]) for result, rows in zip(results, (first, second)))
+            found[name] = paired_difference(*pair, prompts, seed=seed_of(0, "paired", name))
+    return found
+
+
+def finished_result(run: Path) -> dict:
+    if not (run / RESULT).is_file() or not (run / CONTRIBUTIONS).is_file():
+        raise MemControlError(f"{run} is no finished run folder: it has no {RESULT} or no {CONTRIBUTIONS}")
+    return read_json(run / RESULT)

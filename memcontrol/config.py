@@ -163,16 +163,26 @@ class InnerConfig(Strict):
         return -(-self.budget_images // self.batch_size)
 
 
+class ExtractionConfig(Strict):
+    """The extraction attack: many images from each of some training captions (arXiv 2301.13188)."""
+
+    prompts: Count = 16
+    images: Annotated[int, Field(ge=3)] = 10
+
+
 class RewardsConfig(Strict):
     """What each trial is scored on, and how its images are sampled.
 
-    An objective is a reward of ours, or FILE.py:FUNCTION, a user's own: from the evidence of a trial to a number, less is better.
+    An objective is a reward of ours, or FILE.py:FUNCTION, a user's own: from the evidence of a trial to a number.
     """
 
     objectives: Annotated[tuple[str, ...], Field(min_length=1)] = ("fid", "memorization")
-    limits: dict[str, float] = {}  # upper bounds of rewards: constraints of the search
+    limits: dict[str, float] = {}  # bounds of rewards, upper where less is better: constraints of the search
     extractor: str = "tiny"
+    clip: str | None = None  # a CLIP model, for clip_score
+    extraction: ExtractionConfig | None = None
     n_samples: Count = 256
+    confirm: Annotated[int, Field(ge=0)] = 4  # fresh draws of n_samples that the front is measured on before it is reported
     force: bool = False  # take a fid of too few samples all the same
     sampling_steps: Count = 20
     guidance: Annotated[float, Field(ge=1)] = 1.0

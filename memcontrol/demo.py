@@ -16,7 +16,7 @@ STUDY = {
     "data": {"path": "digits", "train": 35, "holdout": 881, "test": 881},
     "space": "digits",
     "inner": {"budget_images": 7360, "batch_size": 32, "caption_dropout": 0.0},
-    "rewards": {"objectives": ["fid", "memorization"], "n_samples": 256, "sampling_steps": 8, "guidance": 2.0},
+    "rewards": {"objectives": ["fid", "memorization"], "n_samples": 256, "confirm": 2, "sampling_steps": 8, "guidance": 2.0},
     "search": {"trials": 4, "workers": 2, "seed": 0},
 }
 

@@ -13,12 +13,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
+from memcontrol.estimate import Estimate, spearman
 from memcontrol.executors import ENDS, Event
-from memcontrol.pick import front_of
+from memcontrol.figures import FIGURES, MINIMIZE, direction_of, written
+from memcontrol.pick import front_of, ties_of
 from memcontrol.space import EVERYTHING, Choice
 from memcontrol.study import Record, Study
 
 INTERVAL_SECONDS = 0.5
+N_RANKED = 12  # trials that a rank correlation needs to say anything
 LOADING = "loading the base, reading the images"
 
 
@@ -73,7 +76,7 @@ class Display:
         self.read()
 
     def on_event(self, event: Event) -> None:
-        name = event.job.get("trial", "")
+        name = event.job.get("trial") or event.job.get("confirm", "")
         if event.kind == "warning":
             self.console.print(Text(f"warning: {event.detail['text']}", style="yellow"))
         elif event.kind == "progress":
@@ -81,15 +84,19 @@ class Display:
             share = event.detail["done"] / event.detail["total"]
             training = event.detail["stage"] == "train"
             text = said_of(Choice.from_dict(event.job["choice"]), self.n_groups)
-            self.running[name] = (f"{text}: {said_of_step(event.detail)}" if training else text, 0.8 * share if training else 0.8 + 0.15 * share)
+            confirming = event.detail["stage"] == "confirm"
+            said = f"{text}: {said_of_step(event.detail)}" if training else f"{text}: measured again" if confirming else text
+            self.running[name] = (said, 0.8 * share if training else share if confirming else 0.8 + 0.15 * share)
         elif event.kind in ENDS and name:
             self.running.pop(name, None)
             if not self.live:
                 minutes = (time.monotonic() - self.started) / 60
                 said = said_of(Choice.from_dict(event.job["choice"]), self.n_groups)
-                self.console.print(f"{minutes:.1f} min: {said}: run ended", highlight=False, soft_wrap=True)
-            self.done[event.job.get("number", -1)] += 1
-            if event.job["choice"]["method"] != "none":  # it trains nothing and would make the rest look short
+                end = "measured again" if "confirm" in event.job else "run ended"
+                self.console.print(f"{minutes:.1f} min: {said}: {end}", highlight=False, soft_wrap=True)
+            if "trial" in event.job:
+                self.done[event.job.get("number", -1)] += 1
+            if "trial" in event.job and event.job["choice"]["method"] != "none":  # it trains nothing and would make the rest look short
                 self.lengths.append(time.monotonic() - self.begun_at.pop(name, time.monotonic()))
         self.refresh()
 
@@ -165,52 +172,92 @@ def ended(record: Record) -> bool:
     return record.state in ("COMPLETE", "PRUNED", "FAIL")
 
 
-COLUMNS = {
-    "fid": ("FID", "{:.3f}"), "kid": ("KID", "{:.4f}"), "memorization": ("memorization", "{:.3f}"),
-    "copy_rate": ("copied (95 %)", "{:.1%}"), "amd_train": ("to train", "{:.2f}"), "amd_holdout": ("to held out", "{:.2f}"),
-    "trained_fraction": ("trained", "{:.2%}"),
-}  # fmt: skip
+COLUMNS = ("fid", "kid", "memorization", "copy_rate", "amd_train", "amd_holdout", "trained_fraction")
 
 
-def rewards_table(rows: Sequence[tuple[str, str, dict[str, float]]], title: str) -> Table:
-    """A row for each (name, what it is, rewards)."""
-    table = Table(title=title, title_justify="left", expand=False)
+def rewards_table(rows: Sequence[tuple[str, str, dict[str, float]]], title: str, objectives: Sequence[str] = (), note: str = "") -> Table:
+    """A row for each (name, what it is, rewards): the usual figures, and whatever else is an objective."""
+    table = Table(title=title, title_justify="left", expand=False, caption=note, caption_justify="left")
     table.add_column("trial")
     table.add_column("choice")
-    for heading, _ in COLUMNS.values():
-        table.add_column(heading, justify="right", no_wrap=True)
+    columns = [*(name for name in objectives if name not in COLUMNS), *COLUMNS]
+    for name in columns:
+        table.add_column(FIGURES[name].title if name in FIGURES else name, justify="right", no_wrap=True)
     for name, text, rewards in rows:
-        table.add_row(name, text, *(cell(key, rewards) for key in COLUMNS))
+        table.add_row(name, text, *(written(key, rewards) for key in columns))
     return table
-
-
-def cell(key: str, rewards: dict[str, float]) -> str:
-    if key not in rewards:
-        return ""
-    text = COLUMNS[key][1].format(rewards[key])
-    return f"{text} ({rewards['copy_rate_low']:.1%}-{rewards['copy_rate_high']:.1%})" if key == "copy_rate" else text
 
 
 def study_table(
     records: Sequence[Record], n_groups: int, title: str, picked: Record | None = None, among: Sequence[Record] | None = None
 ) -> Table:
-    """The finished trials of `records`, those on the front (of `among`, or of themselves) marked with *, the pick with >."""
-    complete = sorted((record for record in records if record.finished), key=lambda record: tuple(record.values.values()))
-    best = {record.number for record in front_of([record for record in among or complete if record.finished])}
+    """The finished trials of `records`: those on the front (of `among`, or of themselves) marked with *, those that nothing on
+    it beats beyond error with =, the pick with >, and with + those measured again."""
+    complete = sorted((record for record in records if record.finished), key=lambda record: tuple(record.losses))
+    others = [record for record in among or complete if record.finished]
+    marks = {record.number: "=" for record in ties_of(others)} | {record.number: "*" for record in front_of(others)}
     rows = [
         (
-            f"{'>' if record is picked else ' '}{'*' if record.number in best else ' '}{record.number}{' ' + record.anchor if record.anchor else ''}",
+            f"{'>' if record is picked else ' '}{marks.get(record.number, ' ')}{'+' if record.confirmed else ' '}{record.number}"
+            f"{' ' + record.anchor if record.anchor else ''}",
             said_of(record.choice, n_groups), record.rewards,
         )
         for record in complete
     ]  # fmt: skip
-    return rewards_table(rows, title)
+    note = "* on the front, = not beaten beyond error, + measured again over fresh draws" + (", > the pick" if picked else "")
+    return rewards_table(rows, title, list(complete[0].objectives) if complete else (), note)
 
 
-def gain_lines(full: dict[str, float], picked: dict[str, float]) -> list[str]:
-    """Three lines: FID, memorization distance and copy rate of full fine-tuning against the chosen mask."""
+def gain_lines(full: dict[str, float], picked: dict[str, float], apart: dict[str, Estimate]) -> list[str]:
+    """Three lines: FID, memorization distance and copy rate of full fine-tuning against the chosen mask, and their difference."""
     names = {"fid": "FID", "memorization": "memorization distance", "copy_rate": "copy rate"}
-    return [f"{title}: {cell(key, full)} with full fine-tuning, {cell(key, picked)} with the chosen mask" for key, title in names.items()]
+    return [
+        f"{title}: {written(key, full)} with full fine-tuning, {written(key, picked)} with the chosen mask{said_apart(key, apart)}"
+        for key, title in names.items()
+    ]
+
+
+def said_apart(name: str, apart: dict[str, Estimate]) -> str:
+    """"; difference -4.2 (-5.3 to -3.1), paired over prompts", and whether it is one."""
+    if name not in apart:
+        return ""
+    value, form = apart[name], FIGURES[name].form.replace(":", ":+")
+    tie = ", a tie" if value.low <= 0 <= value.high else ""
+    return f"; difference {form.format(value)} ({form.format(value.low)} to {form.format(value.high)}{tie})"
+
+
+def differences_table(apart: dict[str, Estimate], title: str) -> Table:
+    """A row for each figure: the difference, its interval, and which run is better beyond it."""
+    table = Table(title=title, title_justify="left", expand=False)
+    for heading in ("figure", "first - second", "95 %, paired over prompts", "better"):
+        table.add_column(heading)
+    for name, value in apart.items():
+        form = FIGURES[name].form.replace(":", ":+") if name in FIGURES else "{:+.3f}"
+        better = "tie" if value.low <= 0 <= value.high else "first" if (value < 0) == (direction_of(name) == MINIMIZE) else "second"
+        table.add_row(FIGURES[name].title if name in FIGURES else name, form.format(value), f"{form.format(value.low)} to {form.format(value.high)}", better)
+    return table
+
+
+def figures_table() -> Table:
+    """Every figure: its name in a study file, direction, interval, cost, meaning; * for those that can be objectives."""
+    table = Table(expand=False)
+    for heading in ("name (* can be an objective)", "better", "interval", "cost", "meaning"):
+        table.add_column(heading)
+    for name, figure in FIGURES.items():
+        table.add_row(f"{'*' if figure.objective else ' '} {name}", figure.direction, figure.interval, figure.cost, figure.meaning)
+    return table
+
+
+def cheap_line(records: Sequence[Record]) -> str:
+    """How well the loss gap, which needs no sampling, ranks the trials as memorization does; empty for fewer than N_RANKED trials."""
+    pairs = [(record.searched["loss_gap"], record.searched["memorization"]) for record in records if record.finished and "loss_gap" in record.searched]
+    if len(pairs) < N_RANKED:
+        return ""
+    found = spearman(*zip(*pairs))
+    return (
+        f"over {len(pairs)} trials the loss gap, which needs no sampling, ranks as memorization does with a Spearman correlation of "
+        f"{found:.2f} ({found.low:.2f} to {found.high:.2f})"
+    )
 
 
 def relative(path: Path) -> str:

@@ -1,22 +1,44 @@
-"""Owns what a trial is scored on: the evidence of its images, and the registered rewards, all minimised, made from it."""
+"""Owns what a trial is scored on: the evidence of its images, and the figures made from it."""
 
 from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from statistics import mean
 
 import numpy as np
 
 from memcontrol.config import RewardsConfig
 from memcontrol.errors import MemControlError
+from memcontrol.estimate import Estimate, pooled
+from memcontrol.figures import DIRECTIONS, MAXIMIZE, MINIMIZE, OBJECTIVES, direction_of
 from memcontrol.rewards import (
-    FALSE_POSITIVES, Space, authpct, carlini_rate, copy_rate_in, fd_pca, fid, kid, memorization_in, mifid, mq, prdc, unit,
+    FALSE_POSITIVES,
+    Gaussian,
+    Space,
+    authpct,
+    carlini_rate,
+    clip_score,
+    copy_rate_in,
+    extraction,
+    fd_pca,
+    fid,
+    gaussian,
+    kid,
+    memorization_in,
+    mifid,
+    mq,
+    prdc,
+    tile_distances,
+    unit,
 )  # fmt: skip
 
 N_BALL = 5  # neighbours of precision, recall, density and coverage
+N_PAIRED = 200  # held-out images whose pairs calibrate the extraction attack
 
 
 @dataclass(frozen=True)
@@ -25,6 +47,11 @@ class Views:
 
     pixels: np.ndarray
     features: np.ndarray
+
+    @cached_property
+    def gaussian(self) -> Gaussian:
+        """Of the features: what fid needs of a reference."""
+        return gaussian(self.features)
 
     @property
     def mirrored(self) -> np.ndarray:
@@ -40,7 +67,9 @@ class Evidence:
     train: Views
     holdout: Views
     seed: int = 0
-    trained_fraction: float = 0.0
+    images: np.ndarray | None = None  # uint8 [N, 3, H, W], the generated ones as they are
+    captions: tuple[str, ...] = ()  # that they were generated from
+    clip: tuple[np.ndarray, np.ndarray] | None = None  # a CLIP model's embeddings of images and captions, [N, D] each
     cache: dict = field(default_factory=dict, compare=False)
 
     def space(self, name: str) -> Space:
@@ -63,108 +92,145 @@ def feature_space(evidence: Evidence) -> Space:
     return Space((generated,), train, held, (held,), evidence.seed)
 
 
-REWARDS: dict[str, Callable[[Evidence], dict[str, float]]] = {}
+def reward(direction: str = MINIMIZE):
+    """Says which way a reward of a user's own is better: @reward(direction="maximize"). Without it, less is better."""
+    if direction not in (MINIMIZE, MAXIMIZE):
+        raise MemControlError(f"a reward's direction is '{direction}'; allowed: {MINIMIZE}, {MAXIMIZE}")
 
-
-def reward(name: str):
-    """Registers a function of the evidence; it gives its own value under its name, and what belongs beside it."""
-
-    def register(function):
-        REWARDS[name] = function
+    def mark(function):
+        function.direction = direction
         return function
 
-    return register
+    return mark
 
 
-@reward("fid")
-def fid_reward(evidence: Evidence) -> dict[str, float]:
-    return {"fid": fid(evidence.holdout.features, evidence.generated.features)}
+REWARDS: list[Callable[[Evidence], dict[str, float]]] = []
 
 
-@reward("fd_pca")
-def fd_pca_reward(evidence: Evidence) -> dict[str, float]:
-    """On as many principal components as a quarter of the smaller set, 64 at the most."""
-    k = min(64, len(evidence.generated.features) // 4, len(evidence.holdout.features) // 4, evidence.holdout.features.shape[1])
-    return {"fd_pca": fd_pca(evidence.holdout.features, evidence.generated.features, max(k, 1)), "fd_pca_components": max(k, 1)}
+def measured(function):
+    """Registers a function of the evidence that gives figures by name, most of them Estimates."""
+    REWARDS.append(function)
+    return function
 
 
-@reward("kid")
-def kid_reward(evidence: Evidence) -> dict[str, float]:
+@measured
+def frechet(evidence: Evidence) -> dict[str, float]:
+    """FD also on as many principal components as a quarter of the smaller set, 64 at the most."""
+    held, made = evidence.holdout.features, evidence.generated.features
+    k = max(1, min(64, len(made) // 4, len(held) // 4, held.shape[1]))
+    return {"fid": fid(evidence.holdout.gaussian, made), "fd_pca": fd_pca(evidence.holdout.gaussian, made, k), "fd_pca_components": k}
+
+
+@measured
+def kernel_distance(evidence: Evidence) -> dict[str, float]:
     """Of features divided by the held-out ones' root mean square, since the kernel is not scale-free."""
     scale = math.sqrt(np.square(evidence.holdout.features, dtype=np.float64).mean())
-    found = kid(evidence.holdout.features, evidence.generated.features, scale)
-    return {"kid": found, "kid_error": found.error, "kid_scale": scale}
+    return {"kid": kid(evidence.holdout.features, evidence.generated.features, scale), "kid_scale": scale}
 
 
-@reward("prdc")
-def prdc_reward(evidence: Evidence) -> dict[str, float]:
-    """For reports: blur raises precision and density, and coverage grows with n alone."""
+@measured
+def neighbourhoods(evidence: Evidence) -> dict[str, float]:
     return dict(prdc(evidence.holdout.features, evidence.generated.features, N_BALL))
 
 
-@reward("memorization")
-def memorization_reward(evidence: Evidence) -> dict[str, float]:
-    """The larger of M in pixels and M in features, and at least 0: below 0 is noise, never "better"."""
-    found = {name: memorization_in(evidence.space(name)) for name in ("pixels", "features")}
-    worst = max(found.values())
-    parts = {f"memorization_{name}": float(value) for name, value in found.items()}
-    return {"memorization": max(worst, 0.0), "memorization_sd": worst.error, "memorization_p": worst.p, **parts}
+@measured
+def text_fit(evidence: Evidence) -> dict[str, float]:
+    return {"clip_score": clip_score(*evidence.clip)} if evidence.clip else {}
 
 
-@reward("copy_rate")
-def copy_rate_reward(evidence: Evidence) -> dict[str, float]:
-    share = copy_rate_in(evidence.space("pixels"))
-    beside = {"copy_rate_features": copy_rate_in(evidence.space("features")), "copy_rate_line": FALSE_POSITIVES}
-    return {"copy_rate": share, "copy_rate_low": share.low, "copy_rate_high": share.high, **beside}
+@measured
+def memorization_distance(evidence: Evidence) -> dict[str, float]:
+    return with_worst({f"memorization_{name}": memorization_in(evidence.space(name)) for name in ("pixels", "features")})
 
 
-@reward("published")
-def published_rewards(evidence: Evidence) -> dict[str, float]:
+def with_worst(found: dict[str, Estimate]) -> dict[str, Estimate]:
+    """Adds `memorization`, the larger M of pixels and features, and at least 0: below 0 is noise, never "better"."""
+    worst = max((found["memorization_pixels"], found["memorization_features"]))
+    return found | {"memorization": Estimate(max(worst, 0.0), worst.error, p=worst.p, contributions=worst.contributions)}
+
+
+@measured
+def copies(evidence: Evidence) -> dict[str, float]:
+    found = {"copy_rate": copy_rate_in(evidence.space("pixels")), "copy_rate_features": copy_rate_in(evidence.space("features"))}
+    return found | {"copy_rate_line": FALSE_POSITIVES}
+
+
+@measured
+def published(evidence: Evidence) -> dict[str, float]:
     """Figures of other papers, for continuity: MQ and Carlini's rate in pixels, MIFID and AuthPct in features, the last also of
     held-out images, whose value is what a model that copies nothing reaches."""
     pixels, features = (evidence.generated.pixels, evidence.train.pixels), (evidence.generated.features, evidence.train.features)
     return {
         "mq": float(mq(*pixels)), "carlini_rate": carlini_rate(*pixels), "mifid": mifid(features[1], features[0]),
+        "mifid_torchmetrics": mifid(features[1], features[0], "torchmetrics"),
         "authpct": authpct(*features), "authpct_holdout": authpct(evidence.holdout.features, features[1]),
     }  # fmt: skip
 
 
-@reward("nearest_distance")
+@measured
 def nearest_distance(evidence: Evidence) -> dict[str, float]:
     """Average minimum pixel distances, for the eye only: no objective, since noise has the largest."""
     space = evidence.space("pixels")
     return {
-        "amd_train": float(space.to_train[0].mean()),
-        "amd_holdout": float(space.to_holdout.mean()),
+        "amd_train": float(space.to_train[0].mean()), "amd_holdout": float(space.to_holdout.mean()),
         "amd_holdout_train": float(space.held_to_train.mean()),
-    }
+    }  # fmt: skip
 
 
-@reward("trained_fraction")
-def trained_fraction(evidence: Evidence) -> dict[str, float]:
-    return {"trained_fraction": evidence.trained_fraction}
-
-
-COSTS = ("step_gflops", "memory_mib")  # known before training, by memcontrol.cost
-PROBES = ("loss_gap", "noise_norm_mean", "noise_norm_max", "noise_norm_ratio")  # of the denoiser itself, by memcontrol.probe
-OBJECTIVES = ("fid", "fd_pca", "kid", "memorization", "copy_rate", "trained_fraction", *PROBES, *COSTS)
-LIMITABLE = (*OBJECTIVES, "copy_rate_high", "copy_rate_features", "memorization_pixels", "memorization_features", "mq", "carlini_rate", "mifid")
+def extraction_rewards(generations: np.ndarray, holdout: np.ndarray) -> dict[str, float]:
+    """The extraction attack on prompts' generations, uint8 [P, m, 3, H, W], its threshold the distance that 1 % of pairs of
+    held-out images, uint8 [N, 3, H, W], lie below."""
+    apart = tile_distances(holdout / 255)
+    threshold = float(np.quantile(apart[np.triu_indices(len(apart), 1)], FALSE_POSITIVES))
+    found = extraction(generations / 255, threshold)
+    return {f"extraction_{name}": share for name, share in found.items()} | {"extraction_threshold": threshold}
 
 
 def score(evidence: Evidence, functions: dict[str, str] = {}) -> dict[str, float]:
-    """Every registered reward of one fine-tuned model, and a user's own by name from FILE.py:FUNCTION. Raises MemControlError."""
-    found = {name: float(value) for function in REWARDS.values() for name, value in function(evidence).items()}
+    """Every figure of one fine-tuned model, Estimates where they know an error, and a user's own by name from FILE.py:FUNCTION.
+
+    Raises MemControlError.
+    """
+    found = {name: value for function in REWARDS for name, value in function(evidence).items()}
     return found | {name: own_reward(place, evidence) for name, place in functions.items()}
 
 
+def flat(found: dict[str, float]) -> dict[str, float]:
+    """Plain numbers: each value, and beside it NAME_error, or NAME_low and NAME_high, and NAME_p."""
+    numbers = {}
+    for name, value in found.items():
+        error, low, high, p = (getattr(value, key, None) for key in ("error", "low", "high", "p"))
+        ends = {f"{name}_error": error} if error is not None else {f"{name}_low": low, f"{name}_high": high}
+        numbers |= {key: float(x) for key, x in ({name: value} | ends | {f"{name}_p": p}).items() if x is not None}
+    return numbers
+
+
+def contributions(found: dict[str, float]) -> dict[str, np.ndarray]:
+    """What each generated image adds to a figure, where that is known: name to [N]."""
+    return {name: value.contributions for name, value in found.items() if getattr(value, "contributions", None) is not None}
+
+
+def pooled_scores(draws: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The figures of one model over several draws of samples: means, with the errors that are left."""
+    found = {name: pooled([draw[name] for draw in draws]) if isinstance(value, Estimate) else mean([draw[name] for draw in draws]) for name, value in draws[0].items()}
+    return with_worst(found)
+
+
+def broken_images(pixels: np.ndarray) -> str:
+    """Why images of pixels [N, 3 S], in 0..1, cannot be judged: a model that makes flat ones is broken. Empty if they can."""
+    flat_share = float((pixels.reshape(len(pixels), 3, -1).std(axis=2).max(axis=1) < 1e-3).mean())
+    return f"{flat_share:.0%} of the generated images are one flat colour; the model is broken (NaN, wrong precision or scaling)" if flat_share > 0.5 else ""
+
+
 def own_reward(place: str, evidence: Evidence) -> float:
+    """An Estimate keeps its error."""
     value = load_function(place)(evidence)
     try:
-        number = float(value)
+        number = value if isinstance(value, Estimate) else float(value)
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
-        raise MemControlError(f"reward {place} gave {value!r}; it must give a finite number, less is better")
+        raise MemControlError(f"reward {place} gave {value!r}; it must give a finite number")
     return number
 
 
@@ -184,6 +250,14 @@ def load_function(place: str) -> Callable[[Evidence], float]:
     return getattr(module, name)
 
 
+def directions_of(rewards: RewardsConfig) -> list[str]:
+    """Which way each objective is better. Raises MemControlError where a user's function is not there."""
+    return [
+        getattr(load_function(objective), "direction", MINIMIZE) if ":" in objective else direction_of(objective)
+        for objective in rewards.objectives
+    ]
+
+
 def check_rewards(rewards: RewardsConfig, n_features: int) -> None:
     """Raises MemControlError for an unknown objective or limit, or too few samples for the FID to rank by anything but chance."""
     for name, objective in zip(rewards.names, rewards.objectives):
@@ -194,8 +268,12 @@ def check_rewards(rewards: RewardsConfig, n_features: int) -> None:
     if len(set(rewards.names)) < len(rewards.names):
         raise MemControlError(f"rewards.objectives: {', '.join(rewards.names)} names one twice")
     for name in rewards.limits:
-        if name not in (*LIMITABLE, *rewards.names):
-            raise MemControlError(f"rewards.limits: '{name}' is unknown; allowed: {', '.join((*LIMITABLE, *rewards.functions))}")
+        if name.removesuffix("_low").removesuffix("_high") not in (*DIRECTIONS, *rewards.names):
+            raise MemControlError(f"rewards.limits: '{name}' is unknown; allowed: {', '.join((*DIRECTIONS, *rewards.functions))}")
+    for name in ("clip_score", "extraction_component", "extraction_clique"):
+        key = name.split("_")[0]
+        if name in (*rewards.objectives, *rewards.limits) and not getattr(rewards, key):
+            raise MemControlError(f"'{name}' is measured only where rewards.{key} says how; see the README")
     if "fid" in rewards.objectives and rewards.n_samples < 4 * n_features and not rewards.force:
         raise MemControlError(
             f"rewards.n_samples is {rewards.n_samples}: fid over {n_features} features needs at least {4 * n_features} to rank by anything "

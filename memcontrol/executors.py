@@ -61,7 +61,7 @@ class Inline(Executor):
         self.waiting.append(job)
 
     def events(self, timeout_seconds: float) -> Iterator[Event]:
-        from memcontrol.run import Bench
+        from memcontrol.bench import Bench
         from memcontrol.worker import run_job
 
         self.bench = self.bench or Bench()

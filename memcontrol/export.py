@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 
 from memcontrol.adapters import ADAPTER_FILE, Adapter, described, inject
+from memcontrol.bench import scratch_seed
 from memcontrol.errors import MemControlError
 from memcontrol.files import disk_full_named, read_json, replacing
 from memcontrol.models import base_path, denoiser_name, open_pipeline, redraw_weights
-from memcontrol.run import chosen_adapter, scratch_seed
+from memcontrol.run import chosen_adapter
 from memcontrol.space import Choice, parse_space
 from memcontrol.spec import RESULT, Spec, read_spec
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,6 +87,32 @@ def transformers_model(name: str) -> Extractor:
         return output.last_hidden_state[:, 0] if pooled is None else pooled.flatten(1)
 
     return probed(f"transformers:{name}-sha256:{digest_of(model)}", batched(features, device))
+
+
+def load_clip(name: str) -> Callable[[np.ndarray, Sequence[str]], tuple[np.ndarray, np.ndarray]]:
+    """A CLIP model of the transformers library: uint8 [N, 3, H, W] and N captions to their embeddings [N, D] each."""
+    from memcontrol.models import quiet_libraries
+
+    quiet_libraries()
+    from transformers import AutoProcessor, CLIPModel
+
+    try:
+        processor, (model, device) = AutoProcessor.from_pretrained(name), placed(CLIPModel.from_pretrained(name))
+    except (OSError, ValueError, KeyError) as error:
+        raise MemControlError(f"rewards.clip '{name}' cannot be loaded as a CLIP model: {' '.join(str(error).split())[:200]}") from None
+
+    @torch.no_grad()
+    def embed(images: np.ndarray, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        found = []
+        for start in range(0, len(images), BATCH):
+            batch = processor(
+                images=list(images[start : start + BATCH]), text=list(captions[start : start + BATCH]), return_tensors="pt", padding=True, truncation=True
+            )  # fmt: skip
+            output = model(**batch.to(device))
+            found.append((output.image_embeds.float().cpu().numpy(), output.text_embeds.float().cpu().numpy()))
+        return tuple(np.concatenate(rows) for rows in zip(*found))
+
+    return embed
 
 
 def torchscript(text: str) -> Extractor:

@@ -47,8 +47,8 @@ def mean_of(references: np.ndarray) -> np.ndarray:
     return sum(block.sum(0, dtype=np.float64) for block in blocks(references)) / len(references)
 
 
-def blocks(references: np.ndarray) -> list[np.ndarray]:
-    return [references[i : i + REFERENCE_BLOCK] for i in range(0, len(references), REFERENCE_BLOCK)]
+def blocks(rows: np.ndarray, size: int = REFERENCE_BLOCK) -> list[np.ndarray]:
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
 def candidates(queries: np.ndarray, references: np.ndarray, centre: np.ndarray, n: int) -> np.ndarray:
@@ -58,12 +58,24 @@ def candidates(queries: np.ndarray, references: np.ndarray, centre: np.ndarray, 
     best = torch.empty(len(left), 0), torch.empty(len(left), 0, dtype=torch.long)
     for number, block in enumerate(blocks(references)):
         right = torch.from_numpy(block.astype(np.float32, copy=False) - centre)
-        scores = torch.addmm(right.square().sum(1), left, right.T, alpha=-2)  # squared distances less the query's own square
-        values, places = scores.topk(min(n, len(right)), dim=1, largest=False, sorted=False)
+        scores = torch.addmm(torch.linalg.vecdot(right, right), left, right.T, alpha=-2)  # squared distances less the query's own square
+        values, places = least(scores, n)
         values, places = torch.cat([best[0], values], 1), torch.cat([best[1], places + number * REFERENCE_BLOCK], 1)
         order = values.topk(min(n, values.shape[1]), dim=1, largest=False, sorted=False).indices
         best = values.gather(1, order), places.gather(1, order)
     return best[1].numpy()
+
+
+def least(scores: Tensor, n: int, depth: int = 32) -> tuple[Tensor, Tensor]:
+    """The n least of each row [N, M] and their columns [N, n]. Columns go in groups of `depth` first: the n least are in the n
+    groups whose minima are least, and a minimum is ten times as fast as a selection."""
+    width = scores.shape[1] // depth
+    if width <= n or scores.shape[1] % depth:
+        return scores.topk(min(n, scores.shape[1]), dim=1, largest=False, sorted=False)
+    groups = scores.view(len(scores), depth, width).amin(1).topk(n, dim=1, largest=False, sorted=False).indices  # [N, n]
+    columns = (groups[:, None, :] + width * torch.arange(depth)[:, None]).flatten(1)  # [N, depth n]
+    values, places = scores.gather(1, columns).topk(n, dim=1, largest=False, sorted=False)
+    return values, columns.gather(1, places)
 
 
 def among(queries: np.ndarray, references: np.ndarray, chosen: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

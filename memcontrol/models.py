@@ -139,20 +139,24 @@ class Base:
         return self.pixels_per_latent * inner
 
     def noised(
-        self, clean: Tensor, generator: torch.Generator, offset: float = 0.0, perturbation: float = 0.0
+        self, clean: Tensor, generator: torch.Generator, offset: float = 0.0, perturbation: float = 0.0, quantile: float | None = None
     ) -> Noised:
         """Latents [B, C, h, w] with noise and times from the generator, and the target of each.
 
         Diffusion: uniform timesteps (DDPM, Ho et al. 2020). Flow: logit-normal times under the schedule's shift
         (Esser et al. 2024, arXiv 2403.03206, section 3.1). `offset` adds noise that is equal all over a channel, this many
         times as strong; `perturbation` noises with noise + perturbation * noise' where the target keeps noise (Ning et al.
-        2023, arXiv 2301.11706, eq. 7).
+        2023, arXiv 2301.11706, eq. 7). `quantile`, in 0..1, gives all latents this quantile of the times instead of a draw.
         """
         noise = torch.randn(clean.shape, generator=generator)
+        n_times = self.schedule.config.num_train_timesteps
         if self.family.flow:
-            share = torch.sigmoid(torch.randn(len(clean), generator=generator)).to(self.device)
+            normal = torch.randn(len(clean), generator=generator) if quantile is None else torch.special.ndtri(torch.full((len(clean),), quantile))
+            share = torch.sigmoid(normal).to(self.device)
+        elif quantile is None:
+            timesteps = torch.randint(n_times, (len(clean),), generator=generator).to(self.device)
         else:
-            timesteps = torch.randint(self.schedule.config.num_train_timesteps, (len(clean),), generator=generator).to(self.device)
+            timesteps = torch.full((len(clean),), int(quantile * n_times), device=self.device)
         if offset:
             noise = noise + offset * torch.randn(*clean.shape[:2], 1, 1, generator=generator)
         shown = noise + perturbation * torch.randn(clean.shape, generator=generator) if perturbation else noise

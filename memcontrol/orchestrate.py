@@ -13,8 +13,9 @@ from memcontrol.config import Config
 from memcontrol.errors import MemControlError, SpaceExhausted
 from memcontrol.executors import ENDS, Event, Executor
 from memcontrol.files import disk_full_named, read_json, write_json
+from memcontrol.pick import to_confirm
 from memcontrol.space import Choice, SearchSpace, load_space
-from memcontrol.spec import RESULT, Spec
+from memcontrol.spec import CONFIRMED, RESULT, Spec
 from memcontrol.study import Record, Study, is_searched, open_study, suggest
 
 Show = Callable[[Event], None]
@@ -38,10 +39,12 @@ def search(config: Config, study_file: Path, folder: Path, executor: Executor, s
     with only_one(folder), disk_full_named(folder):
         if is_searched(config, folder, study_file):
             open_study(config, folder, study_file, create=True)  # names keys that differ before the images are blamed for it
-        sizes = prepared(config, folder, executor, show)
-        study = open_study(config, folder, study_file, create=True)
+        found = prepared(config, folder, executor, show)
+        study = open_study(config, folder, study_file, create=True, directions=found["directions"])
         on_study(study)
-        Search(config, study, folder, executor, show, sizes).run()
+        running = Search(config, study, folder, executor, show, found["sizes"])
+        running.run()
+        running.confirm()
     return study
 
 
@@ -66,8 +69,9 @@ def is_searching(folder: Path) -> bool:
         return True
 
 
-def prepared(config: Config, folder: Path, executor: Executor, show: Show) -> dict[str, int]:
-    """Checks data, base and space in a worker, where their libraries are loaded anyway. Returns the sizes of the parts."""
+def prepared(config: Config, folder: Path, executor: Executor, show: Show) -> dict:
+    """Checks data, base and space in a worker, where their libraries are loaded anyway. Returns the parts' `sizes` and the
+    objectives' `directions`."""
     executor.submit({"prepare": str(folder), "config": config.model_dump(mode="json")})
     while True:
         interrupt.check()
@@ -75,7 +79,7 @@ def prepared(config: Config, folder: Path, executor: Executor, show: Show) -> di
             show(event)
             if event.kind in ENDS:
                 refuse_stop(event)
-                return event.detail["sizes"]
+                return event.detail
 
 
 def refuse_stop(event: Event) -> None:
@@ -138,8 +142,7 @@ class Search:
         if sum(record.anchor is None and record.state != "FAIL" for record in records) >= self.config.search.trials:
             return False
         try:
-            rewards = self.config.rewards
-            choice = suggest(records, self.space, self.config.search.seed, len(rewards.objectives), rewards.limits)
+            choice = suggest(records, self.space, self.config.search.seed, len(self.config.rewards.objectives), self.study.limits)
         except SpaceExhausted as error:
             if not self.exhausted:
                 self.show(Event({}, "warning", {"text": str(error)}))
@@ -166,6 +169,35 @@ class Search:
             del self.open[number]
         if self.n_failures >= N_FAILURES:
             raise MemControlError(f"{N_FAILURES} trials in a row failed, the last with {result['reason']}")
+
+    def confirm(self) -> None:
+        """Measures the trials on the front over fresh draws, until every one that is on it was: a search picks lucky ones."""
+        while self.config.rewards.confirm and (wanted := to_confirm(self.study.records(), self.study.limits)):
+            waiting = deque(wanted)
+            n_left = len(waiting)
+            while n_left:
+                interrupt.check()
+                while waiting and self.executor.free():
+                    n_left -= self.begin_confirming(waiting.popleft())
+                for event in self.executor.events(1.0) if n_left else ():
+                    self.show(event)
+                    if event.kind in ENDS:
+                        refuse_stop(event)
+                        self.confirmed(event.job["number"], Path(event.job["confirm"]))
+                        n_left -= 1
+
+    def begin_confirming(self, record: Record) -> bool:
+        """Gives the executor the job, unless it was done before an interruption. Whether it was."""
+        run, job = self.run_folder(record.choice), {"number": record.number, "choice": record.choice.as_dict()}
+        done = (run / CONFIRMED).exists()
+        if done:
+            self.confirmed(record.number, run)
+        else:
+            self.executor.submit({**job, "confirm": str(run)})
+        return done
+
+    def confirmed(self, number: int, run: Path) -> None:
+        self.study.confirm(number, read_json(run / CONFIRMED)["rewards"])
 
     def run_folder(self, choice: Choice) -> Path:
         return self.folder / choice.key

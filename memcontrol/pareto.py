@@ -17,9 +17,12 @@ class Limit:
     sign: str
     bound: float
 
+    def excess(self, value: float) -> float:
+        """How far the value lies beyond the bound; at most 0 where it keeps it."""
+        return value - self.bound if self.sign == "<=" else self.bound - value
+
     def holds(self, rewards: dict[str, float]) -> bool:
-        value = rewards[self.reward]
-        return value <= self.bound if self.sign == "<=" else value >= self.bound
+        return self.excess(rewards[self.reward]) <= 0
 
 
 def parse_limit(text: str, known: Sequence[str]) -> Limit:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from memcontrol.errors import MemControlError
-from memcontrol.pareto import front, knee, parse_limit
+from memcontrol.figures import error_of
+from memcontrol.pareto import Limit, dominates, front, knee, parse_limit
 from memcontrol.study import Record
 
-TOLERANCE = 1.05
+TOLERANCE = 0.05
 RULES = ("knee", "quality", "memorization")
 
 
@@ -21,7 +23,34 @@ def finished(records: Sequence[Record]) -> list[Record]:
 
 def front_of(records: Sequence[Record]) -> list[Record]:
     """The records that no other dominates, best in the first objective first."""
-    return [records[i] for i in front([values_of(record) for record in records])]
+    return [records[i] for i in front([record.losses for record in records])]
+
+
+def to_confirm(records: Sequence[Record], limits: Sequence[Limit] = ()) -> list[Record]:
+    """What must be measured again before a front is reported: every trial on it, on the front of those that keep the study's
+    limits, and full fine-tuning, which they are compared with. As figures come in, others may move up; none left: done."""
+    complete = [record for record in records if record.finished]
+    best = front_of(complete) + front_of([record for record in complete if kept(record, limits)])
+    return [record for record in complete if not record.confirmed and (record in best or record.anchor == "full")]
+
+
+def ties_of(records: Sequence[Record]) -> list[Record]:
+    """Those off the front that nothing on it beats beyond error."""
+    points = front_of(records)
+    return [record for record in records if record not in points and not any(clearly_beats(point, record) for point in points)]
+
+
+def clearly_beats(a: Record, b: Record) -> bool:
+    """a dominates b, and by more than two standard errors of the difference in some objective."""
+
+    def beyond(name: str, x: float, y: float) -> bool:
+        return y - x > 2 * math.hypot(error_of(name, a.rewards), error_of(name, b.rewards))
+
+    return dominates(a.losses, b.losses) and any(map(beyond, a.objectives, a.losses, b.losses))
+
+
+def kept(record: Record, limits: Sequence[Limit]) -> bool:
+    return all(limit.holds(record.rewards) for limit in limits)
 
 
 def by_number(records: Sequence[Record], number: int) -> Record:
@@ -31,8 +60,9 @@ def by_number(records: Sequence[Record], number: int) -> Record:
     raise MemControlError(f"trial {number} is not among the finished ones: {', '.join(str(record.number) for record in records)}")
 
 
-def pick(records: Sequence[Record], rule: str = "knee", limits: Sequence[str] = (), wanted: dict[str, float] = {}) -> Record:
-    """One finished trial that fine-tunes and keeps the limits, and where any does the study's own, `wanted`.
+def pick(records: Sequence[Record], rule: str = "knee", limits: Sequence[str] = (), wanted: Sequence[Limit] = ()) -> Record:
+    """One finished trial that fine-tunes and keeps the limits, and where any does the study's own, `wanted`. Where some were
+    measured again, one of those: what one measurement says of the best of many is too good.
 
     knee: of the front, the trials at most 5 % worse than full fine-tuning in the first objective (an FID of some hundred
     images errs by more); of those, the ones whose copying cannot be told from chance (the interval of the copy rate reaches
@@ -43,28 +73,28 @@ def pick(records: Sequence[Record], rule: str = "knee", limits: Sequence[str] = 
     """
     complete = finished(records)
     parsed = [parse_limit(text, list(complete[0].rewards)) for text in limits]
-    allowed = [record for record in complete if record.anchor != "none" and all(limit.holds(record.rewards) for limit in parsed)]
+    allowed = [record for record in complete if record.anchor != "none" and kept(record, parsed)]
     if not allowed:
-        best = {name: min(record.rewards[name] for record in complete) for name in {limit.reward for limit in parsed}}
+        best = {
+            limit.reward: (min if limit.sign == "<=" else max)(record.rewards[limit.reward] for record in complete) for limit in parsed
+        }
         reached = ", ".join(f"{name} {value:.4g}" for name, value in best.items())
         raise MemControlError(f"no finished trial keeps {' and '.join(limits)}; the least reached: {reached}" if limits else "only the untrained base has finished")
-    keeping = [record for record in allowed if all(record.rewards[name] <= bound for name, bound in wanted.items())]
+    if any(record.confirmed for record in allowed):
+        allowed = [record for record in allowed if record.confirmed]
+    keeping = [record for record in allowed if kept(record, wanted)]
     points = front_of(keeping or allowed)
     if rule == "quality":
         return points[0]
     if rule == "memorization":
-        return min(points, key=lambda record: values_of(record)[::-1])
+        return min(points, key=lambda record: record.losses[::-1])
     if rule != "knee":
         raise MemControlError(f"rule '{rule}' is unknown; allowed: {', '.join(RULES)}")
-    full = next((values_of(record) for record in complete if record.anchor == "full"), None)
-    for condition in (lambda record: not full or values_of(record)[0] <= TOLERANCE * full[0], not_copying):
+    full = next((record.losses for record in complete if record.anchor == "full"), None)
+    for condition in (lambda record: not full or record.losses[0] <= full[0] + TOLERANCE * abs(full[0]), not_copying):
         points = [record for record in points if condition(record)] or points
-    return points[knee([values_of(record) for record in points], full)]
+    return points[knee([record.losses for record in points], full)]
 
 
 def not_copying(record: Record) -> bool:
     return record.rewards["copy_rate_low"] <= record.rewards["copy_rate_line"]
-
-
-def values_of(record: Record) -> list[float]:
-    return list(record.values.values())

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from memcontrol.figures import MAXIMIZE, MINIMIZE, error_of
 from memcontrol.files import replacing
 from memcontrol.pick import front_of
 from memcontrol.study import Record
@@ -29,7 +30,7 @@ def front_picture(records: Sequence[Record], picked: Record | None, path: Path, 
     matplotlib.use("Agg")
     from matplotlib import pyplot, ticker
 
-    x_name, y_name = list(records[0].values)[:2]
+    (x_name, x_way), (y_name, y_way) = list(records[0].objectives.items())[:2]
     figure, axes = pyplot.subplots(figsize=(7, 5), dpi=150, layout="constrained")
     sampled = [record for record in records if record.anchor is None]
     for kind, colour in zip(sorted({kind_of(record) for record in sampled}), cycle(COLOURS)):
@@ -37,12 +38,15 @@ def front_picture(records: Sequence[Record], picked: Record | None, path: Path, 
         axes.scatter(*xy(points, x_name, y_name), s=28, color=colour, label=f"sampled: {kind}", zorder=2)
     points = front_of(records)
     axes.step(*xy(points, x_name, y_name), where="post", color="black", linewidth=1, label="front", zorder=1)
+    errors = [[error_of(name, record.rewards) for record in points] for name in (x_name, y_name)]
+    axes.errorbar(*xy(points, x_name, y_name), xerr=errors[0], yerr=errors[1], fmt="none", ecolor="black", elinewidth=0.7, alpha=0.5, zorder=1)
     for anchor, (marker, colour, label) in ANCHORS.items():
         points = [record for record in records if record.anchor == anchor]
         axes.scatter(*xy(points, x_name, y_name), s=70, marker=marker, color=colour, label=label, zorder=3)
     if picked:
         axes.scatter(*xy([picked], x_name, y_name), s=260, marker="o", facecolors="none", edgecolors="tab:green", linewidths=2, label="pick", zorder=4)
-    axes.set(xlabel=f"{x_name} (lower is better)", ylabel=f"{y_name} (lower is better)", title=title)
+    better = {MINIMIZE: "lower is better", MAXIMIZE: "higher is better"}
+    axes.set(xlabel=f"{x_name} ({better[x_way]})", ylabel=f"{y_name} ({better[y_way]})", title=title)
     span = [record.values[x_name] for record in records]
     if 0 < 3 * min(span) < max(span):
         axes.set_xscale("log")

@@ -6,19 +6,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 from memcontrol.adapters import check_space
+from memcontrol.bench import Bench
 from memcontrol.config import Config, load_config
 from memcontrol.data import Images, load_parts, parts_as_dict
 from memcontrol.errors import MemControlError
-from memcontrol.evidence import check_rewards
+from memcontrol.evidence import check_rewards, directions_of
 from memcontrol.families import Unconditional
 from memcontrol.files import read_json, write_json
 from memcontrol.models import Base
-from memcontrol.run import Bench
 from memcontrol.space import load_space
 
 
 def prepare(values: dict, folder: Path, bench: Bench, warn: Callable[[str], None]) -> dict:
-    """Checks the config against base, space and data and writes split.json. Returns the sizes of the parts.
+    """Checks the config against base, space and data and writes split.json. Returns the parts' sizes and the objectives' directions.
 
     Raises MemControlError, also where the data is not what the study began with.
     """
@@ -27,6 +27,8 @@ def prepare(values: dict, folder: Path, bench: Bench, warn: Callable[[str], None
     extractor = bench.extractor(config.rewards.extractor)
     n_features = extractor.n_features
     check_rewards(config.rewards, n_features)
+    if config.rewards.clip:
+        bench.clip(config.rewards.clip)
     base = bench.base(config)
     check_space(base.denoiser, space)
     check_mitigations(config, base)
@@ -40,7 +42,7 @@ def prepare(values: dict, folder: Path, bench: Bench, warn: Callable[[str], None
             f"fid over {n_features} features against {len(parts['holdout'])} held-out images is coarse; "
             f"{4 * n_features} or more make it a fair measure"
         )
-    return {"sizes": {part: len(images) for part, images in parts.items()}}
+    return {"sizes": {part: len(images) for part, images in parts.items()}, "directions": directions_of(config.rewards)}
 
 
 def check_mitigations(config: Config, base: Base) -> None:

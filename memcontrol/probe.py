@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
 
+from memcontrol.estimate import Estimate
 from memcontrol.mitigate import noise_norms
 from memcontrol.models import Base, Encoded
 from memcontrol.seeds import seed_of
 
-N_IMAGES, N_DRAWS = 32, 4
+N_IMAGES, N_DRAWS = 32, 4  # a draw for each of as many timesteps, evenly over their range: a random one would drown the gap
 
 
 @torch.no_grad()
@@ -18,7 +22,8 @@ def probed(base: Base, data: Encoded, seed: int, norms: bool = False) -> tuple[t
     clean, found = data.mean[:N_IMAGES].to(base.device), []
     texts = [data.texts(rows) for rows in (data.caption_rows[:N_IMAGES], torch.zeros(len(clean), dtype=torch.long))]
     for draw in range(N_DRAWS):
-        noised = base.noised(clean, torch.Generator().manual_seed(seed_of(seed, "probe", draw)))
+        generator = torch.Generator().manual_seed(seed_of(seed, "probe", draw))
+        noised = base.noised(clean, generator, quantile=(draw + 0.5) / N_DRAWS)
         text, empty = ({name: tensor.to(base.device) for name, tensor in each.items()} for each in texts)
         losses, predicted = base.denoised(noised, text)
         apart = noise_norms(predicted, base.denoised(noised, empty)[1]) if norms and text else torch.zeros_like(losses)
@@ -32,11 +37,18 @@ def loss_gap(base: Base, train: Encoded, holdout: Encoded, seed: int) -> float:
     return (held - known) / held
 
 
+def gap_of(known: np.ndarray, held: np.ndarray) -> Estimate:
+    """The loss gap from losses by image [N] and [M], its error that of having drawn these images."""
+    ratio = known.mean() / held.mean()
+    variances = [np.var(losses, ddof=1) / len(losses) if len(losses) > 1 else 0.0 for losses in (known, held)]
+    return Estimate(float(1 - ratio), math.sqrt(variances[0] + ratio**2 * variances[1]) / float(held.mean()))
+
+
 def probe_rewards(base: Base, train: Encoded, holdout: Encoded, seed: int) -> dict[str, float]:
     """The loss gap, and MemControl's noise norm of training images: mean, largest (of means over draws), and its ratio to
     held-out images, without which it means little. Without captions the gap alone."""
     (known, norms), (held, held_norms) = (probed(base, data, seed, norms=True) for data in (train, holdout))
-    found = {"loss_gap": float((held.mean() - known.mean()) / held.mean())}
+    found = {"loss_gap": gap_of(known.mean(0).double().numpy(), held.mean(0).double().numpy())}
     if not train.text:
         return found
     mean, largest, beside = float(norms.mean()), float(norms.mean(0).max()), float(held_norms.mean())

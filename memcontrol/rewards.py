@@ -5,14 +5,17 @@ Every value is an Estimate: a float that knows its error or interval. Distances 
 
 from __future__ import annotations
 
+import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
 from memcontrol.errors import MemControlError
-from memcontrol.features import nearest
+from memcontrol.estimate import Estimate, of_contributions, percent, share_of
+from memcontrol.features import blocks, mean_of, nearest
 from memcontrol.seeds import seed_of
 
 CLIP = math.log(4)
@@ -20,7 +23,6 @@ N_PERMUTATIONS = 400
 N_NEIGHBOURS = 96
 N_DRAWS = 5
 FALSE_POSITIVES = 0.01
-NORMAL_95 = 1.959963984540054
 
 # Thresholds as published: MQ's of squared distances, Carlini's alpha, the extraction attack's tile distance (224 pixels, 0..1).
 PRESETS = {
@@ -30,25 +32,13 @@ PRESETS = {
 }
 
 
-class Estimate(float):
-    """A value with its standard error, its 95 % interval, or the p-value of what it says, as far as they are known."""
+def matrix(features, name: str, least: int = 1, dtype=np.float64) -> np.ndarray:
+    """[n, d] of a numpy array, a torch tensor or lists; `dtype` None keeps float32 as it is, for large sets.
 
-    error: float | None
-    low: float | None
-    high: float | None
-    p: float | None
-
-    def __new__(cls, value: float, error: float | None = None, low: float | None = None, high: float | None = None, p: float | None = None):
-        estimate = super().__new__(cls, value)
-        estimate.error, estimate.p = error, p
-        estimate.low = value - NORMAL_95 * error if low is None and error is not None else low
-        estimate.high = value + NORMAL_95 * error if high is None and error is not None else high
-        return estimate
-
-
-def matrix(features, name: str, least: int = 1) -> np.ndarray:
-    """float64 [n, d] of a numpy array, a torch tensor or lists. Raises MemControlError: another shape, too few rows, not finite."""
-    found = np.asarray(features.detach().cpu() if hasattr(features, "detach") else features, np.float64)
+    Raises MemControlError: another shape, too few rows, not finite.
+    """
+    found = np.asarray(features.detach().cpu() if hasattr(features, "detach") else features)
+    found = found.astype(dtype or (np.float32 if found.dtype == np.float32 else np.float64), copy=False)
     if found.ndim != 2:
         raise MemControlError(f"{name} has shape {list(found.shape)}; give a matrix of features [n, d]")
     if len(found) < least:
@@ -69,51 +59,87 @@ class Gaussian:
     def trace(self) -> float:
         return float(np.square(self.factor).sum())
 
+    @cached_property
+    def components(self) -> np.ndarray:
+        """Principal directions, the first ones first: [d, d]."""
+        return np.linalg.eigh(self.factor.T @ self.factor)[1][:, ::-1]
+
 
 def gaussian(features) -> Gaussian:
-    """Of features [n, d], n >= 2. Raises MemControlError."""
-    rows = features if isinstance(features, Gaussian) else matrix(features, "a feature set of fid", 2)
-    if isinstance(rows, Gaussian):
-        return rows
-    mean = rows.mean(0)
-    return Gaussian(mean, np.linalg.qr((rows - mean) / math.sqrt(len(rows) - 1), mode="r"))
+    """Of features [n, d], n >= 2, block by block: memory beyond them is that of one block. Raises MemControlError."""
+    if isinstance(features, Gaussian):
+        return features
+    rows = matrix(features, "a feature set of fid", 2, dtype=None)
+    mean, factor = mean_of(rows), np.empty((0, rows.shape[1]))
+    for block in blocks(rows):
+        factor = np.linalg.qr(np.concatenate([factor, (block - mean) / math.sqrt(len(rows) - 1)]), mode="r")
+    return Gaussian(mean, factor)
 
 
 def fid(real, generated) -> Estimate:
     """Frechet distance of features [N, d] and [M, d], or their Gaussians (Heusel et al. 2017, arXiv 1706.08500, eq. 6).
 
     |mu - mu'|^2 + tr S + tr S' - 2 tr (S S')^(1/2), covariances with n - 1. The trace of the root is a nuclear norm of the
-    factors' product: real whatever the ranks, so nothing imaginary appears where n <= d. Biased upward, the more the fewer images.
+    factors' product: real whatever the ranks, so nothing imaginary appears where n <= d. Biased upward, the more the fewer
+    images; the error is that of sampling, by the delta method, and leaves the bias out. It is known where `generated` is features.
     """
-    x, y = gaussian(real), gaussian(generated)
-    if len(x.mean) != len(y.mean):
-        raise MemControlError(f"fid compares features of {len(x.mean)} and of {len(y.mean)} dimensions; use one extractor for both")
-    root = np.linalg.norm(x.factor @ y.factor.T, "nuc")  # tr((R'R Q'Q)^(1/2)) = sum of the singular values of R Q'
-    return Estimate(max(float(np.square(x.mean - y.mean).sum()) + x.trace + y.trace - 2 * float(root), 0.0))
+    x = gaussian(real)
+    rows = None if isinstance(generated, Gaussian) else matrix(generated, "a feature set of fid", 2)
+    mean = generated.mean if rows is None else rows.mean(0)
+    if len(x.mean) != len(mean):
+        raise MemControlError(f"fid compares features of {len(x.mean)} and of {len(mean)} dimensions; use one extractor for both")
+    centred = None if rows is None else rows - mean
+    factor = generated.factor if rows is None else centred / math.sqrt(len(rows) - 1)
+    shift, (trace, diagonal) = mean - x.mean, root_of(factor @ x.factor.T)
+    value = max(float(np.square(shift).sum() + np.square(factor).sum()) + x.trace - 2 * trace, 0.0)
+    if rows is None:
+        return Estimate(value)
+    # An image z from the mean adds |z|^2 - z'Tz + 2 (mu' - mu)z, T being the optimal transport onto the real Gaussian.
+    return of_contributions(value, np.square(centred).sum(1) - (len(rows) - 1) * diagonal + 2 * centred @ shift)
+
+
+def root_of(product: np.ndarray) -> tuple[float, np.ndarray]:
+    """Trace and diagonal [n] of (M M')^(1/2), for M = [n, m].
+
+    By eigenvectors of the smaller Gram matrix, faster than singular values. Their roots are taken as lengths |M v|: the root of
+    an eigenvalue that is zero but for rounding would be wrong by the eighth digit.
+    """
+    wide = product.shape[0] <= product.shape[1]
+    _, vectors = np.linalg.eigh(product @ product.T if wide else product.T @ product)
+    images = product.T @ vectors if wide else product @ vectors  # [m, n] or [n, m]
+    roots = np.linalg.norm(images, axis=0)
+    if wide:
+        return float(roots.sum()), np.square(vectors) @ roots
+    return float(roots.sum()), np.square(images) @ np.divide(1.0, roots, out=np.zeros_like(roots), where=roots > 0)
 
 
 def fd_pca(real, generated, k: int = 64) -> Estimate:
-    """Frechet distance on the first k principal components of the real features: ranks with far fewer images than all d."""
-    x, y = matrix(real, "real", 2), matrix(generated, "generated", 2)
-    centre = x.mean(0)
-    _, _, directions = np.linalg.svd(x - centre, full_matrices=False)
-    return fid((x - centre) @ directions[:k].T, (y - centre) @ directions[:k].T)
+    """Frechet distance on the first k principal components of the real features, or of their Gaussian: ranks with far fewer
+    images than all d."""
+    x = gaussian(real)
+    first = x.components[:, :k]
+    return fid(Gaussian(x.mean @ first, x.factor @ first), matrix(generated, "generated", 2) @ first)
 
 
 def kid(real, generated, scale: float = 1.0) -> Estimate:
     """Unbiased squared MMD with the kernel (x.y / d + 1)^3 over all rows, its error by the jackknife (Binkowski et al. 2018,
     arXiv 1801.01401). Values a little below 0 are right. `scale` divides the features first: the kernel is not scale-free."""
     x, y = matrix(real, "real", 3) / scale, matrix(generated, "generated", 3) / scale
-    xx, yy, xy = (np.power(p @ q.T / x.shape[1] + 1, 3) for p, q in ((x, x), (y, y), (x, y)))
-    for kernel in (xx, yy):
-        np.fill_diagonal(kernel, 0.0)
-    n, m = xy.shape
-    within_x, within_y, across = xx.sum() / (n * (n - 1)), yy.sum() / (m * (m - 1)), xy.mean()
+    n, m = len(x), len(y)
+    xx, yy, xy, yx = (kernel_sums(p, q) for p, q in ((x, x), (y, y), (x, y), (y, x)))
+    for points, sums in ((x, xx), (y, yy)):
+        sums -= np.power(np.square(points).sum(1) / x.shape[1] + 1, 3)  # an image with itself
+    within_x, within_y, across = xx.sum() / (n * (n - 1)), yy.sum() / (m * (m - 1)), xy.sum() / (n * m)
     # What is left when one row is left out, for each row.
-    without_x = (xx.sum() - 2 * xx.sum(1)) / ((n - 1) * (n - 2)) - 2 * (xy.sum() - xy.sum(1)) / ((n - 1) * m)
-    without_y = (yy.sum() - 2 * yy.sum(1)) / ((m - 1) * (m - 2)) - 2 * (xy.sum() - xy.sum(0)) / (n * (m - 1))
-    variance = (n - 1) * without_x.var() + (m - 1) * without_y.var()
-    return Estimate(float(within_x + within_y - 2 * across), math.sqrt(variance))
+    without_x = (xx.sum() - 2 * xx) / ((n - 1) * (n - 2)) - 2 * (xy.sum() - xy) / ((n - 1) * m)
+    without_y = (yy.sum() - 2 * yy) / ((m - 1) * (m - 2)) - 2 * (xy.sum() - yx) / (n * (m - 1))
+    variance, value = (n - 1) * without_x.var() + (m - 1) * without_y.var(), float(within_x + within_y - 2 * across)
+    return Estimate(value, math.sqrt(variance), contributions=value + (m - 1) * (without_y.mean() - without_y))
+
+
+def kernel_sums(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Of each row of x, the sum of (x.y / d + 1)^3 over all of y, in blocks: [N]."""
+    return np.concatenate([np.power(block @ y.T / x.shape[1] + 1, 3).sum(1) for block in blocks(x, 256)])
 
 
 def prdc(real, generated, k: int = 5) -> dict[str, Estimate]:
@@ -131,37 +157,28 @@ def prdc(real, generated, k: int = 5) -> dict[str, Estimate]:
     return found | {"coverage": share_of(across.min(1) < radius_x)}
 
 
-def share_of(hits: np.ndarray) -> Estimate:
-    """The share of a boolean array, with its Wilson interval."""
-    share = float(hits.mean())
-    low, high = wilson(share, len(hits))
-    return Estimate(share, low=low, high=high)
-
-
 def pairwise(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """All distances [N, M]."""
     squares = np.square(x).sum(1)[:, None] + np.square(y).sum(1)[None] - 2 * x @ y.T
     return np.sqrt(np.maximum(squares, 0.0))
 
 
-def nearest_others(points: np.ndarray, k: int) -> np.ndarray:
-    """Distances of each point to its k nearest other points of the set: [N, k]."""
-    distances, indices = nearest(points, points, k + 1)
-    own = indices == np.arange(len(points))[:, None]
+def nearest_others(points: np.ndarray, k: int, rows: np.ndarray | None = None) -> np.ndarray:
+    """Distances of each point, or of those in `rows`, to its k nearest other points of the set: [N, k]."""
+    rows = np.arange(len(points)) if rows is None else rows
+    distances, indices = nearest(points[rows], points, k + 1)
+    own = indices == rows[:, None]
     own[~own.any(1), -1] = True  # among many equal points its own may not be listed: any of them stands for it
-    return distances[~own].reshape(len(points), k)
+    return distances[~own].reshape(len(rows), k)
 
 
 def authpct(generated, train) -> Estimate:
     """Per cent of generated points that are farther from their nearest training point than that one from its own nearest other
     (Alaa et al. 2022, arXiv 2102.08921). Real images reach some 70, not 100: read it beside the held-out images' value."""
-    g, t = matrix(generated, "generated"), matrix(train, "train", 2)
+    g, t = matrix(generated, "generated", dtype=None), matrix(train, "train", 2, dtype=None)
     distances, indices = nearest(g, t)
-    return percent(share_of(nearest_others(t, 1)[indices[:, 0], 0] < distances[:, 0]))
-
-
-def percent(share: Estimate) -> Estimate:
-    return Estimate(100 * share, low=100 * share.low, high=100 * share.high)
+    rows, places = np.unique(indices[:, 0], return_inverse=True)
+    return percent(share_of(nearest_others(t, 1, rows)[places, 0] < distances[:, 0]))
 
 
 def mq(generated, train, threshold: float = PRESETS["iet-agc"]["mq"], k: int = PRESETS["iet-agc"]["mq_neighbours"]) -> int:
@@ -170,14 +187,14 @@ def mq(generated, train, threshold: float = PRESETS["iet-agc"]["mq"], k: int = P
     d1 .. dk are squared distances of an image to its k nearest training images, the nearest included; in pixels of 0..1 as
     published. Squares make 0.5 an ordinary distance ratio of some 0.7.
     """
-    squares = nearest(matrix(generated, "generated"), matrix(train, "train"), k)[0] ** 2
+    squares = nearest(matrix(generated, "generated", dtype=None), matrix(train, "train", dtype=None), k)[0] ** 2
     return int((squares[:, 0] / np.maximum(squares.mean(1), 1e-300) < threshold).sum())
 
 
 def carlini_rate(generated, train, k: int = PRESETS["carlini2023"]["neighbours"], alpha: float = PRESETS["carlini2023"]["alpha"]) -> Estimate:
     """The share of images with d1 < alpha mean(d1 .. dk), distances to the k nearest training images (Carlini et al. 2023,
     arXiv 2301.13188, section 5). Needs many more training images than k."""
-    distances = nearest(matrix(generated, "generated"), matrix(train, "train"), k)[0]
+    distances = nearest(matrix(generated, "generated", dtype=None), matrix(train, "train", dtype=None), k)[0]
     return share_of(distances[:, 0] < alpha * distances.mean(1))
 
 
@@ -197,8 +214,10 @@ def mifid(real, generated, direction: str = "kaggle", threshold: float = PRESETS
 
 def cosine_distance(real, generated, direction: str = "kaggle") -> float:
     """Mean over one set of the least 1 - |cos| to the other."""
-    x, y = unit(matrix(real, "real")), unit(matrix(generated, "generated"))
-    return float((1 - np.abs(y @ x.T)).min(1 if direction == "kaggle" else 0).mean())
+    x, y = matrix(real, "real", dtype=None), unit(matrix(generated, "generated"))
+    apart = [1 - np.abs(y @ unit(block.astype(np.float64)).T) for block in blocks(x, 1024)]
+    least = np.min([block.min(1) for block in apart], axis=0) if direction == "kaggle" else np.concatenate([block.min(0) for block in apart])
+    return float(least.mean())
 
 
 def clip_score(image_embeddings, text_embeddings) -> Estimate:
@@ -242,14 +261,6 @@ def extraction(generations, threshold: float, least: int = PRESETS["memcontrol20
 
 def unit(rows: np.ndarray) -> np.ndarray:
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
-
-
-def wilson(share: float, n: int) -> tuple[float, float]:
-    """The 95 % interval of a share of n (Wilson 1927)."""
-    centre = share + NORMAL_95**2 / (2 * n)
-    half = NORMAL_95 * math.sqrt(share * (1 - share) / n + NORMAL_95**2 / (4 * n * n))
-    total = 1 + NORMAL_95**2 / n
-    return max(0.0, (centre - half) / total), min(1.0, (centre + half) / total)
 
 
 @dataclass(frozen=True)
@@ -340,8 +351,8 @@ def below_real(space: Space, real: np.ndarray) -> Estimate:
 
 
 def space_of(generated, train, holdout, seed: int = 0) -> Space:
-    held = matrix(holdout, "holdout", 2)
-    return Space((matrix(generated, "generated"),), matrix(train, "train"), held, (held,), seed)
+    held = matrix(holdout, "holdout", 2, dtype=None)
+    return Space((matrix(generated, "generated", dtype=None),), matrix(train, "train", dtype=None), held, (held,), seed)
 
 
 def memorization(generated, train, holdout, seed: int = 0) -> Estimate:
@@ -355,38 +366,47 @@ def memorization(generated, train, holdout, seed: int = 0) -> Estimate:
 
 
 def memorization_in(space: Space) -> Estimate:
-    n_train, n_holdout = len(space.train), len(space.holdout)
-    m, pooled = min(n_train, n_holdout), np.concatenate([space.train, space.holdout])
-    # Wide enough that each half of a draw has a neighbour in the list: 96 on average.
-    distances, indices = nearest_of(space.generated, pooled, N_NEIGHBOURS * len(pooled) // (2 * m))
-    distances = np.maximum(distances, 1e-3 * float(np.median(space.held_to_train)))
-    n_draws = 1 if n_train == n_holdout else N_DRAWS
-    values, null = [], []
+    floor = 1e-3 * float(np.median(space.held_to_train))
+    sets = [(rows, canonical(rows)) for rows in (space.train, space.holdout)]
+    m = min(len(space.train), len(space.holdout))
+    n_draws = 1 if len(space.train) == len(space.holdout) else N_DRAWS
+    ratios, null = [], []
     for draw in range(n_draws):
         rng = np.random.default_rng(seed_of(space.seed, "memorization", draw))
-        rows = np.concatenate([rng.permutation(n_train)[:m], n_train + rng.permutation(n_holdout)[:m]])
-        values.append(log_ratio(distances, labels(len(pooled), rows[:m], rows[m:])[indices]))
+        drawn = [rows[order[rng.permutation(len(rows))[:m]] if len(rows) > m else order] for rows, order in sets]
+        distances, indices = pooled_neighbours(space.generated, drawn)
+        distances = np.maximum(distances, floor)
+        sides = np.repeat(np.array([TRAIN, HOLDOUT], np.int8), m)
+        ratios.append(log_ratios(distances, sides[indices]))
         for _ in range(N_PERMUTATIONS // n_draws):
-            mixed = rng.permutation(rows)
-            null.append(log_ratio(distances, labels(len(pooled), mixed[:m], mixed[m:])[indices]))
-    value = float(np.mean(values))
-    return Estimate(value, float(np.std(null)), p=(1 + sum(x >= value for x in null)) / (1 + len(null)))
+            null.append(float(log_ratios(distances, rng.permutation(sides)[indices]).mean()))
+    contributions = np.mean(ratios, axis=0)
+    value = float(contributions.mean())
+    return Estimate(value, float(np.std(null)), p=(1 + sum(x >= value for x in null)) / (1 + len(null)), contributions=contributions)
 
 
 TRAIN, HOLDOUT = 1, 2
 
 
-def labels(n: int, train_rows: np.ndarray, holdout_rows: np.ndarray) -> np.ndarray:
-    """Which half of a draw each pooled reference belongs to; 0 for those left out. int8 [n]."""
-    found = np.zeros(n, np.int8)
-    found[train_rows], found[holdout_rows] = TRAIN, HOLDOUT
-    return found
+def canonical(rows: np.ndarray) -> np.ndarray:
+    """An order of the rows by their content, so that draws do not depend on how a folder was listed: [N]."""
+    return np.array(sorted(range(len(rows)), key=lambda row: hashlib.blake2b(rows[row].tobytes(), digest_size=16).digest()))
 
 
-def log_ratio(distances: np.ndarray, sides: np.ndarray) -> float:
-    """Mean clipped log ratio, from each image's sorted neighbours [N, K] and the side that each is on [N, K]."""
+def pooled_neighbours(queries: tuple[np.ndarray, ...], sets: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Each query's N_NEIGHBOURS nearest of each set, in one sorted list: distances and rows in the sets laid end to end. [N, K] both."""
+    found = [nearest_of(queries, references, N_NEIGHBOURS) for references in sets]
+    starts = np.cumsum([0, *map(len, sets)])
+    distances = np.concatenate([distances for distances, _ in found], axis=1)
+    indices = np.concatenate([indices + start for (_, indices), start in zip(found, starts)], axis=1)
+    order = distances.argsort(axis=1, kind="stable")
+    return np.take_along_axis(distances, order, 1), np.take_along_axis(indices, order, 1)
+
+
+def log_ratios(distances: np.ndarray, sides: np.ndarray) -> np.ndarray:
+    """Clipped log ratios [N], from each image's sorted neighbours [N, K] and the side that each is on [N, K]."""
     to_train, to_holdout = (first_distance(distances, sides == side) for side in (TRAIN, HOLDOUT))
-    return float(np.clip(np.log(to_holdout / to_train), -CLIP, CLIP).mean())
+    return np.clip(np.log(to_holdout / to_train), -CLIP, CLIP)
 
 
 def first_distance(distances: np.ndarray, chosen: np.ndarray) -> np.ndarray:

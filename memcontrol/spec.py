@@ -13,7 +13,8 @@ from memcontrol.files import read_json, write_json
 from memcontrol.seeds import seed_of
 from memcontrol.space import Choice, SearchSpace, parse_space, space_as_dict
 
-SPEC, RESULT, SAMPLES, TRAINING = "spec.json", "result.json", "samples.npz", "training.json"
+SPEC, RESULT, SAMPLES, TRAINING, CONFIRMED = "spec.json", "result.json", "samples.npz", "training.json", "confirmed.json"
+CONTRIBUTIONS = "contributions.npz"
 
 
 @dataclass(frozen=True)

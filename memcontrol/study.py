@@ -7,7 +7,7 @@ import logging
 import os
 import random
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,15 @@ from optuna.trial import TrialState, create_trial
 
 from memcontrol.config import Config, differing_keys, load_config
 from memcontrol.errors import MemControlError, SpaceExhausted
-from memcontrol.pareto import knee
+from memcontrol.figures import MAXIMIZE, MINIMIZE, direction_of
+from memcontrol.pareto import Limit, knee
 from memcontrol.seeds import seed_of
 from memcontrol.space import Choice, SearchSpace
 
 N_SPREAD = 6  # sampled trials before the sampler models anything
 GOLDEN = (5**0.5 - 1) / 2
 N_ASKS = 50
+CONFIRMED = "confirmed:"  # and the trial's number
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 logging.getLogger("alembic").setLevel(logging.ERROR)
 
@@ -38,8 +40,9 @@ class Record:
     candidates: tuple[Choice, ...]
     anchor: str | None = None
     choice: Choice | None = None
-    values: dict[str, float] = field(default_factory=dict)
-    rewards: dict[str, float] = field(default_factory=dict)
+    objectives: dict[str, str] = field(default_factory=dict)  # name to direction
+    searched: dict[str, float] = field(default_factory=dict)  # rewards as the search measured them
+    confirmed: dict[str, float] = field(default_factory=dict)  # and over fresh draws, for trials on the front
     reason: str = ""
     seconds: float = 0.0
 
@@ -47,13 +50,28 @@ class Record:
     def finished(self) -> bool:
         return self.state == "COMPLETE"
 
+    @property
+    def rewards(self) -> dict[str, float]:
+        """The best that is known."""
+        return self.confirmed or self.searched
+
+    @property
+    def values(self) -> dict[str, float]:
+        """The objectives among them."""
+        return {name: self.rewards[name] for name in self.objectives} if self.finished else {}
+
+    @property
+    def losses(self) -> list[float]:
+        """The values, with those that are maximised negated: less is better in each."""
+        return [-value if self.objectives[name] == MAXIMIZE else value for name, value in self.values.items()]
+
     def as_dict(self, folder: Path) -> dict[str, Any]:
         """The form of every --json."""
         return {
             "trial": self.number, "state": self.state, "values": self.values,
             "choice": self.choice.as_dict() if self.choice else None,
             "run": str(folder / self.choice.key) if self.choice else None,
-            "anchor": self.anchor, "rewards": self.rewards, "reason": self.reason or None, "seconds": self.seconds,
+            "anchor": self.anchor, "rewards": self.rewards, "confirmed": bool(self.confirmed), "searched": self.searched, "reason": self.reason or None, "seconds": self.seconds,
         }  # fmt: skip
 
 
@@ -63,8 +81,29 @@ class Study:
     def __init__(self, inner: optuna.Study, config: Config):
         self.inner, self.config = inner, config
 
+    @property
+    def objectives(self) -> dict[str, str]:
+        """Name to direction."""
+        return {name: direction.name.lower() for name, direction in zip(self.config.rewards.names, self.inner.directions)}
+
+    @property
+    def limits(self) -> list[Limit]:
+        """The config's own: upper bounds where less is better, lower ones where more is."""
+        directions = self.objectives
+        signs = {MINIMIZE: "<=", MAXIMIZE: ">="}
+        return [
+            Limit(name, signs[directions.get(name) or direction_of(name)], bound) for name, bound in self.config.rewards.limits.items()
+        ]
+
     def records(self) -> list[Record]:
-        return [record_of(trial, self.config.rewards.names) for trial in self.inner.get_trials(deepcopy=False)]
+        confirmed = self.inner.user_attrs
+        return [
+            record_of(trial, self.objectives, confirmed.get(f"{CONFIRMED}{trial.number}", {})) for trial in self.inner.get_trials(deepcopy=False)
+        ]
+
+    def confirm(self, number: int, rewards: dict[str, float]) -> None:
+        """Records what a trial's fresh draws gave. Beside the trial: Optuna's finished trials are never changed."""
+        self.inner.set_user_attr(f"{CONFIRMED}{number}", rewards)
 
     def begin(self, candidates: Sequence[Choice], space: SearchSpace, anchor: str | None = None) -> int:
         """Records a running trial, complete in one transaction: a crash leaves all of it or nothing. Returns its number."""
@@ -85,7 +124,9 @@ class Study:
         objectives = self.config.rewards.names
         complete = [result for result in results if result["state"] == "COMPLETE"]
         values = [[result["rewards"][name] for name in objectives] for result in complete]
-        best = complete[knee(values)] if complete else results[0]
+        for result in complete:
+            self.check_measured(result)
+        best = complete[knee([oriented(point, self.objectives.values()) for point in values])] if complete else results[0]
         trial = next(trial for trial in self.inner.get_trials(deepcopy=False) if trial.number == number)
         live = optuna.trial.Trial(self.inner, trial._trial_id)
         for key in ("choice", "rewards", "reason", "seconds"):
@@ -93,17 +134,36 @@ class Study:
                 live.set_user_attr(key, best[key])
         if len(results) > 1:
             live.set_user_attr("tried", [{k: r.get(k) for k in ("choice", "state", "rewards", "reason")} for r in results])
-        for name, excess in excesses(best.get("rewards", {}), self.config.rewards.limits).items():
+        for name, excess in excesses(best.get("rewards", {}), self.limits).items():
             live.set_constraint(name, excess)
         if complete:
             self.inner.tell(number, [best["rewards"][name] for name in objectives])
         else:
             self.inner.tell(number, state=TrialState[best["state"]])
 
+    def check_measured(self, result: dict) -> None:
+        """Raises MemControlError for a result that was measured with other things than the study's first one."""
+        first = self.inner.user_attrs.get("measured_with")
+        if first is None:
+            self.inner.set_user_attr("measured_with", result["measured_with"])
+        else:
+            refuse_incomparable(first, result["measured_with"], f"results of study '{self.config.name}'")
 
-def excesses(rewards: dict[str, float], limits: dict[str, float]) -> dict[str, float]:
-    """How far each limited reward lies above its limit; at most 0 where it keeps it."""
-    return {name: rewards[name] - limit for name, limit in limits.items() if name in rewards}
+
+def oriented(values: Sequence[float], directions: Iterable[str]) -> list[float]:
+    return [-value if direction == MAXIMIZE else value for value, direction in zip(values, directions)]
+
+
+def refuse_incomparable(a: Mapping, b: Mapping, what: str) -> None:
+    """Raises MemControlError where two figures were measured with different things."""
+    differing = [f"{key} ({a.get(key)} and {b.get(key)})" for key in sorted({*a, *b}) if a.get(key) != b.get(key)]
+    if differing:
+        raise MemControlError(f"{what} cannot be compared; measured with different {'; '.join(differing)}")
+
+
+def excesses(rewards: dict[str, float], limits: Sequence[Limit]) -> dict[str, float]:
+    """How far each limited reward lies beyond its limit; at most 0 where it keeps it."""
+    return {limit.reward: limit.excess(rewards[limit.reward]) for limit in limits if limit.reward in rewards}
 
 
 def storage_url(config: Config, folder: Path, study_file: Path) -> str:
@@ -116,8 +176,9 @@ def storage_url(config: Config, folder: Path, study_file: Path) -> str:
     return config.storage
 
 
-def open_study(config: Config, folder: Path, study_file: Path, *, create: bool) -> Study:
-    """The config's study. Its stored config must agree with a given one in all that numbers depend on. Raises MemControlError."""
+def open_study(config: Config, folder: Path, study_file: Path, *, create: bool, directions: Sequence[str] = ()) -> Study:
+    """The config's study. Its stored config must agree with a given one in all that numbers depend on. A new one is given
+    its objectives' directions; without them each is minimised. Raises MemControlError."""
     known = is_searched(config, folder, study_file)
     if not known and not create:
         raise no_study(config, study_file)
@@ -126,7 +187,7 @@ def open_study(config: Config, folder: Path, study_file: Path, *, create: bool) 
         inner = optuna.load_study(study_name=config.name, storage=storage)
         return Study(inner, agreeing_config(inner, config) if create else stored_config(inner))
     objectives = list(config.rewards.names)
-    inner = optuna.create_study(study_name=config.name, storage=storage, directions=["minimize"] * len(objectives))
+    inner = optuna.create_study(study_name=config.name, storage=storage, directions=list(directions) or ["minimize"] * len(objectives))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         inner.set_metric_names(objectives)
@@ -172,15 +233,14 @@ def agreeing_config(inner: optuna.Study, config: Config) -> Config:
     return config
 
 
-def record_of(trial: optuna.trial.FrozenTrial, objectives: Sequence[str]) -> Record:
+def record_of(trial: optuna.trial.FrozenTrial, objectives: dict[str, str], confirmed: dict[str, float] = {}) -> Record:
     attributes = trial.user_attrs
-    complete = trial.state == TrialState.COMPLETE
     candidates = tuple(Choice.from_dict(values) for values in attributes.get("candidates", ()))
     choice = attributes.get("choice")
     return Record(
         number=trial.number, state=trial.state.name, candidates=candidates, anchor=attributes.get("anchor"),
         choice=Choice.from_dict(choice) if choice else candidates[0] if len(candidates) == 1 else None,
-        values=dict(zip(objectives, trial.values)) if complete else {}, rewards=attributes.get("rewards", {}),
+        objectives=objectives, searched=attributes.get("rewards", {}), confirmed=confirmed,
         reason=attributes.get("reason", ""), seconds=attributes.get("seconds", 0.0),
     )  # fmt: skip
 
@@ -205,7 +265,7 @@ def distributions(space: SearchSpace) -> dict[str, BaseDistribution]:
     return found | {"rate": FloatDistribution(0, 1)}
 
 
-def suggest(records: Sequence[Record], space: SearchSpace, seed: int, n_objectives: int, limits: dict[str, float] = {}) -> Choice:
+def suggest(records: Sequence[Record], space: SearchSpace, seed: int, n_objectives: int, limits: Sequence[Limit] = ()) -> Choice:
     """The next choice, never one that was asked for before: a pure function of the records and the seed.
 
     A study in memory holds the records in the sampler's own coordinates (position in the method's learning-rate range,
@@ -254,12 +314,12 @@ def multivariate_tpe(seed: int) -> optuna.samplers.BaseSampler:
         return optuna.samplers.TPESampler(multivariate=True, constant_liar=True, n_startup_trials=N_SPREAD, seed=seed)
 
 
-def mirrored(record: Record, space: SearchSpace, limits: dict[str, float] = {}) -> optuna.trial.FrozenTrial | None:
+def mirrored(record: Record, space: SearchSpace, limits: Sequence[Limit] = ()) -> optuna.trial.FrozenTrial | None:
     """The record in the sampler's coordinates; None where it has none: the anchors outside the space, failures."""
     choice = record.choice
     if choice is None or record.anchor in ("none", "full") or record.state not in ("COMPLETE", "RUNNING"):
         return None
-    values = list(record.values.values()) if record.finished else None
+    values = record.losses if record.finished else None
     constraints = {f"constraints:{name}": excess for name, excess in excesses(record.rewards, limits).items()}  # as Trial.set_constraint keeps them
     return create_trial(
         state=TrialState[record.state], params=space.point_of(choice), distributions=distributions(space), values=values, system_attrs=constraints

@@ -23,8 +23,8 @@ Say = Callable[[dict], None]
 
 
 def run_job(job: dict, bench, say: Say) -> None:
-    """One job: {"prepare": folder, "config": ...}, {"trial": folder}, or {"help": folder, "rank": ..., "size": ...}, a share of
-    another process's trial. Says progress, then exactly one end."""
+    """One job: {"prepare": folder, "config": ...}, {"trial": folder}, {"confirm": folder}, or {"help": folder, "rank": ..., "size":
+    ...}, a share of another process's trial. Says progress, then exactly one end."""
     if "help" in job:  # what goes wrong here ends the process, and the one that leads the trial meets it itself
         from memcontrol.run import help_train
 
@@ -34,21 +34,34 @@ def run_job(job: dict, bench, say: Say) -> None:
             from memcontrol.prepare import prepare
 
             say({"event": "prepared", **prepare(job["config"], Path(job["prepare"]), bench, lambda line: say({"event": "warning", "text": line}))})
+        elif "confirm" in job:
+            run_confirm(Path(job["confirm"]), bench, say)
         else:
             run_trial(Path(job["trial"]), bench, say)
     except MemControlError as error:
         say({"event": "stop", "reason": str(error)})
 
 
+def progress_of(say: Say) -> Callable[..., None]:
+    def progress(stage: str, done: int, total: int, **said) -> None:
+        say({"event": "progress", "stage": stage, "done": done, "total": total, **said})
+
+    return progress
+
+
+def run_confirm(folder: Path, bench, say: Say) -> None:
+    from memcontrol.run import confirm
+
+    confirm(folder, bench, progress_of(say))
+    say({"event": "done"})
+
+
 def run_trial(folder: Path, bench, say: Say) -> None:
     """A trial that diverges is pruned, one that breaks is failed, both with a result file; other user errors end the search."""
     from memcontrol.run import RESULT, ROUNDS, read_spec, trial
 
-    def progress(stage: str, done: int, total: int, **said) -> None:
-        say({"event": "progress", "stage": stage, "done": done, "total": total, **said})
-
     try:
-        trial(folder, bench, progress)
+        trial(folder, bench, progress_of(say))
     except Diverged as error:
         write_json(folder / RESULT, {"state": "PRUNED", "choice": read_spec(folder).choice.as_dict(), "reason": str(error)})
     except MemControlError:
@@ -90,12 +103,12 @@ def main() -> None:
     def say(event: dict) -> None:
         out.write(json.dumps(event) + "\n")
 
-    from memcontrol.run import Bench
+    from memcontrol.bench import Bench
 
     bench = Bench()
     while True:
         job = jobs.get()
-        folder = job.get("trial") or job.get("prepare") or job["help"]
+        folder = next(job[kind] for kind in ("trial", "prepare", "confirm", "help") if kind in job)
         log_to(Path(folder) / (f"log-{job['rank']}.txt" if "help" in job else "log.txt"))
         run_job(job, bench, say)
 

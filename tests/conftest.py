@@ -21,7 +21,7 @@ SMALL = {
     "data": {"path": "digits", "train": 32, "holdout": 64, "test": 64},
     "space": "digits",
     "inner": {"budget_images": 32, "batch_size": 16},
-    "rewards": {"n_samples": 256, "sampling_steps": 1},
+    "rewards": {"n_samples": 256, "sampling_steps": 1, "confirm": 0},
     "search": {"trials": 1, "workers": 1, "executor": "inline"},
 }
 

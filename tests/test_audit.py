@@ -95,7 +95,8 @@ def test_a_pipeline_is_sampled_and_audited(folders, tmp_path):
 
     root = folders(0)
     (root / "train" / "metadata.csv").write_text("file_name,text\n5.png,a printed digit 3\n")
-    done = command("--model", TINY, "--train", root / "train", "--holdout", root / "holdout", "--out", tmp_path / "out", "--samples", 16, "--steps", 2)
+    done = command("--model", TINY, "--train", root / "train", "--holdout", root / "holdout", "--out", tmp_path / "out", "--samples", 16, "--steps", 2, "--attacked", 1)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out" / "audit.json").read_text())
+    assert 0 <= found["rewards"]["extraction_clique"] <= found["rewards"]["extraction_component"] <= 1
     assert found["sizes"] == {"generated": 16, "train": 150, "holdout": 150} and "sample 0" in {one["generated"] for one in found["copies"]}

@@ -12,7 +12,7 @@ import yaml
 from memcontrol.cli import parser
 from memcontrol.errors import MemControlError
 from memcontrol.prepare import prepare
-from memcontrol.run import Bench
+from memcontrol.bench import Bench
 
 README = Path(__file__).parent.parent / "README.md"
 

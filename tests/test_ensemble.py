@@ -225,7 +225,8 @@ def test_another_plan_in_the_folder_is_begun_anew(trained):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from memcontrol.run import Bench, trial
+from memcontrol.bench import Bench
+from memcontrol.run import trial
 steps = int(sys.argv[2])
 def progress(stage, done, total, **said):
     if stage == "train" and done == steps:
@@ -239,9 +240,9 @@ INNER = {
 
 
 def folder_of_trial(tmp_path, name, inner=INNER, processes=1):
+    from memcontrol.bench import Bench
     from memcontrol.config import load_config
     from memcontrol.prepare import prepare
-    from memcontrol.run import Bench
     from memcontrol.spec import Spec
 
     values = {
@@ -256,7 +257,8 @@ def folder_of_trial(tmp_path, name, inner=INNER, processes=1):
 
 
 def run_trial(folder):
-    from memcontrol.run import Bench, trial
+    from memcontrol.bench import Bench
+    from memcontrol.run import trial
 
     bench = Bench()
     trial(folder, bench, lambda *_, **said: None)
@@ -290,15 +292,16 @@ def test_processes_that_share_a_trials_shards_change_no_number(tmp_path):
 
 def test_a_helper_that_dies_is_done_without(tmp_path, monkeypatch):
     run_trial(folder_of_trial(tmp_path, "alone"))
-    monkeypatch.setattr("memcontrol.run.Bench.team", lambda self, folder, spec: Team(0, 2, lambda rank: rank == 0))
+    monkeypatch.setattr("memcontrol.bench.Bench.team", lambda self, folder, spec: Team(0, 2, lambda rank: rank == 0))
     run_trial(folder_of_trial(tmp_path, "left", processes=2))
     assert same(*(load_file(tmp_path / name / "adapter.safetensors") for name in ("alone", "left")))
 
 
 def test_a_trial_that_diverges_leaves_no_helper_behind_that_waits(tmp_path):
     """The next trial of the same worker would wait for it, and it for the end of the trial that diverged."""
+    from memcontrol.bench import Bench
     from memcontrol.errors import Diverged
-    from memcontrol.run import Bench, trial
+    from memcontrol.run import trial
 
     wild = INNER | {"max_grad_norm": 1e30, "skip": None, "redistribution": None, "augmentation": None}
     first, bench = folder_of_trial(tmp_path, "wild", wild, processes=2), Bench()

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import yaml
 
 from memcontrol.config import load_config
 from memcontrol.errors import MemControlError
-from memcontrol.evidence import Evidence, Views, check_rewards, load_function, score
+from memcontrol.evidence import Evidence, Views, check_rewards, extraction_rewards, load_function, score
 
 OWN = '''
 """Rewards of a user."""
@@ -52,6 +53,125 @@ def test_a_users_reward_is_a_number_of_the_evidence(own):
     assert score(EVIDENCE, {"brightness": f"{own}:brightness"})["brightness"] == pytest.approx(float(expected))
     with pytest.raises(MemControlError, match="gave 'very good'; it must give a finite number"):
         score(EVIDENCE, {"broken": f"{own}:broken"})
+
+
+def small_clip(folder):
+    """A CLIP model with random weights and the embedded base's tokenizer, as transformers writes one."""
+    import torch
+    from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
+
+    from memcontrol.models import TINY
+
+    tokenizer = AutoTokenizer.from_pretrained(TINY / "tokenizer")
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ends = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    text = {**small, **ends, "vocab_size": len(tokenizer), "max_position_embeddings": tokenizer.model_max_length}
+    torch.manual_seed(0)
+    CLIPModel(CLIPConfig(text_config=text, vision_config={**small, "image_size": 28, "patch_size": 14}, projection_dim=12)).save_pretrained(folder)
+    CLIPProcessor(CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}), tokenizer).save_pretrained(folder)
+    return folder
+
+
+def test_clip_score_is_that_of_the_model_itself(tmp_path):
+    import torch
+    from transformers import AutoProcessor, CLIPModel
+
+    from memcontrol.extractors import load_clip
+
+    images, captions = np.random.default_rng(0).integers(0, 256, (70, 3, 40, 40), dtype=np.uint8), ["one", "two three"] * 35
+    folder = small_clip(tmp_path / "clip")
+    pictures, texts = load_clip(str(folder))(images, captions)
+    with torch.no_grad():
+        processed = AutoProcessor.from_pretrained(folder)(images=list(images), text=captions, return_tensors="pt", padding=True, truncation=True)
+        logits = CLIPModel.from_pretrained(folder).eval()(**processed)
+    cosines = logits.logits_per_image.diagonal() / CLIPModel.from_pretrained(folder).logit_scale.exp()
+    assert float(score(replace(EVIDENCE, clip=(pictures, texts)))["clip_score"]) == pytest.approx(100 * float(cosines.clamp(min=0).mean()), abs=1e-3)
+
+
+def test_the_extraction_attack_is_calibrated_on_held_out_pairs():
+    """Two prompts whose images agree, one whose do so in a chain only, and five whose images are like any others."""
+    rng = np.random.default_rng(0)
+    holdout = rng.integers(0, 256, (60, 3, 16, 16), dtype=np.uint8)
+    apart = rng.integers(0, 256, (8, 4, 3, 16, 16), dtype=np.uint8)
+    for prompt in (0, 1):
+        apart[prompt] = apart[prompt, :1]
+    found = extraction_rewards(apart, holdout)
+    assert found["extraction_clique"] == found["extraction_component"] == 0.25 and found["extraction_clique"].high < 0.65
+    assert 0 < found["extraction_threshold"] < 1
+
+
+def test_features_of_the_data_are_kept_on_disk_by_content(study_file):
+    from memcontrol.bench import Bench
+    from memcontrol.config import load_config, study_folder
+    from memcontrol.prepare import prepare
+    from memcontrol.scoring import evidence
+    from memcontrol.space import load_space
+    from memcontrol.spec import Spec
+
+    study = study_file()
+    config, folder = load_config(study), study_folder(study, "small")
+    prepare(config.model_dump(mode="json"), folder, Bench(), print)
+    space = load_space(config.space)
+    spec = Spec(config, space, space.anchors()["none"][0], folder, "search", "holdout", 32)
+    samples = {"images": np.random.default_rng(0).integers(0, 256, (8, 3, 32, 32), dtype=np.uint8), "rows": np.arange(8)}
+    first = evidence(samples, spec, Bench())
+    files = sorted(folder.glob("cache/features-*.safetensors"))
+    assert len(files) == 2
+    written = [path.stat().st_mtime_ns for path in files]
+    again = evidence(samples, spec, Bench())
+    assert [path.stat().st_mtime_ns for path in files] == written
+    assert all(np.array_equal(getattr(getattr(first, part), key), getattr(getattr(again, part), key)) for part in ("train", "holdout") for key in ("pixels", "features"))
+    assert first.captions == tuple(Bench().train_images(spec).captions[:8]) and first.images is samples["images"]
+
+
+def test_a_reward_may_be_better_the_more(own, study_file):
+    """A user's, of images and captions as they are, beside CLIP's and the extraction attack's; with a lower bound."""
+    import optuna
+
+    own.write_text(
+        "from memcontrol import reward\n\n@reward(direction='maximize')\ndef contrast(evidence):\n"
+        "    assert len(evidence.captions) == len(evidence.images) and evidence.images.dtype == 'uint8'\n    return evidence.images.std()\n"
+    )
+    rewards = {
+        "objectives": ["kid", "extraction_clique", "clip_score", "my_rewards.py:contrast"], "limits": {"contrast": 1.0, "recall": 2.0}, "n_samples": 16,
+        "sampling_steps": 1, "confirm": 1, "clip": str(small_clip(own.parent / "clip")), "extraction": {"prompts": 3, "images": 3},
+    }  # fmt: skip
+    study = study_file(rewards=rewards)
+    run = lambda *args: subprocess.run([sys.executable, "-m", "memcontrol.cli", *args], capture_output=True, text=True)
+    assert run("search", str(study)).returncode == 0
+    inner = optuna.load_study(study_name="small", storage=f"sqlite:///{study.parent}/runs/small/study.db")
+    assert [direction.name for direction in inner.directions] == ["MINIMIZE", "MINIMIZE", "MAXIMIZE", "MAXIMIZE"]
+    for trial in inner.trials:
+        assert trial.values[3] > 0 and trial.constraints["contrast"] == pytest.approx(1.0 - trial.values[3]) and trial.constraints["recall"] > 0.9
+    table = run("front", str(study)).stdout
+    assert "contrast" in table and "CLIP score" in table and "extracted, cliques" in table
+
+
+def test_what_a_study_does_not_measure_is_no_objective():
+    for name, key in (("clip_score", "rewards.clip"), ("extraction_clique", "rewards.extraction")):
+        config = load_config({"name": "s", "data": "digits", "rewards": {"objectives": [name]}})
+        with pytest.raises(MemControlError, match=f"'{name}' is measured only where {key} says how"):
+            check_rewards(config.rewards, 64)
+
+
+def test_a_model_that_makes_flat_images_is_pruned_by_name(study_file, monkeypatch):
+    from memcontrol.bench import Bench
+    from memcontrol.config import load_config, study_folder
+    from memcontrol.prepare import prepare
+    from memcontrol.space import load_space
+    from memcontrol.spec import Spec
+    from memcontrol.worker import run_trial
+
+    study, bench = study_file(), Bench()
+    config, folder = load_config(study), study_folder(study, "small")
+    prepare(config.model_dump(mode="json"), folder, bench, print)
+    space = load_space(config.space)
+    spec = Spec(config, space, space.anchors()["none"][0], folder, "search", "holdout", 32)
+    spec.as_job(folder / "flat")
+    monkeypatch.setattr(type(bench.base(config)), "sample", lambda self, *args, seeds, **rest: np.full((len(seeds), 3, 32, 32), 7, np.uint8))
+    run_trial(folder / "flat", bench, lambda said: None)
+    result = json.loads((folder / "flat" / "result.json").read_text())
+    assert result["state"] == "PRUNED" and "100% of the generated images are one flat colour" in result["reason"]
 
 
 def test_mistakes_in_a_users_file_are_named(own):

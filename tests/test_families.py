@@ -8,7 +8,8 @@ from memcontrol.config import load_config
 from memcontrol.errors import MemControlError
 from memcontrol.models import denoiser_config, empty_denoiser, load_base, open_pipeline
 from memcontrol.prepare import check_mitigations, prepare
-from memcontrol.run import Bench, trial
+from memcontrol.bench import Bench
+from memcontrol.run import trial
 from memcontrol.space import Choice, load_space
 from memcontrol.spec import Spec
 from small_pipelines import SMALL, build

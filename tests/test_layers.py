@@ -7,7 +7,7 @@ from pathlib import Path
 
 import memcontrol
 
-LAYERS = """errors interrupt seeds files config space spec data features tuners peft_tuners adapters families models extractors memory shards augment mitigate probe cost derive rewards evidence train ensemble run prepare
+LAYERS = """errors estimate interrupt seeds files config space spec data features tuners peft_tuners adapters families models extractors memory shards augment mitigate figures rewards probe cost derive evidence train ensemble bench scoring run prepare
 worker pareto executors study pick pictures compare retrain export audit orchestrate display demo commands cli tiny""".split()
 PACKAGE = Path(memcontrol.__file__).parent
 

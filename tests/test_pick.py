@@ -1,17 +1,19 @@
 """Picking: the rule's conditions one by one, limits, numbers."""
 
+from dataclasses import replace
+
 import pytest
 
 from memcontrol.errors import MemControlError
-from memcontrol.pick import by_number, pick
+from memcontrol.pareto import Limit
+from memcontrol.pick import by_number, front_of, pick, ties_of, to_confirm
 from memcontrol.space import Choice
 from memcontrol.study import Record
 
 
 def record(number, fid, memorization, anchor=None, low=0.0, state="COMPLETE"):
-    values = {"fid": fid, "memorization": memorization} if state == "COMPLETE" else {}
-    rewards = {**values, "copy_rate_low": low, "copy_rate_line": 0.01}
-    return Record(number, state, (), anchor, Choice((), "full", 1e-3), values, rewards)
+    rewards = {"fid": fid, "memorization": memorization, "copy_rate_low": low, "copy_rate_line": 0.01}
+    return Record(number, state, (), anchor, Choice((), "full", 1e-3), {"fid": "minimize", "memorization": "minimize"}, rewards)
 
 
 NONE, FULL = record(0, 60, 0.0, "none"), record(2, 16, 0.25, "full", low=0.1)
@@ -53,3 +55,32 @@ def test_by_number():
     assert by_number([NONE, FULL], 2) is FULL
     with pytest.raises(MemControlError, match="trial 7 is not among the finished ones: 0, 2"):
         by_number([NONE, FULL], 7)
+
+
+def test_what_is_confirmed_until_the_front_stands():
+    """The lucky trial falls back when it is measured again, and the one behind it is measured in its turn."""
+    lucky, second, far = record(3, 12.0, 0.1), record(4, 13.0, 0.1), record(5, 30.0, 0.3)
+    trials = [NONE, FULL, lucky, second, far]
+    assert [r.number for r in to_confirm(trials)] == [0, 2, 3]
+    again = [replace(r, confirmed={**r.searched, "fid": 15.0 if r is lucky else r.searched["fid"]}) if r in (NONE, FULL, lucky) else r for r in trials]
+    assert [r.number for r in front_of(again)] == [4, 0] and [r.number for r in to_confirm(again)] == [4]
+    again[3] = replace(second, confirmed=second.searched)
+    assert to_confirm(again) == []
+    limited = [record(3, 12.0, 0.1, low=0.2), record(4, 13.0, 0.2), record(5, 14.0, 0.3)]
+    assert [r.number for r in to_confirm(limited, [Limit("copy_rate_low", "<=", 0.1)])] == [3, 4]
+
+
+def test_pick_trusts_what_was_measured_again():
+    known = replace(record(4, 13.0, 0.1), confirmed=record(4, 13.0, 0.1).searched)
+    assert pick([FULL, record(3, 12.0, 0.05), known]) is known
+    assert pick([FULL, record(3, 12.0, 0.05)]).number == 3
+
+
+def test_ties_are_those_that_nothing_beats_beyond_error():
+    def measured(number, fid, error):
+        one = record(number, fid, 0.1)
+        return replace(one, searched={**one.searched, "fid_error": error, "memorization_error": 0.01})
+
+    best, near, clear = measured(1, 10.0, 1.0), measured(2, 12.0, 1.0), measured(3, 13.0, 1.0)
+    assert front_of([best, near, clear]) == [best] and ties_of([best, near, clear]) == [near]  # 2 sqrt(1 + 1) = 2.83
+    assert ties_of([best, measured(2, 12.0, 0.1)]) == [measured(2, 12.0, 0.1)] and ties_of([measured(1, 10.0, 0.1), measured(2, 12.0, 0.1)]) == []

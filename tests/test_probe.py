@@ -16,7 +16,7 @@ def test_probes_by_hand(base, material):
         losses[name], norms[name] = [], []
         for draw in range(N_DRAWS):
             generator = torch.Generator().manual_seed(seed_of(5, "probe", draw))
-            noise, timesteps = torch.randn(data.mean.shape, generator=generator), torch.randint(1000, (len(data.mean),), generator=generator)
+            noise, timesteps = torch.randn(data.mean.shape, generator=generator), torch.full((len(data.mean),), (125, 375, 625, 875)[draw])
             kept = base.schedule.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
             noisy = kept.sqrt() * data.mean + (1 - kept).sqrt() * noise
             with torch.no_grad():
@@ -25,6 +25,9 @@ def test_probes_by_hand(base, material):
             norms[name].append((caption - none).flatten(1).norm(dim=1))
     losses, norms = ({name: torch.stack(each) for name, each in found.items()} for found in (losses, norms))
     assert found["loss_gap"] == pytest.approx(float((losses["held"].mean() - losses["train"].mean()) / losses["held"].mean()), abs=1e-5)
+    ratio = losses["train"].mean(0), losses["held"].mean(0)
+    spread = [r.std() / len(r) ** 0.5 / r.mean() for r in ratio]  # of a quotient, to first order
+    assert found["loss_gap"].error == pytest.approx(float(ratio[0].mean() / ratio[1].mean() * (spread[0] ** 2 + spread[1] ** 2) ** 0.5), rel=1e-3)
     assert found["noise_norm_mean"] == pytest.approx(float(norms["train"].mean()), rel=1e-4)
     assert found["noise_norm_max"] == pytest.approx(float(norms["train"].mean(0).max()), rel=1e-4)
     assert found["noise_norm_ratio"] == pytest.approx(float(norms["train"].mean() / norms["held"].mean()), rel=1e-4)

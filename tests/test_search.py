@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -54,7 +55,7 @@ def test_a_search_ends_with_anchors_and_sampled_trials(searched):
     assert_sound(trials, 2)
     for trial in trials:
         stored = json.loads(Path(trial["run"], "result.json").read_text())
-        assert stored["rewards"] == trial["rewards"] and trial["values"] == {name: stored["rewards"][name] for name in ("fid", "memorization")}
+        assert stored["rewards"] == trial["searched"] == trial["rewards"] and trial["values"] == {name: stored["rewards"][name] for name in ("fid", "memorization")}
     assert (study_folder(searched, "small") / "front.png").stat().st_size > 10_000
 
 
@@ -244,3 +245,42 @@ def test_a_diverging_loss_prunes_the_trial_and_the_study_goes_on(study_file, tmp
     assert states == {"none": "COMPLETE", "all": "COMPLETE", "full": "PRUNED", None: "COMPLETE"}
     refused = memcontrol("retrain", study, check=False)
     assert refused.returncode == 1 and "'full' has not finished" in refused.stderr
+
+
+def test_the_front_is_measured_again_before_it_is_reported(study_file):
+    """Interrupted halfway, the next search goes on with it and repeats nothing; then every trial on the front was confirmed."""
+    rewards = {"n_samples": 64, "sampling_steps": 1, "confirm": 2, "objectives": ["kid", "memorization"]}
+    study = study_file(rewards=rewards)
+    memcontrol("search", study)
+    front = json.loads(memcontrol("front", study, "--json").stdout)
+    assert front and all(trial["confirmed"] for trial in front)
+    for trial in front:
+        stored, run = json.loads(Path(trial["run"], "confirmed.json").read_text()), Path(trial["run"])
+        assert stored["rewards"] == trial["rewards"] and (stored["n_draws"], stored["n_samples"]) == (2, 128)
+        assert trial["searched"] == json.loads((run / "result.json").read_text())["rewards"] != trial["rewards"]
+        assert trial["values"] == {name: trial["rewards"][name] for name in ("kid", "memorization")}
+        assert trial["rewards"]["kid_error"] < trial["searched"]["kid_error"]
+    run = Path(front[0]["run"])
+    before = (run / "confirmed.json").read_text()
+    (run / "confirmed.json").unlink()
+    with sqlite3.connect(study_folder(study, "small") / "study.db") as database:  # as after a crash before the first of them was recorded
+        database.execute("DELETE FROM study_user_attributes WHERE key LIKE 'confirmed:%'")
+    others = {path: path.stat().st_mtime_ns for path in study_folder(study, "small").glob("*/confirmed.json")}
+    memcontrol("search", study)
+    assert (run / "confirmed.json").read_text() == before
+    assert all(path.stat().st_mtime_ns == when for path, when in others.items())
+    assert json.loads(memcontrol("front", study, "--json").stdout) == front
+
+
+def test_runs_are_compared_in_pairs_and_only_if_measured_alike(searched, study_file):
+    a, b = (Path(trial["run"]) for trial in trials_of(searched)[:2])
+    apart = json.loads(memcontrol("compare", a, b, "--json").stdout)
+    first, second = (json.loads((run / "result.json").read_text())["rewards"] for run in (a, b))
+    assert {"fid", "kid", "copy_rate", "memorization_pixels"} <= set(apart)
+    for name, found in apart.items():
+        assert found["difference"] == pytest.approx(first[name] - second[name]) and found["low"] <= found["difference"] <= found["high"]
+    assert apart["fid"]["error"] > 0 and "paired over prompts" in memcontrol("compare", a, b).stdout
+    other = study_file("other", rewards={"n_samples": 32, "sampling_steps": 2, "confirm": 0, "objectives": ["kid"]}, search={"trials": 0, "workers": 1, "executor": "inline"})
+    memcontrol("search", other)
+    refused = memcontrol("compare", a, Path(trials_of(other)[0]["run"]), check=False)
+    assert refused.returncode == 1 and "measured with different n_samples (256 and 32)" in refused.stderr and "sampling" in refused.stderr

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from memcontrol.adapters import described
 from memcontrol.config import load_config
 from memcontrol.errors import MemControlError
+from memcontrol.pick import front_of, pick
 from memcontrol.space import Choice, load_space, parse_space
 from memcontrol.study import distributions, mirrored, open_study, suggest
 
@@ -27,7 +28,7 @@ def result(choice, fid, memorization=0.1, state="COMPLETE"):
     if state != "COMPLETE":
         return {"state": state, "choice": choice.as_dict(), "reason": "why"}
     rewards = {"fid": fid, "memorization": memorization, "copy_rate": 0.0}
-    return {"state": state, "choice": choice.as_dict(), "rewards": rewards, "seconds": 1.0}
+    return {"state": state, "choice": choice.as_dict(), "rewards": rewards, "seconds": 1.0, "measured_with": {"extractor": "tiny", "n_samples": 256}}
 
 
 def test_an_anchor_stands_for_the_best_of_its_candidates(tmp_path):
@@ -141,5 +142,42 @@ def test_limits_steer_the_sampler_away(tmp_path):
         told["rewards"]["copy_rate"] = 0.01 if method == "lora" else 0.5
         study.finish(study.begin([choice], SPACE), [told])
     records = study.records()
-    counts = [suggest(records, SPACE, seed, 2, study.config.rewards.limits).methods[0] for seed in range(12)]
+    counts = [suggest(records, SPACE, seed, 2, study.limits).methods[0] for seed in range(12)]
     assert counts.count("lora") > 9
+
+
+def test_results_measured_with_other_things_are_refused(tmp_path):
+    study, told = opened(tmp_path), result(Choice(("up_resnet",), "lora", 2e-3, 2), 9.0)
+    other = {**result(Choice(("up_resnet",), "lora", 1e-3, 2), 8.0), "measured_with": {"extractor": "pixels", "n_samples": 256}}
+    study.finish(study.begin([Choice.from_dict(told["choice"])], SPACE), [told])
+    number = study.begin([Choice.from_dict(other["choice"])], SPACE)
+    with pytest.raises(MemControlError, match=r"cannot be compared; measured with different extractor \(tiny and pixels\)"):
+        study.finish(number, [other])
+    assert [record.state for record in study.records()] == ["COMPLETE", "RUNNING"]
+
+
+def test_an_objective_may_be_maximised(tmp_path):
+    """Its values stay as they are in the database; the sampler and fronts see them negated; its limit is a lower bound."""
+    config = load_config({"name": "s", "data": "digits", "space": "digits", "rewards": {"objectives": ["fid", "recall"], "limits": {"recall": 0.5}}})
+    study = open_study(config, tmp_path, tmp_path / "s.yaml", create=True, directions=["minimize", "maximize"])
+    for i, (fid, recall) in enumerate(((9.0, 0.4), (8.0, 0.6), (7.0, 0.1))):
+        told = result(SPACE.choice(SPACE.groups_for("lora")[: 1 + i], "lora", 0.5), fid)
+        told["rewards"]["recall"] = recall
+        study.finish(study.begin([Choice.from_dict(told["choice"])], SPACE), [told])
+    records = open_study(config, tmp_path, tmp_path / "s.yaml", create=False).records()
+    assert [record.values["recall"] for record in records] == [0.4, 0.6, 0.1]
+    assert [record.losses for record in records] == [[9.0, -0.4], [8.0, -0.6], [7.0, -0.1]]
+    assert [record.number for record in front_of(records)] == [2, 1]
+    assert study.inner.trials[2].constraints == {"recall": pytest.approx(0.4)}
+    assert mirrored(records[1], SPACE, study.limits).values == [8.0, -0.6]
+    assert pick(records, "memorization").number == 1
+
+
+def test_what_was_confirmed_is_what_is_reported(tmp_path):
+    study, choice = opened(tmp_path), Choice(("up_resnet",), "lora", 2e-3, 2)
+    number = study.begin([choice], SPACE)
+    study.finish(number, [result(choice, 9.0)])
+    study.confirm(number, {"fid": 11.0, "memorization": 0.2})
+    record = opened(tmp_path).records()[0]
+    assert record.values == {"fid": 11.0, "memorization": 0.2} and record.searched["fid"] == 9.0
+    assert study.inner.trials[0].values == [9.0, 0.1]

@@ -80,9 +80,10 @@ def run_seed(seed: int, folder: Path, executor: Local) -> None:
 
 
 def row(arm: str, seed: int, folder: Path) -> dict:
+    from memcontrol.bench import Bench
     from memcontrol.features import pixel_features
     from memcontrol.rewards import mq
-    from memcontrol.run import Bench, read_samples
+    from memcontrol.scoring import read_samples
     from memcontrol.spec import read_spec
 
     run = folder / str(list(ARMS).index(arm))

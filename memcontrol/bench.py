@@ -1,0 +1,156 @@
+"""Owns what stays loaded between the trials of one worker, and the helper processes that share its trials."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from memcontrol.config import Config
+from memcontrol.cost import cost_of
+from memcontrol.data import Images, parts_from_dict
+from memcontrol.ensemble import Team
+from memcontrol.evidence import Views
+from memcontrol.extractors import Extractor, load_clip, load_extractor
+from memcontrol.features import pixel_features
+from memcontrol.files import read_json, replacing
+from memcontrol.models import Base, Encoded, empty_denoiser, load_base, redraw_weights
+from memcontrol.probe import N_IMAGES as N_PROBED
+from memcontrol.seeds import seed_of
+from memcontrol.spec import Spec
+from memcontrol.train import Material
+
+
+def scratch_seed(config: Config) -> int:
+    return seed_of(config.search.seed, "from scratch")
+
+
+class Bench:
+    """What stays loaded between the trials of one worker: the base, the data as the denoiser sees it, reference features."""
+
+    def __init__(self):
+        self.kept: dict[tuple, object] = {}
+        self.helpers: dict[int, subprocess.Popen] = {}
+
+    def once(self, key: tuple, make: Callable):
+        if key not in self.kept:
+            self.kept[key] = make()
+        return self.kept[key]
+
+    def base(self, config: Config) -> Base:
+        """The base that fine-tuning starts from."""
+        seed = scratch_seed(config) if config.inner.from_scratch else None
+
+        def load() -> Base:
+            base = load_base(config.base)
+            if seed is not None:
+                redraw_weights(base.denoiser, seed)
+            return base
+
+        return self.once(("base", config.base, seed), load)
+
+    def extractor(self, name: str) -> Extractor:
+        return self.once(("extractor", name), lambda: load_extractor(name))
+
+    def clip(self, name: str) -> Callable:
+        return self.once(("clip", name), lambda: load_clip(name))
+
+    def parts(self, spec: Spec) -> dict[str, Images]:
+        def read():
+            stored = read_json(spec.study_folder / "split.json")
+            return parts_from_dict(stored["parts"], stored["source"], stored["resolution"])
+
+        return self.once(("parts", spec.study_folder), read)
+
+    def train_images(self, spec: Spec) -> Images:
+        return self.parts(spec)["train"].take(range(spec.n_train))
+
+    def encoded(self, spec: Spec, images: Images) -> Encoded:
+        base, name = self.base(spec.config), spec.config.base
+        return self.once(("encoded", images.digest, name), lambda: base.encoded(images, spec.study_folder / "cache", name))
+
+    def material(self, spec: Spec) -> Material:
+        images = self.train_images(spec)
+        return Material(
+            self.encoded(spec, images), images.captions, lambda rows: images.take(rows).pixels(),
+            lambda: self.unseen(spec, "holdout"),
+        )  # fmt: skip
+
+    def unseen(self, spec: Spec, part: str) -> Encoded:
+        """The first images of a part that is not trained on, for probes."""
+        images = self.parts(spec)[part]
+        return self.encoded(spec, images.take(range(len(images))[:N_PROBED]))
+
+    def cost(self, spec: Spec, data: Encoded) -> dict[str, float]:
+        """What the choice costs, from shapes alone: the rewards step_gflops and memory_mib."""
+        name = spec.config.base
+        denoiser = self.once(("empty", name), lambda: empty_denoiser(name))
+        text = {key: tensor.shape[1:] for key, tensor in data.text.items()}
+        batch = spec.config.inner.batch_size
+        family, shared_a = self.base(spec.config).family, spec.config.inner.ensemble.shares_a
+        cost = cost_of(denoiser, spec.space, spec.choice, family, data.mean.shape[1:], text, batch, shared_a)
+        return {"step_gflops": cost.step_gflops, "memory_mib": cost.memory_mib}
+
+    def views(self, images: Images, extractor: str, cache: Path) -> Views:
+        """Both descriptors of images of the data, computed once per content and network and kept under the study's cache."""
+        network = self.extractor(extractor)
+        name = f"features-{images.digest}-{hashlib.sha256(network.id.encode()).hexdigest()[:16]}"
+        return self.once(("views", name), lambda: stored_views(cache / f"{name}.safetensors", lambda: views_of(images.pixels(), network.extract)))
+
+    def team(self, folder: Path, spec: Spec) -> Team:
+        """This process and its helpers, which are told to train their shards of the trial."""
+        size = min(spec.config.search.processes, spec.config.inner.ensemble.shards)
+        helpers = [self.helper(rank) for rank in range(1, size)]
+        for rank, process in enumerate(helpers, start=1):
+            with contextlib.suppress(BrokenPipeError):  # it died: rank 0 trains its shards
+                process.stdin.write(json.dumps({"help": str(folder), "rank": rank, "size": size}) + "\n")
+                process.stdin.flush()
+        return Team(0, size, lambda rank: rank == 0 or helpers[rank - 1].poll() is None)
+
+    def helper(self, rank: int) -> subprocess.Popen:
+        """The process of that rank, started when first needed, again if it died; it keeps the base loaded, as this one does."""
+        if rank not in self.helpers or self.helpers[rank].poll() is not None:
+            self.helpers[rank] = start_helper(rank)
+        return self.helpers[rank]
+
+    def close(self) -> None:
+        for process in self.helpers.values():
+            process.kill()
+            with contextlib.suppress(BrokenPipeError), process:
+                pass
+
+
+def start_helper(rank: int) -> subprocess.Popen:
+    """A worker process that shares this one's trials, on the GPU of its rank where this process sees several."""
+    gpus = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
+    own = {"CUDA_VISIBLE_DEVICES": gpus[rank % len(gpus)]} if gpus else {}
+    return subprocess.Popen(
+        [sys.executable, "-m", "memcontrol.worker"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        text=True, env={**os.environ, **own},
+    )  # fmt: skip
+
+
+def views_of(pixels: np.ndarray, extract: Callable) -> Views:
+    """uint8 [N, 3, H, W] under both descriptors."""
+    return Views(pixel_features(pixels), extract(pixels))
+
+
+def stored_views(path: Path, make: Callable[[], Views]) -> Views:
+    """What the file holds; made and written where there is none."""
+    from filelock import FileLock
+    from safetensors.numpy import load_file, save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            views = make()
+            with replacing(path) as part:
+                save_file({"pixels": views.pixels, "features": np.ascontiguousarray(views.features)}, part)
+    return Views(**load_file(path))

@@ -1,0 +1,106 @@
+"""Owns numbers that know their error: estimates, intervals of shares, comparisons in pairs, rank correlation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from memcontrol.errors import MemControlError
+
+NORMAL_95 = 1.959963984540054
+
+
+class Estimate(float):
+    """A value with its standard error, its 95 % interval, or the p-value of what it says, as far as they are known.
+
+    `contributions` [N], where there are any: what each generated image adds, with the value as their mean; for a value that
+    is no mean of images, its first-order part (its influence function). They make two models comparable image by image.
+    """
+
+    error: float | None
+    low: float | None
+    high: float | None
+    p: float | None
+    contributions: np.ndarray | None
+
+    def __new__(
+        cls, value: float, error: float | None = None, low: float | None = None, high: float | None = None, p: float | None = None,
+        contributions: np.ndarray | None = None,
+    ):  # fmt: skip
+        estimate = super().__new__(cls, value)
+        estimate.error, estimate.p, estimate.contributions = error, p, contributions
+        estimate.low = value - NORMAL_95 * error if low is None and error is not None else low
+        estimate.high = value + NORMAL_95 * error if high is None and error is not None else high
+        return estimate
+
+
+def of_contributions(value: float, added: np.ndarray) -> Estimate:
+    """The value, with its first-order part by image [N] and the standard error that follows from it."""
+    return Estimate(value, float(added.std(ddof=1) / math.sqrt(len(added))), contributions=value + added - added.mean())
+
+
+def share_of(hits: np.ndarray) -> Estimate:
+    """The share of a boolean array, with its Wilson interval."""
+    share = float(hits.mean())
+    low, high = wilson(share, len(hits))
+    return Estimate(share, low=low, high=high, contributions=hits.astype(np.float64))
+
+
+def percent(share: Estimate) -> Estimate:
+    return Estimate(100 * share, low=100 * share.low, high=100 * share.high)
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """The 95 % interval of a share of n (Wilson 1927)."""
+    centre = share + NORMAL_95**2 / (2 * n)
+    half = NORMAL_95 * math.sqrt(share * (1 - share) / n + NORMAL_95**2 / (4 * n * n))
+    total = 1 + NORMAL_95**2 / n
+    return max(0.0, (centre - half) / total), min(1.0, (centre + half) / total)
+
+
+def paired_difference(a: Estimate, b: Estimate, prompts=None, n_draws: int = 1000, seed: int = 0) -> Estimate:
+    """a - b for two models that were given the same prompts and noise, image by image, with its error and 95 % interval.
+
+    Prompts are drawn with replacement, and all images of a prompt with them (`prompts` [N] names each image's; without it
+    every image has its own): what both models share, such as a prompt that is easily copied, cancels.
+    Raises MemControlError where the estimates have no contributions, or of different numbers of images.
+    """
+    if a.contributions is None or b.contributions is None:
+        raise MemControlError("only estimates with a contribution of each image can be compared in pairs; compare errors instead")
+    apart = a.contributions - b.contributions if len(a.contributions) == len(b.contributions) else None
+    if apart is None or (prompts is not None and len(prompts) != len(apart)):
+        raise MemControlError("models compared in pairs need the same prompts and noise, and so equal numbers of images")
+    _, groups = np.unique(np.arange(len(apart)) if prompts is None else np.asarray(prompts), return_inverse=True)
+    sums, counts = np.bincount(groups, apart), np.bincount(groups)
+    drawn = np.random.default_rng(seed).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=n_draws)  # [draws, prompts]
+    spread = drawn @ sums / (drawn @ counts) - apart.mean()
+    low, high = np.quantile(spread, (0.025, 0.975))
+    value = float(a) - float(b)
+    return Estimate(value, float(spread.std()), low=value + float(low), high=value + float(high))
+
+
+def spearman(x: Sequence[float], y: Sequence[float]) -> Estimate:
+    """Rank correlation, ties at their mean rank, with the 95 % interval of Fisher's z and Bonett and Wright's variance (2000)."""
+    ranks = [np.array([np.mean(np.flatnonzero(np.sort(values) == value)) for value in values]) for values in map(np.asarray, (x, y))]
+    if any(rank.std() == 0 for rank in ranks):
+        return Estimate(0.0, low=-1.0, high=1.0)
+    found = float(np.clip(np.corrcoef(*ranks)[0, 1], -1, 1))
+    half = NORMAL_95 * math.sqrt((1 + found**2 / 2) / max(len(ranks[0]) - 3, 1))
+    z = math.atanh(min(max(found, -1 + 1e-12), 1 - 1e-12))
+    return Estimate(found, low=math.tanh(z - half), high=math.tanh(z + half))
+
+
+def pooled(draws: Sequence[Estimate]) -> Estimate:
+    """The mean of one reward over independent draws of the same number of images: as biased as each, with a smaller error."""
+    value = float(np.mean(draws))
+    contributions = np.concatenate([draw.contributions for draw in draws]) if all(draw.contributions is not None for draw in draws) else None
+    if all(draw.error is not None for draw in draws):
+        error = math.sqrt(sum(draw.error**2 for draw in draws)) / len(draws)
+        p = 0.5 * math.erfc(value / error / math.sqrt(2)) if error and draws[0].p is not None else None
+        return Estimate(value, error, p=p, contributions=contributions)
+    if draws[0].low is not None and contributions is not None:  # a share
+        low, high = wilson(value, len(contributions))
+        return Estimate(value, low=low, high=high, contributions=contributions)
+    return Estimate(value, contributions=contributions)

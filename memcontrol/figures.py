@@ -1,0 +1,86 @@
+"""Owns the table of figures: what each reward is called, which way it is better, what it costs, its interval, and what it says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MINIMIZE, MAXIMIZE, BESIDE = "minimize", "maximize", "read beside others"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """`objective`: whether a search may optimise it. `form`: how its value is written."""
+
+    title: str
+    form: str
+    direction: str
+    objective: bool
+    interval: str
+    cost: str
+    meaning: str
+
+
+WILSON, DELTA, NONE = "Wilson, 95 %", "standard error, delta method", "none"
+FEATURES, NEIGHBOURS = "features of the samples", "nearest neighbours"
+DENOISER = "four passes of 64 images through the denoiser"
+FREE = "none: known before training"
+
+FIGURES = {
+    "fid": Figure("FID", "{:.2f}", MINIMIZE, True, DELTA, FEATURES, "Frechet distance to held-out images; biased upward at few samples"),
+    "fd_pca": Figure("FD of components", "{:.3f}", MINIMIZE, True, DELTA, FEATURES, "the same on the held-out images' first principal components"),
+    "kid": Figure("KID", "{:.3f}", MINIMIZE, True, "standard error, jackknife", FEATURES, "kernel distance to held-out images; unbiased, may be below 0"),
+    "precision": Figure("precision", "{:.3f}", MAXIMIZE, False, WILSON, NEIGHBOURS, "share of samples among real images; blur raises it"),
+    "recall": Figure("recall", "{:.3f}", MAXIMIZE, True, WILSON, NEIGHBOURS, "share of held-out images among samples; grows with n alone"),
+    "density": Figure("density", "{:.3f}", MAXIMIZE, False, NONE, NEIGHBOURS, "real images' balls that a sample lies in; blur raises it"),
+    "coverage": Figure("coverage", "{:.3f}", MAXIMIZE, True, WILSON, NEIGHBOURS, "share of held-out images with a sample in their ball; grows with n alone"),
+    "clip_score": Figure("CLIP score", "{:.2f}", MAXIMIZE, True, "standard error", "a CLIP model on the samples", "how well samples fit their captions (with rewards.clip)"),
+    "memorization": Figure("memorization", "{:.3f}", MINIMIZE, True, "standard error and p, label permutation", NEIGHBOURS, "M, the larger of the next two, at least 0: log of distance to held-out over distance to training images"),
+    "memorization_pixels": Figure("M, pixels", "{:.3f}", MINIMIZE, False, "standard error and p, label permutation", NEIGHBOURS, "M in pixels, mirror images included; 0 without copying"),
+    "memorization_features": Figure("M, features", "{:.3f}", MINIMIZE, False, "standard error and p, label permutation", NEIGHBOURS, "M in the feature network"),
+    "copy_rate": Figure("copied (95 %)", "{:.1%}", MINIMIZE, True, WILSON, NEIGHBOURS, "share nearer to a training image than 99 % of real images; about 1 % is chance"),
+    "copy_rate_features": Figure("copied, features", "{:.1%}", MINIMIZE, False, WILSON, NEIGHBOURS, "the same in the feature network"),
+    "loss_gap": Figure("loss gap", "{:.3f}", MINIMIZE, True, "standard error over images", DENOISER, "how much lower the loss is on training than on held-out images; needs no sampling"),
+    "noise_norm_mean": Figure("noise norm", "{:.3f}", MINIMIZE, True, NONE, DENOISER, "MemControl's reward: how far a training caption moves the prediction"),
+    "noise_norm_max": Figure("noise norm, largest", "{:.3f}", MINIMIZE, True, NONE, DENOISER, "of the training images, the largest"),
+    "noise_norm_ratio": Figure("noise norm, ratio", "{:.3f}", MINIMIZE, True, NONE, DENOISER, "to held-out images, without which it means little"),
+    "extraction_component": Figure("extracted, components", "{:.1%}", MINIMIZE, True, WILSON, "samples of its own (rewards.extraction)", "prompts whose samples agree, chained by pairs (MemControl's code)"),
+    "extraction_clique": Figure("extracted, cliques", "{:.1%}", MINIMIZE, True, WILSON, "samples of its own (rewards.extraction)", "prompts whose samples all agree with each other (Carlini)"),
+    "mq": Figure("MQ", "{:.0f}", MINIMIZE, False, NONE, NEIGHBOURS, "IET-AGC's count below 0.5; homogeneous data raise it without copying"),
+    "carlini_rate": Figure("Carlini's rate", "{:.1%}", MINIMIZE, False, WILSON, NEIGHBOURS, "nearest distance below half the mean of the 50 nearest"),
+    "mifid": Figure("MIFID", "{:.2f}", MINIMIZE, False, NONE, FEATURES, "Kaggle's direction; for continuity: a perfect copy scores best"),
+    "mifid_torchmetrics": Figure("MIFID, torchmetrics", "{:.2f}", MINIMIZE, False, NONE, FEATURES, "the other direction of its nearest neighbours"),
+    "authpct": Figure("AuthPct", "{:.1f}", MAXIMIZE, False, WILSON, NEIGHBOURS, "low: copying; compare with the held-out images' value"),
+    "authpct_holdout": Figure("AuthPct, held out", "{:.1f}", BESIDE, False, WILSON, NEIGHBOURS, "what copying nothing gives"),
+    "amd_train": Figure("to train", "{:.2f}", BESIDE, False, NONE, NEIGHBOURS, "mean distance to the nearest training image: noise has the largest"),
+    "amd_holdout": Figure("to held out", "{:.2f}", BESIDE, False, NONE, NEIGHBOURS, "mean distance to the nearest held-out image"),
+    "amd_holdout_train": Figure("held out to train", "{:.2f}", BESIDE, False, NONE, NEIGHBOURS, "what real images have"),
+    "trained_fraction": Figure("trained", "{:.2%}", MINIMIZE, True, "exact", FREE, "share of the denoiser's parameters that are trained"),
+    "step_gflops": Figure("GFLOP a step", "{:.3g}", MINIMIZE, True, "exact", FREE, "of one image's training step"),
+    "memory_mib": Figure("MiB a step", "{:.3g}", MINIMIZE, True, "exact", FREE, "of one training step"),
+}  # fmt: skip
+
+OBJECTIVES = tuple(name for name, figure in FIGURES.items() if figure.objective)
+DIRECTIONS = {name: figure.direction for name, figure in FIGURES.items() if figure.direction != BESIDE}
+
+
+def direction_of(name: str) -> str:
+    """Of a figure, or of an end of its interval."""
+    return DIRECTIONS.get(name) or DIRECTIONS.get(name.removesuffix("_low").removesuffix("_high"), MINIMIZE)
+
+
+def error_of(name: str, rewards: dict[str, float]) -> float:
+    """The standard error of a reward among `rewards`, from what is beside it; 0 where nothing is."""
+    if f"{name}_error" in rewards:
+        return rewards[f"{name}_error"]
+    return (rewards[f"{name}_high"] - rewards[f"{name}_low"]) / 3.92 if f"{name}_low" in rewards else 0.0
+
+
+def written(name: str, rewards: dict[str, float]) -> str:
+    """The value with its interval: "22.6 +- 0.8", "1.2% (0.4%-2.8%)"; empty where it was not measured."""
+    if name not in rewards:
+        return ""
+    form = FIGURES[name].form if name in FIGURES else "{:.3f}"
+    text = form.format(rewards[name])
+    if f"{name}_error" in rewards:
+        return f"{text} ± {form.format(rewards[f'{name}_error'])}"
+    return f"{text} ({form.format(rewards[f'{name}_low'])}-{form.format(rewards[f'{name}_high'])})" if f"{name}_low" in rewards else text

@@ -1,0 +1,116 @@
+"""Owns how a fine-tuned model is measured: samples of prompts and noise common to all trials, the figures made from them, and
+what numbers were measured with, since those measured differently are never compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from memcontrol.bench import Bench, views_of
+from memcontrol.errors import Diverged
+from memcontrol.evidence import N_PAIRED, Evidence, broken_images, contributions, extraction_rewards, score
+from memcontrol.files import replacing
+from memcontrol.mitigate import noisy_text, vocabulary, with_random_words
+from memcontrol.models import Base
+from memcontrol.seeds import seed_of
+from memcontrol.spec import CONTRIBUTIONS, SAMPLES, Spec
+from memcontrol.train import Material
+
+VERSION = 1  # of the figures: raised whenever one of them would come out otherwise
+
+
+def sample(base: Base, material: Material, spec: Spec, progress: Callable) -> dict[str, np.ndarray]:
+    """n_samples images from training captions, where copying shows: `images`, the `rows` of the training captions used,
+    and the `seeds` of each image's noise; where the study asks for it, the images of an `extraction` attack, [P, m, 3, H, W].
+    Captions and noise are the same for all trials of a purpose."""
+    n, attack, n_captions = spec.config.rewards.n_samples, spec.config.rewards.extraction, len(material.data.caption_rows)
+    n_all = n + (attack.prompts * attack.images if attack else 0)
+    rows = np.random.default_rng(seed_of(spec.sampling_seed, "captions")).integers(n_captions, size=n)
+    seeds = [seed_of(spec.sampling_seed, "noise", i) for i in range(n)]
+    images = images_of(base, material, spec, rows, seeds, lambda done, total: progress(done, n_all))
+    found = {"images": images, "rows": rows, "seeds": np.array(seeds)}
+    if attack:
+        prompts = np.random.default_rng(seed_of(spec.sampling_seed, "extraction")).permutation(n_captions)[: attack.prompts]
+        seeds = [seed_of(spec.sampling_seed, "extraction", i) for i in range(len(prompts) * attack.images)]
+        images = images_of(base, material, spec, prompts.repeat(attack.images), seeds, lambda done, total: progress(n + done, n_all))
+        found["extraction"] = images.reshape(len(prompts), attack.images, *images.shape[1:])
+    return found
+
+
+def images_of(base: Base, material: Material, spec: Spec, rows: np.ndarray, seeds: list[int], progress: Callable) -> np.ndarray:
+    """An image for each training caption and noise: uint8 [N, 3, H, W]."""
+    rewards, data = spec.config.rewards, material.data
+    text = data.texts(data.caption_rows[torch.from_numpy(rows)])
+    if rewards.random_words:
+        captions = [material.captions[row] for row in rows]
+        words = vocabulary(base.pipeline.tokenizer)
+        text = base.encode_captions(with_random_words(captions, rewards.random_words, words, seed_of(spec.sampling_seed, "words")))
+    if rewards.embedding_noise:
+        text = noisy_text(text, rewards.embedding_noise, spec.sampling_seed)
+    return base.sample(
+        text, data.texts(torch.tensor([0])), seeds=seeds, steps=rewards.sampling_steps, guidance=rewards.guidance,
+        guidance_from=rewards.guidance_from, resolution=spec.config.data.resolution or base.resolution, progress=progress,
+    )  # fmt: skip
+
+
+def save_samples(path: Path, samples: dict[str, np.ndarray]) -> None:
+    with replacing(path) as part, open(part, "wb") as file:
+        np.savez_compressed(file, **samples)
+
+
+def read_samples(folder: Path) -> dict[str, np.ndarray]:
+    """`images` uint8 [N, 3, H, W], `rows` [N] and `seeds` [N], as `sample` made them."""
+    with np.load(folder / SAMPLES, allow_pickle=False) as stored:
+        return dict(stored)
+
+
+def evidence(samples: Mapping[str, np.ndarray], spec: Spec, bench: Bench) -> Evidence:
+    rewards, images, train = spec.config.rewards, samples["images"], bench.train_images(spec)
+    captions = tuple(train.captions[row] for row in samples["rows"])
+    cache, network = spec.study_folder / "cache", bench.extractor(rewards.extractor)
+    return Evidence(
+        generated=views_of(images, network.extract), train=bench.views(train, rewards.extractor, cache),
+        holdout=bench.views(bench.parts(spec)[spec.reference], rewards.extractor, cache), seed=spec.sampling_seed,
+        images=images, captions=captions, clip=bench.clip(rewards.clip)(images, captions) if rewards.clip else None,
+    )  # fmt: skip
+
+
+def figures_of(samples: Mapping[str, np.ndarray], spec: Spec, bench: Bench) -> dict[str, float]:
+    """The figures of one set of samples. Raises Diverged where they cannot be judged."""
+    found = evidence(samples, spec, bench)
+    broken = broken_images(found.generated.pixels)
+    if broken:
+        raise Diverged(broken)
+    attack = {}
+    if "extraction" in samples:
+        held = bench.parts(spec)[spec.reference]
+        attack = extraction_rewards(samples["extraction"], held.take(range(len(held))[:N_PAIRED]).pixels())
+    return score(found, spec.config.rewards.functions) | attack
+
+
+def measured_with(spec: Spec, bench: Bench) -> dict[str, object]:
+    """All that figures depend on beside the model itself."""
+    rewards = spec.config.rewards
+    sampling = rewards.model_dump(
+        mode="json", include={"sampling_steps", "guidance", "guidance_from", "random_words", "embedding_noise", "clip", "extraction"}
+    )  # fmt: skip
+    return {
+        "figures": VERSION, "extractor": bench.extractor(rewards.extractor).id, "pixels": "32 x 32, bilinear, antialiased",
+        "resolution": bench.parts(spec)[spec.reference].resolution, "reference": bench.parts(spec)[spec.reference].digest,
+        "train": bench.train_images(spec).digest, "n_samples": rewards.n_samples, "sampling": sampling,
+        "prompts_and_noise": spec.sampling_seed,
+    }  # fmt: skip
+
+
+def save_contributions(path: Path, found: Mapping[str, float], prompts: np.ndarray) -> None:
+    """What each image adds to each figure [N], and the prompt that it was made from, for comparisons in pairs."""
+    with replacing(path) as part, open(part, "wb") as file:
+        np.savez_compressed(file, prompts=prompts, **{name: values for name, values in contributions(found).items() if len(values) == len(prompts)})
+
+
+def read_contributions(folder: Path) -> dict[str, np.ndarray]:
+    with np.load(folder / CONTRIBUTIONS, allow_pickle=False) as stored:
+        return dict(stored)
