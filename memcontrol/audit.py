@@ -144,13 +144,15 @@ def check(generated: Pictures, train: Pictures, holdout: Pictures) -> None:
 
 def views_of(pictures: Pictures, extract: Callable, progress: Progress) -> Views:
     """Descriptors of all images, read in chunks: pixels [N, 3072], features [N, D]."""
-    parts: list[tuple[np.ndarray, ...]] = []
+    views: Views | None = None
     for start in range(0, len(pictures), CHUNK):
         rows = list(range(start, min(start + CHUNK, len(pictures))))
         pixels = pictures.read(rows)
-        parts.append((pixel_features(pixels), extract(pixels)))
+        found = Views(pixel_features(pixels), extract(pixels))
+        views = views or Views(*(np.empty((len(pictures), rows.shape[1]), np.float32) for rows in (found.pixels, found.features)))
+        views.pixels[rows], views.features[rows] = found.pixels, found.features
         progress(pictures.title, rows[-1] + 1, len(pictures))
-    return Views(*(np.concatenate(part) for part in zip(*parts)))
+    return views
 
 
 def duplicates(space: Space, train: Pictures, progress: Progress) -> list[dict]:
@@ -175,7 +177,7 @@ def verdict(rewards: dict[str, float], n: int) -> str:
     rate, low, high = (rewards[f"copy_rate{end}"] for end in ("", "_low", "_high"))
     said = f"{rate:.1%} of {n} images ({low:.1%} to {high:.1%}) are nearer to a training image than {1 - FALSE_POSITIVES:.0%} of real images are, where {FALSE_POSITIVES:.0%} is chance"
     m, error, p = rewards["memorization"], rewards["memorization_error"], rewards["memorization_p"]
-    beside = f"memorization distance {m:.2f} +- {error:.2f} of at most {CLIP:.2f}, p = {p:.3f}"
+    beside = f"memorization distance {m:.3f} ± {error:.3f} of at most {CLIP:.2f}, p = {p:.3f}"
     if low > FALSE_POSITIVES:
         return f"Copying is visible: {said}; {beside}."
     if p < 0.01:

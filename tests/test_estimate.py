@@ -32,9 +32,9 @@ def test_errors_are_the_spread_of_fresh_samples(metric, tolerance):
 @pytest.mark.parametrize("metric", [fid, kid])
 def test_contributions_are_what_single_images_change(metric):
     """Against leaving each image out, the jackknife's influence."""
-    generated = drawn(120, 5, 1.2, 0.1)
-    found, n = metric(REAL, generated), len(generated)
-    without = np.array([float(metric(REAL, np.delete(generated, i, 0))) for i in range(n)])
+    real, generated = REAL[:1000], drawn(120, 5, 1.2, 0.1)
+    found, n = metric(real, generated), len(generated)
+    without = np.array([float(metric(real, np.delete(generated, i, 0))) for i in range(n)])
     assert found.contributions.mean() == pytest.approx(float(found))
     assert np.corrcoef(found.contributions, (n - 1) * (without.mean() - without))[0, 1] > 0.99
 

@@ -83,8 +83,8 @@ def test_clip_score_is_that_of_the_model_itself(tmp_path):
     pictures, texts = load_clip(str(folder))(images, captions)
     with torch.no_grad():
         processed = AutoProcessor.from_pretrained(folder)(images=list(images), text=captions, return_tensors="pt", padding=True, truncation=True)
-        logits = CLIPModel.from_pretrained(folder).eval()(**processed)
-    cosines = logits.logits_per_image.diagonal() / CLIPModel.from_pretrained(folder).logit_scale.exp()
+        model = CLIPModel.from_pretrained(folder).eval()
+        cosines = model(**processed).logits_per_image.diagonal() / model.logit_scale.exp()
     assert float(score(replace(EVIDENCE, clip=(pictures, texts)))["clip_score"]) == pytest.approx(100 * float(cosines.clamp(min=0).mean()), abs=1e-3)
 
 
@@ -136,7 +136,7 @@ def test_a_reward_may_be_better_the_more(own, study_file):
         "objectives": ["kid", "extraction_clique", "clip_score", "my_rewards.py:contrast"], "limits": {"contrast": 1.0, "recall": 2.0}, "n_samples": 16,
         "sampling_steps": 1, "confirm": 1, "clip": str(small_clip(own.parent / "clip")), "extraction": {"prompts": 3, "images": 3},
     }  # fmt: skip
-    study = study_file(rewards=rewards)
+    study = study_file(rewards=rewards, search={"trials": 0, "workers": 1, "executor": "inline"})
     run = lambda *args: subprocess.run([sys.executable, "-m", "memcontrol.cli", *args], capture_output=True, text=True)
     assert run("search", str(study)).returncode == 0
     inner = optuna.load_study(study_name="small", storage=f"sqlite:///{study.parent}/runs/small/study.db")
@@ -191,7 +191,7 @@ def test_a_search_with_a_users_reward_and_a_limit(own, study_file):
     import optuna
 
     rewards = {
-        "objectives": ["fid", "memorization", "my_rewards.py:brightness"], "limits": {"fid": 1e-3, "copy_rate": 1.0}, "n_samples": 256, "sampling_steps": 1
+        "objectives": ["fid", "memorization", "my_rewards.py:brightness"], "limits": {"fid": 1e-3, "copy_rate": 1.0}, "n_samples": 256, "sampling_steps": 1, "confirm": 0
     }  # fmt: skip
     study = study_file(rewards=rewards)
     run = lambda *args: subprocess.run([sys.executable, "-m", "memcontrol.cli", *args], capture_output=True, text=True)

@@ -250,7 +250,7 @@ def test_a_diverging_loss_prunes_the_trial_and_the_study_goes_on(study_file, tmp
 def test_the_front_is_measured_again_before_it_is_reported(study_file):
     """Interrupted halfway, the next search goes on with it and repeats nothing; then every trial on the front was confirmed."""
     rewards = {"n_samples": 64, "sampling_steps": 1, "confirm": 2, "objectives": ["kid", "memorization"]}
-    study = study_file(rewards=rewards)
+    study = study_file(rewards=rewards, search={"trials": 0, "workers": 2})
     memcontrol("search", study)
     front = json.loads(memcontrol("front", study, "--json").stdout)
     assert front and all(trial["confirmed"] for trial in front)
