@@ -57,7 +57,7 @@ def wilson(share: float, n: int) -> tuple[float, float]:
     centre = share + NORMAL_95**2 / (2 * n)
     half = NORMAL_95 * math.sqrt(share * (1 - share) / n + NORMAL_95**2 / (4 * n * n))
     total = 1 + NORMAL_95**2 / n
-    return max(0.0, (centre - half) / total), min(1.0, (centre + half) / total)
+    return min(share, max(0.0, (centre - half) / total)), max(share, min(1.0, (centre + half) / total))  # rounding must not shut out 0 or 1
 
 
 def paired_difference(a: Estimate, b: Estimate, prompts=None, n_draws: int = 1000, seed: int = 0) -> Estimate:

@@ -8,10 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import yaml
+from PIL import Image, ImageFilter
 
 from memcontrol.config import load_config
 from memcontrol.errors import MemControlError
 from memcontrol.evidence import Evidence, Views, check_rewards, extraction_rewards, load_function, score
+from memcontrol.extractors import load_extractor
+from memcontrol.features import pixel_features
 
 OWN = '''
 """Rewards of a user."""
@@ -203,3 +206,41 @@ def test_a_search_with_a_users_reward_and_a_limit(own, study_file):
     for trial in stored:
         assert trial.constraints == {"fid": pytest.approx(trial.values[0] - 1e-3), "copy_rate": pytest.approx(trial.user_attrs["rewards"]["copy_rate"] - 1.0)}
     assert json.loads(run("pick", str(study), "--json").stdout)["values"]["brightness"] > 0
+
+
+def digit_images():
+    from sklearn.datasets import load_digits
+
+    order = np.random.default_rng(0).permutation(1797)
+    pictures = (Image.fromarray((x * 255 / 16).astype(np.uint8)).resize((32, 32), Image.Resampling.BICUBIC).convert("RGB") for x in load_digits().images[order])
+    return np.stack([np.asarray(picture) for picture in pictures]).transpose(0, 3, 1, 2)
+
+
+def blurred(images, radius):
+    return np.stack([np.asarray(Image.fromarray(image.transpose(1, 2, 0)).filter(ImageFilter.GaussianBlur(radius))) for image in images]).transpose(0, 3, 1, 2)
+
+
+def test_real_images_blur_collapse_and_noise_do_not_count_as_copies():
+    """And copies do, among real digits: M grows with their share, the copy rate's interval holds it, swapped labels change M's sign."""
+    extract, images, rng = load_extractor("tiny").extract, digit_images(), np.random.default_rng(1)
+    train, holdout, fresh = images[:300], images[300:600], images[600:850]
+
+    def scored(generated, train=train, holdout=holdout):
+        return score(Evidence(*(Views(pixel_features(part), extract(part)) for part in (generated, train, holdout))))
+
+    flat, noise = rng.integers(0, 256, (250, 3, 1, 1), dtype=np.uint8).repeat(32, 2).repeat(32, 3), rng.integers(0, 256, fresh.shape, dtype=np.uint8)
+    for generated in (fresh, blurred(fresh, 1), blurred(fresh, 3), flat, noise):
+        found = scored(generated)
+        assert all(abs(found[name]) < 3 * found[name].error for name in ("memorization_pixels", "memorization_features"))
+        assert found["copy_rate"].low < 0.01
+    last = 0.0
+    for n in (12, 50, 250):
+        copied = np.concatenate([train[:n], fresh[n:]])
+        found = scored(copied)
+        assert found["memorization"] > max(last, 3 * found["memorization"].error) and found["memorization"].p < 0.01
+        assert found["copy_rate"].low <= n / 250 <= found["copy_rate"].high
+        last = found["memorization"]
+    swapped = scored(copied, holdout, train)
+    assert all(swapped[name] == pytest.approx(-found[name], abs=1e-9) for name in ("memorization_pixels", "memorization_features"))
+    shuffled = scored(copied[rng.permutation(250)], train[rng.permutation(300)], holdout[rng.permutation(300)])
+    assert all(shuffled[name] == pytest.approx(found[name], abs=1e-9) for name in ("memorization", "copy_rate", "fid", "kid", "mq", "authpct"))
