@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
     search.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace those of the file, for example inner.batch_size=8")
     search.add_argument("--trials", type=whole(0), help="sampled trials in all, beside the three anchors")
     search.add_argument("--workers", type=whole(1), help="jobs at a time")
-    search.add_argument("--executor", choices=("inline", "local"), help="where trials run")
+    search.add_argument("--executor", choices=("inline", "local", "ray", "slurm"), help="where trials run")
     search.add_argument("--dry-run", action="store_true", help="print the resolved config and stop")
 
     for name, run, text in (("status", commands.run_status, "list all trials with their state"), ("front", commands.run_front, "list the Pareto front")):

@@ -47,23 +47,23 @@ def opened(study_file: Path):
 
 
 def run_demo(args: argparse.Namespace) -> int:
-    from memcontrol.config import load_config
+    from memcontrol.config import load_config, study_folder
     from memcontrol.demo import write_study
 
     study_file = write_study(args.out, args.seed, args.trials, args.workers)
     config = load_config(study_file)
-    with workers(config) as executor:  # the same for both parts: the base stays loaded
+    with workers(config, study_folder(study_file, config.name)) as executor:  # the same for both parts: the base stays loaded
         search_and_show(study_file, config, executor)
         retrain_and_show(study_file, executor)
     return 0
 
 
 @contextlib.contextmanager
-def workers(config: Config):
+def workers(config: Config, folder: Path):
     """The config's executor, ended at once when the block is left."""
     from memcontrol.executors import make_executor
 
-    executor = make_executor(config.search.executor, config.search.workers, config.search.processes)
+    executor = make_executor(config, folder)
     try:
         yield executor
     finally:
@@ -73,18 +73,20 @@ def workers(config: Config):
 def run_search(args: argparse.Namespace) -> int:
     options = {"search.trials": args.trials, "search.workers": args.workers, "search.executor": args.executor}
     overrides = [*args.overrides, *(f"{key}={value}" for key, value in options.items() if value is not None)]
-    from memcontrol.config import load_config
+    from memcontrol.config import load_config, study_folder
 
     config = load_config(args.study, overrides)
     if args.dry_run:
         import yaml
 
+        from memcontrol.database import shown
         from memcontrol.space import load_space
 
         load_space(config.space)
-        yaml.safe_dump(config.model_dump(mode="json"), sys.stdout, sort_keys=False, allow_unicode=True)
+        storage = {"storage": shown(config.storage)} if config.storage else {}
+        yaml.safe_dump({**config.model_dump(mode="json"), **storage}, sys.stdout, sort_keys=False, allow_unicode=True)
         return 0
-    with workers(config) as executor:
+    with workers(config, study_folder(args.study, config.name)) as executor:
         search_and_show(args.study, config, executor)
     return 0
 
@@ -206,7 +208,7 @@ def run_pick(args: argparse.Namespace) -> int:
 def run_retrain(args: argparse.Namespace) -> int:
     if args.choice and (args.trial is not None or args.rule or args.limit):
         raise MemControlError("--choice names the choice; --trial, --rule and --limit do not go with it")
-    with workers(config_of(args.study)) as executor:
+    with workers(config_of(args.study), folder_of(args.study)) as executor:
         retrain_and_show(args.study, executor, args.trial, args.rule, args.limit, args.choice, args.out)
     return 0
 
@@ -251,12 +253,13 @@ def retrain_and_show(
 def transferred(config: Config, folder: Path, choice, executor: Executor, screen):
     """Makes a study that was never searched ready for a choice from another one. Returns full fine-tuning to compare with."""
     from memcontrol.display import Display
+    from memcontrol.jobs import Jobs
     from memcontrol.orchestrate import only_one, prepared
 
     space = space_of(config)
     space.check_choice(choice)
     with only_one(folder), Display(screen, 0, len(space.groups), 2, "reading the images of a study that was not searched") as display:
-        prepared(config, folder, executor, display.on_event)
+        prepared(config, folder, Jobs(executor, display.on_event))
     screen.print("this study was not searched: full fine-tuning is at the middle of its learning rates", highlight=False, soft_wrap=True)
     return space.anchors()["full"][1]
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from memcontrol.errors import MemControlError
 
 # What may change between two runs of one study: where and how fast it runs, not what it finds.
-FREE_KEYS = ("storage", "search.trials", "search.workers", "search.executor", "search.processes")
+FREE_KEYS = ("storage", "search.trials", "search.workers", "search.executor", "search.processes", "search.time_limit_minutes", "search.accumulate_on_oom", "ray", "slurm")
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -208,8 +208,30 @@ class SearchConfig(Strict):
     workers: Count = 2
     processes: Count = 1  # that train the shards of one trial side by side, a GPU each
     seed: int = 0
-    executor: Literal["inline", "local"] = "local"
+    executor: Literal["inline", "local", "ray", "slurm"] = "local"
+    time_limit_minutes: Annotated[float, Field(gt=0)] | None = None  # of one attempt at a trial
+    accumulate_on_oom: bool = True  # a trial that runs out of GPU memory goes on once with half the images in a forward
     train_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+
+class RayConfig(Strict):
+    """An existing Ray cluster, or one started on the spot; what each trial reserves."""
+
+    address: str | None = None  # such as ray://head:10001 or auto; none starts one on this machine
+    gpus: NotNegative | None = None  # a trial's; none: one where the cluster has any
+    cpus: NotNegative = 1
+
+
+class SlurmConfig(Strict):
+    """Jobs of a Slurm cluster, through submitit; `search.workers` is how many are in flight."""
+
+    partition: str | None = None
+    time_minutes: Count = 240
+    gres: str | None = None  # such as gpu:1
+    cpus: Count = 1
+    memory_gb: Annotated[float, Field(gt=0)] | None = None
+    account: str | None = None
+    extra: dict[str, str | int] = {}  # other options of sbatch, such as {qos: long}
 
 
 def path_alone(value: Any) -> Any:
@@ -220,13 +242,15 @@ class Config(Strict):
     """A study: everything that its numbers depend on."""
 
     name: Annotated[str, Field(pattern=NAME)]
-    storage: str | None = None
+    storage: Annotated[str | None, Field(exclude=True)] = None  # never written anywhere: it may hold a password
     base: str = "tiny"
     data: Annotated[DataConfig, BeforeValidator(path_alone)]
     space: str = "sd15-blocks"
     inner: InnerConfig = InnerConfig()
     rewards: RewardsConfig = RewardsConfig()
     search: SearchConfig = SearchConfig()
+    ray: RayConfig = RayConfig()
+    slurm: SlurmConfig = SlurmConfig()
 
     @model_validator(mode="before")
     @classmethod
@@ -382,7 +406,7 @@ def differing_keys(stored: Config, given: Config) -> list[str]:
     return [
         f"{key} ({there.get(key)} there, {here.get(key)} here)"
         for key in sorted({*there, *here})
-        if key not in FREE_KEYS and there.get(key) != here.get(key)
+        if key not in FREE_KEYS and key.split(".")[0] not in FREE_KEYS and there.get(key) != here.get(key)
     ]
 
 

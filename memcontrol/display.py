@@ -36,10 +36,12 @@ def said_of(choice: Choice, n_groups: int) -> str:
 
 def said_of_step(detail: dict) -> str:
     """Where a fine-tuning is: "step 120/230, round 3, loss 0.123, 14 % skipped"."""
-    parts = [f"step {detail['done']}/{detail['total']}", f"round {detail['round']}"]
-    if detail["loss"] is not None:
+    parts = [f"step {detail['done']}/{detail['total']}"]
+    if "round" in detail:
+        parts.append(f"round {detail['round']}")
+    if detail.get("loss") is not None:
         parts.append(f"loss {detail['loss']:.3f}")
-    if detail["skipped"]:
+    if detail.get("skipped"):
         parts.append(f"{detail['skipped']:.0%} skipped")
     return ", ".join(parts)
 

@@ -9,15 +9,16 @@ import queue
 import subprocess
 import sys
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from memcontrol.errors import MemControlError
+from memcontrol.config import Config
 
-ENDS = ("prepared", "done", "stop", "lost")
-N_TRIES = 3
+FAILURES = ("failed", "lost")  # of an attempt: it raised, or its process, node or time came to an end
+ENDS = ("prepared", "done", "stop", *FAILURES)
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,10 @@ class Event:
 
 
 class Executor(ABC):
-    """Takes jobs while it has free places and says what becomes of them; every job ends in exactly one of ENDS."""
+    """Takes jobs while it has free places and says what becomes of them; every job ends in exactly one of ENDS.
+
+    A job that runs longer than its `time_limit_seconds` is ended and counts as lost. Nothing is tried again here.
+    """
 
     @abstractmethod
     def free(self) -> int: ...
@@ -41,6 +45,10 @@ class Executor(ABC):
     @abstractmethod
     def events(self, timeout_seconds: float) -> Iterator[Event]:
         """Events so far; waits up to the timeout for the first."""
+
+    @abstractmethod
+    def cancel(self, job: dict) -> None:
+        """Ends a running job at once; it counts as lost."""
 
     @abstractmethod
     def close(self) -> None:
@@ -71,6 +79,9 @@ class Inline(Executor):
             self.waiting.pop(0)
             yield from (as_event(job, line) for line in said)
 
+    def cancel(self, job: dict) -> None:
+        self.waiting.remove(job)
+
     def close(self) -> None:
         self.waiting.clear()
         if self.bench is not None:
@@ -78,10 +89,11 @@ class Inline(Executor):
 
 
 class Local(Executor):
-    """A worker process for each place, which keeps the base loaded; one that dies is started again and its job repeated."""
+    """A worker process for each place, which keeps the base loaded; one that dies is started again for the next job."""
 
-    def __init__(self, n_workers: int, n_processes: int = 1):
+    def __init__(self, n_workers: int, n_processes: int = 1, time_limit_seconds: float | None = None):
         self.said: queue.Queue = queue.Queue()
+        self.time_limit_seconds = time_limit_seconds
         threads = max(1, (os.cpu_count() or 1) // n_workers)  # whatever n_processes: sums round by the number of threads
         self.workers = [Worker(i, threads, self.said, n_processes) for i in range(n_workers)]
 
@@ -96,6 +108,20 @@ class Local(Executor):
             yield from self.heard(*self.said.get(timeout=timeout_seconds))
             while True:
                 yield from self.heard(*self.said.get_nowait())
+        for worker in self.workers:
+            if worker.job is not None and self.time_limit_seconds and time.monotonic() - worker.began > self.time_limit_seconds:
+                yield self.lost(worker, too_long(self.time_limit_seconds))
+
+    def lost(self, worker: Worker, reason: str) -> Event:
+        job, worker.job = worker.job, None
+        worker.kill()
+        return Event(job, "lost", {"reason": reason})
+
+    def cancel(self, job: dict) -> None:
+        for worker in self.workers:
+            if worker.job == job:
+                self.said.put((worker, worker.process, None))
+                worker.process.kill()
 
     def heard(self, worker: Worker, process: subprocess.Popen, line: dict | None) -> Iterator[Event]:
         if process is not worker.process or worker.job is None:
@@ -105,12 +131,9 @@ class Local(Executor):
             if event.kind in ENDS:
                 worker.job = None
             yield event
-        elif worker.n_tries < N_TRIES:
-            worker.start()
         else:
-            job, worker.job = worker.job, None
-            worker.process = None
-            yield Event(job, "lost", {"reason": f"its worker died {N_TRIES} times (exit code {process.poll()})"})
+            code = process.wait()
+            yield self.lost(worker, f"its worker process died ({f'signal {-code}' if code < 0 else f'exit code {code}'})")
 
     def close(self) -> None:
         for worker in self.workers:
@@ -123,7 +146,7 @@ class Worker:
     def __init__(self, index: int, n_threads: int, said: queue.Queue, n_processes: int = 1):
         self.index, self.n_threads, self.said, self.n_processes = index, n_threads, said, n_processes
         self.job: dict | None = None
-        self.n_tries = 0
+        self.began = 0.0
         self.process: subprocess.Popen | None = None
         self.spawn()
 
@@ -144,11 +167,7 @@ class Worker:
         self.said.put((self, process, None))
 
     def take(self, job: dict) -> None:
-        self.job, self.n_tries = job, 0
-        self.start()
-
-    def start(self) -> None:
-        self.n_tries += 1
+        self.job, self.began = job, time.monotonic()
         if self.process is None or self.process.poll() is not None:
             self.spawn()
         with contextlib.suppress(BrokenPipeError, ValueError):  # it died just now: `listen` says so
@@ -156,6 +175,7 @@ class Worker:
             self.process.stdin.flush()
 
     def kill(self) -> None:
+        """SIGKILL: also a process that was stopped ends, and does not wake up later."""
         if self.process is not None:
             self.process.kill()
             self.listener.join()
@@ -173,10 +193,27 @@ def as_event(job: dict, line: dict) -> Event:
     return Event(job, line["event"], {key: value for key, value in line.items() if key != "event"})
 
 
-def make_executor(name: str, n_workers: int, n_processes: int = 1) -> Executor:
-    """Raises MemControlError for a name that is not there."""
-    if name == "inline":
+def folder_of(job: dict) -> Path:
+    """Where a job's log lies, and what it writes."""
+    return Path(next(job[kind] for kind in ("trial", "prepare", "confirm", "help") if kind in job))
+
+
+def too_long(seconds: float) -> str:
+    return f"it ran longer than search.time_limit_minutes ({seconds / 60:g})"
+
+
+def make_executor(config: Config, folder: Path) -> Executor:
+    """The executor that the config's `search` names; `folder` is the study's. Raises MemControlError where its library is missing."""
+    search = config.search
+    limit = search.time_limit_minutes and 60 * search.time_limit_minutes
+    if search.executor == "inline":
         return Inline()
-    if name == "local":
-        return Local(n_workers, n_processes)
-    raise MemControlError(f"executor '{name}' is not part of this version; allowed: inline, local")
+    if search.executor == "ray":
+        from memcontrol.ray_executor import Ray
+
+        return Ray(config.ray, search.workers, limit)
+    if search.executor == "slurm":
+        from memcontrol.slurm_executor import Slurm
+
+        return Slurm(config.slurm, search.workers, limit, folder)
+    return Local(search.workers, search.processes, limit)

@@ -8,17 +8,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from memcontrol import interrupt
+from memcontrol.attempts import failures_of, now
 from memcontrol.config import Config
+from memcontrol.database import identity, only_orchestrator, patient
 from memcontrol.errors import MemControlError, SpaceExhausted
-from memcontrol.executors import ENDS, Event, Executor
+from memcontrol.executors import Event, Executor
 from memcontrol.files import disk_full_named, read_json, write_json
+from memcontrol.jobs import Jobs, Show
 from memcontrol.pick import to_confirm
 from memcontrol.space import Choice, SearchSpace, load_space
 from memcontrol.spec import CONFIRMED, RESULT, Spec
-from memcontrol.study import Record, Study, is_searched, open_study, suggest
+from memcontrol.study import Record, Study, is_searched, open_study, storage_url, suggest
 
-Show = Callable[[Event], None]
+HOLDER = "search.holder.json"
 N_FAILURES = 3  # this many in a row mean that something other than the choices is wrong
 
 
@@ -36,13 +38,20 @@ def search(config: Config, study_file: Path, folder: Path, executor: Executor, s
 
     Raises MemControlError for what the user must mend; trials not finished stay recorded and run again next time.
     """
-    with only_one(folder), disk_full_named(folder):
+    def say(line: str) -> None:
+        show(Event({}, "warning", {"text": line}))
+
+    url = storage_url(config, folder, study_file)
+    with only_one(folder), disk_full_named(folder), only_orchestrator(url, config.name) as lock:
         if is_searched(config, folder, study_file):
-            open_study(config, folder, study_file, create=True)  # names keys that differ before the images are blamed for it
-        found = prepared(config, folder, executor, show)
-        study = open_study(config, folder, study_file, create=True, directions=found["directions"])
+            open_study(config, folder, study_file, create=True).close()  # names keys that differ before the images are blamed for it
+        jobs = Jobs(executor, show)
+        found = prepared(config, folder, jobs)
+        study = patient(
+            lambda: open_study(config, folder, study_file, create=True, directions=found["directions"], say=say, lock=lock), url, say
+        )  # fmt: skip
         on_study(study)
-        running = Search(config, study, folder, executor, show, found["sizes"])
+        running = Search(config, study, folder, jobs, show, found["sizes"])
         running.run()
         running.confirm()
     return study
@@ -53,11 +62,14 @@ def only_one(folder: Path) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     folder.mkdir(parents=True, exist_ok=True)
+    holder = folder / HOLDER
     try:
         with FileLock(folder / "search.lock", timeout=0):
+            write_json(holder, {"holder": identity(), "since": now()})
             yield
     except Timeout:
-        raise MemControlError(f"another search is running in {folder}; wait for it or stop it first") from None
+        held = read_json(holder) if holder.is_file() else {"holder": "it has just begun", "since": "now"}
+        raise MemControlError(f"another search is running in {folder} ({held['holder']}, since {held['since']}); wait for it or stop it first") from None
 
 
 def is_searching(folder: Path) -> bool:
@@ -69,29 +81,20 @@ def is_searching(folder: Path) -> bool:
         return True
 
 
-def prepared(config: Config, folder: Path, executor: Executor, show: Show) -> dict:
+def prepared(config: Config, folder: Path, jobs: Jobs) -> dict:
     """Checks data, base and space in a worker, where their libraries are loaded anyway. Returns the parts' `sizes` and the
     objectives' `directions`."""
-    executor.submit({"prepare": str(folder), "config": config.model_dump(mode="json")})
-    while True:
-        interrupt.check()
-        for event in executor.events(1.0):
-            show(event)
-            if event.kind in ENDS:
-                refuse_stop(event)
-                return event.detail
-
-
-def refuse_stop(event: Event) -> None:
-    if event.kind in ("stop", "lost"):
-        raise MemControlError(event.detail["reason"])
+    (end,) = jobs.run([{"prepare": str(folder), "config": config.model_dump(mode="json")}])
+    if end.kind == "given up":
+        raise MemControlError(f"the images and the base could not be read: {end.detail['reason']}")
+    return end.detail
 
 
 class Search:
     """The state of one running search."""
 
-    def __init__(self, config: Config, study: Study, folder: Path, executor: Executor, show: Show, sizes: dict[str, int]):
-        self.config, self.study, self.folder, self.executor, self.show = config, study, folder, executor, show
+    def __init__(self, config: Config, study: Study, folder: Path, jobs: Jobs, show: Show, sizes: dict[str, int]):
+        self.config, self.study, self.folder, self.jobs, self.show = config, study, folder, jobs, show
         self.space: SearchSpace = load_space(config.space)
         self.n_train = max(1, round(sizes["train"] * config.search.train_fraction))
         self.open: dict[int, Open] = {}
@@ -108,12 +111,9 @@ class Search:
             if not any(record.anchor == anchor for record in records):
                 self.admit(self.study.begin(candidates, self.space, anchor), tuple(candidates))
         while self.fill() or self.open:
-            interrupt.check()
-            for event in self.executor.events(1.0):
-                self.show(event)
-                if event.kind in ENDS:
-                    self.ended(event)
-                    self.fill()
+            for event in self.jobs.ends():
+                self.ended(event)
+                self.fill()
 
     def resume(self, record: Record) -> None:
         """Takes up an interrupted trial: the same choices, less those whose result is already there."""
@@ -129,12 +129,12 @@ class Search:
 
     def fill(self) -> bool:
         """Gives every free place a job, sampling new choices as needed. Whether anything is left to wait for."""
-        while self.executor.free():
+        while self.jobs.room() > 0:
             if not self.waiting and not self.sample():
                 break
             number, choice = self.waiting.popleft()
             spec = Spec(self.config, self.space, choice, self.folder, "search", "holdout", self.n_train)
-            self.executor.submit({**spec.as_job(self.run_folder(choice)), "number": number})
+            self.jobs.add({**spec.as_job(self.run_folder(choice)), "number": number})
         return bool(self.open)
 
     def sample(self) -> bool:
@@ -152,11 +152,11 @@ class Search:
         return bool(self.waiting)
 
     def ended(self, event: Event) -> None:
-        if event.kind == "lost":
-            write_json(Path(event.job["trial"]) / RESULT, {"state": "FAIL", "choice": event.job["choice"], **event.detail})
-        else:
-            refuse_stop(event)
-        self.collect(event.job["number"], Choice.from_dict(event.job["choice"]))
+        choice, folder = Choice.from_dict(event.job["choice"]), Path(event.job["trial"])
+        if event.kind == "given up" and not (folder / RESULT).exists():
+            said = {"reason": f"{len(failures_of(folder))} attempts failed, the last: {event.detail['reason']}", "traceback": event.detail.get("traceback")}
+            write_json(folder / RESULT, {"state": "FAIL", "choice": choice.as_dict(), **said})
+        self.collect(event.job["number"], choice)
 
     def collect(self, number: int, choice: Choice) -> None:
         """Takes a result in; when all of a trial's candidates have one, the study records its end."""
@@ -173,31 +173,17 @@ class Search:
     def confirm(self) -> None:
         """Measures the trials on the front over fresh draws, until every one that is on it was: a search picks lucky ones."""
         while self.config.rewards.confirm and (wanted := to_confirm(self.study.records(), self.study.limits)):
-            waiting = deque(wanted)
-            n_left = len(waiting)
-            while n_left:
-                interrupt.check()
-                while waiting and self.executor.free():
-                    n_left -= self.begin_confirming(waiting.popleft())
-                for event in self.executor.events(1.0) if n_left else ():
-                    self.show(event)
-                    if event.kind in ENDS:
-                        refuse_stop(event)
-                        self.confirmed(event.job["number"], Path(event.job["confirm"]))
-                        n_left -= 1
-
-    def begin_confirming(self, record: Record) -> bool:
-        """Gives the executor the job, unless it was done before an interruption. Whether it was."""
-        run, job = self.run_folder(record.choice), {"number": record.number, "choice": record.choice.as_dict()}
-        done = (run / CONFIRMED).exists()
-        if done:
-            self.confirmed(record.number, run)
-        else:
-            self.executor.submit({**job, "confirm": str(run)})
-        return done
-
-    def confirmed(self, number: int, run: Path) -> None:
-        self.study.confirm(number, read_json(run / CONFIRMED)["rewards"])
+            runs = {record.number: self.run_folder(record.choice) for record in wanted}
+            jobs = [
+                {"confirm": str(runs[record.number]), "choice": record.choice.as_dict(), "number": record.number}
+                for record in wanted
+                if not (runs[record.number] / CONFIRMED).exists()  # it may be there from before an interruption
+            ]
+            for event in self.jobs.run(jobs):
+                if event.kind == "given up":
+                    raise MemControlError(f"trial {event.job['number']} could not be measured again: {event.detail['reason']}")
+            for number, run in runs.items():
+                self.study.confirm(number, read_json(run / CONFIRMED)["rewards"])
 
     def run_folder(self, choice: Choice) -> Path:
         return self.folder / choice.key

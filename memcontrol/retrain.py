@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
-from memcontrol import interrupt
 from memcontrol.config import Config
 from memcontrol.errors import MemControlError
-from memcontrol.executors import ENDS, Event, Executor
+from memcontrol.executors import Executor
 from memcontrol.files import read_json
+from memcontrol.jobs import N_TRIES, Jobs, Show
 from memcontrol.space import Choice, load_space
 from memcontrol.spec import RESULT, Spec
 
@@ -17,7 +16,7 @@ BASELINE = "baseline"
 
 
 def retrain(
-    config: Config, choice: Choice, full: Choice, folder: Path, out: Path, baseline: Path, executor: Executor, show: Callable[[Event], None]
+    config: Config, choice: Choice, full: Choice, folder: Path, out: Path, baseline: Path, executor: Executor, show: Show
 ) -> dict[str, dict]:
     """Runs the choice in `out` and full fine-tuning in `baseline`, once where both are the same; what is finished there is kept.
 
@@ -33,7 +32,9 @@ def retrain(
         for run, wanted in {run: wanted for wanted, run in runs.values()}.items()
         if not finished_with(run, wanted)
     ]
-    run_jobs(jobs, executor, show)
+    for event in Jobs(executor, show).run(jobs):
+        if event.kind == "given up":
+            raise MemControlError(f"retraining in {event.job['trial']} failed {N_TRIES} times: {event.detail['reason']}")
     return {name: complete_result(run) for name, (_, run) in runs.items()}
 
 
@@ -45,19 +46,6 @@ def finished_with(run: Path, choice: Choice) -> bool:
     if Choice.from_dict(stored["choice"]) != choice:
         raise MemControlError(f"{run} holds the result of another choice; give another folder with --out")
     return stored["state"] == "COMPLETE"
-
-
-def run_jobs(jobs: list[dict], executor: Executor, show: Callable[[Event], None]) -> None:
-    waiting, n_left = list(jobs), len(jobs)
-    while n_left:
-        interrupt.check()
-        while waiting and executor.free():
-            executor.submit(waiting.pop(0))
-        for event in executor.events(1.0):
-            show(event)
-            if event.kind in ("stop", "lost"):
-                raise MemControlError(event.detail["reason"])
-            n_left -= event.kind in ENDS
 
 
 def complete_result(run: Path) -> dict:

@@ -32,8 +32,33 @@ def chosen_adapter(denoiser: torch.nn.Module, spec: Spec) -> Adapter:
 
 
 def trial(folder: Path, bench: Bench, progress: Callable[..., None]) -> dict:
-    """Fine-tunes, samples and scores what the folder's spec.json says, and writes result.json last. Returns the result."""
-    spec, started = read_spec(folder), time.monotonic()
+    """Fine-tunes, samples and scores what the folder's spec.json says, and writes result.json last. Returns the result.
+
+    Where the GPU's memory does not suffice and the study allows it, goes on once with half the images in a forward: gradients
+    accumulate to the same batch.
+    """
+    spec = read_spec(folder)
+    try:
+        return fine_tuned(folder, spec, bench, progress)
+    except torch.OutOfMemoryError:
+        smaller = with_smaller_forward(spec)
+        if smaller is None:
+            raise
+    torch.cuda.empty_cache()
+    return fine_tuned(folder, smaller, bench, progress)
+
+
+def with_smaller_forward(spec: Spec) -> Spec | None:
+    """The spec with half the images in a forward; None where that is not allowed or there is one only."""
+    inner = spec.config.inner
+    size = (inner.micro_batch_size or inner.batch_size) // 2
+    if not spec.config.search.accumulate_on_oom or size < 1:
+        return None
+    return replace(spec, config=spec.config.model_copy(update={"inner": inner.model_copy(update={"micro_batch_size": size})}))
+
+
+def fine_tuned(folder: Path, spec: Spec, bench: Bench, progress: Callable[..., None]) -> dict:
+    started = time.monotonic()
     base, material = bench.base(spec.config), bench.material(spec)
     costs = bench.cost(spec, material.data)
     adapter = chosen_adapter(base.denoiser, spec)
@@ -51,7 +76,8 @@ def trial(folder: Path, bench: Bench, progress: Callable[..., None]) -> dict:
         "state": "COMPLETE", "choice": spec.choice.as_dict(),
         "rewards": flat(figures | probes) | {"trained_fraction": n_trained / n_all} | costs, "n_trained": n_trained,
         "n_steps": log.n_steps, "images_seen": log.images_seen, "first_loss": finite(log.first_loss), "last_loss": finite(log.last_loss),
-        "reference": spec.reference, "measured_with": measured_with(spec, bench), "n_samples": len(samples["images"]),
+        "reference": spec.reference, "measured_with": measured_with(spec, bench),
+        "micro_batch_size": spec.config.inner.micro_batch_size, "n_samples": len(samples["images"]),
         "seconds": round(time.monotonic() - started, 2), "scoring_seconds": round(time.monotonic() - trained_at, 2),
     }  # fmt: skip
     save_contributions(folder / CONTRIBUTIONS, figures, samples["rows"])

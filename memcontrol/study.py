@@ -7,16 +7,17 @@ import logging
 import os
 import random
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState, create_trial
 
 from memcontrol.config import Config, differing_keys, load_config
+from memcontrol.database import Say, StudyLock, cannot_open, engine_arguments, patient
 from memcontrol.errors import MemControlError, SpaceExhausted
 from memcontrol.figures import MAXIMIZE, MINIMIZE, direction_of
 from memcontrol.pareto import Limit, knee
@@ -26,6 +27,7 @@ from memcontrol.space import Choice, SearchSpace
 N_SPREAD = 6  # sampled trials before the sampler models anything
 GOLDEN = (5**0.5 - 1) / 2
 N_ASKS = 50
+T = TypeVar("T")
 CONFIRMED = "confirmed:"  # and the trial's number
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 logging.getLogger("alembic").setLevel(logging.ERROR)
@@ -76,15 +78,25 @@ class Record:
 
 
 class Study:
-    """A study that is open: `records()` reads it, `begin` and `finish` write it; one process writes."""
+    """A study that is open: `records()` reads it, `begin`, `finish` and `confirm` write it. One process writes, and so may keep
+    what it read and wrote; a write that the database did not acknowledge is repeated until it is, and happens once."""
 
-    def __init__(self, inner: optuna.Study, config: Config):
-        self.inner, self.config = inner, config
+    def __init__(self, inner: optuna.Study, config: Config, url: str = "sqlite://", say: Say = lambda line: None, lock: StudyLock | None = None):
+        self.inner, self.config, self.url, self.say, self.lock = inner, config, url, say, lock
+        self.directions = [direction.name.lower() for direction in inner.directions]
+        self.kept: dict[int, Record] = {}
+        self.ids: dict[int, int] = {}  # Optuna's trial ids by number
+        self.attributes: dict[str, Any] = {}
+        self.patiently(self.read)
+
+    @property
+    def storage(self) -> optuna.storages.BaseStorage:
+        return self.inner._storage
 
     @property
     def objectives(self) -> dict[str, str]:
         """Name to direction."""
-        return {name: direction.name.lower() for name, direction in zip(self.config.rewards.names, self.inner.directions)}
+        return dict(zip(self.config.rewards.names, self.directions))
 
     @property
     def limits(self) -> list[Limit]:
@@ -95,15 +107,29 @@ class Study:
             Limit(name, signs[directions.get(name) or direction_of(name)], bound) for name, bound in self.config.rewards.limits.items()
         ]
 
+    def patiently(self, call: Callable[[], T]) -> T:
+        return patient(call, self.url, self.say, self.lock.take if self.lock else lambda: None)
+
+    def close(self) -> None:
+        close_storage(self.storage)
+
+    def read(self) -> None:
+        self.attributes = dict(self.inner.user_attrs)
+        for trial in self.inner.get_trials(deepcopy=False):
+            self.keep(trial)
+
+    def keep(self, trial: optuna.trial.FrozenTrial) -> None:
+        self.ids[trial.number] = trial._trial_id
+        self.kept[trial.number] = record_of(trial, self.objectives, self.attributes.get(f"{CONFIRMED}{trial.number}", {}))
+
     def records(self) -> list[Record]:
-        confirmed = self.inner.user_attrs
-        return [
-            record_of(trial, self.objectives, confirmed.get(f"{CONFIRMED}{trial.number}", {})) for trial in self.inner.get_trials(deepcopy=False)
-        ]
+        """All trials, as this process last read or wrote them."""
+        return list(self.kept.values())
 
     def confirm(self, number: int, rewards: dict[str, float]) -> None:
         """Records what a trial's fresh draws gave. Beside the trial: Optuna's finished trials are never changed."""
-        self.inner.set_user_attr(f"{CONFIRMED}{number}", rewards)
+        self.patiently(lambda: self.inner.set_user_attr(f"{CONFIRMED}{number}", rewards))
+        self.kept[number] = replace(self.kept[number], confirmed=rewards)
 
     def begin(self, candidates: Sequence[Choice], space: SearchSpace, anchor: str | None = None) -> int:
         """Records a running trial, complete in one transaction: a crash leaves all of it or nothing. Returns its number."""
@@ -112,40 +138,64 @@ class Study:
         frozen = create_trial(
             state=TrialState.RUNNING, params=params, distributions=readable_distributions(params, space), user_attrs=attributes
         )
-        self.inner.add_trial(frozen)
-        return max(
-            trial.number
-            for trial in self.inner.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-            if trial.user_attrs["candidates"] == attributes["candidates"]
-        )
+        tried = False
+
+        def write() -> optuna.trial.FrozenTrial:
+            nonlocal tried
+            if tried and (known := self.running(attributes["candidates"])):
+                return known
+            tried = True
+            if self.lock:
+                self.lock.check()
+            return self.storage.get_trial(self.storage.create_new_trial(self.inner._study_id, template_trial=frozen))
+
+        trial = self.patiently(write)
+        self.keep(trial)
+        return trial.number
+
+    def running(self, candidates: list[dict]) -> optuna.trial.FrozenTrial | None:
+        """The running trial of these candidates, which no other ever has."""
+        trials = self.inner.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        return next((trial for trial in trials if trial.user_attrs.get("candidates") == candidates), None)
 
     def finish(self, number: int, results: Sequence[dict]) -> None:
-        """Ends a trial with its candidates' results: the knee of the complete ones (the nearest to the ideal of them), or a failure."""
+        """Ends a trial with its candidates' results: the knee of the complete ones (the nearest to the ideal of them), or a failure.
+
+        Told again, it changes nothing.
+        """
+        if self.kept[number].state not in ("RUNNING", "WAITING"):
+            return
         objectives = self.config.rewards.names
         complete = [result for result in results if result["state"] == "COMPLETE"]
-        values = [[result["rewards"][name] for name in objectives] for result in complete]
         for result in complete:
             self.check_measured(result)
-        best = complete[knee([oriented(point, self.objectives.values()) for point in values])] if complete else results[0]
-        trial = next(trial for trial in self.inner.get_trials(deepcopy=False) if trial.number == number)
-        live = optuna.trial.Trial(self.inner, trial._trial_id)
-        for key in ("choice", "rewards", "reason", "seconds"):
-            if key in best:
-                live.set_user_attr(key, best[key])
+        values = [[result["rewards"][name] for name in objectives] for result in complete]
+        best = complete[knee([oriented(point, self.directions) for point in values])] if complete else results[0]
+        told = {"result": {key: best[key] for key in ("choice", "rewards", "reason", "seconds") if key in best}}
         if len(results) > 1:
-            live.set_user_attr("tried", [{k: r.get(k) for k in ("choice", "state", "rewards", "reason")} for r in results])
-        for name, excess in excesses(best.get("rewards", {}), self.limits).items():
-            live.set_constraint(name, excess)
-        if complete:
-            self.inner.tell(number, [best["rewards"][name] for name in objectives])
-        else:
-            self.inner.tell(number, state=TrialState[best["state"]])
+            told["tried"] = [{k: r.get(k) for k in ("choice", "state", "rewards", "reason")} for r in results]
+        trial_id, state = self.ids[number], TrialState.COMPLETE if complete else TrialState[best["state"]]
+
+        def write() -> optuna.trial.FrozenTrial:
+            if self.lock:
+                self.lock.check()
+            if not self.storage.get_trial(trial_id).state.is_finished():
+                for key, value in told.items():
+                    self.storage.set_trial_user_attr(trial_id, key, value)
+                live = optuna.trial.Trial(self.inner, trial_id)
+                for name, excess in excesses(best.get("rewards", {}), self.limits).items():
+                    live.set_constraint(name, excess)
+                self.storage.set_trial_state_values(trial_id, state, [best["rewards"][name] for name in objectives] if complete else None)
+            return self.storage.get_trial(trial_id)
+
+        self.keep(self.patiently(write))
 
     def check_measured(self, result: dict) -> None:
         """Raises MemControlError for a result that was measured with other things than the study's first one."""
-        first = self.inner.user_attrs.get("measured_with")
+        first = self.attributes.get("measured_with")
         if first is None:
-            self.inner.set_user_attr("measured_with", result["measured_with"])
+            self.attributes["measured_with"] = result["measured_with"]
+            self.patiently(lambda: self.inner.set_user_attr("measured_with", result["measured_with"]))
         else:
             refuse_incomparable(first, result["measured_with"], f"results of study '{self.config.name}'")
 
@@ -176,30 +226,49 @@ def storage_url(config: Config, folder: Path, study_file: Path) -> str:
     return config.storage
 
 
-def open_study(config: Config, folder: Path, study_file: Path, *, create: bool, directions: Sequence[str] = ()) -> Study:
+def open_study(
+    config: Config, folder: Path, study_file: Path, *, create: bool, directions: Sequence[str] = (), say: Say = lambda line: None,
+    lock: StudyLock | None = None,
+) -> Study:  # fmt: skip
     """The config's study. Its stored config must agree with a given one in all that numbers depend on. A new one is given
-    its objectives' directions; without them each is minimised. Raises MemControlError."""
-    known = is_searched(config, folder, study_file)
+    its objectives' directions; without them each is minimised. `say` is told when the database is away. Raises MemControlError."""
+    known, url = is_searched(config, folder, study_file), storage_url(config, folder, study_file)
     if not known and not create:
         raise no_study(config, study_file)
-    storage = open_storage(storage_url(config, folder, study_file))
+    storage = open_storage(url)
     if known:
         inner = optuna.load_study(study_name=config.name, storage=storage)
-        return Study(inner, agreeing_config(inner, config) if create else stored_config(inner))
+        try:
+            return Study(inner, agreeing_config(inner, config) if create else stored_config(inner), url, say, lock)
+        except MemControlError:
+            close_storage(storage)
+            raise
     objectives = list(config.rewards.names)
     inner = optuna.create_study(study_name=config.name, storage=storage, directions=list(directions) or ["minimize"] * len(objectives))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         inner.set_metric_names(objectives)
     inner.set_user_attr("config", config.model_dump_json())
-    return Study(inner, config)
+    return Study(inner, config, url, say, lock)
 
 
 def is_searched(config: Config, folder: Path, study_file: Path) -> bool:
     """Whether the storage holds the study."""
     url = storage_url(config, folder, study_file)
     absent = url.startswith("sqlite:///") and not Path(url.removeprefix("sqlite:///")).is_file()
-    return not absent and config.name in optuna.get_all_study_names(open_storage(url))
+    if absent:
+        return False
+    storage = open_storage(url)
+    try:
+        return config.name in optuna.get_all_study_names(storage)
+    finally:
+        close_storage(storage)
+
+
+def close_storage(storage: optuna.storages.BaseStorage) -> None:
+    """Ends its connections, which would otherwise stay open until the process ends."""
+    storage.remove_session()
+    storage._backend.engine.dispose()
 
 
 def open_storage(url: str) -> optuna.storages.BaseStorage:
@@ -208,10 +277,9 @@ def open_storage(url: str) -> optuna.storages.BaseStorage:
     try:
         if url.startswith("sqlite:///"):
             Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-        return optuna.storages.get_storage(url)
-    except (sqlalchemy.exc.SQLAlchemyError, ImportError, OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise MemControlError(f"storage cannot be opened: {reason}; give for example sqlite:///study.db") from None
+        return optuna.storages.get_storage(optuna.storages.RDBStorage(url, engine_kwargs=engine_arguments(url)))
+    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, ImportError, OSError, ValueError, RuntimeError) as error:
+        raise cannot_open(url, error) from None
 
 
 def no_study(config: Config, study_file: Path) -> MemControlError:
@@ -236,12 +304,13 @@ def agreeing_config(inner: optuna.Study, config: Config) -> Config:
 def record_of(trial: optuna.trial.FrozenTrial, objectives: dict[str, str], confirmed: dict[str, float] = {}) -> Record:
     attributes = trial.user_attrs
     candidates = tuple(Choice.from_dict(values) for values in attributes.get("candidates", ()))
-    choice = attributes.get("choice")
+    result = attributes.get("result", {})
+    choice = result.get("choice")
     return Record(
         number=trial.number, state=trial.state.name, candidates=candidates, anchor=attributes.get("anchor"),
         choice=Choice.from_dict(choice) if choice else candidates[0] if len(candidates) == 1 else None,
-        objectives=objectives, searched=attributes.get("rewards", {}), confirmed=confirmed,
-        reason=attributes.get("reason", ""), seconds=attributes.get("seconds", 0.0),
+        objectives=objectives, searched=result.get("rewards", {}), confirmed=confirmed,
+        reason=result.get("reason", ""), seconds=result.get("seconds", 0.0),
     )  # fmt: skip
 
 

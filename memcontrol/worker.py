@@ -1,6 +1,7 @@
-"""Owns a worker: reads jobs as JSON lines, runs them with one Bench, and says what became of each; knows no database.
+"""Owns a worker: runs jobs with one Bench and says what became of each; knows no database.
 
-`python -m memcontrol.worker` is started by the local executor, with its thread counts set before torch is imported.
+`python -m memcontrol.worker` reads jobs as JSON lines; the local executor starts it with its thread counts set before torch is
+imported. Ray's actors and Slurm's jobs call `run_job` themselves.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from collections.abc import Callable
 from pathlib import Path
 from queue import SimpleQueue
 
+from memcontrol.attempts import Superseded, begin_attempt
 from memcontrol.errors import Diverged, MemControlError
+from memcontrol.executors import folder_of
 from memcontrol.files import write_json
 
 Say = Callable[[dict], None]
@@ -24,7 +27,8 @@ Say = Callable[[dict], None]
 
 def run_job(job: dict, bench, say: Say) -> None:
     """One job: {"prepare": folder, "config": ...}, {"trial": folder}, {"confirm": folder}, or {"help": folder, "rank": ..., "size":
-    ...}, a share of another process's trial. Says progress, then exactly one end."""
+    ...}, a share of another process's trial. Says progress, then exactly one end: prepared, done, failed (an attempt that may be
+    tried again, with its traceback) or stop (what only the user can mend)."""
     if "help" in job:  # what goes wrong here ends the process, and the one that leads the trial meets it itself
         from memcontrol.run import help_train
 
@@ -40,10 +44,23 @@ def run_job(job: dict, bench, say: Say) -> None:
             run_trial(Path(job["trial"]), bench, say)
     except MemControlError as error:
         say({"event": "stop", "reason": str(error)})
+    except Superseded as error:
+        say({"event": "failed", "reason": str(error)})
+    except Exception as error:
+        traceback.print_exc()
+        say({"event": "failed", "reason": reason_of(error, job), "traceback": traceback.format_exc()})
 
 
-def progress_of(say: Say) -> Callable[..., None]:
+def reason_of(error: Exception, job: dict) -> str:
+    import torch
+
+    kind = "out of memory on the GPU" if isinstance(error, torch.OutOfMemoryError) else type(error).__name__
+    return f"{kind}: {str(error).splitlines()[0] if str(error) else ''} (see {folder_of(job) / 'log.txt'})"
+
+
+def progress_said(say: Say, tell: Callable[[str, int, int], None] = lambda *_: None) -> Callable[..., None]:
     def progress(stage: str, done: int, total: int, **said) -> None:
+        tell(stage, done, total)
         say({"event": "progress", "stage": stage, "done": done, "total": total, **said})
 
     return progress
@@ -52,25 +69,22 @@ def progress_of(say: Say) -> Callable[..., None]:
 def run_confirm(folder: Path, bench, say: Say) -> None:
     from memcontrol.run import confirm
 
-    confirm(folder, bench, progress_of(say))
+    confirm(folder, bench, progress_said(say))
     say({"event": "done"})
 
 
 def run_trial(folder: Path, bench, say: Say) -> None:
-    """A trial that diverges is pruned, one that breaks is failed, both with a result file; other user errors end the search."""
+    """One attempt at a trial, in a folder that it takes over. One that diverges is pruned: its choice, not its process, is at fault."""
     from memcontrol.run import RESULT, ROUNDS, read_spec, trial
 
+    attempt = begin_attempt(folder)
     try:
-        trial(folder, bench, progress_of(say))
+        trial(folder, bench, progress_said(say, attempt.progress))
     except Diverged as error:
+        attempt.check()
         write_json(folder / RESULT, {"state": "PRUNED", "choice": read_spec(folder).choice.as_dict(), "reason": str(error)})
-    except MemControlError:
-        raise
-    except Exception as error:
-        traceback.print_exc()
-        reason = f"{type(error).__name__}: {error} (see {folder / 'log.txt'})"
-        write_json(folder / RESULT, {"state": "FAIL", "choice": read_spec(folder).choice.as_dict(), "reason": reason})
-    shutil.rmtree(folder / ROUNDS, ignore_errors=True)  # it ended, however it did: nothing will go on from there
+    attempt.check()
+    shutil.rmtree(folder / ROUNDS, ignore_errors=True)  # its result is there: nothing will go on from the rounds
     say({"event": "done"})
 
 
@@ -108,8 +122,7 @@ def main() -> None:
     bench = Bench()
     while True:
         job = jobs.get()
-        folder = next(job[kind] for kind in ("trial", "prepare", "confirm", "help") if kind in job)
-        log_to(Path(folder) / (f"log-{job['rank']}.txt" if "help" in job else "log.txt"))
+        log_to(folder_of(job) / (f"log-{job['rank']}.txt" if "help" in job else "log.txt"))
         run_job(job, bench, say)
 
 

@@ -5,16 +5,18 @@ import signal
 
 import pytest
 
+from memcontrol.attempts import Superseded, attempts_of, begin_attempt, failures_of, note_failure, progress_of
 from memcontrol.config import load_config
 from memcontrol.errors import MemControlError
-from memcontrol.executors import ENDS, Local, make_executor, visible_gpus
+from memcontrol.executors import ENDS, Event, Executor, Inline, Local, make_executor, visible_gpus
+from memcontrol.jobs import Jobs
 from memcontrol.space import Choice, load_space
 from memcontrol.spec import RESULT, Spec
 
 
 @pytest.fixture(params=["inline", "local"])
-def executor(request):
-    made = make_executor(request.param, 1)
+def executor(request, tmp_path):
+    made = make_executor(small(search={"executor": request.param, "workers": 1}), tmp_path)
     yield made
     made.close()
 
@@ -55,6 +57,16 @@ class TestContract:
         end = until_end(executor, lambda event: kinds.append(event.kind))
         assert end.kind == "done" and end.job == job and "progress" in kinds
         assert (tmp_path / choice.key / RESULT).is_file()
+        (attempt,) = attempts_of(tmp_path / choice.key)
+        assert attempt["host"] and attempt["started"] and (attempt["pid"] == os.getpid()) == isinstance(executor, Inline)
+
+    def test_what_breaks_is_a_failed_attempt_with_its_traceback(self, executor, tmp_path):
+        executor.submit({"confirm": str(tmp_path / "none")})
+        end = until_end(executor)
+        assert end.kind == "stop" and "is no run folder" in end.detail["reason"]
+        executor.submit({"prepare": str(tmp_path), "config": 7})
+        end = until_end(executor)
+        assert end.kind == "failed" and "Traceback" in end.detail["traceback"] and "log.txt" in end.detail["reason"] and executor.free() == 1
 
     def test_a_users_error_ends_the_job_with_its_line(self, executor, tmp_path):
         executor.submit(prepare_job(tmp_path, base="./none-such"))
@@ -62,24 +74,37 @@ class TestContract:
         assert end.kind == "stop" and "no such folder" in end.detail["reason"] and executor.free() == 1
 
 
-def test_a_worker_that_is_killed_is_started_again_with_its_job(tmp_path):
-    executor, killed = Local(1), []
-    try:
-        executor.submit(prepare_job(tmp_path))
-        os.kill(executor.workers[0].process.pid, signal.SIGKILL)
-        killed.append(1)
-        assert until_end(executor).kind == "prepared"
-        executor.submit(prepare_job(tmp_path))
-        worker = executor.workers[0]
-        while worker.n_tries < 3:
-            os.kill(worker.process.pid, signal.SIGKILL)
-            worker.process.wait()
-            list(executor.events(0.5))
-        os.kill(worker.process.pid, signal.SIGKILL)
-        end = until_end(executor)
-        assert end.kind == "lost" and "died 3 times" in end.detail["reason"]
-    finally:
-        executor.close()
+@pytest.fixture
+def local():
+    made = Local(1, time_limit_seconds=120)
+    yield made
+    made.close()
+
+
+def test_a_worker_that_dies_loses_its_job_and_is_started_again(local, tmp_path):
+    local.submit(prepare_job(tmp_path))
+    os.kill(local.workers[0].process.pid, signal.SIGKILL)
+    end = until_end(local)
+    assert end.kind == "lost" and end.detail["reason"] == "its worker process died (signal 9)" and local.free() == 1
+    local.submit(prepare_job(tmp_path))
+    assert until_end(local).kind == "prepared"
+
+
+def test_a_job_that_is_frozen_past_its_time_limit_is_ended_for_good(local, tmp_path):
+    local.time_limit_seconds = 3
+    local.submit(prepare_job(tmp_path))
+    frozen = local.workers[0].process
+    os.kill(frozen.pid, signal.SIGSTOP)
+    end = until_end(local)
+    assert end.kind == "lost" and "longer than search.time_limit_minutes (0.05)" in end.detail["reason"]
+    assert frozen.wait() == -signal.SIGKILL
+
+
+def test_a_job_that_is_cancelled_ends_at_once(local, tmp_path):
+    job = prepare_job(tmp_path)
+    local.submit(job)
+    local.cancel(job)
+    assert until_end(local).kind == "lost" and local.free() == 1
 
 
 def test_gpus_are_dealt_out_in_turn(monkeypatch):
@@ -87,6 +112,80 @@ def test_gpus_are_dealt_out_in_turn(monkeypatch):
     assert [visible_gpus(i)["CUDA_VISIBLE_DEVICES"] for i in range(3)] == ["2", "5", "2"]
 
 
-def test_an_unknown_executor_is_refused():
-    with pytest.raises(MemControlError, match="allowed: inline, local"):
-        make_executor("ray", 1)
+class Scripted(Executor):
+    """Ends jobs as a script says, one after another."""
+
+    def __init__(self, *script):
+        self.script, self.taken = list(script), []
+
+    def free(self):
+        return 1
+
+    def submit(self, job):
+        self.taken.append(job)
+
+    def events(self, timeout_seconds):
+        kind = self.script.pop(0)
+        yield Event(self.taken[-1], kind, {"reason": f"{kind} {len(self.taken)}"})
+
+    def cancel(self, job): ...
+
+    def close(self): ...
+
+
+class TestJobs:
+    def test_what_fails_twice_is_tried_a_third_time(self, tmp_path):
+        job, executor = {"trial": str(tmp_path)}, Scripted("failed", "lost", "done")
+        (end,) = Jobs(executor, lambda event: None).run([job])
+        assert end.kind == "done" and executor.taken == [job] * 3
+        assert [failure["reason"] for failure in failures_of(tmp_path)] == ["failed 1", "lost 2"]
+
+    def test_three_failures_are_the_end_even_across_orchestrators(self, tmp_path):
+        job = {"trial": str(tmp_path)}
+        note_failure(tmp_path, "before")
+        executor = Scripted("failed", "lost")
+        (end,) = Jobs(executor, lambda event: None).run([job])
+        assert end.kind == "given up" and end.detail["reason"] == "lost 2"
+
+    def test_what_the_user_must_mend_ends_it_all(self, tmp_path):
+        with pytest.raises(MemControlError, match="stop 1"):
+            list(Jobs(Scripted("stop"), lambda event: None).run([{"confirm": str(tmp_path)}]))
+
+
+def test_a_second_attempt_takes_a_folder_over(tmp_path):
+    """As when a worker that was frozen wakes up: it writes nothing more."""
+    first = begin_attempt(tmp_path)
+    first.progress("train", 1, 10)
+    assert progress_of(tmp_path)["done"] == 1
+    second = begin_attempt(tmp_path)
+    assert second.current() and not first.current() and progress_of(tmp_path) is None
+    first.written_at = 0.0
+    with pytest.raises(Superseded):
+        first.progress("train", 2, 10)
+    with open(tmp_path / "attempts.jsonl", "a") as file:
+        file.write('{"identity": "cut sh')
+    assert second.current() and len(attempts_of(tmp_path)) == 2
+
+
+def test_out_of_memory_goes_on_with_smaller_forwards(tmp_path, monkeypatch):
+    import torch
+
+    from memcontrol import run
+    from memcontrol.bench import Bench
+    from memcontrol.worker import run_job
+
+    sizes = []
+
+    def fine_tuned(folder, spec, bench, progress):
+        sizes.append(spec.config.inner.micro_batch_size)
+        if len(sizes) < 2 or spec.config.search.accumulate_on_oom is False:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(run, "fine_tuned", fine_tuned)
+    for allowed, kind in ((True, "done"), (False, "failed")):
+        sizes.clear()
+        spec = Spec(small(search={"accumulate_on_oom": allowed}), load_space("digits"), Choice(("mid_attention",), "lora", 1e-3, 2), tmp_path, "search", "holdout", 32)
+        said = []
+        run_job(spec.as_job(tmp_path / str(allowed)), Bench(), said.append)
+        assert said[-1]["event"] == kind and sizes == ([None, 8] if allowed else [None])
+    assert said[-1]["reason"].startswith("out of memory on the GPU: CUDA out of memory")

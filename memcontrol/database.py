@@ -1,0 +1,195 @@
+"""Owns the connection to the study's database: settings that outlive a restart, waiting while it is away, errors a person can
+mend, and the lock that keeps a study to one orchestrator. Passwords never leave it."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import socket
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+from memcontrol import interrupt
+from memcontrol.errors import MemControlError
+
+PATIENCE_SECONDS = 600
+RETRY_SECONDS = 2.0
+T = TypeVar("T")
+Say = Callable[[str], None]
+
+
+def is_postgresql(url: str) -> bool:
+    return url.startswith("postgresql")
+
+
+def engine_arguments(url: str) -> dict[str, Any]:
+    """For sqlalchemy.create_engine: few connections, each tried before it is used, none that hangs for long."""
+    if not is_postgresql(url):
+        return {}
+    return {"pool_size": 2, "max_overflow": 2, "pool_pre_ping": True, "pool_recycle": 600, "connect_args": connection_arguments("statement_timeout=60000")}
+
+
+def connection_arguments(*settings: str) -> dict[str, Any]:
+    """Of libpq: both sides notice within half a minute that the other is gone."""
+    alive = ("tcp_keepalives_idle=20", "tcp_keepalives_interval=5", "tcp_keepalives_count=3")
+    return {
+        "connect_timeout": 5, "keepalives": 1, "keepalives_idle": 20, "keepalives_interval": 5, "keepalives_count": 3,
+        "application_name": identity(), "options": " ".join(f"-c {setting}" for setting in (*alive, *settings)),
+    }  # fmt: skip
+
+
+def identity() -> str:
+    return f"memcontrol on {socket.gethostname()[:30]}, process {os.getpid()}"
+
+
+def shown(url: str) -> str:
+    """The URL without its password."""
+    return re.sub(r"(://[^:/@]*):.*@", r"\1:***@", re.sub(r"(password=)[^&]*", r"\1***", url))
+
+
+CURES = {
+    "password authentication failed": "check the user and the password",
+    "no password supplied": "give the password in the URL, or in PGPASSWORD or ~/.pgpass",
+    r"role .* does not exist": "create the role: storage/roles.sql does",
+    r"database .* does not exist": "create the database: see storage/README.md",
+    "permission denied": "the role must own the tables or have been granted them: storage/roles.sql does",
+    "Connection refused": "is PostgreSQL running there?",
+    "could not translate host name": "check the host's name",
+    "Name or service not known": "check the host's name",
+    "no longer compatible|schema": "upgrade the tables after a backup: optuna storage upgrade --storage URL, see storage/README.md",
+    "No module named 'psycopg2'": "install memcontrol[postgresql]",
+    "No module named 'psycopg'": "install psycopg[binary], or write postgresql+psycopg2://",
+}
+
+
+def cannot_open(url: str, error: Exception) -> MemControlError:
+    """What went wrong in one line, and its cure."""
+    cause = database_error(error) or error
+    reason = " ".join(str(getattr(cause, "orig", None) or cause).split())[:300]
+    with contextlib.suppress(Exception):
+        from sqlalchemy import make_url
+
+        password = make_url(url).password
+        reason = reason.replace(str(password), "***") if password else reason
+    cure = next((cure for pattern, cure in CURES.items() if re.search(pattern, reason)), "give for example sqlite:///study.db")
+    return MemControlError(f"storage {shown(url)} cannot be opened: {reason}; {cure}")
+
+
+def database_error(error: BaseException) -> BaseException | None:
+    """SQLAlchemy's error behind another one, such as Optuna's."""
+    from sqlalchemy.exc import SQLAlchemyError
+
+    while error is not None and not isinstance(error, SQLAlchemyError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def is_away(error: BaseException, url: str) -> bool:
+    """Whether it is the connection that failed, so that waiting may help; not a wrong statement, right or password."""
+    import sqlalchemy.exc
+
+    cause = database_error(error)
+    if not isinstance(cause, (sqlalchemy.exc.OperationalError, sqlalchemy.exc.InterfaceError, sqlalchemy.exc.TimeoutError)):
+        return bool(getattr(cause, "connection_invalidated", False))
+    text = str(cause)
+    if not is_postgresql(url):
+        return "locked" in text
+    return not any(re.search(pattern, text) for pattern in ("password", "role .* does not exist", "database .* does not exist", "translate host"))
+
+
+def patient(call: Callable[[], T], url: str, say: Say, again: Callable[[], None] = lambda: None) -> T:
+    """The call's result; while the database is away, waits and tries again, at most PATIENCE_SECONDS, and says so.
+
+    The call must be one that may be repeated, since a lost connection does not tell whether the database had done it.
+    `again` runs before each repetition. Raises MemControlError when patience ends.
+    """
+    away_since = None
+    while True:
+        try:
+            if away_since is not None:
+                again()
+            found = call()
+            if away_since is not None:
+                say(f"the database is back after {time.monotonic() - away_since:.0f} s; the search goes on")
+            return found
+        except Exception as error:
+            if not is_away(error, url):
+                raise
+            if away_since is None:
+                away_since = time.monotonic()
+                say(f"the database {shown(url)} is away; trials run on, and the search waits for it up to {PATIENCE_SECONDS // 60} minutes")
+            if time.monotonic() - away_since > PATIENCE_SECONDS:
+                raise MemControlError(
+                    f"the database {shown(url)} has been away for {PATIENCE_SECONDS // 60} minutes; finished results are kept in their folders, and the "
+                    "same command goes on when it is back"
+                ) from None
+            for _ in range(int(RETRY_SECONDS / 0.1)):
+                interrupt.check()
+                time.sleep(0.1)
+
+
+class StudyLock:
+    """PostgreSQL's advisory lock on a study's name: held by one connection, gone with it, however its process ends."""
+
+    def __init__(self, url: str, name: str):
+        from sqlalchemy import create_engine
+        from sqlalchemy.pool import NullPool
+
+        self.url, self.name = url, name
+        self.engine = create_engine(url, poolclass=NullPool, connect_args=connection_arguments())
+        self.key = int.from_bytes(hashlib.sha256(f"memcontrol {name}".encode()).digest()[:8], signed=True)
+        self.connection = None
+
+    def take(self) -> None:
+        """Raises MemControlError where another process holds it, and says which."""
+        from sqlalchemy import text
+
+        self.drop()
+        self.connection = self.engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+        if not self.connection.execute(text("SELECT pg_try_advisory_lock(:key)"), {"key": self.key}).scalar():
+            raise MemControlError(f"study '{self.name}' is being searched by another process ({self.holder()}); wait for it or stop it first")
+
+    def holder(self) -> str:
+        from sqlalchemy import text
+
+        query = text(
+            "SELECT a.application_name, coalesce(host(a.client_addr), 'local'), a.backend_start FROM pg_locks l JOIN pg_stat_activity a USING (pid) "
+            "WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 1 AND (l.classid::bigint << 32) + l.objid::bigint = :key"
+        )
+        row = self.connection.execute(query, {"key": self.key}).first()
+        return f"{row[0]}, address {row[1]}, since {row[2]:%Y-%m-%d %H:%M}" if row else "it has just ended"
+
+    def check(self) -> None:
+        """Raises, as any lost connection does, where it is no longer held."""
+        from sqlalchemy import text
+
+        self.connection.execute(text("SELECT 1"))
+
+    def drop(self) -> None:
+        if self.connection is not None:
+            with contextlib.suppress(Exception):
+                self.connection.invalidate()
+                self.connection.close()
+            self.connection = None
+
+
+@contextlib.contextmanager
+def only_orchestrator(url: str, name: str) -> Iterator[StudyLock | None]:
+    """Holds the study's lock in the database, where it is PostgreSQL. Raises MemControlError where another process does."""
+    if not is_postgresql(url):
+        yield None
+        return
+    import sqlalchemy.exc
+
+    try:
+        lock = StudyLock(url, name)
+        lock.take()
+    except (sqlalchemy.exc.SQLAlchemyError, ImportError) as error:
+        raise cannot_open(url, error) from None
+    try:
+        yield lock
+    finally:
+        lock.drop()

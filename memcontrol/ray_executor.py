@@ -1,0 +1,139 @@
+"""Owns running jobs on a Ray cluster: an actor for each place, which keeps the base loaded and moves to another node when its own is lost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from memcontrol.attempts import progress_of
+from memcontrol.config import RayConfig
+from memcontrol.errors import MemControlError
+from memcontrol.executors import ENDS, Event, Executor, as_event, folder_of, too_long
+
+
+class RayWorker:
+    """What an actor is: jobs one after another with one Bench, as in `memcontrol.worker`."""
+
+    def __init__(self):
+        from memcontrol.bench import Bench
+
+        self.bench = Bench()
+
+    def ready(self) -> None:
+        """Returns when the actor has its place."""
+
+    def run(self, job: dict) -> list[dict]:
+        """All that the job said but progress, which is in its folder."""
+        from memcontrol.worker import log_to, run_job
+
+        log_to(folder_of(job) / "log.txt")
+        said: list[dict] = []
+        run_job(job, self.bench, lambda event: said.append(event) if event["event"] != "progress" else None)
+        return said
+
+
+@dataclass
+class Place:
+    """One actor and the job it has. `began` is None until the cluster has found room for it."""
+
+    actor: object = None
+    ready: object = None
+    job: dict | None = None
+    answer: object = None
+    began: float | None = None
+    reason: str = ""
+    told: dict | None = None
+
+
+class Ray(Executor):
+    """An actor with its own GPUs and cores for each place, on an existing cluster or on one started here."""
+
+    def __init__(self, settings: RayConfig, n_workers: int, time_limit_seconds: float | None = None):
+        self.ray, self.settings, self.time_limit_seconds = connected(settings), settings, time_limit_seconds
+        self.places = [Place() for _ in range(n_workers)]
+
+    def free(self) -> int:
+        return sum(place.job is None for place in self.places)
+
+    def submit(self, job: dict) -> None:
+        place = next(place for place in self.places if place.job is None)
+        if place.actor is None:
+            place.actor = self.started()
+            place.ready = place.actor.ready.remote()
+        place.job, place.answer, place.began, place.reason, place.told = job, place.actor.run.remote(job), None, "", None
+
+    def started(self):
+        threads = str(max(1, int(self.settings.cpus)))
+        gpus = self.settings.gpus
+        if gpus is None:
+            gpus = 1 if self.ray.cluster_resources().get("GPU") else 0
+        environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive"}
+        remote = self.ray.remote(num_cpus=self.settings.cpus, num_gpus=gpus, max_restarts=0, runtime_env={"env_vars": environment})(RayWorker)
+        return remote.remote()
+
+    def events(self, timeout_seconds: float) -> Iterator[Event]:
+        busy = [place for place in self.places if place.job is not None]
+        if not busy:
+            return
+        self.ray.wait([place.answer for place in busy], num_returns=1, timeout=timeout_seconds)
+        for place in busy:
+            if self.is_there(place.answer):
+                yield from self.ended(place)
+            else:
+                yield from self.watched(place)
+
+    def is_there(self, reference) -> bool:
+        return bool(self.ray.wait([reference], timeout=0)[0])
+
+    def ended(self, place: Place) -> Iterator[Event]:
+        job, place.job = place.job, None
+        try:
+            said = self.ray.get(place.answer)
+        except self.ray.exceptions.RayError as error:
+            place.actor = None
+            reason = place.reason or f"its Ray actor was lost: {' '.join(str(error).split())[:300]}"
+            said = [{"event": "lost", "reason": reason}]
+        for line in said:
+            yield as_event(job, line)
+        if said[-1]["event"] not in ENDS:
+            raise RuntimeError(f"job {job} ended without saying how")
+
+    def watched(self, place: Place) -> Iterator[Event]:
+        if place.began is None and self.is_there(place.ready):
+            place.began = time.monotonic()
+        if self.time_limit_seconds and place.began and time.monotonic() - place.began > self.time_limit_seconds:
+            place.reason = too_long(self.time_limit_seconds)
+            self.ray.kill(place.actor)
+        told = progress_of(folder_of(place.job))
+        if told != place.told:
+            place.told = told
+            yield Event(place.job, "progress", {key: told[key] for key in ("stage", "done", "total")})
+
+    def cancel(self, job: dict) -> None:
+        for place in self.places:
+            if place.job == job:
+                place.reason = "it was cancelled"
+                self.ray.kill(place.actor)
+
+    def close(self) -> None:
+        for place in self.places:
+            if place.actor is not None:
+                self.ray.kill(place.actor)
+            place.actor = place.job = None
+
+
+def connected(settings: RayConfig):
+    """The ray module, connected. Raises MemControlError where it is missing or the cluster cannot be reached."""
+    try:
+        import ray
+    except ImportError:
+        raise MemControlError("search.executor is ray, which is not installed; install memcontrol[ray]") from None
+    if not ray.is_initialized():
+        local = {} if settings.address else {"include_dashboard": False}
+        try:
+            ray.init(address=settings.address, namespace="memcontrol", log_to_driver=False, logging_level="error", **local)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise MemControlError(f"ray.address is {settings.address}: {reason}; start a cluster with `ray start --head`, or leave the address out") from None
+    return ray

