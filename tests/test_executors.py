@@ -14,9 +14,26 @@ from memcontrol.space import Choice, load_space
 from memcontrol.spec import RESULT, Spec
 
 
-@pytest.fixture(params=["inline", "local"])
+@pytest.fixture(scope="session")
+def ray_cluster():
+    """Three nodes of one core each on this machine."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    for _ in range(2):
+        cluster.add_node(num_cpus=1)
+    yield cluster
+    import ray
+
+    ray.shutdown()
+    cluster.shutdown()
+
+
+@pytest.fixture(params=["inline", "local", "ray"])
 def executor(request, tmp_path):
-    made = make_executor(small(search={"executor": request.param, "workers": 1}), tmp_path)
+    if request.param == "ray":
+        request.getfixturevalue("ray_cluster")
+    made = make_executor(small(search={"executor": request.param, "workers": 1}, ray={"address": "auto"}), tmp_path)
     yield made
     made.close()
 
