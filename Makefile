@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo test clean
+.PHONY: demo test chaos clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/memcontrol demo --out runs/demo
 
 test: $(VENV)/tested
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --dist worksteal
+
+# A search on a real PostgreSQL while everything it stands on is killed, frozen and stopped: about ten minutes.
+chaos: $(VENV)/tested
+	OMP_NUM_THREADS=1 $(VENV)/bin/python tests/chaos.py
 
 # torch comes first and pinned: any looser request may fetch gigabytes of CUDA packages.
 $(VENV)/installed: pyproject.toml constraints.txt

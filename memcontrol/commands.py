@@ -134,24 +134,28 @@ def warn_of_full(picked, screen) -> None:
 def run_status(args: argparse.Namespace) -> int:
     from memcontrol.display import said_of, study_table
     from memcontrol.orchestrate import is_searching
+    from memcontrol.watch import pace, runs_of, said_of_run
     from memcontrol.space import load_space
 
     study, folder = opened(args.study)
-    records, n_groups = study.records(), len(load_space(study.config.space).groups)
+    records, n_groups, searching = study.records(), len(load_space(study.config.space).groups), is_searching(folder)
+    runs = {record.number: runs_of(record, folder) for record in records}
     if args.json:
-        out_json([record.as_dict(folder) for record in records])
+        out_json([record.as_dict(folder) | {"runs": runs[record.number]} for record in records])
         return 0
-    searching = is_searching(folder)
     said = {"COMPLETE": "complete", "RUNNING": "running" if searching else "interrupted", "PRUNED": "pruned", "FAIL": "failed"}
     for state, word in said.items():
         sys.stdout.write(f"{word}: {sum(record.state == state for record in records)}\n")
+    if searching:
+        sys.stdout.write(pace(records, config_of(args.study)))
     for record in records:
         if record.reason:
             sys.stdout.write(f"trial {record.number} {said[record.state]}: {record.reason}\n")
         if record.state == "RUNNING":
-            choices = " or ".join(said_of(choice, n_groups) for choice in record.candidates)
             goes_on = "" if searching else " (the next search goes on with it)"
-            sys.stdout.write(f"trial {record.number} {said['RUNNING']} ({record.anchor or 'sampled'}): {choices}{goes_on}\n")
+            sys.stdout.write(f"trial {record.number} {said['RUNNING']} ({record.anchor or 'sampled'}){goes_on}\n")
+            for choice, run in zip(record.candidates, runs[record.number]):
+                sys.stdout.write(f"  {said_of(choice, n_groups)}: {said_of_run(run)}\n")
     printed(study_table(records, n_groups, f"{study.config.name}: finished trials"))
     return 0
 

@@ -208,6 +208,7 @@ class SearchConfig(Strict):
     workers: Count = 2
     processes: Count = 1  # that train the shards of one trial side by side, a GPU each
     seed: int = 0
+    sampler: Literal["tpe", "random"] = "tpe"
     executor: Literal["inline", "local", "ray", "slurm"] = "local"
     time_limit_minutes: Annotated[float, Field(gt=0)] | None = None  # of one attempt at a trial
     accumulate_on_oom: bool = True  # a trial that runs out of GPU memory goes on once with half the images in a forward

@@ -142,7 +142,8 @@ class Search:
         if sum(record.anchor is None and record.state != "FAIL" for record in records) >= self.config.search.trials:
             return False
         try:
-            choice = suggest(records, self.space, self.config.search.seed, len(self.config.rewards.objectives), self.study.limits)
+            search, n_objectives = self.config.search, len(self.config.rewards.objectives)
+            choice = suggest(records, self.space, search.seed, n_objectives, self.study.limits, search.sampler)
         except SpaceExhausted as error:
             if not self.exhausted:
                 self.show(Event({}, "warning", {"text": str(error)}))

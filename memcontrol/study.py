@@ -47,6 +47,8 @@ class Record:
     confirmed: dict[str, float] = field(default_factory=dict)  # and over fresh draws, for trials on the front
     reason: str = ""
     seconds: float = 0.0
+    begun: str = ""  # local time, as ISO 8601
+    ended: str = ""
 
     @property
     def finished(self) -> bool:
@@ -73,7 +75,7 @@ class Record:
             "trial": self.number, "state": self.state, "values": self.values,
             "choice": self.choice.as_dict() if self.choice else None,
             "run": str(folder / self.choice.key) if self.choice else None,
-            "anchor": self.anchor, "rewards": self.rewards, "confirmed": bool(self.confirmed), "searched": self.searched, "reason": self.reason or None, "seconds": self.seconds,
+            "anchor": self.anchor, "rewards": self.rewards, "confirmed": bool(self.confirmed), "searched": self.searched, "reason": self.reason or None, "seconds": self.seconds, "begun": self.begun, "ended": self.ended or None,
         }  # fmt: skip
 
 
@@ -310,8 +312,12 @@ def record_of(trial: optuna.trial.FrozenTrial, objectives: dict[str, str], confi
         number=trial.number, state=trial.state.name, candidates=candidates, anchor=attributes.get("anchor"),
         choice=Choice.from_dict(choice) if choice else candidates[0] if len(candidates) == 1 else None,
         objectives=objectives, searched=result.get("rewards", {}), confirmed=confirmed,
-        reason=result.get("reason", ""), seconds=result.get("seconds", 0.0),
+        reason=result.get("reason", ""), seconds=result.get("seconds", 0.0), begun=iso(trial.datetime_start), ended=iso(trial.datetime_complete),
     )  # fmt: skip
+
+
+def iso(when) -> str:
+    return when.isoformat(timespec="seconds") if when else ""
 
 
 def readable_params(choice: Choice, space: SearchSpace) -> dict[str, Any]:
@@ -334,20 +340,21 @@ def distributions(space: SearchSpace) -> dict[str, BaseDistribution]:
     return found | {"rate": FloatDistribution(0, 1)}
 
 
-def suggest(records: Sequence[Record], space: SearchSpace, seed: int, n_objectives: int, limits: Sequence[Limit] = ()) -> Choice:
-    """The next choice, never one that was asked for before: a pure function of the records and the seed.
+def suggest(
+    records: Sequence[Record], space: SearchSpace, seed: int, n_objectives: int, limits: Sequence[Limit] = (), sampler: str = "tpe"
+) -> Choice:
+    """The next choice, never one that was asked for before: a pure function of the records and the seed; of `random`, of how many
+    there are and the seed, whatever came of them.
 
     A study in memory holds the records in the sampler's own coordinates (position in the method's learning-rate range,
     rank for every method), so that sampling costs no database reads and nothing is half written. Raises SpaceExhausted
     when the space seems to hold no further choice.
     """
     seed = seed_of(seed, "suggest", len(records)) % 2**32
-    model = multivariate_tpe(seed)
+    model = multivariate_tpe(seed) if sampler == "tpe" else optuna.samplers.RandomSampler(seed)
     mirror = optuna.create_study(sampler=model, directions=["minimize"] * n_objectives)
-    for record in records:
-        frozen = mirrored(record, space, limits)
-        if frozen is not None:
-            mirror.add_trial(frozen)
+    if sampler != "random":
+        mirror.add_trials([frozen for record in records if (frozen := mirrored(record, space, limits)) is not None])
     known = [choice for record in records for choice in record.candidates]
     n_sampled = sum(record.anchor is None for record in records)
     for attempt in range(N_ASKS):

@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from postgres import PASSWORD, Postgres
+from postgres import BIN, PASSWORD, Postgres
 
 from memcontrol import database
 from memcontrol.config import load_config
@@ -218,3 +218,48 @@ def test_a_role_without_rights_and_an_old_schema_say_what_to_do(postgres, tmp_pa
 )
 def test_urls_are_shown_without_their_password(url, expected):
     assert shown(url) == expected
+
+
+STORAGE = Path(__file__).parent.parent / "storage"
+
+
+def tool(postgres, program, *args, user="owner", password=PASSWORD, database="postgres", check=True):
+    """One of PostgreSQL's own programs, or a script of storage/, connected through the environment."""
+    environment = {
+        "PATH": f"{BIN}:/usr/bin:/bin", "PGHOST": "127.0.0.1", "PGPORT": str(postgres.port), "PGUSER": user, "PGPASSWORD": password, "PGDATABASE": database
+    }  # fmt: skip
+    return subprocess.run([program, *map(str, args)], env=environment, capture_output=True, text=True, check=check)
+
+
+@pytest.fixture(scope="module")
+def roles(postgres):
+    tool(postgres, "psql", "-v", "owner_password=own'er", "-v", "reader_password=reader", "-f", STORAGE / "roles.sql")
+    return postgres
+
+
+def test_the_reader_may_read_what_the_owner_writes_and_nothing_else(roles, tmp_path):
+    study = opened(tmp_path, roles.url_of("memcontrol", "own%27er", "memcontrol"), "roles")
+    study.begin([choice(0)], SPACE)
+    read = lambda query, **rest: tool(roles, "psql", "-At", "-c", query, user="memcontrol_reader", password="reader", database="memcontrol", **rest)
+    assert read("SELECT count(*) FROM trials").stdout == "1\n"
+    for query in ("DELETE FROM trials", "CREATE TABLE x (y int)", "UPDATE studies SET study_name = 'x'", "SET default_transaction_read_only = off; DELETE FROM trials"):
+        refused = read(query, check=False)
+        assert refused.returncode and ("permission denied" in refused.stderr or "read-only transaction" in refused.stderr)
+    assert read("SELECT count(*) FROM trials").stdout == "1\n"
+
+
+def test_a_backup_comes_back_whole_and_never_over_studies(roles, tmp_path):
+    owner = {"user": "memcontrol", "password": "own'er", "database": "memcontrol"}
+    study = opened(tmp_path, roles.url_of("memcontrol", "own%27er", "memcontrol"), "kept")
+    study.finish(study.begin([choice(0)], SPACE), [result(choice(0), 9.0)])
+    tool(roles, STORAGE / "backup.sh", tmp_path / "a.dump", **owner)
+    assert (tmp_path / "a.dump").stat().st_mode & 0o077 == 0 and not (tmp_path / "a.dump.part").exists()
+    refused = tool(roles, STORAGE / "restore.sh", tmp_path / "a.dump", check=False, **owner)
+    assert refused.returncode == 1 and "already holds studies; restore into an empty one" in refused.stderr
+    tool(roles, "createdb", "-O", "memcontrol", "second")
+    restored = tool(roles, STORAGE / "restore.sh", tmp_path / "a.dump", **{**owner, "database": "second"})
+    assert "studies" in restored.stdout
+    again = opened(tmp_path, roles.url_of("memcontrol", "own%27er", "second"), "kept", create=False)
+    assert again.records() == study.records()
+    failed = tool(roles, STORAGE / "backup.sh", tmp_path / "b.dump", check=False, **{**owner, "password": "wrong"})
+    assert failed.returncode and not list(tmp_path.glob("b.dump*"))

@@ -1,0 +1,55 @@
+"""Owns what is known of a search from outside, in its run folders: which process is at which trial since when, attempts, pace, time left."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from memcontrol.attempts import attempts_of, failures_of, progress_of
+from memcontrol.config import Config
+from memcontrol.spec import RESULT
+from memcontrol.study import Record
+
+QUIET_SECONDS = 120  # without a word for so long, a run is said to be silent
+
+
+def runs_of(record: Record, folder: Path) -> list[dict[str, Any]]:
+    """For each choice that the trial tries: whether it is finished, its attempts, and the present one's place and progress."""
+    return [run_of(folder / choice.key) for choice in record.candidates]
+
+
+def run_of(run: Path) -> dict[str, Any]:
+    attempts, failures = attempts_of(run), failures_of(run)
+    found = {"run": str(run), "finished": (run / RESULT).is_file(), "attempts": len(attempts), "failures": [failure["reason"] for failure in failures]}
+    if not attempts or found["finished"]:
+        return found
+    last, progress = attempts[-1], progress_of(run)
+    place = {key: last[key] for key in ("host", "pid", "gpu", "started")}
+    return found | place | {"progress": {key: progress[key] for key in ("stage", "done", "total", "at")} if progress else None}
+
+
+def said_of_run(run: dict[str, Any]) -> str:
+    """Such as "attempt 2 on node7, process 4711, GPU 0, since 12:31 UTC, train 120/230, silent for 5 minutes"."""
+    if run["finished"]:
+        return "finished"
+    if not run["attempts"]:
+        return "waits for a place"
+    gpu, progress = f", GPU {run['gpu']}" if run["gpu"] else "", run["progress"]
+    text = f"attempt {run['attempts']} on {run['host']}, process {run['pid']}{gpu}, since {run['started'][11:16]} UTC"
+    if progress:
+        text += f", {progress['stage']} {progress['done']}/{progress['total']}"
+    silent = (datetime.now(UTC) - datetime.fromisoformat((progress or {}).get("at") or run["started"])).total_seconds()
+    return text + (f", silent for {silent / 60:.0f} minutes" if silent > QUIET_SECONDS else "")
+
+
+def pace(records: Sequence[Record], config: Config) -> str:
+    """A line: runs an hour with all workers busy, and the time left; empty before the first run is finished."""
+    lengths = [record.seconds for record in records if record.seconds and record.anchor != "none"]
+    if not lengths:
+        return ""
+    mean = sum(lengths) / len(lengths)
+    n_sampled = sum(record.anchor is None for record in records)
+    n_left = max(0, config.search.trials - n_sampled) + sum(len(record.candidates) for record in records if record.state == "RUNNING")
+    return f"about {3600 * config.search.workers / mean:.0f} runs an hour, {n_left * mean / config.search.workers / 60:.0f} minutes left\n"

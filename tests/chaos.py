@@ -1,0 +1,219 @@
+"""The chaos suite: a search on a real PostgreSQL while its workers are killed and frozen, its orchestrator is killed and the database is
+stopped; then the invariants, over the database and the run folders, and an undisturbed search to compare with.
+
+`python tests/chaos.py [--trials N] [--seed S]` (make chaos) runs it in full and prints what happened; tests/test_chaos.py a short one.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import psutil
+import yaml
+from postgres import Postgres
+
+from memcontrol.attempts import attempts_of, failures_of
+from memcontrol.config import load_config, study_folder
+from memcontrol.jobs import N_TRIES
+from memcontrol.pareto import front
+from memcontrol.spec import CONFIRMED, RESULT, SAMPLES
+from memcontrol.study import open_study
+
+SEARCH = [sys.executable, "-m", "memcontrol.cli", "search"]
+TIME_LIMIT_SECONDS = 45
+OUTAGE_SECONDS = 20
+FAULTS = ("kill worker", "freeze worker", "kill orchestrator", "stop database")
+
+
+def study_of(folder: Path, name: str, url: str, trials: int, executor: str = "local", **keys) -> Path:
+    """Short trials; choices that do not depend on the order in which others end, so that any two runs ask for the same."""
+    study = {
+        "name": name, "storage": url, "data": {"path": "digits", "train": 32, "holdout": 64, "test": 64}, "space": "digits",
+        "inner": {"budget_images": 192, "batch_size": 16, "rounds": 4},
+        "rewards": {"objectives": ["kid", "memorization"], "n_samples": 32, "sampling_steps": 2, "confirm": 1},
+        "search": {"trials": trials - 3, "workers": 2, "sampler": "random", "executor": executor, "time_limit_minutes": TIME_LIMIT_SECONDS / 60}, **keys,
+    }  # fmt: skip
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(study))
+    return path
+
+
+class Chaos:
+    """One disturbed search: faults in a seeded order, each when another part of the trials has ended."""
+
+    def __init__(self, study: Path, server: Postgres, trials: int, faults: Counter, seed: int, say=lambda line: None):
+        self.study, self.server, self.trials, self.say = study, server, trials, say
+        self.folder = study_folder(study, load_config(study).name)
+        self.plan = [fault for fault, n in faults.items() for _ in range(n)]
+        random.Random(seed).shuffle(self.plan)
+        self.started = time.monotonic()
+        self.done: Counter = Counter()
+        self.search = None
+        self.log = open(self.folder.parent.parent / "search.log", "a")
+
+    def run(self) -> None:
+        """Until the search has ended by itself and every fault was met."""
+        n_faults = len(self.plan)
+        for i, fault in enumerate(self.plan):
+            self.until(lambda i=i: self.n_ended() >= (i + 1) * self.trials // (n_faults + 2))
+            self.say(f"{time.monotonic() - self.started:5.0f} s, {self.n_ended():2} runs ended: {fault}")
+            getattr(self, fault.replace(" ", "_"))()
+            self.done[fault] += 1
+        self.until(lambda: self.search.poll() == 0)
+        self.log.close()
+
+    def begin(self) -> None:
+        self.search = subprocess.Popen([*SEARCH, self.study], stdout=self.log, stderr=self.log)
+
+    def until(self, condition) -> None:
+        """Waits, with a search running: one that ended badly is begun again, as a user or a service manager would."""
+        deadline = time.monotonic() + 600
+        while True:
+            if self.search is None or self.search.poll() not in (None, 0):
+                time.sleep(1)
+                self.begin()
+            if condition():
+                return
+            assert time.monotonic() < deadline, f"no progress in 10 minutes; see {self.log.name}"
+            time.sleep(0.2)
+
+    def n_ended(self) -> int:
+        return len(list(self.folder.glob(f"*/{RESULT}")))
+
+    def worker(self) -> psutil.Process:
+        """One at work on a run, told by the attempts in the run folders; never one whose third failure it would be, which ends a run."""
+        while True:
+            if self.search.poll() is not None:
+                self.begin()
+            workers = [child for child in psutil.Process(self.search.pid).children() if "memcontrol.worker" in " ".join(child.cmdline())]
+            runs = [path.parent for path in self.folder.glob("*/attempts.jsonl") if not (path.parent / RESULT).exists()]
+            busy = {attempts_of(run)[-1]["pid"] for run in runs if len(failures_of(run)) < N_TRIES - 1}
+            found = [worker for worker in workers if worker.pid in busy]
+            if found:
+                return found[0]
+            time.sleep(0.05)
+
+    def kill_worker(self) -> None:
+        self.worker().kill()
+
+    def freeze_worker(self) -> None:
+        """Stopped past its time limit, then woken: by then it is dead, and wakes nobody."""
+        worker = self.worker()
+        worker.suspend()
+        deadline = time.monotonic() + 2 * TIME_LIMIT_SECONDS
+        while worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
+            time.sleep(0.5)
+        if worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE:
+            worker.send_signal(signal.SIGCONT)
+
+    def kill_orchestrator(self) -> None:
+        if self.search.poll() is None:
+            os.kill(self.search.pid, signal.SIGKILL)
+        self.search.wait()
+
+    def stop_database(self) -> None:
+        self.server.outage(OUTAGE_SECONDS, "immediate" if self.done["stop database"] % 2 else "fast")
+
+
+def violations(study_file: Path, trials: int, n_kills: int) -> list[str]:
+    """What does not hold of what a search left behind; empty if all does."""
+    config = load_config(study_file)
+    folder = study_folder(study_file, config.name)
+    study = open_study(config, folder, study_file, create=False)
+    records, optuna_trials, found = study.records(), study.inner.get_trials(), []
+
+    def claim(holds, words) -> None:
+        if not holds:
+            found.append(words)
+
+    claim(len(records) == trials, f"{len(records)} trials, not {trials}")
+    claim({record.state for record in records} == {"COMPLETE"}, f"states {Counter(record.state for record in records)}")
+    claim([record.number for record in records] == list(range(len(records))), "numbers are not dense")
+    candidates = [choice for record in records for choice in record.candidates]
+    claim(len(set(candidates)) == len(candidates), "a choice was asked for twice")
+    for record, trial in zip(records, optuna_trials):
+        results = [json.loads((folder / choice.key / RESULT).read_text()) for choice in record.candidates]
+        own = json.loads((folder / record.choice.key / RESULT).read_text())
+        claim(record.searched == own["rewards"], f"trial {record.number}: rewards differ from its result file")
+        claim(trial.values == [own["rewards"][name] for name in config.rewards.names], f"trial {record.number}: values differ from its result file")
+        for choice in record.candidates:
+            run = folder / choice.key
+            claim((run / SAMPLES).is_file() and (run / "adapter.safetensors").is_file(), f"{run}: no samples or no adapter")
+            claim(not (run / "rounds").exists(), f"{run}: rounds were left behind")
+        if record.anchor is None:
+            off = set(trial.params) - {"method", "rank", "learning_rate"}
+            claim(off >= set(record.choice.groups) and len(trial.params) >= 3, f"trial {record.number}: its parameters are not whole")
+        if record.confirmed:
+            claim(record.confirmed == json.loads((folder / record.choice.key / CONFIRMED).read_text())["rewards"], f"trial {record.number}: confirmed rewards differ")
+        study.finish(record.number, results)
+    claim(study.inner.get_trials() == optuna_trials, "telling the results again changed something")
+    n_attempts = sum(len(attempts_of(folder / choice.key)) for choice in candidates)
+    claim(len(candidates) <= n_attempts <= len(candidates) + n_kills, f"{n_attempts} attempts at {len(candidates)} choices with {n_kills} kills")
+    strays = {path.parent.name for path in folder.glob(f"*/{RESULT}")} - {choice.key for choice in candidates}
+    claim(not strays, f"runs of no trial: {strays}")
+    study.close()
+    return found
+
+
+def front_of(study_file: Path) -> tuple[set[str], float]:
+    """The keys of all choices, and the hypervolume of the values as searched, against the worst of each."""
+    config = load_config(study_file)
+    study = open_study(config, study_folder(study_file, config.name), study_file, create=False)
+    records = study.records()
+    study.close()
+    points = [[record.searched[name] for name in config.rewards.names] for record in records]
+    (x_worst, y_worst), total, last = (max(column) for column in zip(*points)), 0.0, None
+    for i in front(points):
+        x, y = points[i]
+        total += (x_worst - x) * ((y_worst if last is None else last) - y)
+        last = y
+    return {choice.key for record in records for choice in record.candidates}, total
+
+
+def disturbed_and_not(folder: Path, trials: int, faults: Counter, seed: int, say) -> list[str]:
+    """Runs both, and says what does not hold."""
+    server = Postgres(folder / "pg")
+    try:
+        chaos = Chaos(study_of(folder, "disturbed", server.url, trials), server, trials, faults, seed, say)
+        chaos.run()
+        n_kills = 2 * faults["kill orchestrator"] + faults["kill worker"] + faults["freeze worker"]  # an orchestrator's two workers go with it
+        found = violations(chaos.study, trials, n_kills)
+        say(f"{time.monotonic() - chaos.started:5.0f} s: ended; the undisturbed run")
+        quiet = study_of(folder, "quiet", server.url, trials)
+        subprocess.run([*SEARCH, quiet], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        found += violations(quiet, trials, 0)
+        a, b = front_of(chaos.study), front_of(quiet)
+        say(f"hypervolume {a[1]:.6g} disturbed, {b[1]:.6g} undisturbed")
+        if a != b:
+            found.append(f"the disturbed run differs from the undisturbed one: hypervolume {a[1]} and {b[1]}, {len(a[0] ^ b[0])} choices of one only")
+        return found
+    finally:
+        server.stop("immediate")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--trials", type=int, default=24)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    faults = Counter(dict(zip(FAULTS, (4, 2, 5, 3))))
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        found = disturbed_and_not(folder, args.trials, faults, args.seed, lambda line: print(line, flush=True))
+        if found:
+            print((folder / "search.log").read_text()[-3000:])
+    print("\n".join(found) or f"all invariants hold after {sum(faults.values())} faults")
+    return bool(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
