@@ -26,6 +26,7 @@ from memcontrol.seeds import seed_of
 CHUNK = 512
 SIDE = 64  # pixels of a side, to which every image is brought: descriptors use 32, the report shows this
 FEWEST = 8
+MOST_SAME = 0.05
 N_ATTACK = 10  # images of each attacked caption
 N_SHOWN = 24
 BLIND = (
@@ -54,6 +55,8 @@ def folder_pictures(title: str, folder: Path, warn: Callable[[str], None], skip_
     if not folder.is_dir():
         raise MemControlError(f"{title}: {folder} is no folder; give a folder of images")
     records = checked(folder, read_captions(folder), skip_unreadable, warn)
+    if not records:
+        raise MemControlError(f"{title}: {folder} holds no images; give a folder of images")
     return pictures_of(title, Images(str(folder), SIDE, tuple(records)))
 
 
@@ -75,10 +78,10 @@ def sampled_pictures(pixels: np.ndarray) -> Pictures:
 
 
 def samples_of(
-    model: str, captions: list[str], n: int, n_attacked: int, steps: int, guidance: float, seed: int, progress: Progress
+    model: str, captions: list[str], samples: int, attacked: int, steps: int, guidance: float, seed: int, progress: Progress
 ) -> tuple[Pictures, np.ndarray | None]:
-    """n images of a pipeline (a folder or Hub id in diffusers' format), from captions drawn at random; and N_ATTACK of each of
-    n_attacked captions, [P, N_ATTACK, 3, H, W], None where there are no captions. Raises MemControlError."""
+    """`samples` images of a pipeline (a folder or Hub id in diffusers' format), from captions drawn at random; and N_ATTACK of each of
+    `attacked` captions, [P, N_ATTACK, 3, H, W], None where there are no captions. Raises MemControlError."""
     base = load_base(model)
 
     def sampled(title: str, drawn: list[str]) -> np.ndarray:
@@ -87,8 +90,10 @@ def samples_of(
             guidance=guidance, resolution=base.resolution, progress=lambda done, total: progress(title, done, total),
         )  # fmt: skip
 
-    pixels = sampled("sampling", np.random.default_rng(seed_of(seed, "captions")).choice(captions or [""], size=n).tolist())
-    prompts = np.random.default_rng(seed_of(seed, "attacked")).permutation(sorted(set(captions)))[:n_attacked].tolist()
+    pixels = sampled("sampling", np.random.default_rng(seed_of(seed, "captions")).choice(captions or [""], size=samples).tolist())
+    if attacked and not any(captions):
+        raise MemControlError("--attacked samples many images of a training caption, and --train has no captions; give them in metadata.csv, or leave it out")
+    prompts = np.random.default_rng(seed_of(seed, "attacked")).permutation(sorted(set(captions)))[:attacked].tolist()
     attack = sampled("extraction attack", [prompt for prompt in prompts for _ in range(N_ATTACK)]) if prompts else None
     return sampled_pictures(pixels), None if attack is None else attack.reshape(len(prompts), N_ATTACK, *attack.shape[1:])
 
@@ -108,6 +113,9 @@ def audit(
     rewards = flat(score(evidence) | attacked(attack, holdout))
     progress("judging", 1, 2)
     space = evidence.space("pixels")
+    same = float((space.to_holdout < 1e-6).mean())
+    if same > MOST_SAME:
+        raise MemControlError(f"{same:.0%} of the generated images are held-out images themselves; hold out images that the model never saw and that are not audited, since copying could not be seen")
     suspicion, limit = ratio(space.to_train[0], space.to_holdout), threshold_of(real_ratios(space))
     order = np.argsort(suspicion, kind="stable")
     copies = [
@@ -175,10 +183,17 @@ def duplicates(space: Space, train: Pictures, progress: Progress) -> list[dict]:
 def verdict(rewards: dict[str, float], n: int) -> str:
     """One sentence with its error."""
     rate, low, high = (rewards[f"copy_rate{end}"] for end in ("", "_low", "_high"))
-    said = f"{rate:.1%} of {n} images ({low:.1%} to {high:.1%}) are nearer to a training image than {1 - FALSE_POSITIVES:.0%} of real images are, where {FALSE_POSITIVES:.0%} is chance"
+    line, chance = rewards["copy_rate_line"], rewards["copy_rate_p"]
+    said = (
+        f"{rate:.1%} of {n} images ({low:.1%} to {high:.1%}) are nearer to a training image than {1 - FALSE_POSITIVES:.0%} of real images are, where "
+        f"{line:.1%} is expected without copying, p = {chance:.3f}"
+    )
     m, error, p = rewards["memorization"], rewards["memorization_error"], rewards["memorization_p"]
     beside = f"memorization distance {m:.3f} ± {error:.3f} of at most {CLIP:.2f}, p = {p:.3f}"
-    if low > FALSE_POSITIVES:
+    clear = round(rewards["clear_copy_rate"] * n)
+    if clear:
+        return f"Copying is visible: {clear} of {n} images are far nearer to a training image than any real image would be; {said}; {beside}."
+    if chance < 0.01:
         return f"Copying is visible: {said}; {beside}."
     if p < 0.01:
         return f"The images lean towards the training set, without copies that stand out: {said}; {beside}."
@@ -211,8 +226,9 @@ def png(image: np.ndarray) -> str:
 
 
 SHOWN = (
-    "copy_rate", "copy_rate_features", "memorization_pixels", "memorization_features", "amd_train", "amd_holdout", "amd_holdout_train", "mq",
-    "carlini_rate", "authpct", "authpct_holdout", "extraction_component", "extraction_clique", "fid", "kid",
+    "clear_copy_rate", "copy_rate", "copy_rate_features", "memorization_pixels", "memorization_features", "amd_train", "amd_holdout", "amd_holdout_train", "mq",
+    "carlini_rate", "authpct", "authpct_holdout", "extraction_component", "extraction_component_holdout", "extraction_clique",
+    "extraction_clique_holdout", "fid", "kid", "recall",
 )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from memcontrol.executors import Executor
 
 
+SAMPLING = {"samples": 256, "attacked": 0, "steps": 20, "guidance": 1.0, "seed": 0}  # of an audited pipeline
 ONCE = (
     "warning: some of these were measured once only, as the search chose them, and may look better than they are; the end of the search "
     "measures them again"
@@ -113,12 +114,22 @@ def show_search(study_file: Path, screen) -> None:
     complete = finished(study.records())
     picked = pick(complete, wanted=study.limits) if any(record.anchor != "none" for record in complete) else None
     warn_of_full(picked, screen)
+    warn_of_limits(study, picked, screen)
     screen.print(study_table(complete, len(load_space(study.config.space).groups), "trials", picked))
     if len(study.config.rewards.objectives) > 1:
         front_picture(complete, picked, folder / "front.png", study.config.name)
         screen.print(f"front: {relative(folder / 'front.png')}", highlight=False, soft_wrap=True)
     if line := cheap_line(complete):
         screen.print(line, highlight=False, soft_wrap=True)
+
+
+def warn_of_limits(study, picked, screen) -> None:
+    """A limit that no trial keeps does not bind, and must not seem to."""
+    from memcontrol.pick import kept
+
+    if picked and not kept(picked, study.limits):
+        bounds = ", ".join(f"{limit.reward}{limit.sign}{limit.bound:g} (the pick has {picked.rewards[limit.reward]:.4g})" for limit in study.limits)
+        screen.print(f"warning: no trial keeps the study's limits, {bounds}; the pick leaves them aside", style="yellow", highlight=False, soft_wrap=True)
 
 
 def warn_of_full(picked, screen) -> None:
@@ -177,7 +188,8 @@ def run_front(args: argparse.Namespace) -> int:
     if args.json:
         out_json([record.as_dict(folder) for record in records])
         return 0
-    printed(study_table(records + ties_of(complete), len(load_space(study.config.space).groups), f"{study.config.name}: front", None, complete))
+    shown = records + [record for record in ties_of(complete) if record not in records]
+    printed(study_table(shown, len(load_space(study.config.space).groups), f"{study.config.name}: front", None, complete))
     if study.config.rewards.confirm and to_confirm(complete):
         console().print(ONCE, style="yellow", highlight=False, soft_wrap=True)
     return 0
@@ -205,6 +217,7 @@ def run_pick(args: argparse.Namespace) -> int:
         printed(study_table([record], len(load_space(study.config.space).groups), f"{study.config.name}: pick", record, study.records()))
         if args.trial is None:
             warn_of_full(record, console())
+            warn_of_limits(study, record, console())
         sys.stdout.write(f"groups: {', '.join(record.choice.groups) or '-'}\nrun: {folder / record.choice.key}\n")
     return 0
 
@@ -337,6 +350,10 @@ def run_audit(args: argparse.Namespace) -> int:
     run = Path(args.model) if args.model and (Path(args.model) / SPEC).is_file() else None
     if not run and not (args.train and args.holdout):
         raise MemControlError("audit compares with training and held-out images; give --train DIR and --holdout DIR")
+    sampling = {name: getattr(args, name) for name in ("samples", "attacked", "steps", "guidance", "seed") if getattr(args, name) is not None}
+    if sampling and (run or args.images):
+        given = ", ".join(f"--{name}" for name in sampling)
+        raise MemControlError(f"{given} say how a pipeline is sampled, and these images are there already; leave them out, or give --model a pipeline")
     with Steps(console()) as steps:
         parts = {name: folder_pictures(name, folder, steps.warn, args.skip_unreadable) for name, folder in (("train", args.train), ("holdout", args.holdout)) if folder}
         if run:
@@ -355,13 +372,13 @@ def run_audit(args: argparse.Namespace) -> int:
             from memcontrol.data import read_captions
 
             captions = sorted(read_captions(args.train).values())
-            generated, attack = samples_of(args.model, captions, args.samples, args.attacked, args.steps, args.guidance, args.seed, steps.show)
+            generated, attack = samples_of(args.model, captions, **{**SAMPLING, **sampling}, progress=steps.show)
         found = audit(generated, parts["train"], parts["holdout"], args.extractor, steps.show, attack)
         write_report(found, generated, parts["train"], args.out)
     if args.json:
         out_json(found)
+    (sys.stderr if args.json else sys.stdout).write(f"{found['verdict']}\n")
     screen = console()
-    screen.print(found["verdict"], highlight=False, soft_wrap=True)
     screen.print(f"report: {relative(args.out / 'audit.html')}", highlight=False, soft_wrap=True)
     return 0
 

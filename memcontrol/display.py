@@ -193,11 +193,11 @@ def rewards_table(rows: Sequence[tuple[str, str, dict[str, float]]], title: str,
 def study_table(
     records: Sequence[Record], n_groups: int, title: str, picked: Record | None = None, among: Sequence[Record] | None = None
 ) -> Table:
-    """The finished trials of `records`: those on the front (of `among`, or of themselves) marked with *, those that nothing on
-    it beats beyond error with =, the pick with >, and with + those measured again."""
+    """The finished trials of `records`: those on the front (of `among`, or of themselves) marked with *, those that are on or off
+    it within error only with =, the pick with >, and with + those measured again."""
     complete = sorted((record for record in records if record.finished), key=lambda record: tuple(record.losses))
     others = [record for record in among or complete if record.finished]
-    marks = {record.number: "=" for record in ties_of(others)} | {record.number: "*" for record in front_of(others)}
+    marks = {record.number: "*" for record in front_of(others)} | {record.number: "=" for record in ties_of(others)}
     rows = [
         (
             f"{'>' if record is picked else ' '}{marks.get(record.number, ' ')}{'+' if record.confirmed else ' '}{record.number}"
@@ -206,7 +206,7 @@ def study_table(
         )
         for record in complete
     ]  # fmt: skip
-    note = "* on the front, = not beaten beyond error, + measured again over fresh draws" + (", > the pick" if picked else "")
+    note = "* on the front, = on or off it within error only, + measured again over fresh draws" + (", > the pick" if picked else "")
     return rewards_table(rows, title, list(complete[0].objectives) if complete else (), note)
 
 

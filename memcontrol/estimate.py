@@ -60,6 +60,21 @@ def wilson(share: float, n: int) -> tuple[float, float]:
     return min(share, max(0.0, (centre - half) / total)), max(share, min(1.0, (centre + half) / total))  # rounding must not shut out 0 or 1
 
 
+def beta_binomial_p(hits: int, n: int, rank: int, n_real: int) -> float:
+    """The chance of at least `hits` of n images below the `rank`-th smallest of n_real values, all drawn alike.
+
+    The share below such a value is Beta(rank, n_real + 1 - rank) distributed, so the number of hits is beta-binomial: with few real
+    images the line itself errs, however many images are held against it.
+    """
+    a, b = rank, n_real + 1 - rank
+
+    def log_beta(x: float, y: float) -> float:
+        return math.lgamma(x) + math.lgamma(y) - math.lgamma(x + y)
+
+    terms = (math.exp(log_beta(j + a, n - j + b) - log_beta(a, b) - log_beta(j + 1, n - j + 1) - math.log(n + 1)) for j in range(hits, n + 1))
+    return min(1.0, sum(terms))
+
+
 def paired_difference(a: Estimate, b: Estimate, prompts=None, n_draws: int = 1000, seed: int = 0) -> Estimate:
     """a - b for two models that were given the same prompts and noise, image by image, with its error and 95 % interval.
 
@@ -67,7 +82,7 @@ def paired_difference(a: Estimate, b: Estimate, prompts=None, n_draws: int = 100
     every image has its own): what both models share, such as a prompt that is easily copied, cancels.
     Raises MemControlError where the estimates have no contributions, or of different numbers of images.
     """
-    if a.contributions is None or b.contributions is None:
+    if getattr(a, "contributions", None) is None or getattr(b, "contributions", None) is None:
         raise MemControlError("only estimates with a contribution of each image can be compared in pairs; compare errors instead")
     apart = a.contributions - b.contributions if len(a.contributions) == len(b.contributions) else None
     if apart is None or (prompts is not None and len(prompts) != len(apart)):

@@ -22,6 +22,8 @@ from memcontrol.rewards import (
     Space,
     authpct,
     carlini_rate,
+    chance_rate,
+    clear_copies_in,
     clip_score,
     copy_rate_in,
     extraction,
@@ -32,6 +34,7 @@ from memcontrol.rewards import (
     memorization_in,
     mifid,
     mq,
+    p_of_hits,
     prdc,
     tile_distances,
     unit,
@@ -118,7 +121,7 @@ def frechet(evidence: Evidence) -> dict[str, float]:
     """FD also on as many principal components as a quarter of the smaller set, 64 at the most."""
     held, made = evidence.holdout.features, evidence.generated.features
     k = max(1, min(64, len(made) // 4, len(held) // 4, held.shape[1]))
-    return {"fid": fid(evidence.holdout.gaussian, made), "fd_pca": fd_pca(evidence.holdout.gaussian, made, k), "fd_pca_components": k}
+    return {"fid": fid(evidence.holdout.gaussian, made), "fid_samples_per_feature": len(made) / made.shape[1], "fd_pca": fd_pca(evidence.holdout.gaussian, made, k), "fd_pca_components": k}
 
 
 @measured
@@ -152,7 +155,8 @@ def with_worst(found: dict[str, Estimate]) -> dict[str, Estimate]:
 @measured
 def copies(evidence: Evidence) -> dict[str, float]:
     found = {"copy_rate": copy_rate_in(evidence.space("pixels")), "copy_rate_features": copy_rate_in(evidence.space("features"))}
-    return found | {"copy_rate_line": FALSE_POSITIVES}
+    found |= {"clear_copy_rate": max((clear_copies_in(evidence.space(name)) for name in ("pixels", "features")), key=float)}
+    return found | {"copy_rate_line": chance_rate(len(evidence.holdout.pixels)), "copy_rate_n_real": len(evidence.holdout.pixels)}
 
 
 @measured
@@ -182,8 +186,12 @@ def extraction_rewards(generations: np.ndarray, holdout: np.ndarray) -> dict[str
     held-out images, uint8 [N, 3, H, W], lie below."""
     apart = tile_distances(holdout / 255)
     threshold = float(np.quantile(apart[np.triu_indices(len(apart), 1)], FALSE_POSITIVES))
-    found = extraction(generations / 255, threshold)
-    return {f"extraction_{name}": share for name, share in found.items()} | {"extraction_threshold": threshold}
+    found = {f"extraction_{name}": share for name, share in extraction(generations / 255, threshold).items()}
+    n_groups = len(holdout) // generations.shape[1]
+    if n_groups:  # what images that have nothing to do with each other get
+        groups = holdout[: n_groups * generations.shape[1]].reshape(n_groups, -1, *holdout.shape[1:])
+        found |= {f"extraction_{name}_holdout": share for name, share in extraction(groups / 255, threshold).items()}
+    return found | {"extraction_threshold": threshold, "extraction_prompts": len(generations)}
 
 
 def score(evidence: Evidence, functions: dict[str, str] = {}) -> dict[str, float]:
@@ -213,6 +221,8 @@ def contributions(found: dict[str, float]) -> dict[str, np.ndarray]:
 def pooled_scores(draws: Sequence[dict[str, float]]) -> dict[str, float]:
     """The figures of one model over several draws of samples: means, with the errors that are left."""
     found = {name: pooled([draw[name] for draw in draws]) if isinstance(value, Estimate) else mean([draw[name] for draw in draws]) for name, value in draws[0].items()}
+    for name in ("copy_rate", "copy_rate_features"):
+        found[name].p = p_of_hits(found[name], int(found["copy_rate_n_real"]))
     return with_worst(found)
 
 
@@ -224,7 +234,11 @@ def broken_images(pixels: np.ndarray) -> str:
 
 def own_reward(place: str, evidence: Evidence) -> float:
     """An Estimate keeps its error."""
-    value = load_function(place)(evidence)
+    function = load_function(place)
+    try:
+        value = function(evidence)
+    except Exception as error:
+        raise MemControlError(f"reward {place} failed: {type(error).__name__}: {error}") from error
     try:
         number = value if isinstance(value, Estimate) else float(value)
     except (TypeError, ValueError):

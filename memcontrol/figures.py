@@ -26,7 +26,7 @@ DENOISER = "four passes of 64 images through the denoiser"
 FREE = "none: known before training"
 
 FIGURES = {
-    "fid": Figure("FID", "{:.2f}", MINIMIZE, True, DELTA, FEATURES, "Frechet distance to held-out images; biased upward at few samples"),
+    "fid": Figure("FID", "{:.2f}", MINIMIZE, True, DELTA, FEATURES, "Frechet distance to held-out images; biased upward at few samples: (few) where there are under four for each feature"),
     "fd_pca": Figure("FD of components", "{:.3f}", MINIMIZE, True, DELTA, FEATURES, "the same on the held-out images' first principal components"),
     "kid": Figure("KID", "{:.3f}", MINIMIZE, True, "standard error, jackknife", FEATURES, "kernel distance to held-out images; unbiased, may be below 0"),
     "precision": Figure("precision", "{:.3f}", MAXIMIZE, False, WILSON, NEIGHBOURS, "share of samples among real images; blur raises it"),
@@ -39,12 +39,15 @@ FIGURES = {
     "memorization_features": Figure("M, features", "{:.3f}", MINIMIZE, False, "standard error and p, label permutation", NEIGHBOURS, "M in the feature network"),
     "copy_rate": Figure("copied (95 %)", "{:.1%}", MINIMIZE, True, WILSON, NEIGHBOURS, "share nearer to a training image than 99 % of real images; about 1 % is chance"),
     "copy_rate_features": Figure("copied, features", "{:.1%}", MINIMIZE, False, WILSON, NEIGHBOURS, "the same in the feature network"),
+    "clear_copy_rate": Figure("clear copies", "{:.1%}", MINIMIZE, False, WILSON, NEIGHBOURS, "share so near to a training image that one such among all has a chance of 1 % without copying"),
     "loss_gap": Figure("loss gap", "{:.3f}", MINIMIZE, True, "standard error over images", DENOISER, "how much lower the loss is on training than on held-out images; needs no sampling"),
     "noise_norm_mean": Figure("noise norm", "{:.3f}", MINIMIZE, True, NONE, DENOISER, "MemControl's reward: how far a training caption moves the prediction"),
     "noise_norm_max": Figure("noise norm, largest", "{:.3f}", MINIMIZE, True, NONE, DENOISER, "of the training images, the largest"),
     "noise_norm_ratio": Figure("noise norm, ratio", "{:.3f}", MINIMIZE, True, NONE, DENOISER, "to held-out images, without which it means little"),
     "extraction_component": Figure("extracted, components", "{:.1%}", MINIMIZE, True, WILSON, "samples of its own (rewards.extraction)", "prompts whose samples agree, chained by pairs (MemControl's code)"),
     "extraction_clique": Figure("extracted, cliques", "{:.1%}", MINIMIZE, True, WILSON, "samples of its own (rewards.extraction)", "prompts whose samples all agree with each other (Carlini)"),
+    "extraction_component_holdout": Figure("components, held out", "{:.1%}", BESIDE, False, WILSON, "samples of its own (rewards.extraction)", "the same of groups of held-out images: what no extraction gives"),
+    "extraction_clique_holdout": Figure("cliques, held out", "{:.1%}", BESIDE, False, WILSON, "samples of its own (rewards.extraction)", "the same of groups of held-out images"),
     "mq": Figure("MQ", "{:.0f}", MINIMIZE, False, NONE, NEIGHBOURS, "IET-AGC's count below 0.5; homogeneous data raise it without copying"),
     "carlini_rate": Figure("Carlini's rate", "{:.1%}", MINIMIZE, False, WILSON, NEIGHBOURS, "nearest distance below half the mean of the 50 nearest"),
     "mifid": Figure("MIFID", "{:.2f}", MINIMIZE, False, NONE, FEATURES, "Kaggle's direction; for continuity: a perfect copy scores best"),
@@ -58,6 +61,8 @@ FIGURES = {
     "step_gflops": Figure("GFLOP a step", "{:.3g}", MINIMIZE, True, "exact", FREE, "of one image's training step"),
     "memory_mib": Figure("MiB a step", "{:.3g}", MINIMIZE, True, "exact", FREE, "of one training step"),
 }  # fmt: skip
+
+ENOUGH = 4  # samples for each feature, below which a FID ranks by chance
 
 OBJECTIVES = tuple(name for name, figure in FIGURES.items() if figure.objective)
 DIRECTIONS = {name: figure.direction for name, figure in FIGURES.items() if figure.direction != BESIDE}
@@ -81,6 +86,8 @@ def written(name: str, rewards: dict[str, float]) -> str:
         return ""
     form = FIGURES[name].form if name in FIGURES else "{:.3f}"
     text = form.format(rewards[name])
+    if name == "fid" and rewards.get("fid_samples_per_feature", ENOUGH) < ENOUGH:
+        return f"{text} (few)"
     if f"{name}_error" in rewards:
         return f"{text} ± {form.format(rewards[f'{name}_error'])}"
     return f"{text} ({form.format(rewards[f'{name}_low'])}-{form.format(rewards[f'{name}_high'])})" if f"{name}_low" in rewards else text

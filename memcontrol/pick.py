@@ -7,10 +7,11 @@ from collections.abc import Sequence
 
 from memcontrol.errors import MemControlError
 from memcontrol.figures import error_of
-from memcontrol.pareto import Limit, dominates, front, knee, parse_limit
+from memcontrol.pareto import Limit, front, knee, parse_limit
 from memcontrol.study import Record
 
 TOLERANCE = 0.05
+CHANCE = 0.01
 RULES = ("knee", "quality", "memorization")
 
 
@@ -35,18 +36,17 @@ def to_confirm(records: Sequence[Record], limits: Sequence[Limit] = ()) -> list[
 
 
 def ties_of(records: Sequence[Record]) -> list[Record]:
-    """Those off the front that nothing on it beats beyond error."""
+    """Those whose place the errors leave open: on the front, but beaten beyond error in some objective by one that they beat in
+    none; or off the front, but not so beaten by any."""
     points = front_of(records)
-    return [record for record in records if record not in points and not any(clearly_beats(point, record) for point in points)]
+    return [record for record in records if (record in points) == any(clearly_beats(other, record) for other in records if other is not record)]
 
 
 def clearly_beats(a: Record, b: Record) -> bool:
-    """a dominates b, and by more than two standard errors of the difference in some objective."""
-
-    def beyond(name: str, x: float, y: float) -> bool:
-        return y - x > 2 * math.hypot(error_of(name, a.rewards), error_of(name, b.rewards))
-
-    return dominates(a.losses, b.losses) and any(map(beyond, a.objectives, a.losses, b.losses))
+    """a is better than b in some objective by more than two standard errors of the difference, and b than a in none."""
+    beyond = [2 * math.hypot(error_of(name, a.rewards), error_of(name, b.rewards)) for name in a.objectives]
+    gains = [y - x for x, y in zip(a.losses, b.losses)]
+    return any(gain > line for gain, line in zip(gains, beyond)) and not any(-gain > line for gain, line in zip(gains, beyond))
 
 
 def kept(record: Record, limits: Sequence[Limit]) -> bool:
@@ -65,8 +65,8 @@ def pick(records: Sequence[Record], rule: str = "knee", limits: Sequence[str] = 
     measured again, one of those: what one measurement says of the best of many is too good.
 
     knee: of the front, the trials at most 5 % worse than full fine-tuning in the first objective (an FID of some hundred
-    images errs by more); of those, the ones whose copying cannot be told from chance (the interval of the copy rate reaches
-    the false-positive line); of those, the one nearest to the ideal, on a scale where full fine-tuning is at 1. A condition
+    images errs by more); of those, the ones whose copying cannot be told from chance (as high a copy rate without copying has a
+    chance of more than 1 %); of those, the one nearest to the ideal, on a scale where full fine-tuning is at 1. A condition
     that no trial meets is dropped.
     quality, memorization: the best in the first or the last objective.
     Raises MemControlError.
@@ -79,7 +79,7 @@ def pick(records: Sequence[Record], rule: str = "knee", limits: Sequence[str] = 
             limit.reward: (min if limit.sign == "<=" else max)(record.rewards[limit.reward] for record in complete) for limit in parsed
         }
         reached = ", ".join(f"{name} {value:.4g}" for name, value in best.items())
-        raise MemControlError(f"no finished trial keeps {' and '.join(limits)}; the least reached: {reached}" if limits else "only the untrained base has finished")
+        raise MemControlError(f"no finished trial keeps {' and '.join(limits)}; the best reached: {reached}" if limits else "only the untrained base has finished")
     if any(record.confirmed for record in allowed):
         allowed = [record for record in allowed if record.confirmed]
     keeping = [record for record in allowed if kept(record, wanted)]
@@ -97,4 +97,4 @@ def pick(records: Sequence[Record], rule: str = "knee", limits: Sequence[str] = 
 
 
 def not_copying(record: Record) -> bool:
-    return record.rewards["copy_rate_low"] <= record.rewards["copy_rate_line"]
+    return record.rewards["copy_rate_p"] > CHANCE

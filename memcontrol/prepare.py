@@ -6,11 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from memcontrol.adapters import check_space
-from memcontrol.bench import Bench
+from memcontrol.bench import Bench, views_of
 from memcontrol.config import Config, load_config
 from memcontrol.data import Images, load_parts, parts_as_dict
 from memcontrol.errors import MemControlError
-from memcontrol.evidence import check_rewards, directions_of
+from memcontrol.evidence import Evidence, check_rewards, directions_of, own_reward
+from memcontrol.extractors import Extractor
 from memcontrol.families import Unconditional
 from memcontrol.files import read_json, write_json
 from memcontrol.models import Base
@@ -35,6 +36,7 @@ def prepare(values: dict, folder: Path, bench: Bench, warn: Callable[[str], None
     resolution = resolution_of(config, base)
     parts = load_parts(config.data, resolution, config.search.seed, warn)
     check_shards(config, len(parts["train"]))
+    try_functions(config, parts, extractor)
     record_split(folder / "split.json", parts, config, resolution)
     record_extractor(folder / "extractor.json", extractor.id, config)
     if "fid" in config.rewards.objectives and len(parts["holdout"]) < 4 * n_features:
@@ -43,6 +45,19 @@ def prepare(values: dict, folder: Path, bench: Bench, warn: Callable[[str], None
             f"{4 * n_features} or more make it a fair measure"
         )
     return {"sizes": {part: len(images) for part, images in parts.items()}, "directions": directions_of(config.rewards)}
+
+
+def try_functions(config: Config, parts: dict[str, Images], extractor: Extractor) -> None:
+    """Calls each reward of the user's once, held-out images taking the place of generated ones, so that a mistake in it costs no
+    training. Raises MemControlError."""
+    if not config.rewards.functions:
+        return
+    known, held = (parts[name].take(range(len(parts[name]))[: config.rewards.n_samples]) for name in ("train", "holdout"))
+    pixels, train = held.pixels(), known.pixels()
+    seen, views = views_of(pixels, extractor.extract), views_of(train, extractor.extract)
+    evidence = Evidence(seen, views, seen, images=pixels, captions=tuple(held.captions))
+    for place in config.rewards.functions.values():
+        own_reward(place, evidence)
 
 
 def check_mitigations(config: Config, base: Base) -> None:

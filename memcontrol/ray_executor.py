@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -123,6 +124,13 @@ class Ray(Executor):
             place.actor = place.job = None
 
 
+def try_connection(address: str | None) -> None:
+    """Raises OSError where nobody listens: Ray itself would try for many minutes."""
+    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=5).close()
+
+
 def connected(settings: RayConfig):
     """The ray module, connected. Raises MemControlError where it is missing or the cluster cannot be reached."""
     try:
@@ -132,8 +140,9 @@ def connected(settings: RayConfig):
     if not ray.is_initialized():
         local = {} if settings.address else {"include_dashboard": False}
         try:
+            try_connection(settings.address)
             ray.init(address=settings.address, namespace="memcontrol", log_to_driver=False, logging_level="error", **local)
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise MemControlError(f"ray.address is {settings.address}: {reason}; start a cluster with `ray start --head`, or leave the address out") from None
     return ray

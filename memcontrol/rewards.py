@@ -14,7 +14,7 @@ from functools import cached_property
 import numpy as np
 
 from memcontrol.errors import MemControlError
-from memcontrol.estimate import Estimate, of_contributions, percent, share_of
+from memcontrol.estimate import Estimate, beta_binomial_p, of_contributions, percent, share_of
 from memcontrol.features import blocks, mean_of, nearest
 from memcontrol.seeds import seed_of
 
@@ -37,8 +37,11 @@ def matrix(features, name: str, least: int = 1, dtype=np.float64) -> np.ndarray:
 
     Raises MemControlError: another shape, too few rows, not finite.
     """
-    found = np.asarray(features.detach().cpu() if hasattr(features, "detach") else features)
-    found = found.astype(dtype or (np.float32 if found.dtype == np.float32 else np.float64), copy=False)
+    found = np.asarray(features.detach().cpu().to(wide(features.dtype)) if hasattr(features, "detach") else features)
+    try:
+        found = found.astype(dtype or (np.float32 if found.dtype == np.float32 else np.float64), copy=False)
+    except (TypeError, ValueError):
+        raise MemControlError(f"{name} holds {found.dtype}; give a matrix of numbers [n, d]") from None
     if found.ndim != 2:
         raise MemControlError(f"{name} has shape {list(found.shape)}; give a matrix of features [n, d]")
     if len(found) < least:
@@ -46,6 +49,20 @@ def matrix(features, name: str, least: int = 1, dtype=np.float64) -> np.ndarray:
     if not np.isfinite(found).all():
         raise MemControlError(f"{name} holds values that are not finite; look for broken images or an extractor in half precision")
     return found
+
+
+def wide(dtype):
+    """A torch type that numpy knows: float32 in place of half precision."""
+    import torch
+
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def refuse_unlike(*sets: np.ndarray) -> None:
+    """Raises MemControlError where feature matrices differ in width."""
+    widths = [rows.shape[1] for rows in sets]
+    if len(set(widths)) > 1:
+        raise MemControlError(f"the feature sets have {', '.join(map(str, widths))} dimensions; use one extractor for all of them")
 
 
 @dataclass(frozen=True)
@@ -125,6 +142,7 @@ def kid(real, generated, scale: float = 1.0) -> Estimate:
     """Unbiased squared MMD with the kernel (x.y / d + 1)^3 over all rows, its error by the jackknife (Binkowski et al. 2018,
     arXiv 1801.01401). Values a little below 0 are right. `scale` divides the features first: the kernel is not scale-free."""
     x, y = matrix(real, "real", 3) / scale, matrix(generated, "generated", 3) / scale
+    refuse_unlike(x, y)
     n, m = len(x), len(y)
     xx, yy, xy, yx = (kernel_sums(p, q) for p, q in ((x, x), (y, y), (x, y), (y, x)))
     for points, sums in ((x, xx), (y, yy)):
@@ -147,7 +165,10 @@ def prdc(real, generated, k: int = 5) -> dict[str, Estimate]:
 
     A point's ball reaches to its k-th nearest other point of its own set; being inside means nearer than that.
     """
+    if k < 1:
+        raise MemControlError(f"prdc's k is {k}; give the number of neighbours, 1 or more")
     x, y = matrix(real, "real", k + 1), matrix(generated, "generated", k + 1)
+    refuse_unlike(x, y)
     radius_x, radius_y = (nearest_others(points, k)[:, -1] for points in (x, y))
     across = pairwise(x, y)  # [N, M]
     inside = across < radius_x[:, None]
@@ -176,6 +197,7 @@ def authpct(generated, train) -> Estimate:
     """Per cent of generated points that are farther from their nearest training point than that one from its own nearest other
     (Alaa et al. 2022, arXiv 2102.08921). Real images reach some 70, not 100: read it beside the held-out images' value."""
     g, t = matrix(generated, "generated", dtype=None), matrix(train, "train", 2, dtype=None)
+    refuse_unlike(g, t)
     distances, indices = nearest(g, t)
     rows, places = np.unique(indices[:, 0], return_inverse=True)
     return percent(share_of(nearest_others(t, 1, rows)[places, 0] < distances[:, 0]))
@@ -187,14 +209,21 @@ def mq(generated, train, threshold: float = PRESETS["iet-agc"]["mq"], k: int = P
     d1 .. dk are squared distances of an image to its k nearest training images, the nearest included; in pixels of 0..1 as
     published. Squares make 0.5 an ordinary distance ratio of some 0.7.
     """
-    squares = nearest(matrix(generated, "generated", dtype=None), matrix(train, "train", dtype=None), k)[0] ** 2
+    squares = distances_to(generated, train, k) ** 2
     return int((squares[:, 0] / np.maximum(squares.mean(1), 1e-300) < threshold).sum())
+
+
+def distances_to(generated, train, k: int) -> np.ndarray:
+    """Of each generated image to its k nearest training images, or to all of them where there are fewer: [N, k]."""
+    g, t = matrix(generated, "generated", dtype=None), matrix(train, "train", 2, dtype=None)
+    refuse_unlike(g, t)
+    return nearest(g, t, k)[0]
 
 
 def carlini_rate(generated, train, k: int = PRESETS["carlini2023"]["neighbours"], alpha: float = PRESETS["carlini2023"]["alpha"]) -> Estimate:
     """The share of images with d1 < alpha mean(d1 .. dk), distances to the k nearest training images (Carlini et al. 2023,
     arXiv 2301.13188, section 5). Needs many more training images than k."""
-    distances = nearest(matrix(generated, "generated", dtype=None), matrix(train, "train", dtype=None), k)[0]
+    distances = distances_to(generated, train, k)
     return share_of(distances[:, 0] < alpha * distances.mean(1))
 
 
@@ -215,6 +244,7 @@ def mifid(real, generated, direction: str = "kaggle", threshold: float = PRESETS
 def cosine_distance(real, generated, direction: str = "kaggle") -> float:
     """Mean over one set of the least 1 - |cos| to the other."""
     x, y = matrix(real, "real", dtype=None), unit(matrix(generated, "generated"))
+    refuse_unlike(x, y)
     apart = [1 - np.abs(y @ unit(block.astype(np.float64)).T) for block in blocks(x, 1024)]
     least = np.min([block.min(1) for block in apart], axis=0) if direction == "kaggle" else np.concatenate([block.min(0) for block in apart])
     return float(least.mean())
@@ -323,7 +353,9 @@ def copy_rate(generated, train, holdout, calibration=None) -> Estimate:
     """The share of generated images nearer to a training image, relative to held-out ones, than 99 % of real images are.
 
     The threshold is the 1 % quantile of d(train) / d(holdout) for `calibration`, real images of neither set; without them,
-    for the held-out images, each left out of its own reference. A model that copies nothing has about 0.01.
+    for the held-out images, each left out of its own reference. A model that copies nothing has about 0.01, or `chance_rate` of
+    the number of real images where they are few. The interval is Wilson's, of the share below this line; `p` is the chance of as
+    many hits without copying, which knows that the line itself errs.
     """
     space = space_of(generated, train, holdout)
     if calibration is None:
@@ -341,18 +373,57 @@ def real_ratios(space: Space) -> np.ndarray:
     return ratio(space.held_to_train, space.held_to_others)
 
 
+def rank_of_line(n_real: int) -> int:
+    """Which of the real images' ratios, the smallest being the first, is the line."""
+    return 1 + int(FALSE_POSITIVES * (n_real - 1))
+
+
+def chance_rate(n_real: int) -> float:
+    """What a model that copies nothing has on average, the line drawn from n_real images."""
+    return rank_of_line(n_real) / (n_real + 1)
+
+
 def threshold_of(real: np.ndarray) -> float:
     """The ratio that 99 % of real images exceed."""
-    return float(np.quantile(real, FALSE_POSITIVES, method="lower"))
+    return float(np.sort(real)[rank_of_line(len(real)) - 1])
 
 
 def below_real(space: Space, real: np.ndarray) -> Estimate:
-    return share_of(ratio(space.to_train[0], space.to_holdout) < threshold_of(real))
+    share = share_of(ratio(space.to_train[0], space.to_holdout) < threshold_of(real))
+    share.p = p_of_hits(share, len(real))
+    return share
+
+
+def clear_copies_in(space: Space) -> Estimate:
+    """The share of images so near to a training image, relative to held-out ones, that without copying one such among all of them has
+    a chance of 1 %. Few held-out images suffice for it, since it goes by how far below the line an image lies."""
+    made = ratio(space.to_train[0], space.to_holdout)
+    return share_of(tail_chances(real_ratios(space), made) * len(made) < 0.01)
+
+
+def tail_chances(real: np.ndarray, made: np.ndarray) -> np.ndarray:
+    """Of each ratio in `made` [N], the chance that a real image's is as low.
+
+    Near 0, P(ratio < r) goes as r to the power of the data's dimension, so the logarithm has an exponential lower tail. Its rate is
+    the mean excess of the tenth of the real ratios that is lowest (Hill 1975); that this is an estimate makes the tail a Lomax.
+    """
+    logs = np.sort(np.log(np.maximum(real, 1e-12)))
+    k = min(max(5, len(logs) // 10), len(logs) - 1)
+    start, scale = logs[k], max(float((logs[k] - logs[:k]).mean()), 1e-6)
+    beyond = np.maximum(start - np.log(np.maximum(made, 1e-12)), 0)
+    return np.where(beyond > 0, k / (len(logs) + 1) * (1 + beyond / (k * scale)) ** -k, 1.0)
+
+
+def p_of_hits(share: Estimate, n_real: int) -> float:
+    """The chance of as large a share without copying, its line drawn from n_real images."""
+    n = len(share.contributions)
+    return beta_binomial_p(round(share * n), n, rank_of_line(n_real), n_real)
 
 
 def space_of(generated, train, holdout, seed: int = 0) -> Space:
-    held = matrix(holdout, "holdout", 2, dtype=None)
-    return Space((matrix(generated, "generated", dtype=None),), matrix(train, "train", dtype=None), held, (held,), seed)
+    made, known, held = matrix(generated, "generated", dtype=None), matrix(train, "train", dtype=None), matrix(holdout, "holdout", 2, dtype=None)
+    refuse_unlike(made, known, held)
+    return Space((made,), known, held, (held,), seed)
 
 
 def memorization(generated, train, holdout, seed: int = 0) -> Estimate:

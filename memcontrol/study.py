@@ -16,7 +16,7 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState, create_trial
 
-from memcontrol.config import Config, differing_keys, load_config
+from memcontrol.config import Config, differing_keys, flat, load_config
 from memcontrol.database import Say, StudyLock, cannot_open, engine_arguments, patient
 from memcontrol.errors import MemControlError, SpaceExhausted
 from memcontrol.figures import MAXIMIZE, MINIMIZE, direction_of
@@ -208,6 +208,7 @@ def oriented(values: Sequence[float], directions: Iterable[str]) -> list[float]:
 
 def refuse_incomparable(a: Mapping, b: Mapping, what: str) -> None:
     """Raises MemControlError where two figures were measured with different things."""
+    a, b = flat(dict(a)), flat(dict(b))
     differing = [f"{key} ({a.get(key)} and {b.get(key)})" for key in sorted({*a, *b}) if a.get(key) != b.get(key)]
     if differing:
         raise MemControlError(f"{what} cannot be compared; measured with different {'; '.join(differing)}")
@@ -307,6 +308,8 @@ def record_of(trial: optuna.trial.FrozenTrial, objectives: dict[str, str], confi
     attributes = trial.user_attrs
     candidates = tuple(Choice.from_dict(values) for values in attributes.get("candidates", ()))
     result = attributes.get("result", {})
+    if not result and trial.state == TrialState.COMPLETE:
+        raise MemControlError(f"trial {trial.number} has no result that this version of memcontrol knows; read the study with the version that searched it")
     choice = result.get("choice")
     return Record(
         number=trial.number, state=trial.state.name, candidates=candidates, anchor=attributes.get("anchor"),

@@ -130,6 +130,7 @@ def test_commands_before_the_search_say_what_to_run(study_file):
     assert "no run folder" in refused("export", study.parent, study.parent / "out")
     assert "no such file" in refused("front", study.parent / "missing.yaml")
     assert "is a folder; give the study file" in refused("status", study.parent)
-    assert "ray" in refused("search", study, "--executor", "ray")
+    nowhere = refused("search", study, "--executor", "ray", "ray.address=127.0.0.1:1")
+    assert "ray.address is 127.0.0.1:1" in nowhere and "start a cluster with" in nowhere
     refused("search", study, "--trials", "-1")
 

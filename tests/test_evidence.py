@@ -204,7 +204,7 @@ def test_a_search_with_a_users_reward_and_a_limit(own, study_file):
     assert all(list(trial["values"]) == ["fid", "memorization", "brightness"] and trial["values"]["brightness"] > 0 for trial in trials)
     stored = optuna.load_study(study_name="small", storage=f"sqlite:///{study.parent}/runs/small/study.db").trials
     for trial in stored:
-        assert trial.constraints == {"fid": pytest.approx(trial.values[0] - 1e-3), "copy_rate": pytest.approx(trial.user_attrs["rewards"]["copy_rate"] - 1.0)}
+        assert trial.constraints == {"fid": pytest.approx(trial.values[0] - 1e-3), "copy_rate": pytest.approx(trial.user_attrs["result"]["rewards"]["copy_rate"] - 1.0)}
     assert json.loads(run("pick", str(study), "--json").stdout)["values"]["brightness"] > 0
 
 
@@ -244,3 +244,11 @@ def test_real_images_blur_collapse_and_noise_do_not_count_as_copies():
     assert all(swapped[name] == pytest.approx(-found[name], abs=1e-9) for name in ("memorization_pixels", "memorization_features"))
     shuffled = scored(copied[rng.permutation(250)], train[rng.permutation(300)], holdout[rng.permutation(300)])
     assert all(shuffled[name] == pytest.approx(found[name], abs=1e-9) for name in ("memorization", "copy_rate", "fid", "kid", "mq", "authpct"))
+
+
+def test_a_reward_that_breaks_is_named_before_anything_is_trained(own, study_file):
+    own.write_text("def mine(evidence):\n    return 1 / 0\n")
+    study = study_file(rewards={"objectives": ["kid", "my_rewards.py:mine"], "n_samples": 16, "sampling_steps": 1})
+    done = subprocess.run([sys.executable, "-m", "memcontrol.cli", "search", str(study)], capture_output=True, text=True)
+    assert done.returncode == 1 and "my_rewards.py:mine failed: ZeroDivisionError: division by zero" in done.stderr and "Traceback" not in done.stderr
+    assert not list((study.parent / "runs" / "small").glob("*/spec.json"))

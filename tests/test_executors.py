@@ -31,9 +31,8 @@ def ray_cluster():
 
 @pytest.fixture(params=["inline", "local", "ray"])
 def executor(request, tmp_path):
-    if request.param == "ray":
-        request.getfixturevalue("ray_cluster")
-    made = make_executor(small(search={"executor": request.param, "workers": 1}, ray={"address": "auto"}), tmp_path)
+    address = request.getfixturevalue("ray_cluster").address if request.param == "ray" else None
+    made = make_executor(small(search={"executor": request.param, "workers": 1}, ray={"address": address}), tmp_path)
     yield made
     made.close()
 

@@ -18,6 +18,7 @@ from memcontrol.rewards import (
     Space,
     authpct,
     carlini_rate,
+    clear_copies_in,
     clip_score,
     copy_rate,
     copy_rate_in,
@@ -31,6 +32,7 @@ from memcontrol.rewards import (
     mifid,
     mq,
     prdc,
+    tail_chances,
     tile_distances,
 )  # fmt: skip
 
@@ -330,3 +332,44 @@ def test_extraction_tells_chains_from_cliques():
     found = extraction(np.stack([alike, chain, different]), threshold=0.06)
     assert found["component"] == pytest.approx(2 / 3) and found["clique"] == pytest.approx(1 / 3)
     assert found["clique"].low < 1 / 3 < found["clique"].high
+
+
+def test_a_clean_model_is_rarely_told_to_copy_however_few_images_are_held_out():
+    """p is below 0.05 about that often, also where Wilson's interval alone lies above 1 % in most runs."""
+    found = [copy_rate(normal(200, 12, 3 * s), normal(150, 12, 3 * s + 1), normal(20, 12, 3 * s + 2)) for s in range(100)]
+    assert np.mean([one.low > 0.01 for one in found]) > 0.3 and np.mean([one.p < 0.05 for one in found]) <= 0.12
+    assert np.mean(found) == pytest.approx(1 / 21, abs=0.02)
+
+
+def test_the_chance_of_hits_equals_scipys_beta_binomial():
+    from memcontrol.estimate import beta_binomial_p
+
+    for hits, n, rank, n_real in ((5, 200, 2, 150), (0, 20, 1, 20), (9, 256, 9, 881)):
+        assert beta_binomial_p(hits, n, rank, n_real) == pytest.approx(scipy.stats.betabinom(n, rank, n_real + 1 - rank).sf(hits - 1))
+
+
+@pytest.mark.parametrize("metric", [fid, kid, prdc, authpct, mq, carlini_rate, mifid, memorization, copy_rate])
+def test_sets_of_different_width_are_named(metric):
+    sets = [normal(60, 8, 1), normal(60, 9, 2), normal(60, 8, 3)][: 3 if metric in (memorization, copy_rate) else 2]
+    with pytest.raises(MemControlError, match="8.*9|9.*8"):
+        metric(*sets)
+
+
+@pytest.mark.parametrize("n_train, n_holdout", [(150, 150), (150, 20), (35, 881)])
+def test_clear_copies_are_found_with_few_held_out_images_and_rarely_without_copying(n_train, n_holdout):
+    false_alarms, found = 0, []
+    for seed in range(40):
+        generated, train, holdout = (normal(n, 30, 3 * seed + i) for i, n in enumerate((200, n_train, n_holdout)))
+        false_alarms += clear_copies_in(Space((generated,), train, holdout, (holdout,))) > 0
+        generated[:7] = train[:7] + 0.05 * normal(7, 30, seed + 1000)
+        copied = clear_copies_in(Space((generated,), train, holdout, (holdout,))).contributions
+        found.append(copied[:7].mean() - copied[7:].mean())
+    assert false_alarms <= 2 and np.mean(found) > 0.95
+
+
+def test_the_tail_is_exact_where_the_law_is():
+    """For ratios with P(ratio < r) = r^5: chances agree with it, to the error of the estimated rate."""
+    rng = np.random.default_rng(0)
+    for r in (0.5, 0.3, 0.2):
+        found = [tail_chances(rng.random(2000) ** (1 / 5), np.array([r]))[0] for _ in range(50)]
+        assert np.exp(np.mean(np.log(found))) == pytest.approx(r**5, rel=0.3)
