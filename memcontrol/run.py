@@ -89,16 +89,15 @@ def fine_tuned(folder: Path, spec: Spec, bench: Bench, progress: Callable[..., N
 def confirm(folder: Path, bench: Bench, progress: Callable[..., None]) -> dict:
     """Samples a finished trial's model again, from fresh prompts and noise, as often as rewards.confirm says, and writes
     confirmed.json: the rewards as means over these draws. A search picks lucky trials; these figures know nothing of that."""
-    spec, n = read_spec(folder), read_spec(folder).config.rewards.confirm
-    base, material = bench.base(spec.config), bench.material(spec)
-    adapter, draws, rows = chosen_adapter(base.denoiser, spec), [], []
+    spec = read_spec(folder)
+    base, material, n = bench.base(spec.config), bench.material(spec), spec.config.rewards.confirm
+    adapter, draws = chosen_adapter(base.denoiser, spec), []
     try:
         adapter.load(folder)
         for i in range(n):
             fresh = replace(spec, purpose=f"{spec.purpose} confirmed {i}")
             samples = sample(base, material, fresh, lambda done, total, i=i: progress("confirm", i * total + done, n * total))
             draws.append(figures_of(samples, fresh, bench))
-            rows.append(samples["rows"])
     finally:
         adapter.remove()
     known, figures = read_json(folder / RESULT)["rewards"], pooled_scores(draws)

@@ -1,0 +1,64 @@
+"""Status: what runs where, since when, which attempt, how far; silence; pace and time left."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+
+from memcontrol.attempts import ATTEMPTS, PROGRESS, begin_attempt, note_failure
+from memcontrol.config import load_config, study_folder
+from memcontrol.space import load_space
+from memcontrol.study import open_study
+from memcontrol.watch import pace, run_of, said_of_run
+
+SPACE = load_space("digits")
+
+
+def test_a_run_says_who_works_on_it_and_how_far(tmp_path, monkeypatch):
+    assert said_of_run(run_of(tmp_path)) == "waits for a place"
+    begin_attempt(tmp_path)
+    note_failure(tmp_path, "its worker process died (signal 9)")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    begin_attempt(tmp_path).progress("train", 120, 230)
+    found = run_of(tmp_path)
+    assert (found["attempts"], found["host"], found["pid"], found["gpu"]) == (2, socket.gethostname(), os.getpid(), "3")
+    assert found["failures"] == ["its worker process died (signal 9)"] and found["progress"]["done"] == 120
+    said = said_of_run(found)
+    assert said.startswith(f"attempt 2 on {socket.gethostname()}, process {os.getpid()}, GPU 3, since ") and said.endswith("UTC, train 120/230")
+    for name in (ATTEMPTS, PROGRESS):
+        (tmp_path / name).write_text(re.sub(r"20\d\d-(\d\d-\d\dT)", r"2001-\1", (tmp_path / name).read_text()))
+    assert re.search(r"silent for \d+ minutes$", said_of_run(run_of(tmp_path)))
+    (tmp_path / "result.json").write_text("{}")
+    assert said_of_run(run_of(tmp_path)) == "finished"
+
+
+def test_status_of_an_interrupted_search_shows_its_runs(study_file):
+    study = study_file()
+    config, folder = load_config(study), study_folder(study, "small")
+    written = open_study(config, folder, study, create=True)
+    candidates = SPACE.anchors()["all"]
+    written.begin(candidates, SPACE, "all")
+    written.close()
+    begin_attempt(folder / candidates[0].key).progress("train", 1, 2)
+    run = lambda *args: subprocess.run([sys.executable, "-m", "memcontrol.cli", "status", str(study), *args], capture_output=True, text=True)
+    text = run().stdout
+    assert "interrupted: 1" in text and "trial 0 interrupted (all) (the next search goes on with it)" in text
+    assert f"attempt 1 on {socket.gethostname()}" in text and text.count("waits for a place") == len(candidates) - 1
+    (trial,) = json.loads(run("--json").stdout)
+    assert [one["attempts"] for one in trial["runs"]] == [1, 0, 0] and trial["begun"] and trial["runs"][0]["progress"]["total"] == 2
+
+
+def test_pace_counts_what_is_left(study_file):
+    study = study_file(search={"trials": 11, "workers": 2})
+    config = load_config(study)
+    written = open_study(config, study.parent, study, create=True)
+    choice = SPACE.choice(SPACE.groups_for("lora"), "lora", 0.5)
+    written.begin([choice], SPACE)
+    (record,) = written.records()
+    written.close()
+    assert pace([record], config) == ""
+    finished = replace(record, number=1, state="COMPLETE", seconds=120.0)
+    assert pace([record, finished], config) == "about 60 runs an hour, 10 minutes left\n"  # nine to come and one that runs, by two workers
