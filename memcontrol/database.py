@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import os
 import re
 import socket
@@ -17,6 +18,13 @@ from memcontrol.errors import MemControlError
 
 PATIENCE_SECONDS = 600
 RETRY_SECONDS = 2.0
+N_EVICTIONS = 10
+NUMBERS = itertools.count(1)  # of locks in this process
+HOLDER = """
+SELECT a.pid, a.application_name, coalesce(host(a.client_addr), 'local') AS address, a.backend_start
+FROM pg_locks l JOIN pg_stat_activity a USING (pid)
+WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 1 AND (l.classid::bigint << 32) + l.objid::bigint = :key
+"""
 T = TypeVar("T")
 Say = Callable[[str], None]
 
@@ -32,12 +40,12 @@ def engine_arguments(url: str) -> dict[str, Any]:
     return {"pool_size": 2, "max_overflow": 2, "pool_pre_ping": True, "pool_recycle": 600, "connect_args": connection_arguments("statement_timeout=60000")}
 
 
-def connection_arguments(*settings: str) -> dict[str, Any]:
+def connection_arguments(*settings: str, name: str = "") -> dict[str, Any]:
     """Of libpq: both sides notice within half a minute that the other is gone."""
     alive = ("tcp_keepalives_idle=20", "tcp_keepalives_interval=5", "tcp_keepalives_count=3")
     return {
         "connect_timeout": 5, "keepalives": 1, "keepalives_idle": 20, "keepalives_interval": 5, "keepalives_count": 3,
-        "application_name": identity(), "options": " ".join(f"-c {setting}" for setting in (*alive, *settings)),
+        "application_name": name or identity(), "options": " ".join(f"-c {setting}" for setting in (*alive, *settings)),
     }  # fmt: skip
 
 
@@ -139,7 +147,8 @@ class StudyLock:
         from sqlalchemy.pool import NullPool
 
         self.url, self.name = url, name
-        self.engine = create_engine(url, poolclass=NullPool, connect_args=connection_arguments())
+        self.label = f"{identity()}, lock {next(NUMBERS)}"
+        self.engine = create_engine(url, poolclass=NullPool, connect_args=connection_arguments(name=self.label))
         self.key = int.from_bytes(hashlib.sha256(f"memcontrol {name}".encode()).digest()[:8], signed=True)
         self.connection = None
 
@@ -149,18 +158,17 @@ class StudyLock:
 
         self.drop()
         self.connection = self.engine.connect().execution_options(isolation_level="AUTOCOMMIT")
-        if not self.connection.execute(text("SELECT pg_try_advisory_lock(:key)"), {"key": self.key}).scalar():
-            raise MemControlError(f"study '{self.name}' is being searched by another process ({self.holder()}); wait for it or stop it first")
-
-    def holder(self) -> str:
-        from sqlalchemy import text
-
-        query = text(
-            "SELECT a.application_name, coalesce(host(a.client_addr), 'local'), a.backend_start FROM pg_locks l JOIN pg_stat_activity a USING (pid) "
-            "WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 1 AND (l.classid::bigint << 32) + l.objid::bigint = :key"
-        )
-        row = self.connection.execute(query, {"key": self.key}).first()
-        return f"{row[0]}, address {row[1]}, since {row[2]:%Y-%m-%d %H:%M}" if row else "it has just ended"
+        for _ in range(N_EVICTIONS):
+            if self.connection.execute(text("SELECT pg_try_advisory_lock(:key)"), {"key": self.key}).scalar():
+                return
+            holder = self.connection.execute(text(HOLDER), {"key": self.key}).first()
+            if holder is None or holder.application_name != self.label:
+                break
+            # The server has not noticed yet that our own lost connection is gone.
+            self.connection.execute(text("SELECT pg_terminate_backend(:pid)"), {"pid": holder.pid})
+            time.sleep(0.2)
+        said = f"{holder.application_name}, address {holder.address}, since {holder.backend_start:%Y-%m-%d %H:%M}" if holder else "it has just ended"
+        raise MemControlError(f"study '{self.name}' is being searched by another process ({said}); wait for it or stop it first")
 
     def check(self) -> None:
         """Raises, as any lost connection does, where it is no longer held."""

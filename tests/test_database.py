@@ -154,7 +154,7 @@ def test_patience_ends_with_one_line(postgres, tmp_path, monkeypatch):
 
 
 def test_a_second_orchestrator_is_told_who_holds_the_study(postgres):
-    with only_orchestrator(postgres.url, "held"), pytest.raises(MemControlError, match=r"being searched by another process \(memcontrol on .*, process \d+, address"):
+    with only_orchestrator(postgres.url, "held"), pytest.raises(MemControlError, match=r"being searched by another process \(memcontrol on .*, process \d+, .*address"):
         with only_orchestrator(postgres.url, "held"):
             pass
     with only_orchestrator(postgres.url, "held"), only_orchestrator(postgres.url, "another"):
@@ -175,6 +175,20 @@ def test_the_lock_goes_with_its_process_and_is_taken_again_after_an_outage(postg
             lock.check()
         lock.take()
         lock.check()
+
+
+def test_a_lock_is_taken_back_from_ones_own_lost_connection(postgres):
+    """As after a cut in the network, which the server notices later than the client."""
+    with only_orchestrator(postgres.url, "cut") as lock:
+        lost, lock.connection = lock.connection, None
+        lock.take()
+        lock.check()
+        with pytest.raises(Exception, match="(?i)connection|terminat"):
+            from sqlalchemy import text
+
+            lost.execute(text("SELECT 1"))
+        lost.invalidate()
+        lost.close()
 
 
 @pytest.mark.parametrize(
