@@ -93,7 +93,10 @@ class Chaos:
         while True:
             if self.search.poll() is not None:
                 self.begin()
-            workers = [child for child in psutil.Process(self.search.pid).children() if "memcontrol.worker" in " ".join(child.cmdline())]
+            try:
+                workers = [child for child in psutil.Process(self.search.pid).children() if "memcontrol.worker" in " ".join(child.cmdline())]
+            except psutil.Error:  # one of them ended just now
+                continue
             runs = [path.parent for path in self.folder.glob("*/attempts.jsonl") if not (path.parent / RESULT).exists()]
             busy = {attempts_of(run)[-1]["pid"] for run in runs if len(failures_of(run)) < N_TRIES - 1}
             found = [worker for worker in workers if worker.pid in busy]
