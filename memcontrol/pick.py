@@ -11,7 +11,6 @@ from memcontrol.pareto import Limit, front, knee, parse_limit
 from memcontrol.study import Record
 
 TOLERANCE = 0.05
-CHANCE = 0.01
 RULES = ("knee", "quality", "memorization")
 
 
@@ -65,8 +64,8 @@ def pick(records: Sequence[Record], rule: str = "knee", limits: Sequence[str] = 
     measured again, one of those: what one measurement says of the best of many is too good.
 
     knee: of the front, the trials at most 5 % worse than full fine-tuning in the first objective (an FID of some hundred
-    images errs by more); of those, the ones whose copying cannot be told from chance (as high a copy rate without copying has a
-    chance of more than 1 %); of those, the one nearest to the ideal, on a scale where full fine-tuning is at 1. A condition
+    images errs by more); of those, the ones whose copying cannot be told from chance (the interval of the copy rate reaches
+    what is expected without copying: strict, so that a pick is safe); of those, the one nearest to the ideal, on a scale where full fine-tuning is at 1. A condition
     that no trial meets is dropped.
     quality, memorization: the best in the first or the last objective.
     Raises MemControlError.
@@ -97,4 +96,4 @@ def pick(records: Sequence[Record], rule: str = "knee", limits: Sequence[str] = 
 
 
 def not_copying(record: Record) -> bool:
-    return record.rewards["copy_rate_p"] > CHANCE
+    return record.rewards["copy_rate_low"] <= record.rewards["copy_rate_line"]

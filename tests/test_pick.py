@@ -11,17 +11,17 @@ from memcontrol.space import Choice
 from memcontrol.study import Record
 
 
-def record(number, fid, memorization, anchor=None, p=1.0, state="COMPLETE"):
-    rewards = {"fid": fid, "memorization": memorization, "copy_rate_p": p}
+def record(number, fid, memorization, anchor=None, low=0.0, state="COMPLETE"):
+    rewards = {"fid": fid, "memorization": memorization, "copy_rate_low": low, "copy_rate_line": 0.01}
     return Record(number, state, (), anchor, Choice((), "full", 1e-3), {"fid": "minimize", "memorization": "minimize"}, rewards)
 
 
-NONE, FULL = record(0, 60, 0.0, "none"), record(2, 16, 0.25, "full", p=1e-9)
+NONE, FULL = record(0, 60, 0.0, "none"), record(2, 16, 0.25, "full", low=0.1)
 
 
 def test_the_knee_is_about_as_good_as_full_fine_tuning_and_does_not_copy():
     good = record(4, 15.0, 0.09)
-    trials = [NONE, record(1, 14.0, 0.12, "all", p=0.005), FULL, record(3, 17.0, 0.03), good, record(5, 20.0, 0.02)]
+    trials = [NONE, record(1, 14.0, 0.12, "all", low=0.02), FULL, record(3, 17.0, 0.03), good, record(5, 20.0, 0.02)]
     assert pick(trials) is good
     assert pick(trials, "quality").number == 1 and pick(trials, "memorization").number == 5
     assert pick(trials, limits=["memorization<=0.025"]).number == 5
@@ -30,7 +30,7 @@ def test_the_knee_is_about_as_good_as_full_fine_tuning_and_does_not_copy():
 def test_conditions_that_no_trial_meets_are_dropped():
     assert pick([NONE, FULL, record(3, 17.0, 0.03)]).number == 2
     assert pick([NONE, FULL, record(3, 16.7, 0.03)]).number == 3
-    assert pick([FULL, record(3, 15.0, 0.03, p=0.0), record(4, 15.5, 0.02, p=0.0)]).number in (3, 4)
+    assert pick([FULL, record(3, 15.0, 0.03, low=0.5), record(4, 15.5, 0.02, low=0.5)]).number in (3, 4)
     assert pick([record(3, 15.0, 0.03)]).number == 3
 
 
@@ -66,8 +66,8 @@ def test_what_is_confirmed_until_the_front_stands():
     assert [r.number for r in front_of(again)] == [4, 0] and [r.number for r in to_confirm(again)] == [4]
     again[3] = replace(second, confirmed=second.searched)
     assert to_confirm(again) == []
-    limited = [record(3, 12.0, 0.1, p=0.2), record(4, 13.0, 0.2), record(5, 14.0, 0.3)]
-    assert [r.number for r in to_confirm(limited, [Limit("copy_rate_p", ">=", 0.5)])] == [3, 4]
+    limited = [record(3, 12.0, 0.1, low=0.2), record(4, 13.0, 0.2), record(5, 14.0, 0.3)]
+    assert [r.number for r in to_confirm(limited, [Limit("copy_rate_low", "<=", 0.1)])] == [3, 4]
 
 
 def test_pick_trusts_what_was_measured_again():
