@@ -180,16 +180,20 @@ def duplicates(space: Space, train: Pictures, progress: Progress) -> list[dict]:
     return [{"images": [train.names[i], train.names[j]], "distance": d} for (i, j), d in sorted(pairs.items(), key=lambda pair: pair[1])]
 
 
+def said_p(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"= {p:.3f}"
+
+
 def verdict(rewards: dict[str, float], n: int) -> str:
     """One sentence with its error."""
     rate, low, high = (rewards[f"copy_rate{end}"] for end in ("", "_low", "_high"))
     line, chance = rewards["copy_rate_line"], rewards["copy_rate_p"]
     said = (
         f"{rate:.1%} of {n} images ({low:.1%} to {high:.1%}) are nearer to a training image than {1 - FALSE_POSITIVES:.0%} of real images are, where "
-        f"{line:.1%} is expected without copying, p = {chance:.3f}"
+        f"{line:.1%} is expected without copying, p {said_p(chance)}"
     )
     m, error, p = rewards["memorization"], rewards["memorization_error"], rewards["memorization_p"]
-    beside = f"memorization distance {m:.3f} ± {error:.3f} of at most {CLIP:.2f}, p = {p:.3f}"
+    beside = f"memorization distance {m:.3f} ± {error:.3f} of at most {CLIP:.2f}, p {said_p(p)}"
     clear = round(rewards["clear_copy_rate"] * n)
     if clear:
         return f"Copying is visible: {clear} of {n} images are far nearer to a training image than any real image would be; {said}; {beside}."

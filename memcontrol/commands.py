@@ -384,14 +384,18 @@ def run_audit(args: argparse.Namespace) -> int:
 
 
 def run_compare(args: argparse.Namespace) -> int:
-    from memcontrol.compare import differences
+    from memcontrol.compare import differences, finished_result
     from memcontrol.display import differences_table
 
     apart = differences(args.run_a, args.run_b)
+    first, second = (finished_result(run)["rewards"] for run in (args.run_a, args.run_b))
     if args.json:
-        out_json({name: {"difference": float(value), "error": value.error, "low": value.low, "high": value.high} for name, value in apart.items()})
+        out_json({
+            name: {"first": first[name], "second": second[name], "difference": float(value), "error": value.error, "low": value.low, "high": value.high}
+            for name, value in apart.items()
+        })  # fmt: skip
     else:
-        printed(differences_table(apart, f"{args.run_a} less {args.run_b}"))
+        printed(differences_table(apart, first, second, f"{args.run_a} (first) and {args.run_b} (second)"))
     return 0
 
 

@@ -228,15 +228,16 @@ def said_apart(name: str, apart: dict[str, Estimate]) -> str:
     return f"; difference {form.format(value)} ({form.format(value.low)} to {form.format(value.high)}{tie})"
 
 
-def differences_table(apart: dict[str, Estimate], title: str) -> Table:
-    """A row for each figure: the difference, its interval, and which run is better beyond it."""
+def differences_table(apart: dict[str, Estimate], first: dict[str, float], second: dict[str, float], title: str) -> Table:
+    """A row for each figure: both runs' values, the difference, its interval, and which run is better beyond it."""
     table = Table(title=title, title_justify="left", expand=False)
-    for heading in ("figure", "first - second", "95 %, paired over prompts", "better"):
+    for heading in ("figure", "first", "second", "first - second", "95 %, paired over prompts", "better"):
         table.add_column(heading)
     for name, value in apart.items():
         form = FIGURES[name].form.replace(":", ":+") if name in FIGURES else "{:+.3f}"
         better = "tie" if value.low <= 0 <= value.high else "first" if (value < 0) == (direction_of(name) == MINIMIZE) else "second"
-        table.add_row(FIGURES[name].title if name in FIGURES else name, form.format(value), f"{form.format(value.low)} to {form.format(value.high)}", better)
+        title, interval = FIGURES[name].title if name in FIGURES else name, f"{form.format(value.low)} to {form.format(value.high)}"
+        table.add_row(title, written(name, first), written(name, second), form.format(value), interval, better)
     return table
 
 

@@ -278,7 +278,7 @@ def test_runs_are_compared_in_pairs_and_only_if_measured_alike(searched, study_f
     first, second = (json.loads((run / "result.json").read_text())["rewards"] for run in (a, b))
     assert {"fid", "kid", "copy_rate", "memorization_pixels"} <= set(apart)
     for name, found in apart.items():
-        assert found["difference"] == pytest.approx(first[name] - second[name]) and found["low"] <= found["difference"] <= found["high"]
+        assert (found["first"], found["second"]) == (first[name], second[name]) and found["difference"] == pytest.approx(first[name] - second[name]) and found["low"] <= found["difference"] <= found["high"]
     assert apart["fid"]["error"] > 0 and "paired over prompts" in memcontrol("compare", a, b).stdout
     other = study_file("other", rewards={"n_samples": 32, "sampling_steps": 2, "confirm": 0, "objectives": ["kid"]}, search={"trials": 0, "workers": 1, "executor": "inline"})
     memcontrol("search", other)
