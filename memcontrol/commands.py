@@ -125,10 +125,11 @@ def show_search(study_file: Path, screen) -> None:
 
 def warn_of_limits(study, picked, screen) -> None:
     """A limit that no trial keeps does not bind, and must not seem to."""
+    from memcontrol.figures import written
     from memcontrol.pick import kept
 
     if picked and not kept(picked, study.limits):
-        bounds = ", ".join(f"{limit.reward}{limit.sign}{limit.bound:g} (the pick has {picked.rewards[limit.reward]:.4g})" for limit in study.limits)
+        bounds = ", ".join(f"{limit.reward}{limit.sign}{limit.bound:g} (the pick has {written(limit.reward, picked.rewards) or 'none'})" for limit in study.limits)
         screen.print(f"warning: no trial keeps the study's limits, {bounds}; the pick leaves them aside", style="yellow", highlight=False, soft_wrap=True)
 
 

@@ -22,7 +22,8 @@ class Limit:
         return value - self.bound if self.sign == "<=" else self.bound - value
 
     def holds(self, rewards: dict[str, float]) -> bool:
-        return self.excess(rewards[self.reward]) <= 0
+        """What was not measured, such as a caption's noise norm where there are no captions, keeps no limit."""
+        return self.reward in rewards and self.excess(rewards[self.reward]) <= 0
 
 
 def parse_limit(text: str, known: Sequence[str]) -> Limit:

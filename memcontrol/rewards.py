@@ -227,15 +227,17 @@ def carlini_rate(generated, train, k: int = PRESETS["carlini2023"]["neighbours"]
     return share_of(distances[:, 0] < alpha * distances.mean(1))
 
 
-def mifid(real, generated, direction: str = "kaggle", threshold: float = PRESETS["memcontrol2025"]["mifid_threshold"]) -> Estimate:
+def mifid(
+    real, generated, direction: str = "kaggle", threshold: float = PRESETS["memcontrol2025"]["mifid_threshold"], frechet: float | None = None
+) -> Estimate:
     """FID divided by the mean least cosine distance d, where d lies below the threshold (Bai et al. 2021, arXiv 2106.03062).
 
     `kaggle`: the mean over generated images of the nearest real one; `torchmetrics`: over real ones of the nearest generated.
-    For continuity only: a perfect copy has FID 0 and so the best score.
+    For continuity only: a perfect copy has FID 0 and so the best score. `frechet` is the sets' FID, where it is known already.
     """
     if direction not in ("kaggle", "torchmetrics"):
         raise MemControlError(f"mifid's direction is '{direction}'; allowed: kaggle, torchmetrics")
-    distance, value = cosine_distance(real, generated, direction), fid(real, generated)
+    distance, value = cosine_distance(real, generated, direction), fid(real, generated) if frechet is None else frechet
     if direction == "torchmetrics" and value <= 1e-8:
         return Estimate(0.0)
     return Estimate(value / (distance + 1e-14) if distance < threshold else float(value))

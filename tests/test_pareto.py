@@ -32,3 +32,7 @@ def test_limits():
             parse_limit(text, ["fid"])
     with pytest.raises(MemControlError, match="this study has fid, kid"):
         parse_limit("fod<=1", ["kid", "fid"])
+
+
+def test_what_was_not_measured_keeps_no_limit():
+    assert parse_limit("fid<=1", ["fid"]).holds({"fid": 1.0}) and not parse_limit("fid<=1", ["fid"]).holds({"kid": 0.0})

@@ -62,3 +62,12 @@ def test_pace_counts_what_is_left(study_file):
     assert pace([record], config) == ""
     finished = replace(record, number=1, state="COMPLETE", seconds=120.0)
     assert pace([record, finished], config) == "about 60 runs an hour, 10 minutes left\n"  # nine to come and one that runs, by two workers
+
+
+def test_looking_at_a_search_leaves_no_holder_behind(tmp_path):
+    from memcontrol.orchestrate import HOLDER, is_searching, only_one
+
+    assert not is_searching(tmp_path / "elsewhere")
+    assert not is_searching(tmp_path) and not (tmp_path / HOLDER).exists()
+    with only_one(tmp_path):
+        assert is_searching(tmp_path) and (tmp_path / HOLDER).exists()
