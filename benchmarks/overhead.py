@@ -1,5 +1,5 @@
 """What the outer loop costs: 64 simulated workers, 1,000 trials that sleep 20 s each, on a PostgreSQL of its own, by multivariate TPE:
-the share of the time that workers are busy, and an ask and a tell against the number of finished trials."""
+the share of the time that workers are busy, and what a draw, the wait for one and a tell cost against the number of finished trials."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ def searched(folder: Path, server) -> list[dict]:
     from memcontrol.config import load_config, study_folder
     from memcontrol.executors import Event, Executor
     from memcontrol.files import write_json
+    from memcontrol.sampling import Ahead, Sampler
     from memcontrol.study import Study
 
     class Sleeping(Executor):
@@ -77,7 +78,7 @@ def searched(folder: Path, server) -> list[dict]:
         rewards = {"fid": 30 - n + draw.random(), "memorization": 0.02 * n + 0.1 * draw.random()}
         return {"state": "COMPLETE", "choice": choice, "rewards": rewards, "seconds": SECONDS, "measured_with": {"figures": 1}}
 
-    spent: dict[str, list[tuple[int, float]]] = {"ask": [], "tell": []}
+    spent: dict[str, list[tuple[int, float]]] = {"draw, in its own thread": [], "wait for a choice": [], "begin": [], "tell": []}
 
     def timed(name: str, function, n_of):
         def call(*args, **keys):
@@ -94,8 +95,13 @@ def searched(folder: Path, server) -> list[dict]:
         "search": {"trials": N_TRIALS, "workers": N_WORKERS},
     }))  # fmt: skip
     config, executor = load_config(study_file), Sleeping()
-    orchestrate.suggest = timed("ask", orchestrate.suggest, lambda records, *_: sum(record.finished for record in records))
-    Study.begin, Study.finish = timed("ask", Study.begin, lambda study, *_: -1), timed("tell", Study.finish, lambda study, *_: sum(r.finished for r in study.records()))
+
+    def n_finished(study: Study, *_) -> int:
+        return sum(record.finished for record in study.records())
+
+    Sampler.drawn = timed("draw, in its own thread", Sampler.drawn, lambda sampler, *_: executor.n_ended)
+    Ahead.take = timed("wait for a choice", Ahead.take, lambda ahead, records: executor.n_ended)
+    Study.begin, Study.finish = timed("begin", Study.begin, n_finished), timed("tell", Study.finish, n_finished)
     before = transactions(server)
     orchestrate.search(config, study_file, study_folder(study_file, "sleep"), executor, lambda event: None, lambda study: None)
     share = executor.busy / (N_WORKERS * (executor.last - executor.first))

@@ -16,11 +16,13 @@ from memcontrol.executors import Event, Executor
 from memcontrol.files import disk_full_named, read_json, write_json
 from memcontrol.jobs import Jobs, Show
 from memcontrol.pick import to_confirm
+from memcontrol.sampling import Ahead, Sampler
 from memcontrol.space import Choice, SearchSpace, load_space
 from memcontrol.spec import CONFIRMED, RESULT, Spec
-from memcontrol.study import Record, Study, is_searched, open_study, storage_url, suggest
+from memcontrol.study import Record, Study, is_searched, open_study, storage_url
 
 HOLDER = "search.holder.json"
+CROWD = 4  # trials in flight for each choice that is drawn ahead: the more there are, the more end at once
 N_FAILURES = 3  # this many in a row mean that something other than the choices is wrong
 
 
@@ -103,8 +105,10 @@ class Search:
         self.n_train = max(1, round(sizes["train"] * config.search.train_fraction))
         self.open: dict[int, Open] = {}
         self.waiting: deque[tuple[int, Choice]] = deque()
-        self.n_failures = 0
+        search, n_objectives = config.search, len(config.rewards.objectives)
+        self.ahead = Ahead(Sampler(self.space, search.seed, n_objectives, study.limits, search.sampler))
         self.exhausted = False
+        self.n_failures = 0
 
     def run(self) -> None:
         records = self.study.records()
@@ -114,10 +118,11 @@ class Search:
         for anchor, candidates in self.space.anchors().items():
             if not any(record.anchor == anchor for record in records):
                 self.admit(self.study.begin(candidates, self.space, anchor), tuple(candidates))
-        while self.fill() or self.open:
-            for event in self.jobs.ends():
-                self.ended(event)
-                self.fill()
+        with contextlib.closing(self.ahead):
+            while self.fill() or self.open:
+                for event in self.jobs.ends():
+                    self.ended(event)
+                    self.fill()
 
     def resume(self, record: Record) -> None:
         """Takes up an interrupted trial: the same choices, less those whose result is already there."""
@@ -139,18 +144,24 @@ class Search:
             number, choice = self.waiting.popleft()
             spec = Spec(self.config, self.space, choice, self.folder, "search", "holdout", self.n_train)
             self.jobs.add({**spec.as_job(self.run_folder(choice)), "number": number})
+        if not self.waiting:
+            with contextlib.suppress(SpaceExhausted):
+                self.ahead.prepare(self.study.records(), min(self.n_left(), max(1, len(self.open) // CROWD)))
         return bool(self.open)
 
+    def n_left(self) -> int:
+        """How many choices are still to be sampled; those that failed are sampled anew."""
+        if self.exhausted:
+            return 0
+        return self.config.search.trials - sum(record.anchor is None and record.state != "FAIL" for record in self.study.records())
+
     def sample(self) -> bool:
-        records = self.study.records()
-        if sum(record.anchor is None and record.state != "FAIL" for record in records) >= self.config.search.trials:
+        if self.n_left() <= 0:
             return False
         try:
-            search, n_objectives = self.config.search, len(self.config.rewards.objectives)
-            choice = suggest(records, self.space, search.seed, n_objectives, self.study.limits, search.sampler)
+            choice = self.ahead.take(self.study.records())
         except SpaceExhausted as error:
-            if not self.exhausted:
-                self.show(Event({}, "warning", {"text": str(error)}))
+            self.show(Event({}, "warning", {"text": str(error)}))
             self.exhausted = True
             return False
         self.admit(self.study.begin([choice], self.space), (choice,))

@@ -1,14 +1,14 @@
-"""Owns the study in Optuna's database: the only module that imports optuna. Opens it, suggests, records, reads."""
+"""Owns the study in Optuna's database: opens it, records trials, reads them."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
-import random
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,17 +18,14 @@ from optuna.trial import TrialState, create_trial
 
 from memcontrol.config import Config, differing_keys, flat, load_config
 from memcontrol.database import Say, StudyLock, cannot_open, engine_arguments, patient
-from memcontrol.errors import MemControlError, SpaceExhausted
+from memcontrol.errors import MemControlError
 from memcontrol.figures import MAXIMIZE, MINIMIZE, direction_of
 from memcontrol.pareto import Limit, knee
-from memcontrol.seeds import seed_of
 from memcontrol.space import Choice, SearchSpace
 
-N_SPREAD = 6  # sampled trials before the sampler models anything
-GOLDEN = (5**0.5 - 1) / 2
-N_ASKS = 50
 T = TypeVar("T")
 CONFIRMED = "confirmed:"  # and the trial's number
+CONSTRAINT = "constraints:"  # and its name: as optuna's Trial.set_constraint keeps them
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 logging.getLogger("alembic").setLevel(logging.ERROR)
 
@@ -68,6 +65,11 @@ class Record:
     def losses(self) -> list[float]:
         """The values, with those that are maximised negated: less is better in each."""
         return [-value if self.objectives[name] == MAXIMIZE else value for name, value in self.values.items()]
+
+    def as_running(self) -> Record:
+        """As it was before it ended."""
+        choice = self.candidates[0] if len(self.candidates) == 1 else None
+        return Record(self.number, "RUNNING", self.candidates, self.anchor, choice, self.objectives, begun=self.begun)
 
     def as_dict(self, folder: Path) -> dict[str, Any]:
         """The form of every --json."""
@@ -142,18 +144,19 @@ class Study:
         )
         tried = False
 
-        def write() -> optuna.trial.FrozenTrial:
+        def write() -> int:
             nonlocal tried
             if tried and (known := self.running(attributes["candidates"])):
-                return known
+                return known._trial_id
             tried = True
             if self.lock:
                 self.lock.check()
-            return self.storage.get_trial(self.storage.create_new_trial(self.inner._study_id, template_trial=frozen))
+            return self.storage.create_new_trial(self.inner._study_id, template_trial=frozen)
 
-        trial = self.patiently(write)
-        self.keep(trial)
-        return trial.number
+        frozen._trial_id = self.patiently(write)
+        frozen.number = self.storage.get_trial_number_from_id(frozen._trial_id)
+        self.keep(frozen)
+        return frozen.number
 
     def running(self, candidates: list[dict]) -> optuna.trial.FrozenTrial | None:
         """The running trial of these candidates, which no other ever has."""
@@ -176,21 +179,23 @@ class Study:
         told = {"result": {key: best[key] for key in ("choice", "rewards", "reason", "seconds") if key in best}}
         if len(results) > 1:
             told["tried"] = [{k: r.get(k) for k in ("choice", "state", "rewards", "reason")} for r in results]
-        trial_id, state = self.ids[number], TrialState.COMPLETE if complete else TrialState[best["state"]]
+        trial_id, state, tried = self.ids[number], TrialState.COMPLETE if complete else TrialState[best["state"]], False
 
-        def write() -> optuna.trial.FrozenTrial:
+        def write() -> None:
+            nonlocal tried
+            if tried and self.storage.get_trial(trial_id).state.is_finished():
+                return
+            tried = True
             if self.lock:
                 self.lock.check()
-            if not self.storage.get_trial(trial_id).state.is_finished():
-                for key, value in told.items():
-                    self.storage.set_trial_user_attr(trial_id, key, value)
-                live = optuna.trial.Trial(self.inner, trial_id)
-                for name, excess in excesses(best.get("rewards", {}), self.limits).items():
-                    live.set_constraint(name, excess)
-                self.storage.set_trial_state_values(trial_id, state, [best["rewards"][name] for name in objectives] if complete else None)
-            return self.storage.get_trial(trial_id)
+            for key, value in told.items():
+                self.storage.set_trial_user_attr(trial_id, key, value)
+            for name, excess in excesses(best.get("rewards", {}), self.limits).items():
+                self.storage.set_trial_system_attr(trial_id, f"{CONSTRAINT}{name}", excess)
+            self.storage.set_trial_state_values(trial_id, state, [best["rewards"][name] for name in objectives] if complete else None)
 
-        self.keep(self.patiently(write))
+        self.patiently(write)
+        self.kept[number] = with_result(replace(self.kept[number], state=state.name, ended=iso(datetime.now())), told["result"])
 
     def check_measured(self, result: dict) -> None:
         """Raises MemControlError for a result that was measured with other things than the study's first one."""
@@ -310,13 +315,15 @@ def record_of(trial: optuna.trial.FrozenTrial, objectives: dict[str, str], confi
     result = attributes.get("result", {})
     if not result and trial.state == TrialState.COMPLETE:
         raise MemControlError(f"trial {trial.number} has no result that this version of memcontrol knows; read the study with the version that searched it")
-    choice = result.get("choice")
-    return Record(
-        number=trial.number, state=trial.state.name, candidates=candidates, anchor=attributes.get("anchor"),
-        choice=Choice.from_dict(choice) if choice else candidates[0] if len(candidates) == 1 else None,
-        objectives=objectives, searched=result.get("rewards", {}), confirmed=confirmed,
-        reason=result.get("reason", ""), seconds=result.get("seconds", 0.0), begun=iso(trial.datetime_start), ended=iso(trial.datetime_complete),
-    )  # fmt: skip
+    begun = Record(trial.number, "RUNNING", candidates, attributes.get("anchor"), objectives=objectives, begun=iso(trial.datetime_start)).as_running()
+    return with_result(replace(begun, state=trial.state.name, confirmed=confirmed, ended=iso(trial.datetime_complete)), result)
+
+
+def with_result(record: Record, result: dict) -> Record:
+    choice = Choice.from_dict(result["choice"]) if "choice" in result else record.choice
+    return replace(
+        record, choice=choice, searched=result.get("rewards", {}), reason=result.get("reason", ""), seconds=result.get("seconds", 0.0)
+    )
 
 
 def iso(when) -> str:
@@ -341,65 +348,3 @@ def readable_distributions(params: dict[str, Any], space: SearchSpace) -> dict[s
 def distributions(space: SearchSpace) -> dict[str, BaseDistribution]:
     found: dict[str, BaseDistribution] = {name: CategoricalDistribution(options) for name, options in space.coordinates().items()}
     return found | {"rate": FloatDistribution(0, 1)}
-
-
-def suggest(
-    records: Sequence[Record], space: SearchSpace, seed: int, n_objectives: int, limits: Sequence[Limit] = (), sampler: str = "tpe"
-) -> Choice:
-    """The next choice, never one that was asked for before: a pure function of the records and the seed; of `random`, of how many
-    there are and the seed, whatever came of them.
-
-    A study in memory holds the records in the sampler's own coordinates (position in the method's learning-rate range,
-    rank for every method), so that sampling costs no database reads and nothing is half written. Raises SpaceExhausted
-    when the space seems to hold no further choice.
-    """
-    seed = seed_of(seed, "suggest", len(records)) % 2**32
-    model = multivariate_tpe(seed) if sampler == "tpe" else optuna.samplers.RandomSampler(seed)
-    mirror = optuna.create_study(sampler=model, directions=["minimize"] * n_objectives)
-    if sampler != "random":
-        mirror.add_trials([frozen for record in records if (frozen := mirrored(record, space, limits)) is not None])
-    known = [choice for record in records for choice in record.candidates]
-    n_sampled = sum(record.anchor is None for record in records)
-    for attempt in range(N_ASKS):
-        trial = mirror.ask(distributions(space))
-        params = trial.params if n_sampled >= N_SPREAD else {**trial.params, **spread(n_sampled + attempt, space, seed)}
-        choice = space.choice_at(params)
-        if (choice.groups or space.always) and not any(choice.same_as(other) for other in known):
-            return choice
-    raise SpaceExhausted(f"space '{space.name}': {N_ASKS} draws gave no choice that was not tried before; the space is exhausted")
-
-
-def spread(i: int, space: SearchSpace, seed: int) -> dict[str, Any]:
-    """The i-th of the first choices: methods and ranks in turn, learning rates evenly over their range (golden-ratio
-    steps), each group on with probability 3/4, since a mask of few groups rarely learns enough to be compared."""
-    turn, rng = i // len(space.methods), random.Random(seed_of(seed, "spread", i))
-    point = {}
-    for name, options in space.coordinates().items():
-        if name in space.groups:
-            point[name] = rng.random() < 0.75
-        elif name == "method":
-            point[name] = options[i % len(options)]
-        elif name.endswith("rank"):
-            point[name] = options[(len(options) // 2 + turn) % len(options)]
-        else:
-            point[name] = rng.choice(options)
-    return point | {"rate": (0.5 + turn * GOLDEN) % 1}
-
-
-def multivariate_tpe(seed: int) -> optuna.samplers.BaseSampler:
-    """Multivariate TPE with a constant liar for the trials still running (Watanabe 2023, arXiv 2304.11127)."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return optuna.samplers.TPESampler(multivariate=True, constant_liar=True, n_startup_trials=N_SPREAD, seed=seed)
-
-
-def mirrored(record: Record, space: SearchSpace, limits: Sequence[Limit] = ()) -> optuna.trial.FrozenTrial | None:
-    """The record in the sampler's coordinates; None where it has none: the anchors outside the space, failures."""
-    choice = record.choice
-    if choice is None or record.anchor in ("none", "full") or record.state not in ("COMPLETE", "RUNNING"):
-        return None
-    values = record.losses if record.finished else None
-    constraints = {f"constraints:{name}": excess for name, excess in excesses(record.rewards, limits).items()}  # as Trial.set_constraint keeps them
-    return create_trial(
-        state=TrialState[record.state], params=space.point_of(choice), distributions=distributions(space), values=values, system_attrs=constraints
-    )  # fmt: skip

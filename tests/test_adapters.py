@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from small_pipelines import SMALL, build
 from torch.nn.utils import parametrize
 
 from memcontrol.adapters import inject, trainable_modules
@@ -12,7 +13,6 @@ from memcontrol.errors import MemControlError
 from memcontrol.models import load_base
 from memcontrol.space import SEARCHED_METHODS, Choice, load_space, parse_space
 from memcontrol.tuners import suits
-from small_pipelines import SMALL, build
 
 FAMILIES = ("tiny", *SMALL)
 SPACE = load_space("digits")

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from memcontrol.bench import Bench
 from memcontrol.cli import parser
 from memcontrol.errors import MemControlError
 from memcontrol.prepare import prepare
-from memcontrol.bench import Bench
 
 README = Path(__file__).parent.parent / "README.md"
 

@@ -7,6 +7,8 @@ import sys
 import numpy as np
 import pytest
 import torch
+from small_pipelines import build
+from test_adapters import disturbed, space_of
 
 from memcontrol import load_adapter
 from memcontrol.config import load_config
@@ -17,8 +19,6 @@ from memcontrol.models import base_path, open_pipeline
 from memcontrol.run import chosen_adapter
 from memcontrol.space import parse_space
 from memcontrol.spec import RESULT, Spec
-from small_pipelines import build
-from test_adapters import disturbed, space_of
 
 PLAIN_DIFFUSERS = """
 import sys, json

@@ -3,16 +3,16 @@
 import numpy as np
 import pytest
 import torch
+from small_pipelines import SMALL, build
 
+from memcontrol.bench import Bench
 from memcontrol.config import load_config
 from memcontrol.errors import MemControlError
 from memcontrol.models import denoiser_config, empty_denoiser, load_base, open_pipeline
 from memcontrol.prepare import check_mitigations, prepare
-from memcontrol.bench import Bench
 from memcontrol.run import trial
 from memcontrol.space import Choice, load_space
 from memcontrol.spec import Spec
-from small_pipelines import SMALL, build
 
 RESOLUTION = {"sd-v": 32, "ddpm": 16}
 

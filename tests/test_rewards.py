@@ -14,8 +14,26 @@ from memcontrol.evidence import Evidence, Views, check_rewards, score
 from memcontrol.features import nearest
 from memcontrol.figures import FIGURES, OBJECTIVES
 from memcontrol.rewards import (
-    Estimate, Space, authpct, carlini_rate, clear_copies_in, clip_score, copy_rate, copy_rate_in, extraction, fd_pca, fid,
-    gaussian, kid, memorization, memorization_in, mifid, mq, prdc, tail_chances, tile_distances,
+    Estimate,
+    Space,
+    authpct,
+    carlini_rate,
+    clear_copies_in,
+    clip_score,
+    copy_rate,
+    copy_rate_in,
+    extraction,
+    fd_pca,
+    fid,
+    gaussian,
+    kid,
+    memorization,
+    memorization_in,
+    mifid,
+    mq,
+    prdc,
+    tail_chances,
+    tile_distances,
 )  # fmt: skip
 
 

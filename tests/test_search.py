@@ -41,7 +41,6 @@ def assert_sound(trials, n_sampled):
 def searched(tmp_path_factory):
     """A finished small study: its file."""
     import yaml
-
     from conftest import SMALL
 
     path = tmp_path_factory.mktemp("searched") / "small.yaml"

@@ -1,7 +1,6 @@
 """The study: what is recorded, what is suggested, and when a config is refused."""
 
 import json
-import math
 import random
 
 import pytest
@@ -13,8 +12,9 @@ from memcontrol.adapters import described
 from memcontrol.config import load_config
 from memcontrol.errors import MemControlError
 from memcontrol.pick import front_of, pick
+from memcontrol.sampling import mirrored
 from memcontrol.space import Choice, load_space, parse_space
-from memcontrol.study import distributions, mirrored, open_study, suggest
+from memcontrol.study import open_study
 
 SPACE = load_space("digits")
 
@@ -48,38 +48,6 @@ def test_a_trial_that_failed_keeps_its_reason(tmp_path):
     assert (record.state, record.reason, record.choice, record.values) == ("PRUNED", "why", choice, {})
 
 
-def test_suggestions_never_repeat_and_depend_on_records_and_seed_alone(tmp_path):
-    study, seen = opened(tmp_path), []
-    for i in range(15):
-        records = study.records()
-        choice = suggest(records, SPACE, 0, 2)
-        assert choice == suggest(records, SPACE, 0, 2)
-        assert choice.groups and set(choice.groups) <= set(SPACE.groups_for(choice.method)) and not any(choice.same_as(other) for other in seen)
-        seen.append(choice)
-        number = study.begin([choice], SPACE)
-        if i % 3:
-            study.finish(number, [result(choice, 10 - len(choice.groups), len(choice.groups) / 10)])
-    assert len({suggest([], SPACE, seed, 2) for seed in range(6)}) > 2
-
-
-def test_a_space_that_holds_nothing_new_says_so(tmp_path):
-    values = {"groups": {"a": "a"}, "learning_rate": {"lora": [1e-3, 1.05e-3], "full": [1e-3, 1e-2]}, "rank": [4]}
-    space, study = parse_space(values, "one"), opened(tmp_path)
-    study.begin([suggest(study.records(), space, 0, 2)], space)
-    with pytest.raises(MemControlError, match="exhausted"):
-        suggest(study.records(), space, 0, 2)
-
-
-def test_the_samplers_coordinates_give_the_choice_back(tmp_path):
-    study = opened(tmp_path)
-    choice = Choice(("down_attention", "up_resnet"), "lora", 2.5e-3, 8)
-    study.begin([choice], SPACE)
-    frozen = mirrored(study.records()[0], SPACE)
-    assert frozen.params.keys() == distributions(SPACE).keys() and SPACE.choice_at(frozen.params) == choice
-    low, high = SPACE.learning_rate["lora"]
-    assert math.isclose(frozen.params["rate"], math.log(2.5e-3 / low) / math.log(high / low))
-
-
 MIXED = parse_space(
     {
         "groups": {"a": "a", "b": {"patterns": "b", "methods": ["lora", "svdiff"], "rank": [8, 16]}, "c": {"patterns": "c", "methods": ["difffit"]}},
@@ -102,16 +70,6 @@ def test_a_thousand_random_choices_survive_the_database_and_safetensors(tmp_path
             assert Choice.from_dict(json.loads(file.metadata()["memcontrol"])["choice"]) == choice
 
 
-def test_mixed_suggestions_are_recorded_as_they_are(tmp_path):
-    study = opened(tmp_path)
-    for _ in range(10):
-        choice = suggest(study.records(), MIXED, 0, 2)
-        number = study.begin([choice], MIXED)
-        record = study.records()[number]
-        assert record.choice == choice and MIXED.choice_at(mirrored(record, MIXED).params).same_as(choice)
-        study.finish(number, [result(choice, 10 - len(choice.groups))])
-
-
 def test_a_study_keeps_its_config(tmp_path):
     opened(tmp_path)
     assert opened(tmp_path, search={"trials": 99, "workers": 1}).config.search.trials == 99
@@ -129,21 +87,6 @@ def test_studies_and_storages_that_are_not_there(tmp_path):
     (tmp_path / "text.db").write_text("this is no database, but it is long enough to be read as one" * 100)
     with pytest.raises(MemControlError, match="storage .* cannot be opened"):
         opened(tmp_path, storage="sqlite:///text.db")
-
-
-def test_limits_steer_the_sampler_away(tmp_path):
-    """Among many trials of two methods, of which one always breaks a limit, the sampler asks for the other."""
-    study = opened(tmp_path, rewards={"limits": {"copy_rate": 0.02}})
-    rng = random.Random(0)
-    for i in range(24):
-        method = ("lora", "attention")[i % 2]
-        choice = SPACE.choice(SPACE.groups_for(method)[: 1 + i % 3], method, rng.random())
-        told = result(choice, 10.0)
-        told["rewards"]["copy_rate"] = 0.01 if method == "lora" else 0.5
-        study.finish(study.begin([choice], SPACE), [told])
-    records = study.records()
-    counts = [suggest(records, SPACE, seed, 2, study.limits).methods[0] for seed in range(12)]
-    assert counts.count("lora") > 9
 
 
 def test_results_measured_with_other_things_are_refused(tmp_path):

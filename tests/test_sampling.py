@@ -1,0 +1,132 @@
+"""What is tried next: never twice the same, the same for the same records, and drawn before it is needed."""
+
+import math
+import random
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+from test_study import MIXED, SPACE, opened, result
+
+from memcontrol.errors import MemControlError, SpaceExhausted
+from memcontrol.sampling import Ahead, Sampler, mirrored
+from memcontrol.space import Choice, parse_space
+from memcontrol.study import Record, distributions
+
+
+def suggest(records, space=SPACE, seed=0, limits=()):
+    return Sampler(space, seed, 2, limits).draw(records)
+
+
+def test_suggestions_never_repeat_and_depend_on_records_and_seed_alone(tmp_path):
+    study, seen = opened(tmp_path), []
+    for i in range(15):
+        records = study.records()
+        choice = suggest(records)
+        assert choice == suggest(records)
+        assert choice.groups and set(choice.groups) <= set(SPACE.groups_for(choice.method)) and not any(choice.same_as(other) for other in seen)
+        seen.append(choice)
+        number = study.begin([choice], SPACE)
+        if i % 3:
+            study.finish(number, [result(choice, 10 - len(choice.groups), len(choice.groups) / 10)])
+    assert len({suggest([], seed=seed) for seed in range(6)}) > 2
+
+
+def test_a_space_that_holds_nothing_new_says_so(tmp_path):
+    values = {"groups": {"a": "a"}, "learning_rate": {"lora": [1e-3, 1.05e-3], "full": [1e-3, 1e-2]}, "rank": [4]}
+    space, study = parse_space(values, "one"), opened(tmp_path)
+    study.begin([suggest(study.records(), space)], space)
+    with pytest.raises(MemControlError, match="exhausted"):
+        suggest(study.records(), space)
+
+
+def test_the_samplers_coordinates_give_the_choice_back(tmp_path):
+    study = opened(tmp_path)
+    choice = Choice(("down_attention", "up_resnet"), "lora", 2.5e-3, 8)
+    study.begin([choice], SPACE)
+    frozen = mirrored(study.records()[0], SPACE)
+    assert frozen.params.keys() == distributions(SPACE).keys() and SPACE.choice_at(frozen.params) == choice
+    low, high = SPACE.learning_rate["lora"]
+    assert math.isclose(frozen.params["rate"], math.log(2.5e-3 / low) / math.log(high / low))
+
+
+def test_mixed_suggestions_are_recorded_as_they_are(tmp_path):
+    study = opened(tmp_path)
+    for _ in range(10):
+        choice = suggest(study.records(), MIXED)
+        number = study.begin([choice], MIXED)
+        record = study.records()[number]
+        assert record.choice == choice and MIXED.choice_at(mirrored(record, MIXED).params).same_as(choice)
+        study.finish(number, [result(choice, 10 - len(choice.groups))])
+
+
+def test_limits_steer_the_sampler_away(tmp_path):
+    """Among many trials of two methods, of which one always breaks a limit, the sampler asks for the other."""
+    study = opened(tmp_path, rewards={"limits": {"copy_rate": 0.02}})
+    rng = random.Random(0)
+    for i in range(24):
+        method = ("lora", "attention")[i % 2]
+        choice = SPACE.choice(SPACE.groups_for(method)[: 1 + i % 3], method, rng.random())
+        told = result(choice, 10.0)
+        told["rewards"]["copy_rate"] = 0.01 if method == "lora" else 0.5
+        study.finish(study.begin([choice], SPACE), [told])
+    records = study.records()
+    counts = [suggest(records, seed=seed, limits=study.limits).methods[0] for seed in range(12)]
+    assert counts.count("lora") > 9
+
+
+def ended(record, i):
+    return replace(record, state="COMPLETE", objectives={"fid": "minimize", "memorization": "minimize"}, searched={"fid": float(i * 7 % 5), "memorization": float(i * 3 % 4)})
+
+
+def test_a_sampler_that_lives_on_draws_what_a_new_one_does():
+    """Trials end in another order than they began in, some fail; the last counts as running whether it has ended or not."""
+    living, records = Sampler(SPACE, 3, 2), []
+    for i in range(16):
+        choice = living.draw(records)
+        assert choice == Sampler(SPACE, 3, 2).draw(records)
+        if records:
+            assert choice == Sampler(SPACE, 3, 2).draw([*records[:-1], ended(records[-1], 1)])
+        records.append(Record(i, "RUNNING", (choice,), choice=choice))
+        if i % 3 == 2:
+            records[i - 2 : i] = [replace(records[i - 2], state="FAIL") if i == 5 else ended(records[i - 2], i), ended(records[i - 1], i)]
+
+
+class Slow:
+    """A sampler that draws when it is let."""
+
+    def __init__(self):
+        self.let, self.seen = threading.Semaphore(0), []
+
+    def prepared(self, records):
+        self.seen.append([record.number for record in records])
+
+        def draw():
+            self.let.acquire()
+            if len(self.seen) == 4:
+                raise SpaceExhausted("exhausted")
+            return len(self.seen)
+
+        return draw
+
+
+def test_choices_are_drawn_while_trials_run():
+    slow = Slow()
+    ahead = Ahead(slow)
+    for _ in range(3):
+        ahead.prepare([], 2)  # one draw at a time
+    assert slow.seen == [[]] and not ahead.ready
+    slow.let.release()
+    while not ahead.ready:
+        ahead.prepare([], 2)
+        time.sleep(0.01)
+    assert slow.seen == [[], [0]]  # the one that is ready counts as a running trial
+    assert ahead.take([]) == 1  # without waiting for the second
+    threading.Timer(0.2, slow.let.release).start()
+    assert ahead.take([]) == 2
+    slow.let.release(5)
+    assert ahead.take([]) == 3
+    with pytest.raises(SpaceExhausted):
+        ahead.take([])
+    ahead.close()
