@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import warnings
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
@@ -14,14 +15,16 @@ from optuna.trial import TrialState, create_trial
 
 from memcontrol import interrupt
 from memcontrol.errors import SpaceExhausted
-from memcontrol.pareto import Limit
+from memcontrol.pareto import Limit, front
 from memcontrol.seeds import seed_of
 from memcontrol.space import Choice, SearchSpace
 from memcontrol.study import CONSTRAINT, Record, distributions, excesses
 
 N_SPREAD = 6  # sampled trials before the sampler models anything
 GOLDEN = (5**0.5 - 1) / 2
-N_ASKS = 50
+N_ASKS = 5  # draws of the sampler for one choice; where all are known, choices on the front are changed
+N_FLIPS, N_FLIPS_ALIKE = 1000, 50
+OUTSIDE = ("none", "full")  # anchors that no point of the space stands for
 
 
 class Sampler:
@@ -51,25 +54,45 @@ class Sampler:
         if self.kind != "random":
             for record in records:
                 self.follow(record)
-        known = [choice for record in records for choice in record.candidates]
+        known: dict[frozenset[str], list[Choice]] = defaultdict(list)
+        for record in records:
+            for choice in record.candidates:
+                known[frozenset(choice.groups)].append(choice)
         n_sampled = sum(record.anchor is None for record in records)
-        return lambda: self.drawn(known, n_sampled, seed)
+        return lambda: self.drawn(known, n_sampled, parents_of(records), seed)
 
-    def drawn(self, known: Sequence[Choice], n_sampled: int, seed: int) -> Choice:
-        asked = []
+    def drawn(self, known: dict[frozenset[str], list[Choice]], n_sampled: int, parents: Sequence[Choice], seed: int) -> Choice:
+        for choice in itertools.chain(self.asked(n_sampled, seed), self.flipped(parents, seed)):
+            is_known = any(choice.same_as(other) for other in known[frozenset(choice.groups)])
+            if (choice.groups or self.space.always) and not is_known:
+                return choice
+        raise SpaceExhausted(f"space '{self.space.name}': {N_FLIPS} draws gave no choice that was not tried before; the space is exhausted")
+
+    def asked(self, n_sampled: int, seed: int) -> Iterator[Choice]:
+        """What the sampler draws; each draw counts as a running trial to the next."""
+        trials = []
         try:
             for attempt in range(N_ASKS):
-                asked.append(self.mirror.ask(distributions(self.space)))
-                params = asked[-1].params
+                trials.append(self.mirror.ask(distributions(self.space)))
+                params = trials[-1].params
                 if n_sampled < N_SPREAD:
                     params = {**params, **spread(n_sampled + attempt, self.space, seed)}
-                choice = self.space.choice_at(params)
-                if (choice.groups or self.space.always) and not any(choice.same_as(other) for other in known):
-                    return choice
+                yield self.space.choice_at(params)
         finally:
-            for trial in asked:
+            for trial in trials:
                 self.mirror.tell(trial, state=TrialState.FAIL)
-        raise SpaceExhausted(f"space '{self.space.name}': {N_ASKS} draws gave no choice that was not tried before; the space is exhausted")
+
+    def flipped(self, parents: Sequence[Choice], seed: int) -> Iterator[Choice]:
+        """Choices on the front with one coordinate changed, then two and more: where a sampler repeats itself, it has come to
+        such a place."""
+        rng = random.Random(seed)
+        options = {**self.space.coordinates(), "rate": ()}
+        for attempt in range(N_FLIPS if parents else 0):
+            point = self.space.point_of(rng.choice(parents))
+            for name in rng.sample(list(options), min(len(options), 1 + attempt // N_FLIPS_ALIKE)):
+                others = [option for option in options[name] if option != point[name]]
+                point[name] = rng.random() if name == "rate" else rng.choice(others or [point[name]])
+            yield self.space.choice_at(point)
 
     def follow(self, record: Record) -> None:
         """Brings the mirror up to date with a record."""
@@ -121,6 +144,13 @@ class Ahead:
         self.pool.shutdown(wait=False, cancel_futures=True)
 
 
+def parents_of(records: Sequence[Record]) -> list[Choice]:
+    """Choices on the front, among those that the space holds; before there is one, all of these."""
+    own = [record for record in records if record.choice is not None and record.anchor not in OUTSIDE]
+    finished = [record for record in own if record.finished]
+    return [record.choice for record in ([finished[i] for i in front([record.losses for record in finished])] or own)]
+
+
 def spread(i: int, space: SearchSpace, seed: int) -> dict[str, Any]:
     """The i-th of the first choices: methods and ranks in turn, learning rates evenly over their range (golden-ratio
     steps), each group on with probability 3/4, since a mask of few groups rarely learns enough to be compared."""
@@ -148,7 +178,7 @@ def multivariate_tpe(seed: int) -> optuna.samplers.BaseSampler:
 def mirrored(record: Record, space: SearchSpace, limits: Sequence[Limit] = ()) -> optuna.trial.FrozenTrial | None:
     """The record in the sampler's coordinates; None where it has none: the anchors outside the space, failures."""
     choice = record.choice
-    if choice is None or record.anchor in ("none", "full") or record.state not in ("COMPLETE", "RUNNING"):
+    if choice is None or record.anchor in OUTSIDE or record.state not in ("COMPLETE", "RUNNING"):
         return None
     values = record.losses if record.finished else None
     constraints = {f"{CONSTRAINT}{name}": excess for name, excess in excesses(record.rewards if record.finished else {}, limits).items()}

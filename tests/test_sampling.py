@@ -41,6 +41,17 @@ def test_a_space_that_holds_nothing_new_says_so(tmp_path):
         suggest(study.records(), space)
 
 
+def test_a_small_space_is_tried_to_its_last_choice(tmp_path):
+    """Three groups under one method and one learning rate hold seven choices, and a sampler repeats itself long before the last."""
+    values = {"groups": {"a": "a", "b": "b", "c": "c"}, "learning_rate": {"lora": [1e-3, 1.05e-3], "full": [1e-3, 1e-2]}, "rank": [4]}
+    space, records = parse_space(values, "three"), []
+    for i in range(7):
+        records.append(ended(Record(i, "RUNNING", (suggest(records, space),)).as_running(), i))
+    assert len({record.choice.groups for record in records}) == 7
+    with pytest.raises(MemControlError, match="exhausted"):
+        suggest(records, space)
+
+
 def test_the_samplers_coordinates_give_the_choice_back(tmp_path):
     study = opened(tmp_path)
     choice = Choice(("down_attention", "up_resnet"), "lora", 2.5e-3, 8)
