@@ -4,12 +4,10 @@ the share of the time that workers are busy, and what a draw, the wait for one a
 from __future__ import annotations
 
 import os
-import random
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
@@ -33,50 +31,10 @@ def run(device: str) -> list[dict]:
 
 
 def searched(folder: Path, server) -> list[dict]:
-    from memcontrol import orchestrate
-    from memcontrol.config import load_config, study_folder
-    from memcontrol.executors import Event, Executor
-    from memcontrol.files import write_json
+    import simulated
+
     from memcontrol.sampling import Ahead, Sampler
     from memcontrol.study import Study
-
-    class Sleeping(Executor):
-        """Places whose jobs end after SECONDS, one in ten a little later, with values drawn from the choice."""
-
-        def __init__(self):
-            self.running: list[tuple[float, float, dict]] = []
-            self.busy, self.first, self.last, self.n_ended = 0.0, None, 0.0, 0
-
-        def free(self) -> int:
-            return N_WORKERS - len(self.running)
-
-        def submit(self, job: dict) -> None:
-            now = time.monotonic()
-            self.first = self.first or now
-            length = 0.0 if "prepare" in job else SECONDS * random.Random(str(job["choice"])).choice([1.0] * 9 + [1.1])
-            self.running.append((now, now + length, job))
-
-        def events(self, timeout_seconds: float) -> Iterator[Event]:
-            first = min((end for _, end, _ in self.running), default=0)
-            time.sleep(min(max(first - time.monotonic(), 0), timeout_seconds))
-            for begun, end, job in [entry for entry in self.running if entry[1] <= time.monotonic()]:
-                self.running.remove((begun, end, job))
-                if "prepare" in job:
-                    yield Event(job, "prepared", {"sizes": {"train": 100}, "directions": ["minimize", "minimize"]})
-                    continue
-                self.busy, self.last, self.n_ended = self.busy + end - begun, time.monotonic(), self.n_ended + 1
-                write_json(Path(job["trial"]) / "result.json", result_of(job["choice"]))
-                yield Event(job, "done")
-
-        def cancel(self, job: dict) -> None: ...
-
-        def close(self) -> None: ...
-
-    def result_of(choice: dict) -> dict:
-        draw = random.Random(str(sorted(choice.items(), key=str)))
-        n = len(choice["groups"])
-        rewards = {"fid": 30 - n + draw.random(), "memorization": 0.02 * n + 0.1 * draw.random()}
-        return {"state": "COMPLETE", "choice": choice, "rewards": rewards, "seconds": SECONDS, "measured_with": {"figures": 1}}
 
     spent: dict[str, list[tuple[int, float]]] = {"draw, in its own thread": [], "wait for a choice": [], "begin": [], "tell": []}
 
@@ -94,7 +52,7 @@ def searched(folder: Path, server) -> list[dict]:
         "name": "sleep", "storage": server.url, "data": "digits", "space": "sd15-blocks", "rewards": {"confirm": 0},
         "search": {"trials": N_TRIALS, "workers": N_WORKERS},
     }))  # fmt: skip
-    config, executor = load_config(study_file), Sleeping()
+    executor = simulated.Simulated(N_WORKERS, SECONDS)
 
     def n_finished(study: Study, *_) -> int:
         return sum(record.finished for record in study.records())
@@ -103,7 +61,7 @@ def searched(folder: Path, server) -> list[dict]:
     Ahead.take = timed("wait for a choice", Ahead.take, lambda ahead, records: executor.n_ended)
     Study.begin, Study.finish = timed("begin", Study.begin, n_finished), timed("tell", Study.finish, n_finished)
     before = transactions(server)
-    orchestrate.search(config, study_file, study_folder(study_file, "sleep"), executor, lambda event: None, lambda study: None)
+    simulated.search(study_file, executor).close()
     share = executor.busy / (N_WORKERS * (executor.last - executor.first))
     steady = share_while_full(executor, share)
     rows = [

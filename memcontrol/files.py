@@ -12,7 +12,7 @@ from pathlib import Path
 from memcontrol.errors import DiskFull
 
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-NO_SPACE_WORDS = ("No space left", "database or disk is full")  # of the operating system and of SQLite, wrapped by others
+NO_SPACE_WORDS = ("No space left", "File too large", "Disk quota exceeded", "database or disk is full")  # the system's and SQLite's, wrapped by others
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ from memcontrol.study import open_study
 SEARCH = [sys.executable, "-m", "memcontrol.cli", "search"]
 TIME_LIMIT_SECONDS = 45
 OUTAGE_SECONDS = 20
-FAULTS = ("kill worker", "freeze worker", "kill orchestrator", "stop database")
+FAULTS = Counter({"kill worker": 4, "freeze worker": 2, "kill orchestrator": 5, "stop database": 3, "cut connections": 2, "exhaust connections": 1})
 
 
 def study_of(folder: Path, name: str, url: str, trials: int, executor: str = "local", **keys) -> Path:
@@ -125,6 +125,14 @@ class Chaos:
     def stop_database(self) -> None:
         self.server.outage(OUTAGE_SECONDS, "immediate" if self.done["stop database"] % 2 else "fast")
 
+    def cut_connections(self) -> None:
+        self.server.cut_connections()
+
+    def exhaust_connections(self) -> None:
+        """Every place that the server has is taken, and those of the search are gone."""
+        with self.server.exhausted():
+            time.sleep(OUTAGE_SECONDS / 2)
+
 
 def violations(study_file: Path, trials: int, n_kills: int) -> list[str]:
     """What does not hold of what a search left behind; empty if all does."""
@@ -207,14 +215,13 @@ def main() -> int:
     parser.add_argument("--trials", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    faults = Counter(dict(zip(FAULTS, (4, 2, 5, 3))))
     with tempfile.TemporaryDirectory(dir="/tmp") as name:
         folder = Path(name)
         folder.chmod(0o755)
-        found = disturbed_and_not(folder, args.trials, faults, args.seed, lambda line: print(line, flush=True))
+        found = disturbed_and_not(folder, args.trials, FAULTS, args.seed, lambda line: print(line, flush=True))
         if found:
             print((folder / "search.log").read_text()[-3000:])
-    print("\n".join(found) or f"all invariants hold after {sum(faults.values())} faults")
+    print("\n".join(found) or f"all invariants hold after {FAULTS.total()} faults")
     return bool(found)
 
 

@@ -1,5 +1,6 @@
 """A real PostgreSQL server of its own for tests and the chaos suite, over TCP on a free port: started, stopped and restarted at will."""
 
+import contextlib
 import os
 import pwd
 import shutil
@@ -70,12 +71,36 @@ class Postgres:
         time.sleep(seconds)
         self.start()
 
-    def sql(self, *statements):
-        """Rows of the last statement."""
+    def connected(self):
         import psycopg2
 
         connection = psycopg2.connect(self.url.replace("+psycopg2", ""))
         connection.autocommit = True
+        return connection
+
+    def cut_connections(self):
+        """All but the one that asks for it."""
+        self.sql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND backend_type = 'client backend'")
+
+    @contextlib.contextmanager
+    def exhausted(self):
+        """Every connection that the server allows is taken; those of others are cut."""
+        import psycopg2
+
+        self.cut_connections()
+        taken = []
+        with contextlib.suppress(psycopg2.OperationalError):
+            while True:
+                taken.append(self.connected())
+        try:
+            yield
+        finally:
+            for connection in taken:
+                connection.close()
+
+    def sql(self, *statements):
+        """Rows of the last statement."""
+        connection = self.connected()
         with connection.cursor() as cursor:
             for statement in statements:
                 cursor.execute(statement)

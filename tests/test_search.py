@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import resource
 import signal
 import sqlite3
 import subprocess
@@ -217,6 +218,21 @@ def test_ctrl_c_ends_within_seconds_and_says_how_to_go_on(study_file):
     assert "running" not in said and "interrupted (" in said and "the next search goes on with it" in said
     assert process.returncode == 130 and stderr.rstrip().endswith("the same command continues")
     assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize("n_bytes", [150_000, 1_500_000])  # too few for samples; for the rounds of full fine-tuning
+def test_a_full_disk_is_named_and_what_was_done_is_kept(study_file, n_bytes):
+    """A limit on the size of files stands for the disk: what is written beyond it meets the system's own error, in every process."""
+    study = study_file(**FAST)
+
+    def small_files():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, n_bytes))
+
+    done = memcontrol("search", study, check=False, preexec_fn=small_files)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "no space left to write" in done.stderr.splitlines()[-1] and done.stderr.rstrip().endswith("then run the same command again")
+    memcontrol("search", study)
+    assert_sound(trials_of(study), 2)
 
 
 def test_a_swallowed_ctrl_c_ends_the_search_all_the_same():

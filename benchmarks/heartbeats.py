@@ -1,0 +1,144 @@
+"""The chaos suite's faults against plain `study.optimize` with heartbeats and retries, beside MemControl under the same: what is lost,
+what is paid for twice, and what stays behind. Both on a real PostgreSQL, two workers, the same faults in the same order."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+N_TRIALS, SECONDS, SEED = int(os.environ.get("TRIALS", "24")), 6.0, 0
+PATIENCE_SECONDS = 300
+
+
+def run(device: str) -> list[dict]:
+    """Rows, one for each system."""
+    from chaos import FAULTS, Chaos, study_of
+    from postgres import Postgres
+
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        server = Postgres(folder / "pg")
+        try:
+            plain = plain_chaos_of(Chaos)(study_of(folder, "plain", server.url, N_TRIALS), server, N_TRIALS, FAULTS, SEED, print)
+            plain.run()
+            ours = Chaos(study_of(folder, "ours", server.url, N_TRIALS), server, N_TRIALS, FAULTS, SEED, print)
+            ours.run()
+            return [row("study.optimize with heartbeats", plain.counts()), row("memcontrol search", counts_of(ours))]
+        finally:
+            server.stop("immediate")
+
+
+def row(system: str, counts: Counter) -> dict:
+    names = ("finished", "left running", "evaluations begun", "results lost", "paid for twice", "workers crashed", "stuck")
+    return {"system": system, "wanted": N_TRIALS, **{name: counts[name] for name in names}}
+
+
+def plain_chaos_of(chaos: type) -> type:
+    """The chaos suite's plan of faults, carried out on two processes of plain Optuna that a service manager begins again."""
+
+    class Plain(chaos):
+        def begin(self) -> None:
+            self.log_file, self.workers, self.crashes, self.stuck = self.folder.parent / "evaluations.jsonl", [], 0, 0
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            self.log_file.touch()
+
+        def keep_running(self) -> None:
+            if self.search is None:
+                self.begin()
+                self.search = self
+            ended = [worker for worker in self.workers if worker.poll() not in (None, 0)]
+            self.crashes += sum(worker.returncode > 0 for worker in ended)  # not those that were killed
+            self.workers = [worker for worker in self.workers if worker not in ended]
+            while len(self.workers) < 2:
+                command = [sys.executable, "-m", "benchmarks._heartbeat_worker", self.server.url, "plain", self.log_file, str(N_TRIALS), str(SECONDS)]
+                self.workers.append(subprocess.Popen([str(part) for part in command], stdout=self.log, stderr=self.log))
+
+        def until(self, condition) -> None:
+            deadline = time.monotonic() + PATIENCE_SECONDS
+            while not condition():
+                self.keep_running()
+                if time.monotonic() > deadline:
+                    self.stuck = 1
+                    return
+                time.sleep(0.2)
+
+        def poll(self) -> int | None:
+            """Of a search as a whole: 0 when every worker has ended well."""
+            return 0 if all(worker.poll() == 0 for worker in self.workers) else None
+
+        def lines(self, kind: str) -> list[dict]:
+            return [line for line in map(json.loads, self.log_file.read_text().splitlines()) if line["kind"] == kind]
+
+        def n_ended(self) -> int:
+            return len(self.lines("finished")) if self.search else 0
+
+        def busy(self) -> subprocess.Popen:
+            while True:
+                self.keep_running()
+                counts = Counter({line["pid"]: 1 if line["kind"] == "begun" else 0 for line in map(json.loads, self.log_file.read_text().splitlines())})
+                found = [worker for worker in self.workers if worker.poll() is None and counts[worker.pid]]
+                if found:
+                    return found[0]
+                time.sleep(0.05)
+
+        def kill_worker(self) -> None:
+            self.busy().kill()
+
+        def freeze_worker(self) -> None:
+            """Longer than the grace, then woken."""
+            worker = self.busy()
+            worker.send_signal(signal.SIGSTOP)
+            time.sleep(30)
+            worker.send_signal(signal.SIGCONT)
+
+        def kill_orchestrator(self) -> None:
+            """There is none; what dies with ours dies here too: both workers."""
+            for worker in self.workers:
+                worker.kill()
+                worker.wait()
+
+        def counts(self) -> Counter:
+            import optuna
+
+            for worker in self.workers:
+                worker.kill()
+            optuna.logging.set_verbosity(optuna.logging.ERROR)
+            trials = optuna.load_study(study_name="plain", storage=self.server.url).get_trials()
+            told = Counter(json.dumps(trial.params, sort_keys=True) for trial in trials if trial.state.name == "COMPLETE")
+            ended = Counter(json.dumps(line["params"], sort_keys=True) for line in self.lines("finished"))
+            return Counter({
+                "finished": len(told), "left running": sum(trial.state.name == "RUNNING" for trial in trials), "stuck": self.stuck,
+                "evaluations begun": len(self.lines("begun")), "results lost": sum(params not in told for params in ended),
+                "paid for twice": sum(n - 1 for n in ended.values()), "workers crashed": self.crashes,
+            })  # fmt: skip
+
+    return Plain
+
+
+def counts_of(chaos) -> Counter:
+    from memcontrol.attempts import ATTEMPTS, attempts_of
+    from memcontrol.config import load_config
+    from memcontrol.spec import RESULT
+    from memcontrol.study import open_study
+
+    config = load_config(chaos.study)
+    study = open_study(config, chaos.folder, chaos.study, create=False)
+    records = study.records()
+    study.close()
+    runs = [chaos.folder / choice.key for record in records for choice in record.candidates]
+    told = {chaos.folder / choice.key for record in records if record.finished for choice in record.candidates}
+    return Counter({
+        "finished": len(told), "left running": sum(record.state == "RUNNING" for record in records),
+        "evaluations begun": sum(len(attempts_of(run)) for run in runs),
+        "results lost": sum((run / RESULT).exists() and run not in told for run in runs),
+        "paid for twice": sum((run / ATTEMPTS).stat().st_mtime > (run / RESULT).stat().st_mtime for run in runs),  # begun after it had ended
+    })  # fmt: skip

@@ -1,0 +1,96 @@
+"""The search loop over simulated trials: dying at any step loses nothing and repeats nothing."""
+
+import contextlib
+import json
+
+import pytest
+import yaml
+from chaos import front_of
+from simulated import Simulated, search
+
+from memcontrol import orchestrate
+from memcontrol.attempts import attempts_of
+from memcontrol.config import load_config, study_folder
+from memcontrol.spec import RESULT
+from memcontrol.study import Study, open_study
+
+STEPS = {
+    "begin": (Study, "begin"), "keep in memory": (Study, "keep"), "finish": (Study, "finish"), "submit": (Simulated, "submit"),
+    "end of a trial": (Simulated, "ended"), "collect": (orchestrate.Search, "collect"),
+}  # fmt: skip
+STORAGE = ("create_new_trial", "set_trial_user_attr", "set_trial_system_attr", "set_trial_state_values")
+N_SAMPLED = 9  # more than the sampler spreads before it models anything
+
+
+class Dead(BaseException):
+    """What no `except Exception` catches, as kill -9 is what no code catches."""
+
+
+def dying(function, at, when):
+    """The function; its `at`-th call dies before or after it did its work."""
+    calls = iter(range(1, 10_000))
+
+    def call(*args, **keys):
+        now = next(calls) == at
+        if now and when == "before":
+            raise Dead
+        found = function(*args, **keys)
+        if now:
+            raise Dead
+        return found
+
+    return call
+
+
+def study_in(folder, **keys):
+    path = folder / "study.yaml"
+    rewards = {"confirm": 0, "limits": {"memorization": 0.2}}
+    path.write_text(yaml.safe_dump({"name": "s", "data": "digits", "space": "digits", "rewards": rewards, "search": {"trials": N_SAMPLED, "workers": 1, **keys}}))
+    return path
+
+
+def assert_whole(study_file, n_deaths):
+    config = load_config(study_file)
+    folder = study_folder(study_file, config.name)
+    study = open_study(config, folder, study_file, create=False)
+    records, trials = study.records(), study.inner.get_trials()
+    study.close()
+    assert [record.state for record in records] == ["COMPLETE"] * (N_SAMPLED + 3) and [trial.number for trial in trials] == list(range(N_SAMPLED + 3))
+    choices = [choice for record in records for choice in record.candidates]
+    assert len(set(choices)) == len(choices)
+    for record, trial in zip(records, trials):
+        assert record.searched == json.loads((folder / record.choice.key / RESULT).read_text())["rewards"]
+        assert trial.values == list(record.values.values()) and set(trial.constraints) == {"memorization"}
+    attempts = [attempts_of(folder / choice.key) for choice in choices]
+    assert sum(map(len, attempts)) <= len(choices) + n_deaths
+    assert {path.parent.name for path in folder.glob(f"*/{RESULT}")} == {choice.key for choice in choices}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    study = study_in(tmp_path_factory.mktemp("undisturbed"))
+    search(study, Simulated()).close()
+    return front_of(study)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("step", [*STEPS, *STORAGE])
+def test_dying_at_any_step_loses_and_repeats_nothing(step, when, tmp_path, monkeypatch, undisturbed):
+    """Of the searches that are begun over the same study, each dies at a later call; the last one runs to its end."""
+    study, n_deaths = study_in(tmp_path), 0
+    for at in range(3, 16, 3):
+        with monkeypatch.context() as patch, contextlib.suppress(Dead):
+            if step in STEPS:
+                patch.setattr(*STEPS[step], dying(getattr(*STEPS[step]), at, when))
+            else:
+                from optuna.storages._cached_storage import _CachedStorage
+
+                patch.setattr(_CachedStorage, step, dying(getattr(_CachedStorage, step), at, when))
+            search(study, Simulated()).close()
+            break
+        n_deaths += 1
+    else:
+        search(study, Simulated()).close()
+    assert n_deaths
+    assert_whole(study, n_deaths)
+    assert front_of(study) == undisturbed  # with one worker, the same is asked for whatever dies
