@@ -14,7 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-N_TRIALS, SECONDS, SEED = int(os.environ.get("TRIALS", "24")), 6.0, 0
+N_TRIALS, SECONDS, SEED = int(os.environ.get("TRIALS", "32")), 6.0, 0
 PATIENCE_SECONDS = 300
 
 

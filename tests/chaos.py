@@ -56,7 +56,7 @@ class Chaos:
         random.Random(seed).shuffle(self.plan)
         self.started = time.monotonic()
         self.done: Counter = Counter()
-        self.search = None
+        self.search, self.n_late = None, 0
         self.log = open(self.folder.parent.parent / "search.log", "a")
 
     def run(self) -> None:
@@ -88,9 +88,10 @@ class Chaos:
     def n_ended(self) -> int:
         return len(list(self.folder.glob(f"*/{RESULT}")))
 
-    def worker(self) -> psutil.Process:
-        """One at work on a run, told by the attempts in the run folders; never one whose third failure it would be, which ends a run."""
-        while True:
+    def worker(self) -> psutil.Process | None:
+        """One at work on a run, told by the attempts in the run folders; never one whose third failure it would be, which ends a run.
+        None where all work is done."""
+        while self.search.poll() != 0:
             if self.search.poll() is not None:
                 self.begin()
             try:
@@ -105,11 +106,17 @@ class Chaos:
             time.sleep(0.05)
 
     def kill_worker(self) -> None:
-        self.worker().kill()
+        if worker := self.worker():
+            worker.kill()
+        else:
+            self.n_late += 1
 
     def freeze_worker(self) -> None:
         """Stopped past its time limit, then woken: by then it is dead, and wakes nobody."""
         worker = self.worker()
+        if worker is None:
+            self.n_late += 1
+            return
         worker.suspend()
         deadline = time.monotonic() + 2 * TIME_LIMIT_SECONDS
         while worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
@@ -197,6 +204,8 @@ def disturbed_and_not(folder: Path, trials: int, faults: Counter, seed: int, say
         chaos.run()
         n_kills = 2 * faults["kill orchestrator"] + faults["kill worker"] + faults["freeze worker"]  # an orchestrator's two workers go with it
         found = violations(chaos.study, trials, n_kills)
+        if chaos.n_late:
+            found.append(f"{chaos.n_late} faults came when all work was done; give it more trials")
         say(f"{time.monotonic() - chaos.started:5.0f} s: ended; the undisturbed run")
         quiet = study_of(folder, "quiet", server.url, trials)
         subprocess.run([*SEARCH, quiet], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -212,7 +221,7 @@ def disturbed_and_not(folder: Path, trials: int, faults: Counter, seed: int, say
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--trials", type=int, default=24)
+    parser.add_argument("--trials", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir="/tmp") as name:

@@ -1,13 +1,18 @@
-"""docker-compose.yml and the Dockerfile, read: no engine runs here, so what can be told without one is."""
+"""docker-compose.yml and the Dockerfile: read, held against the specification, and their commands run without containers."""
 
+import json
 import re
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import yaml
+from compose_services import COMPOSE, ROOT, Services
+from postgres import Postgres
+from test_database import tool
 
-ROOT = Path(__file__).parent.parent
-COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 SERVICES = COMPOSE["services"]
 
 
@@ -20,6 +25,13 @@ def values(node):
             yield from values(inner)
     else:
         yield str(node)
+
+
+def test_it_keeps_to_the_compose_specification(tmp_path):
+    check = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec"]
+    assert subprocess.run([*check, ROOT / "docker-compose.yml"], capture_output=True).returncode == 0
+    (tmp_path / "wrong.yml").write_text((ROOT / "docker-compose.yml").read_text().replace("start_period", "start_periode"))
+    assert subprocess.run([*check, tmp_path / "wrong.yml"], capture_output=True).returncode == 1
 
 
 def test_the_services_are_those_of_a_search():
@@ -41,8 +53,8 @@ def test_images_are_pinned_and_services_wait_for_health(name):
 
 
 def test_passwords_come_from_the_environment_or_nothing_starts():
-    secrets = [value for value in values(SERVICES) if "PASSWORD" in value]
-    assert len(secrets) == 4 and all(re.fullmatch(r"\$\{\w+_PASSWORD:\?[^}]+\}", value) for value in secrets)
+    secrets = [value for value in values(SERVICES) if "PASSWORD" in value or "TOKEN" in value]
+    assert len(secrets) == 7 and all(re.fullmatch(r"\$\{\w+_(PASSWORD|TOKEN):\?[^}]+\}", value) for value in secrets)
     assert "://" not in " ".join(values(SERVICES))
 
 
@@ -61,3 +73,38 @@ def test_the_first_start_makes_the_roles_with_the_passwords_that_compose_gives()
     assert set(re.findall(r"\$(\w+_PASSWORD)", script)) == set(given) - {"POSTGRES_PASSWORD"}
     mounted = {volume.split(":")[1] for volume in SERVICES["postgres"]["volumes"]}
     assert {"/storage/roles.sql", "/docker-entrypoint-initdb.d/init.sh"} <= mounted and "/storage/roles.sql" in script
+
+
+@pytest.fixture
+def own_folder():
+    """One that PostgreSQL's own user can reach, with a short path: Ray's sockets lie below it."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+def test_its_commands_search_a_study_without_containers(own_folder):
+    """PostgreSQL with the roles of storage/, a Ray head without cores, a worker that joins it, and the orchestrator."""
+    folder = own_folder
+    server = Postgres(folder / "pg")
+    tool(server, "psql", "-v", "owner_password=of the owner", "-v", "reader_password=of the reader", "-f", ROOT / "storage" / "roles.sql")
+    study = folder / "study.yaml"
+    study.write_text(yaml.safe_dump({
+        "name": "composed", "storage": f"postgresql+psycopg2://memcontrol@127.0.0.1:{server.port}/memcontrol",
+        "data": {"path": "digits", "train": 32, "holdout": 64, "test": 64}, "space": "digits", "ray": {"address": "auto"},
+        "inner": {"budget_images": 64, "batch_size": 16, "rounds": 2}, "rewards": {"objectives": ["kid", "memorization"], "n_samples": 32, "sampling_steps": 2, "confirm": 0},
+        "search": {"trials": 1, "executor": "ray", "workers": 2},
+    }))  # fmt: skip
+    services = Services(folder, {"OWNER_PASSWORD": "of the owner", "STUDY": "study.yaml"})
+    try:
+        services.start("ray-head")
+        services.until_healthy("ray-head")
+        services.start("worker")
+        services.until_joined(2)
+        services.start("orchestrator")
+        assert services.running["orchestrator"].wait(timeout=300) == 0, (folder / "services.log").read_text()[-3000:]
+        found = tool(server, "psql", "-At", "-c", "SELECT state, count(*) FROM trials GROUP BY state", database="memcontrol").stdout
+    finally:
+        services.close()
+        server.stop("immediate")
+    assert found == "COMPLETE|4\n" and {json.loads(path.read_text())["state"] for path in folder.glob("runs/composed/*/result.json")} == {"COMPLETE"}

@@ -1,6 +1,7 @@
-"""A search on Ray's three nodes and one on Slurm's two, a node killed in the middle of each; then the invariants of the chaos suite.
+"""A search on Ray's three nodes and one on Slurm's two, a node killed in the middle of each, and one by the services of
+docker-compose.yml, whose Ray head is killed; then the invariants of the chaos suite.
 
-`python tests/nightly/cluster_searches.py [ray] [slurm]`; Slurm needs Debian's slurm-wlm and munge, and root.
+`python tests/nightly/cluster_searches.py [ray] [slurm] [compose]`; Slurm needs Debian's slurm-wlm and munge, and root.
 """
 
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from chaos import SEARCH, study_of, violations
+from compose_services import Services
 from postgres import Postgres
 
 from memcontrol.config import load_config, study_folder
@@ -63,8 +65,33 @@ def on_slurm(folder: Path, server: Postgres) -> list[str]:
     return violations(study, TRIALS, 2)
 
 
+def on_compose(folder: Path, server: Postgres) -> list[str]:
+    """The services of docker-compose.yml; Ray's head is killed, and what ends of it is begun again by the restart policies."""
+    study = study_of(folder, "composed", server.url, 3 * TRIALS, "ray", ray={"address": "auto"})
+    services = Services(folder, {"STUDY": study.name, "OWNER_PASSWORD": ""})
+    try:
+        services.start("ray-head")
+        services.until_healthy("ray-head")
+        services.start("worker")
+        services.until_joined(2)
+        services.start("orchestrator")
+        until_ended(study, 3, services.running["orchestrator"])
+        print("three runs have ended: killing Ray's head", flush=True)
+        services.kill("ray-head")
+        deadline = time.monotonic() + 900
+        while services.running["orchestrator"].poll() != 0:
+            services.keep_running()
+            assert time.monotonic() < deadline, "the search does not end"
+            time.sleep(1)
+        said = (folder / "services.log").read_text().splitlines()
+        print(*[line for line in said if line.startswith("memcontrol:")], sep="\n", flush=True)
+    finally:
+        services.close()
+    return violations(study, 3 * TRIALS, 4)
+
+
 def main() -> int:
-    wanted = sys.argv[1:] or ["ray", "slurm"]
+    wanted = sys.argv[1:] or ["ray", "slurm", "compose"]
     bad = 0
     for name in wanted:
         with tempfile.TemporaryDirectory(dir="/tmp") as place:
@@ -72,7 +99,7 @@ def main() -> int:
             folder.chmod(0o755)
             server = Postgres(folder / "pg")
             try:
-                found = {"ray": on_ray, "slurm": on_slurm}[name](folder, server)
+                found = {"ray": on_ray, "slurm": on_slurm, "compose": on_compose}[name](folder, server)
             except AssertionError as error:
                 found = [str(error), (folder / "search.log").read_text()[-3000:]]
             finally:
