@@ -38,8 +38,8 @@ def run(device: str) -> list[dict]:
 
 
 def row(system: str, counts: Counter) -> dict:
-    names = ("finished", "left running", "evaluations begun", "results lost", "paid for twice", "workers crashed", "stuck")
-    return {"system": system, "wanted": N_TRIALS, **{name: counts[name] for name in names}}
+    names = ("wanted", "finished", "left running", "evaluations begun", "results lost", "paid for twice", "workers crashed", "stuck")
+    return {"system": system, **{name: counts[name] for name in names}}
 
 
 def plain_chaos_of(chaos: type) -> type:
@@ -116,7 +116,7 @@ def plain_chaos_of(chaos: type) -> type:
             told = Counter(json.dumps(trial.params, sort_keys=True) for trial in trials if trial.state.name == "COMPLETE")
             ended = Counter(json.dumps(line["params"], sort_keys=True) for line in self.lines("finished"))
             return Counter({
-                "finished": len(told), "left running": sum(trial.state.name == "RUNNING" for trial in trials), "stuck": self.stuck,
+                "wanted": N_TRIALS, "finished": len(told), "left running": sum(trial.state.name == "RUNNING" for trial in trials), "stuck": self.stuck,
                 "evaluations begun": len(self.lines("begun")), "results lost": sum(params not in told for params in ended),
                 "paid for twice": sum(n - 1 for n in ended.values()), "workers crashed": self.crashes,
             })  # fmt: skip
@@ -137,7 +137,7 @@ def counts_of(chaos) -> Counter:
     runs = [chaos.folder / choice.key for record in records for choice in record.candidates]
     told = {chaos.folder / choice.key for record in records if record.finished for choice in record.candidates}
     return Counter({
-        "finished": len(told), "left running": sum(record.state == "RUNNING" for record in records),
+        "wanted": len(runs), "finished": len(told), "left running": sum(record.state == "RUNNING" for record in records),
         "evaluations begun": sum(len(attempts_of(run)) for run in runs),
         "results lost": sum((run / RESULT).exists() and run not in told for run in runs),
         "paid for twice": sum((run / ATTEMPTS).stat().st_mtime > (run / RESULT).stat().st_mtime for run in runs),  # begun after it had ended

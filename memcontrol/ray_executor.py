@@ -144,5 +144,8 @@ def connected(settings: RayConfig):
             ray.init(address=settings.address, namespace="memcontrol", log_to_driver=False, logging_level="error", **local)
         except (OSError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise MemControlError(f"ray.address is {settings.address}: {reason}; start a cluster with `ray start --head`, or leave the address out") from None
+            raise MemControlError(
+                f"ray.address is {settings.address}: {reason}; start a cluster with `ray start --head` (where it asks for a token, which new "
+                "versions do, set RAY_AUTH_MODE=token and share the token: `ray get-auth-token`), or leave the address out"
+            ) from None
     return ray
