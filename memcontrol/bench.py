@@ -104,13 +104,13 @@ class Bench:
         name = f"features-{images.digest}-{hashlib.sha256(network.id.encode()).hexdigest()[:16]}"
         return self.once(("views", name), lambda: stored_views(cache / f"{name}.safetensors", lambda: views_of(images.pixels(), network.extract)))
 
-    def team(self, folder: Path, spec: Spec) -> Team:
+    def team(self, folder: Path, spec: Spec, rung: float | None = None) -> Team:
         """This process and its helpers, which are told to train their shards of the trial."""
         size = min(spec.config.search.processes, spec.config.inner.ensemble.shards)
         helpers = [self.helper(rank) for rank in range(1, size)]
         for rank, process in enumerate(helpers, start=1):
             with contextlib.suppress(BrokenPipeError):  # it died: rank 0 trains its shards
-                process.stdin.write(json.dumps({"help": str(folder), "rank": rank, "size": size}) + "\n")
+                process.stdin.write(json.dumps({"help": str(folder), "rank": rank, "size": size, "rung": rung}) + "\n")
                 process.stdin.flush()
         return Team(0, size, lambda rank: rank == 0 or helpers[rank - 1].poll() is None)
 

@@ -146,8 +146,8 @@ def warn_of_full(picked, screen) -> None:
 def run_status(args: argparse.Namespace) -> int:
     from memcontrol.display import said_of, study_table
     from memcontrol.orchestrate import is_searching
-    from memcontrol.watch import pace, runs_of, said_of_run
     from memcontrol.space import load_space
+    from memcontrol.watch import pace, runs_of, said_of_run
 
     study, folder = opened(args.study)
     records, n_groups, searching = study.records(), len(load_space(study.config.space).groups), is_searching(folder)

@@ -201,6 +201,25 @@ class RewardsConfig(Strict):
         return {name: objective for name, objective in zip(self.names, self.objectives) if ":" in objective}
 
 
+def as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+class EarlyStopping(Strict):
+    """At each rung, a share of a trial's budget, both rewards are measured on few samples; a trial that many others beat stops."""
+
+    rungs: Annotated[tuple[Share, ...], BeforeValidator(as_tuple)] = (0.25, 0.5)
+    n_samples: Count = 64
+    beaten_by: Share = 0.2  # of the trials that came to the rung, in every objective, beyond error
+    min_peers: Count = 5
+
+    @model_validator(mode="after")
+    def rising(self) -> EarlyStopping:
+        if list(self.rungs) != sorted(set(self.rungs)):
+            raise ValueError(f"search.early_stopping.rungs is {list(self.rungs)}; give rising shares of the budget, such as [0.25, 0.5]")
+        return self
+
+
 class SearchConfig(Strict):
     """The outer loop: how many sampled trials beside the three anchors, how many at a time, and the study's seed."""
 
@@ -208,8 +227,9 @@ class SearchConfig(Strict):
     workers: Count = 2
     processes: Count = 1  # that train the shards of one trial side by side, a GPU each
     seed: int = 0
-    sampler: Literal["tpe", "random"] = "tpe"
+    sampler: Literal["auto", "gp", "tpe", "nsga2", "random"] = "auto"
     executor: Literal["inline", "local", "ray", "slurm"] = "local"
+    early_stopping: EarlyStopping | None = None
     time_limit_minutes: Annotated[float, Field(gt=0)] | None = None  # of one attempt at a trial
     accumulate_on_oom: bool = True  # a trial that runs out of GPU memory goes on once with half the images in a forward
     train_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0

@@ -18,6 +18,7 @@ from memcontrol.executors import ENDS, Event
 from memcontrol.figures import FIGURES, MINIMIZE, direction_of, written
 from memcontrol.pick import front_of, ties_of
 from memcontrol.space import EVERYTHING, Choice
+from memcontrol.spec import RESULT
 from memcontrol.study import Record, Study
 
 INTERVAL_SECONDS = 0.5
@@ -91,14 +92,15 @@ class Display:
             self.running[name] = (said, 0.8 * share if training else share if confirming else 0.8 + 0.15 * share)
         elif event.kind in ENDS and name:
             self.running.pop(name, None)
+            goes_on = event.job.get("rung") and not (Path(event.job["trial"]) / RESULT).exists()
             if not self.live:
                 minutes = (time.monotonic() - self.started) / 60
                 said = said_of(Choice.from_dict(event.job["choice"]), self.n_groups)
-                end = "measured again" if "confirm" in event.job else "run ended"
+                end = "measured again" if "confirm" in event.job else f"measured at {event.job['rung']:.0%} of its budget" if goes_on else "run ended"
                 self.console.print(f"{minutes:.1f} min: {said}: {end}", highlight=False, soft_wrap=True)
-            if "trial" in event.job:
+            if "trial" in event.job and not goes_on:
                 self.done[event.job.get("number", -1)] += 1
-            if "trial" in event.job and event.job["choice"]["method"] != "none":  # it trains nothing and would make the rest look short
+            if "trial" in event.job and not goes_on and event.job["choice"]["method"] != "none":  # it trains nothing and would make the rest look short
                 self.lengths.append(time.monotonic() - self.begun_at.pop(name, time.monotonic()))
         self.refresh()
 

@@ -13,7 +13,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -45,6 +45,7 @@ class TrainLog:
     first_loss: float = math.nan
     last_loss: float = math.nan
     record: dict = field(default_factory=dict)
+    paused: bool = False  # at the end of a round, with more to come
 
 
 @dataclass(frozen=True)
@@ -73,11 +74,28 @@ class Stored:
     records: list[dict]
 
 
+def averages_after(inner: InnerConfig, number: int) -> bool:
+    """IET-AGC averages after each round; with alternate redistribution the odd rounds (from 1) exchange images instead."""
+    if inner.ensemble.shards == 1:
+        return False
+    rule = inner.redistribution
+    return number == inner.rounds - 1 or rule is None or rule.rounds == "every" or (number + 1) % 2 == 0
+
+
+def rounds_of(rung: float, inner: InnerConfig) -> int:
+    """How many rounds it takes to a rung, a share of the budget: to the end of the first round that reaches it and leaves one model."""
+    number = math.ceil(rung * inner.rounds) - 1
+    while inner.ensemble.shards > 1 and not averages_after(inner, number):
+        number += 1
+    return number + 1
+
+
 def train(
     base: Base, adapter: Adapter, material: Material, inner: InnerConfig, *,
-    seed: int, folder: Path, identity: str = "", progress: Progress, team: Team = Team(),
+    seed: int, folder: Path, identity: str = "", progress: Progress, team: Team = Team(), n_rounds: int | None = None,
 ) -> TrainLog:  # fmt: skip
-    """Trains the adapter for inner.budget_steps steps in all, in inner.rounds rounds over inner.ensemble.shards shards.
+    """Trains the adapter for inner.budget_steps steps in all, in inner.rounds rounds over inner.ensemble.shards shards; pauses
+    after the first `n_rounds` of them where that is given.
 
     Goes on from the last round in `folder` if that was begun with the same `identity` (whatever else the numbers depend on).
     Raises Diverged where a loss is not finite, MemControlError.
@@ -86,7 +104,7 @@ def train(
         return TrainLog()
     plan = hashlib.sha256(f"{identity} {seed} {inner.model_dump_json()}".encode()).hexdigest()
     begin(folder, plan, team)
-    return Rounds(base, adapter, material, inner, seed, folder, progress, team).run()
+    return Rounds(base, adapter, material, inner, seed, folder, progress, team).run(n_rounds or inner.rounds)
 
 
 def begin(folder: Path, plan: str, team: Team) -> None:
@@ -115,11 +133,11 @@ class Rounds:
     def gap(self) -> float:
         return loss_gap(self.base, self.material.data, self.material.holdout(), self.seed)
 
-    def run(self) -> TrainLog:
-        last = self.n_rounds - 1
+    def run(self, n_rounds: int) -> TrainLog:
+        last, stopped = n_rounds - 1, False
         if self.inner.stop_gap and self.team.rank == 0 and not (self.folder / "start.json").exists():
             write_json(self.folder / "start.json", self.gap())  # two sets of images differ a little before anything is learned
-        for number in range(self.first_open(), self.n_rounds):
+        for number in range(self.first_open(), n_rounds):
             for shard in range(self.n_shards):
                 if self.team.owns(shard) and not self.shard_file(number, shard).exists():
                     self.train_shard(number, shard)
@@ -127,10 +145,10 @@ class Rounds:
             if self.team.rank == 0:
                 self.close(number)
             if self.wait_for(self.end_file(number))["stopped"]:
-                last = number
+                last, stopped = number, True
                 break
         self.take(last)
-        return self.log(last)
+        return replace(self.log(last), paused=not stopped and last < self.n_rounds - 1)
 
     def shard_file(self, number: int, shard: int) -> Path:
         return self.folder / f"{number:04}-{shard:02}.safetensors"
@@ -147,11 +165,7 @@ class Rounds:
         return 0 if not done else done[-1] if read_json(self.end_file(done[-1]))["stopped"] else done[-1] + 1
 
     def averages(self, number: int) -> bool:
-        """IET-AGC averages after each round; with alternate redistribution the odd rounds (from 1) exchange images instead."""
-        if self.n_shards == 1:
-            return False
-        rule = self.inner.redistribution
-        return number == self.n_rounds - 1 or rule is None or rule.rounds == "every" or (number + 1) % 2 == 0
+        return averages_after(self.inner, number)
 
     def exchanges(self, number: int) -> bool:
         rule = self.inner.redistribution

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -18,7 +19,8 @@ from memcontrol.jobs import Jobs, Show
 from memcontrol.pick import to_confirm
 from memcontrol.sampling import Ahead, Sampler
 from memcontrol.space import Choice, SearchSpace, load_space
-from memcontrol.spec import CONFIRMED, RESULT, Spec
+from memcontrol.spec import CONFIRMED, RESULT, ROUNDS, Spec
+from memcontrol.stopping import Stops, judgements
 from memcontrol.study import Record, Study, is_searched, open_study, storage_url
 
 HOLDER = "search.holder.json"
@@ -96,6 +98,11 @@ def prepared(config: Config, folder: Path, jobs: Jobs) -> dict:
     return end.detail
 
 
+def is_judged(record: Record) -> bool:
+    """Anchors are what others are compared with, and never stop."""
+    return record.anchor is None and record.choice is not None
+
+
 class Search:
     """The state of one running search."""
 
@@ -107,6 +114,7 @@ class Search:
         self.waiting: deque[tuple[int, Choice]] = deque()
         search, n_objectives = config.search, len(config.rewards.objectives)
         self.ahead = Ahead(Sampler(self.space, search.seed, n_objectives, study.limits, search.sampler))
+        self.stops = Stops(config, study.objectives, {record.number: self.run_folder(record.choice) for record in study.records() if is_judged(record)})
         self.exhausted = False
         self.n_failures = 0
 
@@ -131,10 +139,7 @@ class Search:
     def admit(self, number: int, candidates: tuple[Choice, ...]) -> None:
         self.open[number] = Open(number, candidates)
         for choice in candidates:
-            if (self.run_folder(choice) / RESULT).exists():
-                self.collect(number, choice)
-            else:
-                self.waiting.append((number, choice))
+            self.advance(number, choice)
 
     def fill(self) -> bool:
         """Gives every free place a job, sampling new choices as needed. Whether anything is left to wait for."""
@@ -142,8 +147,8 @@ class Search:
             if not self.waiting and not self.sample():
                 break
             number, choice = self.waiting.popleft()
-            spec = Spec(self.config, self.space, choice, self.folder, "search", "holdout", self.n_train)
-            self.jobs.add({**spec.as_job(self.run_folder(choice)), "number": number})
+            spec, run = Spec(self.config, self.space, choice, self.folder, "search", "holdout", self.n_train), self.run_folder(choice)
+            self.jobs.add({**spec.as_job(run), "number": number, "rung": self.stops.next_rung(number, run)})
         if not self.waiting:
             with contextlib.suppress(SpaceExhausted):
                 self.ahead.prepare(self.study.records(), min(self.n_left(), max(1, len(self.open) // CROWD)))
@@ -164,7 +169,9 @@ class Search:
             self.show(Event({}, "warning", {"text": str(error)}))
             self.exhausted = True
             return False
-        self.admit(self.study.begin([choice], self.space), (choice,))
+        number = self.study.begin([choice], self.space)
+        self.stops.runs[number] = self.run_folder(choice)
+        self.admit(number, (choice,))
         return bool(self.waiting)
 
     def ended(self, event: Event) -> None:
@@ -172,7 +179,21 @@ class Search:
         if event.kind == "given up" and not (folder / RESULT).exists():
             said = {"reason": f"{len(failures_of(folder))} attempts failed, the last: {event.detail['reason']}", "traceback": event.detail.get("traceback")}
             write_json(folder / RESULT, {"state": "FAIL", "choice": choice.as_dict(), **said})
-        self.collect(event.job["number"], choice)
+        self.advance(event.job["number"], choice)
+
+    def advance(self, number: int, choice: Choice) -> None:
+        """Takes in what a choice's folder holds: a result, or a rung where it is judged; one that goes on waits for a place, before all
+        that have not begun."""
+        run = self.run_folder(choice)
+        if not (run / RESULT).exists() and not self.stops.goes_on(number, run):
+            write_json(run / RESULT, {"state": "PRUNED", "choice": choice.as_dict(), **self.stops.said(run)})
+            shutil.rmtree(run / ROUNDS, ignore_errors=True)
+        if (run / RESULT).exists():
+            self.collect(number, choice)
+        elif judgements(run):
+            self.waiting.appendleft((number, choice))
+        else:
+            self.waiting.append((number, choice))
 
     def collect(self, number: int, choice: Choice) -> None:
         """Takes a result in; when all of a trial's candidates have one, the study records its end."""

@@ -13,14 +13,15 @@ import torch
 
 from memcontrol.adapters import Adapter, inject
 from memcontrol.bench import Bench
-from memcontrol.ensemble import Team, TrainLog, train
+from memcontrol.ensemble import Team, TrainLog, rounds_of, train
 from memcontrol.evidence import flat, pooled_scores
 from memcontrol.files import read_json, write_json
+from memcontrol.models import Base
 from memcontrol.probe import probe_rewards
 from memcontrol.scoring import figures_of, measured_with, sample, save_contributions, save_samples
-from memcontrol.spec import CONFIRMED, CONTRIBUTIONS, RESULT, SAMPLES, TRAINING, Spec, read_spec
-
-ROUNDS = "rounds"  # the trial's checkpoints, until its result is there
+from memcontrol.spec import CONFIRMED, CONTRIBUTIONS, RESULT, ROUNDS, SAMPLES, TRAINING, Spec, read_spec
+from memcontrol.stopping import rung_file, rungs_of
+from memcontrol.train import Material
 
 
 def chosen_adapter(denoiser: torch.nn.Module, spec: Spec) -> Adapter:
@@ -31,21 +32,22 @@ def chosen_adapter(denoiser: torch.nn.Module, spec: Spec) -> Adapter:
     )  # fmt: skip
 
 
-def trial(folder: Path, bench: Bench, progress: Callable[..., None]) -> dict:
-    """Fine-tunes, samples and scores what the folder's spec.json says, and writes result.json last. Returns the result.
+def trial(folder: Path, bench: Bench, progress: Callable[..., None], rung: float | None = None) -> dict:
+    """Fine-tunes, samples and scores what the folder's spec.json says, and writes result.json last. Returns the result. To a rung, a share
+    of the budget, it fine-tunes that far, measures a few samples and writes the rung's file.
 
     Where the GPU's memory does not suffice and the study allows it, goes on once with half the images in a forward: gradients
     accumulate to the same batch.
     """
     spec = read_spec(folder)
     try:
-        return fine_tuned(folder, spec, bench, progress)
+        return fine_tuned(folder, spec, bench, progress, rung)
     except torch.OutOfMemoryError:
         smaller = with_smaller_forward(spec)
         if smaller is None:
             raise
     torch.cuda.empty_cache()
-    return fine_tuned(folder, smaller, bench, progress)
+    return fine_tuned(folder, smaller, bench, progress, rung)
 
 
 def with_smaller_forward(spec: Spec) -> Spec | None:
@@ -57,13 +59,18 @@ def with_smaller_forward(spec: Spec) -> Spec | None:
     return replace(spec, config=spec.config.model_copy(update={"inner": inner.model_copy(update={"micro_batch_size": size})}))
 
 
-def fine_tuned(folder: Path, spec: Spec, bench: Bench, progress: Callable[..., None]) -> dict:
+def fine_tuned(folder: Path, spec: Spec, bench: Bench, progress: Callable[..., None], rung: float | None) -> dict:
     started = time.monotonic()
     base, material = bench.base(spec.config), bench.material(spec)
     costs = bench.cost(spec, material.data)
     adapter = chosen_adapter(base.denoiser, spec)
     try:
-        log = fine_tune(folder, spec, bench, adapter, lambda done, total, **said: progress("train", done, total, **said))
+        log = fine_tune(folder, spec, bench, adapter, lambda done, total, **said: progress("train", done, total, **said), rung=rung)
+        if log.paused:
+            figures = at_rung(folder / rung_file(rung), base, material, spec, bench, progress)
+            found = {"rung": rung, "n_steps": log.n_steps, "rewards": flat(figures), "seconds": round(time.monotonic() - started, 2)}
+            write_json(folder / rung_file(rung), found)
+            return found
         n_trained, n_all = adapter.n_trained(), sum(parameter.numel() for parameter in base.denoiser.parameters())
         adapter.save(folder, spec.description())
         probes = probe_rewards(base, material.data, bench.unseen(spec, spec.reference), spec.sampling_seed)
@@ -76,7 +83,7 @@ def fine_tuned(folder: Path, spec: Spec, bench: Bench, progress: Callable[..., N
         "state": "COMPLETE", "choice": spec.choice.as_dict(),
         "rewards": flat(figures | probes) | {"trained_fraction": n_trained / n_all} | costs, "n_trained": n_trained,
         "n_steps": log.n_steps, "images_seen": log.images_seen, "first_loss": finite(log.first_loss), "last_loss": finite(log.last_loss),
-        "reference": spec.reference, "measured_with": measured_with(spec, bench),
+        "rungs": rungs_of(folder, spec.config), "reference": spec.reference, "measured_with": measured_with(spec, bench),
         "micro_batch_size": spec.config.inner.micro_batch_size, "n_samples": len(samples["images"]),
         "seconds": round(time.monotonic() - started, 2), "scoring_seconds": round(time.monotonic() - trained_at, 2),
     }  # fmt: skip
@@ -84,6 +91,16 @@ def fine_tuned(folder: Path, spec: Spec, bench: Bench, progress: Callable[..., N
     write_json(folder / TRAINING, training_record(log, spec, bench))
     write_json(folder / RESULT, result)
     return result
+
+
+def at_rung(path: Path, base: Base, material: Material, spec: Spec, bench: Bench, progress: Callable[..., None]) -> dict[str, float]:
+    """The figures of few samples, of the prompts and noise that all trials have in common; what each adds goes beside the rung's file."""
+    rewards = spec.config.rewards.model_copy(update={"n_samples": spec.config.search.early_stopping.n_samples, "extraction": None})
+    few = replace(spec, config=spec.config.model_copy(update={"rewards": rewards}))
+    samples = sample(base, material, few, lambda done, total: progress("rung", done, total))
+    figures = figures_of(samples, few, bench)
+    save_contributions(path.with_suffix(".npz"), figures, samples["rows"])
+    return figures
 
 
 def confirm(folder: Path, bench: Bench, progress: Callable[..., None]) -> dict:
@@ -107,27 +124,28 @@ def confirm(folder: Path, bench: Bench, progress: Callable[..., None]) -> dict:
     return found
 
 
-def fine_tune(folder: Path, spec: Spec, bench: Bench, adapter: Adapter, progress: Callable[..., None], team: Team | None = None) -> TrainLog:
-    """Trains the injected adapter, its rounds kept in the trial's folder; alone, or with the other processes of a team."""
+def fine_tune(folder: Path, spec: Spec, bench: Bench, adapter: Adapter, progress: Callable[..., None], team: Team | None = None, rung: float | None = None) -> TrainLog:
+    """Trains the injected adapter, its rounds kept in the trial's folder; alone, or with the other processes of a team; to the end or to
+    a rung."""
     base, identity = bench.base(spec.config), f"{spec.config.base} {spec.choice} {spec.space} {bench.train_images(spec).digest}"
     if spec.config.inner.gradient_checkpointing:
         base.denoiser.enable_gradient_checkpointing()
     try:
         return train(
             base, adapter, bench.material(spec), spec.config.inner, seed=spec.seed, folder=folder / ROUNDS, identity=identity,
-            progress=progress, team=team or bench.team(folder, spec),
+            progress=progress, team=team or bench.team(folder, spec, rung), n_rounds=rounds_of(rung, spec.config.inner) if rung else None,
         )  # fmt: skip
     except BaseException:
         bench.close()  # helpers would wait for ever for the end of a round that never comes, and for the next trial with it
         raise
 
 
-def help_train(folder: Path, rank: int, size: int, bench: Bench) -> None:
+def help_train(folder: Path, rank: int, size: int, bench: Bench, rung: float | None) -> None:
     """Trains this rank's shards of a trial that another process leads."""
     spec = read_spec(folder)
     adapter = chosen_adapter(bench.base(spec.config).denoiser, spec)
     try:
-        fine_tune(folder, spec, bench, adapter, lambda *_, **said: None, Team(rank, size))
+        fine_tune(folder, spec, bench, adapter, lambda *_, **said: None, Team(rank, size), rung)
     finally:
         adapter.remove()
 

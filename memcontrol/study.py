@@ -42,6 +42,7 @@ class Record:
     objectives: dict[str, str] = field(default_factory=dict)  # name to direction
     searched: dict[str, float] = field(default_factory=dict)  # rewards as the search measured them
     confirmed: dict[str, float] = field(default_factory=dict)  # and over fresh draws, for trials on the front
+    rungs: tuple[dict, ...] = ()  # what was measured on the way: rung, rewards
     reason: str = ""
     seconds: float = 0.0
     begun: str = ""  # local time, as ISO 8601
@@ -176,7 +177,7 @@ class Study:
             self.check_measured(result)
         values = [[result["rewards"][name] for name in objectives] for result in complete]
         best = complete[knee([oriented(point, self.directions) for point in values])] if complete else results[0]
-        told = {"result": {key: best[key] for key in ("choice", "rewards", "reason", "seconds") if key in best}}
+        told = {"result": {key: best[key] for key in ("choice", "rewards", "reason", "seconds", "rungs") if key in best}}
         if len(results) > 1:
             told["tried"] = [{k: r.get(k) for k in ("choice", "state", "rewards", "reason")} for r in results]
         trial_id, state, tried = self.ids[number], TrialState.COMPLETE if complete else TrialState[best["state"]], False
@@ -322,8 +323,9 @@ def record_of(trial: optuna.trial.FrozenTrial, objectives: dict[str, str], confi
 def with_result(record: Record, result: dict) -> Record:
     choice = Choice.from_dict(result["choice"]) if "choice" in result else record.choice
     return replace(
-        record, choice=choice, searched=result.get("rewards", {}), reason=result.get("reason", ""), seconds=result.get("seconds", 0.0)
-    )
+        record, choice=choice, searched=result.get("rewards", {}), rungs=tuple(result.get("rungs", ())), reason=result.get("reason", ""),
+        seconds=result.get("seconds", 0.0),
+    )  # fmt: skip
 
 
 def iso(when) -> str:

@@ -26,13 +26,13 @@ Say = Callable[[dict], None]
 
 
 def run_job(job: dict, bench, say: Say) -> None:
-    """One job: {"prepare": folder, "config": ...}, {"trial": folder}, {"confirm": folder}, or {"help": folder, "rank": ..., "size":
-    ...}, a share of another process's trial. Says progress, then exactly one end: prepared, done, failed (an attempt that may be
+    """One job: {"prepare": folder, "config": ...}, {"trial": folder, "rung": share or none}, {"confirm": folder}, or {"help": folder, "rank": ..., "size":
+    ..., "rung": ...}, a share of another process's trial. Says progress, then exactly one end: prepared, done, failed (an attempt that may be
     tried again, with its traceback) or stop (what only the user can mend)."""
     if "help" in job:  # what goes wrong here ends the process, and the one that leads the trial meets it itself
         from memcontrol.run import help_train
 
-        return help_train(Path(job["help"]), job["rank"], job["size"], bench)
+        return help_train(Path(job["help"]), job["rank"], job["size"], bench, job["rung"])
     try:
         if "prepare" in job:
             from memcontrol.prepare import prepare
@@ -41,7 +41,7 @@ def run_job(job: dict, bench, say: Say) -> None:
         elif "confirm" in job:
             run_confirm(Path(job["confirm"]), bench, say)
         else:
-            run_trial(Path(job["trial"]), bench, say)
+            run_trial(Path(job["trial"]), bench, say, job.get("rung"))
     except MemControlError as error:
         say({"event": "stop", "reason": str(error)})
     except Superseded as error:
@@ -73,18 +73,21 @@ def run_confirm(folder: Path, bench, say: Say) -> None:
     say({"event": "done"})
 
 
-def run_trial(folder: Path, bench, say: Say) -> None:
-    """One attempt at a trial, in a folder that it takes over. One that diverges is pruned: its choice, not its process, is at fault."""
-    from memcontrol.run import RESULT, ROUNDS, read_spec, trial
+def run_trial(folder: Path, bench, say: Say, rung: float | None) -> None:
+    """One attempt at a trial, or at its way to a rung, in a folder that it takes over. One that diverges is pruned: its choice, not its
+    process, is at fault."""
+    from memcontrol.run import trial
+    from memcontrol.spec import RESULT, ROUNDS, read_spec
 
     attempt = begin_attempt(folder)
     try:
-        trial(folder, bench, progress_said(say, attempt.progress))
+        trial(folder, bench, progress_said(say, attempt.progress), rung)
     except Diverged as error:
         attempt.check()
         write_json(folder / RESULT, {"state": "PRUNED", "choice": read_spec(folder).choice.as_dict(), "reason": str(error)})
     attempt.check()
-    shutil.rmtree(folder / ROUNDS, ignore_errors=True)  # its result is there: nothing will go on from the rounds
+    if (folder / RESULT).exists():
+        shutil.rmtree(folder / ROUNDS, ignore_errors=True)  # nothing will go on from the rounds
     say({"event": "done"})
 
 

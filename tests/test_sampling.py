@@ -110,7 +110,7 @@ class Slow:
     def __init__(self):
         self.let, self.seen = threading.Semaphore(0), []
 
-    def prepared(self, records):
+    def prepared(self, records, hurried):
         self.seen.append([record.number for record in records])
 
         def draw():
