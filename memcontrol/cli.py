@@ -40,7 +40,11 @@ def parser() -> argparse.ArgumentParser:
     search.add_argument("--executor", choices=("inline", "local", "ray", "slurm"), help="where trials run")
     search.add_argument("--dry-run", action="store_true", help="print the resolved config and stop")
 
-    for name, run, text in (("status", commands.run_status, "list all trials with their state"), ("front", commands.run_front, "list the Pareto front")):
+    readers = {
+        "status": (commands.run_status, "list all trials with their state"), "front": (commands.run_front, "list the Pareto front"),
+        "importance": (commands.run_importance, "which groups drive which reward, with error"),
+    }  # fmt: skip
+    for name, (run, text) in readers.items():
         added = command(name, run, text)
         added.add_argument("study", type=Path, metavar="STUDY.yaml", help=STUDY_HELP)
         added.add_argument("--json", action="store_true", help="one JSON document on stdout")

@@ -158,6 +158,8 @@ def run_status(args: argparse.Namespace) -> int:
     said = {"COMPLETE": "complete", "RUNNING": "running" if searching else "interrupted", "PRUNED": "pruned", "FAIL": "failed"}
     for state, word in said.items():
         sys.stdout.write(f"{word}: {sum(record.state == state for record in records)}\n")
+    if line := hypervolume_line(study):
+        sys.stdout.write(line)
     if searching:
         sys.stdout.write(pace(records, config_of(args.study)))
     for record in records:
@@ -169,6 +171,33 @@ def run_status(args: argparse.Namespace) -> int:
             for choice, run in zip(record.candidates, runs[record.number]):
                 sys.stdout.write(f"  {said_of(choice, n_groups)}: {said_of_run(run)}\n")
     printed(study_table(records, n_groups, f"{study.config.name}: finished trials"))
+    return 0
+
+
+def hypervolume_line(study) -> str:
+    """Empty before the anchors have ended, whose worst values it is measured from."""
+    from memcontrol.growth import grown, reference_of
+
+    records = study.records()
+    reference = study.attributes.get("reference") or reference_of(records)
+    if reference is None:
+        return ""
+    found, signs = grown(records, reference), {name: -1 if direction == "maximize" else 1 for name, direction in study.objectives.items()}
+    point = ", ".join(f"{name} {sign * value:.4g}" for (name, sign), value in zip(signs.items(), reference))
+    return f"hypervolume: {found:.4g} ± {found.error:.2g}, from {point}\n"
+
+
+def run_importance(args: argparse.Namespace) -> int:
+    from memcontrol.display import importance_table
+    from memcontrol.importance import importance
+    from memcontrol.space import load_space
+
+    study, _ = opened(args.study)
+    effects = importance(study.records(), load_space(study.config.space))
+    if args.json:
+        out_json([effect.as_dict() for effect in effects])
+    else:
+        printed(importance_table(effects, study.config.name))
     return 0
 
 

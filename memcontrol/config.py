@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from memcontrol.errors import MemControlError
 
 # What may change between two runs of one study: where and how fast it runs, not what it finds.
-FREE_KEYS = ("storage", "search.trials", "search.workers", "search.executor", "search.processes", "search.time_limit_minutes", "search.accumulate_on_oom", "ray", "slurm")
+FREE_KEYS = ("storage", "search.trials", "search.workers", "search.executor", "search.processes", "search.time_limit_minutes", "search.accumulate_on_oom", "search.stop_when_flat", "ray", "slurm")
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -162,6 +163,20 @@ class InnerConfig(Strict):
     def budget_steps(self) -> int:
         return -(-self.budget_images // self.batch_size)
 
+    def averages_after(self, number: int) -> bool:
+        """IET-AGC averages after each round (from 0); with alternate redistribution the odd ones (from 1) exchange images instead."""
+        if self.ensemble.shards == 1:
+            return False
+        rule = self.redistribution
+        return number == self.rounds - 1 or rule is None or rule.rounds == "every" or (number + 1) % 2 == 0
+
+    def rounds_to(self, rung: float) -> int:
+        """How many rounds it takes to a rung, a share of the budget: to the end of the first round that reaches it and leaves one model."""
+        number = math.ceil(rung * self.rounds) - 1
+        while self.ensemble.shards > 1 and not self.averages_after(number):
+            number += 1
+        return number + 1
+
 
 class ExtractionConfig(Strict):
     """The extraction attack: many images from each of some training captions (arXiv 2301.13188)."""
@@ -230,6 +245,8 @@ class SearchConfig(Strict):
     sampler: Literal["auto", "gp", "tpe", "nsga2", "random"] = "auto"
     executor: Literal["inline", "local", "ray", "slurm"] = "local"
     early_stopping: EarlyStopping | None = None
+    stop_when_flat: Count | None = None  # so many trials in a row that raised the hypervolume by no more than its noise end the search
+    warm_start: str | None = None  # the study file of an earlier search, whose front is tried first
     time_limit_minutes: Annotated[float, Field(gt=0)] | None = None  # of one attempt at a trial
     accumulate_on_oom: bool = True  # a trial that runs out of GPU memory goes on once with half the images in a forward
     train_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -272,6 +289,17 @@ class Config(Strict):
     search: SearchConfig = SearchConfig()
     ray: RayConfig = RayConfig()
     slurm: SlurmConfig = SlurmConfig()
+
+    @model_validator(mode="after")
+    def rungs_fall_on_rounds(self) -> Config:
+        early = self.search.early_stopping
+        ends = [self.inner.rounds_to(rung) for rung in early.rungs] if early else []
+        if ends and (len(set(ends)) < len(ends) or ends[-1] >= self.inner.rounds):
+            raise ValueError(
+                f"search.early_stopping.rungs is {list(early.rungs)} and inner.rounds {self.inner.rounds}: each rung needs a round of its own to end "
+                "at, before the last; raise inner.rounds, for example to 8, or give fewer rungs"
+            )
+        return self
 
     @model_validator(mode="before")
     @classmethod
@@ -385,6 +413,8 @@ def explained(problems: Sequence[dict]) -> str:
 
 def explain(problem: dict) -> str:
     """One of pydantic's findings as: which key, what was given, what is allowed."""
+    if problem["type"] == "value_error":  # of a validator of ours, which says it all
+        return problem["msg"].removeprefix("Value error, ")
     path = [str(part) for part in problem["loc"] if str(part) in known_names()] or [str(problem["loc"][0])]
     key = ".".join(path)
     if problem["type"] == "extra_forbidden":
@@ -393,8 +423,6 @@ def explain(problem: dict) -> str:
         return f"unknown key '{key}'; allowed: {valid}"
     if problem["type"] == "missing":
         return f"key '{key}' is missing"
-    if problem["type"] == "value_error":  # of a validator of ours, which says it all
-        return problem["msg"].removeprefix("Value error, ")
     wanted = problem["msg"].replace("Input should be a valid tuple", "give a list, such as [fid, memorization]").replace("Input should", "it should")
     wanted = re.sub(r"a valid dictionary or instance of \w+", "keys and values, such as {shards: 4}", wanted)
     return f"key '{key}' is {problem['input']!r}; {wanted[0].lower()}{wanted[1:]}"

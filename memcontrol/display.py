@@ -16,6 +16,7 @@ from rich.text import Text
 from memcontrol.estimate import Estimate, spearman
 from memcontrol.executors import ENDS, Event
 from memcontrol.figures import FIGURES, MINIMIZE, direction_of, written
+from memcontrol.importance import Effect
 from memcontrol.pick import front_of, ties_of
 from memcontrol.space import EVERYTHING, Choice
 from memcontrol.spec import RESULT
@@ -189,6 +190,22 @@ def rewards_table(rows: Sequence[tuple[str, str, dict[str, float]]], title: str,
         table.add_column(FIGURES[name].title if name in FIGURES else name, justify="right", no_wrap=True)
     for name, text, rewards in rows:
         table.add_row(name, text, *(written(key, rewards) for key in columns))
+    return table
+
+
+def importance_table(effects: Sequence[Effect], name: str) -> Table:
+    """What each change does to each objective; what cannot be told from nothing (within two standard errors) is dim."""
+    table = Table(title=f"{name}: what drives which reward", title_justify="left")
+    table.add_column("change")
+    for objective in effects[0].effects if effects else ():
+        table.add_column(FIGURES[objective].title if objective in FIGURES else objective, justify="right")
+    table.add_column("choices", justify="right")
+    for effect in effects:
+        change = f"{effect.coordinate} on" if effect.high is True else f"{effect.coordinate}: {effect.low} to {effect.high}"
+        cells = [
+            Text(f"{value:+.3g} ± {value.error:.2g}", style="bold" if abs(value) > 2 * value.error else "dim") for value in effect.effects.values()
+        ]
+        table.add_row(change.replace("rate: 0.0 to 1.0", "learning rate: lowest to highest"), *cells, str(effect.n_choices))
     return table
 
 

@@ -74,22 +74,6 @@ class Stored:
     records: list[dict]
 
 
-def averages_after(inner: InnerConfig, number: int) -> bool:
-    """IET-AGC averages after each round; with alternate redistribution the odd rounds (from 1) exchange images instead."""
-    if inner.ensemble.shards == 1:
-        return False
-    rule = inner.redistribution
-    return number == inner.rounds - 1 or rule is None or rule.rounds == "every" or (number + 1) % 2 == 0
-
-
-def rounds_of(rung: float, inner: InnerConfig) -> int:
-    """How many rounds it takes to a rung, a share of the budget: to the end of the first round that reaches it and leaves one model."""
-    number = math.ceil(rung * inner.rounds) - 1
-    while inner.ensemble.shards > 1 and not averages_after(inner, number):
-        number += 1
-    return number + 1
-
-
 def train(
     base: Base, adapter: Adapter, material: Material, inner: InnerConfig, *,
     seed: int, folder: Path, identity: str = "", progress: Progress, team: Team = Team(), n_rounds: int | None = None,
@@ -165,7 +149,7 @@ class Rounds:
         return 0 if not done else done[-1] if read_json(self.end_file(done[-1]))["stopped"] else done[-1] + 1
 
     def averages(self, number: int) -> bool:
-        return averages_after(self.inner, number)
+        return self.inner.averages_after(number)
 
     def exchanges(self, number: int) -> bool:
         rule = self.inner.redistribution

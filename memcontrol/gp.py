@@ -61,6 +61,13 @@ class Process:
         variance = np.maximum(self.signal - (left**2).sum(0), 1e-12)
         return self.centre + self.spread * (k @ self.alpha), self.spread * np.sqrt(variance)
 
+    def contrast(self, points: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
+        """Mean and standard deviation of a weighted sum of the objective's values at points [M, F], whose weights [M] add to 0."""
+        k = self.signal * matern(distances(points, self.points, self.scale))[0]
+        left = solve_triangular(self.factor[0], k.T @ weights, lower=True)
+        prior = self.signal * weights @ matern(distances(points, points, self.scale))[0] @ weights
+        return self.spread * float(weights @ k @ self.alpha), self.spread * math.sqrt(max(prior - left @ left, 0.0))
+
 
 def negative_log_posterior(logs: np.ndarray, y: np.ndarray, known: np.ndarray, squares: np.ndarray) -> tuple[float, np.ndarray]:
     """Of hyperparameters (the logs of C weights, of signal and noise) given values [N] whose known variances are `known`, and its

@@ -10,14 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from memcontrol.attempts import failures_of, now
-from memcontrol.config import Config
+from memcontrol.config import Config, load_config, study_folder
 from memcontrol.database import identity, only_orchestrator, patient
 from memcontrol.errors import MemControlError, SpaceExhausted
 from memcontrol.executors import Event, Executor
 from memcontrol.files import disk_full_named, read_json, write_json
+from memcontrol.growth import grown, is_flat, reference_of
 from memcontrol.jobs import Jobs, Show
-from memcontrol.pick import to_confirm
-from memcontrol.sampling import Ahead, Sampler
+from memcontrol.pick import finished, front_of, to_confirm
+from memcontrol.sampling import OUTSIDE, Ahead, Sampler
 from memcontrol.space import Choice, SearchSpace, load_space
 from memcontrol.spec import CONFIRMED, RESULT, ROUNDS, Spec
 from memcontrol.stopping import Stops, judgements
@@ -55,7 +56,7 @@ def search(config: Config, study_file: Path, folder: Path, executor: Executor, s
             lambda: open_study(config, folder, study_file, create=True, directions=found["directions"], say=say, lock=lock), url, say
         )  # fmt: skip
         on_study(study)
-        running = Search(config, study, folder, jobs, show, found["sizes"])
+        running = Search(config, study, study_file, folder, jobs, show, found["sizes"])
         running.run()
         running.confirm()
     return study
@@ -98,6 +99,18 @@ def prepared(config: Config, folder: Path, jobs: Jobs) -> dict:
     return end.detail
 
 
+def front_of_earlier(config: Config, study_file: Path) -> list[dict] | None:
+    """The front of the study that search.warm_start names, less its anchors that no space holds. Raises MemControlError."""
+    if config.search.warm_start is None:
+        return None
+    path = study_file.resolve().parent / config.search.warm_start
+    earlier = load_config(path)
+    study = open_study(earlier, study_folder(path, earlier.name), path, create=False)
+    records = [record for record in finished(study.records()) if record.anchor not in OUTSIDE]
+    study.close()
+    return [record.choice.as_dict() for record in front_of(records)]
+
+
 def is_judged(record: Record) -> bool:
     """Anchors are what others are compared with, and never stop."""
     return record.anchor is None and record.choice is not None
@@ -106,16 +119,18 @@ def is_judged(record: Record) -> bool:
 class Search:
     """The state of one running search."""
 
-    def __init__(self, config: Config, study: Study, folder: Path, jobs: Jobs, show: Show, sizes: dict[str, int]):
+    def __init__(self, config: Config, study: Study, study_file: Path, folder: Path, jobs: Jobs, show: Show, sizes: dict[str, int]):
         self.config, self.study, self.folder, self.jobs, self.show = config, study, folder, jobs, show
         self.space: SearchSpace = load_space(config.space)
         self.n_train = max(1, round(sizes["train"] * config.search.train_fraction))
         self.open: dict[int, Open] = {}
         self.waiting: deque[tuple[int, Choice]] = deque()
         search, n_objectives = config.search, len(config.rewards.objectives)
-        self.ahead = Ahead(Sampler(self.space, search.seed, n_objectives, study.limits, search.sampler))
+        first = [Choice.from_dict(choice) for choice in study.note("warm_start", lambda: front_of_earlier(config, study_file)) or []]
+        self.ahead = Ahead(Sampler(self.space, search.seed, n_objectives, study.limits, search.sampler, first))
         self.stops = Stops(config, study.objectives, {record.number: self.run_folder(record.choice) for record in study.records() if is_judged(record)})
-        self.exhausted = False
+        self.exhausted = self.flat = False
+        self.n_looked_at = 0  # ended trials, when the hypervolume was last computed
         self.n_failures = 0
 
     def run(self) -> None:
@@ -156,9 +171,20 @@ class Search:
 
     def n_left(self) -> int:
         """How many choices are still to be sampled; those that failed are sampled anew."""
-        if self.exhausted:
+        if self.exhausted or self.is_flat():
             return 0
         return self.config.search.trials - sum(record.anchor is None and record.state != "FAIL" for record in self.study.records())
+
+    def is_flat(self) -> bool:
+        """Whether the hypervolume has stopped growing, where that ends the search. Once it has, nothing is begun any more."""
+        n, records = self.config.search.stop_when_flat, self.study.records()
+        n_ended = sum(record.state != "RUNNING" for record in records)
+        reference = self.study.note("reference", lambda: reference_of(records))
+        if n and reference and not self.flat and n_ended > self.n_looked_at:
+            self.n_looked_at, self.flat = n_ended, is_flat(records, reference, n)
+            if self.flat:
+                self.show(Event({}, "warning", {"text": f"the hypervolume, {grown(records, reference):.4g}, has not grown beyond its noise in {n} trials: the search ends (search.stop_when_flat)"}))
+        return self.flat
 
     def sample(self) -> bool:
         if self.n_left() <= 0:

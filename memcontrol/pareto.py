@@ -53,6 +53,19 @@ def front(points: Sequence[Sequence[float]]) -> list[int]:
     return sorted(kept, key=lambda i: tuple(points[i]))
 
 
+def hypervolume(points: Sequence[Sequence[float]], reference: Sequence[float]) -> float:
+    """How much of the space below the reference the points dominate (all minimised): slab by slab along the last value."""
+    inside = sorted((point for point in points if all(x < r for x, r in zip(point, reference))), key=lambda point: point[-1])
+    if len(reference) == 1:
+        return reference[0] - inside[0][0] if inside else 0.0
+    total = 0.0
+    for i, point in enumerate(inside):
+        top = inside[i + 1][-1] if i + 1 < len(inside) else reference[-1]
+        if top > point[-1]:
+            total += (top - point[-1]) * hypervolume([other[:-1] for other in inside[: i + 1]], reference[:-1])
+    return total
+
+
 def knee(points: Sequence[Sequence[float]], reference: Sequence[float] | None = None) -> int:
     """The index of the point nearest to the ideal one, the best of each value (all minimised).
 

@@ -13,7 +13,7 @@ import torch
 
 from memcontrol.adapters import Adapter, inject
 from memcontrol.bench import Bench
-from memcontrol.ensemble import Team, TrainLog, rounds_of, train
+from memcontrol.ensemble import Team, TrainLog, train
 from memcontrol.evidence import flat, pooled_scores
 from memcontrol.files import read_json, write_json
 from memcontrol.models import Base
@@ -133,7 +133,7 @@ def fine_tune(folder: Path, spec: Spec, bench: Bench, adapter: Adapter, progress
     try:
         return train(
             base, adapter, bench.material(spec), spec.config.inner, seed=spec.seed, folder=folder / ROUNDS, identity=identity,
-            progress=progress, team=team or bench.team(folder, spec, rung), n_rounds=rounds_of(rung, spec.config.inner) if rung else None,
+            progress=progress, team=team or bench.team(folder, spec, rung), n_rounds=spec.config.inner.rounds_to(rung) if rung else None,
         )  # fmt: skip
     except BaseException:
         bench.close()  # helpers would wait for ever for the end of a round that never comes, and for the next trial with it

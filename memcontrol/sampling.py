@@ -51,10 +51,11 @@ class Sampler:
     ended by then or not.
     """
 
-    def __init__(self, space: SearchSpace, seed: int, n_objectives: int, limits: Sequence[Limit] = (), kind: str = "auto"):
+    def __init__(self, space: SearchSpace, seed: int, n_objectives: int, limits: Sequence[Limit] = (), kind: str = "auto", first: Sequence[Choice] = ()):
         if kind == "gp" and n_objectives != 2:
             raise MemControlError(f"search.sampler: gp models two objectives, and there are {n_objectives}; use auto or tpe")
         self.space, self.seed, self.limits, self.kind, self.n_objectives = space, seed, limits, kind, n_objectives
+        self.first = [choice for choice in map(self.within, first) if choice is not None]
         self.mirror = optuna.create_study(directions=["minimize"] * n_objectives)
         self.mirrored: dict[int, tuple[int, str]] = {}  # the mirror's trial id, and the state it mirrors, by number
         self.n_mirrored = 0  # trials that ended well
@@ -72,6 +73,8 @@ class Sampler:
         for record in records:
             for choice in record.candidates:
                 known[frozenset(choice.groups)].append(choice)
+        if self.first and (new := next((choice for choice in self.first if not is_known(choice, known)), None)):
+            return lambda: new
         n_sampled = sum(record.anchor is None for record in records)
         if self.kind == "gp" or (self.kind == "auto" and self.n_objectives == 2 and len(records) <= N_GP and not hurried):
             evidence = evidence_of(records, self.points, self.limits) if n_sampled >= N_SPREAD else None
@@ -86,10 +89,17 @@ class Sampler:
 
     def drawn(self, known: dict[frozenset[str], list[Choice]], choices: Iterable[Choice]) -> Choice:
         for choice in choices:
-            is_known = any(choice.same_as(other) for other in known[frozenset(choice.groups)])
-            if (choice.groups or self.space.always) and not is_known:
+            if (choice.groups or self.space.always) and not is_known(choice, known):
                 return choice
         raise SpaceExhausted(f"space '{self.space.name}': {N_FLIPS} draws gave no choice that was not tried before; the space is exhausted")
+
+    def within(self, choice: Choice) -> Choice | None:
+        """The choice of another study as this space has it, its learning rate within the range; None where it has not all of it."""
+        try:
+            own = self.space.choice_at(self.space.point_of(choice))
+        except (KeyError, MemControlError):
+            return None
+        return own if own.groups and set(own.groups) == set(choice.groups) and own.methods == choice.methods else None
 
     def asked(self, n_sampled: int, seed: int) -> Iterator[Choice]:
         """What Optuna's sampler draws; each draw counts as a running trial to the next."""
@@ -184,6 +194,10 @@ class Ahead:
 
     def close(self) -> None:
         self.pool.shutdown(wait=False, cancel_futures=True)
+
+
+def is_known(choice: Choice, known: dict[frozenset[str], list[Choice]]) -> bool:
+    return any(choice.same_as(other) for other in known.get(frozenset(choice.groups), ()))
 
 
 def parents_of(records: Sequence[Record]) -> list[Choice]:

@@ -136,6 +136,13 @@ class Study:
         self.patiently(lambda: self.inner.set_user_attr(f"{CONFIRMED}{number}", rewards))
         self.kept[number] = replace(self.kept[number], confirmed=rewards)
 
+    def note(self, name: str, make: Callable[[], Any]) -> Any:
+        """What the study has under a name, made and recorded once; nothing is recorded while it is None."""
+        if name not in self.attributes and (value := make()) is not None:
+            self.patiently(lambda: self.inner.set_user_attr(name, value))
+            self.attributes[name] = value
+        return self.attributes.get(name)
+
     def begin(self, candidates: Sequence[Choice], space: SearchSpace, anchor: str | None = None) -> int:
         """Records a running trial, complete in one transaction: a crash leaves all of it or nothing. Returns its number."""
         params = readable_params(candidates[0], space) if anchor is None else {}

@@ -1,0 +1,50 @@
+"""Owns how far a search has come: the hypervolume of its front against a fixed reference point, its noise, and whether it still grows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from memcontrol.estimate import Estimate
+from memcontrol.figures import error_of
+from memcontrol.pareto import hypervolume
+from memcontrol.study import Record
+
+N_DRAWS = 200
+MARGIN = 0.1
+
+
+def reference_of(records: Sequence[Record]) -> list[float] | None:
+    """The point that hypervolumes are measured from: the worst of the anchors in each objective, and a tenth of their range beyond it, so
+    that the worst of them count too. As losses; None before every anchor has ended, or where fewer than two ended well."""
+    anchors = [record for record in records if record.anchor is not None]
+    losses = np.array([record.losses for record in anchors if record.finished])
+    if len(losses) < 2 or any(record.state == "RUNNING" for record in anchors):
+        return None
+    return [float(value) for value in losses.max(0) + MARGIN * np.ptp(losses, 0)]
+
+
+def grown(records: Sequence[Record], reference: Sequence[float], seed: int = 0) -> Estimate:
+    """The hypervolume of what the search measured (not of what was measured again, which only the front is), with its standard error by
+    redrawing every value from its own error."""
+    complete = [record for record in records if record.finished]
+    losses = [searched_losses(record) for record in complete]
+    errors = np.array([[error_of(name, record.searched) for name in record.objectives] for record in complete]).reshape(len(losses), -1)
+    rng = np.random.default_rng(seed)
+    draws = [hypervolume(rng.normal(losses, errors).tolist(), reference) for _ in range(N_DRAWS)] if losses and errors.any() else [0.0]
+    return Estimate(hypervolume(losses, reference), float(np.std(draws)))
+
+
+def searched_losses(record: Record) -> list[float]:
+    return [-record.searched[name] if direction == "maximize" else record.searched[name] for name, direction in record.objectives.items()]
+
+
+def is_flat(records: Sequence[Record], reference: Sequence[float], n: int) -> bool:
+    """Whether the last n sampled trials to end have raised the hypervolume by no more than its noise."""
+    sampled = sorted((record for record in records if record.anchor is None and record.state in ("COMPLETE", "PRUNED")), key=lambda record: (record.ended, record.number))
+    if len(sampled) < n:
+        return False
+    last = {record.number for record in sampled[-n:]}
+    now, before = grown(records, reference), grown([record for record in records if record.number not in last], reference)
+    return now - before <= now.error
