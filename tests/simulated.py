@@ -64,7 +64,7 @@ class Simulated(Executor):
     def close(self): ...
 
 
-def search(study_file, executor):
+def search(study_file, executor, show=lambda event: None):
     """A whole search over simulated trials. Returns the study, which is open."""
     config = load_config(study_file)
-    return orchestrate.search(config, study_file, study_folder(study_file, config.name), executor, lambda event: None, lambda study: None)
+    return orchestrate.search(config, study_file, study_folder(study_file, config.name), executor, show, lambda study: None)

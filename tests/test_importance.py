@@ -1,0 +1,53 @@
+"""What drives which reward, on rewards whose effects are known."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from test_study import MIXED, SPACE
+
+from memcontrol.errors import MemControlError
+from memcontrol.importance import importance
+from memcontrol.points import Points
+from memcontrol.study import Record
+
+
+def records_of(space, n, rewards, seed=0):
+    rng, points, found = np.random.default_rng(seed), Points(space), []
+    import random
+
+    rows = points.canonical(points.random(2 * n, random.Random(seed)))
+    for row in rng.permutation(rows)[:n]:
+        choice = points.choice(row)
+        if choice.groups:
+            fid, memorization = rewards(choice, points.row(choice))
+            searched = {"fid": fid + rng.normal(0, 0.05), "memorization": memorization, "fid_error": 0.05}
+            record = Record(len(found), "RUNNING", (choice,)).as_running()
+            found.append(replace(record, state="COMPLETE", objectives={"fid": "minimize", "memorization": "minimize"}, searched=searched))
+    return found
+
+
+def test_known_effects_are_found_within_their_errors():
+    def rewards(choice, row):
+        return 10 - 2 * ("up_attention" in choice.groups) - 1 * row[-1], 0.1 * ("down_attention" in choice.groups)
+
+    effects = {effect.coordinate: effect for effect in importance(records_of(SPACE, 60, rewards), SPACE)}
+    true = {"up_attention": (-2, 0), "down_attention": (0, 0.1), "mid_attention": (0, 0), "rate": (-1, 0), "rank": (0, 0)}
+    for name, (fid, memorization) in true.items():
+        for objective, expected in (("fid", fid), ("memorization", memorization)):
+            found = effects[name].effects[objective]
+            assert abs(found - expected) < max(3 * found.error, 0.02 if objective == "fid" else 0.002), (name, objective, found, found.error)
+    assert abs(effects["up_attention"].effects["fid"]) > 5 * effects["up_attention"].effects["fid"].error
+    assert effects["up_attention"].as_dict()["to"] is True
+
+
+def test_only_changes_that_a_choice_can_have_count():
+    """c knows difffit alone, so what its method changes to is no contrast; a has three methods."""
+    effects = importance(records_of(MIXED, 50, lambda choice, row: (float(len(choice.groups)), 0.1)), MIXED)
+    assert {effect.coordinate for effect in effects} >= {"a", "b", "c", "a.method", "rate"} and all(effect.n_choices > 0 for effect in effects)
+    assert next(effect for effect in effects if effect.coordinate == "a").effects["fid"] == pytest.approx(1, abs=0.2)
+
+
+def test_too_few_trials_are_named():
+    with pytest.raises(MemControlError, match="importance needs 6 finished trials"):
+        importance(records_of(SPACE, 4, lambda choice, row: (1.0, 0.1)), SPACE)
