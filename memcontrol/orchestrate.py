@@ -166,7 +166,7 @@ class Search:
             self.jobs.add({**spec.as_job(run), "number": number, "rung": self.stops.next_rung(number, run)})
         if not self.waiting:
             with contextlib.suppress(SpaceExhausted):
-                self.ahead.prepare(self.study.records(), min(self.n_left(), max(1, len(self.open) // CROWD)))
+                self.ahead.prepare(self.study.records(), min(self.n_left(), max(1, len(self.open) // CROWD)), self.config.search.workers > 1)
         return bool(self.open)
 
     def n_left(self) -> int:
@@ -190,7 +190,7 @@ class Search:
         if self.n_left() <= 0:
             return False
         try:
-            choice = self.ahead.take(self.study.records())
+            choice = self.ahead.take(self.study.records(), self.config.search.workers > 1)
         except SpaceExhausted as error:
             self.show(Event({}, "warning", {"text": str(error)}))
             self.exhausted = True

@@ -13,6 +13,11 @@ from memcontrol.space import SAME_RATE, Choice, SearchSpace
 STEPS = (-0.3, -0.1, 0.1, 0.3)  # of the learning rate's place in its range, to its neighbours
 
 
+def unique(rows: np.ndarray) -> np.ndarray:
+    """Each row once, in the order of their first places."""
+    return np.array(list({row.tobytes(): row for row in rows}.values()))
+
+
 class Points:
     """A row holds the option's index for each of the space's coordinates, and at its end the learning rate's place in 0..1."""
 
@@ -46,7 +51,7 @@ class Points:
 
     def canonical(self, rows: np.ndarray) -> np.ndarray:
         """Each row as that of its own choice, once: what a method cannot train is off, what a choice leaves open is at its first option."""
-        return np.unique([self.row(self.choice(row)) for row in rows], axis=0) if len(rows) else rows
+        return unique(np.array([self.row(self.choice(row)) for row in unique(rows)])) if len(rows) else rows
 
     def seen(self, rows: np.ndarray) -> np.ndarray:
         """What a model sees of rows [N, C + 1]: [N, F]."""

@@ -154,37 +154,29 @@ class Ahead:
         self.sampler, self.pool = sampler, ThreadPoolExecutor(1, "sampler")
         self.ready: deque[Choice] = deque()
         self.drawing: Future[Choice] | None = None
-        self.draw_seconds = 0.0  # of the last draw that was not hurried
-        self.takes: deque[float] = deque(maxlen=N_TAKES)
+        self.takes: deque[tuple[float, float]] = deque(maxlen=N_TAKES)  # when, and how long it waited
 
-    def prepare(self, records: Sequence[Record], n_wanted: int) -> None:
+    def prepare(self, records: Sequence[Record], n_wanted: int, may_hurry: bool = True) -> None:
         """Begins a draw where fewer than `n_wanted` choices are ready; those that are count as running trials."""
         self.gather()
         if self.drawing is None and len(self.ready) < n_wanted:
             ahead = [Record(len(records) + i, "RUNNING", (choice,)).as_running() for i, choice in enumerate(self.ready)]
-            hurried = self.is_late()
-            self.drawing = self.pool.submit(self.timed, self.sampler.prepared([*records, *ahead], hurried), hurried)
-
-    def timed(self, draw: Callable[[], Choice], hurried: bool) -> Choice:
-        started = time.monotonic()
-        choice = draw()
-        if not hurried:
-            self.draw_seconds = time.monotonic() - started
-        return choice
+            self.drawing = self.pool.submit(self.sampler.prepared([*records, *ahead], may_hurry and self.is_late()))
 
     def is_late(self) -> bool:
-        """Whether the workers take choices faster than they are drawn."""
-        full = len(self.takes) == N_TAKES
-        return full and (self.takes[-1] - self.takes[0]) / (N_TAKES - 1) < self.draw_seconds
+        """Whether workers have spent more than a tenth of the time waiting for choices."""
+        return len(self.takes) == N_TAKES and sum(waited for _, waited in self.takes) > 0.1 * (self.takes[-1][0] - self.takes[0][0])
 
-    def take(self, records: Sequence[Record]) -> Choice:
-        """The next choice; waits for it where none is ready. Raises SpaceExhausted."""
+    def take(self, records: Sequence[Record], may_hurry: bool = True) -> Choice:
+        """The next choice; waits for it where none is ready. With one worker nothing may be hurried, or what is drawn would depend on the
+        clock. Raises SpaceExhausted."""
+        started = time.monotonic()
         while not self.ready:
-            self.prepare(records, 1)
+            self.prepare(records, 1, may_hurry)
             if self.drawing is not None:
                 wait([self.drawing], timeout=0.1)
             interrupt.check()
-        self.takes.append(time.monotonic())
+        self.takes.append((time.monotonic(), time.monotonic() - started))
         return self.ready.popleft()
 
     def gather(self) -> None:
@@ -303,10 +295,14 @@ def modelled(evidence: Evidence, points: Points, seed: int) -> Iterator[Choice]:
     parents = np.concatenate([evidence.rows, pending])[front(means.tolist())]
     rows = points.canonical(np.concatenate([points.random(N_RANDOM, rng), *(points.neighbours(row) for row in parents)]))
     scores = score(rows)
+    climbed: set[bytes] = set()
     for _ in range(N_CLIMBS):
-        top = rows[np.argsort(-scores, kind="stable")[:N_BEST]]
-        rows = points.canonical(np.concatenate([rows, *(points.neighbours(row) for row in top)]))
-        scores = score(rows)
+        top = [row for row in rows[np.argsort(-scores, kind="stable")[:N_BEST]] if row.tobytes() not in climbed]
+        if not top:
+            break
+        climbed |= {row.tobytes() for row in top}
+        new = points.canonical(np.concatenate([points.neighbours(row) for row in top]))
+        rows, scores = np.concatenate([rows, new]), np.concatenate([scores, score(new)])
     for i in np.argsort(-scores, kind="stable"):
         yield points.choice(rows[i])
 

@@ -188,13 +188,14 @@ class SearchSpace:
 
     def point_of(self, choice: Choice) -> dict[str, Any]:
         """Where a choice lies in `coordinates` and `rate`; what it leaves open is at the first option."""
-        point: dict[str, Any] = {name: options[0] for name, options in self.coordinates().items()}
+        coordinates = self.coordinates()
+        point: dict[str, Any] = {name: options[0] for name, options in coordinates.items()}
         point |= {name: name in choice.groups for name in self.groups}
         own = {"method": choice.method, "rank": choice.rank}
         for group in choice.groups:
             setting = choice.setting(group)
             own |= {f"{group}.method": setting.method, f"{group}.rank": setting.rank}
-        point |= {name: value for name, value in own.items() if value is not None and value in self.coordinates().get(name, ())}
+        point |= {name: value for name, value in own.items() if value is not None and value in coordinates.get(name, ())}
         low, high = self.learning_rate[choice.method]
         return point | {"rate": min(max(math.log(choice.learning_rate / low) / math.log(high / low), 0.0), 1.0)}
 

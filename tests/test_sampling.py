@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 
 import pytest
+from benchmarks.sampling import measured
 from test_study import MIXED, SPACE, opened, result
 
 from memcontrol.errors import MemControlError, SpaceExhausted
@@ -15,22 +16,26 @@ from memcontrol.space import Choice, parse_space
 from memcontrol.study import Record, distributions
 
 
-def suggest(records, space=SPACE, seed=0, limits=()):
-    return Sampler(space, seed, 2, limits).draw(records)
+KINDS = ("auto", "gp", "tpe", "nsga2", "random")
 
 
-def test_suggestions_never_repeat_and_depend_on_records_and_seed_alone(tmp_path):
+def suggest(records, space=SPACE, seed=0, limits=(), kind="auto"):
+    return Sampler(space, seed, 2, limits, kind).draw(records)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_suggestions_never_repeat_and_depend_on_records_and_seed_alone(kind, tmp_path):
     study, seen = opened(tmp_path), []
     for i in range(15):
         records = study.records()
-        choice = suggest(records)
-        assert choice == suggest(records)
+        choice = suggest(records, kind=kind)
+        assert choice == suggest(records, kind=kind)
         assert choice.groups and set(choice.groups) <= set(SPACE.groups_for(choice.method)) and not any(choice.same_as(other) for other in seen)
         seen.append(choice)
         number = study.begin([choice], SPACE)
         if i % 3:
             study.finish(number, [result(choice, 10 - len(choice.groups), len(choice.groups) / 10)])
-    assert len({suggest([], seed=seed) for seed in range(6)}) > 2
+    assert len({suggest([], seed=seed, kind=kind) for seed in range(6)}) > 2
 
 
 def test_a_space_that_holds_nothing_new_says_so(tmp_path):
@@ -41,15 +46,16 @@ def test_a_space_that_holds_nothing_new_says_so(tmp_path):
         suggest(study.records(), space)
 
 
-def test_a_small_space_is_tried_to_its_last_choice(tmp_path):
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_small_space_is_tried_to_its_last_choice(kind):
     """Three groups under one method and one learning rate hold seven choices, and a sampler repeats itself long before the last."""
     values = {"groups": {"a": "a", "b": "b", "c": "c"}, "learning_rate": {"lora": [1e-3, 1.05e-3], "full": [1e-3, 1e-2]}, "rank": [4]}
     space, records = parse_space(values, "three"), []
     for i in range(7):
-        records.append(ended(Record(i, "RUNNING", (suggest(records, space),)).as_running(), i))
+        records.append(ended(Record(i, "RUNNING", (suggest(records, space, kind=kind),)).as_running(), i))
     assert len({record.choice.groups for record in records}) == 7
     with pytest.raises(MemControlError, match="exhausted"):
-        suggest(records, space)
+        suggest(records, space, kind=kind)
 
 
 def test_the_samplers_coordinates_give_the_choice_back(tmp_path):
@@ -91,14 +97,15 @@ def ended(record, i):
     return replace(record, state="COMPLETE", objectives={"fid": "minimize", "memorization": "minimize"}, searched={"fid": float(i * 7 % 5), "memorization": float(i * 3 % 4)})
 
 
-def test_a_sampler_that_lives_on_draws_what_a_new_one_does():
+@pytest.mark.parametrize("kind", ["auto", "tpe", "random"])
+def test_a_sampler_that_lives_on_draws_what_a_new_one_does(kind):
     """Trials end in another order than they began in, some fail; the last counts as running whether it has ended or not."""
-    living, records = Sampler(SPACE, 3, 2), []
+    living, records = Sampler(SPACE, 3, 2, (), kind), []
     for i in range(16):
         choice = living.draw(records)
-        assert choice == Sampler(SPACE, 3, 2).draw(records)
+        assert choice == Sampler(SPACE, 3, 2, (), kind).draw(records)
         if records:
-            assert choice == Sampler(SPACE, 3, 2).draw([*records[:-1], ended(records[-1], 1)])
+            assert choice == Sampler(SPACE, 3, 2, (), kind).draw([*records[:-1], ended(records[-1], 1)])
         records.append(Record(i, "RUNNING", (choice,), choice=choice))
         if i % 3 == 2:
             records[i - 2 : i] = [replace(records[i - 2], state="FAIL") if i == 5 else ended(records[i - 2], i), ended(records[i - 1], i)]
@@ -141,3 +148,44 @@ def test_choices_are_drawn_while_trials_run():
     with pytest.raises(SpaceExhausted):
         ahead.take([])
     ahead.close()
+
+
+@pytest.mark.parametrize("kind, least", [("auto", 0.95), ("tpe", 0.85)])
+def test_the_front_of_a_mask_problem_is_found_in_fifty_trials(kind, least):
+    """13 groups whose gains fade together against what they cost; the true front by brute force, four workers."""
+    found = [measured(("mask", kind, seed)) for seed in (0, 1)]
+    assert sum(one["ratios"][49] for one in found) / 2 >= least and not any(one["twice"] for one in found)
+
+
+def test_a_sampler_that_learns_beats_one_that_does_not():
+    """NSGA-II needs its generations: after a hundred trials it is above chance."""
+    ratios = {kind: sum(measured(("mubqp", kind, seed))["ratios"][99] for seed in range(3)) for kind in ("tpe", "nsga2", "random")}
+    assert ratios["tpe"] > ratios["nsga2"] > ratios["random"]
+
+
+def test_what_cannot_keep_up_gives_way_to_what_can():
+    """A model that takes longer for a choice than four workers for a trial is used now and then only; the rest is drawn in a hurry."""
+    hurried = []
+
+    class Tardy:
+        def prepared(self, records, hurry):
+            hurried.append(hurry)
+            return lambda: time.sleep(0 if hurry else 0.2) or len(hurried)
+
+    ahead = Ahead(Tardy())
+    for _ in range(14):
+        ahead.take([])
+        time.sleep(0.01)
+    assert not any(hurried[:9]) and hurried[9:] == [True] * 5
+    for _ in range(12):
+        ahead.prepare([], 1)
+        time.sleep(0.25)
+        ahead.take([])
+    ahead.close()
+    assert not hurried[-1]  # it had the time again
+
+
+def test_the_gaussian_process_wants_two_objectives():
+    with pytest.raises(MemControlError, match="gp models two objectives, and there are 3"):
+        Sampler(SPACE, 0, 3, (), "gp")
+    assert Sampler(SPACE, 0, 3).draw([]).groups
