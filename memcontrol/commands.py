@@ -80,11 +80,11 @@ def run_search(args: argparse.Namespace) -> int:
     if args.dry_run:
         import yaml
 
-        from memcontrol.database import shown
+        from memcontrol.database import checked, shown
         from memcontrol.space import load_space
 
         load_space(config.space)
-        storage = {"storage": shown(config.storage)} if config.storage else {}
+        storage = {"storage": shown(checked(config.storage))} if config.storage else {}
         yaml.safe_dump({**config.model_dump(mode="json"), **storage}, sys.stdout, sort_keys=False, allow_unicode=True)
         return 0
     with workers(config, study_folder(args.study, config.name)) as executor:
@@ -150,18 +150,20 @@ def run_status(args: argparse.Namespace) -> int:
     from memcontrol.watch import pace, runs_of, said_of_run
 
     study, folder = opened(args.study)
-    records, n_groups, searching = study.records(), len(load_space(study.config.space).groups), is_searching(folder)
-    runs = {record.number: runs_of(record, folder) for record in records}
+    records, n_groups, searching = study.records(), len(load_space(study.config.space).groups), is_searching(folder, study.url, study.config.name)
+    runs, speed = {record.number: runs_of(record, folder) for record in records}, pace(records, config_of(args.study))
     if args.json:
-        out_json([record.as_dict(folder) | {"runs": runs[record.number]} for record in records])
+        trials = [record.as_dict(folder) | {"runs": runs[record.number]} for record in records]
+        out_json({"study": study.config.name, "searching": searching, **speed, "hypervolume": hypervolume_of(study), "trials": trials})
         return 0
     said = {"COMPLETE": "complete", "RUNNING": "running" if searching else "interrupted", "PRUNED": "pruned", "FAIL": "failed"}
     for state, word in said.items():
         sys.stdout.write(f"{word}: {sum(record.state == state for record in records)}\n")
-    if line := hypervolume_line(study):
-        sys.stdout.write(line)
-    if searching:
-        sys.stdout.write(pace(records, config_of(args.study)))
+    if grown := hypervolume_of(study):
+        point = ", ".join(f"{name} {value:.4g}" for name, value in grown["reference"].items())
+        sys.stdout.write(f"hypervolume: {grown['value']:.4g} ± {grown['error']:.2g}, from {point}\n")
+    if searching and speed:
+        sys.stdout.write(f"about {speed['runs_per_hour']:.0f} runs an hour, about {speed['minutes_left']:.1f} minutes left\n")
     for record in records:
         if record.reason:
             sys.stdout.write(f"trial {record.number} {said[record.state]}: {record.reason}\n")
@@ -169,22 +171,21 @@ def run_status(args: argparse.Namespace) -> int:
             goes_on = "" if searching else " (the next search goes on with it)"
             sys.stdout.write(f"trial {record.number} {said['RUNNING']} ({record.anchor or 'sampled'}){goes_on}\n")
             for choice, run in zip(record.candidates, runs[record.number]):
-                sys.stdout.write(f"  {said_of(choice, n_groups)}: {said_of_run(run)}\n")
+                sys.stdout.write(f"  {said_of(choice, n_groups)}: {'' if searching else 'was: '}{said_of_run(run, folder.is_dir())}\n")
     printed(study_table(records, n_groups, f"{study.config.name}: finished trials"))
     return 0
 
 
-def hypervolume_line(study) -> str:
-    """Empty before the anchors have ended, whose worst values it is measured from."""
+def hypervolume_of(study) -> dict | None:
+    """Value, error and reference point; None before the anchors have ended, whose worst values it is measured from."""
     from memcontrol.growth import grown, reference_of
 
     records = study.records()
     reference = study.attributes.get("reference") or reference_of(records)
     if reference is None:
-        return ""
+        return None
     found, signs = grown(records, reference), {name: -1 if direction == "maximize" else 1 for name, direction in study.objectives.items()}
-    point = ", ".join(f"{name} {sign * value:.4g}" for (name, sign), value in zip(signs.items(), reference))
-    return f"hypervolume: {found:.4g} ± {found.error:.2g}, from {point}\n"
+    return {"value": float(found), "error": found.error, "reference": {name: sign * value for (name, sign), value in zip(signs.items(), reference)}}
 
 
 def run_importance(args: argparse.Namespace) -> int:

@@ -25,6 +25,7 @@ SELECT a.pid, a.application_name, coalesce(host(a.client_addr), 'local') AS addr
 FROM pg_locks l JOIN pg_stat_activity a USING (pid)
 WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 1 AND (l.classid::bigint << 32) + l.objid::bigint = :key
 """
+ASKED = " Is the server running on that host and accepting TCP/IP connections?"  # what libpq adds, and our cure answers
 T = TypeVar("T")
 Say = Callable[[str], None]
 
@@ -53,6 +54,21 @@ def identity() -> str:
     return f"memcontrol on {socket.gethostname()[:30]}, process {os.getpid()}"
 
 
+def checked(url: str) -> str:
+    """The URL, if it is one. Raises MemControlError."""
+    from sqlalchemy import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        make_url(url)
+    except (ValueError, ArgumentError):
+        raise MemControlError(
+            f"storage {shown(url)} is no database URL; write it as postgresql+psycopg2://USER@HOST:PORT/DATABASE or sqlite:///FILE, with the "
+            "password in PGPASSWORD or, in the URL, its special characters percent-encoded (@ as %40, : as %3A)"
+        ) from None
+    return url
+
+
 def shown(url: str) -> str:
     """The URL without its password."""
     return re.sub(r"(://[^:/@]*):.*@", r"\1:***@", re.sub(r"(password=)[^&]*", r"\1***", url))
@@ -64,7 +80,9 @@ CURES = {
     r"role .* does not exist": "create the role: storage/roles.sql does",
     r"database .* does not exist": "create the database: see storage/README.md",
     "permission denied": "the role must own the tables or have been granted them: storage/roles.sql does",
-    "Connection refused": "is PostgreSQL running there?",
+    "Connection refused": "start PostgreSQL there, or correct host and port",
+    "Can't load plugin|NoSuchModule": "write postgresql+psycopg2://USER@HOST/DATABASE, postgresql+psycopg:// for psycopg 3, or sqlite:///FILE",
+    "read-only transaction": "this role may only read; a search needs the one that owns the tables",
     "could not translate host name": "check the host's name",
     "Name or service not known": "check the host's name",
     "no longer compatible|schema": "upgrade the tables after a backup: optuna storage upgrade --storage URL, see storage/README.md",
@@ -76,7 +94,9 @@ CURES = {
 def cannot_open(url: str, error: Exception) -> MemControlError:
     """What went wrong in one line, and its cure."""
     cause = database_error(error) or error
-    reason = " ".join(str(getattr(cause, "orig", None) or cause).split())[:300]
+    reason = " ".join(str(getattr(cause, "orig", None) or cause).split())[:300].removesuffix(ASKED)
+    if "Failed to import DB access module" in reason:
+        reason = f"the driver of {shown(url).partition(':')[0]} is not installed: No module named '{'psycopg' if '+psycopg:' in url else 'psycopg2'}'"
     with contextlib.suppress(Exception):
         from sqlalchemy import make_url
 
@@ -139,6 +159,21 @@ def patient(call: Callable[[], T], url: str, say: Say, again: Callable[[], None]
                 time.sleep(0.1)
 
 
+def key_of(name: str) -> int:
+    """Of the study's advisory lock."""
+    return int.from_bytes(hashlib.sha256(f"memcontrol {name}".encode()).digest()[:8], signed=True)
+
+
+def holder_of(url: str, name: str) -> str | None:
+    """Which process searches the study, as PostgreSQL knows it."""
+    from sqlalchemy import create_engine, text
+    from sqlalchemy.pool import NullPool
+
+    with create_engine(url, poolclass=NullPool, connect_args=connection_arguments()).connect() as connection:
+        holder = connection.execute(text(HOLDER), {"key": key_of(name)}).first()
+    return holder.application_name if holder else None
+
+
 class StudyLock:
     """PostgreSQL's advisory lock on a study's name: held by one connection, gone with it, however its process ends."""
 
@@ -149,7 +184,7 @@ class StudyLock:
         self.url, self.name = url, name
         self.label = f"{identity()}, lock {next(NUMBERS)}"
         self.engine = create_engine(url, poolclass=NullPool, connect_args=connection_arguments(name=self.label))
-        self.key = int.from_bytes(hashlib.sha256(f"memcontrol {name}".encode()).digest()[:8], signed=True)
+        self.key = key_of(name)
         self.connection = None
 
     def take(self) -> None:

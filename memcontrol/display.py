@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from memcontrol.estimate import Estimate, spearman
-from memcontrol.executors import ENDS, Event
+from memcontrol.executors import ENDS, FAILURES, Event
 from memcontrol.figures import FIGURES, MINIMIZE, direction_of, written
 from memcontrol.importance import Effect
 from memcontrol.pick import front_of, ties_of
@@ -91,6 +91,10 @@ class Display:
             confirming = event.detail["stage"] == "confirm"
             said = f"{text}: {said_of_step(event.detail)}" if training else f"{text}: measured again" if confirming else text
             self.running[name] = (said, 0.8 * share if training else share if confirming else 0.8 + 0.15 * share)
+        elif event.kind in FAILURES and name:
+            self.running.pop(name, None)
+            said = said_of(Choice.from_dict(event.job["choice"]), self.n_groups)
+            self.console.print(Text(f"warning: {said}: an attempt failed: {event.detail['reason']}", style="yellow"), soft_wrap=True)
         elif event.kind in ENDS and name:
             self.running.pop(name, None)
             goes_on = event.job.get("rung") and not (Path(event.job["trial"]) / RESULT).exists()

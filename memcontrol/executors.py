@@ -109,7 +109,7 @@ class Local(Executor):
             while True:
                 yield from self.heard(*self.said.get_nowait())
         for worker in self.workers:
-            if worker.job is not None and self.time_limit_seconds and time.monotonic() - worker.began > self.time_limit_seconds:
+            if worker.job is not None and limited(worker.job, self.time_limit_seconds) and time.monotonic() - worker.began > self.time_limit_seconds:
                 yield self.lost(worker, too_long(self.time_limit_seconds))
 
     def lost(self, worker: Worker, reason: str) -> Event:
@@ -196,6 +196,11 @@ def as_event(job: dict, line: dict) -> Event:
 def folder_of(job: dict) -> Path:
     """Where a job's log lies, and what it writes."""
     return Path(next(job[kind] for kind in ("trial", "prepare", "confirm", "help") if kind in job))
+
+
+def limited(job: dict, time_limit_seconds: float | None) -> bool:
+    """The limit is of an attempt at a trial; preparing and confirming have none."""
+    return time_limit_seconds is not None and "trial" in job
 
 
 def too_long(seconds: float) -> str:

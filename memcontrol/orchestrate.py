@@ -11,7 +11,7 @@ from pathlib import Path
 
 from memcontrol.attempts import failures_of, now
 from memcontrol.config import Config, load_config, study_folder
-from memcontrol.database import identity, only_orchestrator, patient
+from memcontrol.database import holder_of, identity, is_postgresql, only_orchestrator, patient
 from memcontrol.errors import MemControlError, SpaceExhausted
 from memcontrol.executors import Event, Executor
 from memcontrol.files import disk_full_named, read_json, write_json
@@ -77,10 +77,13 @@ def only_one(folder: Path) -> Iterator[None]:
         raise MemControlError(f"another search is running in {folder} ({held['holder']}, since {held['since']}); wait for it or stop it first") from None
 
 
-def is_searching(folder: Path) -> bool:
-    """Whether a search holds the folder. Looks only: it leaves no name of a holder behind."""
+def is_searching(folder: Path, url: str, name: str) -> bool:
+    """Whether a search holds the folder, or on whatever machine the study's lock in PostgreSQL. Looks only: it leaves no name of a
+    holder behind."""
     from filelock import FileLock, Timeout
 
+    if is_postgresql(url) and holder_of(url, name):
+        return True
     if not folder.is_dir():  # with PostgreSQL, this machine may never have seen it
         return False
     try:
@@ -226,12 +229,15 @@ class Search:
         result = read_json(self.run_folder(choice) / RESULT)
         trial = self.open[number]
         trial.results[choice] = result
-        self.n_failures = self.n_failures + 1 if result["state"] == "FAIL" else 0
         if len(trial.results) == len(trial.candidates):
             self.study.finish(number, [trial.results[candidate] for candidate in trial.candidates])
             del self.open[number]
+            self.n_failures = self.n_failures + 1 if self.study.kept[number].state == "FAIL" else 0
         if self.n_failures >= N_FAILURES:
-            raise MemControlError(f"{N_FAILURES} trials in a row failed, the last with {result['reason']}")
+            raise MemControlError(
+                f"{N_FAILURES} trials in a row failed for good, the last: {result['reason']}; mend what is behind it, and the same command goes on with "
+                "further choices"
+            )
 
     def confirm(self) -> None:
         """Measures the trials on the front over fresh draws, until every one that is on it was: a search picks lucky ones."""

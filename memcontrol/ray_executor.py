@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from memcontrol.attempts import progress_of
 from memcontrol.config import RayConfig
 from memcontrol.errors import MemControlError
-from memcontrol.executors import ENDS, Event, Executor, as_event, folder_of, too_long
+from memcontrol.executors import ENDS, Event, Executor, as_event, folder_of, limited, too_long
 
 
 class RayWorker:
@@ -103,11 +103,11 @@ class Ray(Executor):
     def watched(self, place: Place) -> Iterator[Event]:
         if place.began is None and self.is_there(place.ready):
             place.began = time.monotonic()
-        if self.time_limit_seconds and place.began and time.monotonic() - place.began > self.time_limit_seconds:
+        if limited(place.job, self.time_limit_seconds) and place.began and time.monotonic() - place.began > self.time_limit_seconds:
             place.reason = too_long(self.time_limit_seconds)
             self.ray.kill(place.actor)
         told = progress_of(folder_of(place.job))
-        if told != place.told:
+        if told and told != place.told:
             place.told = told
             yield Event(place.job, "progress", {key: told[key] for key in ("stage", "done", "total")})
 
@@ -145,7 +145,7 @@ def connected(settings: RayConfig):
         except (OSError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise MemControlError(
-                f"ray.address is {settings.address}: {reason}; start a cluster with `ray start --head` (where it asks for a token, which new "
-                "versions do, set RAY_AUTH_MODE=token and share the token: `ray get-auth-token`), or leave the address out"
+                f"ray.address is {settings.address}: {reason}; if a cluster runs there, it may ask for a token: set RAY_AUTH_MODE=token and its own "
+                "RAY_AUTH_TOKEN here too (`ray get-auth-token` on its head shows it); otherwise start a cluster with `ray start --head`, or leave the address out"
             ) from None
     return ray

@@ -12,7 +12,7 @@ from pathlib import Path
 from memcontrol.attempts import progress_of
 from memcontrol.config import SlurmConfig
 from memcontrol.errors import MemControlError
-from memcontrol.executors import Event, Executor, as_event, folder_of, too_long
+from memcontrol.executors import Event, Executor, as_event, folder_of, limited, too_long
 
 POLL_SECONDS = 2.0
 GONE = ("BOOT_FAIL", "CANCELLED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT", "")
@@ -58,7 +58,13 @@ class Slurm(Executor):
         return self.n_workers - len(self.running)
 
     def submit(self, job: dict) -> None:
-        self.running.append(Running(job, self.submitter.submit(SlurmTask(), job)))
+        from submitit.core.utils import FailedJobError
+
+        try:
+            self.running.append(Running(job, self.submitter.submit(SlurmTask(), job)))
+        except FailedJobError as error:
+            reason = " ".join(str(error).split())[-300:]
+            raise MemControlError(f"search.executor is slurm, and sbatch refuses the job: {reason}; check the slurm keys, and that `sinfo` works here") from None
 
     def events(self, timeout_seconds: float) -> Iterator[Event]:
         if not self.running:
@@ -97,11 +103,11 @@ class Slurm(Executor):
     def watched(self, one: Running, state: str) -> Iterator[Event]:
         if state == "RUNNING":
             one.began = one.began or time.monotonic()
-        if self.time_limit_seconds and one.began and time.monotonic() - one.began > self.time_limit_seconds and not one.reason:
+        if limited(one.job, self.time_limit_seconds) and one.began and time.monotonic() - one.began > self.time_limit_seconds and not one.reason:
             one.reason = too_long(self.time_limit_seconds)
             one.submitted.cancel(check=False)
         told = progress_of(folder_of(one.job))
-        if told != one.told:
+        if told and told != one.told:
             one.told = told
             yield Event(one.job, "progress", {key: told[key] for key in ("stage", "done", "total")})
 

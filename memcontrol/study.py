@@ -17,7 +17,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import TrialState, create_trial
 
 from memcontrol.config import Config, differing_keys, flat, load_config
-from memcontrol.database import Say, StudyLock, cannot_open, engine_arguments, patient
+from memcontrol.database import Say, StudyLock, cannot_open, checked, engine_arguments, patient
 from memcontrol.errors import MemControlError
 from memcontrol.figures import MAXIMIZE, MINIMIZE, direction_of
 from memcontrol.pareto import Limit, knee
@@ -233,13 +233,14 @@ def excesses(rewards: dict[str, float], limits: Sequence[Limit]) -> dict[str, fl
 
 
 def storage_url(config: Config, folder: Path, study_file: Path) -> str:
-    """The database: SQLite in the study's folder unless the config names another; relative SQLite paths start at the study file."""
+    """The database: SQLite in the study's folder unless the config names another; relative SQLite paths start at the study file.
+    Raises MemControlError where it is no URL."""
     if config.storage is None:
         return f"sqlite:///{folder / 'study.db'}"
     prefix = "sqlite:///"
     if config.storage.startswith(prefix):
         return prefix + os.path.join(study_file.resolve().parent, config.storage.removeprefix(prefix))
-    return config.storage
+    return checked(config.storage)
 
 
 def open_study(

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Puts a dump of backup.sh into an empty database, all or nothing: restore.sh FILE. Refuses one that already holds studies.
 set -euo pipefail
-file=${1:?usage: restore.sh FILE}
+[ $# = 1 ] || { echo "usage: restore.sh FILE" >&2; exit 2; }
+file=$1
+[ -r "$file" ] || { echo "$file cannot be read" >&2; exit 1; }
 export PGDATABASE=${PGDATABASE:-memcontrol}
 if [ -n "$(psql --no-psqlrc --tuples-only --no-align --command="SELECT to_regclass('public.studies')")" ]; then
     echo "database $PGDATABASE already holds studies; restore into an empty one" >&2

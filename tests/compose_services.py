@@ -88,7 +88,7 @@ class Services:
     def keep_running(self) -> None:
         """Begins again what has ended, as its restart policy says."""
         for name, process in list(self.running.items()):
-            well = 0 if COMPOSE["services"][name]["restart"] == "on-failure" else None
+            well = 0 if COMPOSE["services"][name]["restart"].startswith("on-failure") else None
             if process.poll() not in (None, well):
                 self.kill(name)
                 self.start(name)

@@ -11,7 +11,7 @@ from postgres import BIN, PASSWORD, Postgres
 
 from memcontrol import database
 from memcontrol.config import load_config
-from memcontrol.database import only_orchestrator, shown
+from memcontrol.database import cannot_open, holder_of, only_orchestrator, shown
 from memcontrol.errors import MemControlError
 from memcontrol.space import load_space
 from memcontrol.study import open_study
@@ -203,6 +203,33 @@ def test_mistakes_in_a_url_say_what_to_do_and_show_no_password(postgres, tmp_pat
     with pytest.raises(MemControlError, match=words) as caught:
         opened(tmp_path, postgres.url_of(user, password, name), new_name())
     assert password not in str(caught.value) and "***" in str(caught.value)
+
+
+@pytest.mark.parametrize("place", ["127.0.0.1:5432:memcontrol", "127.0.0.1:5432O/memcontrol", "tail@x:y@127.0.0.1:5432/memcontrol"])
+def test_what_is_no_url_is_refused_without_its_password(tmp_path, place):
+    with pytest.raises(MemControlError, match="is no database URL; write it as .* percent-encoded") as caught:
+        opened(tmp_path, f"postgresql+psycopg2://memcontrol:s3cret{place}" if place.startswith("tail") else f"postgresql://memcontrol:s3cret@{place}", "s")
+    assert "s3cret" not in str(caught.value) and "tail" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "said, cure",
+    [
+        ("Can't load plugin: sqlalchemy.dialects:postgresql.psycopg9", r"write postgresql\+psycopg2://"),
+        ("cannot execute CREATE TYPE in a read-only transaction", "this role may only read"),
+        ("Failed to import DB access module for the specified storage URL.", "install memcontrol\\[postgresql\\]"),
+    ],
+)
+def test_each_mistake_has_its_own_cure(said, cure):
+    with pytest.raises(MemControlError, match=cure):
+        raise cannot_open("postgresql+psycopg2://memcontrol@host/memcontrol", ValueError(said))
+
+
+def test_who_searches_is_known_from_any_machine(postgres):
+    assert holder_of(postgres.url, "held") is None
+    with only_orchestrator(postgres.url, "held"):
+        assert holder_of(postgres.url, "held").startswith("memcontrol on ")
+    assert holder_of(postgres.url, "held") is None
 
 
 def test_a_role_without_rights_and_an_old_schema_say_what_to_do(postgres, tmp_path):

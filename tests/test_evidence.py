@@ -200,7 +200,7 @@ def test_a_search_with_a_users_reward_and_a_limit(own, study_file):
     run = lambda *args: subprocess.run([sys.executable, "-m", "memcontrol.cli", *args], capture_output=True, text=True)
     done = run("search", str(study))
     assert done.returncode == 0, done.stderr
-    trials = json.loads(run("status", str(study), "--json").stdout)
+    trials = json.loads(run("status", str(study), "--json").stdout)["trials"]
     assert all(list(trial["values"]) == ["fid", "memorization", "brightness"] and trial["values"]["brightness"] > 0 for trial in trials)
     stored = optuna.load_study(study_name="small", storage=f"sqlite:///{study.parent}/runs/small/study.db").trials
     for trial in stored:

@@ -8,7 +8,7 @@ import pytest
 from memcontrol.attempts import Superseded, attempts_of, begin_attempt, failures_of, note_failure, progress_of
 from memcontrol.config import load_config
 from memcontrol.errors import MemControlError
-from memcontrol.executors import ENDS, Event, Executor, Inline, Local, make_executor, visible_gpus
+from memcontrol.executors import ENDS, Event, Executor, Inline, Local, limited, make_executor, visible_gpus
 from memcontrol.jobs import Jobs
 from memcontrol.space import Choice, load_space
 from memcontrol.spec import RESULT, Spec
@@ -108,7 +108,7 @@ def test_a_worker_that_dies_loses_its_job_and_is_started_again(local, tmp_path):
 
 def test_a_job_that_is_frozen_past_its_time_limit_is_ended_for_good(local, tmp_path):
     local.time_limit_seconds = 3
-    local.submit(prepare_job(tmp_path))
+    local.submit({"trial": str(tmp_path)})
     frozen = local.workers[0].process
     os.kill(frozen.pid, signal.SIGSTOP)
     end = until_end(local)
@@ -192,7 +192,7 @@ def test_out_of_memory_goes_on_with_smaller_forwards(tmp_path, monkeypatch):
 
     sizes = []
 
-    def fine_tuned(folder, spec, bench, progress):
+    def fine_tuned(folder, spec, bench, progress, rung):
         sizes.append(spec.config.inner.micro_batch_size)
         if len(sizes) < 2 or spec.config.search.accumulate_on_oom is False:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
@@ -205,3 +205,35 @@ def test_out_of_memory_goes_on_with_smaller_forwards(tmp_path, monkeypatch):
         run_job(spec.as_job(tmp_path / str(allowed)), Bench(), said.append)
         assert said[-1]["event"] == kind and sizes == ([None, 8] if allowed else [None])
     assert said[-1]["reason"].startswith("out of memory on the GPU: CUDA out of memory")
+
+
+def test_a_job_of_which_nothing_is_known_yet_is_no_error(tmp_path):
+    """A second attempt has not said anything, and what the first one said no longer counts."""
+    from memcontrol.attempts import begin_attempt
+    from memcontrol.ray_executor import Place, Ray
+    from memcontrol.slurm_executor import Running, Slurm
+
+    begin_attempt(tmp_path).progress("train", 1, 2)
+    begin_attempt(tmp_path)
+    for executor, one in ((object.__new__(Ray), Place(job={"trial": str(tmp_path)}, told={"done": 1}, began=0.0)), (object.__new__(Slurm), Running({"trial": str(tmp_path)}, None, 0.0, told={"done": 1}))):
+        executor.time_limit_seconds = None
+        assert list(executor.watched(one) if isinstance(one, Place) else executor.watched(one, "PENDING")) == []
+
+
+def test_preparing_has_no_time_limit():
+    assert limited({"trial": "x"}, 3.0) and not limited({"prepare": "x"}, 3.0) and not limited({"trial": "x"}, None)
+
+
+def test_what_sbatch_refuses_is_the_users_to_mend():
+    from submitit.core.utils import FailedJobError
+
+    from memcontrol.slurm_executor import Slurm
+
+    class Refusing:
+        def submit(self, *_):
+            raise FailedJobError("sbatch: error: Invalid partition name specified")
+
+    slurm = object.__new__(Slurm)
+    slurm.running, slurm.submitter = [], Refusing()
+    with pytest.raises(MemControlError, match="sbatch refuses the job: .*Invalid partition.*; check the slurm keys"):
+        slurm.submit({"trial": "x"})

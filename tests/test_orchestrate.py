@@ -11,6 +11,7 @@ from simulated import Simulated, search
 from memcontrol import orchestrate
 from memcontrol.attempts import attempts_of
 from memcontrol.config import load_config, study_folder
+from memcontrol.executors import Event
 from memcontrol.spec import RESULT
 from memcontrol.study import Study, open_study
 
@@ -94,3 +95,20 @@ def test_dying_at_any_step_loses_and_repeats_nothing(step, when, tmp_path, monke
     assert n_deaths
     assert_whole(study, n_deaths)
     assert front_of(study) == undisturbed  # with one worker, the same is asked for whatever dies
+
+
+class Failing(Simulated):
+    """Full fine-tuning dies, whatever is tried."""
+
+    def ended(self, begun, end, job):
+        if job.get("choice", {}).get("method") == "full":
+            return Event(job, "failed", {"reason": "made up"})
+        return super().ended(begun, end, job)
+
+
+def test_an_anchor_whose_choices_all_fail_is_one_failure_and_the_search_goes_on(tmp_path):
+    study = search(study_in(tmp_path), Failing())
+    states = {record.anchor: (record.state, record.reason) for record in study.records() if record.anchor}
+    assert states["full"] == ("FAIL", "3 attempts failed, the last: made up") and states["all"][0] == "COMPLETE"
+    assert sum(record.finished for record in study.records()) == N_SAMPLED + 2
+    study.close()

@@ -7,14 +7,13 @@ import time
 from dataclasses import replace
 
 import pytest
-from benchmarks.sampling import measured
 from test_study import MIXED, SPACE, opened, result
 
+from benchmarks.sampling import measured
 from memcontrol.errors import MemControlError, SpaceExhausted
 from memcontrol.sampling import Ahead, Sampler, mirrored
 from memcontrol.space import Choice, parse_space
 from memcontrol.study import Record, distributions
-
 
 KINDS = ("auto", "gp", "tpe", "nsga2", "random")
 

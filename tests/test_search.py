@@ -27,7 +27,7 @@ def memcontrol(*args, check=True, **options):
 
 
 def trials_of(study):
-    return json.loads(memcontrol("status", study, "--json").stdout)
+    return json.loads(memcontrol("status", study, "--json").stdout)["trials"]
 
 
 def assert_sound(trials, n_sampled):

@@ -47,7 +47,9 @@ def test_status_of_an_interrupted_search_shows_its_runs(study_file):
     text = run().stdout
     assert "interrupted: 1" in text and "trial 0 interrupted (all) (the next search goes on with it)" in text
     assert f"attempt 1 on {socket.gethostname()}" in text and text.count("waits for a place") == len(candidates) - 1
-    (trial,) = json.loads(run("--json").stdout)
+    said = json.loads(run("--json").stdout)
+    (trial,) = said["trials"]
+    assert not said["searching"] and said["study"] == "small" and [one["choice"] for one in trial["runs"]] == [choice.as_dict() for choice in candidates]
     assert [one["attempts"] for one in trial["runs"]] == [1, 0, 0] and trial["begun"] and trial["runs"][0]["progress"]["total"] == 2
 
 
@@ -59,15 +61,15 @@ def test_pace_counts_what_is_left(study_file):
     written.begin([choice], SPACE)
     (record,) = written.records()
     written.close()
-    assert pace([record], config) == ""
+    assert pace([record], config) == {}
     finished = replace(record, number=1, state="COMPLETE", seconds=120.0)
-    assert pace([record, finished], config) == "about 60 runs an hour, 10 minutes left\n"  # nine to come and one that runs, by two workers
+    assert pace([record, finished], config) == {"runs_per_hour": 60, "minutes_left": 10}  # nine to come and one that runs, by two workers
 
 
 def test_looking_at_a_search_leaves_no_holder_behind(tmp_path):
     from memcontrol.orchestrate import HOLDER, is_searching, only_one
 
-    assert not is_searching(tmp_path / "elsewhere")
-    assert not is_searching(tmp_path) and not (tmp_path / HOLDER).exists()
+    assert not is_searching(tmp_path / "elsewhere", "sqlite://", "s")
+    assert not is_searching(tmp_path, "sqlite://", "s") and not (tmp_path / HOLDER).exists()
     with only_one(tmp_path):
-        assert is_searching(tmp_path) and (tmp_path / HOLDER).exists()
+        assert is_searching(tmp_path, "sqlite://", "s") and (tmp_path / HOLDER).exists()
