@@ -50,7 +50,7 @@ def searched(folder: Path, server) -> list[dict]:
     study_file = folder / "sleep.yaml"
     study_file.write_text(yaml.safe_dump({
         "name": "sleep", "storage": server.url, "data": "digits", "space": "sd15-blocks", "rewards": {"confirm": 0},
-        "search": {"trials": N_TRIALS, "workers": N_WORKERS},
+        "search": {"trials": N_TRIALS, "workers": N_WORKERS, "sampler": "tpe"},
     }))  # fmt: skip
     executor = simulated.Simulated(N_WORKERS, SECONDS)
 

@@ -1,0 +1,124 @@
+"""Searches replayed on the table of every mask of seven sites (`digits_masks`), without any training: how many trials each sampler needs for 95 % of
+the true front's hypervolume, and what early stopping saves."""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks._problems import hypervolume
+from benchmarks.digits_masks import IMAGES, RUNGS, SITES, SPACE, TABLE
+
+N_SEEDS, N_WORKERS, GOAL, N_FULL = 20, 4, 0.95, 40
+KINDS = ("auto", "tpe", "nsga2", "random")
+OBJECTIVES = {"fid": "minimize", "memorization": "minimize"}
+HERE = Path(__file__).parent
+
+
+class Table:
+    """Every mask's figures, and the hypervolume of the true front against the worst of each objective."""
+
+    def __init__(self):
+        stored = json.loads(TABLE.read_text())
+        self.rows = {row["mask"]: row for row in stored["rows"]}
+        with np.load(IMAGES, allow_pickle=False) as images:
+            self.images = dict(images)
+        self.points = {mask: (row["fid"], row["memorization"]) for mask, row in self.rows.items()}
+        self.reference = tuple(map(max, zip(*self.points.values())))
+        self.whole = self.ratio_to(1.0, self.points)
+
+    def ratio_to(self, whole: float, masks: Sequence[str]) -> float:
+        return hypervolume([self.points[mask] for mask in masks], self.reference) / whole
+
+    def images_at(self, mask: str, rung: float) -> dict[str, np.ndarray]:
+        return {name: self.images[key] for name in OBJECTIVES if (key := f"{mask} {rung} {name}") in self.images}
+
+
+def run(device: str) -> list[dict]:
+    table, rows, curves = Table(), [], {}
+    for kind in KINDS:
+        searches = [replayed(table, kind, seed) for seed in range(N_SEEDS)]
+        curves[kind] = [[table.ratio_to(table.whole, masks[: i + 1]) for i in range(len(masks))] for masks, _ in searches]
+        needed = [next(i for i, ratio in enumerate(curve, 1) if ratio >= GOAL) for curve in curves[kind]]
+        rows.append({"what": f"{kind}: trials to {GOAL:.0%} of the true hypervolume", "median": float(statistics.median(needed)), "mean": statistics.mean(needed), "worst": max(needed)})
+    for kind in ("auto", "random"):
+        shares, steps = [], []
+        for seed in range(N_SEEDS):
+            whole, spent_whole = replayed(table, kind, seed, N_FULL)
+            early, spent_early = replayed(table, kind, seed, N_FULL, early=True)
+            shares.append(table.ratio_to(1.0, early) / table.ratio_to(1.0, whole))
+            steps.append(spent_early / spent_whole)
+        rows += [
+            {"what": f"early stopping, {kind}, {N_FULL} trials: hypervolume / without", "median": statistics.median(shares), "mean": statistics.mean(shares), "worst": min(shares)},
+            {"what": f"early stopping, {kind}, {N_FULL} trials: training steps / without", "median": statistics.median(steps), "mean": statistics.mean(steps), "worst": max(steps)},
+        ]
+    drawn(curves)
+    return rows
+
+
+def replayed(table: Table, kind: str, seed: int, n_trials: int = 2 ** len(SITES) - 1, early: bool = False) -> tuple[list[str], int]:
+    """The masks in the order in which their trials ended well, and the training steps of all: four workers, ends in random order."""
+    from memcontrol.config import EarlyStopping
+    from memcontrol.sampling import Sampler
+    from memcontrol.space import parse_space
+    from memcontrol.stopping import Shown
+    from memcontrol.study import Record
+
+    space, rule, rng = parse_space(SPACE, "sites"), EarlyStopping(rungs=RUNGS), random.Random(seed)
+    sampler, records, running, ended, n_steps = Sampler(space, seed, 2, (), kind), [], [], [], 0
+    there: dict[float, list[Shown]] = {rung: [] for rung in RUNGS}
+
+    def mask_of(record: Record) -> str:
+        return "".join(str(int(site in record.choice.groups)) for site in SITES)
+
+    def stops(record: Record) -> dict | None:
+        """The rung at which it stops."""
+        row, measured = table.rows[mask_of(record)], []
+        for one in row["rungs"]:
+            measured.append({"rung": one["rung"], "rewards": {name: one[name] for name in one if name.startswith(tuple(OBJECTIVES))}})
+            own, peers = Shown.of(record.number, measured[-1]["rewards"], OBJECTIVES, table.images_at(row["mask"], one["rung"])), there[one["rung"]]
+            beaten = sum(own.beaten_by(peer) for peer in peers)
+            stopped = len(peers) >= rule.min_peers and beaten >= rule.beaten_by * len(peers)
+            peers.append(own)
+            if stopped:
+                return {"rungs": tuple(measured), "n_steps": one["n_steps"]}
+        return None
+
+    while len(ended) + sum(record.state == "PRUNED" for record in records) < n_trials:
+        while len(running) < N_WORKERS and len(records) < n_trials:
+            records.append(Record(len(records), "RUNNING", (sampler.draw(records),), objectives=OBJECTIVES).as_running())
+            running.append(records[-1].number)
+        number = running.pop(rng.randrange(len(running)))
+        row, stopped = table.rows[mask_of(records[number])], stops(records[number]) if early else None
+        n_steps += stopped["n_steps"] if stopped else row["n_steps"]
+        if stopped:
+            records[number] = replace(records[number], state="PRUNED", rungs=stopped["rungs"])
+            continue
+        ended.append(row["mask"])
+        searched = {name: row[name] for name in row if name.startswith(tuple(OBJECTIVES))}
+        rungs = tuple({"rung": one["rung"], "rewards": {name: one[name] for name in searched}} for one in row["rungs"]) if early else ()
+        records[number] = replace(records[number], state="COMPLETE", searched=searched, rungs=rungs)
+    return ended, n_steps
+
+
+def drawn(curves: dict[str, list[list[float]]]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panel = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    for kind, found in curves.items():
+        columns = np.array([curve[:80] for curve in found])
+        panel.plot(range(1, columns.shape[1] + 1), np.median(columns, axis=0), label=kind, linewidth=2.5 if kind == "auto" else 1.2)
+    panel.axhline(GOAL, color="grey", linewidth=0.8)
+    panel.set(xlabel="trials ended", ylabel="hypervolume / the true front's", ylim=(0.3, 1.01), title="seven sites on the digits, median of 20 seeds")
+    panel.grid(alpha=0.3)
+    panel.legend()
+    figure.savefig(HERE / "evidence" / "replay.png", dpi=110)
