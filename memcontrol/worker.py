@@ -73,7 +73,7 @@ def run_confirm(folder: Path, bench, say: Say) -> None:
     say({"event": "done"})
 
 
-def run_trial(folder: Path, bench, say: Say, rung: float | None) -> None:
+def run_trial(folder: Path, bench, say: Say, rung: float | None = None) -> None:
     """One attempt at a trial, or at its way to a rung, in a folder that it takes over. One that diverges is pruned: its choice, not its
     process, is at fault."""
     from memcontrol.run import trial

@@ -292,7 +292,7 @@ def test_processes_that_share_a_trials_shards_change_no_number(tmp_path):
 
 def test_a_helper_that_dies_is_done_without(tmp_path, monkeypatch):
     run_trial(folder_of_trial(tmp_path, "alone"))
-    monkeypatch.setattr("memcontrol.bench.Bench.team", lambda self, folder, spec: Team(0, 2, lambda rank: rank == 0))
+    monkeypatch.setattr("memcontrol.bench.Bench.team", lambda self, folder, spec, rung=None: Team(0, 2, lambda rank: rank == 0))
     run_trial(folder_of_trial(tmp_path, "left", processes=2))
     assert same(*(load_file(tmp_path / name / "adapter.safetensors") for name in ("alone", "left")))
 
