@@ -9,7 +9,7 @@ import numpy as np
 from memcontrol.estimate import Estimate
 from memcontrol.figures import error_of
 from memcontrol.pareto import hypervolume
-from memcontrol.study import Record
+from memcontrol.study import Record, oriented
 
 N_DRAWS = 200
 MARGIN = 0.1
@@ -29,15 +29,11 @@ def grown(records: Sequence[Record], reference: Sequence[float], seed: int = 0) 
     """The hypervolume of what the search measured (not of what was measured again, which only the front is), with its standard error by
     redrawing every value from its own error."""
     complete = [record for record in records if record.finished]
-    losses = [searched_losses(record) for record in complete]
+    losses = [oriented([record.searched[name] for name in record.objectives], record.objectives.values()) for record in complete]
     errors = np.array([[error_of(name, record.searched) for name in record.objectives] for record in complete]).reshape(len(losses), -1)
     rng = np.random.default_rng(seed)
     draws = [hypervolume(rng.normal(losses, errors).tolist(), reference) for _ in range(N_DRAWS)] if losses and errors.any() else [0.0]
     return Estimate(hypervolume(losses, reference), float(np.std(draws)))
-
-
-def searched_losses(record: Record) -> list[float]:
-    return [-record.searched[name] if direction == "maximize" else record.searched[name] for name, direction in record.objectives.items()]
 
 
 def is_flat(records: Sequence[Record], reference: Sequence[float], n: int) -> bool:

@@ -47,6 +47,14 @@ class Services:
             self.command(name), cwd=self.work, env=self.environment(name), stdout=self.log, stderr=self.log, start_new_session=True
         )
 
+    def up(self) -> None:
+        """Everything in the order of what depends on what."""
+        self.start("ray-head")
+        self.until_healthy("ray-head")
+        self.start("worker")
+        self.until_joined(2)
+        self.start("orchestrator")
+
     def until_healthy(self, name: str) -> None:
         check = COMPOSE["services"][name]["healthcheck"]["test"]
         command = [word.replace(":6379", f":{self.port}") for word in check[1:]]

@@ -97,11 +97,7 @@ def test_its_commands_search_a_study_without_containers(own_folder):
     }))  # fmt: skip
     services = Services(folder, {"OWNER_PASSWORD": "of the owner", "STUDY": "study.yaml"})
     try:
-        services.start("ray-head")
-        services.until_healthy("ray-head")
-        services.start("worker")
-        services.until_joined(2)
-        services.start("orchestrator")
+        services.up()
         assert services.running["orchestrator"].wait(timeout=300) == 0, (folder / "services.log").read_text()[-3000:]
         found = tool(server, "psql", "-At", "-c", "SELECT state, count(*) FROM trials GROUP BY state", database="memcontrol").stdout
     finally:

@@ -70,11 +70,7 @@ def on_compose(folder: Path, server: Postgres) -> list[str]:
     study = study_of(folder, "composed", server.url, 3 * TRIALS, "ray", ray={"address": "auto"})
     services = Services(folder, {"STUDY": study.name, "OWNER_PASSWORD": ""})
     try:
-        services.start("ray-head")
-        services.until_healthy("ray-head")
-        services.start("worker")
-        services.until_joined(2)
-        services.start("orchestrator")
+        services.up()
         until_ended(study, 3, services.running["orchestrator"])
         print("three runs have ended: killing Ray's head", flush=True)
         services.kill("ray-head")
