@@ -55,6 +55,7 @@ def fine_tune(folder: Path, masks: list[str]) -> None:
     from memcontrol.orchestrate import prepared
     from memcontrol.space import Choice, parse_space
     from memcontrol.spec import RESULT, Spec
+    from memcontrol.stopping import rung_file
 
     config, space, steps = load_config(STUDY), parse_space(SPACE, "sites"), [*RUNGS, None]
     jobs = Jobs(Local(os.cpu_count()), lambda event: None)
@@ -64,7 +65,7 @@ def fine_tune(folder: Path, masks: list[str]) -> None:
         choice = Choice(groups, "lora", RATE, RANK) if groups else Choice((), "none", 0.0)
         job = Spec(config, space, choice, folder, "search", "holdout", n_train).as_job(folder / mask)
         if not (folder / mask / RESULT).exists():
-            todo.append({**job, "rung": steps[0] if groups else None})
+            todo.append({**job, "rung": next(rung for rung in steps if not (rung and (folder / mask / rung_file(rung)).exists())) if groups else None})
     n_left = len(todo)
     while n_left:
         while todo and jobs.room() > 0:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from memcontrol import __version__, commands, interrupt
+from memcontrol import __version__, commands, interrupt, looking
 from memcontrol.errors import MemControlError
 
 STUDY_HELP = "the study's YAML file"
@@ -20,19 +21,27 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"memcontrol {__version__}")
     subparsers = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in (add_demo, add_search, add_readers, add_retrain, add_export, add_audit, add_compare, add_rewards, add_spaces):
+        add(subparsers)
+    return top
 
-    def command(name: str, run, text: str) -> argparse.ArgumentParser:
-        added = subparsers.add_parser(name, help=text, description=text)
-        added.set_defaults(run=run)
-        return added
 
-    demo = command("demo", commands.run_demo, "search, pick and retrain on the embedded digits, from one command")
+def command(subparsers, name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+    added = subparsers.add_parser(name, help=text, description=text)
+    added.set_defaults(run=run)
+    return added
+
+
+def add_demo(subparsers) -> None:
+    demo = command(subparsers, "demo", commands.run_demo, "search, pick and retrain on the embedded digits, from one command")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder to work in (default: runs/demo)")
     demo.add_argument("--trials", type=whole(0), help="sampled trials, beside the three anchors (default: 4)")
     demo.add_argument("--workers", type=whole(1), help="worker processes (default: 2)")
     demo.add_argument("--seed", type=int, default=0, help="the study's seed (default: 0)")
 
-    search = command("search", commands.run_search, "run or continue a study")
+
+def add_search(subparsers) -> None:
+    search = command(subparsers, "search", commands.run_search, "run or continue a study")
     search.add_argument("study", type=Path, metavar="STUDY.yaml", help=STUDY_HELP)
     search.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace those of the file, for example inner.batch_size=8")
     search.add_argument("--trials", type=whole(0), help="sampled trials in all, beside the three anchors")
@@ -40,32 +49,40 @@ def parser() -> argparse.ArgumentParser:
     search.add_argument("--executor", choices=("inline", "local", "ray", "slurm"), help="where trials run")
     search.add_argument("--dry-run", action="store_true", help="print the resolved config and stop")
 
+
+def add_readers(subparsers) -> None:
     readers = {
-        "status": (commands.run_status, "list all trials with their state"), "front": (commands.run_front, "list the Pareto front"),
-        "importance": (commands.run_importance, "which groups drive which reward, with error"),
+        "status": (looking.run_status, "list all trials with their state"), "front": (looking.run_front, "list the Pareto front"),
+        "importance": (looking.run_importance, "which groups drive which reward, with error"),
     }  # fmt: skip
     for name, (run, text) in readers.items():
-        added = command(name, run, text)
+        added = command(subparsers, name, run, text)
         added.add_argument("study", type=Path, metavar="STUDY.yaml", help=STUDY_HELP)
         added.add_argument("--json", action="store_true", help="one JSON document on stdout")
 
-    pick = command("pick", commands.run_pick, "choose one trial of the study")
+    pick = command(subparsers, "pick", looking.run_pick, "choose one trial of the study")
     pick.add_argument("study", type=Path, metavar="STUDY.yaml", help=STUDY_HELP)
     add_pick_arguments(pick)
     pick.add_argument("--json", action="store_true", help="one JSON object on stdout")
 
-    retrain = command("retrain", commands.run_retrain, "retrain a choice on the full training set, scored on test data beside full fine-tuning")
+
+def add_retrain(subparsers) -> None:
+    retrain = command(subparsers, "retrain", commands.run_retrain, "retrain a choice on the full training set, scored on test data beside full fine-tuning")
     retrain.add_argument("study", type=Path, metavar="STUDY.yaml", help=STUDY_HELP)
     add_pick_arguments(retrain)
     retrain.add_argument("--choice", type=Path, metavar="CHOICE.json", help="a choice from a file, as `pick --json` prints it")
     retrain.add_argument("--out", type=Path, help="run folder to write (default: retrain/KEY in the study's folder)")
 
-    export = command("export", commands.run_export, "write a run's model for plain diffusers")
+
+def add_export(subparsers) -> None:
+    export = command(subparsers, "export", commands.run_export, "write a run's model for plain diffusers")
     export.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a run folder, of a trial or of retrain")
     export.add_argument("out", type=Path, metavar="OUT", help="new folder")
     export.add_argument("--format", choices=("adapter", "pipeline", "denoiser"), help="default: adapter for LoRA, pipeline for anything else")
 
-    audit = command("audit", commands.run_audit, "how much a model or a folder of images copies a training set")
+
+def add_audit(subparsers) -> None:
+    audit = command(subparsers, "audit", commands.run_audit, "how much a model or a folder of images copies a training set")
     source = audit.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", metavar="PIPELINE_OR_RUN", help="a run folder, or a pipeline (folder or Hub id) to sample from")
     source.add_argument("--images", type=Path, metavar="DIR", help="a folder of generated images")
@@ -82,15 +99,21 @@ def parser() -> argparse.ArgumentParser:
     audit.add_argument("--skip-unreadable", action="store_true", help="skip images that cannot be decoded instead of stopping")
     audit.add_argument("--json", action="store_true", help="print audit.json on stdout as well")
 
-    compare = command("compare", commands.run_compare, "two runs figure by figure, in pairs over their common prompts")
+
+def add_compare(subparsers) -> None:
+    compare = command(subparsers, "compare", looking.run_compare, "two runs figure by figure, in pairs over their common prompts")
     compare.add_argument("run_a", type=Path, metavar="RUN_DIR", help="a run folder, of a trial or of retrain")
     compare.add_argument("run_b", type=Path, metavar="RUN_DIR", help="another, of the same study and kind")
     compare.add_argument("--json", action="store_true", help="one JSON object on stdout")
 
-    rewards = command("rewards", commands.run_rewards, "list every figure: direction, interval, cost, meaning")
+
+def add_rewards(subparsers) -> None:
+    rewards = command(subparsers, "rewards", looking.run_rewards, "list every figure: direction, interval, cost, meaning")
     rewards.add_argument("--json", action="store_true", help="one JSON object on stdout")
 
-    spaces = command("spaces", commands.run_spaces, "list, show or check search spaces")
+
+def add_spaces(subparsers) -> None:
+    spaces = command(subparsers, "spaces", looking.run_spaces, "list, show or check search spaces")
     actions = spaces.add_subparsers(dest="action", required=True, metavar="list | show | check", help="what to do")
     actions.add_parser("list", help="the shipped spaces")
     show = actions.add_parser("show", help="print a shipped space, or derive one")
@@ -100,7 +123,6 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument("name", metavar="NAME_OR_FILE", help="a shipped space or a YAML file")
     check.add_argument("--base", default="tiny", metavar="MODEL", help="tiny, a folder (config.json files suffice) or a Hub id (default: tiny)")
     check.add_argument("--json", action="store_true", help="one JSON document on stdout")
-    return top
 
 
 def add_pick_arguments(command: argparse.ArgumentParser) -> None:

@@ -1,17 +1,17 @@
-"""Owns what each command does: call, print. What they import, they import when they run: --help must be instant."""
+"""Owns the commands that work: demo, search, retrain, export, audit. What they import, they import when they run: --help must be instant."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from memcontrol.errors import MemControlError
+from memcontrol.looking import config_of, console, folder_of, opened, out_json, picked_record, space_of, warn_of_full, warn_of_limits
 
 if TYPE_CHECKING:
     from memcontrol.config import Config
@@ -19,32 +19,6 @@ if TYPE_CHECKING:
 
 
 SAMPLING = {"samples": 256, "attacked": 0, "steps": 20, "guidance": 1.0, "seed": 0}  # of an audited pipeline
-ONCE = (
-    "warning: some of these were measured once only, as the search chose them, and may look better than they are; the end of the search "
-    "measures them again"
-)
-
-
-def console():
-    from rich.console import Console
-
-    width = None if sys.stderr.isatty() or "COLUMNS" in os.environ else 150
-    return Console(stderr=True, width=width)
-
-
-def out_json(value: object) -> None:
-    json.dump(value, sys.stdout, indent=1, ensure_ascii=False, allow_nan=False)
-    sys.stdout.write("\n")
-
-
-def opened(study_file: Path):
-    """The study as it was searched: its stored config counts, not later edits of the file. (study, folder)."""
-    from memcontrol.config import load_config, study_folder
-    from memcontrol.study import open_study
-
-    config = load_config(study_file)
-    folder = study_folder(study_file, config.name)
-    return open_study(config, folder, study_file, create=False), folder
 
 
 def run_demo(args: argparse.Namespace) -> int:
@@ -123,136 +97,6 @@ def show_search(study_file: Path, screen) -> None:
         screen.print(line, highlight=False, soft_wrap=True)
 
 
-def warn_of_limits(study, picked, screen) -> None:
-    """A limit that no trial keeps does not bind, and must not seem to."""
-    from memcontrol.figures import written
-    from memcontrol.pick import kept
-
-    if picked and not kept(picked, study.limits):
-        bounds = ", ".join(f"{limit.reward}{limit.sign}{limit.bound:g} (the pick has {written(limit.reward, picked.rewards) or 'none'})" for limit in study.limits)
-        screen.print(f"warning: no trial keeps the study's limits, {bounds}; the pick leaves them aside", style="yellow", highlight=False, soft_wrap=True)
-
-
-def warn_of_full(picked, screen) -> None:
-    """A pick that is the baseline itself must not pass for a mask."""
-    if picked and picked.anchor == "full":
-        screen.print(
-            "warning: no mask comes within 5 % of full fine-tuning's first objective, so the pick is full fine-tuning itself; "
-            'search on with more trials, or bound its copying: memcontrol pick ... --limit "copy_rate_low<=0.01"',
-            style="yellow", highlight=False, soft_wrap=True,
-        )  # fmt: skip
-
-
-def run_status(args: argparse.Namespace) -> int:
-    from memcontrol.display import said_of, study_table
-    from memcontrol.orchestrate import is_searching
-    from memcontrol.space import load_space
-    from memcontrol.watch import pace, runs_of, said_of_run
-
-    study, folder = opened(args.study)
-    records, n_groups, searching = study.records(), len(load_space(study.config.space).groups), is_searching(folder, study.url, study.config.name)
-    runs, speed = {record.number: runs_of(record, folder) for record in records}, pace(records, config_of(args.study))
-    if args.json:
-        trials = [record.as_dict(folder) | {"runs": runs[record.number]} for record in records]
-        out_json({"study": study.config.name, "searching": searching, **speed, "hypervolume": hypervolume_of(study), "trials": trials})
-        return 0
-    said = {"COMPLETE": "complete", "RUNNING": "running" if searching else "interrupted", "PRUNED": "pruned", "FAIL": "failed"}
-    for state, word in said.items():
-        sys.stdout.write(f"{word}: {sum(record.state == state for record in records)}\n")
-    if grown := hypervolume_of(study):
-        point = ", ".join(f"{name} {value:.4g}" for name, value in grown["reference"].items())
-        sys.stdout.write(f"hypervolume: {grown['value']:.4g} ± {grown['error']:.2g}, from {point}\n")
-    if searching and speed:
-        sys.stdout.write(f"about {speed['runs_per_hour']:.0f} runs an hour, about {speed['minutes_left']:.1f} minutes left\n")
-    for record in records:
-        if record.reason:
-            sys.stdout.write(f"trial {record.number} {said[record.state]}: {record.reason}\n")
-        if record.state == "RUNNING":
-            goes_on = "" if searching else " (the next search goes on with it)"
-            sys.stdout.write(f"trial {record.number} {said['RUNNING']} ({record.anchor or 'sampled'}){goes_on}\n")
-            for choice, run in zip(record.candidates, runs[record.number]):
-                sys.stdout.write(f"  {said_of(choice, n_groups)}: {'' if searching else 'was: '}{said_of_run(run, folder.is_dir())}\n")
-    printed(study_table(records, n_groups, f"{study.config.name}: finished trials"))
-    return 0
-
-
-def hypervolume_of(study) -> dict | None:
-    """Value, error and reference point; None before the anchors have ended, whose worst values it is measured from."""
-    from memcontrol.growth import grown, reference_of
-
-    records = study.records()
-    reference = study.attributes.get("reference") or reference_of(records)
-    if reference is None:
-        return None
-    found, signs = grown(records, reference), {name: -1 if direction == "maximize" else 1 for name, direction in study.objectives.items()}
-    return {"value": float(found), "error": found.error, "reference": {name: sign * value for (name, sign), value in zip(signs.items(), reference)}}
-
-
-def run_importance(args: argparse.Namespace) -> int:
-    from memcontrol.display import importance_table
-    from memcontrol.importance import importance
-    from memcontrol.space import load_space
-
-    study, _ = opened(args.study)
-    effects = importance(study.records(), load_space(study.config.space))
-    if args.json:
-        out_json([effect.as_dict() for effect in effects])
-    else:
-        printed(importance_table(effects, study.config.name))
-    return 0
-
-
-def printed(table) -> None:
-    from rich.console import Console
-
-    Console(width=None if sys.stdout.isatty() else 150).print(table)
-
-
-def run_front(args: argparse.Namespace) -> int:
-    from memcontrol.display import study_table
-    from memcontrol.pick import finished, front_of, ties_of, to_confirm
-    from memcontrol.space import load_space
-
-    study, folder = opened(args.study)
-    complete = finished(study.records())
-    records = front_of(complete)
-    if args.json:
-        out_json([record.as_dict(folder) for record in records])
-        return 0
-    shown = records + [record for record in ties_of(complete) if record not in records]
-    printed(study_table(shown, len(load_space(study.config.space).groups), f"{study.config.name}: front", None, complete))
-    if study.config.rewards.confirm and to_confirm(complete):
-        console().print(ONCE, style="yellow", highlight=False, soft_wrap=True)
-    return 0
-
-
-def picked_record(study, trial: int | None, rule: str | None, limits: Sequence[str]):
-    from memcontrol.pick import by_number, finished, pick
-
-    if trial is not None:
-        if rule or limits:
-            raise MemControlError("--trial names one trial; --rule and --limit do not go with it")
-        return by_number(finished(study.records()), trial)
-    return pick(study.records(), rule or "knee", limits, study.limits)
-
-
-def run_pick(args: argparse.Namespace) -> int:
-    from memcontrol.display import study_table
-    from memcontrol.space import load_space
-
-    study, folder = opened(args.study)
-    record = picked_record(study, args.trial, args.rule, args.limit)
-    if args.json:
-        out_json(record.as_dict(folder))
-    else:
-        printed(study_table([record], len(load_space(study.config.space).groups), f"{study.config.name}: pick", record, study.records()))
-        if args.trial is None:
-            warn_of_full(record, console())
-            warn_of_limits(study, record, console())
-        sys.stdout.write(f"groups: {', '.join(record.choice.groups) or '-'}\nrun: {folder / record.choice.key}\n")
-    return 0
-
-
 def run_retrain(args: argparse.Namespace) -> int:
     if args.choice and (args.trial is not None or args.rule or args.limit):
         raise MemControlError("--choice names the choice; --trial, --rule and --limit do not go with it")
@@ -310,24 +154,6 @@ def transferred(config: Config, folder: Path, choice, executor: Executor, screen
         prepared(config, folder, Jobs(executor, display.on_event))
     screen.print("this study was not searched: full fine-tuning is at the middle of its learning rates", highlight=False, soft_wrap=True)
     return space.anchors()["full"][1]
-
-
-def config_of(study_file: Path) -> Config:
-    from memcontrol.config import load_config
-
-    return load_config(study_file)
-
-
-def folder_of(study_file: Path) -> Path:
-    from memcontrol.config import study_folder
-
-    return study_folder(study_file, config_of(study_file).name)
-
-
-def space_of(config: Config):
-    from memcontrol.space import load_space
-
-    return load_space(config.space)
 
 
 def searched(study_file: Path) -> bool:
@@ -412,85 +238,3 @@ def run_audit(args: argparse.Namespace) -> int:
     screen = console()
     screen.print(f"report: {relative(args.out / 'audit.html')}", highlight=False, soft_wrap=True)
     return 0
-
-
-def run_compare(args: argparse.Namespace) -> int:
-    from memcontrol.compare import differences, finished_result
-    from memcontrol.display import differences_table
-
-    apart = differences(args.run_a, args.run_b)
-    first, second = (finished_result(run)["rewards"] for run in (args.run_a, args.run_b))
-    if args.json:
-        out_json({
-            name: {"first": first[name], "second": second[name], "difference": float(value), "error": value.error, "low": value.low, "high": value.high}
-            for name, value in apart.items()
-        })  # fmt: skip
-    else:
-        printed(differences_table(apart, first, second, f"{args.run_a} (first) and {args.run_b} (second)"))
-    return 0
-
-
-def run_rewards(args: argparse.Namespace) -> int:
-    from memcontrol.display import figures_table
-    from memcontrol.figures import FIGURES
-
-    if args.json:
-        from dataclasses import asdict
-
-        out_json({name: asdict(figure) for name, figure in FIGURES.items()})
-    else:
-        printed(figures_table())
-    return 0
-
-
-def run_spaces(args: argparse.Namespace) -> int:
-    from memcontrol.space import load_space, shipped_spaces
-
-    if args.action == "list":
-        for name in shipped_spaces():
-            space = load_space(name)
-            sys.stdout.write(f"{name:26} {len(space.groups):3} groups  {space.description}\n")
-        return 0
-    if args.action == "show":
-        sys.stdout.write(shown_space(args.name, args.base))
-        return 0
-    from memcontrol.cost import survey
-    from memcontrol.models import empty_denoiser
-
-    found = survey(empty_denoiser(args.base), load_space(args.name))
-    if args.json:
-        out_json(found)
-    else:
-        print_survey(found)
-    return 0
-
-
-def shown_space(name: str, base: str) -> str:
-    from memcontrol.space import shipped_spaces
-
-    if name == "auto":
-        from memcontrol.derive import derived_space
-        from memcontrol.models import empty_denoiser
-
-        return derived_space(empty_denoiser(base), base)
-    if name not in shipped_spaces():
-        raise MemControlError(f"space '{name}' is not shipped; shipped are {', '.join(shipped_spaces())}; 'auto' derives one from --base")
-    return shipped_spaces()[name].read_text(encoding="utf-8")
-
-
-def print_survey(found: dict) -> None:
-    write, total = sys.stdout.write, found["total"]
-    for group in found["groups"]:
-        parts = ", ".join(f"{method} {n:,} ({n / total:.4%})" for method, n in group["parameters"].items())
-        write(f"{group['name']:24} {len(group['modules']):4} modules  {parts}\n")
-        write("".join(f"    {name}\n" for name in group["modules"]))
-    write(f"{total:,} parameters in all\n")
-    for method, counts in found["methods"].items():
-        cost = counts["cost"]
-        write(f"{method:12} all groups on {counts['all_on']:13,} ({counts['all_on'] / total:8.4%})   off {counts['all_off']:13,}")
-        write(f"   {figure(cost['step_gflops'])} GFLOP and {figure(cost['memory_mib'])} MiB for a step of one image\n" if cost else "\n")
-
-
-def figure(value: float) -> str:
-    """Three digits of what is small, no decimals of what is large."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from memcontrol.errors import MemControlError
+from memcontrol.yaml_files import read_yaml, yaml_number
 
 # What may change between two runs of one study: where and how fast it runs, not what it finds.
 FREE_KEYS = ("storage", "search.trials", "search.workers", "search.executor", "search.processes", "search.time_limit_minutes", "search.accumulate_on_oom", "search.stop_when_flat", "ray", "slurm")
@@ -317,7 +318,7 @@ class Config(Strict):
 
 def load_config(source: Path | str | dict, overrides: Sequence[str] = ()) -> Config:
     """The config of a YAML file or a mapping, `overrides` ("inner.batch_size=8") applied. Raises MemControlError."""
-    values = dict(source) if isinstance(source, dict) else read_yaml(Path(source))
+    values = dict(source) if isinstance(source, dict) else read_yaml(Path(source), list(Config.model_fields))
     for override in overrides:
         values = with_override(values, override)
     try:
@@ -337,34 +338,6 @@ def with_absolute_functions(config: Config, folder: Path) -> Config:
     return config.model_copy(update={"rewards": config.rewards.model_copy(update={"objectives": objectives})})
 
 
-class EachKeyOnce(yaml.SafeLoader):
-    """The safe loader, but a key given twice is an error: one of the two would be lost in silence."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [key.value for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.YAMLError(f"key '{key}' is given twice{node.start_mark}")
-        return super().construct_mapping(node, deep)
-
-
-def read_yaml(path: Path) -> dict:
-    try:
-        values = with_exponents(yaml.load(path.read_text(encoding="utf-8"), Loader=EachKeyOnce))
-    except FileNotFoundError:
-        raise MemControlError(f"{path}: no such file; give a study file in YAML, see the README for an example") from None
-    except IsADirectoryError:
-        raise MemControlError(f"{path}: is a folder; give the study file, such as {path / 'study.yaml'}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise MemControlError(f"{path}: cannot be read ({error}); give a text file in YAML") from None
-    except yaml.YAMLError as error:
-        raise MemControlError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        held = "is empty" if values is None else f"holds {type(values).__name__}, not keys"
-        raise MemControlError(f"{path}: {held}; a study file has {', '.join(Config.model_fields)}")
-    return values
-
-
 def with_override(values: dict, override: str) -> dict:
     key, equals, text = override.partition("=")
     if not equals or not key:
@@ -381,25 +354,6 @@ def placed(values: Any, keys: list[str], value: Any) -> dict:
     if not isinstance(inside, dict):
         inside = {}
     return {**inside, keys[0]: placed(inside.get(keys[0]), keys[1:], value) if keys[1:] else value}
-
-
-EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
-
-
-def yaml_number(text: str) -> Any:
-    return with_exponents(yaml.safe_load(text))
-
-
-def with_exponents(value: Any) -> Any:
-    """YAML 1.1 reads 1e-3 and 1e4 as text; people mean a number, and a whole one where it is whole."""
-    if isinstance(value, dict):
-        return {key: with_exponents(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [with_exponents(inner) for inner in value]
-    if not isinstance(value, str) or not EXPONENT.fullmatch(value):
-        return value
-    number = float(value)
-    return int(number) if number.is_integer() else number
 
 
 def explained(problems: Sequence[dict]) -> str:

@@ -11,9 +11,9 @@ from memcontrol.errors import MemControlError
 from memcontrol.estimate import Estimate
 from memcontrol.gp import fitted
 from memcontrol.points import Points
-from memcontrol.sampling import N_SPREAD, evidence_of
 from memcontrol.space import SearchSpace
 from memcontrol.study import Record
+from memcontrol.surrogate import N_SPREAD, evidence_of
 
 
 @dataclass(frozen=True)

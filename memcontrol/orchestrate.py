@@ -18,11 +18,12 @@ from memcontrol.files import disk_full_named, read_json, write_json
 from memcontrol.growth import grown, is_flat, reference_of
 from memcontrol.jobs import Jobs, Show
 from memcontrol.pick import finished, front_of, to_confirm
-from memcontrol.sampling import OUTSIDE, Ahead, Sampler
+from memcontrol.sampling import Ahead, Sampler
 from memcontrol.space import Choice, SearchSpace, load_space
 from memcontrol.spec import CONFIRMED, RESULT, ROUNDS, Spec
 from memcontrol.stopping import Stops, judgements
 from memcontrol.study import Record, Study, is_searched, open_study, storage_url
+from memcontrol.surrogate import OUTSIDE
 
 HOLDER = "search.holder.json"
 CROWD = 4  # trials in flight for each choice that is drawn ahead: the more there are, the more end at once

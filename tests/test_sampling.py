@@ -11,7 +11,8 @@ from test_study import MIXED, SPACE, opened, result
 
 from benchmarks.sampling import measured
 from memcontrol.errors import MemControlError, SpaceExhausted
-from memcontrol.sampling import Ahead, Sampler, mirrored
+from memcontrol.mirror import mirrored
+from memcontrol.sampling import Ahead, Sampler
 from memcontrol.space import Choice, parse_space
 from memcontrol.study import Record, distributions
 

@@ -12,11 +12,11 @@ from test_orchestrate import STEPS, STORAGE, Dead, dying
 from memcontrol.config import EarlyStopping, InnerConfig, load_config, study_folder
 from memcontrol.errors import MemControlError
 from memcontrol.points import Points
-from memcontrol.sampling import evidence_of, promise
 from memcontrol.space import load_space
 from memcontrol.spec import RESULT
 from memcontrol.stopping import Shown, judge, judgements, rungs_of
 from memcontrol.study import open_study
+from memcontrol.surrogate import evidence_of, promise
 
 RULE = EarlyStopping(rungs=(0.5,), beaten_by=0.4, min_peers=3)
 

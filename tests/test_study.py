@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from memcontrol.adapters import described
 from memcontrol.config import load_config
 from memcontrol.errors import MemControlError
+from memcontrol.mirror import mirrored
 from memcontrol.pick import front_of, pick
-from memcontrol.sampling import mirrored
 from memcontrol.space import Choice, load_space, parse_space
 from memcontrol.study import open_study
 
