@@ -15,7 +15,7 @@ import numpy as np
 from benchmarks._problems import hypervolume
 from benchmarks.digits_masks import IMAGES, RUNGS, SITES, SPACE, TABLE
 
-N_SEEDS, N_WORKERS, GOAL, N_FULL = 20, 4, 0.95, 40
+N_SEEDS, N_WORKERS, GOAL, N_LONGEST, N_FULL = 20, 4, 0.95, 100, 40
 KINDS = ("auto", "tpe", "nsga2", "random")
 OBJECTIVES = {"fid": "minimize", "memorization": "minimize"}
 HERE = Path(__file__).parent
@@ -62,12 +62,12 @@ def run(device: str) -> list[dict]:
     return rows
 
 
-def replayed(table: Table, kind: str, seed: int, n_trials: int = 2 ** len(SITES) - 1, early: bool = False) -> tuple[list[str], int]:
+def replayed(table: Table, kind: str, seed: int, n_trials: int = N_LONGEST, early: bool = False) -> tuple[list[str], int]:
     """The masks in the order in which their trials ended well, and the training steps of all: four workers, ends in random order."""
     from memcontrol.config import EarlyStopping
     from memcontrol.sampling import Sampler
     from memcontrol.space import parse_space
-    from memcontrol.stopping import Shown
+    from memcontrol.stopping import Shown, verdict
     from memcontrol.study import Record
 
     space, rule, rng = parse_space(SPACE, "sites"), EarlyStopping(rungs=RUNGS), random.Random(seed)
@@ -83,8 +83,7 @@ def replayed(table: Table, kind: str, seed: int, n_trials: int = 2 ** len(SITES)
         for one in row["rungs"]:
             measured.append({"rung": one["rung"], "rewards": {name: one[name] for name in one if name.startswith(tuple(OBJECTIVES))}})
             own, peers = Shown.of(record.number, measured[-1]["rewards"], OBJECTIVES, table.images_at(row["mask"], one["rung"])), there[one["rung"]]
-            beaten = sum(own.beaten_by(peer) for peer in peers)
-            stopped = len(peers) >= rule.min_peers and beaten >= rule.beaten_by * len(peers)
+            stopped = verdict(own, peers, rule)[1]
             peers.append(own)
             if stopped:
                 return {"rungs": tuple(measured), "n_steps": one["n_steps"]}

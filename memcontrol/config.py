@@ -226,8 +226,9 @@ class EarlyStopping(Strict):
 
     rungs: Annotated[tuple[Share, ...], BeforeValidator(as_tuple)] = (0.25, 0.5)
     n_samples: Count = 64
-    beaten_by: Share = 0.2  # of the trials that came to the rung, in every objective, beyond error
-    min_peers: Count = 5
+    beaten_by: Share = 0.05  # of the trials that came to the rung, in every objective
+    beyond: NotNegative = 0.25  # and in each by more than so many standard errors of the difference
+    min_peers: Count = 4
 
     @model_validator(mode="after")
     def rising(self) -> EarlyStopping:

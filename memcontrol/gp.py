@@ -15,8 +15,11 @@ from scipy.special import ndtr
 SQRT5 = math.sqrt(5)
 # Log-normal priors (mean and sd of the log) in units of the objective's own spread: weights of the coordinates, signal, noise. A
 # weight of 0.3 lets two masks that differ in one group share most of what is known of them.
-PRIORS = {"weight": (math.log(0.3), 1.5), "signal": (0.0, 1.0), "noise": (math.log(1e-3), 2.0)}
+# The share is that of the known errors' variance which tells trials apart: all have the same prompts and noise, and most of the error
+# with them.
+PRIORS = {"weight": (math.log(0.3), 1.5), "signal": (0.0, 1.0), "noise": (math.log(1e-3), 2.0), "share": (math.log(0.1), 1.5)}
 BOUNDS = (math.log(1e-6), math.log(1e3))
+COMMON = ("signal", "noise", "share")
 STARTS = (PRIORS["weight"][0], PRIORS["weight"][0] - 1.5)  # of the weights' logs
 JITTER = 1e-9
 
@@ -70,19 +73,19 @@ class Process:
 
 
 def negative_log_posterior(logs: np.ndarray, y: np.ndarray, known: np.ndarray, squares: np.ndarray) -> tuple[float, np.ndarray]:
-    """Of hyperparameters (the logs of C weights, of signal and noise) given values [N] whose known variances are `known`, and its
+    """Of hyperparameters (the logs of C weights, of signal, noise and share) given values [N] whose known variances are `known`, and its
     gradient (Rasmussen and Williams 2006, eq. 5.8 and 5.9)."""
-    means, sds = (np.array([PRIORS["weight"][i]] * len(squares) + [PRIORS["signal"][i], PRIORS["noise"][i]]) for i in (0, 1))
-    weights, signal, noise, identity = np.exp(logs[:-2]), math.exp(logs[-2]), math.exp(logs[-1]), np.eye(len(y))
+    means, sds = (np.array([PRIORS["weight"][i]] * len(squares) + [PRIORS[name][i] for name in COMMON]) for i in (0, 1))
+    weights, (signal, noise, share), identity = np.exp(logs[: -len(COMMON)]), np.exp(logs[-len(COMMON) :]), np.eye(len(y))
     k, slope = matern(np.tensordot(weights, squares, 1))
     try:
-        factor = cho_factor(signal * k + np.diag(known + noise + JITTER), lower=True)
+        factor = cho_factor(signal * k + np.diag(share * known + noise + JITTER), lower=True)
     except np.linalg.LinAlgError:
         return 1e25, np.zeros_like(logs)
     alpha = cho_solve(factor, y)
     outer = cho_solve(factor, identity) - np.outer(alpha, alpha)
     by_weight = 0.5 * signal * weights * np.tensordot(squares, outer * slope, 2)
-    gradient = np.array([*by_weight, 0.5 * signal * (outer * k).sum(), 0.5 * noise * np.trace(outer)])
+    gradient = np.array([*by_weight, 0.5 * signal * (outer * k).sum(), 0.5 * noise * np.trace(outer), 0.5 * share * np.diag(outer) @ known])
     off = (logs - means) / sds
     return 0.5 * y @ alpha + np.log(np.diag(factor[0])).sum() + 0.5 * (off**2).sum(), gradient + off / sds
 
@@ -93,15 +96,15 @@ def fitted(points: np.ndarray, values: np.ndarray, errors: np.ndarray, pending: 
     goes elsewhere (the kriging believer of Ginsbourger et al. 2010)."""
     centre, spread = float(np.mean(values)), float(np.std(values)) or 1.0
     y, known, squares = (values - centre) / spread, (errors / spread) ** 2, by_coordinate(points, points, owner)
-    starts = [np.array([weight] * len(squares) + [PRIORS["signal"][0], PRIORS["noise"][0]]) for weight in STARTS]
-    bounds = [BOUNDS] * (len(squares) + 2)
+    starts = [np.array([weight] * len(squares) + [PRIORS[name][0] for name in COMMON]) for weight in STARTS]
+    bounds = [BOUNDS] * (len(squares) + 2) + [(BOUNDS[0], 0.0)]
     ends = [minimize(negative_log_posterior, start, (y, known, squares), jac=True, method="L-BFGS-B", bounds=bounds) for start in starts]
-    *weights, signal, noise = np.exp(min(ends, key=lambda end: end.fun).x)
-    found = conditioned(points, y, known + noise, np.sqrt(np.array(weights)[owner]), signal, centre, spread)
+    *weights, signal, noise, share = np.exp(min(ends, key=lambda end: end.fun).x)
+    found = conditioned(points, y, share * known + noise, np.sqrt(np.array(weights)[owner]), signal, centre, spread)
     if not len(pending):
         return found
     believed = (found.predict(pending)[0] - centre) / spread
-    together = np.concatenate([known + noise, np.full(len(pending), noise)])
+    together = np.concatenate([share * known + noise, np.full(len(pending), noise)])
     return conditioned(np.concatenate([points, pending]), np.concatenate([y, believed]), together, found.scale, signal, centre, spread)
 
 

@@ -32,10 +32,10 @@ class Shown:
         added = tuple(sign * images[name] if name in images else None for name, sign in signs.items())
         return cls(number, tuple(sign * rewards[name] for name, sign in signs.items()), tuple(error_of(name, rewards) for name in signs), added)
 
-    def beaten_by(self, other: Shown) -> bool:
-        """Whether the other one is better in every objective, by more than the standard error of the difference: in pairs over the
-        samples where that is possible."""
-        return all(other.losses[i] + self.error_of_difference(other, i) < self.losses[i] for i in range(len(self.losses)))
+    def beaten_by(self, other: Shown, beyond: float) -> bool:
+        """Whether the other one is better in every objective, by more than `beyond` standard errors of the difference: in pairs over
+        the samples where that is possible."""
+        return all(other.losses[i] + beyond * self.error_of_difference(other, i) < self.losses[i] for i in range(len(self.losses)))
 
     def error_of_difference(self, other: Shown, i: int) -> float:
         mine, theirs = (shown.contributions[i] if shown.contributions else None for shown in (self, other))
@@ -69,18 +69,20 @@ def judgements(folder: Path) -> list[dict]:
     return read_json(folder / JUDGED) if (folder / JUDGED).is_file() else []
 
 
+def verdict(own: Shown, peers: Sequence[Shown], rule: EarlyStopping) -> tuple[list[int], bool]:
+    """Who beats a trial, and whether it stops: where at least `beaten_by` of its peers, of whom there are `min_peers` or more, beat it in
+    every objective. With two objectives no ranking by one number exists, and what few beat may still lie on the front."""
+    beaten = [peer.number for peer in peers if own.beaten_by(peer, rule.beyond)]
+    return beaten, len(peers) >= rule.min_peers and len(beaten) >= max(1, rule.beaten_by * len(peers))
+
+
 def judge(folder: Path, rung: float, own: Shown, peers: Sequence[Shown], rule: EarlyStopping) -> dict:
     """Decides whether a trial goes on beyond a rung, and writes it down before anybody acts on it: what was decided once stays so,
-    whatever peers come later and whoever dies.
-
-    It stops where at least `beaten_by` of its peers, of whom there are `min_peers` or more, beat it in every objective beyond
-    error: with two objectives no ranking by one number exists, and what few beat may still lie on the front.
-    """
+    whatever peers come later and whoever dies."""
     known = next((one for one in judgements(folder) if one["rung"] == rung), None)
     if known:
         return known
-    beaten = [peer.number for peer in peers if own.beaten_by(peer)]
-    stops = len(peers) >= rule.min_peers and len(beaten) >= rule.beaten_by * len(peers)
+    beaten, stops = verdict(own, peers, rule)
     found = {"rung": rung, "goes_on": not stops, "beaten_by": beaten, "n_peers": len(peers)}
     write_json(folder / JUDGED, [*judgements(folder), found])
     return found

@@ -18,6 +18,7 @@ from memcontrol.stopping import Shown
 from memcontrol.study import Record, excesses
 
 N_RANDOM, N_CLIMBS, N_BEST = 300, 4, 8  # of the choices that the model looks at
+N_BEYOND = 3.0  # how far beyond the median a loss may lie, in distances of the best from it
 N_SPREAD = 6  # sampled trials before anything is modelled
 OUTSIDE = ("none", "full")  # anchors that no point of the space stands for
 
@@ -73,12 +74,20 @@ def promise(record: Record, ended: Sequence[Record]) -> tuple[np.ndarray, np.nda
     return np.add(own.losses, np.median(moves, axis=0)), np.hypot(own.errors, np.std(moves, axis=0))
 
 
+def winsorized(values: np.ndarray) -> np.ndarray:
+    """Losses [N, 2], the worst of them cut: what is far from the front need not be known in its distance, and would leave little of the
+    model's scale to what is near."""
+    best, median = values.min(0), np.median(values, axis=0)
+    return np.minimum(values, median + N_BEYOND * (median - best))
+
+
 def modelled(evidence: Evidence, points: Points, seed: int) -> Iterator[Choice]:
     """Choices by how much hypervolume they promise, those that should keep the limits: random ones and the neighbours of the
     front, then the neighbours of the best of these."""
     rng, pending = random.Random(seed), evidence.pending.reshape(-1, len(points.names) + 1)
     seen, believed, none = points.seen(evidence.rows), points.seen(pending), np.zeros(len(evidence.rows))
-    processes = [fitted(seen, evidence.values[:, i], evidence.errors[:, i], believed, points.owner) for i in (0, 1)]
+    values = winsorized(evidence.values)
+    processes = [fitted(seen, values[:, i], evidence.errors[:, i], believed, points.owner) for i in (0, 1)]
     guards = [fitted(seen, column, none, believed, points.owner) for column in evidence.excesses.T if np.ptp(column) > 0]
     there = np.concatenate([seen, believed])
     means = np.stack([process.predict(there)[0] for process in processes], 1)  # what the values would be without their noise

@@ -34,11 +34,11 @@ def test_predictions_are_the_conditional_normal_distribution():
 
 def test_the_posterior_and_its_gradient():
     seen, rng = points(8), np.random.default_rng(1)
-    y, known, logs = rng.normal(size=8), rng.random(8) / 10, rng.normal(size=6) - 1
+    y, known, logs = rng.normal(size=8), rng.random(8) / 10, rng.normal(size=7) - 1
     squares = by_coordinate(seen, seen, OWNER)
-    covariance = kernel(seen, seen, np.exp(logs[:-2])[OWNER] ** 0.5, math.exp(logs[-2])) + np.diag(known + math.exp(logs[-1]))
+    covariance = kernel(seen, seen, np.exp(logs[:-3])[OWNER] ** 0.5, math.exp(logs[-3])) + np.diag(math.exp(logs[-1]) * known + math.exp(logs[-2]))
     likelihood = multivariate_normal(np.zeros(8), covariance).logpdf(y)
-    centred = (logs - [*[math.log(0.3)] * 4, 0, math.log(1e-3)]) / [*[1.5] * 4, 1, 2]
+    centred = (logs - [*[math.log(0.3)] * 4, 0, math.log(1e-3), math.log(0.1)]) / [*[1.5] * 4, 1, 2, 1.5]
     expected = -likelihood - 4 * math.log(2 * math.pi) + (centred**2).sum() / 2
     assert negative_log_posterior(logs, y, known, squares)[0] == pytest.approx(expected, rel=1e-6)
     error = check_grad(lambda x: negative_log_posterior(x, y, known, squares)[0], lambda x: negative_log_posterior(x, y, known, squares)[1], logs)

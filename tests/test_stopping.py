@@ -18,14 +18,14 @@ from memcontrol.stopping import Shown, judge, judgements, rungs_of
 from memcontrol.study import open_study
 from memcontrol.surrogate import evidence_of, promise
 
-RULE = EarlyStopping(rungs=(0.5,), beaten_by=0.4, min_peers=3)
+RULE = EarlyStopping(rungs=(0.5,), beaten_by=0.4, beyond=1.0, min_peers=3)
 
 
 def test_one_beats_another_only_in_every_objective_and_beyond_error():
     own = Shown(0, (10.0, 0.5), (0.3, 0.03))
-    assert own.beaten_by(Shown(1, (9.0, 0.4), (0.4, 0.04)))  # by 1 and 0.1, with errors of 0.5 and 0.05
-    assert not own.beaten_by(Shown(1, (9.6, 0.4), (0.4, 0.04)))
-    assert not own.beaten_by(Shown(1, (1.0, 0.6), (0.4, 0.04)))
+    assert own.beaten_by(Shown(1, (9.0, 0.4), (0.4, 0.04)), 1.0)  # by 1 and 0.1, with errors of 0.5 and 0.05
+    assert not own.beaten_by(Shown(1, (9.6, 0.4), (0.4, 0.04)), 1.0)
+    assert not own.beaten_by(Shown(1, (1.0, 0.6), (0.4, 0.04)), 1.0)
 
 
 def test_in_pairs_what_all_samples_share_cancels():
@@ -36,7 +36,7 @@ def test_in_pairs_what_all_samples_share_cancels():
     errors = tuple(values.std(ddof=1) / 8 for values in (first, second))
     alone = [Shown(i, (values.mean(),), (error,)) for i, (values, error) in enumerate(zip((first, second), errors))]
     paired = [Shown(i, (values.mean(),), (error,), (values,)) for i, (values, error) in enumerate(zip((first, second), errors))]
-    assert not alone[0].beaten_by(alone[1]) and paired[0].beaten_by(paired[1])
+    assert not alone[0].beaten_by(alone[1], 1.0) and paired[0].beaten_by(paired[1], 1.0)
     assert paired[0].error_of_difference(paired[1], 0) == pytest.approx((first - second).std(ddof=1) / 8)
 
 
@@ -64,7 +64,7 @@ def test_rungs_fall_on_rounds_that_leave_one_model():
 
 def study_in(folder, **rule):
     path = folder / "study.yaml"
-    early = {"rungs": [0.25, 0.5], "beaten_by": 0.1, "min_peers": 4, **rule}
+    early = {"rungs": [0.25, 0.5], "beaten_by": 0.1, "beyond": 1.0, "min_peers": 4, **rule}
     path.write_text(yaml.safe_dump({
         "name": "s", "data": "digits", "space": "digits", "inner": {"rounds": 8}, "rewards": {"confirm": 0},
         "search": {"trials": 14, "workers": 1, "sampler": "tpe", "early_stopping": early},

@@ -1,0 +1,65 @@
+"""How long a free worker waits for its next choice under `sampler: auto`: a search over 16 sites on a PostgreSQL of its own, with 4, 16 and 64
+simulated workers; the waits after 200 finished trials, and how busy the workers are."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import yaml
+
+N_TRIALS, N_BEFORE = 260, 200
+LENGTHS = {4: 2.0, 16: 6.0, 64: 20.0}  # seconds of a run, by number of workers: real ones take minutes
+
+
+def run(device: str) -> list[dict]:
+    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+    from postgres import Postgres
+
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        server = Postgres(folder / "pg")
+        try:
+            return [row for n_workers, seconds in LENGTHS.items() for row in searched(folder, server.url, n_workers, seconds)]
+        finally:
+            server.stop("immediate")
+
+
+def searched(folder: Path, url: str, n_workers: int, seconds: float) -> list[dict]:
+    import simulated
+
+    from memcontrol.sampling import Ahead, Sampler
+
+    executor, waits, hurries = simulated.Simulated(n_workers, seconds), [], []
+    take, prepared = Ahead.take, Sampler.prepared
+
+    def timed_take(ahead, records, *args):
+        started = time.perf_counter()
+        found = take(ahead, records, *args)
+        waits.append((executor.n_ended, time.perf_counter() - started))
+        return found
+
+    def counted(sampler, records, hurried=False):
+        hurries.append((executor.n_ended, hurried))
+        return prepared(sampler, records, hurried)
+
+    study_file = folder / f"asking{n_workers}.yaml"
+    study_file.write_text(yaml.safe_dump({
+        "name": study_file.stem, "storage": url, "data": "digits", "space": "sd15-sites", "rewards": {"confirm": 0},
+        "search": {"trials": N_TRIALS, "workers": n_workers},
+    }))  # fmt: skip
+    Ahead.take, Sampler.prepared = timed_take, counted
+    try:
+        simulated.search(study_file, executor).close()
+    finally:
+        Ahead.take, Sampler.prepared = take, prepared
+    late = [wait for n, wait in waits if n >= N_BEFORE]
+    hurried = [hurried for n, hurried in hurries if n >= N_BEFORE]
+    return [{
+        "what": f"{n_workers} workers, runs of {seconds:.0f} s", "median_wait_ms": 1000 * statistics.median(late), "longest_wait_ms": 1000 * max(late),
+        "by_hurried_tpe": statistics.mean(hurried), "busy": executor.busy / (n_workers * (executor.last - executor.first)),
+    }]  # fmt: skip
