@@ -4,29 +4,20 @@ simulated workers; the waits after 200 finished trials, and how busy the workers
 from __future__ import annotations
 
 import statistics
-import sys
-import tempfile
 import time
 from pathlib import Path
 
 import yaml
+
+from benchmarks._postgresql import postgresql
 
 N_TRIALS, N_BEFORE = 260, 200
 LENGTHS = {4: 2.0, 16: 6.0, 64: 20.0}  # seconds of a run, by number of workers: real ones take minutes
 
 
 def run(device: str) -> list[dict]:
-    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-    from postgres import Postgres
-
-    with tempfile.TemporaryDirectory(dir="/tmp") as name:
-        folder = Path(name)
-        folder.chmod(0o755)
-        server = Postgres(folder / "pg")
-        try:
-            return [row for n_workers, seconds in LENGTHS.items() for row in searched(folder, server.url, n_workers, seconds)]
-        finally:
-            server.stop("immediate")
+    with postgresql() as (folder, server):
+        return [row for n_workers, seconds in LENGTHS.items() for row in searched(folder, server.url, n_workers, seconds)]
 
 
 def searched(folder: Path, url: str, n_workers: int, seconds: float) -> list[dict]:

@@ -8,10 +8,11 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+
+from benchmarks._postgresql import postgresql
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 N_TRIALS, SECONDS, SEED = int(os.environ.get("TRIALS", "32")), 6.0, 0
@@ -21,20 +22,13 @@ PATIENCE_SECONDS = 300
 def run(device: str) -> list[dict]:
     """Rows, one for each system."""
     from chaos import FAULTS, Chaos, study_of
-    from postgres import Postgres
 
-    with tempfile.TemporaryDirectory(dir="/tmp") as name:
-        folder = Path(name)
-        folder.chmod(0o755)
-        server = Postgres(folder / "pg")
-        try:
-            plain = plain_chaos_of(Chaos)(study_of(folder, "plain", server.url, N_TRIALS), server, N_TRIALS, FAULTS, SEED, print)
-            plain.run()
-            ours = Chaos(study_of(folder, "ours", server.url, N_TRIALS), server, N_TRIALS, FAULTS, SEED, print)
-            ours.run()
-            return [row("study.optimize with heartbeats", plain.counts()), row("memcontrol search", counts_of(ours))]
-        finally:
-            server.stop("immediate")
+    with postgresql() as (folder, server):
+        plain = plain_chaos_of(Chaos)(study_of(folder, "plain", server.url, N_TRIALS), server, N_TRIALS, FAULTS, SEED, print)
+        plain.run()
+        ours = Chaos(study_of(folder, "ours", server.url, N_TRIALS), server, N_TRIALS, FAULTS, SEED, print)
+        ours.run()
+        return [row("study.optimize with heartbeats", plain.counts()), row("memcontrol search", counts_of(ours))]
 
 
 def row(system: str, counts: Counter) -> dict:

@@ -5,29 +5,20 @@ from __future__ import annotations
 
 import os
 import statistics
-import sys
-import tempfile
 import time
 from pathlib import Path
 
 import yaml
+
+from benchmarks._postgresql import postgresql
 
 N_WORKERS, N_TRIALS, SECONDS = 64, int(os.environ.get("TRIALS", "1000")), 20.0
 GRID = (0, 100, 250, 500, 1000)
 
 
 def run(device: str) -> list[dict]:
-    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-    from postgres import Postgres
-
-    with tempfile.TemporaryDirectory(dir="/tmp") as name:
-        folder = Path(name)
-        folder.chmod(0o755)
-        server = Postgres(folder / "pg")
-        try:
-            return searched(folder, server)
-        finally:
-            server.stop("immediate")
+    with postgresql() as (folder, server):
+        return searched(folder, server)
 
 
 def searched(folder: Path, server) -> list[dict]:

@@ -73,7 +73,7 @@ def verdict(own: Shown, peers: Sequence[Shown], rule: EarlyStopping) -> tuple[li
     """Who beats a trial, and whether it stops: where at least `beaten_by` of its peers, of whom there are `min_peers` or more, beat it in
     every objective. With two objectives no ranking by one number exists, and what few beat may still lie on the front."""
     beaten = [peer.number for peer in peers if own.beaten_by(peer, rule.beyond)]
-    return beaten, len(peers) >= rule.min_peers and len(beaten) >= max(1, rule.beaten_by * len(peers))
+    return beaten, len(peers) >= rule.min_peers and len(beaten) >= rule.beaten_by * len(peers)
 
 
 def judge(folder: Path, rung: float, own: Shown, peers: Sequence[Shown], rule: EarlyStopping) -> dict:

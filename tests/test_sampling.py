@@ -6,6 +6,7 @@ import threading
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from test_study import MIXED, SPACE, opened, result
 
@@ -15,6 +16,7 @@ from memcontrol.mirror import mirrored
 from memcontrol.sampling import Ahead, Sampler
 from memcontrol.space import Choice, parse_space
 from memcontrol.study import Record, distributions
+from memcontrol.surrogate import winsorized
 
 KINDS = ("auto", "gp", "tpe", "nsga2", "random")
 
@@ -189,3 +191,8 @@ def test_the_gaussian_process_wants_two_objectives():
     with pytest.raises(MemControlError, match="gp models two objectives, and there are 3"):
         Sampler(SPACE, 0, 3, (), "gp")
     assert Sampler(SPACE, 0, 3).draw([]).groups
+
+
+def test_what_is_far_from_the_front_is_cut_and_nothing_else():
+    values = np.array([[1.0, 4], [2, 3], [3, 2], [100, 1]])  # medians 2.5 and 2.5, so cut at 2.5 + 3 x 1.5 = 7
+    assert winsorized(values).tolist() == [[1, 4], [2, 3], [3, 2], [7, 1]]
