@@ -79,7 +79,7 @@ def search_and_show(study_file: Path, config: Config, executor: Executor) -> Non
 
 
 def show_search(study_file: Path, screen) -> None:
-    from memcontrol.display import cheap_line, relative, study_table
+    from memcontrol.display import cheap_line, relative, spread_line, study_table
     from memcontrol.pick import finished, pick
     from memcontrol.pictures import front_picture
     from memcontrol.space import load_space
@@ -93,7 +93,7 @@ def show_search(study_file: Path, screen) -> None:
     if len(study.config.rewards.objectives) > 1:
         front_picture(complete, picked, folder / "front.png", study.config.name)
         screen.print(f"front: {relative(folder / 'front.png')}", highlight=False, soft_wrap=True)
-    if line := cheap_line(complete):
+    for line in filter(None, (spread_line(complete), cheap_line(complete))):
         screen.print(line, highlight=False, soft_wrap=True)
 
 

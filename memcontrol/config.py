@@ -15,7 +15,7 @@ from memcontrol.errors import MemControlError
 from memcontrol.yaml_files import read_yaml, yaml_number
 
 # What may change between two runs of one study: where and how fast it runs, not what it finds.
-FREE_KEYS = ("storage", "search.trials", "search.workers", "search.executor", "search.processes", "search.time_limit_minutes", "search.accumulate_on_oom", "search.stop_when_flat", "ray", "slurm")
+FREE_KEYS = ("storage", "search.trials", "search.workers", "search.executor", "search.processes", "search.time_limit_minutes", "search.accumulate_on_oom", "search.stop_when_flat", "search.replicates", "ray", "slurm")
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -248,6 +248,7 @@ class SearchConfig(Strict):
     executor: Literal["inline", "local", "ray", "slurm"] = "local"
     early_stopping: EarlyStopping | None = None
     stop_when_flat: Count | None = None  # so many trials in a row that raised the hypervolume by no more than its noise end the search
+    replicates: Annotated[int, Field(ge=0)] = 0  # more fine-tunings, from other seeds, of the trials on the front and of full fine-tuning
     warm_start: str | None = None  # the study file of an earlier search, whose front is tried first
     time_limit_minutes: Annotated[float, Field(gt=0)] | None = None  # of one attempt at a trial
     accumulate_on_oom: bool = True  # a trial that runs out of GPU memory goes on once with half the images in a forward

@@ -18,6 +18,7 @@ from memcontrol.executors import ENDS, FAILURES, Event
 from memcontrol.figures import FIGURES, MINIMIZE, direction_of, written
 from memcontrol.importance import Effect
 from memcontrol.pick import front_of, ties_of
+from memcontrol.replicates import spread_of
 from memcontrol.space import EVERYTHING, Choice
 from memcontrol.spec import RESULT
 from memcontrol.study import Record, Study
@@ -284,6 +285,17 @@ def cheap_line(records: Sequence[Record]) -> str:
         f"over {len(pairs)} trials the loss gap, which needs no sampling, ranks as memorization does with a Spearman correlation of "
         f"{found:.2f} ({found.low:.2f} to {found.high:.2f})"
     )
+
+
+def spread_line(records: Sequence[Record]) -> str:
+    """How far fine-tunings of the same choice lie apart; empty where none was repeated."""
+    spread = spread_of(records)
+    if spread is None:
+        return ""
+    titles = (FIGURES[name].title if name in FIGURES else name for name in records[0].objectives)
+    parts = ", ".join(f"{title} {value:.3g}" for title, value in zip(titles, spread))
+    n = sum(len(record.replicates) for record in records)
+    return f"standard deviation between fine-tunings of the same choice ({n} more on the front): {parts}"
 
 
 def relative(path: Path) -> str:

@@ -128,7 +128,7 @@ def run_importance(args: argparse.Namespace) -> int:
 
 
 def run_front(args: argparse.Namespace) -> int:
-    from memcontrol.display import study_table
+    from memcontrol.display import spread_line, study_table
     from memcontrol.pick import finished, front_of, ties_of, to_confirm
     from memcontrol.space import load_space
 
@@ -140,6 +140,8 @@ def run_front(args: argparse.Namespace) -> int:
         return 0
     shown = records + [record for record in ties_of(complete) if record not in records]
     printed(study_table(shown, len(load_space(study.config.space).groups), f"{study.config.name}: front", None, complete))
+    if said := spread_line(complete):
+        console().print(said, highlight=False, soft_wrap=True)
     if study.config.rewards.confirm and to_confirm(complete):
         console().print(ONCE, style="yellow", highlight=False, soft_wrap=True)
     return 0

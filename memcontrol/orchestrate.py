@@ -18,6 +18,7 @@ from memcontrol.files import disk_full_named, read_json, write_json
 from memcontrol.growth import grown, is_flat, reference_of
 from memcontrol.jobs import Jobs, Show
 from memcontrol.pick import finished, front_of, to_confirm
+from memcontrol.replicates import to_replicate
 from memcontrol.sampling import Ahead, Sampler
 from memcontrol.space import Choice, SearchSpace, load_space
 from memcontrol.spec import CONFIRMED, RESULT, ROUNDS, Spec
@@ -60,6 +61,7 @@ def search(config: Config, study_file: Path, folder: Path, executor: Executor, s
         running = Search(config, study, study_file, folder, jobs, show, found["sizes"])
         running.run()
         running.confirm()
+        running.replicate()
     return study
 
 
@@ -166,8 +168,8 @@ class Search:
             if not self.waiting and not self.sample():
                 break
             number, choice = self.waiting.popleft()
-            spec, run = Spec(self.config, self.space, choice, self.folder, "search", "holdout", self.n_train), self.run_folder(choice)
-            self.jobs.add({**spec.as_job(run), "number": number, "rung": self.stops.next_rung(number, run)})
+            run = self.run_folder(choice)
+            self.jobs.add({**self.spec(choice).as_job(run), "number": number, "rung": self.stops.next_rung(number, run)})
         if not self.waiting:
             with contextlib.suppress(SpaceExhausted):
                 self.ahead.prepare(self.study.records(), min(self.n_left(), max(1, len(self.open) // CROWD)), self.config.search.workers > 1)
@@ -254,6 +256,27 @@ class Search:
                     raise MemControlError(f"trial {event.job['number']} could not be measured again: {event.detail['reason']}")
             for number, run in runs.items():
                 self.study.confirm(number, read_json(run / CONFIRMED)["rewards"])
+
+    def replicate(self) -> None:
+        """Fine-tunes the trials on the front, and full fine-tuning, again from other seeds, as often as search.replicates says: how
+        much of a figure is the choice's own, and how much luck."""
+        n, wanted = self.config.search.replicates, to_replicate(self.study.records(), self.config.search.replicates)
+        jobs = [
+            {**self.spec(record.choice, f"search replicate {i}").as_job(self.replicate_folder(record, i)), "number": record.number}
+            for record in wanted for i in range(n) if not (self.replicate_folder(record, i) / RESULT).exists()
+        ]  # fmt: skip
+        for event in self.jobs.run(jobs):
+            if event.kind == "given up":
+                raise MemControlError(f"trial {event.job['number']} could not be fine-tuned again: {event.detail['reason']}")
+        for record in wanted:
+            results = [read_json(self.replicate_folder(record, i) / RESULT) for i in range(n)]
+            self.study.replicate(record.number, [result["rewards"] for result in results if result["state"] == "COMPLETE"])
+
+    def replicate_folder(self, record: Record, i: int) -> Path:
+        return self.run_folder(record.choice) / f"replicate-{i}"
+
+    def spec(self, choice: Choice, purpose: str = "search") -> Spec:
+        return Spec(self.config, self.space, choice, self.folder, purpose, "holdout", self.n_train)
 
     def run_folder(self, choice: Choice) -> Path:
         return self.folder / choice.key

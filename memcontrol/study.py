@@ -24,7 +24,7 @@ from memcontrol.pareto import Limit, knee
 from memcontrol.space import Choice, SearchSpace
 
 T = TypeVar("T")
-CONFIRMED = "confirmed:"  # and the trial's number
+CONFIRMED, REPLICATES = "confirmed:", "replicates:"  # and the trial's number
 CONSTRAINT = "constraints:"  # and its name: as optuna's Trial.set_constraint keeps them
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 logging.getLogger("alembic").setLevel(logging.ERROR)
@@ -42,6 +42,7 @@ class Record:
     objectives: dict[str, str] = field(default_factory=dict)  # name to direction
     searched: dict[str, float] = field(default_factory=dict)  # rewards as the search measured them
     confirmed: dict[str, float] = field(default_factory=dict)  # and over fresh draws, for trials on the front
+    replicates: tuple[dict[str, float], ...] = ()  # rewards of the same choice fine-tuned from other seeds
     rungs: tuple[dict, ...] = ()  # what was measured on the way: rung, rewards
     reason: str = ""
     seconds: float = 0.0
@@ -78,7 +79,7 @@ class Record:
             "trial": self.number, "state": self.state, "values": self.values,
             "choice": self.choice.as_dict() if self.choice else None,
             "run": str(folder / self.choice.key) if self.choice else None,
-            "anchor": self.anchor, "rewards": self.rewards, "confirmed": bool(self.confirmed), "searched": self.searched, "reason": self.reason or None, "seconds": self.seconds, "begun": self.begun, "ended": self.ended or None,
+            "anchor": self.anchor, "rewards": self.rewards, "confirmed": bool(self.confirmed), "searched": self.searched, "replicates": list(self.replicates), "reason": self.reason or None, "seconds": self.seconds, "begun": self.begun, "ended": self.ended or None,
         }  # fmt: skip
 
 
@@ -125,7 +126,8 @@ class Study:
 
     def keep(self, trial: optuna.trial.FrozenTrial) -> None:
         self.ids[trial.number] = trial._trial_id
-        self.kept[trial.number] = record_of(trial, self.objectives, self.attributes.get(f"{CONFIRMED}{trial.number}", {}))
+        confirmed, replicates = (self.attributes.get(f"{name}{trial.number}", ()) for name in (CONFIRMED, REPLICATES))
+        self.kept[trial.number] = replace(record_of(trial, self.objectives), confirmed=dict(confirmed), replicates=tuple(replicates))
 
     def records(self) -> list[Record]:
         """All trials, as this process last read or wrote them."""
@@ -135,6 +137,11 @@ class Study:
         """Records what a trial's fresh draws gave. Beside the trial: Optuna's finished trials are never changed."""
         self.patiently(lambda: self.inner.set_user_attr(f"{CONFIRMED}{number}", rewards))
         self.kept[number] = replace(self.kept[number], confirmed=rewards)
+
+    def replicate(self, number: int, rewards: Sequence[dict[str, float]]) -> None:
+        """Records what further fine-tunings of a trial's choice gave."""
+        self.patiently(lambda: self.inner.set_user_attr(f"{REPLICATES}{number}", list(rewards)))
+        self.kept[number] = replace(self.kept[number], replicates=tuple(rewards))
 
     def note(self, name: str, make: Callable[[], Any]) -> Any:
         """What the study has under a name, made and recorded once; nothing is recorded while it is None."""
@@ -318,14 +325,14 @@ def agreeing_config(inner: optuna.Study, config: Config) -> Config:
     return config
 
 
-def record_of(trial: optuna.trial.FrozenTrial, objectives: dict[str, str], confirmed: dict[str, float] = {}) -> Record:
+def record_of(trial: optuna.trial.FrozenTrial, objectives: dict[str, str]) -> Record:
     attributes = trial.user_attrs
     candidates = tuple(Choice.from_dict(values) for values in attributes.get("candidates", ()))
     result = attributes.get("result", {})
     if not result and trial.state == TrialState.COMPLETE:
         raise MemControlError(f"trial {trial.number} has no result that this version of memcontrol knows; read the study with the version that searched it")
     begun = Record(trial.number, "RUNNING", candidates, attributes.get("anchor"), objectives=objectives, begun=iso(trial.datetime_start)).as_running()
-    return with_result(replace(begun, state=trial.state.name, confirmed=confirmed, ended=iso(trial.datetime_complete)), result)
+    return with_result(replace(begun, state=trial.state.name, ended=iso(trial.datetime_complete)), result)
 
 
 def with_result(record: Record, result: dict) -> Record:

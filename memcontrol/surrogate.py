@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import ndtr
 
-from memcontrol.figures import error_of
 from memcontrol.gp import expected_gain, fitted
 from memcontrol.pareto import Limit, front
 from memcontrol.points import Points
+from memcontrol.replicates import believed, spread_of
 from memcontrol.space import Choice
 from memcontrol.stopping import Shown
 from memcontrol.study import Record, excesses
@@ -44,7 +44,8 @@ def evidence_of(records: Sequence[Record], points: Points, limits: Sequence[Limi
         return None
     stopped = [record for record in own if record.state == "PRUNED" and record.rungs]
     diverged = [record for record in own if record.state == "PRUNED" and not record.rungs]
-    values, errors = np.array([record.losses for record in ended]), np.array([errors_of(record) for record in ended])
+    spread = spread_of(ended)
+    values, errors = (np.array(column) for column in zip(*(believed(record, spread) for record in ended)))
     over = np.array([list(excesses(record.rewards, limits).values()) for record in ended])
     promises = [promise(record, ended) for record in stopped]
     return Evidence(
@@ -54,10 +55,6 @@ def evidence_of(records: Sequence[Record], points: Points, limits: Sequence[Limi
         excesses=np.concatenate([over, np.repeat(over.mean(0)[None], len(stopped), 0), np.repeat(over.max(0)[None], len(diverged), 0)]),
         pending=np.array([points.row(record.choice) for record in own if record.state == "RUNNING"]),
     )
-
-
-def errors_of(record: Record) -> list[float]:
-    return [error_of(name, record.rewards) for name in record.objectives]
 
 
 def promise(record: Record, ended: Sequence[Record]) -> tuple[np.ndarray, np.ndarray]:
@@ -85,11 +82,11 @@ def modelled(evidence: Evidence, points: Points, seed: int) -> Iterator[Choice]:
     """Choices by how much hypervolume they promise, those that should keep the limits: random ones and the neighbours of the
     front, then the neighbours of the best of these."""
     rng, pending = random.Random(seed), evidence.pending.reshape(-1, len(points.names) + 1)
-    seen, believed, none = points.seen(evidence.rows), points.seen(pending), np.zeros(len(evidence.rows))
+    seen, awaited, none = points.seen(evidence.rows), points.seen(pending), np.zeros(len(evidence.rows))
     values = winsorized(evidence.values)
-    processes = [fitted(seen, values[:, i], evidence.errors[:, i], believed, points.owner) for i in (0, 1)]
-    guards = [fitted(seen, column, none, believed, points.owner) for column in evidence.excesses.T if np.ptp(column) > 0]
-    there = np.concatenate([seen, believed])
+    processes = [fitted(seen, values[:, i], evidence.errors[:, i], awaited, points.owner) for i in (0, 1)]
+    guards = [fitted(seen, column, none, awaited, points.owner) for column in evidence.excesses.T if np.ptp(column) > 0]
+    there = np.concatenate([seen, awaited])
     means = np.stack([process.predict(there)[0] for process in processes], 1)  # what the values would be without their noise
     allowed = np.all([guard.predict(there)[0] <= 0 for guard in guards], axis=0) if guards else np.full(len(there), True)
     reference = means.max(0) + 0.1 * np.ptp(means, 0)

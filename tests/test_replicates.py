@@ -1,0 +1,68 @@
+"""The same choice fine-tuned again: which are, their spread, what is believed of them, and a search that does it."""
+
+import json
+import sqlite3
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_search import memcontrol, trials_of
+
+from memcontrol.config import study_folder
+from memcontrol.replicates import believed, spread_of, to_replicate
+from memcontrol.space import Choice
+from memcontrol.study import Record
+
+OBJECTIVES = {"fid": "minimize", "recall": "maximize"}
+
+
+def record(number, fid, recall, anchor=None, again=()):
+    rewards = {"fid": fid, "recall": recall, "fid_error": 0.5, "recall_error": 0.01}
+    return Record(number, "COMPLETE", (), anchor, Choice((), "full", 1e-3), OBJECTIVES, rewards, replicates=tuple({"fid": f, "recall": r} for f, r in again))
+
+
+def test_the_front_and_full_fine_tuning_are_fine_tuned_again():
+    trials = [record(0, 5.0, 0.9, "none"), record(1, 20.0, 0.5, "full"), record(2, 10.0, 0.95), record(3, 12.0, 0.6)]
+    assert [one.number for one in to_replicate(trials, 2)] == [1, 2]
+    assert to_replicate(trials, 0) == []
+    done = [replace(one, replicates=({}, {})) for one in trials]
+    assert to_replicate(done, 2) == [] and [one.number for one in to_replicate(done, 3)] == [1, 2]
+
+
+def test_the_spread_is_pooled_within_choices():
+    """By hand: two and three fine-tunings leave one and two degrees of freedom."""
+    trials = [record(0, 10.0, 0.5, again=[(14.0, 0.7)]), record(1, 20.0, 0.4, again=[(21.0, 0.4), (25.0, 0.1)]), record(2, 0.0, 0.0)]
+    pooled = (statistics.variance([10, 14]) + 2 * statistics.variance([20, 21, 25])) / 3
+    assert spread_of(trials) == pytest.approx([pooled**0.5, ((statistics.variance([0.5, 0.7]) + 2 * statistics.variance([0.4, 0.4, 0.1])) / 3) ** 0.5])
+    assert spread_of(trials[2:]) is None
+    losses, errors = believed(trials[1], spread_of(trials))
+    assert losses == pytest.approx([22.0, -0.3]) and errors[0] == pytest.approx((pooled / 3) ** 0.5)
+    losses, errors = believed(trials[2], np.array([2.0, 0.001]))
+    assert losses == pytest.approx([0.0, 0.0]) and errors == pytest.approx([2.0, 0.01])
+
+
+def test_a_search_fine_tunes_its_front_again_once(study_file):
+    """Asked for afterwards, of a finished study; what is there is not done again."""
+    rewards = {"n_samples": 64, "sampling_steps": 1, "confirm": 0, "objectives": ["kid", "memorization"]}
+    study = study_file(rewards=rewards, search={"trials": 1, "workers": 2})
+    memcontrol("search", study)
+    before = trials_of(study)
+    assert all(trial["replicates"] == [] for trial in before)
+    said = memcontrol("search", study, "search.replicates=2").stderr
+    assert "standard deviation between fine-tunings of the same choice" in said
+    again = [trial for trial in trials_of(study) if trial["replicates"]]
+    assert again and any(trial["anchor"] == "full" for trial in again) and len(trials_of(study)) == len(before)
+    for trial in again:
+        results = [json.loads(Path(trial["run"], f"replicate-{i}", "result.json").read_text()) for i in (0, 1)]
+        assert trial["replicates"] == [result["rewards"] for result in results]
+        kids = [trial["searched"]["kid"], *(rewards["kid"] for rewards in trial["replicates"])]
+        assert len(set(kids)) == 3
+        assert len({result["first_loss"] for result in results}) == 2  # other seeds of training, not only of sampling
+    times = {path: path.stat().st_mtime_ns for path in study_folder(study, "small").glob("*/replicate-*/result.json")}
+    with sqlite3.connect(study_folder(study, "small") / "study.db") as database:  # as after a crash before they were recorded
+        database.execute("DELETE FROM study_user_attributes WHERE key LIKE 'replicates:%'")
+    memcontrol("search", study, "search.replicates=2")
+    assert [trial for trial in trials_of(study) if trial["replicates"]] == again
+    assert {path: path.stat().st_mtime_ns for path in study_folder(study, "small").glob("*/replicate-*/result.json")} == times
