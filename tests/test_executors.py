@@ -9,9 +9,11 @@ from memcontrol.attempts import Superseded, attempts_of, begin_attempt, failures
 from memcontrol.config import load_config
 from memcontrol.errors import MemControlError
 from memcontrol.executors import ENDS, Event, Executor, Inline, Local, limited, make_executor, visible_gpus
+from memcontrol.files import read_json
 from memcontrol.jobs import Jobs
 from memcontrol.space import Choice, load_space
-from memcontrol.spec import RESULT, Spec
+from memcontrol.spec import RESULT, TRAINING, Spec
+from memcontrol.stopping import rungs_of
 
 
 @pytest.fixture(scope="session")
@@ -75,6 +77,22 @@ class TestContract:
         assert (tmp_path / choice.key / RESULT).is_file()
         (attempt,) = attempts_of(tmp_path / choice.key)
         assert attempt["host"] and attempt["started"] and (attempt["pid"] == os.getpid()) == isinstance(executor, Inline)
+
+    def test_a_trial_goes_to_its_rung_and_then_on(self, executor, tmp_path):
+        rules = {"search": {"early_stopping": {"rungs": [0.4], "n_samples": 16}}, "inner": {"budget_images": 80, "batch_size": 8}}
+        config, choice = small(**rules), Choice(("mid_attention",), "lora", 1e-3, 2)
+        executor.submit(prepare_job(tmp_path))
+        until_end(executor)
+        run = tmp_path / choice.key
+        job = Spec(config, load_space("digits"), choice, tmp_path, "search", "holdout", 32).as_job(run)
+        executor.submit({**job, "rung": 0.4})
+        assert until_end(executor).kind == "done" and not (run / RESULT).exists()
+        (at_rung,) = rungs_of(run, config)
+        executor.submit({**job, "rung": None})
+        assert until_end(executor).kind == "done"
+        result = read_json(run / RESULT)
+        assert result["rungs"] == [at_rung] and (at_rung["n_steps"], result["n_steps"]) == (4, 10)
+        assert [row["steps"] for row in read_json(run / TRAINING)["shards"]] == [2] * 5  # none was taken twice
 
     def test_what_breaks_is_a_failed_attempt_with_its_traceback(self, executor, tmp_path):
         executor.submit({"confirm": str(tmp_path / "none")})
