@@ -19,7 +19,7 @@ from memcontrol.pareto import front
 
 N_SEEDS, N_WORKERS, N_LONGEST, N_FULL, GOALS = 20, 4, 100, 40, (0.95, 0.97, 0.99)
 KINDS = ("auto", "tpe", "nsga2", "random")
-REFERENCES = {"worst": "measured from the worst of each objective", "front": "measured from just beyond the front"}
+REFERENCES = {"worst": "from the worst of each objective (median of 20 seeds)", "front": "from just beyond the front"}
 OBJECTIVES = {"fid": "minimize", "memorization": "minimize"}
 HERE = Path(__file__).parent
 
@@ -128,6 +128,6 @@ def drawn(curves: dict[tuple[str, str], list[list[float]]]) -> None:
         panel.axhline(GOALS[0], color="grey", linewidth=0.8)
         panel.set(xlabel="trials ended", ylim=(0, 1.01), title=title)
         panel.grid(alpha=0.3)
-    panels[0].set_ylabel("hypervolume / the true front's, median of 20 seeds")
+    panels[0].set_ylabel("share of the true front's hypervolume")
     panels[-1].legend()
     figure.savefig(HERE / "evidence" / "replay.png", dpi=110)
