@@ -17,6 +17,11 @@ from memcontrol.yaml_files import read_yaml, yaml_number
 # What may change between two runs of one study: where and how fast it runs, not what it finds.
 FREE_KEYS = ("storage", "search.trials", "search.workers", "search.executor", "search.processes", "search.time_limit_minutes", "search.accumulate_on_oom", "search.stop_when_flat", "search.replicates", "ray", "slurm")
 
+EXAMPLES = {
+    "data": "{path: images}", "inner": "{budget_images: 20000}", "ensemble": "{shards: 4}", "skip": "{ratio: 2}", "redistribution": "{share: 0.25}",
+    "augmentation": "{rule: zone}", "captions": "{replace: 0.1}", "rewards": "{objectives: [fid, memorization]}", "extraction": "{prompts: 16}",
+    "search": "{trials: 20}", "early_stopping": "{rungs: [0.25, 0.5]}, or {} for all defaults", "ray": "{address: auto}", "slurm": "{gres: gpu:1}",
+}  # fmt: skip
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 Share = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -224,7 +229,7 @@ def as_tuple(value: Any) -> Any:
 class EarlyStopping(Strict):
     """At each rung, a share of a trial's budget, both rewards are measured on few samples; a trial that many others beat stops."""
 
-    rungs: Annotated[tuple[Share, ...], BeforeValidator(as_tuple)] = (0.25, 0.5)
+    rungs: Annotated[tuple[Share, ...], BeforeValidator(as_tuple), Field(min_length=1)] = (0.25, 0.5)
     n_samples: Count = 64
     beaten_by: Share = 0.05  # of the trials that came to the rung, in every objective
     beyond: NotNegative = 0.25  # and in each by more than so many standard errors of the difference
@@ -249,7 +254,7 @@ class SearchConfig(Strict):
     early_stopping: EarlyStopping | None = None
     stop_when_flat: Count | None = None  # so many trials in a row that raised the hypervolume by no more than its noise end the search
     replicates: Annotated[int, Field(ge=0)] = 0  # more fine-tunings, from other seeds, of the trials on the front and of full fine-tuning
-    warm_start: str | None = None  # the study file of an earlier search, whose front is tried first
+    warm_start: Annotated[str, Field(min_length=1)] | None = None  # the study file of an earlier search, whose front is tried first
     time_limit_minutes: Annotated[float, Field(gt=0)] | None = None  # of one attempt at a trial
     accumulate_on_oom: bool = True  # a trial that runs out of GPU memory goes on once with half the images in a forward
     train_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -380,7 +385,7 @@ def explain(problem: dict) -> str:
     if problem["type"] == "missing":
         return f"key '{key}' is missing"
     wanted = problem["msg"].replace("Input should be a valid tuple", "give a list, such as [fid, memorization]").replace("Input should", "it should")
-    wanted = re.sub(r"a valid dictionary or instance of \w+", "keys and values, such as {shards: 4}", wanted)
+    wanted = re.sub(r"a valid dictionary or instance of \w+", "keys and values, such as " + EXAMPLES.get(path[-1], "{}"), wanted)
     return f"key '{key}' is {problem['input']!r}; {wanted[0].lower()}{wanted[1:]}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -90,6 +91,7 @@ class Display:
             training = event.detail["stage"] == "train"
             text = said_of(Choice.from_dict(event.job["choice"]), self.n_groups)
             confirming = event.detail["stage"] == "confirm"
+            text += " again" if "replicate" in event.job else ""
             said = f"{text}: {said_of_step(event.detail)}" if training else f"{text}: measured again" if confirming else text
             self.running[name] = (said, 0.8 * share if training else share if confirming else 0.8 + 0.15 * share)
         elif event.kind in FAILURES and name:
@@ -102,7 +104,7 @@ class Display:
             if not self.live:
                 minutes = (time.monotonic() - self.started) / 60
                 said = said_of(Choice.from_dict(event.job["choice"]), self.n_groups)
-                end = "measured again" if "confirm" in event.job else f"measured at {event.job['rung']:.0%} of its budget" if goes_on else "run ended"
+                end = "measured again" if "confirm" in event.job else f"measured at {event.job['rung']:.0%} of its budget" if goes_on else "fine-tuned again" if "replicate" in event.job else "run ended"
                 self.console.print(f"{minutes:.1f} min: {said}: {end}", highlight=False, soft_wrap=True)
             if "trial" in event.job and not goes_on:
                 self.done[event.job.get("number", -1)] += 1
@@ -293,8 +295,8 @@ def spread_line(records: Sequence[Record]) -> str:
     if spread is None:
         return ""
     titles = (FIGURES[name].title if name in FIGURES else name for name in records[0].objectives)
-    parts = ", ".join(f"{title} {value:.3g}" for title, value in zip(titles, spread))
     n = sum(len(record.replicates) for record in records)
+    parts = ", ".join(f"{title} {value:.3g} ± {value / math.sqrt(2 * n):.2g}" for title, value in zip(titles, spread))  # of normal errors
     return f"standard deviation between fine-tunings of the same choice ({n} more on the front): {parts}"
 
 

@@ -77,9 +77,12 @@ def run_status(args: argparse.Namespace) -> int:
     study, folder = opened(args.study)
     records, n_groups, searching = study.records(), len(load_space(study.config.space).groups), is_searching(folder, study.url, study.config.name)
     runs, speed = {record.number: runs_of(record, folder) for record in records}, pace(records, config_of(args.study))
+    flat = is_over(study, config_of(args.study).search.stop_when_flat)
+    if flat:
+        speed |= {"minutes_left": 0.0}
     if args.json:
         trials = [record.as_dict(folder) | {"runs": runs[record.number]} for record in records]
-        out_json({"study": study.config.name, "searching": searching, **speed, "hypervolume": hypervolume_of(study), "trials": trials})
+        out_json({"study": study.config.name, "searching": searching, "flat": flat, **speed, "hypervolume": hypervolume_of(study), "trials": trials})
         return 0
     said = {"COMPLETE": "complete", "RUNNING": "running" if searching else "interrupted", "PRUNED": "pruned", "FAIL": "failed"}
     for state, word in said.items():
@@ -87,7 +90,9 @@ def run_status(args: argparse.Namespace) -> int:
     if grown := hypervolume_of(study):
         point = ", ".join(f"{name} {value:.4g}" for name, value in grown["reference"].items())
         sys.stdout.write(f"hypervolume: {grown['value']:.4g} ± {grown['error']:.2g}, from {point}\n")
-    if searching and speed:
+    if flat:
+        sys.stdout.write("the hypervolume has not grown beyond its noise, which ends the search (search.stop_when_flat)\n")
+    elif searching and speed:
         sys.stdout.write(f"about {speed['runs_per_hour']:.0f} runs an hour, about {speed['minutes_left']:.1f} minutes left\n")
     for record in records:
         if record.reason:
@@ -111,6 +116,14 @@ def hypervolume_of(study) -> dict | None:
         return None
     found, signs = grown(records, reference), {name: -1 if direction == "maximize" else 1 for name, direction in study.objectives.items()}
     return {"value": float(found), "error": found.error, "reference": {name: sign * value for (name, sign), value in zip(signs.items(), reference)}}
+
+
+def is_over(study, n: int | None) -> bool:
+    """Whether search.stop_when_flat ends it."""
+    from memcontrol.growth import is_flat
+
+    reference = study.attributes.get("reference")
+    return bool(n and reference and is_flat(study.records(), reference, n))
 
 
 def run_importance(args: argparse.Namespace) -> int:

@@ -52,6 +52,8 @@ def search(config: Config, study_file: Path, folder: Path, executor: Executor, s
     with only_one(folder), disk_full_named(folder), only_orchestrator(url, config.name) as lock:
         if is_searched(config, folder, study_file):
             open_study(config, folder, study_file, create=True).close()  # names keys that differ before the images are blamed for it
+        else:
+            front_of_earlier(config, study_file)  # what is wrong with it is said before anything is made
         jobs = Jobs(executor, show)
         found = prepared(config, folder, jobs)
         study = patient(
@@ -110,10 +112,14 @@ def front_of_earlier(config: Config, study_file: Path) -> list[dict] | None:
     if config.search.warm_start is None:
         return None
     path = study_file.resolve().parent / config.search.warm_start
-    earlier = load_config(path)
-    study = open_study(earlier, study_folder(path, earlier.name), path, create=False)
-    records = [record for record in finished(study.records()) if record.anchor not in OUTSIDE]
-    study.close()
+    try:
+        if path.resolve() == study_file.resolve():
+            raise MemControlError("is this study itself; name an earlier one, or leave the key out: a search goes on by itself")
+        earlier = load_config(path)
+        with contextlib.closing(open_study(earlier, study_folder(path, earlier.name), path, create=False)) as study:
+            records = [record for record in finished(study.records()) if record.anchor not in OUTSIDE]
+    except MemControlError as error:
+        raise MemControlError(f"search.warm_start: {config.search.warm_start}: {error}") from None
     return [record.choice.as_dict() for record in front_of(records)]
 
 
@@ -134,10 +140,15 @@ class Search:
         search, n_objectives = config.search, len(config.rewards.objectives)
         first = [Choice.from_dict(choice) for choice in study.note("warm_start", lambda: front_of_earlier(config, study_file)) or []]
         self.ahead = Ahead(Sampler(self.space, search.seed, n_objectives, study.limits, search.sampler, first))
+        if n_lost := len(first) - len(self.ahead.sampler.first):
+            self.warn(f"{n_lost} of {len(first)} choices on the front of {search.warm_start} have groups or methods that space '{config.space}' lacks, and are not tried (search.warm_start)")
         self.stops = Stops(config, study.objectives, {record.number: self.run_folder(record.choice) for record in study.records() if is_judged(record)})
         self.exhausted = self.flat = False
         self.n_looked_at = 0  # ended trials, when the hypervolume was last computed
         self.n_failures = 0
+
+    def warn(self, line: str) -> None:
+        self.show(Event({}, "warning", {"text": line}))
 
     def run(self) -> None:
         records = self.study.records()
@@ -189,7 +200,7 @@ class Search:
         if n and reference and not self.flat and n_ended > self.n_looked_at:
             self.n_looked_at, self.flat = n_ended, is_flat(records, reference, n)
             if self.flat:
-                self.show(Event({}, "warning", {"text": f"the hypervolume, {grown(records, reference):.4g}, has not grown beyond its noise in {n} trials: the search ends (search.stop_when_flat)"}))
+                self.warn(f"the hypervolume, {grown(records, reference):.4g}, has not grown beyond its noise in {n} trials: the search ends (search.stop_when_flat)")
         return self.flat
 
     def sample(self) -> bool:
@@ -198,7 +209,7 @@ class Search:
         try:
             choice = self.ahead.take(self.study.records(), self.config.search.workers > 1)
         except SpaceExhausted as error:
-            self.show(Event({}, "warning", {"text": str(error)}))
+            self.warn(str(error))
             self.exhausted = True
             return False
         number = self.study.begin([choice], self.space)
@@ -262,7 +273,7 @@ class Search:
         much of a figure is the choice's own, and how much luck."""
         n, wanted = self.config.search.replicates, to_replicate(self.study.records(), self.config.search.replicates)
         jobs = [
-            {**self.spec(record.choice, f"search replicate {i}").as_job(self.replicate_folder(record, i)), "number": record.number}
+            {**self.spec(record.choice, f"search replicate {i}").as_job(self.replicate_folder(record, i)), "number": record.number, "replicate": i}
             for record in wanted for i in range(n) if not (self.replicate_folder(record, i) / RESULT).exists()
         ]  # fmt: skip
         for event in self.jobs.run(jobs):

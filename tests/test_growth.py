@@ -1,12 +1,15 @@
 """How far a search has come: hypervolume against brute force, its noise, and the end of a search that no longer grows."""
 
 import itertools
+import json
+import sys
 
 import numpy as np
 import pytest
 import yaml
 from simulated import Simulated, search
 
+from memcontrol.errors import MemControlError
 from memcontrol.growth import grown, is_flat, reference_of
 from memcontrol.pareto import hypervolume
 from memcontrol.study import Record
@@ -85,3 +88,34 @@ def test_a_warm_start_tries_the_earlier_front_first(tmp_path):
     fresh = [choice for choice in wanted if choice not in anchors]
     assert fresh and sampled[: len(fresh)] == fresh[:8]
     study.close()
+
+
+def test_a_warm_start_that_cannot_be_is_refused_before_anything_is_made(tmp_path):
+    study_in(tmp_path, name="never")
+    for name, said in (("later.yaml", "is this study itself"), ("none.yaml", "no such file"), ("never.yaml", "has not been searched yet")):
+        later = study_in(tmp_path, name="later", search={"warm_start": name})
+        with pytest.raises(MemControlError, match=rf"^search\.warm_start: {name}: .*{said}"):
+            search(later, Simulated())
+        assert not list(tmp_path.glob("runs/later/study.db"))
+
+
+def test_choices_that_the_space_lacks_are_said(tmp_path):
+    search(study_in(tmp_path, name="earlier", search={"trials": 2, "workers": 1}), Simulated()).close()
+    said = []
+    search(study_in(tmp_path, name="later", space="sd15-sites", search={"trials": 1, "workers": 1, "warm_start": "earlier.yaml"}), Simulated(), said.append).close()
+    assert any("have groups or methods that space 'sd15-sites' lacks" in event.detail.get("text", "") for event in said)
+
+
+def test_status_says_that_a_flat_search_is_over(tmp_path, capsys, monkeypatch):
+    from memcontrol.cli import main
+
+    worse = lambda choice: {"fid": 90.0 - 60 * (choice["method"] == "full"), "memorization": 0.1 + 0.3 * (choice["method"] == "full")}  # noqa: E731
+    study = study_in(tmp_path, search={"trials": 50, "workers": 1, "sampler": "random", "stop_when_flat": 6})
+    search(study, Simulated(rewards=worse)).close()
+    monkeypatch.setattr(sys, "argv", ["memcontrol", "status", str(study), "--json"])
+    assert main() == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["flat"] is True and found.get("minutes_left", 0) == 0
+    sys.argv.pop()
+    main()
+    assert "which ends the search (search.stop_when_flat)" in capsys.readouterr().out

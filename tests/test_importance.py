@@ -49,5 +49,5 @@ def test_only_changes_that_a_choice_can_have_count():
 
 
 def test_too_few_trials_are_named():
-    with pytest.raises(MemControlError, match="importance needs 6 finished trials"):
+    with pytest.raises(MemControlError, match="importance needs 6 ended trials"):
         importance(records_of(SPACE, 4, lambda choice, row: (1.0, 0.1)), SPACE)
