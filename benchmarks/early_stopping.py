@@ -26,7 +26,7 @@ def run(device: str) -> list[dict]:
 def compared(folder: Path, seed: int) -> dict:
     """The two searches of a seed, which have their anchors in common, and so the point that hypervolumes are measured from."""
     full, early = (searched(folder, name, rule, seed) for name, rule in RULES.items())
-    reference = full.note("reference", lambda: None)
+    reference = full.attributes["reference"]
     volumes = {name: hypervolume([record.losses for record in study.records() if record.finished], reference) for name, study in (("full", full), ("early", early))}
     steps = {"full": n_steps(folder / f"full{seed}", full), "early": n_steps(folder / f"early{seed}", early)}
     n_stopped = sum(record.state == "PRUNED" for record in early.records())

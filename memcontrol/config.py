@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from memcontrol.errors import MemControlError
+from memcontrol.explain import explained
 from memcontrol.yaml_files import read_yaml, yaml_number
 
 # What may change between two runs of one study: where and how fast it runs, not what it finds.
 FREE_KEYS = ("storage", "search.trials", "search.workers", "search.executor", "search.processes", "search.time_limit_minutes", "search.accumulate_on_oom", "search.stop_when_flat", "search.replicates", "ray", "slurm")
 
-EXAMPLES = {
-    "data": "{path: images}", "inner": "{budget_images: 20000}", "ensemble": "{shards: 4}", "skip": "{ratio: 2}", "redistribution": "{share: 0.25}",
-    "augmentation": "{rule: zone}", "captions": "{replace: 0.1}", "rewards": "{objectives: [fid, memorization]}", "extraction": "{prompts: 16}",
-    "search": "{trials: 20}", "early_stopping": "{rungs: [0.25, 0.5]}, or {} for all defaults", "ray": "{address: auto}", "slurm": "{gres: gpu:1}",
-}  # fmt: skip
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 Share = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -333,7 +328,7 @@ def load_config(source: Path | str | dict, overrides: Sequence[str] = ()) -> Con
         return config if isinstance(source, dict) else with_absolute_functions(config, Path(source).resolve().parent)
     except ValidationError as error:
         where = "the config" if isinstance(source, dict) else str(source)
-        raise MemControlError(f"{where}: {explained(error.errors())}") from None
+        raise MemControlError(f"{where}: {explained(error.errors(), Config)}") from None
 
 
 def with_absolute_functions(config: Config, folder: Path) -> Config:
@@ -361,45 +356,6 @@ def placed(values: Any, keys: list[str], value: Any) -> dict:
     if not isinstance(inside, dict):
         inside = {}
     return {**inside, keys[0]: placed(inside.get(keys[0]), keys[1:], value) if keys[1:] else value}
-
-
-def explained(problems: Sequence[dict]) -> str:
-    """One sentence for each key; what a key of two types could be is joined by "or"."""
-    found: dict[str, str] = {}
-    for said in map(explain, problems):
-        key = said.partition(";")[0]
-        found[key] = f"{found[key]}, or{said.partition(';')[2].removeprefix(' it')}" if key in found and key != said else said
-    return "; ".join(found.values())
-
-
-def explain(problem: dict) -> str:
-    """One of pydantic's findings as: which key, what was given, what is allowed."""
-    if problem["type"] == "value_error":  # of a validator of ours, which says it all
-        return problem["msg"].removeprefix("Value error, ")
-    path = [str(part) for part in problem["loc"] if str(part) in known_names()] or [str(problem["loc"][0])]
-    key = ".".join(path)
-    if problem["type"] == "extra_forbidden":
-        key = ".".join(str(part) for part in problem["loc"])
-        valid = ", ".join(model_at(problem["loc"][:-1]).model_fields)
-        return f"unknown key '{key}'; allowed: {valid}"
-    if problem["type"] == "missing":
-        return f"key '{key}' is missing"
-    wanted = problem["msg"].replace("Input should be a valid tuple", "give a list, such as [fid, memorization]").replace("Input should", "it should")
-    wanted = re.sub(r"a valid dictionary or instance of \w+", "keys and values, such as " + EXAMPLES.get(path[-1], "{}"), wanted)
-    return f"key '{key}' is {problem['input']!r}; {wanted[0].lower()}{wanted[1:]}"
-
-
-def known_names() -> set[str]:
-    return {name for model in Strict.__subclasses__() for name in model.model_fields}
-
-
-def model_at(place: Sequence) -> type[BaseModel]:
-    """The model of the keys at a place, such as ("inner", "skip")."""
-    model: type[BaseModel] = Config
-    for part in place:
-        inner = model.model_fields[part].annotation
-        model = next((kind for kind in (inner, *get_args(inner)) if isinstance(kind, type) and issubclass(kind, BaseModel)), model)
-    return model
 
 
 def flat(values: dict, prefix: str = "") -> dict[str, Any]:

@@ -72,14 +72,14 @@ class Process:
         return self.spread * float(weights @ k @ self.alpha), self.spread * math.sqrt(max(prior - left @ left, 0.0))
 
 
-def negative_log_posterior(logs: np.ndarray, y: np.ndarray, known: np.ndarray, squares: np.ndarray) -> tuple[float, np.ndarray]:
-    """Of hyperparameters (the logs of C weights, of signal, noise and share) given values [N] whose known variances are `known`, and its
-    gradient (Rasmussen and Williams 2006, eq. 5.8 and 5.9)."""
+def negative_log_posterior(logs: np.ndarray, y: np.ndarray, known: np.ndarray, own: np.ndarray, squares: np.ndarray) -> tuple[float, np.ndarray]:
+    """Of hyperparameters (the logs of C weights, of signal, noise and share) given values [N] whose known variances are `known`, and
+    `own` those that no two trials share, and its gradient (Rasmussen and Williams 2006, eq. 5.8 and 5.9)."""
     means, sds = (np.array([PRIORS["weight"][i]] * len(squares) + [PRIORS[name][i] for name in COMMON]) for i in (0, 1))
     weights, (signal, noise, share), identity = np.exp(logs[: -len(COMMON)]), np.exp(logs[-len(COMMON) :]), np.eye(len(y))
     k, slope = matern(np.tensordot(weights, squares, 1))
     try:
-        factor = cho_factor(signal * k + np.diag(share * known + noise + JITTER), lower=True)
+        factor = cho_factor(signal * k + np.diag(share * known + own + noise + JITTER), lower=True)
     except np.linalg.LinAlgError:
         return 1e25, np.zeros_like(logs)
     alpha = cho_solve(factor, y)
@@ -90,21 +90,23 @@ def negative_log_posterior(logs: np.ndarray, y: np.ndarray, known: np.ndarray, s
     return 0.5 * y @ alpha + np.log(np.diag(factor[0])).sum() + 0.5 * (off**2).sum(), gradient + off / sds
 
 
-def fitted(points: np.ndarray, values: np.ndarray, errors: np.ndarray, pending: np.ndarray, owner: np.ndarray) -> Process:
-    """The process of values [N] with known standard errors [N] (0 where unknown; a common noise is learned beside them), its
+def fitted(points: np.ndarray, values: np.ndarray, errors: np.ndarray, own_errors: np.ndarray, pending: np.ndarray, owner: np.ndarray) -> Process:
+    """The process of values [N] with known standard errors [N], of which a share is learned, and errors of their own [N], which count
+    whole (both 0 where unknown; a common noise is learned beside them), its
     hyperparameters at the posterior's mode. It believes its own mean at the points that are pending [P, F], so that the next draw
     goes elsewhere (the kriging believer of Ginsbourger et al. 2010)."""
     centre, spread = float(np.mean(values)), float(np.std(values)) or 1.0
-    y, known, squares = (values - centre) / spread, (errors / spread) ** 2, by_coordinate(points, points, owner)
+    y, known, own, squares = (values - centre) / spread, (errors / spread) ** 2, (own_errors / spread) ** 2, by_coordinate(points, points, owner)
     starts = [np.array([weight] * len(squares) + [PRIORS[name][0] for name in COMMON]) for weight in STARTS]
     bounds = [BOUNDS] * (len(squares) + 2) + [(BOUNDS[0], 0.0)]
-    ends = [minimize(negative_log_posterior, start, (y, known, squares), jac=True, method="L-BFGS-B", bounds=bounds) for start in starts]
+    ends = [minimize(negative_log_posterior, start, (y, known, own, squares), jac=True, method="L-BFGS-B", bounds=bounds) for start in starts]
     *weights, signal, noise, share = np.exp(min(ends, key=lambda end: end.fun).x)
-    found = conditioned(points, y, share * known + noise, np.sqrt(np.array(weights)[owner]), signal, centre, spread)
+    variances = share * known + own + noise
+    found = conditioned(points, y, variances, np.sqrt(np.array(weights)[owner]), signal, centre, spread)
     if not len(pending):
         return found
     believed = (found.predict(pending)[0] - centre) / spread
-    together = np.concatenate([share * known + noise, np.full(len(pending), noise)])
+    together = np.concatenate([variances, np.full(len(pending), noise)])
     return conditioned(np.concatenate([points, pending]), np.concatenate([y, believed]), together, found.scale, signal, centre, spread)
 
 

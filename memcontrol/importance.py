@@ -44,7 +44,7 @@ def importance(records: Sequence[Record], space: SearchSpace) -> list[Effect]:
         raise MemControlError(f"importance needs {N_SPREAD} ended trials, not counting the anchors none and full, which no point of the space stands for; this study has {n}")
     seen, nothing = points.seen(evidence.rows), np.empty((0, len(points.owner)))
     objectives = next(record.objectives for record in records if record.finished)
-    processes = {name: fitted(seen, evidence.values[:, i], evidence.errors[:, i], nothing, points.owner) for i, name in enumerate(objectives)}
+    processes = {name: fitted(seen, evidence.values[:, i], evidence.errors[:, i], evidence.own_errors[:, i], nothing, points.owner) for i, name in enumerate(objectives)}
     signs = {name: -1.0 if direction == "maximize" else 1.0 for name, direction in objectives.items()}
     found = []
     for column, (name, low, high) in contrasts(points):

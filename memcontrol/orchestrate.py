@@ -46,7 +46,7 @@ def search(config: Config, study_file: Path, folder: Path, executor: Executor, s
     Raises MemControlError for what the user must mend; trials not finished stay recorded and run again next time.
     """
     def say(line: str) -> None:
-        show(Event({}, "warning", {"text": line}))
+        show(warning(line))
 
     url = storage_url(config, folder, study_file)
     with only_one(folder), disk_full_named(folder), only_orchestrator(url, config.name) as lock:
@@ -123,6 +123,10 @@ def front_of_earlier(config: Config, study_file: Path) -> list[dict] | None:
     return [record.choice.as_dict() for record in front_of(records)]
 
 
+def warning(line: str) -> Event:
+    return Event({}, "warning", {"text": line})
+
+
 def is_judged(record: Record) -> bool:
     """Anchors are what others are compared with, and never stop."""
     return record.anchor is None and record.choice is not None
@@ -141,14 +145,11 @@ class Search:
         first = [Choice.from_dict(choice) for choice in study.note("warm_start", lambda: front_of_earlier(config, study_file)) or []]
         self.ahead = Ahead(Sampler(self.space, search.seed, n_objectives, study.limits, search.sampler, first))
         if n_lost := len(first) - len(self.ahead.sampler.first):
-            self.warn(f"{n_lost} of {len(first)} choices on the front of {search.warm_start} have groups or methods that space '{config.space}' lacks, and are not tried (search.warm_start)")
+            self.show(warning(f"{n_lost} of {len(first)} choices on the front of {search.warm_start} have groups or methods that space '{config.space}' lacks, and are not tried (search.warm_start)"))
         self.stops = Stops(config, study.objectives, {record.number: self.run_folder(record.choice) for record in study.records() if is_judged(record)})
         self.exhausted = self.flat = False
         self.n_looked_at = 0  # ended trials, when the hypervolume was last computed
         self.n_failures = 0
-
-    def warn(self, line: str) -> None:
-        self.show(Event({}, "warning", {"text": line}))
 
     def run(self) -> None:
         records = self.study.records()
@@ -200,7 +201,7 @@ class Search:
         if n and reference and not self.flat and n_ended > self.n_looked_at:
             self.n_looked_at, self.flat = n_ended, is_flat(records, reference, n)
             if self.flat:
-                self.warn(f"the hypervolume, {grown(records, reference):.4g}, has not grown beyond its noise in {n} trials: the search ends (search.stop_when_flat)")
+                self.show(warning(f"the hypervolume, {grown(records, reference):.4g}, has not grown beyond its noise in {n} trials: the search ends (search.stop_when_flat)"))
         return self.flat
 
     def sample(self) -> bool:
@@ -209,7 +210,7 @@ class Search:
         try:
             choice = self.ahead.take(self.study.records(), self.config.search.workers > 1)
         except SpaceExhausted as error:
-            self.warn(str(error))
+            self.show(warning(str(error)))
             self.exhausted = True
             return False
         number = self.study.begin([choice], self.space)

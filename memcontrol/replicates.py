@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
 
-from memcontrol.figures import error_of
 from memcontrol.pareto import front
 from memcontrol.study import Record, oriented
 
@@ -33,12 +31,13 @@ def spread_of(records: Sequence[Record]) -> np.ndarray | None:
     return np.sqrt(sum(len(losses) * losses.var(0) for losses in again) / sum(len(losses) - 1 for losses in again))
 
 
-def believed(record: Record, spread: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """A finished trial's losses and their standard errors [objectives]: where choices were fine-tuned again, the mean over these, and
-    no error below what the spread between fine-tunings says."""
-    errors = np.array([error_of(name, record.rewards) for name in record.objectives])
+def believed(record: Record) -> np.ndarray:
+    """A finished trial's losses [objectives]: the mean over its fine-tunings, where there are several."""
+    return losses_again(record).mean(0) if record.replicates else np.array(record.losses)
+
+
+def errors_by_luck(records: Sequence[Record], spread: np.ndarray | None) -> np.ndarray:
+    """The standard errors [N, objectives] that fine-tuning by chance gives each trial's losses; 0 where that is not known."""
     if spread is None:
-        return np.array(record.losses), errors
-    if not record.replicates:
-        return np.array(record.losses), np.maximum(errors, spread)
-    return losses_again(record).mean(0), spread / math.sqrt(1 + len(record.replicates))
+        return np.zeros((len(records), len(records[0].objectives)))
+    return spread / np.sqrt([[1 + len(record.replicates)] for record in records])

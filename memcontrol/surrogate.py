@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import ndtr
 
+from memcontrol.figures import error_of
 from memcontrol.gp import expected_gain, fitted
 from memcontrol.pareto import Limit, front
 from memcontrol.points import Points
-from memcontrol.replicates import believed, spread_of
+from memcontrol.replicates import believed, errors_by_luck, spread_of
 from memcontrol.space import Choice
 from memcontrol.stopping import Shown
 from memcontrol.study import Record, excesses
@@ -25,12 +26,13 @@ OUTSIDE = ("none", "full")  # anchors that no point of the space stands for
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a model learns from: the rows of N trials that ended, their losses and these losses' errors [N, 2]; by how much they exceed
-    each limit [N, limits]; the rows of those that run."""
+    """What a model learns from: the rows of N trials that ended, their losses, these losses' errors of measuring and those of
+    fine-tuning by luck [N, 2]; by how much they exceed each limit [N, limits]; the rows of those that run."""
 
     rows: np.ndarray
     values: np.ndarray
     errors: np.ndarray
+    own_errors: np.ndarray
     excesses: np.ndarray
     pending: np.ndarray
 
@@ -44,17 +46,21 @@ def evidence_of(records: Sequence[Record], points: Points, limits: Sequence[Limi
         return None
     stopped = [record for record in own if record.state == "PRUNED" and record.rungs]
     diverged = [record for record in own if record.state == "PRUNED" and not record.rungs]
-    spread = spread_of(ended)
-    values, errors = (np.array(column) for column in zip(*(believed(record, spread) for record in ended)))
+    values, errors = np.array([believed(record) for record in ended]), np.array([errors_of(record) for record in ended])
     over = np.array([list(excesses(record.rewards, limits).values()) for record in ended])
     promises = [promise(record, ended) for record in stopped]
     return Evidence(
         rows=np.array([points.row(record.choice) for record in ended + stopped + diverged]),
         values=np.concatenate([values, *(promised[None] for promised, _ in promises), np.repeat(values.max(0)[None], len(diverged), 0)]),
         errors=np.concatenate([errors, *(error[None] for _, error in promises), np.repeat(errors.max(0)[None], len(diverged), 0)]),
+        own_errors=errors_by_luck(ended + stopped + diverged, spread_of(records)),
         excesses=np.concatenate([over, np.repeat(over.mean(0)[None], len(stopped), 0), np.repeat(over.max(0)[None], len(diverged), 0)]),
         pending=np.array([points.row(record.choice) for record in own if record.state == "RUNNING"]),
     )
+
+
+def errors_of(record: Record) -> list[float]:
+    return [error_of(name, record.rewards) for name in record.objectives]
 
 
 def promise(record: Record, ended: Sequence[Record]) -> tuple[np.ndarray, np.ndarray]:
@@ -84,8 +90,8 @@ def modelled(evidence: Evidence, points: Points, seed: int) -> Iterator[Choice]:
     rng, pending = random.Random(seed), evidence.pending.reshape(-1, len(points.names) + 1)
     seen, awaited, none = points.seen(evidence.rows), points.seen(pending), np.zeros(len(evidence.rows))
     values = winsorized(evidence.values)
-    processes = [fitted(seen, values[:, i], evidence.errors[:, i], awaited, points.owner) for i in (0, 1)]
-    guards = [fitted(seen, column, none, awaited, points.owner) for column in evidence.excesses.T if np.ptp(column) > 0]
+    processes = [fitted(seen, values[:, i], evidence.errors[:, i], evidence.own_errors[:, i], awaited, points.owner) for i in (0, 1)]
+    guards = [fitted(seen, column, none, none, awaited, points.owner) for column in evidence.excesses.T if np.ptp(column) > 0]
     there = np.concatenate([seen, awaited])
     means = np.stack([process.predict(there)[0] for process in processes], 1)  # what the values would be without their noise
     allowed = np.all([guard.predict(there)[0] <= 0 for guard in guards], axis=0) if guards else np.full(len(there), True)

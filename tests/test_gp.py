@@ -34,14 +34,14 @@ def test_predictions_are_the_conditional_normal_distribution():
 
 def test_the_posterior_and_its_gradient():
     seen, rng = points(8), np.random.default_rng(1)
-    y, known, logs = rng.normal(size=8), rng.random(8) / 10, rng.normal(size=7) - 1
+    y, known, own, logs = rng.normal(size=8), rng.random(8) / 10, rng.random(8) / 5, rng.normal(size=7) - 1
     squares = by_coordinate(seen, seen, OWNER)
-    covariance = kernel(seen, seen, np.exp(logs[:-3])[OWNER] ** 0.5, math.exp(logs[-3])) + np.diag(math.exp(logs[-1]) * known + math.exp(logs[-2]))
+    covariance = kernel(seen, seen, np.exp(logs[:-3])[OWNER] ** 0.5, math.exp(logs[-3])) + np.diag(math.exp(logs[-1]) * known + own + math.exp(logs[-2]))
     likelihood = multivariate_normal(np.zeros(8), covariance).logpdf(y)
     centred = (logs - [*[math.log(0.3)] * 4, 0, math.log(1e-3), math.log(0.1)]) / [*[1.5] * 4, 1, 2, 1.5]
     expected = -likelihood - 4 * math.log(2 * math.pi) + (centred**2).sum() / 2
-    assert negative_log_posterior(logs, y, known, squares)[0] == pytest.approx(expected, rel=1e-6)
-    error = check_grad(lambda x: negative_log_posterior(x, y, known, squares)[0], lambda x: negative_log_posterior(x, y, known, squares)[1], logs)
+    assert negative_log_posterior(logs, y, known, own, squares)[0] == pytest.approx(expected, rel=1e-6)
+    error = check_grad(lambda x: negative_log_posterior(x, y, known, own, squares)[0], lambda x: negative_log_posterior(x, y, known, own, squares)[1], logs)
     assert error < 1e-4
 
 
@@ -51,16 +51,28 @@ def test_what_matters_is_learned_and_noise_is_not():
     seen = rng.integers(0, 2, (40, len(OWNER))).astype(float)
     values, errors = 3 * seen[:, 0] + rng.normal(0, 0.05, 40), np.full(40, 0.05)
     values[0], errors[0] = values[0] + 30, 30
-    process = fitted(seen, values, errors, np.empty((0, len(OWNER))), OWNER)
+    process = fitted(seen, values, errors, np.zeros(40), np.empty((0, len(OWNER))), OWNER)
     mean, _ = process.predict(np.array([[0, 1, 0, 1, 0], [1, 0, 1, 0, 1.0]]))
     assert abs(mean[0]) < 0.3 and abs(mean[1] - 3) < 0.3
     assert process.scale[0] > 2 * process.scale[1:].max()
 
 
+def test_errors_of_their_own_count_whole():
+    """A value that lies far off by an error of its own is not believed; the known errors that all share say nothing of it."""
+    rng = np.random.default_rng(0)
+    seen = rng.integers(0, 2, (40, len(OWNER))).astype(float)
+    values, own = 3 * seen[:, 0] + rng.normal(0, 0.05, 40), np.full(40, 0.05)
+    values[0] += 30
+    own[0] = 30
+    there = seen[:1]
+    near = fitted(seen, values, np.zeros(40), own, np.empty((0, len(OWNER))), OWNER).predict(there)[0][0]
+    assert abs(near - 3 * seen[0, 0]) < 0.3
+
+
 def test_a_pending_point_is_believed_and_no_longer_uncertain():
     seen, values = points(10), np.random.default_rng(1).normal(size=10)
     pending, none = points(1, 5), np.empty((0, len(OWNER)))
-    before, after = fitted(seen, values, np.zeros(10), none, OWNER), fitted(seen, values, np.zeros(10), pending, OWNER)
+    before, after = fitted(seen, values, np.zeros(10), np.zeros(10), none, OWNER), fitted(seen, values, np.zeros(10), np.zeros(10), pending, OWNER)
     assert np.allclose(before.predict(pending)[0], after.predict(pending)[0], atol=1e-3)
     assert after.predict(pending)[1] < 0.5 * before.predict(pending)[1]
 

@@ -115,7 +115,7 @@ def test_status_says_that_a_flat_search_is_over(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["memcontrol", "status", str(study), "--json"])
     assert main() == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["flat"] is True and found.get("minutes_left", 0) == 0
+    assert found["flat"] is True and found["minutes_left"] == 0
     sys.argv.pop()
     main()
     assert "which ends the search (search.stop_when_flat)" in capsys.readouterr().out

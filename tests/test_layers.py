@@ -7,7 +7,7 @@ from pathlib import Path
 
 import memcontrol
 
-LAYERS = """errors estimate interrupt seeds files yaml_files config attempts database space spec data features tuners peft_tuners adapters families models extractors memory shards augment mitigate figures stopping rewards probe cost derive evidence train ensemble bench scoring run prepare
+LAYERS = """errors estimate interrupt seeds files yaml_files explain config attempts database space spec data features tuners peft_tuners adapters families models extractors memory shards augment mitigate figures stopping rewards probe cost derive evidence train ensemble bench scoring run prepare
 pareto executors worker ray_executor slurm_executor jobs gp points study replicates growth surrogate mirror sampling importance pick pictures compare retrain export audit orchestrate watch display demo looking commands cli tiny""".split()
 PACKAGE = Path(memcontrol.__file__).parent
 

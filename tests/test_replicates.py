@@ -11,9 +11,11 @@ import pytest
 from test_search import memcontrol, trials_of
 
 from memcontrol.config import study_folder
-from memcontrol.replicates import believed, spread_of, to_replicate
-from memcontrol.space import Choice
+from memcontrol.points import Points
+from memcontrol.replicates import believed, errors_by_luck, spread_of, to_replicate
+from memcontrol.space import Choice, load_space
 from memcontrol.study import Record
+from memcontrol.surrogate import evidence_of
 
 OBJECTIVES = {"fid": "minimize", "recall": "maximize"}
 
@@ -37,10 +39,19 @@ def test_the_spread_is_pooled_within_choices():
     pooled = (statistics.variance([10, 14]) + 2 * statistics.variance([20, 21, 25])) / 3
     assert spread_of(trials) == pytest.approx([pooled**0.5, ((statistics.variance([0.5, 0.7]) + 2 * statistics.variance([0.4, 0.4, 0.1])) / 3) ** 0.5])
     assert spread_of(trials[2:]) is None
-    losses, errors = believed(trials[1], spread_of(trials))
-    assert losses == pytest.approx([22.0, -0.3]) and errors[0] == pytest.approx((pooled / 3) ** 0.5)
-    losses, errors = believed(trials[2], np.array([2.0, 0.001]))
-    assert losses == pytest.approx([0.0, 0.0]) and errors == pytest.approx([2.0, 0.01])
+    assert believed(trials[1]) == pytest.approx([22.0, -0.3]) and believed(trials[2]) == pytest.approx([0.0, 0.0])
+    assert errors_by_luck(trials, spread_of(trials))[:, 0] == pytest.approx([(pooled / n) ** 0.5 for n in (2, 3, 1)])
+    assert errors_by_luck(trials, None) == pytest.approx(np.zeros((3, 2)))
+
+
+def test_the_model_is_told_of_the_spread_by_full_fine_tuning_too():
+    """Which no point of the space stands for, and which is fine-tuned again in every study."""
+    space = load_space("digits")
+    choices = [Choice(("mid_attention",), "lora", rate, 2) for rate in (1e-3, 2e-3)]
+    trials = [replace(record(i + 1, 10.0 + i, 0.5), choice=choice) for i, choice in enumerate(choices)]
+    assert not evidence_of(trials, Points(space), ()).own_errors.any()
+    evidence = evidence_of([record(0, 20.0, 0.5, "full", again=[(24.0, 0.7)]), *trials], Points(space), ())
+    assert evidence.own_errors == pytest.approx(np.array([[8**0.5, 0.02**0.5]] * 2)) and evidence.values[:, 0] == pytest.approx([10.0, 11.0])
 
 
 def test_a_search_fine_tunes_its_front_again_once(study_file):

@@ -1,0 +1,57 @@
+"""Owns how a wrong key of a study is said: which key, what was given, what is allowed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import get_args
+
+from pydantic import BaseModel
+
+EXAMPLES = {
+    "data": "{path: images}", "inner": "{budget_images: 20000}", "ensemble": "{shards: 4}", "skip": "{ratio: 2}", "redistribution": "{share: 0.25}",
+    "augmentation": "{rule: zone}", "captions": "{replace: 0.1}", "rewards": "{objectives: [fid, memorization]}", "extraction": "{prompts: 16}",
+    "search": "{trials: 20}", "early_stopping": "{rungs: [0.25, 0.5]}, or {} for all defaults", "ray": "{address: auto}", "slurm": "{gres: gpu:1}",
+}  # fmt: skip
+
+
+def explained(problems: Sequence[dict], model: type[BaseModel]) -> str:
+    """What pydantic found wrong with a model's values: one sentence for each key; what a key of two types could be is joined by "or"."""
+    found: dict[str, str] = {}
+    for said in (explain(problem, model) for problem in problems):
+        key = said.partition(";")[0]
+        found[key] = f"{found[key]}, or{said.partition(';')[2].removeprefix(' it')}" if key in found and key != said else said
+    return "; ".join(found.values())
+
+
+def explain(problem: dict, model: type[BaseModel]) -> str:
+    if problem["type"] == "value_error":  # of a validator of ours, which says it all
+        return problem["msg"].removeprefix("Value error, ")
+    known = set(names_in(model))
+    path = [str(part) for part in problem["loc"] if str(part) in known] or [str(problem["loc"][0])]
+    key = ".".join(path)
+    if problem["type"] == "extra_forbidden":
+        key = ".".join(str(part) for part in problem["loc"])
+        valid = ", ".join(model_at(problem["loc"][:-1], model).model_fields)
+        return f"unknown key '{key}'; allowed: {valid}"
+    if problem["type"] == "missing":
+        return f"key '{key}' is missing"
+    wanted = problem["msg"].replace("Input should be a valid tuple", "give a list, such as [fid, memorization]").replace("Input should", "it should")
+    wanted = re.sub(r"a valid dictionary or instance of \w+", "keys and values, such as " + EXAMPLES.get(path[-1], "{}"), wanted)
+    return f"key '{key}' is {problem['input']!r}; {wanted[0].lower()}{wanted[1:]}"
+
+
+def names_in(model: type[BaseModel]) -> Iterator[str]:
+    """The keys of a model and of all models inside it."""
+    for name in model.model_fields:
+        yield name
+        if (inside := model_at([name], model)) is not model:
+            yield from names_in(inside)
+
+
+def model_at(place: Sequence, model: type[BaseModel]) -> type[BaseModel]:
+    """The model of the keys at a place, such as ("inner", "skip"); a key that has none leaves it as it is."""
+    for part in place:
+        inner = model.model_fields[part].annotation
+        model = next((kind for kind in (inner, *get_args(inner)) if isinstance(kind, type) and issubclass(kind, BaseModel)), model)
+    return model
