@@ -21,7 +21,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"memcontrol {__version__}")
     subparsers = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (add_demo, add_search, add_readers, add_retrain, add_export, add_audit, add_compare, add_rewards, add_spaces):
+    for add in (add_demo, add_search, add_readers, add_retrain, add_export, add_audit, add_dashboard, add_compare, add_rewards, add_spaces):
         add(subparsers)
     return top
 
@@ -98,6 +98,15 @@ def add_audit(subparsers) -> None:
     sampling.add_argument("--seed", type=int, help="of captions and noise (default: 0)")
     audit.add_argument("--skip-unreadable", action="store_true", help="skip images that cannot be decoded instead of stopping")
     audit.add_argument("--json", action="store_true", help="print audit.json on stdout as well")
+
+
+def add_dashboard(subparsers) -> None:
+    dashboard = command(subparsers, "dashboard", looking.run_dashboard, "serve the study in optuna-dashboard, read-only")
+    dashboard.add_argument("study", type=Path, metavar="STUDY.yaml", help=STUDY_HELP)
+    dashboard.add_argument("--host", default="127.0.0.1", help="the interface to listen on; any but loopback asks for a token (default: 127.0.0.1)")
+    dashboard.add_argument("--port", type=whole(0), default=8080, help="0 takes any free one (default: 8080)")
+    dashboard.add_argument("--token", help="what visitors must bring; drawn where --host is not loopback and none is given")
+    dashboard.add_argument("--writable", action="store_true", help="let visitors write notes, tell trials, and delete studies")
 
 
 def add_compare(subparsers) -> None:

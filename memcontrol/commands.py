@@ -110,7 +110,8 @@ def retrain_and_show(
     choice_file: Path | None = None, out: Path | None = None,
 ) -> None:  # fmt: skip
     from memcontrol.compare import differences
-    from memcontrol.display import Display, gain_lines, relative, rewards_table, said_of
+    from memcontrol.display import Display, gain_lines, relative, rewards_table
+    from memcontrol.notes import said_of
     from memcontrol.retrain import BASELINE, retrain
 
     config, folder, screen = config_of(study_file), folder_of(study_file), console()
@@ -166,14 +167,14 @@ def show_pairs(folders: dict[str, Path], path: Path, rows, screen) -> None:
     from memcontrol.bench import Bench
     from memcontrol.compare import nearest_pairs
     from memcontrol.display import relative
-    from memcontrol.pictures import pairs_picture
+    from memcontrol.gallery import pairs_picture, save
 
     bench = Bench()
     strips = [
         nearest_pairs(folders[name], f"{name}: {text}: {rewards['copy_rate']:.1%} copied; nearest to a training image first", bench)
         for name, text, rewards in rows
     ]
-    pairs_picture(strips, path)
+    save(pairs_picture(strips), path)
     screen.print(f"images beside their nearest training images: {relative(path)}", highlight=False, soft_wrap=True)
 
 

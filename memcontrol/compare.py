@@ -5,27 +5,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-
 from memcontrol.bench import Bench
 from memcontrol.errors import MemControlError
 from memcontrol.estimate import Estimate, paired_difference
 from memcontrol.files import read_json
+from memcontrol.gallery import Strip, strip_of
 from memcontrol.scoring import evidence, read_contributions, read_samples
 from memcontrol.seeds import seed_of
 from memcontrol.spec import CONTRIBUTIONS, RESULT, read_spec
 from memcontrol.study import refuse_incomparable
 
-Strip = tuple[str, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
-
 
 def nearest_pairs(run: Path, title: str, bench: Bench) -> Strip:
-    """A row of `pictures.pairs_picture` for a run folder."""
+    """What a run folder's images come nearest to."""
     spec, samples = read_spec(run), read_samples(run)
-    space = evidence(samples, spec, bench).space("pixels")
-    distances, indices = space.to_train
-    matches = bench.train_images(spec).take(indices.tolist()).pixels()
-    return title, samples["images"], matches, distances, distances / np.maximum(space.to_holdout, 1e-12)
+    return strip_of(title, samples, evidence(samples, spec, bench), spec, bench)
 
 
 def differences(a: Path, b: Path) -> dict[str, Estimate]:

@@ -18,24 +18,16 @@ from memcontrol.estimate import Estimate, spearman
 from memcontrol.executors import ENDS, FAILURES, Event
 from memcontrol.figures import FIGURES, MINIMIZE, direction_of, written
 from memcontrol.importance import Effect
+from memcontrol.notes import said_of
 from memcontrol.pick import front_of, ties_of
 from memcontrol.replicates import spread_of
-from memcontrol.space import EVERYTHING, Choice
+from memcontrol.space import Choice
 from memcontrol.spec import RESULT
 from memcontrol.study import Record, Study
 
 INTERVAL_SECONDS = 0.5
 N_RANKED = 12  # trials that a rank correlation needs to say anything
 LOADING = "loading the base, reading the images"
-
-
-def said_of(choice: Choice, n_groups: int) -> str:
-    """The choice in a few words: "lora r4, lr 0.003, 5/7 groups"."""
-    if choice.method == "none":
-        return "no training"
-    rank = f" r{choice.rank}" if choice.rank else ""
-    groups = "" if EVERYTHING in choice.groups else f", {len(choice.groups)}/{n_groups} groups"
-    return f"{'+'.join(choice.methods)}{rank}, lr {choice.learning_rate:g}{groups}"
 
 
 def said_of_step(detail: dict) -> str:

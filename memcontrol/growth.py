@@ -12,6 +12,7 @@ from memcontrol.pareto import hypervolume
 from memcontrol.study import Record, oriented
 
 N_DRAWS = 200
+N_WALKS = 40  # redrawn searches, for the error at every trial
 MARGIN = 0.1
 
 
@@ -25,15 +26,38 @@ def reference_of(records: Sequence[Record]) -> list[float] | None:
     return [float(value) for value in losses.max(0) + MARGIN * np.ptp(losses, 0)]
 
 
+def measured(records: Sequence[Record]) -> tuple[list[list[float]], np.ndarray]:
+    """What the search measured (not what was measured again, which only the front is): losses, and their standard errors [N, M]."""
+    losses = [oriented([record.searched[name] for name in record.objectives], record.objectives.values()) for record in records]
+    return losses, np.array([[error_of(name, record.searched) for name in record.objectives] for record in records]).reshape(len(losses), -1)
+
+
 def grown(records: Sequence[Record], reference: Sequence[float], seed: int = 0) -> Estimate:
-    """The hypervolume of what the search measured (not of what was measured again, which only the front is), with its standard error by
-    redrawing every value from its own error."""
-    complete = [record for record in records if record.finished]
-    losses = [oriented([record.searched[name] for name in record.objectives], record.objectives.values()) for record in complete]
-    errors = np.array([[error_of(name, record.searched) for name in record.objectives] for record in complete]).reshape(len(losses), -1)
+    """The hypervolume of what the search measured, with its standard error by redrawing every value from its own error."""
+    losses, errors = measured([record for record in records if record.finished])
     rng = np.random.default_rng(seed)
     draws = [hypervolume(rng.normal(losses, errors).tolist(), reference) for _ in range(N_DRAWS)] if losses and errors.any() else [0.0]
     return Estimate(hypervolume(losses, reference), float(np.std(draws)))
+
+
+def history(records: Sequence[Record], reference: Sequence[float], seed: int = 0) -> list[Estimate]:
+    """The hypervolume after each trial that ended well, in the order of their ends, with its standard error."""
+    losses, errors = measured(sorted((record for record in records if record.finished), key=lambda record: (record.ended, record.number)))
+    rng = np.random.default_rng(seed)
+    draws = zip(*(volumes(rng.normal(losses, errors).tolist(), reference) for _ in range(N_WALKS)))
+    return [Estimate(volume, float(np.std(drawn))) for volume, drawn in zip(volumes(losses, reference), draws)]
+
+
+def volumes(losses: Sequence[Sequence[float]], reference: Sequence[float]) -> list[float]:
+    """The hypervolume after each point; it is computed anew only where the point is beaten by none before it."""
+    kept: list[Sequence[float]] = []
+    found: list[float] = []
+    for point in losses:
+        beaten = any(all(a <= b for a, b in zip(other, point)) for other in kept)
+        if not beaten:
+            kept = [other for other in kept if not all(a <= b for a, b in zip(point, other))] + [point]
+        found.append(found[-1] if beaten else hypervolume(kept, reference))
+    return found
 
 
 def is_flat(records: Sequence[Record], reference: Sequence[float], n: int) -> bool:

@@ -69,7 +69,8 @@ def printed(table) -> None:
 
 
 def run_status(args: argparse.Namespace) -> int:
-    from memcontrol.display import said_of, study_table
+    from memcontrol.display import study_table
+    from memcontrol.notes import said_of
     from memcontrol.orchestrate import is_searching
     from memcontrol.space import load_space
     from memcontrol.watch import pace, runs_of, said_of_run
@@ -233,6 +234,29 @@ def run_rewards(args: argparse.Namespace) -> int:
         out_json({name: asdict(figure) for name, figure in FIGURES.items()})
     else:
         printed(figures_table())
+    return 0
+
+
+def run_dashboard(args: argparse.Namespace) -> int:
+    from memcontrol.dashboard import application, serving, study_id_of, token_for
+
+    study, folder = opened(args.study)
+    url, name = study.url, study.config.name
+    study.close()
+    token = token_for(args.host, args.token)
+    server = serving(application(url, folder, args.writable, token), args.host, args.port)
+    said = "anyone who has the address may change and delete studies" if args.writable else "read-only"
+    shown = f"[{args.host}]" if ":" in args.host else args.host
+    address = f"http://{shown}:{server.server_port}/dashboard/studies/{study_id_of(url, name)}"
+    sys.stdout.write(f"{address}{f'?token={token}' if token else ''}\n")
+    sys.stdout.flush()
+    console().print(f"{said}; Ctrl-C ends it", highlight=False, soft_wrap=True)
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        server.server_close()
     return 0
 
 

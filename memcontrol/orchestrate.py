@@ -18,6 +18,7 @@ from memcontrol.files import disk_full_named, read_json, write_json
 from memcontrol.growth import grown, is_flat, reference_of
 from memcontrol.jobs import Jobs, Show
 from memcontrol.pick import finished, front_of, to_confirm
+from memcontrol.publish import Publisher
 from memcontrol.replicates import to_replicate
 from memcontrol.sampling import Ahead, Sampler
 from memcontrol.space import Choice, SearchSpace, load_space
@@ -61,9 +62,14 @@ def search(config: Config, study_file: Path, folder: Path, executor: Executor, s
         )  # fmt: skip
         on_study(study)
         running = Search(config, study, study_file, folder, jobs, show, found["sizes"])
-        running.run()
-        running.confirm()
-        running.replicate()
+        try:
+            running.run()
+            running.confirm()
+            running.replicate()
+        except KeyboardInterrupt:
+            running.publisher.publish()
+            raise
+        running.publisher.publish()
     return study
 
 
@@ -147,6 +153,7 @@ class Search:
         if n_lost := len(first) - len(self.ahead.sampler.first):
             self.show(warning(f"{n_lost} of {len(first)} choices on the front of {search.warm_start} have groups or methods that space '{config.space}' lacks, and are not tried (search.warm_start)"))
         self.stops = Stops(config, study.objectives, {record.number: self.run_folder(record.choice) for record in study.records() if is_judged(record)})
+        self.publisher = Publisher(study, self.space, folder)
         self.exhausted = self.flat = False
         self.n_looked_at = 0  # ended trials, when the hypervolume was last computed
         self.n_failures = 0
@@ -164,6 +171,7 @@ class Search:
                 for event in self.jobs.ends():
                     self.ended(event)
                     self.fill()
+                self.publisher.look()
 
     def resume(self, record: Record) -> None:
         """Takes up an interrupted trial: the same choices, less those whose result is already there."""
@@ -249,6 +257,7 @@ class Search:
             del self.open[number]
             self.n_failures = self.n_failures + 1 if self.study.kept[number].state == "FAIL" else 0
         if self.n_failures >= N_FAILURES:
+            self.publisher.publish()
             raise MemControlError(
                 f"{N_FAILURES} trials in a row failed for good, the last: {result['reason']}; mend what is behind it, and the same command goes on with "
                 "further choices"

@@ -96,4 +96,4 @@ def pick(records: Sequence[Record], rule: str = "knee", limits: Sequence[str] = 
 
 
 def not_copying(record: Record) -> bool:
-    return record.rewards["copy_rate_low"] <= record.rewards["copy_rate_line"]
+    return record.rewards.get("copy_rate_low", 0.0) <= record.rewards.get("copy_rate_line", 0.0)

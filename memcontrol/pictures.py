@@ -1,13 +1,10 @@
-"""Owns the pictures: the front with anchors and pick, and generated images beside their nearest training images."""
+"""Owns the picture of the front, with anchors and pick."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
-
-import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
 from memcontrol.figures import MAXIMIZE, MINIMIZE, error_of
 from memcontrol.files import replacing
@@ -16,7 +13,6 @@ from memcontrol.study import Record
 
 ANCHORS = {"none": ("s", "tab:gray", "no training"), "all": ("^", "tab:blue", "plain PEFT"), "full": ("D", "tab:red", "full fine-tuning")}
 COLOURS = ("tab:cyan", "tab:orange", "tab:olive", "tab:pink", "tab:brown", "tab:purple", "gold", "teal")
-TILE, GAP, N_COLUMNS = 64, 6, 12
 
 
 def kind_of(record: Record) -> str:
@@ -61,31 +57,3 @@ def front_picture(records: Sequence[Record], picked: Record | None, path: Path, 
 
 def xy(records: Sequence[Record], x_name: str, y_name: str) -> tuple[list[float], list[float]]:
     return [record.values[x_name] for record in records], [record.values[y_name] for record in records]
-
-
-def pairs_picture(rows: Sequence[tuple[str, np.ndarray, np.ndarray, np.ndarray, np.ndarray]], path: Path) -> None:
-    """For each model a strip: generated images above their nearest training images, most suspicious first; writes a PNG.
-
-    A row is (title, generated [N, 3, H, W], nearest training [N, 3, H, W], distance to it [N], share of the distance to the
-    nearest image never trained on [N]).
-    """
-    font = ImageFont.load_default(11)
-    height = 18 + 2 * TILE + 34
-    sheet = Image.new("RGB", (70 + N_COLUMNS * (TILE + GAP), len(rows) * height), "white")
-    draw = ImageDraw.Draw(sheet)
-    for r, (title, generated, matches, distances, shares) in enumerate(rows):
-        top = r * height
-        draw.text((4, top + 2), title, fill="black", font=font)
-        draw.text((4, top + 18 + TILE // 2), "generated", fill="black", font=font)
-        draw.text((4, top + 18 + TILE + TILE // 2), "nearest\ntraining", fill="black", font=font)
-        for column, i in enumerate(np.argsort(shares, kind="stable")[:N_COLUMNS]):
-            left = 70 + column * (TILE + GAP)
-            sheet.paste(tile(generated[i]), (left, top + 18))
-            sheet.paste(tile(matches[i]), (left, top + 18 + TILE))
-            draw.text((left, top + 20 + 2 * TILE), f"d {distances[i]:.2f}\n{shares[i]:.2f} of held", fill="black", font=font)
-    with replacing(path) as part:
-        sheet.save(part, format="PNG")
-
-
-def tile(image: np.ndarray) -> Image.Image:
-    return Image.fromarray(image.transpose(1, 2, 0)).resize((TILE, TILE), Image.Resampling.NEAREST)

@@ -311,8 +311,13 @@ class Space:
         return first(*nearest_of(self.generated, self.train, 1))
 
     @cached_property
+    def nearest_held(self) -> tuple[np.ndarray, np.ndarray]:
+        """The same for held-out images."""
+        return first(*nearest_of(self.generated, self.holdout, 1))
+
+    @property
     def to_holdout(self) -> np.ndarray:
-        return first(*nearest_of(self.generated, self.holdout, 1))[0]
+        return self.nearest_held[0]
 
     @cached_property
     def held_to_train(self) -> np.ndarray:

@@ -16,9 +16,10 @@ from memcontrol.bench import Bench
 from memcontrol.ensemble import Team, TrainLog, train
 from memcontrol.evidence import flat, pooled_scores
 from memcontrol.files import read_json, write_json
+from memcontrol.gallery import save_pictures
 from memcontrol.models import Base
 from memcontrol.probe import probe_rewards
-from memcontrol.scoring import figures_of, measured_with, sample, save_contributions, save_samples
+from memcontrol.scoring import evidence, figures_of, measured_with, sample, save_contributions, save_samples
 from memcontrol.spec import CONFIRMED, CONTRIBUTIONS, RESULT, ROUNDS, SAMPLES, TRAINING, Spec, read_spec
 from memcontrol.stopping import rung_file, rungs_of
 from memcontrol.train import Material
@@ -78,7 +79,8 @@ def fine_tuned(folder: Path, spec: Spec, bench: Bench, progress: Callable[..., N
     finally:
         adapter.remove()
     save_samples(folder / SAMPLES, samples)
-    trained_at, figures = time.monotonic(), figures_of(samples, spec, bench)
+    trained_at, seen = time.monotonic(), evidence(samples, spec, bench)
+    figures = figures_of(samples, seen, spec, bench)
     result = {
         "state": "COMPLETE", "choice": spec.choice.as_dict(),
         "rewards": flat(figures | probes) | {"trained_fraction": n_trained / n_all} | costs, "n_trained": n_trained,
@@ -88,6 +90,7 @@ def fine_tuned(folder: Path, spec: Spec, bench: Bench, progress: Callable[..., N
         "seconds": round(time.monotonic() - started, 2), "scoring_seconds": round(time.monotonic() - trained_at, 2),
     }  # fmt: skip
     save_contributions(folder / CONTRIBUTIONS, figures, samples["rows"])
+    save_pictures(folder, samples, seen, spec, bench)
     write_json(folder / TRAINING, training_record(log, spec, bench))
     write_json(folder / RESULT, result)
     return result
@@ -98,7 +101,7 @@ def at_rung(path: Path, base: Base, material: Material, spec: Spec, bench: Bench
     rewards = spec.config.rewards.model_copy(update={"n_samples": spec.config.search.early_stopping.n_samples, "extraction": None})
     few = replace(spec, config=spec.config.model_copy(update={"rewards": rewards}))
     samples = sample(base, material, few, lambda done, total: progress("rung", done, total))
-    figures = figures_of(samples, few, bench)
+    figures = figures_of(samples, evidence(samples, few, bench), few, bench)
     save_contributions(path.with_suffix(".npz"), figures, samples["rows"])
     return figures
 
@@ -114,7 +117,7 @@ def confirm(folder: Path, bench: Bench, progress: Callable[..., None]) -> dict:
         for i in range(n):
             fresh = replace(spec, purpose=f"{spec.purpose} confirmed {i}")
             samples = sample(base, material, fresh, lambda done, total, i=i: progress("confirm", i * total + done, n * total))
-            draws.append(figures_of(samples, fresh, bench))
+            draws.append(figures_of(samples, evidence(samples, fresh, bench), fresh, bench))
     finally:
         adapter.remove()
     known, figures = read_json(folder / RESULT)["rewards"], pooled_scores(draws)

@@ -78,9 +78,8 @@ def evidence(samples: Mapping[str, np.ndarray], spec: Spec, bench: Bench) -> Evi
     )  # fmt: skip
 
 
-def figures_of(samples: Mapping[str, np.ndarray], spec: Spec, bench: Bench) -> dict[str, float]:
-    """The figures of one set of samples. Raises Diverged where they cannot be judged."""
-    found = evidence(samples, spec, bench)
+def figures_of(samples: Mapping[str, np.ndarray], found: Evidence, spec: Spec, bench: Bench) -> dict[str, float]:
+    """The figures of one set of samples, of which `found` is the evidence. Raises Diverged where they cannot be judged."""
     broken = broken_images(found.generated.pixels)
     if broken:
         raise Diverged(broken)

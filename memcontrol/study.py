@@ -16,6 +16,7 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState, create_trial
 
+from memcontrol.artifacts import attach
 from memcontrol.config import Config, differing_keys, flat, load_config
 from memcontrol.database import Say, StudyLock, cannot_open, checked, engine_arguments, patient
 from memcontrol.errors import MemControlError
@@ -87,8 +88,8 @@ class Study:
     """A study that is open: `records()` reads it, `begin`, `finish` and `confirm` write it. One process writes, and so may keep
     what it read and wrote; a write that the database did not acknowledge is repeated until it is, and happens once."""
 
-    def __init__(self, inner: optuna.Study, config: Config, url: str = "sqlite://", say: Say = lambda line: None, lock: StudyLock | None = None):
-        self.inner, self.config, self.url, self.say, self.lock = inner, config, url, say, lock
+    def __init__(self, inner: optuna.Study, config: Config, folder: Path, url: str = "sqlite://", say: Say = lambda line: None, lock: StudyLock | None = None):
+        self.inner, self.config, self.folder, self.url, self.say, self.lock = inner, config, folder, url, say, lock
         self.directions = [direction.name.lower() for direction in inner.directions]
         self.kept: dict[int, Record] = {}
         self.ids: dict[int, int] = {}  # Optuna's trial ids by number
@@ -207,6 +208,7 @@ class Study:
                 self.storage.set_trial_user_attr(trial_id, key, value)
             for name, excess in excesses(best.get("rewards", {}), self.limits).items():
                 self.storage.set_trial_system_attr(trial_id, f"{CONSTRAINT}{name}", excess)
+            attach(self.storage, trial_id, self.folder / Choice.from_dict(best["choice"]).key, self.folder)
             self.storage.set_trial_state_values(trial_id, state, [best["rewards"][name] for name in objectives] if complete else None)
 
         self.patiently(write)
@@ -263,7 +265,7 @@ def open_study(
     if known:
         inner = optuna.load_study(study_name=config.name, storage=storage)
         try:
-            return Study(inner, agreeing_config(inner, config) if create else stored_config(inner), url, say, lock)
+            return Study(inner, agreeing_config(inner, config) if create else stored_config(inner), folder, url, say, lock)
         except MemControlError:
             close_storage(storage)
             raise
@@ -273,7 +275,7 @@ def open_study(
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         inner.set_metric_names(objectives)
     inner.set_user_attr("config", config.model_dump_json())
-    return Study(inner, config, url, say, lock)
+    return Study(inner, config, folder, url, say, lock)
 
 
 def is_searched(config: Config, folder: Path, study_file: Path) -> bool:

@@ -1,0 +1,83 @@
+"""Owns `memcontrol dashboard`: optuna-dashboard over a study's database, read-only three times over: by the guard, by the connection, and by
+the store of artifacts."""
+
+from __future__ import annotations
+
+import secrets
+import sqlite3
+import sys
+from pathlib import Path
+from socketserver import ThreadingMixIn
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+
+import optuna
+from optuna.artifacts import FileSystemArtifactStore
+from optuna.storages import RDBStorage
+
+from memcontrol.artifacts import FOLDER, ReadOnlyStore
+from memcontrol.database import connection_arguments, engine_arguments, is_postgresql
+from memcontrol.errors import MemControlError
+from memcontrol.guard import LOOPBACK, App, guarded
+
+SQLITE = "sqlite:///"
+
+
+class Server(ThreadingMixIn, WSGIServer):
+    """A thread for each request: a page asks for many things at once."""
+
+    daemon_threads = True
+
+    def handle_error(self, request, client_address) -> None:
+        if not isinstance(sys.exception(), ConnectionError):  # a browser that has gone on to another page
+            super().handle_error(request, client_address)
+
+
+class Quiet(WSGIRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None: ...
+
+
+def read_only_arguments(url: str) -> dict[str, Any]:
+    """For sqlalchemy.create_engine: connections on which the database itself refuses every change."""
+    if is_postgresql(url):
+        return engine_arguments(url) | {"connect_args": connection_arguments("statement_timeout=60000", "default_transaction_read_only=on")}
+
+    def connect() -> sqlite3.Connection:
+        connection = sqlite3.connect(url.removeprefix(SQLITE), check_same_thread=False, timeout=30)
+        connection.execute("PRAGMA query_only = ON")
+        return connection
+
+    return {"creator": connect}
+
+
+def application(url: str, folder: Path, writable: bool, token: str | None) -> App:
+    from optuna_dashboard import wsgi
+
+    arguments = engine_arguments(url) if writable else read_only_arguments(url)
+    storage = RDBStorage(url, engine_kwargs=arguments, skip_compatibility_check=True, skip_table_creation=True)
+    store = FileSystemArtifactStore(folder / FOLDER) if writable else ReadOnlyStore(folder)
+    return guarded(wsgi(storage, artifact_store=store), writable, token)
+
+
+def study_id_of(url: str, name: str) -> int:
+    """Optuna's number of the study, which the dashboard's addresses have."""
+    storage = RDBStorage(url, engine_kwargs=read_only_arguments(url), skip_compatibility_check=True, skip_table_creation=True)
+    try:
+        return storage.get_study_id_from_name(name)
+    finally:
+        storage.remove_session()
+        storage.engine.dispose()
+
+
+def token_for(host: str, token: str | None) -> str | None:
+    """None on loopback, unless one is given; elsewhere one is drawn."""
+    return token or (None if host in LOOPBACK else secrets.token_urlsafe(16))
+
+
+def serving(app: App, host: str, port: int) -> WSGIServer:
+    """A server that listens; `serve_forever` runs it. Port 0 takes any free one. Raises MemControlError."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        return make_server(host, port, app, server_class=Server, handler_class=Quiet)
+    except (OSError, OverflowError) as error:
+        raise MemControlError(f"cannot listen on {host}, port {port}: {getattr(error, 'strerror', None) or error}; give another --port (0: any free one) or --host") from None

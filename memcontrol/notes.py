@@ -1,0 +1,98 @@
+"""Owns a study in words: a choice in a few, and the notes in Markdown that optuna-dashboard shows of each trial and of the study."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from memcontrol.config import Config
+from memcontrol.figures import FIGURES, written
+from memcontrol.pick import front_of, ties_of
+from memcontrol.space import EVERYTHING, Choice, SearchSpace
+from memcontrol.study import Record
+
+YOURS = "\n\n---\n*What is written below this line is yours and is kept.*"
+ANCHORS = {
+    "none": "the base as it is, untrained", "all": "plain PEFT: every group is trained; the best of three learning rates",
+    "full": "full fine-tuning, which every mask is compared with; the best of three learning rates",
+}  # fmt: skip
+
+
+def title_of(name: str) -> str:
+    return FIGURES[name].title if name in FIGURES else name
+
+
+def said_of(choice: Choice, n_groups: int) -> str:
+    """The choice in a few words: "lora r4, lr 0.003, 5/7 groups"."""
+    if choice.method == "none":
+        return "no training"
+    rank = f" r{choice.rank}" if choice.rank else ""
+    groups = "" if EVERYTHING in choice.groups else f", {len(choice.groups)}/{n_groups} groups"
+    return f"{'+'.join(choice.methods)}{rank}, lr {choice.learning_rate:g}{groups}"
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
+
+
+def trial_note(record: Record, space: SearchSpace) -> str:
+    """What was trained, and every figure with its interval."""
+    lines = [f"**{said_of(record.choice, len(space.groups))}**" if record.choice else "", ANCHORS.get(record.anchor or "", "a sampled mask")]
+    if record.choice and record.choice.groups and record.anchor != "full":
+        off = [name for name in space.groups if name not in record.choice.groups]
+        lines.append(f"Trained groups: {', '.join(record.choice.groups)}" + (f"; frozen: {', '.join(off)}" if off else ""))
+    if record.reason:
+        lines.append(f"{'Stopped early' if record.state == 'PRUNED' else 'Failed'}: {record.reason}")
+    if record.rewards:
+        lines.append(rewards_table(record))
+    if record.replicates:
+        found = [", ".join(f"{title_of(name)} {written(name, rewards)}" for name in record.objectives) for rewards in record.replicates]
+        lines.append("Fine-tuned again from other seeds: " + "; ".join(found))
+    return "\n\n".join(filter(None, lines))
+
+
+def rewards_table(record: Record) -> str:
+    """A row for each figure: what the search measured, and over fresh draws."""
+    measured = [record.searched, *([record.confirmed] if record.confirmed else [])]
+    names = [*record.objectives, *(name for name in FIGURES if name not in record.objectives)]
+    rows = [
+        [title_of(name), *(written(name, rewards) for rewards in measured), FIGURES[name].direction if name in FIGURES else record.objectives[name]]
+        for name in names if any(name in rewards for rewards in measured)
+    ]  # fmt: skip
+    return table(["figure", "as searched", *(["measured again"] if record.confirmed else []), "better"], rows)
+
+
+def study_note(config: Config, space: SearchSpace, records: Sequence[Record], data: Mapping[str, Any], picked: Record | None) -> str:
+    """What was searched, on what data, the anchors, the front and the pick. `data`: what `publish.data_of` tells of the images."""
+    complete = [record for record in records if record.finished]
+    states = {state: sum(record.state == state for record in records) for state in ("COMPLETE", "RUNNING", "PRUNED", "FAIL")}
+    said = ", ".join(f"{n} {state.lower()}" for state, n in states.items() if n)
+    inner, sizes = config.inner, ", ".join(f"{part['images']} {name}" for name, part in data.get("parts", {}).items())
+    lines = [
+        f"# {config.name}", "Which parameters to fine-tune, so that quality stays and memorization goes.",
+        f"- **Space**: {config.space}, {len(space.groups)} groups, {', '.join(space.methods)}",
+        f"- **Base**: {config.base}",
+        f"- **Images**: {config.data.path}" + (f", {data['resolution']} pixels; {sizes}" if sizes else ""),
+        f"- **Each trial**: {inner.budget_images} images in {inner.budget_steps} steps of {inner.batch_size}; scored on {config.rewards.n_samples} samples",
+        f"- **Objectives**: {', '.join(f'{title_of(name)} ({FIGURES[name].direction})' if name in FIGURES else name for name in config.rewards.names)}",
+        f"- **Trials**: {said or 'none yet'}",
+    ]  # fmt: skip
+    parts = ["\n".join(lines)]
+    if complete:
+        parts += ["## Anchors and front", standings(complete, len(space.groups), picked)]
+    return "\n\n".join(parts)
+
+
+def standings(complete: Sequence[Record], n_groups: int, picked: Record | None) -> str:
+    """The anchors and what is on the front, or off it within error only."""
+    front, ties = front_of(complete), ties_of(complete)
+    shown = [record for record in complete if record.anchor or record in front or record in ties]
+    rows = [
+        [
+            str(record.number), record.anchor or "sampled", said_of(record.choice, n_groups), *(written(name, record.rewards) for name in record.objectives),
+            ", ".join(filter(None, ("front" if record in front else "", "within error" if record in ties else "", "**the pick**" if record is picked else ""))),
+        ]
+        for record in sorted(shown, key=lambda record: tuple(record.losses))
+    ]  # fmt: skip
+    return table(["trial", "", "choice", *(title_of(name) for name in complete[0].objectives), ""], rows)

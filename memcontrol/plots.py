@@ -1,0 +1,68 @@
+"""Owns the interactive plots that are kept in the study for optuna-dashboard: the front, and the hypervolume as the search went on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from memcontrol.figures import MAXIMIZE, error_of
+from memcontrol.growth import history
+from memcontrol.notes import said_of, title_of
+from memcontrol.pick import front_of
+from memcontrol.study import Record
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+KINDS = {  # anchor to marker, colour (Okabe and Ito's, which colour-blind people tell apart), and name
+    None: ("circle", "#0072B2", "sampled"), "none": ("square", "#7f7f7f", "no training"), "all": ("triangle-up", "#E69F00", "plain PEFT (all)"),
+    "full": ("diamond", "#D55E00", "full fine-tuning"),
+}  # fmt: skip
+PICK = "#009E73"
+
+
+def front_plot(records: Sequence[Record], picked: Record | None, n_groups: int, title: str) -> Figure:
+    """All finished trials over the first two objectives with their errors; the front joined, the pick circled; masks named where one points."""
+    import plotly.graph_objects as go
+
+    x, y = list(records[0].objectives)[:2]
+    figure = go.Figure(layout={"title": title, "xaxis_title": axis_title(x, records[0]), "yaxis_title": axis_title(y, records[0]), "legend": {"orientation": "h", "y": -0.2}})
+    front = front_of(records)
+    figure.add_scatter(x=[r.values[x] for r in front], y=[r.values[y] for r in front], mode="lines", line={"shape": "hv", "color": "#999", "width": 1}, name="front", hoverinfo="skip")
+    for anchor, (symbol, colour, name) in KINDS.items():
+        if shown := [record for record in records if record.anchor == anchor]:
+            figure.add_scatter(**points(shown, x, y, n_groups), mode="markers", name=name, marker={"symbol": symbol, "color": colour, "size": 9})
+    if picked:
+        ring = {"symbol": "circle-open", "size": 20, "color": PICK, "line": {"width": 2}}
+        figure.add_scatter(x=[picked.values[x]], y=[picked.values[y]], mode="markers", name="pick", marker=ring, hoverinfo="skip")
+    return figure
+
+
+def axis_title(name: str, record: Record) -> str:
+    return f"{title_of(name)} ({'higher' if record.objectives[name] == MAXIMIZE else 'lower'} is better)"
+
+
+def points(records: Sequence[Record], x: str, y: str, n_groups: int) -> dict[str, Any]:
+    def errors(name: str) -> dict[str, Any]:
+        return {"type": "data", "array": [error_of(name, record.rewards) for record in records], "thickness": 0.6, "width": 0}
+
+    texts = [f"trial {record.number}: {said_of(record.choice, n_groups)}<br>{', '.join(record.choice.groups)}" for record in records]
+    return {
+        "x": [record.values[x] for record in records], "y": [record.values[y] for record in records], "error_x": errors(x), "error_y": errors(y), "text": texts,
+    }  # fmt: skip
+
+
+def hypervolume_plot(records: Sequence[Record], reference: Sequence[float], title: str) -> Figure:
+    """After each trial that ended: the hypervolume, and twice its standard error."""
+    import plotly.graph_objects as go
+
+    volumes = history(records, reference)
+    numbers = list(range(1, len(volumes) + 1))
+    figure = go.Figure(layout={"title": title, "xaxis_title": "trials ended", "yaxis_title": "hypervolume", "showlegend": False})
+    for sign in (1, -1):
+        figure.add_scatter(
+            x=numbers, y=[v + sign * 2 * v.error for v in volumes], mode="lines", line={"width": 0, "shape": "hv"}, fill=None if sign > 0 else "tonexty",
+            fillcolor="rgba(0,114,178,.2)", hoverinfo="skip",
+        )  # fmt: skip
+    figure.add_scatter(x=numbers, y=[float(v) for v in volumes], mode="lines+markers", line={"shape": "hv", "color": "#0072B2"})
+    return figure

@@ -1,0 +1,102 @@
+"""Owns what a search leaves in the study for optuna-dashboard to show: notes in Markdown, and plots."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from memcontrol.files import read_json
+from memcontrol.growth import reference_of
+from memcontrol.notes import YOURS, study_note, trial_note
+from memcontrol.pick import pick
+from memcontrol.plots import front_plot, hypervolume_plot
+from memcontrol.space import SearchSpace
+from memcontrol.study import Record, Study
+
+INTERVAL_SECONDS = 30.0  # between two looks at the whole study
+FRONT, HYPERVOLUME = "front", "hypervolume"
+
+
+def data_of(folder: Path) -> dict[str, Any]:
+    """The images as the study's split.json knows them: source, resolution, and for each part its number of `images` and the `digest` of their
+    contents; empty where it is not on this machine."""
+    path = folder / "split.json"
+    if not path.is_file():
+        return {}
+    stored = read_json(path)
+    return {"source": stored["source"], "resolution": stored["resolution"], "parts": {name: part_of(rows) for name, rows in stored["parts"].items()}}
+
+
+def part_of(rows: Sequence[dict[str, str]]) -> dict[str, Any]:
+    lines = "\n".join(f"{row['digest']} {row['caption']}" for row in rows)
+    return {"images": len(rows), "digest": hashlib.sha256(lines.encode()).hexdigest()[:16]}
+
+
+def picked_of(records: Sequence[Record], study: Study) -> Record | None:
+    """The trial that `memcontrol pick` would choose, where there is any."""
+    trained = [record for record in records if record.finished and record.anchor != "none"]
+    return pick(records, wanted=study.limits) if trained else None
+
+
+class Publisher:
+    """Writes what has changed since it last looked. One process writes to a study, so what it wrote needs no reading."""
+
+    def __init__(self, study: Study, space: SearchSpace, folder: Path):
+        self.study, self.space, self.folder = study, space, folder
+        self.written: dict[int | None, str] = {}  # notes by trial; None: the study's own
+        self.seen: list[tuple] = []
+        self.due = 0.0
+
+    def look(self) -> None:
+        """At most every INTERVAL_SECONDS: what is written grows with the study."""
+        if time.monotonic() >= self.due:
+            self.publish()
+
+    def publish(self) -> None:
+        records = self.study.records()
+        seen = [(record.number, record.state, record.confirmed, record.replicates) for record in records]
+        if seen != self.seen:
+            self.write(records)
+        self.seen, self.due = seen, time.monotonic() + INTERVAL_SECONDS
+
+    def write(self, records: Sequence[Record]) -> None:
+        complete, picked = [record for record in records if record.finished], picked_of(records, self.study)
+        for record in records:
+            if record.state != "RUNNING":
+                self.note(record.number, trial_note(record, self.space))
+        self.note(None, study_note(self.study.config, self.space, records, data_of(self.folder), picked))
+        name, n_groups, plots = self.study.config.name, len(self.space.groups), {}
+        if complete and len(complete[0].objectives) > 1:
+            plots[FRONT] = front_plot(complete, picked, n_groups, f"{name}: front")
+        if reference := self.study.attributes.get("reference") or reference_of(records):
+            plots[HYPERVOLUME] = hypervolume_plot(records, reference, f"{name}: hypervolume")
+        for plot, figure in plots.items():
+            self.study.patiently(lambda: save_plot(self.study, figure, plot))
+
+    def note(self, number: int | None, text: str) -> None:
+        if self.written.get(number) != text:
+            self.study.patiently(lambda: save_note(self.study, number, text))
+            self.written[number] = text
+
+
+def save_plot(study: Study, figure, name: str) -> None:
+    from optuna_dashboard import save_plotly_graph_object
+
+    save_plotly_graph_object(study.inner, figure, graph_object_id=name)
+
+
+def save_note(study: Study, number: int | None, text: str) -> None:
+    """Above what a person has written into the note."""
+    from optuna_dashboard import get_note
+    from optuna_dashboard import save_note as save
+
+    # Of a trial the library asks for these three only; a real optuna.Trial would ask the sampler for more.
+    owner: Any = study.inner if number is None else SimpleNamespace(study=study.inner, storage=study.storage, _trial_id=study.ids[number])
+    before = get_note(owner)
+    whole = text + YOURS + before.partition(YOURS)[2]
+    if whole != before:
+        save(owner, whole)
