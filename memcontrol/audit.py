@@ -17,7 +17,7 @@ from memcontrol.errors import MemControlError
 from memcontrol.evidence import N_PAIRED, Evidence, Views, broken_images, extraction_rewards, flat, score
 from memcontrol.extractors import load_extractor
 from memcontrol.features import nearest, pixel_features
-from memcontrol.figures import FIGURES, written
+from memcontrol.figures import BLIND, FIGURES, written
 from memcontrol.files import replacing, write_json
 from memcontrol.models import load_base
 from memcontrol.rewards import CLIP, FALSE_POSITIVES, Space, ratio, real_ratios, threshold_of
@@ -29,11 +29,6 @@ FEWEST = 8
 MOST_SAME = 0.05
 N_ATTACK = 10  # images of each attacked caption
 N_SHOWN = 24
-BLIND = (
-    "Whole-image copies in these two descriptors are all that is seen: not parts of images, not style, not facts about a person.",
-    "No figure here is a privacy guarantee: a model that shows no copies can still reveal who was in the training set.",
-    "Copies that were rotated, cropped or redrawn may be missed; mirrored ones are seen in pixels.",
-)
 Progress = Callable[[str, int, int], None]
 
 

@@ -21,7 +21,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"memcontrol {__version__}")
     subparsers = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (add_demo, add_search, add_readers, add_retrain, add_export, add_audit, add_dashboard, add_compare, add_rewards, add_spaces):
+    for add in (add_demo, add_init, add_search, add_readers, add_retrain, add_export, add_audit, add_dashboard, add_report, add_compare, add_rewards, add_spaces):
         add(subparsers)
     return top
 
@@ -38,6 +38,14 @@ def add_demo(subparsers) -> None:
     demo.add_argument("--trials", type=whole(0), help="sampled trials, beside the three anchors (default: 4)")
     demo.add_argument("--workers", type=whole(1), help="worker processes (default: 2)")
     demo.add_argument("--seed", type=int, default=0, help="the study's seed (default: 0)")
+
+
+def add_init(subparsers) -> None:
+    init = command(subparsers, "init", looking.run_init, "look at a folder of images and write a study for it, with the reason beside each value")
+    init.add_argument("images", type=Path, metavar="DIR", help="the images, with captions in metadata.jsonl or metadata.csv if there are any")
+    init.add_argument("--out", type=Path, metavar="STUDY.yaml", help="file to write (default: NAME.yaml in this folder)")
+    init.add_argument("--name", help="the study's name (default: the folder's)")
+    init.add_argument("--base", metavar="MODEL", help="tiny, a folder in diffusers' format, or a Hub id (default: Stable Diffusion 1.5 where there is a GPU, else tiny)")
 
 
 def add_search(subparsers) -> None:
@@ -107,6 +115,16 @@ def add_dashboard(subparsers) -> None:
     dashboard.add_argument("--port", type=whole(0), default=8080, help="0 takes any free one (default: 8080)")
     dashboard.add_argument("--token", help="what visitors must bring; drawn where --host is not loopback and none is given")
     dashboard.add_argument("--writable", action="store_true", help="let visitors write notes, tell trials, and delete studies")
+
+
+def add_report(subparsers) -> None:
+    report = command(subparsers, "report", looking.run_report, "write one page about the study that needs no network, or its data")
+    report.add_argument("study", type=Path, metavar="STUDY.yaml", help=STUDY_HELP)
+    report.add_argument("out", type=Path, nargs="?", metavar="OUT.html", help="the page to write")
+    report.add_argument("--without-images", action="store_true", help="leave out generated images and the training images nearest to them")
+    data = report.add_mutually_exclusive_group()
+    data.add_argument("--csv", action="store_true", help="print a row for each trial on stdout")
+    data.add_argument("--json", action="store_true", help="print all that the page says as one JSON document on stdout")
 
 
 def add_compare(subparsers) -> None:

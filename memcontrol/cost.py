@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -13,6 +14,7 @@ from memcontrol.families import FAMILIES_BY_DENOISER, Family, Text
 from memcontrol.space import Choice, SearchSpace
 
 BYTES = 4  # of a float32
+LATE = {"mid_block": 1, "up_blocks": 2, "conv_norm_out": 3, "conv_out": 3}  # diffusers' U-Nets register the middle block last
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,24 @@ def survey(denoiser: nn.Module, space: SearchSpace) -> dict:
         cost = typical_cost(denoiser, space, space.choice(groups, method, 0.5))
         found["methods"][method] |= {"cost": cost and asdict(cost)}
     return found
+
+
+def blocks_of(denoiser: nn.Module, space: SearchSpace) -> list[dict]:
+    """The denoiser's blocks in the order of a forward pass: their parameters, and how many of these lie in each group's modules."""
+    owner = {name: group for group, names in space.module_names(trainable_modules(denoiser)).items() for name in names}
+    found: dict[str, dict] = {}
+    for name, parameter in denoiser.named_parameters():
+        block = found.setdefault(block_of(name), {"name": block_of(name), "parameters": 0, "groups": Counter()})
+        block["parameters"] += parameter.numel()
+        if group := owner_of(name, owner):
+            block["groups"][group] += parameter.numel()
+    return sorted(found.values(), key=lambda block: LATE.get(block["name"].partition(".")[0], 0))
+
+
+def block_of(parameter: str) -> str:
+    """Of "down_blocks.1.attentions.0.norm.weight", "down_blocks.1"; of "conv_in.weight", "conv_in"."""
+    first, second, *_ = parameter.split(".")
+    return f"{first}.{second}" if second.isdigit() else first
 
 
 def counts(denoiser: nn.Module, space: SearchSpace, choice: Choice) -> dict[str, int]:

@@ -62,6 +62,12 @@ FIGURES = {
     "memory_mib": Figure("MiB a step", "{:.3g}", MINIMIZE, True, "exact", FREE, "of one training step"),
 }  # fmt: skip
 
+BLIND = (  # what no figure sees
+    "Whole-image copies in these two descriptors are all that is seen: not parts of images, not style, not facts about a person.",
+    "No figure here is a privacy guarantee: a model that shows no copies can still reveal who was in the training set.",
+    "Copies that were rotated, cropped or redrawn may be missed; mirrored ones are seen in pixels.",
+)
+
 ENOUGH = 4  # samples for each feature, below which a FID ranks by chance
 
 OBJECTIVES = tuple(name for name, figure in FIGURES.items() if figure.objective)
@@ -71,6 +77,14 @@ DIRECTIONS = {name: figure.direction for name, figure in FIGURES.items() if figu
 def direction_of(name: str) -> str:
     """Of a figure, or of an end of its interval."""
     return DIRECTIONS.get(name) or DIRECTIONS.get(name.removesuffix("_low").removesuffix("_high"), MINIMIZE)
+
+
+def interval_of(name: str, rewards: dict[str, float]) -> tuple[float, float]:
+    """The 95 % interval of a reward among `rewards`; the value twice where nothing is known of its error."""
+    if f"{name}_low" in rewards:
+        return rewards[f"{name}_low"], rewards[f"{name}_high"]
+    reach = 1.96 * rewards.get(f"{name}_error", 0.0)
+    return rewards[name] - reach, rewards[name] + reach
 
 
 def error_of(name: str, rewards: dict[str, float]) -> float:

@@ -16,6 +16,7 @@ from memcontrol.errors import MemControlError
 if TYPE_CHECKING:
     from memcontrol.config import Config
 
+N_WARNINGS = 12
 ONCE = (
     "warning: some of these were measured once only, as the search chose them, and may look better than they are; the end of the search "
     "measures them again"
@@ -234,6 +235,45 @@ def run_rewards(args: argparse.Namespace) -> int:
         out_json({name: asdict(figure) for name, figure in FIGURES.items()})
     else:
         printed(figures_table())
+    return 0
+
+
+def run_init(args: argparse.Namespace) -> int:
+    from memcontrol.display import Steps, relative
+    from memcontrol.propose import look, name_of, proposed, warnings_of, write_study
+
+    screen = console()
+    with Steps(screen) as steps:
+        seen = look(args.images, steps.show)
+        text = proposed(args.images, seen, args.name, args.base)
+    out = args.out or Path(f"{args.name or name_of(args.images)}.yaml")
+    write_study(text, out)
+    screen.print(text, highlight=False, soft_wrap=True, markup=False)
+    said = warnings_of(seen)
+    for warning in said[:N_WARNINGS]:
+        screen.print(f"warning: {warning}", style="yellow", highlight=False, soft_wrap=True, markup=False)
+    if len(said) > N_WARNINGS:
+        screen.print(f"warning: and {len(said) - N_WARNINGS} more of the kind", style="yellow")
+    screen.print(f"next: memcontrol search {relative(out)}", highlight=False, soft_wrap=True)
+    sys.stdout.write(f"{out}\n")
+    return 0
+
+
+def run_report(args: argparse.Namespace) -> int:
+    from memcontrol.facts import as_csv, facts_of
+    from memcontrol.report import write_report
+
+    if not (args.out or args.csv or args.json):
+        raise MemControlError("report writes a page or prints data; give OUT.html, --csv or --json")
+    study, folder = opened(args.study)
+    facts = facts_of(study, space_of(study.config), folder)
+    if args.out:
+        write_report(facts, args.out, not args.without_images)
+        console().print(f"report: {args.out}", highlight=False, soft_wrap=True)
+    if args.csv:
+        sys.stdout.write(as_csv(facts))
+    if args.json:
+        out_json(facts)
     return 0
 
 

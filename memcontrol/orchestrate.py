@@ -60,6 +60,7 @@ def search(config: Config, study_file: Path, folder: Path, executor: Executor, s
         study = patient(
             lambda: open_study(config, folder, study_file, create=True, directions=found["directions"], say=say, lock=lock), url, say
         )  # fmt: skip
+        study.note("made_with", lambda: found.get("made_with"))
         on_study(study)
         running = Search(config, study, study_file, folder, jobs, show, found["sizes"])
         try:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
+
+import torch
 
 from memcontrol.adapters import check_space
 from memcontrol.bench import Bench, views_of
 from memcontrol.config import Config, load_config
+from memcontrol.cost import blocks_of
 from memcontrol.data import Images, load_parts, parts_as_dict
 from memcontrol.errors import MemControlError
 from memcontrol.evidence import Evidence, check_rewards, directions_of, own_reward
@@ -16,6 +21,9 @@ from memcontrol.families import Unconditional
 from memcontrol.files import read_json, write_json
 from memcontrol.models import Base
 from memcontrol.space import load_space
+from memcontrol.spec import NETWORK
+
+LIBRARIES = ("memcontrol", "torch", "diffusers", "peft", "transformers", "optuna")
 
 
 def prepare(values: dict, folder: Path, bench: Bench, warn: Callable[[str], None]) -> dict:
@@ -38,13 +46,20 @@ def prepare(values: dict, folder: Path, bench: Bench, warn: Callable[[str], None
     check_shards(config, len(parts["train"]))
     try_functions(config, parts, extractor)
     record_split(folder / "split.json", parts, config, resolution)
+    write_json(folder / NETWORK, blocks_of(base.denoiser, space))
     record_extractor(folder / "extractor.json", extractor.id, config)
     if "fid" in config.rewards.objectives and len(parts["holdout"]) < 4 * n_features:
         warn(
             f"fid over {n_features} features against {len(parts['holdout'])} held-out images is coarse; "
             f"{4 * n_features} or more make it a fair measure"
         )
-    return {"sizes": {part: len(images) for part, images in parts.items()}, "directions": directions_of(config.rewards)}
+    return {"sizes": {part: len(images) for part, images in parts.items()}, "directions": directions_of(config.rewards), "made_with": made_with()}
+
+
+def made_with() -> dict[str, str]:
+    """The versions and the device that the study's numbers were made with."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {platform.machine()}"
+    return {"device": device, "python": platform.python_version()} | {name: version(name) for name in LIBRARIES}
 
 
 def try_functions(config: Config, parts: dict[str, Images], extractor: Extractor) -> None:

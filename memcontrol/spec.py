@@ -16,6 +16,7 @@ from memcontrol.space import Choice, SearchSpace, parse_space, space_as_dict
 SPEC, RESULT, SAMPLES, TRAINING, CONFIRMED = "spec.json", "result.json", "samples.npz", "training.json", "confirmed.json"
 CONTRIBUTIONS = "contributions.npz"
 SAMPLES_PICTURE, PAIRS_PICTURE = "samples.png", "pairs.png"
+NETWORK = "network.json"  # the denoiser's blocks, in the study's folder
 ROUNDS = "rounds"  # the folder of a trial's checkpoints, until its result is there
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import memcontrol
 
 LAYERS = """errors estimate interrupt seeds files yaml_files explain config attempts database space spec artifacts data features tuners peft_tuners adapters families models extractors memory shards augment mitigate figures stopping rewards probe cost derive evidence train ensemble bench scoring gallery run prepare
-pareto executors worker ray_executor slurm_executor jobs gp points study replicates growth surrogate mirror sampling importance pick notes plots publish pictures compare retrain export audit orchestrate watch guard dashboard display demo looking commands cli tiny""".split()
+pareto executors worker ray_executor slurm_executor jobs gp points study replicates growth surrogate mirror sampling importance pick notes plots publish pictures compare retrain export audit orchestrate watch guard dashboard display facts charts report propose demo looking commands cli tiny""".split()
 PACKAGE = Path(memcontrol.__file__).parent
 
 
@@ -35,7 +35,7 @@ def test_imports_only_fall():
 
 def test_few_modules_import_optuna():
     users = {path.stem for path in PACKAGE.glob("*.py") for line in path.read_text().splitlines() if line.strip().startswith(("import optuna", "from optuna"))}
-    assert users == {"study", "mirror", "artifacts", "dashboard"}
+    assert users == {"study", "mirror", "artifacts", "publish", "dashboard"}
 
 
 def test_the_orchestrating_process_needs_no_torch():

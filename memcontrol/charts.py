@@ -1,0 +1,131 @@
+"""Owns the report's drawings in SVG: the front, and a bar for each effect. They stand in the page, follow its colours, and stand alone too."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from html import escape
+from typing import Any
+
+from memcontrol.figures import MAXIMIZE, interval_of
+from memcontrol.notes import title_of
+
+WIDTH, HEIGHT = 560, 400
+LEFT, RIGHT, TOP, BOTTOM = 62, 16, 14, 52
+STYLE = """
+text { font: 13px system-ui, sans-serif; fill: var(--ink, #222); }
+.axis, .tick { stroke: var(--faint, #bbb); } .front { stroke: var(--ink, #222); fill: none; } .error { stroke: var(--ink, #222); opacity: .35; }
+.sampled { fill: var(--sampled, #0072B2); } .none { fill: var(--none, #7f7f7f); } .all { fill: var(--all, #E69F00); } .full { fill: var(--full, #D55E00); }
+.pick { fill: none; stroke: var(--pick, #009E73); stroke-width: 2.5; } .dim { opacity: .45; }
+"""
+SHAPES = {  # around 0, 0
+    "sampled": '<circle r="5"/>', "none": '<rect x="-5" y="-5" width="10" height="10"/>', "all": '<path d="M0 -7 6 5 -6 5Z"/>', "full": '<path d="M0 -7 7 0 0 7 -7 0Z"/>',
+}
+NAMES = {"sampled": "sampled mask", "none": "no training", "all": "plain PEFT (all)", "full": "full fine-tuning"}
+Trial = dict[str, Any]
+
+
+def front_chart(trials: Sequence[Trial], objectives: dict[str, str]) -> str:
+    """The finished trials over the first two objectives, with 95 % intervals for those on the front and the anchors; what no trial on the
+    front has is drawn pale."""
+    x, y = list(objectives)[:2]
+    across = Scale([t["values"][x] for t in trials], LEFT, WIDTH - RIGHT)
+    up = Scale([t["values"][y] for t in trials], HEIGHT - BOTTOM, TOP)
+    parts = [*grid(across, up), *labels(x, y, objectives), front_line(trials, x, y, across, up)]
+    for trial in sorted(trials, key=lambda t: (t["front"], bool(t["anchor"]))):
+        parts.append(point(trial, x, y, across, up))
+    return svg(WIDTH, HEIGHT, "The Pareto front", parts)
+
+
+class Scale:
+    """From values to pixels between two ends; logarithmic where the largest is over three times the smallest."""
+
+    def __init__(self, values: Sequence[float], begin: float, end: float):
+        from matplotlib import ticker
+
+        low, high = min(values), max(values)
+        self.log = 0 < 3 * low < high
+        margin = 0.06 * ((math.log(high / low) if self.log else high - low) or 1)
+        self.low, self.high = (low / math.exp(margin), high * math.exp(margin)) if self.log else (low - margin, high + margin)
+        self.begin, self.end = begin, end
+        places = ticker.LogLocator(subs=(1, 2, 3, 5)) if self.log else ticker.MaxNLocator(6)
+        self.ticks = [float(value) for value in places.tick_values(self.low, self.high) if self.low <= value <= self.high]
+
+    def __call__(self, value: float) -> float:
+        form: Callable[[float], float] = math.log if self.log else float
+        share = (form(min(max(value, self.low), self.high)) - form(self.low)) / (form(self.high) - form(self.low))
+        return self.begin + share * (self.end - self.begin)
+
+
+def grid(across: Scale, up: Scale) -> list[str]:
+    bottom, left = HEIGHT - BOTTOM, LEFT
+    lines = [f'<line class="axis" x1="{left}" y1="{bottom}" x2="{WIDTH - RIGHT}" y2="{bottom}"/>', f'<line class="axis" x1="{left}" y1="{TOP}" x2="{left}" y2="{bottom}"/>']
+    for value in across.ticks:
+        lines.append(f'<line class="tick" x1="{across(value):.1f}" y1="{bottom}" x2="{across(value):.1f}" y2="{bottom + 4}"/>')
+        lines.append(f'<text x="{across(value):.1f}" y="{bottom + 18}" text-anchor="middle">{value:g}</text>')
+    for value in up.ticks:
+        lines.append(f'<line class="tick" x1="{left - 4}" y1="{up(value):.1f}" x2="{left}" y2="{up(value):.1f}"/>')
+        lines.append(f'<text x="{left - 7}" y="{up(value) + 4:.1f}" text-anchor="end">{value:g}</text>')
+    return lines
+
+
+def labels(x: str, y: str, objectives: dict[str, str]) -> list[str]:
+    def said(name: str) -> str:
+        return f"{escape(title_of(name))} ({'higher' if objectives[name] == MAXIMIZE else 'lower'} is better)"
+
+    middle = (TOP + HEIGHT - BOTTOM) / 2
+    return [
+        f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 12}" text-anchor="middle">{said(x)}</text>',
+        f'<text transform="translate(16 {middle}) rotate(-90)" text-anchor="middle">{said(y)}</text>',
+    ]
+
+
+def front_line(trials: Sequence[Trial], x: str, y: str, across: Scale, up: Scale) -> str:
+    """Steps between the points of the front: what lies beyond them none reaches."""
+    points = sorted((across(t["values"][x]), up(t["values"][y])) for t in trials if t["front"])
+    path = "".join(f"{'M' if i == 0 else 'H'}{px:.1f}{' ' if i == 0 else 'V'}{py:.1f}" for i, (px, py) in enumerate(points))
+    return f'<path class="front" d="{path}"/>' if path else ""
+
+
+def point(trial: Trial, x: str, y: str, across: Scale, up: Scale) -> str:
+    kind, px, py = trial["anchor"] or "sampled", across(trial["values"][x]), up(trial["values"][y])
+    bars = ""
+    if trial["front"] or trial["anchor"]:
+        (left, right), (low, high) = interval_of(x, trial["rewards"]), interval_of(y, trial["rewards"])
+        bars = f'<path class="error" d="M{across(left):.1f} {py:.1f}H{across(right):.1f}M{px:.1f} {up(low):.1f}V{up(high):.1f}"/>'
+    ring = f'<circle class="pick" cx="{px:.1f}" cy="{py:.1f}" r="11"/>' if trial["pick"] else ""
+    pale = "" if trial["front"] or trial["anchor"] else " dim"
+    return (
+        f'{bars}{ring}<g class="point {kind}{pale}" tabindex="0" data-trial="{trial["trial"]}" transform="translate({px:.1f} {py:.1f})">'
+        f"<title>{escape(told(trial))}</title>{SHAPES[kind]}</g>"
+    )
+
+
+def told(trial: Trial) -> str:
+    name = f", {NAMES[trial['anchor']]}" if trial["anchor"] else ""
+    values = ", ".join(f"{title_of(key)} {value:.4g}" for key, value in trial["values"].items())
+    return f"trial {trial['trial']}{name}{', the pick' if trial['pick'] else ''}: {trial['said']}: {values}"
+
+
+def legend() -> str:
+    """The shapes, as HTML."""
+    items = [f'<svg viewBox="-8 -8 16 16" class="key {kind}" aria-hidden="true">{shape}</svg> {NAMES[kind]}' for kind, shape in SHAPES.items()]
+    items.append('<svg viewBox="-12 -12 24 24" class="key" aria-hidden="true"><circle class="pick" r="10"/></svg> the pick')
+    return f'<p class="legend">{"".join(f"<span>{item}</span>" for item in items)}</p>'
+
+
+def bar(value: float, error: float, most: float) -> str:
+    """An effect as a bar from the middle, with its 95 % interval; `most` fills half the width."""
+    scale = 46 / (most or 1)
+    begin, end = sorted((50.0, 50 + scale * value))
+    low, high = (min(max(50 + scale * (value + sign * 1.96 * error), 1), 99) for sign in (-1, 1))
+    side = "up" if value > 0 else "down"
+    return (
+        f'<svg class="bar" viewBox="0 0 100 12" preserveAspectRatio="none" aria-hidden="true"><line x1="50" x2="50" y1="0" y2="12" class="axis"/>'
+        f'<rect class="{side}" x="{begin:.1f}" y="2" width="{max(end - begin, 0.4):.1f}" height="8"/><line class="error" x1="{low:.1f}" x2="{high:.1f}" y1="6" y2="6"/></svg>'
+    )
+
+
+def svg(width: int, height: int, name: str, parts: Sequence[str]) -> str:
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(name)}">'
+    return f"{head}<style>{STYLE}</style>{''.join(parts)}</svg>"

@@ -1,0 +1,116 @@
+"""Owns what is known of a study when it is reported: one document, which `report --json` prints and the page is made from."""
+
+from __future__ import annotations
+
+import csv
+import io
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from memcontrol import __version__
+from memcontrol.errors import MemControlError
+from memcontrol.figures import FIGURES
+from memcontrol.files import read_json
+from memcontrol.growth import grown, reference_of
+from memcontrol.importance import importance
+from memcontrol.notes import said_of
+from memcontrol.pick import front_of, ties_of
+from memcontrol.publish import data_of, picked_of
+from memcontrol.replicates import spread_of
+from memcontrol.space import EVERYTHING, SearchSpace
+from memcontrol.spec import NETWORK, RESULT, TRAINING
+from memcontrol.study import Record, Study
+
+FATES = ("seen", "trained", "skipped", "dropped", "queued", "surplus")
+
+
+def facts_of(study: Study, space: SearchSpace, folder: Path) -> dict[str, Any]:
+    """Everything the report says, as JSON can hold it. Raises MemControlError where no trial has ended well."""
+    records, config = study.records(), study.config
+    complete = [record for record in records if record.finished]
+    if not complete:
+        raise MemControlError(f"study '{config.name}' has no finished trial to report; let the search run on")
+    picked = picked_of(records, study)
+    front, ties = front_of(complete), ties_of(complete)
+    blocks = read_json(folder / NETWORK) if (folder / NETWORK).is_file() else []
+    trials = [
+        record.as_dict(folder) | {
+            "said": said_of(record.choice, len(space.groups)) if record.choice else "", "front": record in front, "tie": record in ties, "pick": record is picked,
+            "blocks": [share_of(record, block) for block in blocks],
+        }
+        for record in records
+    ]  # fmt: skip
+    told = [record for record in complete if record in front or record.anchor == "full"]
+    return {
+        "study": config.name, "written": datetime.now().isoformat(timespec="minutes"), "reported_by": __version__,
+        "objectives": study.objectives, "limits": config.rewards.limits, "data": data_of(folder), "config": config.model_dump(mode="json"),
+        "space": {
+            "name": config.space, "description": space.description, "groups": list(space.groups), "methods": list(space.methods), "rank": list(space.rank),
+            "learning_rate": {method: list(limits) for method, limits in space.learning_rate.items()},
+        },
+        "trials": trials, "blocks": [block["name"] for block in blocks], "hypervolume": hypervolume_of(records, study),
+        "importance": importance_of(records, space), "spread": None if (spread := spread_of(complete)) is None else dict(zip(study.objectives, spread.tolist())),
+        "training": [{"trial": record.number} | fates for record in told if (fates := fates_of(folder / record.choice.key))],
+        "cost": cost_of(records, folder), "made_with": study.attributes.get("made_with", {}),
+    }  # fmt: skip
+
+
+def share_of(record: Record, block: dict[str, Any]) -> float:
+    """The share of a block's parameters that lie in modules which the trial trains."""
+    groups = record.choice.groups if record.choice else ()
+    return 1.0 if EVERYTHING in groups else sum(n for group, n in block["groups"].items() if group in groups) / block["parameters"]
+
+
+def hypervolume_of(records: Sequence[Record], study: Study) -> dict[str, Any] | None:
+    reference = study.attributes.get("reference") or reference_of(records)
+    if reference is None:
+        return None
+    value = grown(records, reference)
+    return {"value": float(value), "error": value.error, "losses_reference": reference}
+
+
+def importance_of(records: Sequence[Record], space: SearchSpace) -> list[dict[str, Any]]:
+    """Empty where too few trials have ended."""
+    try:
+        return [effect.as_dict() for effect in importance(records, space)]
+    except MemControlError:
+        return []
+
+
+def fates_of(run: Path) -> dict[str, int]:
+    """What became of the images that a fine-tuning drew; empty where the run folder is elsewhere."""
+    if not (run / TRAINING).is_file():
+        return {}
+    total: Counter[str] = Counter()
+    for shard in read_json(run / TRAINING)["shards"]:
+        total.update({name: shard.get(name, 0) for name in FATES})
+    return dict(total)
+
+
+def cost_of(records: Sequence[Record], folder: Path) -> dict[str, float]:
+    """The fine-tunings that ended, each with its scoring: how many, their hours, the seconds of the median one."""
+    results = (folder / choice.key / RESULT for record in records for choice in record.candidates)
+    lengths = [read_json(path)["seconds"] for path in results if path.is_file() and "seconds" in read_json(path)]
+    return {"runs": len(lengths), "hours": sum(lengths) / 3600, "median_seconds": statistics.median(lengths) if lengths else 0.0}
+
+
+def as_csv(facts: dict[str, Any]) -> str:
+    """A row for each trial: what it is, its groups, and every figure."""
+    names = list(dict.fromkeys(name for trial in facts["trials"] for name in trial["rewards"]))
+    ordered = [name for name in FIGURES if name in names] + sorted(set(names) - set(FIGURES))
+    groups, out = facts["space"]["groups"], io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["trial", "anchor", "state", "front", "pick", "confirmed", "method", "rank", "learning_rate", *groups, *ordered, "seconds"])
+    for trial in facts["trials"]:
+        choice = trial["choice"] or {}
+        on = [int(name in choice.get("groups", ()) or EVERYTHING in choice.get("groups", ())) for name in groups]
+        figures = [trial["rewards"].get(name, "") for name in ordered]
+        writer.writerow([
+            trial["trial"], trial["anchor"] or "sampled", trial["state"], int(trial["front"]), int(trial["pick"]), int(trial["confirmed"]),
+            choice.get("method"), choice.get("rank"), choice.get("learning_rate"), *on, *figures, trial["seconds"],
+        ])  # fmt: skip
+    return out.getvalue()
