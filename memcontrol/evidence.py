@@ -239,6 +239,8 @@ def load_function(place: str) -> Callable[[Evidence], float]:
     if not Path(path).is_file():
         raise MemControlError(f"rewards.objectives: '{place}': no such file {path}; write FILE.py:FUNCTION, beside the study file")
     spec = importlib.util.spec_from_file_location(f"memcontrol_reward_{Path(path).stem}", path)
+    if spec is None or spec.loader is None:
+        raise MemControlError(f"rewards.objectives: '{place}': {path} is no Python file; write FILE.py:FUNCTION")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
