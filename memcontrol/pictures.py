@@ -20,7 +20,7 @@ TILE, GAP, N_COLUMNS = 64, 6, 12
 
 
 def kind_of(record: Record) -> str:
-    return "+".join(record.choice.methods)
+    return "+".join(record.chosen.methods)
 
 
 def front_picture(records: Sequence[Record], picked: Record | None, path: Path, title: str) -> None:
