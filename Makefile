@@ -3,10 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo test chaos clean
+.PHONY: demo check test chaos clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/memcontrol demo --out runs/demo
+
+check: $(VENV)/tested
+	$(VENV)/bin/ruff check memcontrol tests benchmarks
+	$(VENV)/bin/mypy
 
 test: $(VENV)/tested
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --dist worksteal

@@ -41,7 +41,7 @@ def noisy(seed: int) -> Image.Image:
 
 
 def one(n_train: int, root: Path) -> dict[str, float]:
-    from memcontrol.audit import audit, folder_pictures
+    from memcontrol.auditing import audit, folder_pictures
 
     write(root / "train", range(n_train))
     write(root / "holdout", range(10**6, 10**6 + N_HOLDOUT))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from functools import partial
 
 N_STEPS = 60
 SIZES = {"tiny widths, batch 32 of 8 x 8": ((24, 40, 56, 56), 8, 32), "35 M parameters, batch 8 of 16 x 16": ((64, 128, 256, 256), 16, 8)}
@@ -39,7 +40,7 @@ def measure(name: str, widths: tuple, side: int, batch: int, device: str) -> dic
     times: dict[bool, list[float]] = {False: [], True: []}
     for _ in range(N_STEPS):
         for on, loop in loops.items():
-            times[on].append(seconds(lambda: loop.slot(0.5), device))
+            times[on].append(seconds(partial(loop.slot, 0.5), device))
     losses, timesteps, loop = torch.rand(batch, device=device), torch.randint(1000, (batch,), device=device), loops[True]
 
     def bookkeeping() -> None:

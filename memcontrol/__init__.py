@@ -13,7 +13,7 @@ def __getattr__(name):
 
 
 def load_adapter(pipeline, path):
-    """Puts an exported adapter into a diffusers pipeline; see memcontrol.export.load_adapter."""
-    from memcontrol.export import load_adapter as load
+    """Puts an exported adapter into a diffusers pipeline; see memcontrol.exporting.load_adapter."""
+    from memcontrol.exporting import load_adapter as load
 
     return load(pipeline, path)

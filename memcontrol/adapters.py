@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -48,7 +49,7 @@ def targets_of(denoiser: nn.Module, space: SearchSpace, choice: Choice) -> list[
         own = suited(modules[group], setting.method)
         if not own:
             raise MemControlError(f"space '{space.name}': method {setting.method} finds nothing to train in group '{group}'")
-        found += [Target(name, setting.method, setting.learning_rate, setting.rank, space.groups[group].alpha) for name in own]
+        found += [Target(name, setting.method, setting.learning_rate, setting.rank or 0, space.groups[group].alpha) for name in own]
     return found
 
 
@@ -154,7 +155,7 @@ class Adapter:
         total = sum(weights)
         weights = [weight / total for weight in weights]
         names = {name for state in states for name in state}
-        mean = {name: sum(w * state[name] for w, state in zip(weights, states) if name in state) for name in sorted(names)}
+        mean: dict[str, Any] = {name: sum(w * state[name] for w, state in zip(weights, states) if name in state) for name in sorted(names)}
         for part in self.parts:
             mean |= part.average(mean, states, weights)
         return mean
@@ -213,7 +214,8 @@ def inject(
         return Adapter(denoiser, [Weights(whole, dict.fromkeys(whole, choice.learning_rate))])
     targets = targets_of(denoiser, space, choice)
     check_ownership(denoiser, targets, space)
-    plain, rates = {}, {}
+    plain: dict[str, nn.Parameter] = {}
+    rates: dict[str, float] = {}
     for target in targets:  # before anything is wrapped: names and parameters are the base's own
         found = direct(denoiser, target)
         plain |= found

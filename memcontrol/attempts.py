@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from memcontrol.files import read_json, write_json
 
@@ -49,7 +50,7 @@ def begin_attempt(folder: Path) -> Attempt:
     """Takes the folder over: whoever worked on it before stops at its next step."""
     folder.mkdir(parents=True, exist_ok=True)
     host, pid = socket.gethostname(), os.getpid()
-    line = {"identity": f"{host}-{pid}-{time.time_ns()}", "host": host, "pid": pid, "gpu": os.environ.get("CUDA_VISIBLE_DEVICES") or None, "started": now()}
+    line: dict[str, Any] = {"identity": f"{host}-{pid}-{time.time_ns()}", "host": host, "pid": pid, "gpu": os.environ.get("CUDA_VISIBLE_DEVICES") or None, "started": now()}
     with open(folder / ATTEMPTS, "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
     return Attempt(folder, line["identity"])

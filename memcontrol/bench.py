@@ -110,8 +110,7 @@ class Bench:
         helpers = [self.helper(rank) for rank in range(1, size)]
         for rank, process in enumerate(helpers, start=1):
             with contextlib.suppress(BrokenPipeError):  # it died: rank 0 trains its shards
-                process.stdin.write(json.dumps({"help": str(folder), "rank": rank, "size": size, "rung": rung}) + "\n")
-                process.stdin.flush()
+                print(json.dumps({"help": str(folder), "rank": rank, "size": size, "rung": rung}), file=process.stdin, flush=True)
         return Team(0, size, lambda rank: rank == 0 or helpers[rank - 1].poll() is None)
 
     def helper(self, rank: int) -> subprocess.Popen:

@@ -80,7 +80,7 @@ def search_and_show(study_file: Path, config: Config, executor: Executor) -> Non
 
 def show_search(study_file: Path, screen) -> None:
     from memcontrol.display import cheap_line, relative, spread_line, study_table
-    from memcontrol.pick import finished, pick
+    from memcontrol.picking import finished, pick
     from memcontrol.pictures import front_picture
     from memcontrol.space import load_space
 
@@ -109,10 +109,10 @@ def retrain_and_show(
     study_file: Path, executor: Executor, trial: int | None = None, rule: str | None = None, limits: Sequence[str] = (),
     choice_file: Path | None = None, out: Path | None = None,
 ) -> None:  # fmt: skip
-    from memcontrol.compare import differences
+    from memcontrol.comparing import differences
     from memcontrol.display import Display, gain_lines, relative, rewards_table
     from memcontrol.notes import said_of
-    from memcontrol.retrain import BASELINE, retrain
+    from memcontrol.retraining import BASELINE, retrain
 
     config, folder, screen = config_of(study_file), folder_of(study_file), console()
     choice = read_choice(choice_file) if choice_file else None
@@ -165,7 +165,7 @@ def searched(study_file: Path) -> bool:
 
 def show_pairs(folders: dict[str, Path], path: Path, rows, screen) -> None:
     from memcontrol.bench import Bench
-    from memcontrol.compare import nearest_pairs
+    from memcontrol.comparing import nearest_pairs
     from memcontrol.display import relative
     from memcontrol.gallery import pairs_picture, save
 
@@ -192,7 +192,7 @@ def read_choice(path: Path):
 
 
 def run_export(args: argparse.Namespace) -> int:
-    from memcontrol.export import export, how_to_load
+    from memcontrol.exporting import export, how_to_load
 
     out = export(args.run_dir, args.out, args.format)
     sys.stdout.write(f"{out}\n")
@@ -201,7 +201,7 @@ def run_export(args: argparse.Namespace) -> int:
 
 
 def run_audit(args: argparse.Namespace) -> int:
-    from memcontrol.audit import audit, folder_pictures, pictures_of, sampled_pictures, samples_of, write_report
+    from memcontrol.auditing import audit, folder_pictures, pictures_of, sampled_pictures, samples_of, write_report
     from memcontrol.display import Steps, relative
     from memcontrol.spec import SPEC
 

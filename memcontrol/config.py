@@ -297,7 +297,7 @@ class Config(Strict):
     def rungs_fall_on_rounds(self) -> Config:
         early = self.search.early_stopping
         ends = [self.inner.rounds_to(rung) for rung in early.rungs] if early else []
-        if ends and (len(set(ends)) < len(ends) or ends[-1] >= self.inner.rounds):
+        if early and (len(set(ends)) < len(ends) or ends[-1] >= self.inner.rounds):
             raise ValueError(
                 f"search.early_stopping.rungs is {list(early.rungs)} and inner.rounds {self.inner.rounds}: each rung needs a round of its own to end "
                 "at, before the last; raise inner.rounds, for example to 8, or give fewer rungs"
@@ -360,7 +360,7 @@ def placed(values: Any, keys: list[str], value: Any) -> dict:
 
 def flat(values: dict, prefix: str = "") -> dict[str, Any]:
     """Nested keys as dotted ones."""
-    found = {}
+    found: dict[str, Any] = {}
     for key, value in values.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return found

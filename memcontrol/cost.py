@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ class Cost:
 
 
 def cost_of(
-    denoiser: nn.Module, space: SearchSpace, choice: Choice, family: Family, latents: Sequence[int], text: dict[str, Sequence[int]],
+    denoiser: nn.Module, space: SearchSpace, choice: Choice, family: Family, latents: Sequence[int], text: Mapping[str, Sequence[int]],
     batch: int = 1, shared_a: bool = False,
 ) -> Cost:  # fmt: skip
     """The cost of a choice on a denoiser on the meta device, from the shapes of one image's latents [C, h, w] and encodings.
@@ -81,7 +82,7 @@ def survey(denoiser: nn.Module, space: SearchSpace) -> dict:
     """
     modules = space.module_names(trainable_modules(denoiser))
     owner = {name: group for group, names in modules.items() for name in names}
-    found = {
+    found: dict[str, Any] = {
         "space": space.name, "total": sum(parameter.numel() for parameter in denoiser.parameters()), "methods": {},
         "groups": [{"name": group, "modules": names, "parameters": {}} for group, names in modules.items()],
     }  # fmt: skip
@@ -137,9 +138,10 @@ def owner_of(parameter: str, owner: dict[str, str]) -> str | None:
 
 def typical_cost(denoiser: nn.Module, space: SearchSpace, choice: Choice) -> Cost | None:
     """At the size that the denoiser was made for; None where its family is not known."""
-    family = FAMILIES_BY_DENOISER.get(type(denoiser).__name__, lambda config: None)(denoiser.config)
+    config: Any = denoiser.config
+    family = FAMILIES_BY_DENOISER.get(type(denoiser).__name__, lambda config: None)(config)
     if family is None:
         return None
-    side = denoiser.config.get("sample_size") or 128
-    channels = denoiser.config.in_channels // family.packing
-    return cost_of(denoiser, space, choice, family, (channels, side, side), family.text_shapes(denoiser.config))
+    side = config.get("sample_size") or 128
+    channels = config.in_channels // family.packing
+    return cost_of(denoiser, space, choice, family, (channels, side, side), family.text_shapes(config))

@@ -106,7 +106,7 @@ def cannot_open(url: str, error: Exception) -> MemControlError:
     return MemControlError(f"storage {shown(url)} cannot be opened: {reason}; {cure}")
 
 
-def database_error(error: BaseException) -> BaseException | None:
+def database_error(error: BaseException | None) -> BaseException | None:
     """SQLAlchemy's error behind another one, such as Optuna's."""
     from sqlalchemy.exc import SQLAlchemyError
 
@@ -185,7 +185,7 @@ class StudyLock:
         self.label = f"{identity()}, lock {next(NUMBERS)}"
         self.engine = create_engine(url, poolclass=NullPool, connect_args=connection_arguments(name=self.label))
         self.key = key_of(name)
-        self.connection = None
+        self.connection: Any = None
 
     def take(self) -> None:
         """Raises MemControlError where another process holds it, and says which."""

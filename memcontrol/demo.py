@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from memcontrol.config import NAME
 from memcontrol.errors import MemControlError
 
-STUDY = {
+STUDY: dict[str, Any] = {
     "name": "demo",
     "base": "tiny",
     "data": {"path": "digits", "train": 35, "holdout": 881, "test": 881},

@@ -14,12 +14,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
+from memcontrol.effects import Effect
 from memcontrol.estimate import Estimate, spearman
 from memcontrol.executors import ENDS, FAILURES, Event
 from memcontrol.figures import FIGURES, MINIMIZE, direction_of, written
-from memcontrol.importance import Effect
 from memcontrol.notes import said_of
-from memcontrol.pick import front_of, ties_of
+from memcontrol.picking import front_of, ties_of
 from memcontrol.replicates import spread_of
 from memcontrol.space import Choice
 from memcontrol.spec import RESULT
@@ -52,7 +52,8 @@ class Display:
         self.study: Study | None = None
         self.done: Counter[int] = Counter()  # runs ended, by trial
         self.lengths: list[float] = []  # seconds
-        self.started, self.shown, self.begun_at = time.monotonic(), 0.0, {}
+        self.started, self.shown = time.monotonic(), 0.0
+        self.begun_at: dict[str, float] = {}
         self.live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
         self.note = note
 
@@ -122,7 +123,7 @@ class Display:
 
     def line(self, record: Record) -> str:
         values = ", ".join(f"{name} {value:.3f}" for name, value in record.values.items()) or f"{record.state.lower()}: {record.reason}"
-        return f"trial {record.number} ({record.anchor or 'sampled'}): {said_of(record.choice, self.n_groups)}: {values}"
+        return f"trial {record.number} ({record.anchor or 'sampled'}): {said_of(record.chosen, self.n_groups)}: {values}"
 
     def block(self) -> Group:
         n_ended = sum(ended(record) for record in self.records)
@@ -202,7 +203,7 @@ def importance_table(effects: Sequence[Effect], name: str) -> Table:
     for effect in effects:
         change = f"{effect.coordinate} on" if effect.high is True else f"{effect.coordinate}: {effect.low} to {effect.high}"
         cells = [
-            Text(f"{value:+.3g} ± {value.error:.2g}", style="bold" if abs(value) > 2 * value.error else "dim") for value in effect.effects.values()
+            Text(f"{value:+.3g} ± {value.error:.2g}", style="bold" if abs(value) > 2 * (value.error or 0) else "dim") for value in effect.effects.values()
         ]
         table.add_row(change.replace("rate: 0.0 to 1.0", "learning rate: lowest to highest"), *cells, str(effect.n_choices))
     return table
@@ -220,7 +221,7 @@ def study_table(
         (
             f"{'>' if record is picked else ' '}{marks.get(record.number, ' ')}{'+' if record.confirmed else ' '}{record.number}"
             f"{' ' + record.anchor if record.anchor else ''}",
-            said_of(record.choice, n_groups), record.rewards,
+            said_of(record.chosen, n_groups), record.rewards,
         )
         for record in complete
     ]  # fmt: skip
@@ -242,7 +243,7 @@ def said_apart(name: str, apart: dict[str, Estimate]) -> str:
     if name not in apart:
         return ""
     value, form = apart[name], FIGURES[name].form.replace(":", ":+")
-    tie = ", a tie" if value.low <= 0 <= value.high else ""
+    tie = ", a tie" if value.holds_zero else ""
     return f"; difference {form.format(value)} ({form.format(value.low)} to {form.format(value.high)}{tie})"
 
 
@@ -253,7 +254,7 @@ def differences_table(apart: dict[str, Estimate], first: dict[str, float], secon
         table.add_column(heading)
     for name, value in apart.items():
         form = FIGURES[name].form.replace(":", ":+") if name in FIGURES else "{:+.3f}"
-        better = "tie" if value.low <= 0 <= value.high else "first" if (value < 0) == (direction_of(name) == MINIMIZE) else "second"
+        better = "tie" if value.holds_zero else "first" if (value < 0) == (direction_of(name) == MINIMIZE) else "second"
         title, interval = FIGURES[name].title if name in FIGURES else name, f"{form.format(value.low)} to {form.format(value.high)}"
         table.add_row(title, written(name, first), written(name, second), form.format(value), interval, better)
     return table

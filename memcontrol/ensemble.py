@@ -15,12 +15,13 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from memcontrol.adapters import Adapter
-from memcontrol.config import InnerConfig
+from memcontrol.config import InnerConfig, RedistributionConfig
 from memcontrol.errors import MemControlError
 from memcontrol.files import read_json, replacing, write_json
 from memcontrol.memory import LossMemory
@@ -151,9 +152,10 @@ class Rounds:
     def averages(self, number: int) -> bool:
         return self.inner.averages_after(number)
 
-    def exchanges(self, number: int) -> bool:
+    def exchanges(self, number: int) -> RedistributionConfig | None:
+        """The rule of the exchange that ends a round, where one does."""
         rule = self.inner.redistribution
-        return rule is not None and number < self.n_rounds - 1 and (rule.rounds == "every" or (number + 1) % 2 == 1)
+        return rule if rule and number < self.n_rounds - 1 and (rule.rounds == "every" or (number + 1) % 2 == 1) else None
 
     def slots(self, number: int, shard: int) -> tuple[int, int]:
         """First and last + 1 of the budget's steps that a shard has in a round: all steps in turn, as equal as can be."""
@@ -213,7 +215,7 @@ class Rounds:
         from safetensors.torch import save_file
 
         shard = stored.shard
-        found = {f"weights {name}": parameter for name, parameter in self.adapter.named_parameters().items()}
+        found: State = {f"weights {name}": parameter for name, parameter in self.adapter.named_parameters().items()}
         found |= {f"ema {name}": shadow for name, shadow in zip(loop.trained, loop.shadows)}
         found |= {f"moments {name}": value for name, value in loop.moments().items() if self.keeps_moments(number)}
         found |= {"rows": shard.rows, "skips": shard.skips, "skipped": shard.skipped, "queue": shard.queue, "closeness": shard.queue_closeness}
@@ -253,8 +255,8 @@ class Rounds:
             stored.moments |= tensors(mean, "moments")
             if tensors(mean, "offsets"):  # factors were made anew: their moments belong to others
                 stored.moments = {}
-        if self.exchanges(number - 1):
-            self.change_images(stored.shard, self.members(number - 1)[shard])
+        if rule := self.exchanges(number - 1):
+            self.change_images(stored.shard, self.members(number - 1, rule)[shard])
         return stored
 
     def kept_by_shards(self, number: int) -> tuple[str, ...]:
@@ -270,10 +272,10 @@ class Rounds:
         zeros = torch.zeros(len(data.mean), dtype=torch.long)
         return Stored(Shard(shard, rows, zeros, zeros.clone(), memory), self.initial, {}, {}, {}, [])
 
-    def members(self, number: int) -> list[Tensor]:
+    def members(self, number: int, rule: RedistributionConfig) -> list[Tensor]:
         """Who has which images after a round's exchange."""
         shards = [self.read(number, shard).shard for shard in range(self.n_shards)]
-        return exchange([shard.rows for shard in shards], [shard.skips for shard in shards], self.inner.redistribution, seed_of(self.seed, "exchange", number))
+        return exchange([shard.rows for shard in shards], [shard.skips for shard in shards], rule, seed_of(self.seed, "exchange", number))
 
     def change_images(self, shard: Shard, rows: Tensor) -> None:
         shard.rows, shard.skips, shard.exchanged_at = rows, torch.zeros_like(shard.skips), shard.counts["batches"]
@@ -287,7 +289,7 @@ class Rounds:
 
     def close(self, number: int) -> None:
         """Ends a round: averages if it is due, notes how far the shards were apart, drops the files of the round before."""
-        end = {"divergence": None, "gap": None, "stopped": False}
+        end: dict[str, Any] = {"divergence": None, "gap": None, "stopped": False}
         if not self.end_file(number).exists():
             if self.n_shards > 1:
                 end["divergence"] = self.divergence(number)
@@ -379,7 +381,7 @@ class Rounds:
         stored = [self.read(last, shard) for shard in range(self.n_shards)]
         counts = sum((one.shard.counts for one in stored), Counter())
         tenths = [(one.shard.losses[: tenth(one)], one.shard.losses[-tenth(one) :]) for one in stored if one.shard.losses]
-        skipped = sum(one.shard.skipped for one in stored)
+        skipped = torch.stack([one.shard.skipped for one in stored]).sum(0)
         ends = [read_json(self.end_file(number)) for number in range(last + 1)]
         record = {
             "rounds": [{"round": number + 1, **end} for number, end in enumerate(ends)],

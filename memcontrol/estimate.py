@@ -35,6 +35,11 @@ class Estimate(float):
         estimate.high = value + NORMAL_95 * error if high is None and error is not None else high
         return estimate
 
+    @property
+    def holds_zero(self) -> bool:
+        """Whether its interval does: its sign is not known."""
+        return self.low is not None and self.high is not None and self.low <= 0 <= self.high
+
 
 def of_contributions(value: float, added: np.ndarray) -> Estimate:
     """The value, with its first-order part by image [N] and the standard error that follows from it."""
@@ -49,7 +54,8 @@ def share_of(hits: np.ndarray) -> Estimate:
 
 
 def percent(share: Estimate) -> Estimate:
-    return Estimate(100 * share, low=100 * share.low, high=100 * share.high)
+    low, high = (end and 100 * end for end in (share.low, share.high))
+    return Estimate(100 * share, low=low, high=high)
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:
@@ -82,11 +88,12 @@ def paired_difference(a: Estimate, b: Estimate, prompts=None, n_draws: int = 100
     every image has its own): what both models share, such as a prompt that is easily copied, cancels.
     Raises MemControlError where the estimates have no contributions, or of different numbers of images.
     """
-    if getattr(a, "contributions", None) is None or getattr(b, "contributions", None) is None:
+    mine, theirs = (getattr(estimate, "contributions", None) for estimate in (a, b))
+    if mine is None or theirs is None:
         raise MemControlError("only estimates with a contribution of each image can be compared in pairs; compare errors instead")
-    apart = a.contributions - b.contributions if len(a.contributions) == len(b.contributions) else None
-    if apart is None or (prompts is not None and len(prompts) != len(apart)):
+    if len(mine) != len(theirs) or (prompts is not None and len(prompts) != len(mine)):
         raise MemControlError("models compared in pairs need the same prompts and noise, and so equal numbers of images")
+    apart = mine - theirs
     _, groups = np.unique(np.arange(len(apart)) if prompts is None else np.asarray(prompts), return_inverse=True)
     sums, counts = np.bincount(groups, apart), np.bincount(groups)
     drawn = np.random.default_rng(seed).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=n_draws)  # [draws, prompts]
@@ -101,7 +108,7 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> Estimate:
     ranks = [np.array([np.mean(np.flatnonzero(np.sort(values) == value)) for value in values]) for values in map(np.asarray, (x, y))]
     if any(rank.std() == 0 for rank in ranks):
         return Estimate(0.0, low=-1.0, high=1.0)
-    found = float(np.clip(np.corrcoef(*ranks)[0, 1], -1, 1))
+    found = float(np.clip(np.corrcoef(ranks[0], ranks[1])[0, 1], -1, 1))
     half = NORMAL_95 * math.sqrt((1 + found**2 / 2) / max(len(ranks[0]) - 3, 1))
     z = math.atanh(min(max(found, -1 + 1e-12), 1 - 1e-12))
     return Estimate(found, low=math.tanh(z - half), high=math.tanh(z + half))
@@ -111,8 +118,9 @@ def pooled(draws: Sequence[Estimate]) -> Estimate:
     """The mean of one reward over independent draws of the same number of images: as biased as each, with a smaller error."""
     value = float(np.mean(draws))
     contributions = np.concatenate([draw.contributions for draw in draws]) if all(draw.contributions is not None for draw in draws) else None
-    if all(draw.error is not None for draw in draws):
-        error = math.sqrt(sum(draw.error**2 for draw in draws)) / len(draws)
+    errors = [draw.error for draw in draws if draw.error is not None]
+    if len(errors) == len(draws):
+        error = math.sqrt(sum(error**2 for error in errors)) / len(draws)
         p = 0.5 * math.erfc(value / error / math.sqrt(2)) if error and draws[0].p is not None else None
         return Estimate(value, error, p=p, contributions=contributions)
     if draws[0].low is not None and contributions is not None:  # a share

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import numpy as np
 
@@ -17,9 +18,28 @@ from memcontrol.errors import MemControlError
 from memcontrol.estimate import Estimate, pooled
 from memcontrol.figures import DIRECTIONS, MAXIMIZE, MINIMIZE, OBJECTIVES, direction_of
 from memcontrol.rewards import (
-    FALSE_POSITIVES, Gaussian, Space, authpct, carlini_rate, chance_rate, clear_copies_in, clip_score, copy_rate_in, extraction,
-    fd_pca, fid, gaussian, kid, memorization_in, mifid, mq, p_of_hits, prdc, tile_distances, unit,
-)  # fmt: skip
+    FALSE_POSITIVES,
+    Gaussian,
+    Space,
+    authpct,
+    carlini_rate,
+    chance_rate,
+    clear_copies_in,
+    clip_score,
+    copy_rate_in,
+    extraction,
+    fd_pca,
+    fid,
+    gaussian,
+    kid,
+    memorization_in,
+    mifid,
+    mq,
+    p_of_hits,
+    prdc,
+    tile_distances,
+    unit,
+)
 
 N_BALL = 5  # neighbours of precision, recall, density and coverage
 N_PAIRED = 200  # held-out images whose pairs calibrate the extraction attack
@@ -130,7 +150,7 @@ def memorization_distance(evidence: Evidence) -> dict[str, float]:
     return with_worst({f"memorization_{name}": memorization_in(evidence.space(name)) for name in ("pixels", "features")})
 
 
-def with_worst(found: dict[str, Estimate]) -> dict[str, Estimate]:
+def with_worst(found: dict[str, Any]) -> dict[str, Any]:
     """Adds `memorization`, the larger M of pixels and features, and at least 0: below 0 is noise, never "better"."""
     worst = max((found["memorization_pixels"], found["memorization_features"]))
     return found | {"memorization": Estimate(max(worst, 0.0), worst.error, p=worst.p, contributions=worst.contributions)}
@@ -179,7 +199,7 @@ def extraction_rewards(generations: np.ndarray, holdout: np.ndarray) -> dict[str
     return found | {"extraction_threshold": threshold, "extraction_prompts": len(generations)}
 
 
-def score(evidence: Evidence, functions: dict[str, str] = {}) -> dict[str, float]:
+def score(evidence: Evidence, functions: Mapping[str, str] = {}) -> dict[str, float]:
     """Every figure of one fine-tuned model, Estimates where they know an error, and a user's own by name from FILE.py:FUNCTION.
 
     Raises MemControlError.
@@ -188,9 +208,9 @@ def score(evidence: Evidence, functions: dict[str, str] = {}) -> dict[str, float
     return found | {name: own_reward(place, evidence) for name, place in functions.items()}
 
 
-def flat(found: dict[str, float]) -> dict[str, float]:
+def flat(found: Mapping[str, float]) -> dict[str, float]:
     """Plain numbers: each value, and beside it NAME_error, or NAME_low and NAME_high, and NAME_p."""
-    numbers = {}
+    numbers: dict[str, float] = {}
     for name, value in found.items():
         error, low, high, p = (getattr(value, key, None) for key in ("error", "low", "high", "p"))
         ends = {f"{name}_error": error} if error is not None else {f"{name}_low": low, f"{name}_high": high}
@@ -198,17 +218,22 @@ def flat(found: dict[str, float]) -> dict[str, float]:
     return numbers
 
 
-def contributions(found: dict[str, float]) -> dict[str, np.ndarray]:
+def contributions(found: Mapping[str, float]) -> dict[str, np.ndarray]:
     """What each generated image adds to a figure, where that is known: name to [N]."""
-    return {name: value.contributions for name, value in found.items() if getattr(value, "contributions", None) is not None}
+    return {name: value.contributions for name, value in found.items() if isinstance(value, Estimate) and value.contributions is not None}
 
 
 def pooled_scores(draws: Sequence[dict[str, float]]) -> dict[str, float]:
     """The figures of one model over several draws of samples: means, with the errors that are left."""
-    found = {name: pooled([draw[name] for draw in draws]) if isinstance(value, Estimate) else mean([draw[name] for draw in draws]) for name, value in draws[0].items()}
+    found: dict[str, Any] = {name: pooled_figure([draw[name] for draw in draws]) for name in draws[0]}
     for name in ("copy_rate", "copy_rate_features"):
         found[name].p = p_of_hits(found[name], int(found["copy_rate_n_real"]))
     return with_worst(found)
+
+
+def pooled_figure(values: Sequence[float]) -> float:
+    estimates = [value for value in values if isinstance(value, Estimate)]
+    return pooled(estimates) if len(estimates) == len(values) else mean(values)
 
 
 def broken_images(pixels: np.ndarray) -> str:
@@ -239,6 +264,8 @@ def load_function(place: str) -> Callable[[Evidence], float]:
     if not Path(path).is_file():
         raise MemControlError(f"rewards.objectives: '{place}': no such file {path}; write FILE.py:FUNCTION, beside the study file")
     spec = importlib.util.spec_from_file_location(f"memcontrol_reward_{Path(path).stem}", path)
+    if spec is None or spec.loader is None:
+        raise MemControlError(f"rewards.objectives: '{place}': {path} is no Python file; write FILE.py:FUNCTION")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)

@@ -74,7 +74,8 @@ class Inline(Executor):
 
         self.bench = self.bench or Bench()
         while self.waiting:
-            job, said = self.waiting[0], []
+            job = self.waiting[0]
+            said: list[dict] = []
             run_job(job, self.bench, said.append)
             self.waiting.pop(0)
             yield from (as_event(job, line) for line in said)
@@ -109,11 +110,12 @@ class Local(Executor):
             while True:
                 yield from self.heard(*self.said.get_nowait())
         for worker in self.workers:
-            if worker.job is not None and limited(worker.job, self.time_limit_seconds) and time.monotonic() - worker.began > self.time_limit_seconds:
-                yield self.lost(worker, too_long(self.time_limit_seconds))
+            limit = limit_of(worker.job, self.time_limit_seconds)
+            if worker.job is not None and limit is not None and time.monotonic() - worker.began > limit:
+                yield self.lost(worker, worker.job, too_long(limit))
 
-    def lost(self, worker: Worker, reason: str) -> Event:
-        job, worker.job = worker.job, None
+    def lost(self, worker: Worker, job: dict, reason: str) -> Event:
+        worker.job = None
         worker.kill()
         return Event(job, "lost", {"reason": reason})
 
@@ -133,7 +135,7 @@ class Local(Executor):
             yield event
         else:
             code = process.wait()
-            yield self.lost(worker, f"its worker process died ({f'signal {-code}' if code < 0 else f'exit code {code}'})")
+            yield self.lost(worker, worker.job, f"its worker process died ({f'signal {-code}' if code < 0 else f'exit code {code}'})")
 
     def close(self) -> None:
         for worker in self.workers:
@@ -147,7 +149,6 @@ class Worker:
         self.index, self.n_threads, self.said, self.n_processes = index, n_threads, said, n_processes
         self.job: dict | None = None
         self.began = 0.0
-        self.process: subprocess.Popen | None = None
         self.spawn()
 
     def spawn(self) -> None:
@@ -162,23 +163,21 @@ class Worker:
 
     def listen(self, process: subprocess.Popen) -> None:
         with contextlib.suppress(BrokenPipeError), process:
-            for line in process.stdout:
+            for line in process.stdout or ():
                 self.said.put((self, process, json.loads(line)))
         self.said.put((self, process, None))
 
     def take(self, job: dict) -> None:
         self.job, self.began = job, time.monotonic()
-        if self.process is None or self.process.poll() is not None:
+        if self.process.poll() is not None:
             self.spawn()
         with contextlib.suppress(BrokenPipeError, ValueError):  # it died just now: `listen` says so
-            self.process.stdin.write(json.dumps(self.job) + "\n")
-            self.process.stdin.flush()
+            print(json.dumps(self.job), file=self.process.stdin, flush=True)
 
     def kill(self) -> None:
         """SIGKILL: also a process that was stopped ends, and does not wake up later."""
-        if self.process is not None:
-            self.process.kill()
-            self.listener.join()
+        self.process.kill()
+        self.listener.join()
 
 
 def visible_gpus(index: int, n_processes: int = 1) -> dict[str, str]:
@@ -198,9 +197,9 @@ def folder_of(job: dict) -> Path:
     return Path(next(job[kind] for kind in ("trial", "prepare", "confirm", "help") if kind in job))
 
 
-def limited(job: dict, time_limit_seconds: float | None) -> bool:
+def limit_of(job: dict | None, time_limit_seconds: float | None) -> float | None:
     """The limit is of an attempt at a trial; preparing and confirming have none."""
-    return time_limit_seconds is not None and "trial" in job
+    return time_limit_seconds if job and "trial" in job else None
 
 
 def too_long(seconds: float) -> str:

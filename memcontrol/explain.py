@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from typing import get_args
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, get_args
 
 from pydantic import BaseModel
 
@@ -15,7 +15,7 @@ EXAMPLES = {
 }  # fmt: skip
 
 
-def explained(problems: Sequence[dict], model: type[BaseModel]) -> str:
+def explained(problems: Sequence[Mapping[str, Any]], model: type[BaseModel]) -> str:
     """What pydantic found wrong with a model's values: one sentence for each key; what a key of two types could be is joined by "or"."""
     found: dict[str, str] = {}
     for said in (explain(problem, model) for problem in problems):
@@ -24,7 +24,7 @@ def explained(problems: Sequence[dict], model: type[BaseModel]) -> str:
     return "; ".join(found.values())
 
 
-def explain(problem: dict, model: type[BaseModel]) -> str:
+def explain(problem: Mapping[str, Any], model: type[BaseModel]) -> str:
     if problem["type"] == "value_error":  # of a validator of ours, which says it all
         return problem["msg"].removeprefix("Value error, ")
     known = set(names_in(model))

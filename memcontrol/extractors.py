@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -110,7 +111,8 @@ def load_clip(name: str) -> Callable[[np.ndarray, Sequence[str]], tuple[np.ndarr
             )  # fmt: skip
             output = model(**batch.to(device))
             found.append((output.image_embeds.float().cpu().numpy(), output.text_embeds.float().cpu().numpy()))
-        return tuple(np.concatenate(rows) for rows in zip(*found))
+        seen, read = (np.concatenate(rows) for rows in zip(*found))
+        return seen, read
 
     return embed
 
@@ -152,7 +154,7 @@ def inception(weights: str) -> Extractor:
     return probed(f"inception-2048-sha256:{digest_of(network)}", batched(lambda images: network(torch.from_numpy(images).to(device))[0], device))
 
 
-def placed(network: nn.Module) -> tuple[nn.Module, torch.device]:
+def placed(network: nn.Module) -> tuple[Any, torch.device]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return network.eval().to(device), device
 

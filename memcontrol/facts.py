@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from memcontrol import __version__
+from memcontrol.effects import importance
 from memcontrol.errors import MemControlError
 from memcontrol.figures import FIGURES
 from memcontrol.files import read_json
 from memcontrol.growth import grown, reference_of
-from memcontrol.importance import importance
 from memcontrol.notes import said_of
-from memcontrol.pick import front_of, ties_of
+from memcontrol.picking import front_of, ties_of
 from memcontrol.publish import data_of, picked_of
 from memcontrol.replicates import spread_of
 from memcontrol.space import EVERYTHING, SearchSpace
@@ -54,7 +54,7 @@ def facts_of(study: Study, space: SearchSpace, folder: Path) -> dict[str, Any]:
         },
         "trials": trials, "blocks": [block["name"] for block in blocks], "hypervolume": hypervolume_of(records, study),
         "importance": importance_of(records, space), "spread": None if (spread := spread_of(complete)) is None else dict(zip(study.objectives, spread.tolist())),
-        "training": [{"trial": record.number} | fates for record in told if (fates := fates_of(folder / record.choice.key))],
+        "training": [{"trial": record.number} | fates for record in told if (fates := fates_of(folder / record.chosen.key))],
         "cost": cost_of(records, folder), "made_with": study.attributes.get("made_with", {}),
     }  # fmt: skip
 

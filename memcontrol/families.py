@@ -127,7 +127,7 @@ class PixArt(Family):
         return {"prompt_embeds": embeddings, "prompt_attention_mask": mask}
 
     def predict(self, denoiser, noisy: Tensor, time: Tensor, text: Text) -> Tensor:
-        added = {"resolution": None, "aspect_ratio": None}
+        added: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
         if denoiser.use_additional_conditions:  # PixArt alpha at 1024 pixels
             height, width = noisy.shape[2:]
             sizes = noisy.new_tensor([8 * height, 8 * width]).expand(len(noisy), -1)

@@ -67,4 +67,4 @@ def is_flat(records: Sequence[Record], reference: Sequence[float], n: int) -> bo
         return False
     last = {record.number for record in sampled[-n:]}
     now, before = grown(records, reference), grown([record for record in records if record.number not in last], reference)
-    return now - before <= now.error
+    return now - before <= (now.error or 0)

@@ -130,7 +130,7 @@ def is_over(study, n: int | None) -> bool:
 
 def run_importance(args: argparse.Namespace) -> int:
     from memcontrol.display import importance_table
-    from memcontrol.importance import importance
+    from memcontrol.effects import importance
     from memcontrol.space import load_space
 
     study, _ = opened(args.study)
@@ -144,7 +144,7 @@ def run_importance(args: argparse.Namespace) -> int:
 
 def run_front(args: argparse.Namespace) -> int:
     from memcontrol.display import spread_line, study_table
-    from memcontrol.pick import finished, front_of, ties_of, to_confirm
+    from memcontrol.picking import finished, front_of, ties_of, to_confirm
     from memcontrol.space import load_space
 
     study, folder = opened(args.study)
@@ -163,7 +163,7 @@ def run_front(args: argparse.Namespace) -> int:
 
 
 def picked_record(study, trial: int | None, rule: str | None, limits: Sequence[str]):
-    from memcontrol.pick import by_number, finished, pick
+    from memcontrol.picking import by_number, finished, pick
 
     if trial is not None:
         if rule or limits:
@@ -192,7 +192,7 @@ def run_pick(args: argparse.Namespace) -> int:
 def warn_of_limits(study, picked, screen) -> None:
     """A limit that no trial keeps does not bind, and must not seem to."""
     from memcontrol.figures import written
-    from memcontrol.pick import kept
+    from memcontrol.picking import kept
 
     if picked and not kept(picked, study.limits):
         bounds = ", ".join(f"{limit.reward}{limit.sign}{limit.bound:g} (the pick has {written(limit.reward, picked.rewards) or 'none'})" for limit in study.limits)
@@ -210,7 +210,7 @@ def warn_of_full(picked, screen) -> None:
 
 
 def run_compare(args: argparse.Namespace) -> int:
-    from memcontrol.compare import differences, finished_result
+    from memcontrol.comparing import differences, finished_result
     from memcontrol.display import differences_table
 
     apart = differences(args.run_a, args.run_b)
@@ -261,7 +261,7 @@ def run_init(args: argparse.Namespace) -> int:
 
 def run_report(args: argparse.Namespace) -> int:
     from memcontrol.facts import as_csv, facts_of
-    from memcontrol.report import write_report
+    from memcontrol.reporting import write_report
 
     if not (args.out or args.csv or args.json):
         raise MemControlError("report writes a page or prints data; give OUT.html, --csv or --json")

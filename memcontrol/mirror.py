@@ -28,7 +28,7 @@ class Mirror:
     def __init__(self, space: SearchSpace, n_objectives: int, limits: Sequence[Limit], kind: str):
         self.space, self.limits, self.kind = space, limits, kind
         self.study = optuna.create_study(directions=["minimize"] * n_objectives)
-        self.mirrored: dict[int, tuple[int, str]] = {}  # the study's trial id, and the state it mirrors, by number
+        self.mirrored: dict[int, tuple[int | None, str]] = {}  # the study's trial id, where it has one, and the state it mirrors, by number
         self.n_mirrored = 0  # trials that ended well
 
     def show(self, records: Sequence[Record], seed: int) -> None:
@@ -63,7 +63,7 @@ class Mirror:
             trial_id = storage.create_new_trial(self.study._study_id, frozen)
         elif trial_id is not None and frozen is None:
             storage.set_trial_state_values(trial_id, TrialState.FAIL)
-        elif trial_id is not None:
+        elif trial_id is not None and frozen is not None:
             if frozen.state == TrialState.COMPLETE:
                 storage.set_trial_system_attr(trial_id, GENERATION, self.n_mirrored // POPULATION)
                 self.n_mirrored += 1

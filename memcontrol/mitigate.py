@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -68,7 +69,7 @@ def noise_norms(predicted: Tensor, without_caption: Tensor) -> Tensor:
     return (predicted - without_caption).float().flatten(1).norm(dim=1)
 
 
-def below_threshold(norms: Tensor, threshold: float | str) -> Tensor:
+def below_threshold(norms: Tensor, threshold: float | Literal["decile"]) -> Tensor:
     """Which images stay [B]: norms below a fixed threshold, or below the batch's 0.9 quantile (`decile`)."""
     limit = torch.quantile(norms, 0.9) if threshold == "decile" else threshold
     return norms < limit

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -112,13 +113,13 @@ class Noised:
 class Base:
     """A frozen pipeline on one device; trials put their adapters into `denoiser` and take them out again."""
 
-    pipeline: object
+    pipeline: Any
     family: Family
-    schedule: object
+    schedule: Any
     device: torch.device
 
     @property
-    def denoiser(self) -> torch.nn.Module:
+    def denoiser(self) -> Any:
         return getattr(self.pipeline, self.family.denoiser)
 
     @property
@@ -272,7 +273,7 @@ def late_guidance(guidance: float, n_without: int) -> dict:
     return {"guidance_scale": guidance if n_without == 0 else 1 + 1e-6, "callback_on_step_end": after}
 
 
-def redraw_weights(denoiser: torch.nn.Module, seed: int) -> None:
+def redraw_weights(denoiser: Any, seed: int) -> None:
     """Replaces the denoiser's weights by random ones, as its class draws them."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -311,7 +312,7 @@ def denoiser_config(name: str) -> dict:
     from diffusers import UNet2DConditionModel
 
     path, reason = base_path(name), ""
-    places = ("unet", "transformer", None)
+    places: tuple[str | None, ...] = ("unet", "transformer", None)
     if os.path.isdir(path):
         places = tuple(place for place in places if (Path(path) / (place or "") / "config.json").is_file())
     for place in places:

@@ -7,7 +7,7 @@ from typing import Any
 
 from memcontrol.config import Config
 from memcontrol.figures import FIGURES, written
-from memcontrol.pick import front_of, ties_of
+from memcontrol.picking import front_of, ties_of
 from memcontrol.space import EVERYTHING, Choice, SearchSpace
 from memcontrol.study import Record
 
@@ -90,7 +90,7 @@ def standings(complete: Sequence[Record], n_groups: int, picked: Record | None) 
     shown = [record for record in complete if record.anchor or record in front or record in ties]
     rows = [
         [
-            str(record.number), record.anchor or "sampled", said_of(record.choice, n_groups), *(written(name, record.rewards) for name in record.objectives),
+            str(record.number), record.anchor or "sampled", said_of(record.chosen, n_groups), *(written(name, record.rewards) for name in record.objectives),
             ", ".join(filter(None, ("front" if record in front else "", "within error" if record in ties else "", "**the pick**" if record is picked else ""))),
         ]
         for record in sorted(shown, key=lambda record: tuple(record.losses))

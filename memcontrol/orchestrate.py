@@ -17,7 +17,7 @@ from memcontrol.executors import Event, Executor
 from memcontrol.files import disk_full_named, read_json, write_json
 from memcontrol.growth import grown, is_flat, reference_of
 from memcontrol.jobs import Jobs, Show
-from memcontrol.pick import finished, front_of, to_confirm
+from memcontrol.picking import finished, front_of, to_confirm
 from memcontrol.publish import Publisher
 from memcontrol.replicates import to_replicate
 from memcontrol.sampling import Ahead, Sampler
@@ -127,7 +127,7 @@ def front_of_earlier(config: Config, study_file: Path) -> list[dict] | None:
             records = [record for record in finished(study.records()) if record.anchor not in OUTSIDE]
     except MemControlError as error:
         raise MemControlError(f"search.warm_start: {config.search.warm_start}: {error}") from None
-    return [record.choice.as_dict() for record in front_of(records)]
+    return [record.chosen.as_dict() for record in front_of(records)]
 
 
 def warning(line: str) -> Event:
@@ -153,7 +153,7 @@ class Search:
         self.ahead = Ahead(Sampler(self.space, search.seed, n_objectives, study.limits, search.sampler, first))
         if n_lost := len(first) - len(self.ahead.sampler.first):
             self.show(warning(f"{n_lost} of {len(first)} choices on the front of {search.warm_start} have groups or methods that space '{config.space}' lacks, and are not tried (search.warm_start)"))
-        self.stops = Stops(config, study.objectives, {record.number: self.run_folder(record.choice) for record in study.records() if is_judged(record)})
+        self.stops = Stops(config, study.objectives, {record.number: self.run_folder(record.chosen) for record in study.records() if is_judged(record)})
         self.publisher = Publisher(study, self.space, folder)
         self.exhausted = self.flat = False
         self.n_looked_at = 0  # ended trials, when the hypervolume was last computed
@@ -267,9 +267,9 @@ class Search:
     def confirm(self) -> None:
         """Measures the trials on the front over fresh draws, until every one that is on it was: a search picks lucky ones."""
         while self.config.rewards.confirm and (wanted := to_confirm(self.study.records(), self.study.limits)):
-            runs = {record.number: self.run_folder(record.choice) for record in wanted}
+            runs = {record.number: self.run_folder(record.chosen) for record in wanted}
             jobs = [
-                {"confirm": str(runs[record.number]), "choice": record.choice.as_dict(), "number": record.number}
+                {"confirm": str(runs[record.number]), "choice": record.chosen.as_dict(), "number": record.number}
                 for record in wanted
                 if not (runs[record.number] / CONFIRMED).exists()  # it may be there from before an interruption
             ]
@@ -284,7 +284,7 @@ class Search:
         much of a figure is the choice's own, and how much luck."""
         n, wanted = self.config.search.replicates, to_replicate(self.study.records(), self.config.search.replicates)
         jobs = [
-            {**self.spec(record.choice, f"search replicate {i}").as_job(self.replicate_folder(record, i)), "number": record.number, "replicate": i}
+            {**self.spec(record.chosen, f"search replicate {i}").as_job(self.replicate_folder(record, i)), "number": record.number, "replicate": i}
             for record in wanted for i in range(n) if not (self.replicate_folder(record, i) / RESULT).exists()
         ]  # fmt: skip
         for event in self.jobs.run(jobs):
@@ -295,7 +295,7 @@ class Search:
             self.study.replicate(record.number, [result["rewards"] for result in results if result["state"] == "COMPLETE"])
 
     def replicate_folder(self, record: Record, i: int) -> Path:
-        return self.run_folder(record.choice) / f"replicate-{i}"
+        return self.run_folder(record.chosen) / f"replicate-{i}"
 
     def spec(self, choice: Choice, purpose: str = "search") -> Spec:
         return Spec(self.config, self.space, choice, self.folder, purpose, "holdout", self.n_train)

@@ -29,9 +29,10 @@ class Limit:
 def parse_limit(text: str, known: Sequence[str]) -> Limit:
     """"fid<=12" as a Limit on one of the `known` rewards. Raises MemControlError."""
     found = re.fullmatch(r"\s*(\w+)\s*(<=|>=)\s*(\S+)\s*", text)
+    reward, sign, bound = found.groups() if found else ("", "", "")
     try:
-        limit = Limit(found[1], found[2], float(found[3]))
-    except (TypeError, ValueError):
+        limit = Limit(reward, sign, float(bound))
+    except ValueError:
         raise MemControlError(f"limit '{text}': write it as REWARD<=NUMBER or REWARD>=NUMBER, for example fid<=12") from None
     if limit.reward not in known:
         raise MemControlError(f"limit '{text}': unknown reward '{limit.reward}'; this study has {', '.join(sorted(known))}")

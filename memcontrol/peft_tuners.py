@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from memcontrol.tuners import Part, State, Target
+
 
 def lora_config(targets: Sequence[Target], **settings):
     from peft import LoraConfig
@@ -51,11 +53,11 @@ def ln_tuning_config(targets: Sequence[Target]):
     return LNTuningConfig(**names_of(targets))
 
 
-def names_of(targets: Sequence[Target]) -> dict[str, str]:
+def names_of(targets: Sequence[Target]) -> dict[str, Any]:
     return {"target_modules": "|".join(re.escape(target.module) for target in targets)}  # a string: peft shortens long lists to suffixes
 
 
-def sizes_of(targets: Sequence[Target], rank: str, alpha: str) -> dict:
+def sizes_of(targets: Sequence[Target], rank: str, alpha: str) -> dict[str, Any]:
     """The most frequent rank and alpha, and patterns for the targets that have others."""
     sizes = [(target.rank, target.rank * target.alpha) for target in targets]
     usual = max(sizes, key=sizes.count)
@@ -88,7 +90,7 @@ class Peft(Part):
             warnings.simplefilter("ignore", UserWarning)  # of norms for LN tuning, of block sizes that must divide a width
             torch.manual_seed(seed)  # peft draws its start from the global generator
             inject_adapter_in_model(self.config, denoiser)
-        self.layers = {target.module: denoiser.get_submodule(target.module) for target in targets}
+        self.layers: dict[str, Any] = {target.module: denoiser.get_submodule(target.module) for target in targets}
         self.learned = {
             f"{name}.{inside.replace('.default', '')}": parameter
             for name, layer in self.layers.items()
@@ -133,7 +135,7 @@ class Peft(Part):
                 found |= self.restarted(name, layer, own, states, weights)
         return found
 
-    def refactored(self, name: str, layer: nn.Module, states: Sequence[State], mean: State, weights: Sequence[float]) -> State:
+    def refactored(self, name: str, layer: Any, states: Sequence[State], mean: State, weights: Sequence[float]) -> State:
         """The mean of the products BA: its best factors of the same rank, and what they leave over as an offset."""
         down, up = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
         if all(torch.equal(state[down], states[0][down]) for state in states):
@@ -152,7 +154,7 @@ class Peft(Part):
             f"{name}.offset": offset,
         }
 
-    def restarted(self, name: str, layer: nn.Module, own: Sequence[str], states: Sequence[State], weights: Sequence[float]) -> State:
+    def restarted(self, name: str, layer: Any, own: Sequence[str], states: Sequence[State], weights: Sequence[float]) -> State:
         """The mean change of the weight as an offset, under an adapter that starts anew: no factors of this kind hold a mean."""
         kept, base = {key: self.learned[key].clone() for key in own}, layer.get_base_layer().weight
         home, before = base.data, base.detach().clone()  # merging may move the weight, and results depend on where it lies

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from memcontrol.figures import MAXIMIZE, MINIMIZE, error_of
 from memcontrol.files import replacing
-from memcontrol.pick import front_of
+from memcontrol.picking import front_of
 from memcontrol.study import Record
 
 ANCHORS = {"none": ("s", "tab:gray", "no training"), "all": ("^", "tab:blue", "plain PEFT"), "full": ("D", "tab:red", "full fine-tuning")}
@@ -16,7 +16,7 @@ COLOURS = ("tab:cyan", "tab:orange", "tab:olive", "tab:pink", "tab:brown", "tab:
 
 
 def kind_of(record: Record) -> str:
-    return "+".join(record.choice.methods)
+    return "+".join(record.chosen.methods)
 
 
 def front_picture(records: Sequence[Record], picked: Record | None, path: Path, title: str) -> None:

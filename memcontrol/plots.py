@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from memcontrol.figures import MAXIMIZE, error_of
 from memcontrol.growth import history
 from memcontrol.notes import said_of, title_of
-from memcontrol.pick import front_of
+from memcontrol.picking import front_of
 from memcontrol.study import Record
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def points(records: Sequence[Record], x: str, y: str, n_groups: int) -> dict[str
     def errors(name: str) -> dict[str, Any]:
         return {"type": "data", "array": [error_of(name, record.rewards) for record in records], "thickness": 0.6, "width": 0}
 
-    texts = [f"trial {record.number}: {said_of(record.choice, n_groups)}<br>{', '.join(record.choice.groups)}" for record in records]
+    texts = [f"trial {record.number}: {said_of(record.chosen, n_groups)}<br>{', '.join(record.chosen.groups)}" for record in records]
     return {
         "x": [record.values[x] for record in records], "y": [record.values[y] for record in records], "error_x": errors(x), "error_y": errors(y), "text": texts,
     }  # fmt: skip
@@ -61,7 +61,7 @@ def hypervolume_plot(records: Sequence[Record], reference: Sequence[float], titl
     figure = go.Figure(layout={"title": title, "xaxis_title": "trials ended", "yaxis_title": "hypervolume", "showlegend": False})
     for sign in (1, -1):
         figure.add_scatter(
-            x=numbers, y=[v + sign * 2 * v.error for v in volumes], mode="lines", line={"width": 0, "shape": "hv"}, fill=None if sign > 0 else "tonexty",
+            x=numbers, y=[v + sign * 2 * (v.error or 0.0) for v in volumes], mode="lines", line={"width": 0, "shape": "hv"}, fill=None if sign > 0 else "tonexty",
             fillcolor="rgba(0,114,178,.2)", hoverinfo="skip",
         )  # fmt: skip
     figure.add_scatter(x=numbers, y=[float(v) for v in volumes], mode="lines+markers", line={"shape": "hv", "color": "#0072B2"})

@@ -48,7 +48,7 @@ def probe_rewards(base: Base, train: Encoded, holdout: Encoded, seed: int) -> di
     """The loss gap, and MemControl's noise norm of training images: mean, largest (of means over draws), and its ratio to
     held-out images, without which it means little. Without captions the gap alone."""
     (known, norms), (held, held_norms) = (probed(base, data, seed, norms=True) for data in (train, holdout))
-    found = {"loss_gap": gap_of(known.mean(0).double().numpy(), held.mean(0).double().numpy())}
+    found: dict[str, float] = {"loss_gap": gap_of(known.mean(0).double().numpy(), held.mean(0).double().numpy())}
     if not train.text:
         return found
     mean, largest, beside = float(norms.mean()), float(norms.mean(0).max()), float(held_norms.mean())

@@ -7,15 +7,18 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from memcontrol.files import read_json
 from memcontrol.growth import reference_of
 from memcontrol.notes import YOURS, study_note, trial_note
-from memcontrol.pick import pick
+from memcontrol.picking import pick
 from memcontrol.plots import front_plot, hypervolume_plot
 from memcontrol.space import SearchSpace
 from memcontrol.study import Record, Study
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
 
 INTERVAL_SECONDS = 30.0  # between two looks at the whole study
 FRONT, HYPERVOLUME = "front", "hypervolume"
@@ -69,24 +72,21 @@ class Publisher:
             if record.state != "RUNNING":
                 self.note(record.number, trial_note(record, self.space))
         self.note(None, study_note(self.study.config, self.space, records, data_of(self.folder), picked))
-        name, n_groups, plots = self.study.config.name, len(self.space.groups), {}
+        name = self.study.config.name
         if complete and len(complete[0].objectives) > 1:
-            plots[FRONT] = front_plot(complete, picked, n_groups, f"{name}: front")
+            self.plot(FRONT, front_plot(complete, picked, len(self.space.groups), f"{name}: front"))
         if reference := self.study.attributes.get("reference") or reference_of(records):
-            plots[HYPERVOLUME] = hypervolume_plot(records, reference, f"{name}: hypervolume")
-        for plot, figure in plots.items():
-            self.study.patiently(lambda: save_plot(self.study, figure, plot))
+            self.plot(HYPERVOLUME, hypervolume_plot(records, reference, f"{name}: hypervolume"))
+
+    def plot(self, name: str, figure: Figure) -> None:
+        from optuna_dashboard import save_plotly_graph_object
+
+        self.study.patiently(lambda: save_plotly_graph_object(self.study.inner, figure, graph_object_id=name))
 
     def note(self, number: int | None, text: str) -> None:
         if self.written.get(number) != text:
             self.study.patiently(lambda: save_note(self.study, number, text))
             self.written[number] = text
-
-
-def save_plot(study: Study, figure, name: str) -> None:
-    from optuna_dashboard import save_plotly_graph_object
-
-    save_plotly_graph_object(study.inner, figure, graph_object_id=name)
 
 
 def save_note(study: Study, number: int | None, text: str) -> None:

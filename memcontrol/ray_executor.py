@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from memcontrol.attempts import progress_of
 from memcontrol.config import RayConfig
 from memcontrol.errors import MemControlError
-from memcontrol.executors import ENDS, Event, Executor, as_event, folder_of, limited, too_long
+from memcontrol.executors import ENDS, Event, Executor, as_event, folder_of, limit_of, too_long
 
 
 class RayWorker:
@@ -38,10 +40,10 @@ class RayWorker:
 class Place:
     """One actor and the job it has. `began` is None until the cluster has found room for it."""
 
-    actor: object = None
-    ready: object = None
+    actor: Any = None
+    ready: Any = None
     job: dict | None = None
-    answer: object = None
+    answer: Any = None
     began: float | None = None
     reason: str = ""
     told: dict | None = None
@@ -74,21 +76,18 @@ class Ray(Executor):
         return remote.remote()
 
     def events(self, timeout_seconds: float) -> Iterator[Event]:
-        busy = [place for place in self.places if place.job is not None]
+        busy = [(place, place.job) for place in self.places if place.job is not None]
         if not busy:
             return
-        self.ray.wait([place.answer for place in busy], num_returns=1, timeout=timeout_seconds)
-        for place in busy:
-            if self.is_there(place.answer):
-                yield from self.ended(place)
-            else:
-                yield from self.watched(place)
+        self.ray.wait([place.answer for place, _ in busy], num_returns=1, timeout=timeout_seconds)
+        for place, job in busy:
+            yield from self.ended(place, job) if self.is_there(place.answer) else self.watched(place, job)
 
     def is_there(self, reference) -> bool:
         return bool(self.ray.wait([reference], timeout=0)[0])
 
-    def ended(self, place: Place) -> Iterator[Event]:
-        job, place.job = place.job, None
+    def ended(self, place: Place, job: dict) -> Iterator[Event]:
+        place.job = None
         try:
             said = self.ray.get(place.answer)
         except self.ray.exceptions.RayError as error:
@@ -100,16 +99,17 @@ class Ray(Executor):
         if said[-1]["event"] not in ENDS:
             raise RuntimeError(f"job {job} ended without saying how")
 
-    def watched(self, place: Place) -> Iterator[Event]:
+    def watched(self, place: Place, job: dict) -> Iterator[Event]:
         if place.began is None and self.is_there(place.ready):
             place.began = time.monotonic()
-        if limited(place.job, self.time_limit_seconds) and place.began and time.monotonic() - place.began > self.time_limit_seconds:
-            place.reason = too_long(self.time_limit_seconds)
+        limit = limit_of(job, self.time_limit_seconds)
+        if limit is not None and place.began and time.monotonic() - place.began > limit:
+            place.reason = too_long(limit)
             self.ray.kill(place.actor)
-        told = progress_of(folder_of(place.job))
+        told = progress_of(folder_of(job))
         if told and told != place.told:
             place.told = told
-            yield Event(place.job, "progress", {key: told[key] for key in ("stage", "done", "total")})
+            yield Event(job, "progress", {key: told[key] for key in ("stage", "done", "total")})
 
     def cancel(self, job: dict) -> None:
         for place in self.places:
@@ -138,10 +138,10 @@ def connected(settings: RayConfig):
     except ImportError:
         raise MemControlError("search.executor is ray, which is not installed; install memcontrol[ray]") from None
     if not ray.is_initialized():
-        local = {} if settings.address else {"include_dashboard": False}
+        local: dict[str, Any] = {} if settings.address else {"include_dashboard": False}
         try:
             try_connection(settings.address)
-            ray.init(address=settings.address, namespace="memcontrol", log_to_driver=False, logging_level="error", **local)
+            ray.init(address=settings.address, namespace="memcontrol", log_to_driver=False, logging_level=logging.ERROR, **local)
         except (OSError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise MemControlError(

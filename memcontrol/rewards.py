@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +26,7 @@ N_DRAWS = 5
 FALSE_POSITIVES = 0.01
 
 # Thresholds as published: MQ's of squared distances, Carlini's alpha, the extraction attack's tile distance (224 pixels, 0..1).
-PRESETS = {
+PRESETS: dict[str, dict[str, Any]] = {
     "iet-agc": {"mq": 0.5, "mq_neighbours": 50},
     "carlini2023": {"alpha": 0.5, "neighbours": 50},
     "memcontrol2025": {"tile_distance": 20.0, "component": 3, "mifid_threshold": 0.1},
@@ -89,7 +90,8 @@ def gaussian(features) -> Gaussian:
     rows = matrix(features, "a feature set of fid", 2, dtype=None)
     mean, factor = mean_of(rows), np.empty((0, rows.shape[1]))
     for block in blocks(rows):
-        factor = np.linalg.qr(np.concatenate([factor, (block - mean) / math.sqrt(len(rows) - 1)]), mode="r")
+        stacked = np.concatenate([factor, (block - mean) / math.sqrt(len(rows) - 1)])
+        factor = np.linalg.qr(stacked, mode="r")  # type: ignore[assignment]  # numpy's stubs know no mode that gives R alone
     return Gaussian(mean, factor)
 
 
@@ -100,13 +102,16 @@ def fid(real, generated) -> Estimate:
     factors' product: real whatever the ranks, so nothing imaginary appears where n <= d. Biased upward, the more the fewer
     images; the error is that of sampling, by the delta method, and leaves the bias out. It is known where `generated` is features.
     """
-    x = gaussian(real)
-    rows = None if isinstance(generated, Gaussian) else matrix(generated, "a feature set of fid", 2)
-    mean = generated.mean if rows is None else rows.mean(0)
+    x, rows = gaussian(real), None
+    if isinstance(generated, Gaussian):
+        mean, factor = generated.mean, generated.factor
+    else:
+        rows = matrix(generated, "a feature set of fid", 2)
+        mean = rows.mean(0)
+        centred = rows - mean
+        factor = centred / math.sqrt(len(rows) - 1)
     if len(x.mean) != len(mean):
         raise MemControlError(f"fid compares features of {len(x.mean)} and of {len(mean)} dimensions; use one extractor for both")
-    centred = None if rows is None else rows - mean
-    factor = generated.factor if rows is None else centred / math.sqrt(len(rows) - 1)
     shift, (trace, diagonal) = mean - x.mean, root_of(factor @ x.factor.T)
     value = max(float(np.square(shift).sum() + np.square(factor).sum()) + x.trace - 2 * trace, 0.0)
     if rows is None:
@@ -172,10 +177,10 @@ def prdc(real, generated, k: int = 5) -> dict[str, Estimate]:
     radius_x, radius_y = (nearest_others(points, k)[:, -1] for points in (x, y))
     across = pairwise(x, y)  # [N, M]
     inside = across < radius_x[:, None]
-    shares = {"precision": (inside.any(0), len(y)), "recall": ((across < radius_y[None]).any(1), len(x))}
-    found = {name: share_of(hits) for name, (hits, _) in shares.items()}
-    found["density"] = Estimate(float(inside.sum(0).mean() / k))
-    return found | {"coverage": share_of(across.min(1) < radius_x)}
+    return {
+        "precision": share_of(np.any(inside, 0)), "recall": share_of(np.any(across < radius_y[None], 1)),
+        "density": Estimate(float(inside.sum(0).mean() / k)), "coverage": share_of(across.min(1) < radius_x),
+    }  # fmt: skip
 
 
 def pairwise(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -283,7 +288,7 @@ def extraction(generations, threshold: float, least: int = PRESETS["memcontrol20
     """
     import networkx
 
-    found = {"component": [], "clique": []}
+    found: dict[str, list[bool]] = {"component": [], "clique": []}
     for images in generations:
         graph = networkx.from_numpy_array(np.triu(tile_distances(images) < threshold, 1))
         found["component"].append(max(map(len, networkx.connected_components(graph))) >= least)
@@ -423,6 +428,7 @@ def tail_chances(real: np.ndarray, made: np.ndarray) -> np.ndarray:
 
 def p_of_hits(share: Estimate, n_real: int) -> float:
     """The chance of as large a share without copying, its line drawn from n_real images."""
+    assert share.contributions is not None
     n = len(share.contributions)
     return beta_binomial_p(round(share * n), n, rank_of_line(n_real), n_real)
 

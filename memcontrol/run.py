@@ -13,6 +13,7 @@ import torch
 
 from memcontrol.adapters import Adapter, inject
 from memcontrol.bench import Bench
+from memcontrol.config import EarlyStopping
 from memcontrol.ensemble import Team, TrainLog, train
 from memcontrol.evidence import flat, pooled_scores
 from memcontrol.files import read_json, write_json
@@ -61,14 +62,14 @@ def with_smaller_forward(spec: Spec) -> Spec | None:
 
 
 def fine_tuned(folder: Path, spec: Spec, bench: Bench, progress: Callable[..., None], rung: float | None) -> dict:
-    started = time.monotonic()
+    started, early = time.monotonic(), spec.config.search.early_stopping
     base, material = bench.base(spec.config), bench.material(spec)
     costs = bench.cost(spec, material.data)
     adapter = chosen_adapter(base.denoiser, spec)
     try:
         log = fine_tune(folder, spec, bench, adapter, lambda done, total, **said: progress("train", done, total, **said), rung=rung)
-        if log.paused:
-            figures = at_rung(folder / rung_file(rung), base, material, spec, bench, progress)
+        if log.paused and rung and early:
+            figures = at_rung(folder / rung_file(rung), base, material, with_few_samples(spec, early), bench, progress)
             found = {"rung": rung, "n_steps": log.n_steps, "rewards": flat(figures), "seconds": round(time.monotonic() - started, 2)}
             write_json(folder / rung_file(rung), found)
             return found
@@ -98,12 +99,15 @@ def fine_tuned(folder: Path, spec: Spec, bench: Bench, progress: Callable[..., N
 
 def at_rung(path: Path, base: Base, material: Material, spec: Spec, bench: Bench, progress: Callable[..., None]) -> dict[str, float]:
     """The figures of few samples, of the prompts and noise that all trials have in common; what each adds goes beside the rung's file."""
-    rewards = spec.config.rewards.model_copy(update={"n_samples": spec.config.search.early_stopping.n_samples, "extraction": None})
-    few = replace(spec, config=spec.config.model_copy(update={"rewards": rewards}))
-    samples = sample(base, material, few, lambda done, total: progress("rung", done, total))
-    figures = figures_of(samples, evidence(samples, few, bench), few, bench)
+    samples = sample(base, material, spec, lambda done, total: progress("rung", done, total))
+    figures = figures_of(samples, evidence(samples, spec, bench), spec, bench)
     save_contributions(path.with_suffix(".npz"), figures, samples["rows"])
     return figures
+
+
+def with_few_samples(spec: Spec, rule: EarlyStopping) -> Spec:
+    rewards = spec.config.rewards.model_copy(update={"n_samples": rule.n_samples, "extraction": None})
+    return replace(spec, config=spec.config.model_copy(update={"rewards": rewards}))
 
 
 def confirm(folder: Path, bench: Bench, progress: Callable[..., None]) -> dict:

@@ -141,4 +141,4 @@ def parents_of(records: Sequence[Record]) -> list[Choice]:
     """Choices on the front, among those that the space holds; before there is one, all of these."""
     own = [record for record in records if record.choice is not None and record.anchor not in OUTSIDE]
     finished = [record for record in own if record.finished]
-    return [record.choice for record in ([finished[i] for i in front([record.losses for record in finished])] or own)]
+    return [record.chosen for record in ([finished[i] for i in front([record.losses for record in finished])] or own)]

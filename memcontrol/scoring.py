@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,7 +57,7 @@ def images_of(base: Base, material: Material, spec: Spec, rows: np.ndarray, seed
     )  # fmt: skip
 
 
-def save_samples(path: Path, samples: dict[str, np.ndarray]) -> None:
+def save_samples(path: Path, samples: dict[str, Any]) -> None:
     with replacing(path) as part, open(part, "wb") as file:
         np.savez_compressed(file, **samples)
 
@@ -106,8 +107,9 @@ def measured_with(spec: Spec, bench: Bench) -> dict[str, object]:
 
 def save_contributions(path: Path, found: Mapping[str, float], prompts: np.ndarray) -> None:
     """What each image adds to each figure [N], and the prompt that it was made from, for comparisons in pairs."""
+    added: dict[str, Any] = {name: values for name, values in contributions(found).items() if len(values) == len(prompts)}
     with replacing(path) as part, open(part, "wb") as file:
-        np.savez_compressed(file, prompts=prompts, **{name: values for name, values in contributions(found).items() if len(values) == len(prompts)})
+        np.savez_compressed(file, prompts=prompts, **added)
 
 
 def read_contributions(folder: Path) -> dict[str, np.ndarray]:

@@ -8,11 +8,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from memcontrol.attempts import progress_of
 from memcontrol.config import SlurmConfig
 from memcontrol.errors import MemControlError
-from memcontrol.executors import Event, Executor, as_event, folder_of, limited, too_long
+from memcontrol.executors import Event, Executor, as_event, folder_of, limit_of, too_long
 
 POLL_SECONDS = 2.0
 GONE = ("BOOT_FAIL", "CANCELLED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT", "")
@@ -41,7 +42,7 @@ class Running:
     """A job and the Slurm job that it became."""
 
     job: dict
-    submitted: object
+    submitted: Any
     began: float | None = None
     reason: str = ""
     told: dict | None = None
@@ -51,7 +52,8 @@ class Slurm(Executor):
     """Up to `n_workers` Slurm jobs in flight; scripts, logs and results of submitit are in the study's folder, under slurm/."""
 
     def __init__(self, settings: SlurmConfig, n_workers: int, time_limit_seconds: float | None, folder: Path):
-        self.n_workers, self.time_limit_seconds, self.running = n_workers, time_limit_seconds, []
+        self.n_workers, self.time_limit_seconds = n_workers, time_limit_seconds
+        self.running: list[Running] = []
         self.submitter = submitter(settings, folder / "slurm")
 
     def free(self) -> int:
@@ -103,8 +105,9 @@ class Slurm(Executor):
     def watched(self, one: Running, state: str) -> Iterator[Event]:
         if state == "RUNNING":
             one.began = one.began or time.monotonic()
-        if limited(one.job, self.time_limit_seconds) and one.began and time.monotonic() - one.began > self.time_limit_seconds and not one.reason:
-            one.reason = too_long(self.time_limit_seconds)
+        limit = limit_of(one.job, self.time_limit_seconds)
+        if limit is not None and one.began and time.monotonic() - one.began > limit and not one.reason:
+            one.reason = too_long(limit)
             one.submitted.cancel(check=False)
         told = progress_of(folder_of(one.job))
         if told and told != one.told:

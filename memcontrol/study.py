@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.study import StudyDirection
 from optuna.trial import TrialState, create_trial
 
 from memcontrol.artifacts import attach
@@ -53,6 +54,12 @@ class Record:
     @property
     def finished(self) -> bool:
         return self.state == "COMPLETE"
+
+    @property
+    def chosen(self) -> Choice:
+        """The choice of a trial that has one, as every finished one does."""
+        assert self.choice is not None, f"trial {self.number} has no choice yet"
+        return self.choice
 
     @property
     def rewards(self) -> dict[str, float]:
@@ -154,7 +161,7 @@ class Study:
     def begin(self, candidates: Sequence[Choice], space: SearchSpace, anchor: str | None = None) -> int:
         """Records a running trial, complete in one transaction: a crash leaves all of it or nothing. Returns its number."""
         params = readable_params(candidates[0], space) if anchor is None else {}
-        attributes = {"anchor": anchor, "candidates": [choice.as_dict() for choice in candidates]}
+        attributes: dict[str, Any] = {"anchor": anchor, "candidates": [choice.as_dict() for choice in candidates]}
         frozen = create_trial(
             state=TrialState.RUNNING, params=params, distributions=readable_distributions(params, space), user_attrs=attributes
         )
@@ -192,7 +199,7 @@ class Study:
             self.check_measured(result)
         values = [[result["rewards"][name] for name in objectives] for result in complete]
         best = complete[knee([oriented(point, self.directions) for point in values])] if complete else results[0]
-        told = {"result": {key: best[key] for key in ("choice", "rewards", "reason", "seconds", "rungs") if key in best}}
+        told: dict[str, Any] = {"result": {key: best[key] for key in ("choice", "rewards", "reason", "seconds", "rungs") if key in best}}
         if len(results) > 1:
             told["tried"] = [{k: r.get(k) for k in ("choice", "state", "rewards", "reason")} for r in results]
         trial_id, state, tried = self.ids[number], TrialState.COMPLETE if complete else TrialState[best["state"]], False
@@ -270,7 +277,7 @@ def open_study(
             close_storage(storage)
             raise
     objectives = list(config.rewards.names)
-    inner = optuna.create_study(study_name=config.name, storage=storage, directions=list(directions) or ["minimize"] * len(objectives))
+    inner = optuna.create_study(study_name=config.name, storage=storage, directions=[StudyDirection[name.upper()] for name in directions or [MINIMIZE] * len(objectives)])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         inner.set_metric_names(objectives)
@@ -291,7 +298,7 @@ def is_searched(config: Config, folder: Path, study_file: Path) -> bool:
         close_storage(storage)
 
 
-def close_storage(storage: optuna.storages.BaseStorage) -> None:
+def close_storage(storage: Any) -> None:
     """Ends its connections, which would otherwise stay open until the process ends."""
     storage.remove_session()
     storage._backend.engine.dispose()

@@ -50,12 +50,12 @@ def evidence_of(records: Sequence[Record], points: Points, limits: Sequence[Limi
     over = np.array([list(excesses(record.rewards, limits).values()) for record in ended])
     promises = [promise(record, ended) for record in stopped]
     return Evidence(
-        rows=np.array([points.row(record.choice) for record in ended + stopped + diverged]),
+        rows=np.array([points.row(record.chosen) for record in ended + stopped + diverged]),
         values=np.concatenate([values, *(promised[None] for promised, _ in promises), np.repeat(values.max(0)[None], len(diverged), 0)]),
         errors=np.concatenate([errors, *(error[None] for _, error in promises), np.repeat(errors.max(0)[None], len(diverged), 0)]),
         own_errors=errors_by_luck(ended + stopped + diverged, spread_of(records)),
         excesses=np.concatenate([over, np.repeat(over.mean(0)[None], len(stopped), 0), np.repeat(over.max(0)[None], len(diverged), 0)]),
-        pending=np.array([points.row(record.choice) for record in own if record.state == "RUNNING"]),
+        pending=np.array([points.row(record.chosen) for record in own if record.state == "RUNNING"]),
     )
 
 

@@ -75,7 +75,7 @@ class Loop:
     def __init__(self, base: Base, adapter: Adapter, material: Material, inner: InnerConfig, shard: Shard, seed: int):
         self.base, self.adapter, self.material, self.inner, self.shard, self.seed = base, adapter, material, inner, shard, seed
         self.trained = adapter.trained()
-        self.parameters = list(self.trained.values())
+        self.parameters: list[Tensor] = list(self.trained.values())
         self.optimizer = OPTIMIZERS[inner.optimizer](adapter.groups(), inner.weight_decay)
         self.scaler = torch.amp.GradScaler(base.device.type, enabled=inner.precision == "float16")
         self.shadows = [parameter.detach().clone() for parameter in self.parameters] if inner.ema else []
@@ -88,7 +88,7 @@ class Loop:
             group["lr"] = group["rate"] * pace(share, self.inner)
         self.optimizer.zero_grad()
         losses: list[float] = []
-        n_kept = self.augmented_part(losses) if self.inner.augmentation else 0
+        n_kept = self.augmented_part(losses)
         if not n_kept and not (self.inner.augmentation and self.inner.augmentation.rule == "kept"):
             n_kept = self.plain_part(losses)
         if losses:
@@ -99,7 +99,7 @@ class Loop:
     def plain_part(self, losses: list[float]) -> int:
         """Gradients of batches until as many images were kept as a batch has, or the draws are used up. How many were kept."""
         n_kept = 0
-        for _ in range(self.inner.skip.refill if self.inner.skip else 1):
+        for _ in range(self.n_draws):
             n_kept += self.learn(self.draw(), losses, self.inner.batch_size - n_kept)
             if n_kept == self.inner.batch_size:
                 break
@@ -107,12 +107,20 @@ class Loop:
 
     def augmented_part(self, losses: list[float]) -> int:
         """Gradients of a batch of augmented images, once the queue holds one; rule `kept` first scores batches to fill it."""
-        for _ in range(max(self.inner.skip.refill, SCREENINGS) if self.inner.augmentation.rule == "kept" else 0):
+        rule = self.inner.augmentation
+        if rule is None:
+            return 0
+        for _ in range(max(self.n_draws, SCREENINGS) if rule.rule == "kept" else 0):
             if not self.queue_is_full():
                 self.screen(self.draw(), losses)
         if not self.queue_is_full():
             return 0
-        return self.learn(self.from_queue(), [], self.inner.batch_size, from_queue=True)
+        return self.learn(self.from_queue(rule.base), [], self.inner.batch_size, from_queue=True)
+
+    @property
+    def n_draws(self) -> int:
+        """How many batches a step may look at."""
+        return self.inner.skip.refill if self.inner.skip else 1
 
     def queue_is_full(self) -> bool:
         return len(self.shard.queue) >= self.inner.batch_size
@@ -127,15 +135,15 @@ class Loop:
         data = self.material.data
         return self.batch(rows, data.mean[rows], data.deviation[rows], generator, number)
 
-    def from_queue(self) -> Batch:
+    def from_queue(self, base: float) -> Batch:
         """The queue's first images, augmented: RandAugment at base * mean exp(-5 d), d = |ratio loss - memory| / memory."""
-        shard, size, rule = self.shard, self.inner.batch_size, self.inner.augmentation
+        shard, size = self.shard, self.inner.batch_size
         rows, closeness = shard.queue[:size], shard.queue_closeness[:size]
         shard.queue, shard.queue_closeness = shard.queue[size:], shard.queue_closeness[size:]
         number = shard.counts["augmented_batches"]
         shard.counts["augmented_batches"] += 1
         strength = float(torch.exp(-5 * (closeness - 1).abs()).mean())
-        pixels = augmented(self.material.pixels(rows.tolist()), rule.base * strength, seed_of(self.seed, "augmented", number))
+        pixels = augmented(self.material.pixels(rows.tolist()), base * strength, seed_of(self.seed, "augmented", number))
         with torch.no_grad():
             mean, deviation = (tensor.cpu() for tensor in self.base.posterior(torch.from_numpy(pixels)))
         generator = torch.Generator().manual_seed(seed_of(self.seed, "augmented step", number))
@@ -209,18 +217,18 @@ class Loop:
 
     def verdict(self, loss: Tensor, predicted: Tensor, noised: Noised, text: Text, rows: Tensor, from_queue: bool) -> Tensor:
         """Which images [B] to train on now; counts those dropped and skipped, and queues those that are to be augmented."""
-        keep = torch.ones_like(loss, dtype=torch.bool)
+        keep, rule = torch.ones_like(loss, dtype=torch.bool), self.inner.augmentation
         if self.inner.norm_threshold:
             keep &= below_threshold(noise_norms(predicted, self.without_caption(noised, text)), self.inner.norm_threshold)
             self.shard.counts["dropped"] += len(keep) - int(keep.sum())
-        if not self.shard.memory or (from_queue and not self.inner.augmentation.retest):
+        if not self.shard.memory or (from_queue and not (rule and rule.retest)):
             return keep
         known_too_well = keep & ~self.shard.memory.keeps(loss, noised.timesteps)
         self.count_skips(rows[known_too_well.cpu()])
         keep &= ~known_too_well
-        if self.inner.augmentation and not from_queue:
+        if rule and not from_queue:
             closeness = self.shard.memory.closeness(loss, noised.timesteps)
-            waits = keep & ((closeness < self.inner.augmentation.bar) | (self.inner.augmentation.rule == "kept"))
+            waits = keep & ((closeness < rule.bar) | (rule.rule == "kept"))
             self.enqueue(rows[waits.cpu()], closeness[waits])
             keep &= ~waits
         return keep

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ class Target:
     module: str
     method: str
     rate: float
-    rank: int | None = None
+    rank: int = 0  # of methods that have one
     alpha: float = 1.0  # alpha / rank
 
 
@@ -122,11 +123,12 @@ class SpectralShift(nn.Module):
 
     def __init__(self, weight: Tensor, cache: Path | None):
         super().__init__()
-        self.cache, self.factors = cache, None
+        self.cache = cache
+        self.factors: tuple[Tensor, ...] = ()
         self.delta = nn.Parameter(torch.zeros(min(matrix(weight).shape), dtype=weight.dtype, device=weight.device))
 
     def forward(self, weight: Tensor) -> Tensor:
-        if self.factors is None:
+        if not self.factors:
             self.factors = tuple(factor.to(weight) for factor in decomposed(weight.detach(), self.cache))
         left, values, right = self.factors
         return weight + ((left * (torch.relu(values + self.delta) - values)) @ right).view_as(weight)
@@ -164,7 +166,7 @@ class SvDiff(Part):
     """Spectral shifts of Linear, Conv2d and norm weights; a norm has one value."""
 
     def __init__(self, denoiser: nn.Module, targets: Sequence[Target], norm_rate: float | None, cache: Path | None):
-        self.modules = [denoiser.get_submodule(target.module) for target in targets]
+        self.modules: list[Any] = [denoiser.get_submodule(target.module) for target in targets]
         self.shifts, self.rates = {}, {}
         for target, module in zip(targets, self.modules):
             name = f"{target.module}.delta"
@@ -207,7 +209,7 @@ class DiffFit(Part):
     """
 
     def __init__(self, denoiser: nn.Module, targets: Sequence[Target]):
-        self.layers: dict[str, tuple[nn.Module, list[str]]] = {}  # layer name: the layer, names of its scales
+        self.layers: dict[str, tuple[Any, list[str]]] = {}  # layer name: the layer, names of its scales
         self.learned, self.rates = {}, {}
         for target in targets:
             name = output_layer(denoiser, target.module)
@@ -224,7 +226,7 @@ class DiffFit(Part):
         found: State = {}
         for name, (_, scales) in self.layers.items():
             totals = [math.prod(1 + state[scale] for scale in scales) for state in states]
-            total = sum(w * each for w, each in zip(weights, totals))
+            total: Any = sum(w * each for w, each in zip(weights, totals))
             others = math.prod((1 + mean[scale] for scale in scales[:-1]), start=torch.ones_like(total))
             found[scales[-1]] = total / others - 1
             bias = f"{name}.bias"

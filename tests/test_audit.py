@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from memcontrol.audit import audit, folder_pictures
+from memcontrol.auditing import audit, folder_pictures
 from memcontrol.errors import MemControlError
 
 

@@ -178,7 +178,9 @@ def test_a_model_that_makes_flat_images_is_pruned_by_name(study_file, monkeypatc
 
 
 def test_mistakes_in_a_users_file_are_named(own):
-    for place, words in ((f"{own}:beauty", "has no function 'beauty'"), (f"{own}x:brightness", "no such file")):
+    other = own.with_suffix(".txt")
+    other.touch()
+    for place, words in ((f"{own}:beauty", "has no function 'beauty'"), (f"{own}x:brightness", "no such file"), (f"{other}:brightness", "no Python file")):
         with pytest.raises(MemControlError, match=words):
             load_function(place)
     own.write_text("1 / 0")

@@ -8,7 +8,7 @@ import pytest
 from memcontrol.attempts import Superseded, attempts_of, begin_attempt, failures_of, note_failure, progress_of
 from memcontrol.config import load_config
 from memcontrol.errors import MemControlError
-from memcontrol.executors import ENDS, Event, Executor, Inline, Local, limited, make_executor, visible_gpus
+from memcontrol.executors import ENDS, Event, Executor, Inline, Local, limit_of, make_executor, visible_gpus
 from memcontrol.files import read_json
 from memcontrol.jobs import Jobs
 from memcontrol.space import Choice, load_space
@@ -235,11 +235,11 @@ def test_a_job_of_which_nothing_is_known_yet_is_no_error(tmp_path):
     begin_attempt(tmp_path)
     for executor, one in ((object.__new__(Ray), Place(job={"trial": str(tmp_path)}, told={"done": 1}, began=0.0)), (object.__new__(Slurm), Running({"trial": str(tmp_path)}, None, 0.0, told={"done": 1}))):
         executor.time_limit_seconds = None
-        assert list(executor.watched(one) if isinstance(one, Place) else executor.watched(one, "PENDING")) == []
+        assert list(executor.watched(one, one.job) if isinstance(one, Place) else executor.watched(one, "PENDING")) == []
 
 
 def test_preparing_has_no_time_limit():
-    assert limited({"trial": "x"}, 3.0) and not limited({"prepare": "x"}, 3.0) and not limited({"trial": "x"}, None)
+    assert limit_of({"trial": "x"}, 3.0) == 3.0 and limit_of({"prepare": "x"}, 3.0) is None and limit_of({"trial": "x"}, None) is None
 
 
 def test_what_sbatch_refuses_is_the_users_to_mend():

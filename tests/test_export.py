@@ -13,7 +13,7 @@ from test_adapters import disturbed, space_of
 from memcontrol import load_adapter
 from memcontrol.config import load_config
 from memcontrol.errors import MemControlError
-from memcontrol.export import COMFYUI_FILE, LORA_FILE, export
+from memcontrol.exporting import COMFYUI_FILE, LORA_FILE, export
 from memcontrol.files import write_json
 from memcontrol.models import base_path, open_pipeline
 from memcontrol.run import chosen_adapter

@@ -78,7 +78,7 @@ def test_a_flat_search_ends_itself_and_stays_ended(tmp_path):
 def test_a_warm_start_tries_the_earlier_front_first(tmp_path):
     earlier = study_in(tmp_path, name="earlier", search={"trials": 12, "workers": 1, "sampler": "random"})
     first = search(earlier, Simulated())
-    from memcontrol.pick import front_of
+    from memcontrol.picking import front_of
 
     wanted = [record.choice for record in front_of([record for record in first.records() if record.finished and record.anchor not in ("none", "full")])]
     first.close()

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from test_study import MIXED, SPACE
 
+from memcontrol.effects import importance
 from memcontrol.errors import MemControlError
-from memcontrol.importance import importance
 from memcontrol.points import Points
 from memcontrol.study import Record
 

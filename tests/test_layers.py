@@ -7,8 +7,8 @@ from pathlib import Path
 
 import memcontrol
 
-LAYERS = """errors estimate interrupt seeds files yaml_files explain config attempts database space spec artifacts data features tuners peft_tuners adapters families models extractors memory shards augment mitigate figures stopping rewards probe cost derive evidence train ensemble bench scoring gallery run prepare
-pareto executors worker ray_executor slurm_executor jobs gp points study replicates growth surrogate mirror sampling importance pick notes plots publish pictures compare retrain export audit orchestrate watch guard dashboard display facts charts report propose demo looking commands cli tiny""".split()
+LAYERS = """errors estimate interrupt seeds files yaml_files explain config attempts database space spec artifacts data features tuners peft_tuners adapters families models extractors memory shards augment mitigate figures stopping rewards probe cost derive evidence train ensemble bench scoring gallery run
+prepare pareto executors worker ray_executor slurm_executor jobs gp points study replicates growth surrogate mirror sampling effects picking notes plots publish pictures comparing retraining auditing card exporting orchestrate watch guard dashboard display facts charts reporting propose demo looking commands cli tiny""".split()
 PACKAGE = Path(memcontrol.__file__).parent
 
 
@@ -39,7 +39,7 @@ def test_few_modules_import_optuna():
 
 
 def test_the_orchestrating_process_needs_no_torch():
-    code = "import sys, memcontrol.cli, memcontrol.orchestrate, memcontrol.retrain, memcontrol.display, memcontrol.pick; sys.exit('torch' in sys.modules)"
+    code = "import sys, memcontrol.cli, memcontrol.orchestrate, memcontrol.retraining, memcontrol.display, memcontrol.picking; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from memcontrol.errors import MemControlError
 from memcontrol.pareto import Limit
-from memcontrol.pick import by_number, front_of, pick, ties_of, to_confirm
+from memcontrol.picking import by_number, front_of, pick, ties_of, to_confirm
 from memcontrol.space import Choice
 from memcontrol.study import Record
 

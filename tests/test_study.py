@@ -12,7 +12,7 @@ from memcontrol.adapters import described
 from memcontrol.config import load_config
 from memcontrol.errors import MemControlError
 from memcontrol.mirror import mirrored
-from memcontrol.pick import front_of, pick
+from memcontrol.picking import front_of, pick
 from memcontrol.space import Choice, load_space, parse_space
 from memcontrol.study import open_study
 

@@ -246,7 +246,7 @@ def test_the_strength_of_augmentation_follows_the_closeness(loop, monkeypatch):
     one = loop(skip=SkipConfig(), augmentation=AugmentationConfig(base=5.0))
     closeness = torch.tensor([1.0, 1.1, 1.2, 1.4, 1.05, 1.3, 1.0, 1.01, 1.49], dtype=torch.float64)
     one.enqueue(torch.arange(9), closeness)
-    batch = one.from_queue()
+    batch = one.from_queue(one.inner.augmentation.base)
     pixels, magnitude = given[0]
     assert magnitude == pytest.approx(5 * np.exp(-5 * np.abs(closeness[:8].numpy() - 1)).mean())
     assert batch.rows.tolist() == list(range(8)) and one.shard.queue.tolist() == [8] and np.array_equal(pixels, one.material.pixels(range(8)))

@@ -16,7 +16,7 @@ from memcontrol.demo import STUDY
 from memcontrol.executors import ENDS, Local
 from memcontrol.files import read_json, write_json
 from memcontrol.orchestrate import prepared
-from memcontrol.retrain import run_jobs
+from memcontrol.retraining import run_jobs
 from memcontrol.space import EVERYTHING, Choice, load_space
 from memcontrol.spec import Spec
 

@@ -13,6 +13,7 @@ from memcontrol.bench import scratch_seed
 from memcontrol.errors import MemControlError
 from memcontrol.files import disk_full_named, read_json, replacing
 from memcontrol.models import base_path, denoiser_name, open_pipeline, redraw_weights
+from memcontrol.peft_tuners import Peft
 from memcontrol.run import chosen_adapter
 from memcontrol.space import Choice, parse_space
 from memcontrol.spec import RESULT, Spec, read_spec
@@ -100,8 +101,9 @@ def write_lora(adapter: Adapter, prefix: str, out: Path, spec: Spec) -> None:
 def comfyui_state(adapter: Adapter, prefix: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """ComfyUI reads a U-Net's LoRA under kohya's names and a transformer's under diffusers' ones; alpha is a tensor beside each."""
     ends = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight", "lora_magnitude_vector": "dora_scale"}
+    layers = {module: layer for part in adapter.parts if isinstance(part, Peft) for module, layer in part.layers.items()}
     found = {}
-    for module, layer in adapter.parts[0].layers.items():
+    for module, layer in layers.items():
         name = f"lora_unet_{module.replace('.', '_')}" if prefix == "unet" else f"{prefix}.{module}"
         for end, kohya in ends.items():
             if f"{module}.{end}" in state:

@@ -100,10 +100,10 @@ def audit(
     Raises MemControlError where the images cannot be judged."""
     check(generated, train, holdout)
     network = load_extractor(extractor)
-    views = [views_of(pictures, network.extract, progress) for pictures in (generated, train, holdout)]
-    if broken := broken_images(views[0].pixels):
+    made, known, held = (views_of(pictures, network.extract, progress) for pictures in (generated, train, holdout))
+    if broken := broken_images(made.pixels):
         raise MemControlError(f"{broken}, so nothing can be judged")
-    evidence = Evidence(*views)
+    evidence = Evidence(made, known, held)
     progress("judging", 0, 2)
     rewards = flat(score(evidence) | attacked(attack, holdout))
     progress("judging", 1, 2)
@@ -155,6 +155,7 @@ def views_of(pictures: Pictures, extract: Callable, progress: Progress) -> Views
         views = views or Views(*(np.empty((len(pictures), rows.shape[1]), np.float32) for rows in (found.pixels, found.features)))
         views.pixels[rows], views.features[rows] = found.pixels, found.features
         progress(pictures.title, rows[-1] + 1, len(pictures))
+    assert views is not None  # `check` refuses an empty set
     return views
 
 
@@ -163,7 +164,8 @@ def duplicates(space: Space, train: Pictures, progress: Progress) -> list[dict]:
 
     8 x 8 thumbnails are compared first: block means times 4 are an orthogonal projection, so no pair is nearer than its thumbnails.
     """
-    limit, pairs = 0.5 * np.quantile(space.held_to_train, FALSE_POSITIVES), {}
+    limit = 0.5 * np.quantile(space.held_to_train, FALSE_POSITIVES)
+    pairs: dict[tuple[int, ...], float] = {}
     small = 4 * space.train.reshape(-1, 3, 8, 4, 8, 4).mean((3, 5)).reshape(-1, 192)
     for start in range(0, len(small), CHUNK):
         rows = np.arange(start, min(start + CHUNK, len(small)))

@@ -33,8 +33,8 @@ def differences(a: Path, b: Path) -> dict[str, Estimate]:
     prompts, found = first["prompts"], {}
     for name in first:
         if name != "prompts" and name in second:
-            pair = (Estimate(result["rewards"][name], contributions=rows[name]) for result, rows in zip(results, (first, second)))
-            found[name] = paired_difference(*pair, prompts, seed=seed_of(0, "paired", name))
+            one, other = (Estimate(result["rewards"][name], contributions=rows[name]) for result, rows in zip(results, (first, second)))
+            found[name] = paired_difference(one, other, prompts, seed=seed_of(0, "paired", name))
     return found
 
 

@@ -58,8 +58,8 @@ def importance(records: Sequence[Record], space: SearchSpace) -> list[Effect]:
         for objective, process in processes.items():
             value, error = process.contrast(there, weights)
             effects[objective] = Estimate(signs[objective] * value, error)
-        ends = [points.options[name][int(end)] for end in (low, high)] if name in points.options else [low, high]
-        found.append(Effect(name, *ends, effects, len(pairs)))
+        first, last = [points.options[name][int(end)] for end in (low, high)] if name in points.options else [low, high]
+        found.append(Effect(name, first, last, effects, len(pairs)))
     return found
 
 
