@@ -10,10 +10,10 @@ from typing import Any
 from memcontrol.figures import MAXIMIZE, interval_of
 from memcontrol.notes import title_of
 
-WIDTH, HEIGHT = 560, 400
-LEFT, RIGHT, TOP, BOTTOM = 62, 16, 14, 52
+WIDTH, HEIGHT = 480, 380
+LEFT, RIGHT, TOP, BOTTOM = 66, 16, 14, 54
 STYLE = """
-text { font: 13px system-ui, sans-serif; fill: var(--ink, #222); }
+text { font: 14px system-ui, sans-serif; fill: var(--ink, #222); }
 .axis, .tick { stroke: var(--faint, #bbb); } .front { stroke: var(--ink, #222); fill: none; } .error { stroke: var(--ink, #222); opacity: .35; }
 .sampled { fill: var(--sampled, #0072B2); } .none { fill: var(--none, #7f7f7f); } .all { fill: var(--all, #E69F00); } .full { fill: var(--full, #D55E00); }
 .pick { fill: none; stroke: var(--pick, #009E73); stroke-width: 2.5; } .dim { opacity: .45; }
@@ -48,7 +48,7 @@ class Scale:
         margin = 0.06 * ((math.log(high / low) if self.log else high - low) or 1)
         self.low, self.high = (low / math.exp(margin), high * math.exp(margin)) if self.log else (low - margin, high + margin)
         self.begin, self.end = begin, end
-        places = ticker.LogLocator(subs=(1, 2, 3, 5)) if self.log else ticker.MaxNLocator(6)
+        places = ticker.LogLocator(subs=(1, 2, 3, 5)) if self.log else ticker.MaxNLocator(6, steps=[1, 2, 5, 10])
         self.ticks = [float(value) for value in places.tick_values(self.low, self.high) if self.low <= value <= self.high]
 
     def __call__(self, value: float) -> float:

@@ -10,6 +10,7 @@ import torch
 
 from memcontrol.adapters import ADAPTER_FILE, Adapter, described, inject
 from memcontrol.bench import scratch_seed
+from memcontrol.card import write_card
 from memcontrol.errors import MemControlError
 from memcontrol.files import disk_full_named, read_json, replacing
 from memcontrol.models import base_path, denoiser_name, open_pipeline, redraw_weights
@@ -57,7 +58,25 @@ def export(run: Path, out: Path, format: str | None = None) -> Path:
         else:
             adapter.fuse()
             (denoiser if format == "denoiser" else pipeline).save_pretrained(out)
+        is_conditional = getattr(pipeline, "tokenizer", None) is not None
+        write_card(out, spec, read_json(run / RESULT), loading_code(out, spec, type(denoiser).__name__), (out / LORA_FILE).is_file(), is_conditional)
     return out
+
+
+def loading_code(out: Path, spec: Spec, denoiser_class: str) -> str:
+    """What a reader of the folder's card types, with the folder's name and, but for a Hub id, the base's in place of paths."""
+    base = spec.config.base if not Path(spec.config.base).exists() else Path(spec.config.base).name
+    opened = f'DiffusionPipeline.from_pretrained("{base}")'
+    if base == "tiny":
+        opened = "DiffusionPipeline.from_pretrained(TINY)"
+    imports = "from diffusers import DiffusionPipeline\n" + ("from memcontrol.models import TINY\n" if base == "tiny" else "")
+    if (out / LORA_FILE).is_file():
+        return f'{imports}\npipe = {opened}\npipe.load_lora_weights("{out.name}")'
+    if (out / ADAPTER_FILE).is_file():
+        return f'import memcontrol\n{imports}\npipe = {opened}\nmemcontrol.load_adapter(pipe, "{out.name}")'
+    if (out / "model_index.json").is_file():
+        return f'from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained("{out.name}")'
+    return f'from diffusers import {denoiser_class}\n\ndenoiser = {denoiser_class}.from_pretrained("{out.name}")'
 
 
 def how_to_load(run: Path, out: Path) -> str:

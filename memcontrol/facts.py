@@ -47,7 +47,7 @@ def facts_of(study: Study, space: SearchSpace, folder: Path) -> dict[str, Any]:
     told = [record for record in complete if record in front or record.anchor == "full"]
     return {
         "study": config.name, "written": datetime.now().isoformat(timespec="minutes"), "reported_by": __version__,
-        "objectives": study.objectives, "limits": config.rewards.limits, "data": data_of(folder), "config": config.model_dump(mode="json"),
+        "objectives": study.objectives, "limits": config.rewards.limits, "data": data_of(folder), "config": config.model_dump(mode="json"), "given": config.model_dump(mode="json", exclude_defaults=True),
         "space": {
             "name": config.space, "description": space.description, "groups": list(space.groups), "methods": list(space.methods), "rank": list(space.rank),
             "learning_rate": {method: list(limits) for method, limits in space.learning_rate.items()},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -70,7 +71,12 @@ def section(title: str, *parts: str) -> str:
 
 
 def paragraph(text: str, kind: str = "") -> str:
-    return f"<p{f' class={kind}' if kind else ''}>{escape(text)}</p>"
+    """Of plain text, in which `...` is code."""
+    return f"<p{f' class={kind}' if kind else ''}>{coded(text)}</p>"
+
+
+def coded(text: str) -> str:
+    return re.sub("`(.+?)`", r"<code>\1</code>", escape(text))
 
 
 def table(heads: Sequence[str], rows: Sequence[str], kind: str = "") -> str:
@@ -104,6 +110,8 @@ def question(facts: Facts) -> str:
     if chosen:
         names = [*facts["objectives"], *(name for name in ALWAYS[:1] if name not in facts["objectives"])]
         against = f", against {compared(names, full['rewards'])} with full fine-tuning" if full and full is not chosen else ""
+        if full is chosen:
+            against = ". No mask comes within 5 % of it in the first objective, so the pick is full fine-tuning itself: search on, or bound its copying"
         answer = f"Trial {chosen['trial']} ({chosen['said']}): {compared(names, chosen['rewards'])}{against}. These are figures of the search, on held-out images; `memcontrol retrain` measures the pick again on test images."
     return f"<h1>{escape(facts['study'])}</h1>{paragraph(asked)}{paragraph(answer, 'lead')}"
 
@@ -144,7 +152,7 @@ def masks(facts: Facts) -> str:
         on = (t["choice"] or {}).get("groups", ())
         shares = t["blocks"] if facts["blocks"] else [float(name in on or "*" in on) for name in columns]
         cells = "".join(cell(name, share) for name, share in zip(columns, shares))
-        rows.append(f'<tr data-trial="{t["trial"]}" title="{escape(", ".join(on))}"><th>{t["trial"]}{" (the pick)" if t["pick"] else ""}: {escape(t["said"])}</th>{cells}</tr>')
+        rows.append(f'<tr data-trial="{t["trial"]}" title="{escape(", ".join(on))}"><th>{t["trial"]}{" (the pick)" if t["pick"] else ""}</th>{cells}</tr>')
     about = "Each row is a trial on the front, each column a block of the network from input to output; the number is the share of its parameters, in per cent, that lie in trained modules."
     return section("Which layers", paragraph(about if facts["blocks"] else "Each row is a trial on the front, each column a group of layers.", "note"), table(["trial", *columns], rows, "heat"), groups_of(shown))
 
@@ -155,8 +163,12 @@ def cell(name: str, share: float) -> str:
 
 
 def groups_of(trials: Sequence[dict[str, Any]]) -> str:
-    lines = [f"<li>trial {t['trial']}: {escape(', '.join((t['choice'] or {}).get('groups', ())) or 'only what is always trained')}</li>" for t in trials]
+    lines = [f"<li>trial {t['trial']}, {escape(t['said'])}: {escape(named(t['choice']['groups']))}</li>" for t in trials]
     return f"<ul class=note>{''.join(lines)}</ul>"
+
+
+def named(groups: Sequence[str]) -> str:
+    return "the whole denoiser" if "*" in groups else ", ".join(groups) or "only what is always trained"
 
 
 def drivers(facts: Facts) -> str:
@@ -183,21 +195,21 @@ def change(effect: dict[str, Any]) -> str:
 
 
 def pairs(facts: Facts) -> str:
-    shown = {"full fine-tuning": of_anchor(facts, "full"), "the pick": picked(facts)}
-    figures = [pair_figure(title, trial) for title, trial in shown.items() if trial and trial["run"] and (Path(trial["run"]) / PAIRS_PICTURE).is_file()]
+    shown = [t for t in finished(facts) if (t["anchor"] == "full" or t["pick"]) and (Path(t["run"]) / PAIRS_PICTURE).is_file()]
+    figures = [pair_figure(trial) for trial in sorted(shown, key=lambda t: bool(t["pick"]))]
     if not figures:
         return section("Generated images and the training images nearest to them", paragraph("The run folders with the images are not on this machine.", "note"))
     about = "The generated images that come nearest to a training image, relative to held-out ones, most suspicious first; below each its distance (d), and that as a share of the distance to the nearest held-out image."
-    return section("Generated images and the training images nearest to them", paragraph(about, "note"), paragraph("This part shows training images.", "note"), *figures)
+    return section("Generated images and the training images nearest to them", paragraph(f"{about} This part shows training images.", "note"), *figures)
 
 
 def no_pairs(facts: Facts) -> str:
     return section("Generated images and the training images nearest to them", paragraph("Left out of this report on request.", "note"))
 
 
-def pair_figure(title: str, trial: dict[str, Any]) -> str:
+def pair_figure(trial: dict[str, Any]) -> str:
     data = base64.b64encode((Path(trial["run"]) / PAIRS_PICTURE).read_bytes()).decode()
-    said = f"{title}, {told(trial)}; {compared(ALWAYS[:1], trial['rewards'])}"
+    said = f"{told(trial)}; {compared(ALWAYS[:1], trial['rewards'])}"
     return f'<figure><figcaption>{escape(said)}</figcaption><div class="wide"><img alt="{escape(said)}" src="data:image/png;base64,{data}"></div></figure>'
 
 
@@ -218,7 +230,7 @@ def images(facts: Facts) -> str:
     if not data:
         return section("Images", paragraph("split.json is not on this machine.", "note"))
     uses = {"train": "fine-tuned on", "holdout": "what the search's figures compare with", "test": "for `retrain` only"}
-    rows = [row([name, f"{part['images']:,}", f"<code>{part['digest']}</code>", uses[name]]) for name, part in data["parts"].items()]
+    rows = [row([name, f"{part['images']:,}", f"<code>{part['digest']}</code>", coded(uses[name])]) for name, part in data["parts"].items()]
     about = f"{data['source']}, {data['resolution']} x {data['resolution']} pixels; no image is in two parts. The hash is of the pixels and captions (SHA-256, 16 digits)."
     return section("Images", paragraph(about), table(["part", "images", "hash", "use"], rows))
 
@@ -253,10 +265,10 @@ def cost(facts: Facts) -> str:
 
 
 def reproduce(facts: Facts) -> str:
-    text = yaml.safe_dump(facts["config"], sort_keys=False, allow_unicode=True)
+    given, whole = (yaml.safe_dump(facts[key], sort_keys=False, allow_unicode=True) for key in ("given", "config"))
     commands = f"memcontrol search {facts['study']}.yaml\nmemcontrol pick {facts['study']}.yaml\nmemcontrol retrain {facts['study']}.yaml"
-    about = "The whole config, as the study stores it. The same config, seed, images (compare the hashes) and CPU give the same numbers with one worker; on GPUs they agree within the errors above."
-    return section("How to reproduce it", paragraph(about), f"<pre>{escape(commands)}</pre><pre># {escape(facts['study'])}.yaml\n{escape(text)}</pre>")
+    about = "The study file, less what is at its default. The same config, seed, images (compare the hashes) and CPU give the same numbers with one worker; on GPUs they agree within the errors above."
+    return section("How to reproduce it", paragraph(about), f"<pre>{escape(commands)}</pre><pre># {escape(facts['study'])}.yaml\n{escape(given)}</pre>", f"<details><summary>with all defaults</summary><pre>{escape(whole)}</pre></details>")
 
 
 def limits(facts: Facts) -> str:

@@ -27,6 +27,7 @@ from memcontrol.space import Choice, SearchSpace
 
 T = TypeVar("T")
 CONFIRMED, REPLICATES = "confirmed:", "replicates:"  # and the trial's number
+OWN = "memcontrol:"  # before the names of our attributes: system attributes, since dashboards print user attributes whole
 CONSTRAINT = "constraints:"  # and its name: as optuna's Trial.set_constraint keeps them
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 logging.getLogger("alembic").setLevel(logging.ERROR)
@@ -128,7 +129,7 @@ class Study:
         close_storage(self.storage)
 
     def read(self) -> None:
-        self.attributes = dict(self.inner.user_attrs)
+        self.attributes = own(self.storage.get_study_system_attrs(self.inner._study_id))
         for trial in self.inner.get_trials(deepcopy=False):
             self.keep(trial)
 
@@ -143,33 +144,37 @@ class Study:
 
     def confirm(self, number: int, rewards: dict[str, float]) -> None:
         """Records what a trial's fresh draws gave. Beside the trial: Optuna's finished trials are never changed."""
-        self.patiently(lambda: self.inner.set_user_attr(f"{CONFIRMED}{number}", rewards))
+        self.write(f"{CONFIRMED}{number}", rewards)
         self.kept[number] = replace(self.kept[number], confirmed=rewards)
 
     def replicate(self, number: int, rewards: Sequence[dict[str, float]]) -> None:
         """Records what further fine-tunings of a trial's choice gave."""
-        self.patiently(lambda: self.inner.set_user_attr(f"{REPLICATES}{number}", list(rewards)))
+        self.write(f"{REPLICATES}{number}", list(rewards))
         self.kept[number] = replace(self.kept[number], replicates=tuple(rewards))
 
     def note(self, name: str, make: Callable[[], Any]) -> Any:
         """What the study has under a name, made and recorded once; nothing is recorded while it is None."""
         if name not in self.attributes and (value := make()) is not None:
-            self.patiently(lambda: self.inner.set_user_attr(name, value))
-            self.attributes[name] = value
+            self.write(name, value)
         return self.attributes.get(name)
+
+    def write(self, name: str, value: Any) -> None:
+        self.patiently(lambda: self.storage.set_study_system_attr(self.inner._study_id, f"{OWN}{name}", value))
+        self.attributes[name] = value
 
     def begin(self, candidates: Sequence[Choice], space: SearchSpace, anchor: str | None = None) -> int:
         """Records a running trial, complete in one transaction: a crash leaves all of it or nothing. Returns its number."""
         params = readable_params(candidates[0], space) if anchor is None else {}
-        attributes: dict[str, Any] = {"anchor": anchor, "candidates": [choice.as_dict() for choice in candidates]}
+        wanted = [choice.as_dict() for choice in candidates]
         frozen = create_trial(
-            state=TrialState.RUNNING, params=params, distributions=readable_distributions(params, space), user_attrs=attributes
-        )
+            state=TrialState.RUNNING, params=params, distributions=readable_distributions(params, space),
+            user_attrs={"anchor": anchor} if anchor else {}, system_attrs={f"{OWN}candidates": wanted},
+        )  # fmt: skip
         tried = False
 
         def write() -> int:
             nonlocal tried
-            if tried and (known := self.running(attributes["candidates"])):
+            if tried and (known := self.running(wanted)):
                 return known._trial_id
             tried = True
             if self.lock:
@@ -184,7 +189,7 @@ class Study:
     def running(self, candidates: list[dict]) -> optuna.trial.FrozenTrial | None:
         """The running trial of these candidates, which no other ever has."""
         trials = self.inner.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        return next((trial for trial in trials if trial.user_attrs.get("candidates") == candidates), None)
+        return next((trial for trial in trials if trial.system_attrs.get(f"{OWN}candidates") == candidates), None)
 
     def finish(self, number: int, results: Sequence[dict]) -> None:
         """Ends a trial with its candidates' results: the knee of the complete ones (the nearest to the ideal of them), or a failure.
@@ -212,7 +217,7 @@ class Study:
             if self.lock:
                 self.lock.check()
             for key, value in told.items():
-                self.storage.set_trial_user_attr(trial_id, key, value)
+                self.storage.set_trial_system_attr(trial_id, f"{OWN}{key}", value)
             for name, excess in excesses(best.get("rewards", {}), self.limits).items():
                 self.storage.set_trial_system_attr(trial_id, f"{CONSTRAINT}{name}", excess)
             attach(self.storage, trial_id, self.folder / Choice.from_dict(best["choice"]).key, self.folder)
@@ -225,8 +230,7 @@ class Study:
         """Raises MemControlError for a result that was measured with other things than the study's first one."""
         first = self.attributes.get("measured_with")
         if first is None:
-            self.attributes["measured_with"] = result["measured_with"]
-            self.patiently(lambda: self.inner.set_user_attr("measured_with", result["measured_with"]))
+            self.write("measured_with", result["measured_with"])
         else:
             refuse_incomparable(first, result["measured_with"], f"results of study '{self.config.name}'")
 
@@ -281,7 +285,7 @@ def open_study(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         inner.set_metric_names(objectives)
-    inner.set_user_attr("config", config.model_dump_json())
+    storage.set_study_system_attr(inner._study_id, f"{OWN}config", config.model_dump_json())
     return Study(inner, config, folder, url, say, lock)
 
 
@@ -320,9 +324,10 @@ def no_study(config: Config, study_file: Path) -> MemControlError:
 
 
 def stored_config(inner: optuna.Study) -> Config:
-    if "config" not in inner.user_attrs:
+    stored = inner._storage.get_study_system_attrs(inner._study_id).get(f"{OWN}config")
+    if stored is None:
         raise MemControlError(f"study '{inner.study_name}' in this storage was not made by memcontrol; choose another name")
-    return load_config(json.loads(inner.user_attrs["config"]))
+    return load_config(json.loads(stored))
 
 
 def agreeing_config(inner: optuna.Study, config: Config) -> Config:
@@ -334,13 +339,18 @@ def agreeing_config(inner: optuna.Study, config: Config) -> Config:
     return config
 
 
+def own(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Ours among Optuna's system attributes."""
+    return {name.removeprefix(OWN): value for name, value in attributes.items() if name.startswith(OWN)}
+
+
 def record_of(trial: optuna.trial.FrozenTrial, objectives: dict[str, str]) -> Record:
-    attributes = trial.user_attrs
+    attributes = own(trial.system_attrs)
     candidates = tuple(Choice.from_dict(values) for values in attributes.get("candidates", ()))
     result = attributes.get("result", {})
     if not result and trial.state == TrialState.COMPLETE:
         raise MemControlError(f"trial {trial.number} has no result that this version of memcontrol knows; read the study with the version that searched it")
-    begun = Record(trial.number, "RUNNING", candidates, attributes.get("anchor"), objectives=objectives, begun=iso(trial.datetime_start)).as_running()
+    begun = Record(trial.number, "RUNNING", candidates, trial.user_attrs.get("anchor"), objectives=objectives, begun=iso(trial.datetime_start)).as_running()
     return with_result(replace(begun, state=trial.state.name, ended=iso(trial.datetime_complete)), result)
 
 

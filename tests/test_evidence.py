@@ -206,7 +206,7 @@ def test_a_search_with_a_users_reward_and_a_limit(own, study_file):
     assert all(list(trial["values"]) == ["fid", "memorization", "brightness"] and trial["values"]["brightness"] > 0 for trial in trials)
     stored = optuna.load_study(study_name="small", storage=f"sqlite:///{study.parent}/runs/small/study.db").trials
     for trial in stored:
-        assert trial.constraints == {"fid": pytest.approx(trial.values[0] - 1e-3), "copy_rate": pytest.approx(trial.user_attrs["result"]["rewards"]["copy_rate"] - 1.0)}
+        assert trial.constraints == {"fid": pytest.approx(trial.values[0] - 1e-3), "copy_rate": pytest.approx(trial.system_attrs["memcontrol:result"]["rewards"]["copy_rate"] - 1.0)}
     assert json.loads(run("pick", str(study), "--json").stdout)["values"]["brightness"] > 0
 
 

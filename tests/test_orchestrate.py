@@ -19,7 +19,7 @@ STEPS = {
     "begin": (Study, "begin"), "keep in memory": (Study, "keep"), "finish": (Study, "finish"), "submit": (Simulated, "submit"),
     "end of a trial": (Simulated, "ended"), "collect": (orchestrate.Search, "collect"),
 }  # fmt: skip
-STORAGE = ("create_new_trial", "set_trial_user_attr", "set_trial_system_attr", "set_trial_state_values")
+STORAGE = ("create_new_trial", "set_trial_system_attr", "set_trial_state_values")
 N_SAMPLED = 9  # more than the sampler spreads before it models anything
 
 

@@ -73,7 +73,7 @@ def test_a_search_fine_tunes_its_front_again_once(study_file):
         assert len({result["first_loss"] for result in results}) == 2  # other seeds of training, not only of sampling
     times = {path: path.stat().st_mtime_ns for path in study_folder(study, "small").glob("*/replicate-*/result.json")}
     with sqlite3.connect(study_folder(study, "small") / "study.db") as database:  # as after a crash before they were recorded
-        database.execute("DELETE FROM study_user_attributes WHERE key LIKE 'replicates:%'")
+        database.execute("DELETE FROM study_system_attributes WHERE key LIKE 'memcontrol:replicates:%'")
     memcontrol("search", study, "search.replicates=2")
     assert [trial for trial in trials_of(study) if trial["replicates"]] == again
     assert {path: path.stat().st_mtime_ns for path in study_folder(study, "small").glob("*/replicate-*/result.json")} == times

@@ -279,7 +279,7 @@ def test_the_front_is_measured_again_before_it_is_reported(study_file):
     before = (run / "confirmed.json").read_text()
     (run / "confirmed.json").unlink()
     with sqlite3.connect(study_folder(study, "small") / "study.db") as database:  # as after a crash before the first of them was recorded
-        database.execute("DELETE FROM study_user_attributes WHERE key LIKE 'confirmed:%'")
+        database.execute("DELETE FROM study_system_attributes WHERE key LIKE 'memcontrol:confirmed:%'")
     others = {path: path.stat().st_mtime_ns for path in study_folder(study, "small").glob("*/confirmed.json")}
     memcontrol("search", study)
     assert (run / "confirmed.json").read_text() == before
