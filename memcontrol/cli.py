@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from memcontrol import __version__, commands, interrupt, looking
+from memcontrol import __version__, commands, interrupt, looking, saying
 from memcontrol.errors import MemControlError
 
 STUDY_HELP = "the study's YAML file"
@@ -21,13 +21,16 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"memcontrol {__version__}")
     subparsers = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (add_demo, add_init, add_search, add_readers, add_retrain, add_export, add_audit, add_dashboard, add_report, add_compare, add_rewards, add_spaces):
+    for add in (add_demo, add_init, add_search, add_readers, add_retrain, add_export, add_audit, add_dashboard, add_report, add_compare, add_rewards, add_spaces, add_completion):
         add(subparsers)
     return top
 
 
 def command(subparsers, name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
     added = subparsers.add_parser(name, help=text, description=text)
+    said = added.add_mutually_exclusive_group()
+    said.add_argument("--quiet", action="store_const", dest="level", const=saying.QUIET, default=saying.NORMAL, help="say nothing but errors and results")
+    said.add_argument("--verbose", action="store_const", dest="level", const=saying.VERBOSE, help="say every detail, as a search's log file does")
     added.set_defaults(run=run)
     return added
 
@@ -152,6 +155,30 @@ def add_spaces(subparsers) -> None:
     check.add_argument("--json", action="store_true", help="one JSON document on stdout")
 
 
+def add_completion(subparsers) -> None:
+    completion = command(subparsers, "completion", run_completion, "print a script that lets a shell complete memcontrol's commands and options")
+    completion.add_argument("shell", choices=("bash", "zsh", "tcsh"))
+
+
+def run_completion(args: argparse.Namespace) -> int:
+    import shtab
+
+    top = parser()
+    for action in actions_of(top):
+        if action.type is Path:
+            action.complete = shtab.FILE  # type: ignore[attr-defined]  # where shtab looks for it
+    sys.stdout.write(shtab.complete(top, args.shell))
+    return 0
+
+
+def actions_of(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    for action in parser._actions:
+        yield action
+        if isinstance(action, argparse._SubParsersAction):
+            for inner in action.choices.values():
+                yield from actions_of(inner)
+
+
 def add_pick_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--rule", help="knee (default), quality or memorization")
     command.add_argument("--trial", type=int, metavar="N", help="this trial")
@@ -181,6 +208,7 @@ def whole(least: int):
 def main() -> int:
     args = parsed(parser())
     interrupt.remember()
+    saying.level = args.level
     try:
         return args.run(args)
     except MemControlError as error:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from memcontrol.api import config_of, executor_of, folder_of, full_of, opened, overridden, picked_record, run_folder, searched, space_of
 from memcontrol.errors import MemControlError
-from memcontrol.looking import config_of, console, folder_of, opened, out_json, picked_record, space_of, warn_of_full, warn_of_limits
+from memcontrol.looking import warn_of_full, warn_of_limits
+from memcontrol.saying import console, out_json
 
 if TYPE_CHECKING:
     from memcontrol.config import Config
@@ -27,30 +28,16 @@ def run_demo(args: argparse.Namespace) -> int:
 
     study_file = write_study(args.out, args.seed, args.trials, args.workers)
     config = load_config(study_file)
-    with workers(config, study_folder(study_file, config.name)) as executor:  # the same for both parts: the base stays loaded
+    with executor_of(config, study_folder(study_file, config.name)) as executor:  # the same for both parts: the base stays loaded
         search_and_show(study_file, config, executor)
         retrain_and_show(study_file, executor)
     return 0
 
 
-@contextlib.contextmanager
-def workers(config: Config, folder: Path):
-    """The config's executor, ended at once when the block is left."""
-    from memcontrol.executors import make_executor
-
-    executor = make_executor(config, folder)
-    try:
-        yield executor
-    finally:
-        executor.close()
-
-
 def run_search(args: argparse.Namespace) -> int:
-    options = {"search.trials": args.trials, "search.workers": args.workers, "search.executor": args.executor}
-    overrides = [*args.overrides, *(f"{key}={value}" for key, value in options.items() if value is not None)]
     from memcontrol.config import load_config, study_folder
 
-    config = load_config(args.study, overrides)
+    config = load_config(args.study, overridden(args.overrides, args.trials, args.workers, args.executor))
     if args.dry_run:
         import yaml
 
@@ -61,21 +48,14 @@ def run_search(args: argparse.Namespace) -> int:
         storage = {"storage": shown(checked(config.storage))} if config.storage else {}
         yaml.safe_dump({**config.model_dump(mode="json"), **storage}, sys.stdout, sort_keys=False, allow_unicode=True)
         return 0
-    with workers(config, study_folder(args.study, config.name)) as executor:
+    with executor_of(config, study_folder(args.study, config.name)) as executor:
         search_and_show(args.study, config, executor)
     return 0
 
 
 def search_and_show(study_file: Path, config: Config, executor: Executor) -> None:
-    from memcontrol.config import study_folder
-    from memcontrol.display import Display
-    from memcontrol.orchestrate import search
-    from memcontrol.space import load_space
-
-    screen, folder, n_groups = console(), study_folder(study_file, config.name), len(load_space(config.space).groups)
-    with Display(screen, config.search.trials, n_groups, config.search.workers) as display:
-        search(config, study_file, folder, executor, display.on_event, display.on_study)
-    show_search(study_file, screen)
+    searched(study_file, config, executor)
+    show_search(study_file, console())
 
 
 def show_search(study_file: Path, screen) -> None:
@@ -84,7 +64,7 @@ def show_search(study_file: Path, screen) -> None:
     from memcontrol.pictures import front_picture
     from memcontrol.space import load_space
 
-    study, folder = opened(study_file)
+    study, folder = opened(study_file), folder_of(study_file)
     complete = finished(study.records())
     picked = pick(complete, wanted=study.limits) if any(record.anchor != "none" for record in complete) else None
     warn_of_full(picked, screen)
@@ -100,7 +80,7 @@ def show_search(study_file: Path, screen) -> None:
 def run_retrain(args: argparse.Namespace) -> int:
     if args.choice and (args.trial is not None or args.rule or args.limit):
         raise MemControlError("--choice names the choice; --trial, --rule and --limit do not go with it")
-    with workers(config_of(args.study), folder_of(args.study)) as executor:
+    with executor_of(config_of(args.study), folder_of(args.study)) as executor:
         retrain_and_show(args.study, executor, args.trial, args.rule, args.limit, args.choice, args.out)
     return 0
 
@@ -116,18 +96,15 @@ def retrain_and_show(
 
     config, folder, screen = config_of(study_file), folder_of(study_file), console()
     choice = read_choice(choice_file) if choice_file else None
-    if choice and not searched(study_file):
+    if choice and not was_searched(study_file):
         full = transferred(config, folder, choice, executor, screen)
     else:
-        study, _ = opened(study_file)
-        config, choice = study.config, choice or picked_record(study, trial, rule, limits).choice
-        full = next((record.choice for record in study.records() if record.anchor == "full" and record.finished), None)
-    if full is None:
-        raise MemControlError("the anchor 'full' has not finished, so there is no baseline to compare with; let the search run on")
+        study = opened(study_file)
+        config, choice, full = study.config, choice or picked_record(study, trial, rule, limits).chosen, full_of(study)
     space = space_of(config)
     space.check_choice(choice)
-    out, n_groups = out or folder / "retrain" / choice.key, len(space.groups)
-    baseline = out if choice == full else folder / "retrain" / full.key  # one for every pick of the study
+    out, n_groups = out or run_folder(study_file, choice), len(space.groups)
+    baseline = out if choice == full else run_folder(study_file, full)  # one for every pick of the study
     note = f"retraining {said_of(choice, n_groups)} beside {said_of(full, n_groups)}"
     if choice == full:
         note = f"the pick is full fine-tuning itself: retraining {said_of(full, n_groups)} alone"
@@ -157,7 +134,7 @@ def transferred(config: Config, folder: Path, choice, executor: Executor, screen
     return space.anchors()["full"][1]
 
 
-def searched(study_file: Path) -> bool:
+def was_searched(study_file: Path) -> bool:
     from memcontrol.study import is_searched
 
     return is_searched(config_of(study_file), folder_of(study_file), study_file)

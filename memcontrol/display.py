@@ -21,6 +21,7 @@ from memcontrol.figures import FIGURES, MINIMIZE, direction_of, written
 from memcontrol.notes import said_of
 from memcontrol.picking import front_of, ties_of
 from memcontrol.replicates import spread_of
+from memcontrol.saying import LOG
 from memcontrol.space import Choice
 from memcontrol.spec import RESULT
 from memcontrol.study import Record, Study
@@ -148,6 +149,20 @@ class Display:
         runs = n_open + max(0, self.n_sampled - n_begun) - sum(share for _, share in self.running.values())
         minutes = max(runs, 0) * sum(self.lengths) / len(self.lengths) / self.n_workers / 60
         return f", about {minutes:.1f} min left"
+
+
+def log_event(event: Event, n_groups: int) -> None:
+    """A line for what begins, ends or fails; of progress, the end of each stage, as detail."""
+    name = event.job.get("trial") or event.job.get("confirm") or ""
+    said = f"{Path(name).name}: {said_of(Choice.from_dict(event.job['choice']), n_groups)}: " if name else ""
+    if event.kind == "warning":
+        LOG.warning("%s", event.detail["text"])
+    elif event.kind in FAILURES:
+        LOG.warning("%s%s: %s", said, event.kind, event.detail["reason"])
+    elif event.kind in ENDS:
+        LOG.info("%s%s", said, event.kind)
+    elif event.kind == "progress" and event.detail["done"] == event.detail["total"]:
+        LOG.debug("%s%s, all of %s", said, event.detail["stage"], event.detail["total"])
 
 
 class Steps:

@@ -4,63 +4,22 @@ run: --help must be instant."""
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from memcontrol.api import config_of, folder_of, opened, picked_record, report
 from memcontrol.errors import MemControlError
+from memcontrol.saying import console, out_json
 
 if TYPE_CHECKING:
-    from memcontrol.config import Config
+    pass
 
 N_WARNINGS = 12
 ONCE = (
     "warning: some of these were measured once only, as the search chose them, and may look better than they are; the end of the search "
     "measures them again"
 )
-
-
-def console():
-    from rich.console import Console
-
-    width = None if sys.stderr.isatty() or "COLUMNS" in os.environ else 150
-    return Console(stderr=True, width=width)
-
-
-def out_json(value: object) -> None:
-    json.dump(value, sys.stdout, indent=1, ensure_ascii=False, allow_nan=False)
-    sys.stdout.write("\n")
-
-
-def opened(study_file: Path):
-    """The study as it was searched: its stored config counts, not later edits of the file. (study, folder)."""
-    from memcontrol.config import load_config, study_folder
-    from memcontrol.study import open_study
-
-    config = load_config(study_file)
-    folder = study_folder(study_file, config.name)
-    return open_study(config, folder, study_file, create=False), folder
-
-
-def config_of(study_file: Path) -> Config:
-    from memcontrol.config import load_config
-
-    return load_config(study_file)
-
-
-def folder_of(study_file: Path) -> Path:
-    from memcontrol.config import study_folder
-
-    return study_folder(study_file, config_of(study_file).name)
-
-
-def space_of(config: Config):
-    from memcontrol.space import load_space
-
-    return load_space(config.space)
 
 
 def printed(table) -> None:
@@ -76,7 +35,7 @@ def run_status(args: argparse.Namespace) -> int:
     from memcontrol.space import load_space
     from memcontrol.watch import pace, runs_of, said_of_run
 
-    study, folder = opened(args.study)
+    study, folder = opened(args.study), folder_of(args.study)
     records, n_groups, searching = study.records(), len(load_space(study.config.space).groups), is_searching(folder, study.url, study.config.name)
     runs, speed = {record.number: runs_of(record, folder) for record in records}, pace(records, config_of(args.study))
     flat = is_over(study, config_of(args.study).search.stop_when_flat)
@@ -133,7 +92,7 @@ def run_importance(args: argparse.Namespace) -> int:
     from memcontrol.effects import importance
     from memcontrol.space import load_space
 
-    study, _ = opened(args.study)
+    study = opened(args.study)
     effects = importance(study.records(), load_space(study.config.space))
     if args.json:
         out_json([effect.as_dict() for effect in effects])
@@ -147,7 +106,7 @@ def run_front(args: argparse.Namespace) -> int:
     from memcontrol.picking import finished, front_of, ties_of, to_confirm
     from memcontrol.space import load_space
 
-    study, folder = opened(args.study)
+    study, folder = opened(args.study), folder_of(args.study)
     complete = finished(study.records())
     records = front_of(complete)
     if args.json:
@@ -162,21 +121,11 @@ def run_front(args: argparse.Namespace) -> int:
     return 0
 
 
-def picked_record(study, trial: int | None, rule: str | None, limits: Sequence[str]):
-    from memcontrol.picking import by_number, finished, pick
-
-    if trial is not None:
-        if rule or limits:
-            raise MemControlError("--trial names one trial; --rule and --limit do not go with it")
-        return by_number(finished(study.records()), trial)
-    return pick(study.records(), rule or "knee", limits, study.limits)
-
-
 def run_pick(args: argparse.Namespace) -> int:
     from memcontrol.display import study_table
     from memcontrol.space import load_space
 
-    study, folder = opened(args.study)
+    study, folder = opened(args.study), folder_of(args.study)
     record = picked_record(study, args.trial, args.rule, args.limit)
     if args.json:
         out_json(record.as_dict(folder))
@@ -185,7 +134,7 @@ def run_pick(args: argparse.Namespace) -> int:
         if args.trial is None:
             warn_of_full(record, console())
             warn_of_limits(study, record, console())
-        sys.stdout.write(f"groups: {', '.join(record.choice.groups) or '-'}\nrun: {folder / record.choice.key}\n")
+        sys.stdout.write(f"groups: {', '.join(record.chosen.groups) or '-'}\nrun: {folder / record.chosen.key}\n")
     return 0
 
 
@@ -260,15 +209,12 @@ def run_init(args: argparse.Namespace) -> int:
 
 
 def run_report(args: argparse.Namespace) -> int:
-    from memcontrol.facts import as_csv, facts_of
-    from memcontrol.reporting import write_report
+    from memcontrol.facts import as_csv
 
     if not (args.out or args.csv or args.json):
         raise MemControlError("report writes a page or prints data; give OUT.html, --csv or --json")
-    study, folder = opened(args.study)
-    facts = facts_of(study, space_of(study.config), folder)
+    facts = report(args.study, args.out, images=not args.without_images)
     if args.out:
-        write_report(facts, args.out, not args.without_images)
         console().print(f"report: {args.out}", highlight=False, soft_wrap=True)
     if args.csv:
         sys.stdout.write(as_csv(facts))
@@ -280,7 +226,7 @@ def run_report(args: argparse.Namespace) -> int:
 def run_dashboard(args: argparse.Namespace) -> int:
     from memcontrol.dashboard import application, serving, study_id_of, token_for
 
-    study, folder = opened(args.study)
+    study, folder = opened(args.study), folder_of(args.study)
     url, name = study.url, study.config.name
     study.close()
     token = token_for(args.host, args.token)

@@ -1,0 +1,225 @@
+"""Owns the commands as Python functions, for notebooks and scripts: `import memcontrol; memcontrol.front("xrays.yaml")`. What they import,
+they import when they are called."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from memcontrol.errors import MemControlError
+from memcontrol.saying import console, logged
+
+if TYPE_CHECKING:
+    from memcontrol.auditing import Pictures
+    from memcontrol.config import Config
+    from memcontrol.effects import Effect
+    from memcontrol.estimate import Estimate
+    from memcontrol.executors import Event, Executor
+    from memcontrol.space import Choice, SearchSpace
+    from memcontrol.study import Record, Study
+
+StudyFile = str | Path
+LOG_FILE = "search.log"
+
+
+def search(
+    study: StudyFile, *overrides: str, trials: int | None = None, workers: int | None = None, executor: str | None = None, quiet: bool = False
+) -> list[Record]:
+    """Runs or continues a study; `overrides` are values such as "inner.batch_size=8". Returns its finished trials.
+
+    Interrupted, it is continued by the same call. Raises MemControlError.
+    """
+    from memcontrol.config import load_config
+
+    config = load_config(Path(study), overridden(overrides, trials, workers, executor))
+    with executor_of(config, folder_of(study)) as places:
+        searched(Path(study), config, places, quiet)
+    return [record for record in status(study) if record.finished]
+
+
+def status(study: StudyFile) -> list[Record]:
+    """All trials of a study, as they are now. Raises MemControlError where it was not searched."""
+    with contextlib.closing(opened(study)) as found:
+        return found.records()
+
+
+def front(study: StudyFile) -> list[Record]:
+    """The trials that no other beats in every objective, best in the first one first. Raises MemControlError."""
+    from memcontrol.picking import finished, front_of
+
+    return front_of(finished(status(study)))
+
+
+def pick(study: StudyFile, rule: str | None = None, *, trial: int | None = None, limits: Sequence[str] = ()) -> Record:
+    """One trial: by rule (knee, quality or memorization) under limits such as "copy_rate<=0.02", or by its number. Raises MemControlError."""
+    with contextlib.closing(opened(study)) as found:
+        return picked_record(found, trial, rule, limits)
+
+
+def importance(study: StudyFile) -> list[Effect]:
+    """Which groups, methods, ranks and learning rates drive which objective, with error. Raises MemControlError where too few trials ended."""
+    from memcontrol.effects import importance as measured
+
+    with contextlib.closing(opened(study)) as found:
+        return measured(found.records(), space_of(found.config))
+
+
+def retrain(
+    study: StudyFile, rule: str | None = None, *, trial: int | None = None, limits: Sequence[str] = (), out: StudyFile | None = None
+) -> dict[str, dict[str, Any]]:
+    """Trains the pick and full fine-tuning on the whole training set, scored on test data. Returns the results of `pick` and `baseline`,
+    each with its rewards; the run folders are `retrain/KEY` in the study's. Raises MemControlError."""
+    from memcontrol.retraining import BASELINE
+    from memcontrol.retraining import retrain as trained
+
+    with contextlib.closing(opened(study)) as found:
+        config, choice, full = found.config, picked_record(found, trial, rule, limits).chosen, full_of(found)
+    folder = folder_of(study)
+    run, baseline = Path(out or run_folder(study, choice)), run_folder(study, full)
+    with executor_of(config_of(study), folder) as places:
+        results = trained(config, choice, full, folder, run, run if choice == full else baseline, places, silent)
+    return {"pick": results["pick"], "baseline": results[BASELINE]}
+
+
+def compare(run_a: str | Path, run_b: str | Path) -> dict[str, Estimate]:
+    """Run a's figures less run b's, each with the interval that resampling their common prompts gives. Raises MemControlError."""
+    from memcontrol.comparing import differences
+
+    return differences(Path(run_a), Path(run_b))
+
+
+def export(run: str | Path, out: str | Path, format: str | None = None) -> Path:
+    """Writes a run's model for plain diffusers: as an adapter, a pipeline or a denoiser. Returns the folder. Raises MemControlError."""
+    from memcontrol.exporting import export as exported
+
+    return exported(Path(run), Path(out), format)
+
+
+def audit(images: str | Path, train: str | Path, holdout: str | Path, *, extractor: str = "tiny", skip_unreadable: bool = False) -> dict[str, Any]:
+    """How much a folder of images copies a training set, judged against held-out images: what audit.json holds. Raises MemControlError."""
+    from memcontrol.auditing import audit as judged
+    from memcontrol.auditing import folder_pictures
+
+    def read(title: str, folder: str | Path) -> Pictures:
+        return folder_pictures(title, Path(folder), lambda line: None, skip_unreadable)
+
+    return judged(read("generated", images), read("train", train), read("holdout", holdout), extractor, lambda title, done, total: None)
+
+
+def report(study: StudyFile, out: str | Path | None = None, *, images: bool = True) -> dict[str, Any]:
+    """Writes one page about the study, where `out` names it. Returns what it says as data. Raises MemControlError."""
+    from memcontrol.facts import facts_of
+    from memcontrol.reporting import write_report
+
+    with contextlib.closing(opened(study)) as found:
+        facts = facts_of(found, space_of(found.config), folder_of(study))
+    if out is not None:
+        write_report(facts, Path(out), images)
+    return facts
+
+
+def init(images: str | Path, out: str | Path | None = None, *, name: str | None = None, base: str | None = None) -> Path:
+    """Looks at a folder of images and writes a study for it, with the reason beside each value. Returns the file. Raises MemControlError."""
+    from memcontrol.propose import look, name_of, proposed, write_study
+
+    folder = Path(images)
+    path = Path(out or f"{name or name_of(folder)}.yaml")
+    write_study(proposed(folder, look(folder, lambda title, done, total: None), name, base), path)
+    return path
+
+
+def load_adapter(pipeline: Any, path: str | Path) -> Any:
+    """Puts an exported adapter into a diffusers pipeline; see memcontrol.exporting.load_adapter."""
+    from memcontrol.exporting import load_adapter as load
+
+    return load(pipeline, path)
+
+
+def overridden(overrides: Sequence[str], trials: int | None, workers: int | None, executor: str | None) -> list[str]:
+    options = {"search.trials": trials, "search.workers": workers, "search.executor": executor}
+    return [*overrides, *(f"{key}={value}" for key, value in options.items() if value is not None)]
+
+
+def searched(study_file: Path, config: Config, executor: Executor, quiet: bool = False) -> None:
+    """Searches, shown on stderr (or below a notebook's cell) unless quiet."""
+    from memcontrol.display import Display, log_event
+    from memcontrol.orchestrate import search as run
+
+    folder, n_groups = folder_of(study_file), len(space_of(config).groups)
+
+    def show(event: Event) -> None:
+        log_event(event, n_groups)
+        if not quiet:
+            display.on_event(event)
+
+    with logged(folder / LOG_FILE), contextlib.ExitStack() as shown:
+        display = Display(console(), config.search.trials, n_groups, config.search.workers)
+        if not quiet:
+            shown.enter_context(display)
+        run(config, study_file, folder, executor, show, lambda study: None if quiet else display.on_study(study)).close()
+
+
+def silent(event: Event) -> None: ...
+
+
+@contextlib.contextmanager
+def executor_of(config: Config, folder: Path) -> Iterator[Executor]:
+    """The config's executor, ended at once when the block is left."""
+    from memcontrol.executors import make_executor
+
+    executor = make_executor(config, folder)
+    try:
+        yield executor
+    finally:
+        executor.close()
+
+
+def opened(study_file: StudyFile) -> Study:
+    """The study as it was searched: its stored config counts, not later edits of the file."""
+    from memcontrol.study import open_study
+
+    return open_study(config_of(study_file), folder_of(study_file), Path(study_file), create=False)
+
+
+def config_of(study_file: StudyFile) -> Config:
+    from memcontrol.config import load_config
+
+    return load_config(Path(study_file))
+
+
+def folder_of(study_file: StudyFile) -> Path:
+    from memcontrol.config import study_folder
+
+    return study_folder(Path(study_file), config_of(study_file).name)
+
+
+def space_of(config: Config) -> SearchSpace:
+    from memcontrol.space import load_space
+
+    return load_space(config.space)
+
+
+def run_folder(study_file: StudyFile, choice: Choice) -> Path:
+    """Where a choice is retrained."""
+    return folder_of(study_file) / "retrain" / choice.key
+
+
+def full_of(study: Study) -> Choice:
+    """Full fine-tuning as the study's anchor found it. Raises MemControlError."""
+    for record in study.records():
+        if record.anchor == "full" and record.finished:
+            return record.chosen
+    raise MemControlError("the anchor 'full' has not finished, so there is no baseline to compare with; let the search run on")
+
+
+def picked_record(study: Study, trial: int | None, rule: str | None, limits: Sequence[str]) -> Record:
+    from memcontrol.picking import by_number, finished
+    from memcontrol.picking import pick as chosen
+
+    if trial is not None:
+        if rule or limits:
+            raise MemControlError("--trial names one trial; --rule and --limit do not go with it")
+        return by_number(finished(study.records()), trial)
+    return chosen(study.records(), rule or "knee", limits, study.limits)
