@@ -45,6 +45,44 @@ def study_file(tmp_path):
     return write
 
 
+@pytest.fixture(scope="session")
+def shown(tmp_path_factory):
+    """A finished study to look at, with skipped images and a confirmed front: its file. Searched once for all test processes."""
+    import subprocess
+    import sys
+
+    from filelock import FileLock
+
+    folder = tmp_path_factory.getbasetemp().parent / "shown" if "PYTEST_XDIST_WORKER" in os.environ else tmp_path_factory.mktemp("shown")
+    folder.mkdir(exist_ok=True)
+    path = folder / "seen.yaml"
+    with FileLock(folder / "lock"):
+        if not path.exists():
+            inner = {"budget_images": 64, "batch_size": 16, "rounds": 2, "skip": {"ratio": 1.1, "bins": 1}}
+            study = {**SMALL, "name": "seen", "inner": inner, "rewards": {**SMALL["rewards"], "confirm": 1}, "search": {"trials": 4, "workers": 1, "executor": "inline"}}
+            part = folder / "part.yaml"
+            part.write_text(yaml.safe_dump(study))
+            subprocess.run([sys.executable, "-m", "memcontrol.cli", "search", str(part)], check=True, capture_output=True)
+            part.rename(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """A headless Chromium, any that is found; a page of it sees nothing but this machine."""
+    import shutil
+
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+    if found is None:
+        pytest.skip("no Chromium is installed (Debian: apt-get install chromium)")
+    options = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=found, args=list(options))
+        yield browser
+        browser.close()
+
+
 @pytest.fixture
 def photographs(tmp_path):
     """A folder of n smooth colour images, no two alike."""

@@ -1,0 +1,179 @@
+"""What a person sees in a browser: the dashboard and the report, in headless Chromium."""
+
+import contextlib
+import hashlib
+import json
+import re
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from memcontrol.config import study_folder
+
+COMMAND = [sys.executable, "-m", "memcontrol.cli"]
+
+
+@contextlib.contextmanager
+def served(study, *options):
+    """The dashboard's address, while it runs."""
+    process = subprocess.Popen([*COMMAND, "dashboard", str(study), "--port", "0", *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        yield process.stdout.readline().strip()
+    finally:
+        process.terminate()
+        process.communicate()
+
+
+@pytest.fixture(scope="module")
+def dashboard(shown):
+    with served(shown) as address:
+        yield address
+
+
+@pytest.fixture
+def page(chromium):
+    """A page that remembers what it asked for, and its errors."""
+    context = chromium.new_context(viewport={"width": 1280, "height": 1000})
+    page = context.new_page()
+    page.asked, page.errors = [], []
+    page.on("request", lambda request: page.asked.append(request.url))
+    page.on("console", lambda message: page.errors.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: page.errors.append(str(error)))
+    yield page
+    context.close()
+
+
+def asked(address, path, method="GET", body=None):
+    """(status, body) of a request to the server of an address."""
+    root = address.partition("/dashboard")[0]
+    request = urllib.request.Request(f"{root}{path}", method=method, data=body, headers={"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request) as response:
+            return response.status, response.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read()
+
+
+def contents(study):
+    folder = study_folder(study, "seen")
+    paths = [folder / "study.db", *sorted((folder / "artifacts").iterdir())]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+def test_the_dashboard_lists_the_study_and_shows_its_front_under_the_metrics_names(dashboard, page):
+    page.goto(dashboard.partition("/studies")[0])
+    page.get_by_text(re.compile(r"^\W*seen\b")).first.click()
+    page.get_by_text("Pareto Front", exact=True).wait_for()
+    page.get_by_text("seen: front").wait_for()
+    text = page.inner_text("body")
+    assert "Objective X:" in text and "fid" in text and "memorization" in text
+    assert "seen: hypervolume" in text
+    assert page.locator(".js-plotly-plot").count() >= 4
+    assert page.errors == []
+    assert all(url.startswith(("http://127.0.0.1:", "data:", "blob:")) for url in page.asked)
+
+
+def test_a_trial_shows_its_note_and_its_images(dashboard, page):
+    page.goto(f"{dashboard}/trials?numbers=3")
+    page.get_by_text("pairs.png").wait_for()
+    text = page.inner_text("body")
+    assert "as searched" in text and "copied (95 %)" in text and "Trained groups:" in text
+    images = page.locator("img[src*='/artifacts/']")
+    images.nth(1).wait_for()
+    assert images.count() == 2
+    assert all(page.evaluate("image => image.decode().then(() => image.naturalWidth)", images.nth(i).element_handle()) > 500 for i in range(2))
+    assert page.evaluate("document.documentElement.scrollWidth") <= 1280  # no line of raw JSON stretches the page
+    assert page.errors == []
+
+
+def test_the_study_has_a_note(dashboard, page):
+    page.goto(f"{dashboard}/note")
+    page.get_by_text("Anchors and front").wait_for()
+    assert re.search(r"32 train, 64 holdout, 64 test", page.inner_text("body"))
+
+
+def test_what_would_write_is_refused_and_changes_nothing(dashboard, shown):
+    before = contents(shown)
+    assert len(before) > 8
+    study = json.loads(asked(dashboard, "/api/studies/1")[1])
+    trial = study["trials"][0]
+    artifact = trial["artifacts"][0]["artifact_id"]
+    attempts = [
+        ("DELETE", "/api/studies/1"), ("POST", "/api/studies"), ("POST", "/api/studies/1/rename"), ("PUT", "/api/studies/1/note"),
+        ("POST", f"/api/trials/{trial['trial_id']}/tell"), ("PUT", f"/api/studies/1/{trial['trial_id']}/note"), ("PATCH", "/api/studies/1"),
+        ("DELETE", f"/api/artifacts/1/{trial['trial_id']}/{artifact}"), ("POST", f"/api/artifacts/1/{trial['trial_id']}"), ("POST", "/incompatible-rdb-schema"),
+    ]  # fmt: skip
+    for method, path in attempts:
+        body = json.dumps({"study_name": "x", "directions": ["minimize"], "state": "Fail", "body": "x", "version": 99, "file": "data:text/plain;base64,AA=="}).encode()
+        status, answer = asked(dashboard, path, method, body)
+        assert status == 405 and b"read-only" in answer, (method, path)
+    assert contents(shown) == before
+    assert json.loads(asked(dashboard, "/api/studies/1")[1]) == study
+
+
+def test_other_interfaces_ask_for_a_token(shown):
+    with served(shown, "--host", "0.0.0.0") as address:
+        token = address.partition("?token=")[2]
+        assert len(token) > 15
+        local = address.replace("0.0.0.0", "127.0.0.1")
+        assert asked(local, "/api/studies")[0] == asked(local, "/api/studies?token=wrong")[0] == 401
+        assert asked(local, f"/api/studies?token={token}")[0] == 200
+
+
+def test_a_writable_dashboard_takes_a_note(shown, tmp_path):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(shown.parent, copy)
+    with served(copy / shown.name, "--writable") as address:
+        version = json.loads(asked(address, "/api/studies/1")[1])["note"]["version"]
+        assert asked(address, "/api/studies/1/note", "PUT", json.dumps({"body": "mine", "version": version + 1}).encode())[0] == 204
+        assert json.loads(asked(address, "/api/studies/1")[1])["note"]["body"] == "mine"
+
+
+@pytest.fixture(scope="module")
+def report(shown, tmp_path_factory):
+    out = tmp_path_factory.mktemp("report") / "seen.html"
+    done = subprocess.run([*COMMAND, "report", str(shown), str(out)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_report_opens_from_a_file_and_asks_for_nothing(report, page, width, scheme):
+    page.set_viewport_size({"width": width, "height": 900})
+    page.emulate_media(color_scheme=scheme)
+    page.goto(report.as_uri())
+    page.wait_for_load_state("load")
+    assert page.errors == []
+    assert [url for url in page.asked if not url.startswith("data:")] == [report.as_uri()]
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    for heading in ("Quality and copying", "Front and anchors", "Which layers", "What drives what", "Images", "Cost and versions", "How to reproduce it"):
+        assert page.get_by_role("heading", name=heading, exact=True).count() == 1, heading
+    paper, ink = (page.evaluate(f"getComputedStyle(document.body).{name}") for name in ("backgroundColor", "color"))
+    dark = sum(map(int, re.findall(r"\d+", paper)[:3])) < 200
+    assert dark == (scheme == "dark") != (sum(map(int, re.findall(r"\d+", ink)[:3])) < 200)
+    images = page.locator("img")
+    assert images.count() >= 1 and all(images.nth(i).evaluate("image => image.naturalWidth") > 500 for i in range(images.count()))
+
+
+def test_a_point_of_the_front_tells_what_it_is_and_marks_its_rows(report, page):
+    page.goto(report.as_uri())
+    point = page.locator(".point.sampled").first
+    number = point.get_attribute("data-trial")
+    point.focus()
+    assert page.inner_text(".told").startswith(f"trial {number}: ")
+    assert page.locator(f'[data-trial="{number}"].on').count() >= 2
+
+
+def test_the_report_prints_on_white(report, page):
+    page.emulate_media(media="print", color_scheme="dark")
+    page.goto(report.as_uri())
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert page.locator(".screen").first.is_hidden()
+    assert Path(report).stat().st_size < 5_000_000
