@@ -66,7 +66,7 @@ def contents(study):
 
 def test_the_dashboard_lists_the_study_and_shows_its_front_under_the_metrics_names(dashboard, page):
     page.goto(dashboard.partition("/studies")[0])
-    page.get_by_text(re.compile(r"^\W*seen\b")).first.click()
+    page.get_by_text(re.compile(r"^\d+\. seen$")).first.click()
     page.get_by_text("Pareto Front", exact=True).wait_for()
     page.get_by_text("seen: front").wait_for()
     text = page.inner_text("body")

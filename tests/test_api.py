@@ -1,0 +1,58 @@
+"""The commands as functions: they give what the commands print."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import memcontrol
+from memcontrol.errors import MemControlError
+
+
+def printed(*args):
+    done = subprocess.run([sys.executable, "-m", "memcontrol.cli", *map(str, args), "--json"], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def test_functions_give_what_commands_print(shown):
+    folder = Path(printed("status", shown)["trials"][0]["run"]).parent
+    assert [record.as_dict(folder) for record in memcontrol.front(shown)] == printed("front", shown)
+    assert memcontrol.pick(str(shown)).as_dict(folder) == printed("pick", shown)
+    assert [record.number for record in memcontrol.status(shown)] == [trial["trial"] for trial in printed("status", shown)["trials"]]
+    assert {**memcontrol.report(shown), "written": ""} == {**printed("report", shown), "written": ""}
+    a, b = (folder / record.chosen.key for record in memcontrol.front(shown)[:1] + memcontrol.status(shown)[1:2])
+    assert {name: float(value) for name, value in memcontrol.compare(a, b).items()} == {name: row["difference"] for name, row in printed("compare", a, b).items()}
+
+
+def test_a_search_from_python_continues_and_says_nothing_when_quiet(shown, capfd):
+    before = memcontrol.status(shown)
+    found = memcontrol.search(shown, quiet=True)
+    assert found == [record for record in before if record.finished]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_mistakes_are_one_kind_of_error(shown, tmp_path):
+    for mistake in (lambda: memcontrol.front(tmp_path / "none.yaml"), lambda: memcontrol.pick(shown, limits=["fid<=0"]), lambda: memcontrol.search(shown, "nonsense=1"), lambda: memcontrol.init(tmp_path)):
+        with pytest.raises(MemControlError):
+            mistake()
+
+
+def test_every_name_is_there_and_no_other():
+    for name in memcontrol.__all__:
+        assert callable(getattr(memcontrol, name)), name
+        assert getattr(memcontrol, name).__doc__
+    with pytest.raises(AttributeError):
+        memcontrol.nonsense
+
+
+def test_quiet_and_verbose(shown):
+    def search(*options):
+        return subprocess.run([sys.executable, "-m", "memcontrol.cli", "search", str(shown), *options], capture_output=True, text=True, check=True)
+
+    assert search("--quiet").stderr == search("--quiet").stdout == ""
+    loud = search("--verbose").stderr
+    assert " INFO " in loud or " DEBUG " in loud
+    log = next(shown.parent.rglob("search.log")).read_text()
+    assert "lora" in log and " INFO " in log

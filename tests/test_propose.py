@@ -1,0 +1,115 @@
+"""init: what it sees in a folder of images, and a study that a search takes as it is."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from sklearn.datasets import load_digits
+
+COMMAND = [sys.executable, "-m", "memcontrol.cli"]
+FASTER = ("inner.budget_images=32", "rewards.sampling_steps=1", "rewards.confirm=0", "search.workers=1", "search.executor=inline")
+
+
+def memcontrol(*args, cwd):
+    return subprocess.run([*COMMAND, *map(str, args)], cwd=cwd, capture_output=True, text=True)
+
+
+def digit(i, side=48):
+    paper = np.round(255 * (1 - load_digits().images[i] / 16)).astype(np.uint8)
+    return Image.fromarray(paper).resize((side, side))
+
+
+def captioned(folder):
+    lines = []
+    for i in range(30):
+        digit(i).convert("RGB").save(folder / f"{i}.png")
+        lines.append(json.dumps({"file_name": f"{i}.png", "text": f"a {load_digits().target[i]}"}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+
+
+def plain(folder):
+    for i in range(32):
+        pixels = np.asarray(digit(i, 64).convert("RGB")).copy()
+        pixels[..., 0] //= 2
+        Image.fromarray(pixels).save(folder / f"{i}.jpg")
+
+
+def grey(folder):
+    for i in range(24):
+        digit(i).save(folder / f"{i}.png")
+
+
+def copied(folder):
+    for i in range(32):
+        digit(i).convert("RGB").save(folder / f"{i}.png")
+    for i in range(5):
+        digit(0).convert("RGB").save(folder / f"copy {i}.png")
+    pixels = np.asarray(digit(7).convert("RGB")).copy()
+    pixels[:1, :1] = 0
+    Image.fromarray(pixels).save(folder / "near.png")
+    (folder / "broken.png").write_text("no image")
+
+
+FOLDERS = {
+    captioned: ["captions for 30 of 30, 10 different", "48 pixels; greyscale"], plain: ["no captions", "64 pixels; colour"],
+    grey: ["greyscale, read as RGB", "train: 8"], copied: ["5 exact copies", "skip_unreadable: true", "the same pixels: 0.png, copy 0.png", "nearly the same: 7.png and near.png", "broken.png cannot be decoded"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fill", FOLDERS, ids=lambda fill: fill.__name__)
+def test_a_proposed_study_is_searched_without_an_edit(fill, tmp_path):
+    folder = tmp_path / "my images"
+    folder.mkdir()
+    fill(folder)
+    done = memcontrol("init", folder, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "my-images.yaml\n"
+    for words in FOLDERS[fill]:
+        assert words in done.stderr, done.stderr
+    values = yaml.safe_load((tmp_path / "my-images.yaml").read_text())
+    assert values["name"] == "my-images" and values["data"]["path"] == str(folder)
+    searched = memcontrol("search", "my-images.yaml", "--trials", 2, *FASTER, cwd=tmp_path)
+    assert searched.returncode == 0, searched.stderr
+    split = json.loads((tmp_path / "runs/my-images/split.json").read_text())["parts"]
+    said = {part: int(line.split("# ")[1].split()[0]) for part in split for line in done.stderr.splitlines() if line.strip().startswith(f"{part}:")}
+    assert {part: len(rows) for part, rows in split.items()} == said
+
+
+def test_parts_that_are_there_are_kept(tmp_path):
+    for part, n in (("train", 12), ("holdout", 9), ("test", 8)):
+        (tmp_path / "data" / part).mkdir(parents=True)
+        for i in range(n):
+            digit(i + 20 * n).save(tmp_path / "data" / part / f"{i}.png")
+    done = memcontrol("init", "data", "--out", "mine.yaml", "--name", "other", cwd=tmp_path)
+    values = yaml.safe_load((tmp_path / "mine.yaml").read_text())
+    assert done.returncode == 0 and values["name"] == "other" and set(values["data"]) == {"path"} and values["inner"]["batch_size"] == 12
+
+
+@pytest.mark.parametrize("n, words", [(0, "holds no images"), (23, "23 different images are too few")])
+def test_too_few_images_are_refused(tmp_path, n, words):
+    (tmp_path / "few").mkdir()
+    for i in range(n):
+        digit(i).save(tmp_path / "few" / f"{i}.png")
+    done = memcontrol("init", "few", cwd=tmp_path)
+    assert done.returncode == 1 and words in done.stderr and done.stdout == "" and not (tmp_path / "few.yaml").exists()
+
+
+def test_nothing_is_written_over(tmp_path):
+    (tmp_path / "images").mkdir()
+    grey(tmp_path / "images")
+    (tmp_path / "images.yaml").write_text("mine")
+    done = memcontrol("init", "images", cwd=tmp_path)
+    assert done.returncode == 1 and "exists" in done.stderr and (tmp_path / "images.yaml").read_text() == "mine"
+    assert memcontrol("init", "none-such", cwd=tmp_path).returncode == 1
+
+
+@pytest.mark.parametrize("pipeline, space", [("StableDiffusionXLPipeline", "sdxl-blocks"), ("FluxPipeline", "flux-blocks"), ("DDPMPipeline", "ddpm-cifar10")])
+def test_the_space_follows_the_base(tmp_path, pipeline, space):
+    from memcontrol.propose import space_for
+
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
+    assert space_for(str(tmp_path)) == space
