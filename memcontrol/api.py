@@ -176,11 +176,13 @@ def executor_of(config: Config, folder: Path) -> Iterator[Executor]:
         executor.close()
 
 
-def opened(study_file: StudyFile) -> Study:
-    """The study as it was searched: its stored config counts, not later edits of the file."""
+def opened(study_file: StudyFile, storage: str | None = None) -> Study:
+    """The study as it was searched: its stored config counts, not later edits of the file. `storage` replaces the file's."""
+    from memcontrol.config import load_config
     from memcontrol.study import open_study
 
-    return open_study(config_of(study_file), folder_of(study_file), Path(study_file), create=False)
+    config = load_config(Path(study_file), [f"storage={storage}"] if storage else [])
+    return open_study(config, folder_of(study_file), Path(study_file), create=False)
 
 
 def config_of(study_file: StudyFile) -> Config:

@@ -114,9 +114,10 @@ def add_audit(subparsers) -> None:
 def add_dashboard(subparsers) -> None:
     dashboard = command(subparsers, "dashboard", looking.run_dashboard, "serve the study in optuna-dashboard, read-only")
     dashboard.add_argument("study", type=Path, metavar="STUDY.yaml", help=STUDY_HELP)
+    dashboard.add_argument("--storage", metavar="URL", help="the database under another name, such as that of a role which only reads")
     dashboard.add_argument("--host", default="127.0.0.1", help="the interface to listen on; any but loopback asks for a token (default: 127.0.0.1)")
     dashboard.add_argument("--port", type=whole(0), default=8080, help="0 takes any free one (default: 8080)")
-    dashboard.add_argument("--token", help="what visitors must bring; drawn where --host is not loopback and none is given")
+    dashboard.add_argument("--token", default=os.environ.get("MEMCONTROL_TOKEN"), help="what visitors must bring (default: MEMCONTROL_TOKEN, or one that is drawn where --host is not loopback)")
     dashboard.add_argument("--writable", action="store_true", help="let visitors write notes, tell trials, and delete studies")
 
 

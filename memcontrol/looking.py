@@ -226,7 +226,7 @@ def run_report(args: argparse.Namespace) -> int:
 def run_dashboard(args: argparse.Namespace) -> int:
     from memcontrol.dashboard import application, serving, study_id_of, token_for
 
-    study, folder = opened(args.study), folder_of(args.study)
+    study, folder = opened(args.study, args.storage), folder_of(args.study)
     url, name = study.url, study.config.name
     study.close()
     token = token_for(args.host, args.token)

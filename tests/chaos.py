@@ -18,13 +18,15 @@ from pathlib import Path
 
 import psutil
 import yaml
+from optuna.artifacts import get_all_artifact_meta
 from postgres import Postgres
 
+from memcontrol.artifacts import FOLDER
 from memcontrol.attempts import attempts_of, failures_of
 from memcontrol.config import load_config, study_folder
 from memcontrol.jobs import N_TRIES
 from memcontrol.pareto import front
-from memcontrol.spec import CONFIRMED, RESULT, SAMPLES
+from memcontrol.spec import CONFIRMED, PAIRS_PICTURE, RESULT, SAMPLES, SAMPLES_PICTURE
 from memcontrol.study import open_study
 
 SEARCH = [sys.executable, "-m", "memcontrol.cli", "search"]
@@ -171,12 +173,16 @@ def violations(study_file: Path, trials: int, n_kills: int) -> list[str]:
             claim(off >= set(record.choice.groups) and len(trial.params) >= 3, f"trial {record.number}: its parameters are not whole")
         if record.confirmed:
             claim(record.confirmed == json.loads((folder / record.choice.key / CONFIRMED).read_text())["rewards"], f"trial {record.number}: confirmed rewards differ")
+        run, metas = folder / record.choice.key, get_all_artifact_meta(trial, storage=study.storage)
+        blobs = {meta.filename: (folder / FOLDER / meta.artifact_id).read_bytes() for meta in metas}
+        claim(blobs == {name: (run / name).read_bytes() for name in (SAMPLES_PICTURE, PAIRS_PICTURE)}, f"trial {record.number}: its artifacts are not its run's pictures")
         study.finish(record.number, results)
     claim(study.inner.get_trials() == optuna_trials, "telling the results again changed something")
     n_attempts = sum(len(attempts_of(folder / choice.key)) for choice in candidates)
     claim(len(candidates) <= n_attempts <= len(candidates) + n_kills, f"{n_attempts} attempts at {len(candidates)} choices with {n_kills} kills")
     strays = {path.parent.name for path in folder.glob(f"*/{RESULT}")} - {choice.key for choice in candidates}
     claim(not strays, f"runs of no trial: {strays}")
+    claim(len(list((folder / FOLDER).iterdir())) == 2 * len(records), "artifacts of no trial, or halves of some")
     study.close()
     return found
 

@@ -20,21 +20,24 @@ class Services:
     """`environment` is what a user exports; WORK is the folder of the study."""
 
     def __init__(self, work: Path, environment: dict[str, str]):
-        self.work, self.given, self.port = work, {**environment, "RAY_AUTH_TOKEN": TOKEN}, free_port()
+        self.work, self.given, self.port, self.dashboard_port = work, {**environment, "RAY_AUTH_TOKEN": TOKEN}, free_port(), free_port()
         self.running: dict[str, subprocess.Popen] = {}
         self.log = open(work / "services.log", "a")
 
     def command(self, name: str) -> list[str]:
         service = COMPOSE["services"][name]
-        words = [*service["entrypoint"], *service["command"]]
-        return [word.replace("ray-head:6379", f"127.0.0.1:{self.port}").replace("=6379", f"={self.port}").replace("$$", "$") for word in words]
+        words = [self.expanded(word) for word in [*service.get("entrypoint", ["memcontrol"]), *service["command"]]]
+        here = {"ray-head:6379": f"127.0.0.1:{self.port}", "=6379": f"={self.port}", "=8080": f"={self.dashboard_port}", "@postgres/": "@127.0.0.1/", "$$": "$"}
+        for there, own in here.items():
+            words = [word.replace(there, own) for word in words]
+        return words
 
     def environment(self, name: str) -> dict[str, str]:
         """As compose gives it, and where commands, threads and Ray's own files are found here."""
         given = {key: self.expanded(str(value)) for key, value in COMPOSE["services"][name].get("environment", {}).items()}
         own = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "RAY_TMPDIR": str(self.work / "ray"), "SERVICE": f"{self.work}/{name}", "RAY_ADDRESS": f"127.0.0.1:{self.port}"}
         head = {} if name != "ray-head" else {"RAY_ADDRESS": ""}
-        return {**os.environ, **given, **own, **head}
+        return {**os.environ, "PGPORT": self.given.get("PGPORT", ""), **given, **own, **head}
 
     def expanded(self, value: str) -> str:
         if not value.startswith("${"):

@@ -59,7 +59,7 @@ def shown(tmp_path_factory):
     with FileLock(folder / "lock"):
         if not path.exists():
             inner = {"budget_images": 64, "batch_size": 16, "rounds": 2, "skip": {"ratio": 1.1, "bins": 1}}
-            study = {**SMALL, "name": "seen", "inner": inner, "rewards": {**SMALL["rewards"], "confirm": 1}, "search": {"trials": 4, "workers": 1, "executor": "inline"}}
+            study = {**SMALL, "name": "seen", "inner": inner, "rewards": {**SMALL["rewards"], "n_samples": 64, "force": True, "confirm": 1}, "search": {"trials": 4, "workers": 1, "executor": "inline"}}
             part = folder / "part.yaml"
             part.write_text(yaml.safe_dump(study))
             subprocess.run([sys.executable, "-m", "memcontrol.cli", "search", str(part)], check=True, capture_output=True)

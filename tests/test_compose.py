@@ -5,11 +5,14 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
 import yaml
-from compose_services import COMPOSE, ROOT, Services
+from compose_services import COMPOSE, ROOT, TOKEN, Services
 from postgres import Postgres
 from test_database import tool
 
@@ -35,7 +38,7 @@ def test_it_keeps_to_the_compose_specification(tmp_path):
 
 
 def test_the_services_are_those_of_a_search():
-    assert set(SERVICES) == {"postgres", "ray-head", "worker", "orchestrator"}
+    assert set(SERVICES) == {"postgres", "ray-head", "worker", "orchestrator", "dashboard"}
 
 
 @pytest.mark.parametrize("name", SERVICES)
@@ -54,8 +57,8 @@ def test_images_are_pinned_and_services_wait_for_health(name):
 
 def test_passwords_come_from_the_environment_or_nothing_starts():
     secrets = [value for value in values(SERVICES) if "PASSWORD" in value or "TOKEN" in value]
-    assert len(secrets) == 7 and all(re.fullmatch(r"\$\{\w+_(PASSWORD|TOKEN):\?[^}]+\}", value) for value in secrets)
-    assert "://" not in " ".join(values(SERVICES))
+    assert len(secrets) == 9 and all(re.fullmatch(r"\$\{\w+_(PASSWORD|TOKEN):\?[^}]+\}", value) for value in secrets)
+    assert not re.findall(r"://[^@\s]*:[^@\s]*@", " ".join(values(SERVICES)))
 
 
 def test_the_image_is_pinned_and_runs_as_a_user_of_its_own():
@@ -83,6 +86,19 @@ def own_folder():
         yield Path(name)
 
 
+def looked_at(services):
+    """The studies that the dashboard lists, by the role that only reads; nobody else is told."""
+    address = f"http://127.0.0.1:{services.dashboard_port}/api/studies"
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            with urllib.request.urlopen(f"{address}?token={TOKEN}") as response:
+                return response.read()
+        except urllib.error.URLError:
+            assert time.monotonic() < deadline and services.running["dashboard"].poll() is None
+            time.sleep(0.5)
+
+
 def test_its_commands_search_a_study_without_containers(own_folder):
     """PostgreSQL with the roles of storage/, a Ray head without cores, a worker that joins it, and the orchestrator."""
     folder = own_folder
@@ -95,10 +111,12 @@ def test_its_commands_search_a_study_without_containers(own_folder):
         "inner": {"budget_images": 64, "batch_size": 16, "rounds": 2}, "rewards": {"objectives": ["kid", "memorization"], "n_samples": 32, "sampling_steps": 2, "confirm": 0},
         "search": {"trials": 1, "executor": "ray", "workers": 2},
     }))  # fmt: skip
-    services = Services(folder, {"OWNER_PASSWORD": "of the owner", "STUDY": "study.yaml"})
+    services = Services(folder, {"OWNER_PASSWORD": "of the owner", "READER_PASSWORD": "of the reader", "DASHBOARD_TOKEN": TOKEN, "STUDY": "study.yaml", "PGPORT": str(server.port)})
     try:
         services.up()
         assert services.running["orchestrator"].wait(timeout=300) == 0, (folder / "services.log").read_text()[-3000:]
+        services.start("dashboard")
+        assert b'"composed"' in looked_at(services)
         found = tool(server, "psql", "-At", "-c", "SELECT state, count(*) FROM trials GROUP BY state", database="memcontrol").stdout
     finally:
         services.close()

@@ -304,3 +304,35 @@ def test_a_backup_comes_back_whole_and_never_over_studies(roles, tmp_path):
     assert again.records() == study.records()
     failed = tool(roles, STORAGE / "backup.sh", tmp_path / "b.dump", check=False, **{**owner, "password": "wrong"})
     assert failed.returncode and not list(tmp_path.glob("b.dump*"))
+
+
+def test_a_dashboard_by_the_reader_shows_the_study_and_changes_nothing(roles, tmp_path):
+    """With a role that only reads, and with the owner's: its connection is told to refuse changes."""
+    from memcontrol.dashboard import application, study_id_of
+
+    owner, reader = roles.url_of("memcontrol", "own%27er", "memcontrol"), roles.url_of("memcontrol_reader", "reader", "memcontrol")
+    study = opened(tmp_path, owner, "looked-at")
+    study.finish(study.begin([choice(0)], SPACE), [result(choice(0), 9.0)])
+    assert [record.state for record in opened(tmp_path, reader, "looked-at", create=False).records()] == ["COMPLETE"]
+    for url in (reader, owner):
+        app = application(url, tmp_path, False, None)
+        number = study_id_of(url, "looked-at")
+        assert asked(app, "GET", f"/api/studies/{number}")[0] == 200 and b'"fid"' in asked(app, "GET", f"/api/studies/{number}")[1]
+        assert asked(app, "DELETE", f"/api/studies/{number}")[0] == 405
+        unguarded = next(cell.cell_contents for cell in app.__closure__ if callable(cell.cell_contents))
+        assert asked(unguarded, "DELETE", f"/api/studies/{number}")[0] == 500  # what lies behind the guard refuses by itself
+        assert asked(unguarded, "PUT", f"/api/studies/{number}/note", b'{"version": 1, "body": "x"}')[0] == 500
+    assert [record.state for record in opened(tmp_path, owner, "looked-at", create=False).records()] == ["COMPLETE"]
+
+
+def asked(app, method, path, body=b"{}"):
+    """(status, body) of a request, without a server."""
+    import io
+
+    environ = {
+        "REQUEST_METHOD": method, "PATH_INFO": path, "QUERY_STRING": "", "HTTP_HOST": "127.0.0.1:8080", "SERVER_NAME": "127.0.0.1", "SERVER_PORT": "8080",
+        "CONTENT_TYPE": "application/json", "CONTENT_LENGTH": str(len(body)), "wsgi.input": io.BytesIO(body), "wsgi.errors": io.StringIO(), "wsgi.url_scheme": "http",
+    }  # fmt: skip
+    answers = []
+    parts = app(environ, lambda status, headers, *rest: answers.append(int(status[:3])))
+    return answers[0], b"".join(parts)

@@ -45,6 +45,10 @@ load_adapter(pipe, sys.argv[2])
 generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
 np.save(sys.argv[3], pipe(prompt=["a digit"] * 2, height=32, width=32, generator=generators, num_inference_steps=2, output_type="np").images)
 """
+REWARDS = {
+    "fid": 21.5, "fid_error": 1.2, "memorization": 0.04, "memorization_error": 0.02, "memorization_p": 0.2, "copy_rate": 0.0117, "copy_rate_low": 0.004,
+    "copy_rate_high": 0.034, "copy_rate_line": 0.01, "copy_rate_p": 0.48, "clear_copy_rate": 0.0, "trained_fraction": 0.034,
+}  # fmt: skip
 CALLS = {"ddpm": None, "pixart": {"height": 32, "width": 32, "use_resolution_binning": False}, "sana": {"height": 32, "width": 32, "use_resolution_binning": False}}
 CALL = {"height": 32, "width": 32}
 
@@ -62,7 +66,7 @@ def finished_run(folder, base_name, method, mix=()):
     disturbed(adapter, 1)
     adapter.save(folder, spec.description())
     adapter.fuse()
-    write_json(folder / RESULT, {"state": "COMPLETE"})
+    write_json(folder / RESULT, {"state": "COMPLETE", "n_samples": 256, "rewards": REWARDS})
     return pipeline
 
 
@@ -164,3 +168,29 @@ def test_refusals(tmp_path):
     (tmp_path / "run" / RESULT).unlink()
     with pytest.raises(MemControlError, match="has not finished"):
         export(tmp_path / "run", tmp_path / "out")
+
+
+@pytest.mark.parametrize("method, format", [("lora", None), ("svdiff", None), ("difffit", "adapter"), ("bias", "denoiser")])
+def test_the_model_card_tells_what_was_measured_and_its_code_runs(tmp_path, method, format):
+    from huggingface_hub import ModelCard
+
+    finished_run(tmp_path / "run", "tiny", method)
+    export(tmp_path / "run", tmp_path / "my-model", format)
+    text = (tmp_path / "my-model" / "README.md").read_text()
+    data = ModelCard(text).data.to_dict()
+    assert data["library_name"] == "diffusers" and data["pipeline_tag"] == "text-to-image" and "memcontrol" in data["tags"]
+    assert ("lora" in data["tags"]) == (method == "lora") and "base_model" not in data
+    assert "| FID | 21.50 ± 1.20 |" in text and "1.2% (0.4%-3.4%)" in text and "No copying is visible" in text and "not parts of images" in text
+    assert str(tmp_path) not in text  # a path of this machine is nobody's business
+    code = text.partition("```python\n")[2].partition("```")[0]
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
+
+
+def test_the_card_names_a_base_of_the_hub_and_no_folder(tmp_path):
+    from memcontrol.card import metadata
+    from memcontrol.space import load_space
+
+    space = load_space("digits")
+    for base, known in (("stable-diffusion-v1-5/stable-diffusion-v1-5", True), (str(tmp_path), False), ("tiny", False)):
+        spec = Spec(load_config({"name": "a", "base": base, "data": "digits"}), space, space.choice(("mid_attention",), "lora", 0.5), tmp_path, "retrain", "test", 10)
+        assert metadata(spec, True, True).get("base_model") == (base if known else None)

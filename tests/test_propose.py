@@ -11,7 +11,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 COMMAND = [sys.executable, "-m", "memcontrol.cli"]
-FASTER = ("inner.budget_images=32", "rewards.sampling_steps=1", "rewards.confirm=0", "search.workers=1", "search.executor=inline")
+FASTER = ("inner.budget_images=32", "rewards.n_samples=16", "rewards.force=true", "rewards.sampling_steps=1", "rewards.confirm=0", "search.workers=1", "search.executor=inline")
 
 
 def memcontrol(*args, cwd):

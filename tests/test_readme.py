@@ -17,7 +17,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *s
 ELSEWHERE = {  # other tests run these, each with what it needs
     "make demo": "test_demo", "make test": "this", "make check": ".ci/run", "make chaos": "test_chaos", "memcontrol audit --model my-pipeline": "test_audit, sampling takes minutes",
 }  # fmt: skip
-BUDGET = {"inner": {"budget_images": 32, "batch_size": 16}, "rewards": {"n_samples": 256, "sampling_steps": 1, "confirm": 0}}
+BUDGET = {"inner": {"budget_images": 32, "batch_size": 16}, "rewards": {"n_samples": 16, "force": True, "sampling_steps": 1, "confirm": 0}}
 
 
 def blocks(language=""):
