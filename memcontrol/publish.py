@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import time
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -50,9 +52,13 @@ class Publisher:
 
     def __init__(self, study: Study, space: SearchSpace, folder: Path):
         self.study, self.space, self.folder = study, space, folder
-        self.written: dict[int | None, str] = {}  # notes by trial; None: the study's own
-        self.seen: list[tuple] = []
+        self.written = study.patiently(lambda: notes_in(study))  # by trial; None: the study's own
+        self.seen: dict[int, Record] = {}
         self.due = 0.0
+
+    @cached_property
+    def data(self) -> dict[str, Any]:
+        return data_of(self.folder)
 
     def look(self) -> None:
         """At most every INTERVAL_SECONDS: what is written grows with the study."""
@@ -61,17 +67,17 @@ class Publisher:
 
     def publish(self) -> None:
         records = self.study.records()
-        seen = [(record.number, record.state, record.confirmed, record.replicates) for record in records]
-        if seen != self.seen:
-            self.write(records)
-        self.seen, self.due = seen, time.monotonic() + INTERVAL_SECONDS
+        changed = [record for record in records if self.seen.get(record.number) != record]
+        if changed:
+            self.write(records, changed)
+        self.seen, self.due = {record.number: record for record in records}, time.monotonic() + INTERVAL_SECONDS
 
-    def write(self, records: Sequence[Record]) -> None:
+    def write(self, records: Sequence[Record], changed: Sequence[Record]) -> None:
         complete, picked = [record for record in records if record.finished], picked_of(records, self.study)
-        for record in records:
+        for record in changed:
             if record.state != "RUNNING":
                 self.note(record.number, trial_note(record, self.space))
-        self.note(None, study_note(self.study.config, self.space, records, data_of(self.folder), picked))
+        self.note(None, study_note(self.study.config, self.space, records, self.data, picked))
         name = self.study.config.name
         if complete and len(complete[0].objectives) > 1:
             self.plot(FRONT, front_plot(complete, picked, len(self.space.groups), f"{name}: front"))
@@ -87,6 +93,18 @@ class Publisher:
         if self.written.get(number) != text:
             self.study.patiently(lambda: save_note(self.study, number, text))
             self.written[number] = text
+
+
+def notes_in(study: Study) -> dict[int | None, str]:
+    """Our part of every note, read at once: the library reads all of a study's attributes for each."""
+    attributes = study.storage.get_study_system_attrs(study.inner._study_id)
+    chunks: dict[int | None, dict[int, str]] = {}
+    for name, text in attributes.items():
+        if found := re.fullmatch(r"dashboard:(?:(\d+):)?note_str:(\d+)", name):
+            chunks.setdefault(int(found[1]) if found[1] else None, {})[int(found[2])] = text
+    numbers: dict[int | None, int | None] = {trial_id: number for number, trial_id in study.ids.items()} | {None: None}
+    whole = {numbers[trial_id]: "".join(parts[i] for i in sorted(parts)) for trial_id, parts in chunks.items() if trial_id in numbers}
+    return {number: text.partition(YOURS)[0] for number, text in whole.items()}
 
 
 def save_note(study: Study, number: int | None, text: str) -> None:
