@@ -158,7 +158,7 @@ def add_spaces(subparsers) -> None:
 
 def add_completion(subparsers) -> None:
     completion = command(subparsers, "completion", run_completion, "print a script that lets a shell complete memcontrol's commands and options")
-    completion.add_argument("shell", choices=("bash", "zsh", "tcsh"))
+    completion.add_argument("shell", choices=("bash", "zsh", "tcsh"), help="which shell")
 
 
 def run_completion(args: argparse.Namespace) -> int:

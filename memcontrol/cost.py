@@ -115,7 +115,8 @@ def blocks_of(denoiser: nn.Module, space: SearchSpace) -> list[dict]:
 
 def block_of(parameter: str) -> str:
     """Of "down_blocks.1.attentions.0.norm.weight", "down_blocks.1"; of "conv_in.weight", "conv_in"."""
-    first, second, *_ = parameter.split(".")
+    first, _, rest = parameter.partition(".")
+    second = rest.partition(".")[0]
     return f"{first}.{second}" if second.isdigit() else first
 
 

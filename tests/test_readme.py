@@ -76,12 +76,17 @@ def with_small_budget(study):
     study.write_text(yaml.safe_dump({**values, **BUDGET, "search": {"trials": 1, "workers": 1, "executor": "inline"}}))
 
 
+def restore_interrupts():
+    """Tests in the background inherit that Ctrl-C is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def serve(command, folder):
     """It prints its address, answers, and ends on Ctrl-C."""
     import urllib.request
 
     arguments = [sys.executable, "-m", "memcontrol.cli", *shlex.split(command)[1:]]
-    process = subprocess.Popen(arguments, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(arguments, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=restore_interrupts)
     address = process.stdout.readline().strip()
     with urllib.request.urlopen(address) as response:
         assert response.status == 200

@@ -151,7 +151,7 @@ def test_retraining_scores_on_test_data_beside_full_fine_tuning(searched, tmp_pa
     assert json.loads((tmp_path / "out" / "result.json").read_text())["choice"] == trial["choice"]
     assert (tmp_path / "out" / "pairs.png").stat().st_size > 10_000
     said = memcontrol("export", tmp_path / "out", tmp_path / "lora")
-    assert sorted(os.listdir(tmp_path / "lora")) == ["comfyui", "pytorch_lora_weights.safetensors"]
+    assert sorted(os.listdir(tmp_path / "lora")) == ["README.md", "comfyui", "pytorch_lora_weights.safetensors"]
     assert said.stdout == f"{tmp_path / 'lora'}\n" and f'assets/tiny").load_lora_weights("{tmp_path / "lora"}")' in said.stderr
     trained_at = (baseline / "result.json").stat().st_mtime_ns
     done = memcontrol("retrain", searched, "--trial", full["trial"])  # the baseline itself: nothing is trained twice
