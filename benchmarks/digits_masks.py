@@ -50,8 +50,8 @@ def run(device: str) -> list[dict]:
 def fine_tune(folder: Path, masks: list[str]) -> None:
     """Each mask in a folder of its name, from rung to rung to its end; what is finished stays as it is."""
     from memcontrol.config import load_config
-    from memcontrol.executors import Local
     from memcontrol.jobs import Jobs
+    from memcontrol.local_executor import Local
     from memcontrol.orchestrate import prepared
     from memcontrol.space import Choice, parse_space
     from memcontrol.spec import RESULT, Spec

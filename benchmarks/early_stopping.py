@@ -41,7 +41,7 @@ def compared(folder: Path, seed: int) -> dict:
 def searched(folder: Path, name: str, rule: dict | None, seed: int):
     from memcontrol.config import load_config
     from memcontrol.demo import STUDY
-    from memcontrol.executors import make_executor
+    from memcontrol.launch import make_executor
     from memcontrol.orchestrate import search
     from memcontrol.study import open_study
 

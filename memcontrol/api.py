@@ -167,7 +167,7 @@ def silent(event: Event) -> None: ...
 @contextlib.contextmanager
 def executor_of(config: Config, folder: Path) -> Iterator[Executor]:
     """The config's executor, ended at once when the block is left."""
-    from memcontrol.executors import make_executor
+    from memcontrol.launch import make_executor
 
     executor = make_executor(config, folder)
     try:

@@ -8,9 +8,11 @@ import pytest
 from memcontrol.attempts import Superseded, attempts_of, begin_attempt, failures_of, note_failure, progress_of
 from memcontrol.config import load_config
 from memcontrol.errors import MemControlError
-from memcontrol.executors import ENDS, Event, Executor, Inline, Local, limit_of, make_executor, visible_gpus
+from memcontrol.executors import ENDS, Event, Executor, limit_of
 from memcontrol.files import read_json
 from memcontrol.jobs import Jobs
+from memcontrol.launch import make_executor
+from memcontrol.local_executor import Inline, Local, visible_gpus
 from memcontrol.space import Choice, load_space
 from memcontrol.spec import RESULT, TRAINING, Spec
 from memcontrol.stopping import rungs_of

@@ -8,7 +8,7 @@ from pathlib import Path
 import memcontrol
 
 LAYERS = """errors saying estimate interrupt seeds files yaml_files explain config attempts database space spec artifacts data features tuners peft_tuners adapters families models extractors memory shards augment mitigate figures stopping rewards probe cost derive evidence train ensemble bench scoring gallery run
-prepare pareto executors worker ray_executor slurm_executor jobs gp points study replicates growth surrogate mirror sampling effects picking notes plots publish pictures comparing retraining auditing card exporting orchestrate watch guard dashboard display facts charts reporting propose demo api looking commands cli tiny""".split()
+prepare pareto executors worker local_executor ray_executor slurm_executor launch jobs gp points study replicates growth surrogate mirror sampling effects picking notes plots publish pictures comparing retraining auditing card exporting orchestrate watch guard dashboard display facts charts reporting propose demo api looking commands cli tiny""".split()
 PACKAGE = Path(memcontrol.__file__).parent
 
 
@@ -28,8 +28,6 @@ def test_every_module_has_its_layer_and_opens_with_what_it_owns():
 def test_imports_only_fall():
     for name in LAYERS:
         for other in imported(PACKAGE / f"{name}.py"):
-            if name == "executors" and other in ("worker", "ray_executor", "slurm_executor"):
-                continue  # the inline executor is a worker in this process; the others' libraries are optional
             assert LAYERS.index(other) < LAYERS.index(name), f"{name} imports {other}"
 
 

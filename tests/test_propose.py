@@ -10,6 +10,8 @@ import yaml
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from memcontrol import search
+
 COMMAND = [sys.executable, "-m", "memcontrol.cli"]
 FASTER = ("inner.budget_images=32", "rewards.n_samples=16", "rewards.force=true", "rewards.sampling_steps=1", "rewards.confirm=0", "search.workers=1", "search.executor=inline")
 
@@ -72,8 +74,7 @@ def test_a_proposed_study_is_searched_without_an_edit(fill, tmp_path):
         assert words in done.stderr, done.stderr
     values = yaml.safe_load((tmp_path / "my-images.yaml").read_text())
     assert values["name"] == "my-images" and values["data"]["path"] == str(folder)
-    searched = memcontrol("search", "my-images.yaml", "--trials", 2, *FASTER, cwd=tmp_path)
-    assert searched.returncode == 0, searched.stderr
+    assert len(search(tmp_path / "my-images.yaml", *FASTER, trials=2, quiet=True)) == 5
     split = json.loads((tmp_path / "runs/my-images/split.json").read_text())["parts"]
     said = {part: int(line.split("# ")[1].split()[0]) for part in split for line in done.stderr.splitlines() if line.strip().startswith(f"{part}:")}
     assert {part: len(rows) for part, rows in split.items()} == said
