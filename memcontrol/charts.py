@@ -48,7 +48,7 @@ class Scale:
         margin = 0.06 * ((math.log(high / low) if self.log else high - low) or 1)
         self.low, self.high = (low / math.exp(margin), high * math.exp(margin)) if self.log else (low - margin, high + margin)
         self.begin, self.end = begin, end
-        places = ticker.LogLocator(subs=(1, 2, 3, 5)) if self.log else ticker.MaxNLocator(6, steps=[1, 2, 5, 10])
+        places = ticker.LogLocator(subs=(1, 1.5, 2, 3, 5, 7)) if self.log else ticker.MaxNLocator(6, steps=[1, 2, 5, 10])
         self.ticks = [float(value) for value in places.tick_values(self.low, self.high) if self.low <= value <= self.high]
 
     def __call__(self, value: float) -> float:

@@ -34,7 +34,7 @@ h1 { font-size: 1.6rem; line-height: 1.2; margin: .5rem 0; } h2 { font-size: 1.2
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .87rem; } td, th { padding: .25rem .7rem .25rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--faint); }
 td.n { white-space: nowrap; } tr.on, .heat tr.on th { background: rgba(var(--on), .16); } tr[data-trial] { cursor: default; }
 figure { margin: 0 0 1rem; } figure img { max-width: 100%; background: #fff; } .wide img { max-width: none; }
-.chart { max-width: 46rem; } .chart svg { width: 100%; height: auto; } .point { cursor: pointer; } .point:focus, .point.on { outline: none; stroke: var(--ink); stroke-width: 2; opacity: 1; }
+.chart { max-width: 38rem; } .chart svg { width: 100%; height: auto; } .point { cursor: pointer; } .point:focus, .point.on { outline: none; stroke: var(--ink); stroke-width: 2; opacity: 1; }
 .legend span { margin-right: 1.1rem; white-space: nowrap; } .key { width: .95rem; height: .95rem; vertical-align: -.12rem; overflow: visible; }
 .sampled { fill: var(--sampled); } .none { fill: var(--none); } .all { fill: var(--all); } .full { fill: var(--full); } .key .pick { fill: none; stroke: var(--pick); stroke-width: 2.5; }
 .heat td, .heat th { border: 2px solid var(--paper); padding: .2rem .3rem; } .heat td { min-width: 1.3rem; text-align: center; font-size: .72rem; } .heat thead th { writing-mode: vertical-rl; transform: rotate(180deg); vertical-align: bottom; font-weight: normal; font-size: .75rem; }
