@@ -68,19 +68,20 @@ def samples_picture(images: np.ndarray) -> Image.Image:
 def pairs_picture(strips: Sequence[Strip]) -> Image.Image:
     """For each run a strip of three rows, with what lies between the images below them."""
     font, side = ImageFont.load_default(11), side_of(strips[0].generated)
-    height = LINE + 3 * side + 2 * LINE
+    below = LINE + 3 * (side + GAP)  # of the pictures
+    height = below + 2 * LINE
     sheet = Image.new("RGB", (LEFT + N_COLUMNS * (side + GAP), len(strips) * height), "white")
     draw = ImageDraw.Draw(sheet)
     for s, strip in enumerate(strips):
         top = s * height
         draw.text((4, top + 2), strip.title, fill="black", font=font)
         for r, (name, images) in enumerate(strip.rows.items()):
-            row = top + LINE + r * side
+            row = top + LINE + r * (side + GAP)
             draw.text((4, row + side // 2 - 8), name, fill="black", font=font)
             for column, image in enumerate(images):
                 sheet.paste(tile(image, side), (LEFT + column * (side + GAP), row))
         for column, (distance, share) in enumerate(zip(strip.distances, strip.shares)):
-            draw.text((LEFT + column * (side + GAP), top + LINE + 3 * side + 2), f"d {distance:.2f}\n{share:.2f} of held", fill="black", font=font)
+            draw.text((LEFT + column * (side + GAP), top + below), f"d {distance:.2f}\n{share:.2f} of held", fill="black", font=font)
     return sheet
 
 
