@@ -31,10 +31,10 @@ def search(
 
     Interrupted, it is continued by the same call. Raises MemControlError.
     """
-    from memcontrol.config import load_config
+    from memcontrol.config import load_config, study_folder
 
     config = load_config(Path(study), overridden(overrides, trials, workers, executor))
-    with executor_of(config, folder_of(study)) as places:
+    with executor_of(config, study_folder(Path(study), config.name)) as places:
         searched(Path(study), config, places, quiet)
     return [record for record in status(study) if record.finished]
 
@@ -144,10 +144,11 @@ def overridden(overrides: Sequence[str], trials: int | None, workers: int | None
 
 def searched(study_file: Path, config: Config, executor: Executor, quiet: bool = False) -> None:
     """Searches, shown on stderr (or below a notebook's cell) unless quiet."""
+    from memcontrol.config import study_folder
     from memcontrol.display import Display, log_event
     from memcontrol.orchestrate import search as run
 
-    folder, n_groups = folder_of(study_file), len(space_of(config).groups)
+    folder, n_groups = study_folder(study_file, config.name), len(space_of(config).groups)
 
     def show(event: Event) -> None:
         log_event(event, n_groups)

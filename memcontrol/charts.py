@@ -29,22 +29,26 @@ def front_chart(trials: Sequence[Trial], objectives: dict[str, str]) -> str:
     """The finished trials over the first two objectives, with 95 % intervals for those on the front and the anchors; what no trial on the
     front has is drawn pale."""
     x, y = list(objectives)[:2]
-    across = Scale([t["values"][x] for t in trials], LEFT, WIDTH - RIGHT)
-    up = Scale([t["values"][y] for t in trials], HEIGHT - BOTTOM, TOP)
+    across, up = (Scale([t["values"][name] for t in trials], ends_of(trials, name), *ends) for name, ends in ((x, (LEFT, WIDTH - RIGHT)), (y, (HEIGHT - BOTTOM, TOP))))
     parts = [*grid(across, up), *labels(x, y, objectives), front_line(trials, x, y, across, up)]
     for trial in sorted(trials, key=lambda t: (t["front"], bool(t["anchor"]))):
         parts.append(point(trial, x, y, across, up))
     return svg(WIDTH, HEIGHT, "The Pareto front", parts)
 
 
+def ends_of(trials: Sequence[Trial], name: str) -> list[float]:
+    """Of the intervals that are drawn."""
+    return [end for t in trials if t["front"] or t["anchor"] for end in interval_of(name, t["rewards"])]
+
+
 class Scale:
     """From values to pixels between two ends; logarithmic where the largest is over three times the smallest."""
 
-    def __init__(self, values: Sequence[float], begin: float, end: float):
+    def __init__(self, values: Sequence[float], ends: Sequence[float], begin: float, end: float):
         from matplotlib import ticker
 
-        low, high = min(values), max(values)
-        self.log = 0 < 3 * low < high
+        self.log = 0 < 3 * min(values) < max(values)
+        low, high = (choose([*values, *(value for value in ends if not self.log or 3 * value > min(values))]) for choose in (min, max))
         margin = 0.06 * ((math.log(high / low) if self.log else high - low) or 1)
         self.low, self.high = (low / math.exp(margin), high * math.exp(margin)) if self.log else (low - margin, high + margin)
         self.begin, self.end = begin, end

@@ -21,7 +21,7 @@ from memcontrol.notes import said_of
 from memcontrol.picking import front_of, ties_of
 from memcontrol.publish import data_of, picked_of
 from memcontrol.replicates import spread_of
-from memcontrol.space import EVERYTHING, SearchSpace
+from memcontrol.space import EVERYTHING, Choice, SearchSpace
 from memcontrol.spec import NETWORK, RESULT, TRAINING
 from memcontrol.study import Record, Study
 
@@ -55,7 +55,7 @@ def facts_of(study: Study, space: SearchSpace, folder: Path) -> dict[str, Any]:
         "trials": trials, "blocks": [block["name"] for block in blocks], "hypervolume": hypervolume_of(records, study),
         "importance": importance_of(records, space), "spread": None if (spread := spread_of(complete)) is None else dict(zip(study.objectives, spread.tolist())),
         "training": [{"trial": record.number} | fates for record in told if (fates := fates_of(folder / record.chosen.key))],
-        "cost": cost_of(records, folder), "made_with": study.attributes.get("made_with", {}),
+        "retrained": retrained_in(folder, len(space.groups)), "cost": cost_of(records, folder), "made_with": study.attributes.get("made_with", {}),
     }  # fmt: skip
 
 
@@ -86,9 +86,19 @@ def fates_of(run: Path) -> dict[str, int]:
     if not (run / TRAINING).is_file():
         return {}
     total: Counter[str] = Counter()
-    for shard in read_json(run / TRAINING)["shards"]:
+    for shard in read_json(run / TRAINING).get("shards", ()):  # none, where nothing was trained
         total.update({name: shard.get(name, 0) for name in FATES})
     return dict(total)
+
+
+def retrained_in(folder: Path, n_groups: int) -> list[dict[str, Any]]:
+    """The runs of `memcontrol retrain` that ended well, full fine-tuning first: choice, rewards on test images, folder."""
+    found = [(path.parent, read_json(path)) for path in sorted((folder / "retrain").glob(f"*/{RESULT}"))]
+    runs = [
+        {"said": said_of(Choice.from_dict(result["choice"]), n_groups), "choice": result["choice"], "rewards": result["rewards"], "n_samples": result["n_samples"], "run": str(run)}
+        for run, result in found if result["state"] == "COMPLETE"
+    ]  # fmt: skip
+    return sorted(runs, key=lambda run: run["choice"]["method"] != "full")
 
 
 def cost_of(records: Sequence[Record], folder: Path) -> dict[str, float]:

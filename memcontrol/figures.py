@@ -34,7 +34,7 @@ FIGURES = {
     "density": Figure("density", "{:.3f}", MAXIMIZE, False, NONE, NEIGHBOURS, "real images' balls that a sample lies in; blur raises it"),
     "coverage": Figure("coverage", "{:.3f}", MAXIMIZE, True, WILSON, NEIGHBOURS, "share of held-out images with a sample in their ball; grows with n alone"),
     "clip_score": Figure("CLIP score", "{:.2f}", MAXIMIZE, True, "standard error", "a CLIP model on the samples", "how well samples fit their captions (with rewards.clip)"),
-    "memorization": Figure("memorization", "{:.3f}", MINIMIZE, True, "standard error and p, label permutation", NEIGHBOURS, "M, the larger of the next two, at least 0: log of distance to held-out over distance to training images"),
+    "memorization": Figure("memorization", "{:.3f}", MINIMIZE, True, "standard error and p, label permutation", NEIGHBOURS, "M: log of distance to held-out over distance to training images, in pixels or in features, whichever is larger; at least 0"),
     "memorization_pixels": Figure("M, pixels", "{:.3f}", MINIMIZE, False, "standard error and p, label permutation", NEIGHBOURS, "M in pixels, mirror images included; 0 without copying"),
     "memorization_features": Figure("M, features", "{:.3f}", MINIMIZE, False, "standard error and p, label permutation", NEIGHBOURS, "M in the feature network"),
     "copy_rate": Figure("copied (95 %)", "{:.1%}", MINIMIZE, True, WILSON, NEIGHBOURS, "share nearer to a training image than 99 % of real images; about 1 % is chance"),

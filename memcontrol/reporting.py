@@ -12,10 +12,12 @@ from typing import Any
 import yaml
 
 from memcontrol.charts import bar, front_chart, legend, told
+from memcontrol.errors import MemControlError
 from memcontrol.figures import BLIND, FIGURES, MAXIMIZE, written
 from memcontrol.files import replacing
 from memcontrol.notes import title_of
 from memcontrol.spec import PAIRS_PICTURE
+from memcontrol.surrogate import N_SPREAD
 
 Facts = dict[str, Any]
 ALWAYS = ("copy_rate", "trained_fraction")  # figures of the front's table beside the objectives
@@ -26,14 +28,14 @@ STYLE = """
 @media (prefers-color-scheme: dark) { :root { --paper: #14181c; --ink: #e6e9ec; --faint: #454c54; --soft: #1e242a; --on: 86,180,233;
   --sampled: #56B4E9; --none: #a0a0a0; --all: #E69F00; --full: #ff8a4c; --pick: #3fcf9f; } }
 @media print { :root { --paper: #fff; --ink: #000; --faint: #bbb; --soft: #fff; --on: 0,114,178; --sampled: #0072B2; --all: #c98500; --full: #D55E00; --pick: #00875f; }
-  section, figure, tr { break-inside: avoid; } .screen { display: none; } body { font-size: 10.5pt; } }
+  section, figure, tr { break-inside: avoid; } .screen { display: none; } body { font-size: 10.5pt; } .wide { overflow: visible; } table { font-size: 8pt; } td.n { white-space: normal; } .wide img { max-width: 100%; } }
 body { background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: auto; padding: 1rem; overflow-wrap: break-word; }
 h1 { font-size: 1.6rem; line-height: 1.2; margin: .5rem 0; } h2 { font-size: 1.2rem; margin: 2.2rem 0 .4rem; }
 .lead { font-size: 1.1rem; border-left: 4px solid var(--pick); padding-left: .8rem; }
 .note, caption, figcaption, .told { font-size: .87rem; opacity: .85; text-align: left; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .87rem; } td, th { padding: .25rem .7rem .25rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--faint); }
 td.n { white-space: nowrap; } tr.on, .heat tr.on th { background: rgba(var(--on), .16); } tr[data-trial] { cursor: default; }
-figure { margin: 0 0 1rem; } figure img { max-width: 100%; background: #fff; } .wide img { max-width: none; }
+figure { margin: 0 0 1rem; } figure img { background: #fff; } @media screen { .wide img { max-width: none; } }
 .chart { max-width: 38rem; } .chart svg { width: 100%; height: auto; } .point { cursor: pointer; } .point:focus, .point.on { outline: none; stroke: var(--ink); stroke-width: 2; opacity: 1; }
 .legend span { margin-right: 1.1rem; white-space: nowrap; } .key { width: .95rem; height: .95rem; vertical-align: -.12rem; overflow: visible; }
 .sampled { fill: var(--sampled); } .none { fill: var(--none); } .all { fill: var(--all); } .full { fill: var(--full); } .key .pick { fill: none; stroke: var(--pick); stroke-width: 2.5; }
@@ -52,12 +54,15 @@ document.querySelectorAll('[data-trial]').forEach(e => ['mouseenter', 'focus', '
 
 
 def write_report(facts: Facts, path: Path, with_images: bool = True) -> None:
+    """Raises MemControlError where the path is no page's: a study file given in its place must not be lost."""
+    if path.suffix.lower() not in (".html", ".htm") or path.is_dir():
+        raise MemControlError(f"the report is one HTML page, and {path} is not named as one; give OUT.html (data goes to stdout: --csv, --json)")
     with replacing(path) as part:
         part.write_text(page(facts, with_images), encoding="utf-8")
 
 
 def page(facts: Facts, with_images: bool) -> str:
-    sections = (front, standings, masks, drivers, pairs if with_images else no_pairs, fates, images, setting, cost, reproduce, limits)
+    sections = (front, standings, retrained, masks, drivers, pairs if with_images else no_pairs, fates, images, setting, cost, reproduce, limits)
     return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
 <title>{escape(facts["study"])}: MemControl</title><style>{STYLE}</style></head><body>
@@ -105,15 +110,31 @@ def picked(facts: Facts) -> dict[str, Any] | None:
 
 def question(facts: Facts) -> str:
     config, chosen, full = facts["config"], picked(facts), of_anchor(facts, "full")
-    asked = f"Which parameters of {config['base']} can be fine-tuned on {config['data']['path']} so that quality stays and copying of training images goes?"
+    asked = f"Which parameters of {last(config['base'])} can be fine-tuned on {last(config['data']['path'])} so that quality stays and copying of training images goes?"
     answer = "No trial but the untrained base has finished yet."
     if chosen:
         names = [*facts["objectives"], *(name for name in ALWAYS[:1] if name not in facts["objectives"])]
         against = f", against {compared(names, full['rewards'])} with full fine-tuning" if full and full is not chosen else ""
         if full is chosen:
             against = ". No mask comes within 5 % of it in the first objective, so the pick is full fine-tuning itself: search on, or bound its copying"
-        answer = f"Trial {chosen['trial']} ({chosen['said']}): {compared(names, chosen['rewards'])}{against}. These are figures of the search, on held-out images; `memcontrol retrain` measures the pick again on test images."
+        again = "those on test images stand below" if facts["retrained"] else "`memcontrol retrain` measures the pick again on test images"
+        answer = f"Trial {chosen['trial']} ({chosen['said']}): {compared(names, chosen['rewards'])}{against}. These are figures of the search, on held-out images; {again}."
     return f"<h1>{escape(facts['study'])}</h1>{paragraph(asked)}{paragraph(answer, 'lead')}"
+
+
+def last(path: str) -> str:
+    """A name, or the last part of a path: where files lie on a machine is not for a page that is passed on."""
+    return Path(path).name if Path(path).is_absolute() else path
+
+
+def retrained(facts: Facts) -> str:
+    """What to trust: trained anew from another seed on all training images, scored on test images."""
+    if not facts["retrained"]:
+        return ""
+    names = [*facts["objectives"], *(name for name in ALWAYS if name not in facts["objectives"])]
+    rows = [row([escape(run["said"]), *(written(name, run["rewards"]) for name in names)]) for run in facts["retrained"]]
+    about = "Trained again from a new seed on all training images, and scored with new prompts and noise against test images, which the search never saw: the figures to trust. `memcontrol compare` tells differences in pairs."
+    return section("Retrained, on test images", paragraph(about, "note"), table(["choice", *map(title_of, names)], rows))
 
 
 def compared(names: Sequence[str], rewards: dict[str, float]) -> str:
@@ -125,7 +146,7 @@ def front(facts: Facts) -> str:
         return ""
     chart = front_chart(finished(facts), facts["objectives"])
     link = f'<p class="screen"><a download="{escape(facts["study"])}-front.svg" href="data:image/svg+xml;base64,{base64.b64encode(chart.encode()).decode()}">this figure as SVG</a></p>'
-    about = "The line joins the front; bars are 95 % intervals; pale points are beaten. Point at one, or tap it, to read what it is."
+    about = "The line joins the front; bars are 95 % intervals of the front and the anchors; pale points are sampled masks that others beat. Point at one, or tap it, to read what it is."
     return section("Quality and copying", f'<figure class="chart">{chart}</figure>', legend(), f'<p class="told" aria-live="polite">{escape(about)}</p>', link)
 
 
@@ -174,7 +195,7 @@ def named(groups: Sequence[str]) -> str:
 def drivers(facts: Facts) -> str:
     effects, objectives = facts["importance"], list(facts["objectives"])
     if not effects:
-        return section("What drives what", paragraph("Too few trials have ended to tell.", "note"))
+        return section("What drives what", paragraph(f"Too few trials have ended to tell: it takes {N_SPREAD}, beside no training and full fine-tuning.", "note"))
     most = {name: max(abs(e["effects"][name]["value"]) + 1.96 * e["effects"][name]["error"] for e in effects) for name in objectives}
     rows = []
     for effect in effects:
@@ -231,7 +252,7 @@ def images(facts: Facts) -> str:
         return section("Images", paragraph("split.json is not on this machine.", "note"))
     uses = {"train": "fine-tuned on", "holdout": "what the search's figures compare with", "test": "for `retrain` only"}
     rows = [row([name, f"{part['images']:,}", f"<code>{part['digest']}</code>", coded(uses[name])]) for name, part in data["parts"].items()]
-    about = f"{data['source']}, {data['resolution']} x {data['resolution']} pixels; no image is in two parts. The hash is of the pixels and captions (SHA-256, 16 digits)."
+    about = f"{last(data['source'])}, {data['resolution']} x {data['resolution']} pixels; no image is in two parts. The hash is of the pixels and captions (SHA-256, 16 digits)."
     return section("Images", paragraph(about), table(["part", "images", "hash", "use"], rows))
 
 
@@ -265,7 +286,8 @@ def cost(facts: Facts) -> str:
 
 
 def reproduce(facts: Facts) -> str:
-    given, whole = (yaml.safe_dump(facts[key], sort_keys=False, allow_unicode=True) for key in ("given", "config"))
+    shown = {key: {**facts[key], "base": last(facts["config"]["base"]), "data": {**facts[key]["data"], "path": last(facts["config"]["data"]["path"])}} for key in ("given", "config")}
+    given, whole = (yaml.safe_dump(shown[key], sort_keys=False, allow_unicode=True) for key in ("given", "config"))
     commands = f"memcontrol search {facts['study']}.yaml\nmemcontrol pick {facts['study']}.yaml\nmemcontrol retrain {facts['study']}.yaml"
     about = "The study file, less what is at its default. The same config, seed, images (compare the hashes) and CPU give the same numbers with one worker; on GPUs they agree within the errors above."
     return section("How to reproduce it", paragraph(about), f"<pre>{escape(commands)}</pre><pre># {escape(facts['study'])}.yaml\n{escape(given)}</pre>", f"<details><summary>with all defaults</summary><pre>{escape(whole)}</pre></details>")
