@@ -60,13 +60,14 @@ def search_and_show(study_file: Path, config: Config, executor: Executor) -> Non
 
 def show_search(study_file: Path, screen) -> None:
     from memcontrol.display import cheap_line, relative, spread_line, study_table
-    from memcontrol.picking import finished, pick
+    from memcontrol.picking import finished
     from memcontrol.pictures import front_picture
+    from memcontrol.publish import picked_of
     from memcontrol.space import load_space
 
     study, folder = opened(study_file), folder_of(study_file)
     complete = finished(study.records())
-    picked = pick(complete, wanted=study.limits) if any(record.anchor != "none" for record in complete) else None
+    picked = picked_of(complete, study)
     warn_of_full(picked, screen)
     warn_of_limits(study, picked, screen)
     screen.print(study_table(complete, len(load_space(study.config.space).groups), "trials", picked))

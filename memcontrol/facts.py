@@ -52,10 +52,10 @@ def facts_of(study: Study, space: SearchSpace, folder: Path) -> dict[str, Any]:
             "name": config.space, "description": space.description, "groups": list(space.groups), "methods": list(space.methods), "rank": list(space.rank),
             "learning_rate": {method: list(limits) for method, limits in space.learning_rate.items()},
         },
-        "trials": trials, "blocks": [block["name"] for block in blocks], "hypervolume": hypervolume_of(records, study),
+        "trials": trials, "blocks": [block["name"] for block in blocks], "hypervolume": hypervolume_of(study),
         "importance": importance_of(records, space), "spread": None if (spread := spread_of(complete)) is None else dict(zip(study.objectives, spread.tolist())),
         "training": [{"trial": record.number} | fates for record in told if (fates := fates_of(folder / record.chosen.key))],
-        "retrained": retrained_in(folder, len(space.groups)), "cost": cost_of(records, folder), "made_with": study.attributes.get("made_with", {}),
+        "retrained": retrained_in(folder, len(space.groups)), "cost": spent_on(records, folder), "made_with": study.attributes.get("made_with", {}),
     }  # fmt: skip
 
 
@@ -65,12 +65,14 @@ def share_of(record: Record, block: dict[str, Any]) -> float:
     return 1.0 if EVERYTHING in groups else sum(n for group, n in block["groups"].items() if group in groups) / block["parameters"]
 
 
-def hypervolume_of(records: Sequence[Record], study: Study) -> dict[str, Any] | None:
+def hypervolume_of(study: Study) -> dict[str, Any] | None:
+    """Value, error and reference point; None before the anchors have ended, whose worst values it is measured from."""
+    records = study.records()
     reference = study.attributes.get("reference") or reference_of(records)
     if reference is None:
         return None
-    value = grown(records, reference)
-    return {"value": float(value), "error": value.error, "losses_reference": reference}
+    found, signs = grown(records, reference), {name: -1 if direction == "maximize" else 1 for name, direction in study.objectives.items()}
+    return {"value": float(found), "error": found.error, "reference": {name: sign * value for (name, sign), value in zip(signs.items(), reference)}}
 
 
 def importance_of(records: Sequence[Record], space: SearchSpace) -> list[dict[str, Any]]:
@@ -101,10 +103,11 @@ def retrained_in(folder: Path, n_groups: int) -> list[dict[str, Any]]:
     return sorted(runs, key=lambda run: run["choice"]["method"] != "full")
 
 
-def cost_of(records: Sequence[Record], folder: Path) -> dict[str, float]:
+def spent_on(records: Sequence[Record], folder: Path) -> dict[str, float]:
     """The fine-tunings that ended, each with its scoring: how many, their hours, the seconds of the median one."""
-    results = (folder / choice.key / RESULT for record in records for choice in record.candidates)
-    lengths = [read_json(path)["seconds"] for path in results if path.is_file() and "seconds" in read_json(path)]
+    paths = (folder / choice.key / RESULT for record in records for choice in record.candidates)
+    results = (read_json(path) for path in paths if path.is_file())
+    lengths = [result["seconds"] for result in results if "seconds" in result]
     return {"runs": len(lengths), "hours": sum(lengths) / 3600, "median_seconds": statistics.median(lengths) if lengths else 0.0}
 
 

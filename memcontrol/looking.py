@@ -30,6 +30,7 @@ def printed(table) -> None:
 
 def run_status(args: argparse.Namespace) -> int:
     from memcontrol.display import study_table
+    from memcontrol.facts import hypervolume_of
     from memcontrol.notes import said_of
     from memcontrol.orchestrate import is_searching
     from memcontrol.space import load_space
@@ -65,18 +66,6 @@ def run_status(args: argparse.Namespace) -> int:
                 sys.stdout.write(f"  {said_of(choice, n_groups)}: {'' if searching else 'was: '}{said_of_run(run, folder.is_dir())}\n")
     printed(study_table(records, n_groups, f"{study.config.name}: finished trials"))
     return 0
-
-
-def hypervolume_of(study) -> dict | None:
-    """Value, error and reference point; None before the anchors have ended, whose worst values it is measured from."""
-    from memcontrol.growth import grown, reference_of
-
-    records = study.records()
-    reference = study.attributes.get("reference") or reference_of(records)
-    if reference is None:
-        return None
-    found, signs = grown(records, reference), {name: -1 if direction == "maximize" else 1 for name, direction in study.objectives.items()}
-    return {"value": float(found), "error": found.error, "reference": {name: sign * value for (name, sign), value in zip(signs.items(), reference)}}
 
 
 def is_over(study, n: int | None) -> bool:

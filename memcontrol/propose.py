@@ -115,7 +115,7 @@ def proposed(folder: Path, seen: Look, name: str | None, base: str | None) -> st
     n_train = sizes["train"]
     budget = min(max(100 * n_train, 2_000), max(10_000, 10 * n_train))
     text = "\n".join([
-        f"# Proposed by memcontrol init, after a look at {seen.n} images. Change what you know better; README has every key.",
+        f"# Proposed by memcontrol init, after a look at {seen.n} images. Change what you know better; docs/study.md has every key.",
         f"name: {name or name_of(folder)}",
         line("base", json.dumps(base), why_base(base, n_gpus)),
         "data:",

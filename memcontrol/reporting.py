@@ -269,7 +269,7 @@ def setting(facts: Facts) -> str:
         "objectives": ", ".join(f"{title_of(name)} ({direction})" for name, direction in facts["objectives"].items()),
         "limits": ", ".join(f"{name} {bound:g}" for name, bound in facts["limits"].items()) or "none",
         "trials": ", ".join(f"{n} {state.lower()}" for state, n in states.items() if n) + f"; {search['sampler']} sampler, seed {search['seed']}",
-        "hypervolume": f"{volume['value']:.4g} ± {volume['error']:.2g}, from {', '.join(f'{v:.4g}' for v in volume['losses_reference'])}" if volume else "not known before the anchors have ended",
+        "hypervolume": f"{volume['value']:.4g} ± {volume['error']:.2g}, from {', '.join(f'{title_of(name)} {value:.4g}' for name, value in volume['reference'].items())}" if volume else "not known before the anchors have ended",
     }  # fmt: skip
     return section("Space and budget", definitions(rows))
 

@@ -110,6 +110,11 @@ def test_the_front_as_svg_stands_alone(facts):
 def test_what_is_missing_is_said(shown, tmp_path):
     done = memcontrol("report", shown)
     assert done.returncode == 1 and "OUT.html" in done.stderr
+    before = Path(shown).read_bytes()
+    for place in (shown, tmp_path, tmp_path / "x.csv"):  # a study file, a folder, what is no page
+        done = memcontrol("report", shown, place)
+        assert done.returncode == 1 and "OUT.html" in done.stderr and "Traceback" not in done.stderr
+    assert Path(shown).read_bytes() == before and list(tmp_path.iterdir()) == []
     (tmp_path / "none.yaml").write_text(Path(shown).read_text().replace("name: seen", "name: none"))
     done = memcontrol("report", tmp_path / "none.yaml", tmp_path / "x.html")
     assert done.returncode == 1 and "has not been searched yet" in done.stderr and not (tmp_path / "x.html").exists()
