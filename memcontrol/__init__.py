@@ -6,11 +6,13 @@ The commands are functions of the same names: `memcontrol.search("xrays.yaml")`,
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from memcontrol.api import audit, compare, export, front, importance, init, load_adapter, pick, report, retrain, search, status
+    from memcontrol.api import audit, compare, dashboard, export, front, importance, init, load_adapter, pick, report, retrain, search, status
     from memcontrol.evidence import reward
 
 __version__ = "0.1.0"
-__all__ = ["audit", "compare", "export", "front", "importance", "init", "load_adapter", "pick", "report", "retrain", "reward", "search", "status"]
+__all__ = [
+    "audit", "compare", "dashboard", "export", "front", "importance", "init", "load_adapter", "pick", "report", "retrain", "reward", "search", "status",
+]  # fmt: skip
 
 
 def __getattr__(name: str):

@@ -4,7 +4,7 @@ they import when they are called."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,8 @@ from memcontrol.errors import MemControlError
 from memcontrol.saying import console, logged
 
 if TYPE_CHECKING:
+    from wsgiref.simple_server import WSGIServer
+
     from memcontrol.auditing import Pictures
     from memcontrol.config import Config
     from memcontrol.effects import Effect
@@ -36,7 +38,8 @@ def search(
     config = load_config(Path(study), overridden(overrides, trials, workers, executor))
     with executor_of(config, study_folder(Path(study), config.name)) as places:
         searched(Path(study), config, places, quiet)
-    return [record for record in status(study) if record.finished]
+    with contextlib.closing(opened_as(config, study)) as found:
+        return [record for record in found.records() if record.finished]
 
 
 def status(study: StudyFile) -> list[Record]:
@@ -70,17 +73,17 @@ def retrain(
     study: StudyFile, rule: str | None = None, *, trial: int | None = None, limits: Sequence[str] = (), out: StudyFile | None = None
 ) -> dict[str, dict[str, Any]]:
     """Trains the pick and full fine-tuning on the whole training set, scored on test data. Returns the results of `pick` and `baseline`,
-    each with its rewards; the run folders are `retrain/KEY` in the study's. Raises MemControlError."""
-    from memcontrol.retraining import BASELINE
+    each with its rewards and its folder, `run`. Raises MemControlError."""
     from memcontrol.retraining import retrain as trained
 
     with contextlib.closing(opened(study)) as found:
         config, choice, full = found.config, picked_record(found, trial, rule, limits).chosen, full_of(found)
     folder = folder_of(study)
-    run, baseline = Path(out or run_folder(study, choice)), run_folder(study, full)
-    with executor_of(config_of(study), folder) as places:
-        results = trained(config, choice, full, folder, run, run if choice == full else baseline, places, silent)
-    return {"pick": results["pick"], "baseline": results[BASELINE]}
+    run = Path(out or run_folder(study, choice))
+    runs = {"pick": run, "baseline": run if choice == full else run_folder(study, full)}
+    with executor_of(config_of(study), folder) as places, retrain_logged(folder, config) as log:
+        results = trained(config, choice, full, folder, runs["pick"], runs["baseline"], places, log)
+    return {name: {**results[name], "run": str(runs[name])} for name in runs}
 
 
 def compare(run_a: str | Path, run_b: str | Path) -> dict[str, Estimate]:
@@ -122,12 +125,20 @@ def report(study: StudyFile, out: str | Path | None = None, *, images: bool = Tr
 
 def init(images: str | Path, out: str | Path | None = None, *, name: str | None = None, base: str | None = None) -> Path:
     """Looks at a folder of images and writes a study for it, with the reason beside each value. Returns the file. Raises MemControlError."""
-    from memcontrol.propose import look, name_of, proposed, write_study
+    from memcontrol.propose import propose
 
-    folder = Path(images)
-    path = Path(out or f"{name or name_of(folder)}.yaml")
-    write_study(proposed(folder, look(folder, lambda title, done, total: None), name, base), path)
-    return path
+    return propose(Path(images), Path(out) if out else None, name, base, lambda title, done, total: None).path
+
+
+def dashboard(
+    study: StudyFile, *, storage: str | None = None, host: str = "127.0.0.1", port: int = 0, token: str | None = None, writable: bool = False
+) -> str:
+    """Serves the study in optuna-dashboard from a thread, until the process ends. Returns the address. Raises MemControlError."""
+    import threading
+
+    server, address = dashboard_of(study, storage, host, port, token, writable)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return address
 
 
 def load_adapter(pipeline: Any, path: str | Path) -> Any:
@@ -155,14 +166,36 @@ def searched(study_file: Path, config: Config, executor: Executor, quiet: bool =
         if not quiet:
             display.on_event(event)
 
-    with logged(folder / LOG_FILE), contextlib.ExitStack() as shown:
+    with logged(folder / LOG_FILE, f"search of {study_file}: {given(config)}"), contextlib.ExitStack() as shown:
         display = Display(console(), config.search.trials, n_groups, config.search.workers)
         if not quiet:
             shown.enter_context(display)
         run(config, study_file, folder, executor, show, lambda study: None if quiet else display.on_study(study)).close()
 
 
-def silent(event: Event) -> None: ...
+@contextlib.contextmanager
+def retrain_logged(folder: Path, config: Config) -> Iterator[Callable[[Event], None]]:
+    """Gives what writes a retraining's events to the study's log."""
+    from memcontrol.display import log_event
+
+    n_groups = len(space_of(config).groups)
+    with logged(folder / LOG_FILE, f"retrain: {given(config)}"):
+        yield lambda event: log_event(event, n_groups)
+
+
+def given(config: Config) -> str:
+    """The config in a line, less what is at its default and less the storage's URL."""
+    import json
+
+    return json.dumps(config.model_dump(mode="json", exclude_defaults=True), ensure_ascii=False)
+
+
+def dashboard_of(study: StudyFile, storage: str | None, host: str, port: int, token: str | None, writable: bool) -> tuple[WSGIServer, str]:
+    from memcontrol.serving import serve
+
+    with contextlib.closing(opened(study, [f"storage={storage}"] if storage else [])) as found:
+        url, folder, name = found.url, found.folder, found.config.name
+    return serve(url, folder, name, host, port, token, writable)
 
 
 @contextlib.contextmanager
@@ -177,13 +210,19 @@ def executor_of(config: Config, folder: Path) -> Iterator[Executor]:
         executor.close()
 
 
-def opened(study_file: StudyFile, storage: str | None = None) -> Study:
-    """The study as it was searched: its stored config counts, not later edits of the file. `storage` replaces the file's."""
+def opened(study_file: StudyFile, overrides: Sequence[str] = ()) -> Study:
+    """The study as it was searched: its stored config counts, not later edits of the file."""
     from memcontrol.config import load_config
+
+    return opened_as(load_config(Path(study_file), overrides), study_file)
+
+
+def opened_as(config: Config, study_file: StudyFile) -> Study:
+    """The study that has the config's name and storage."""
+    from memcontrol.config import study_folder
     from memcontrol.study import open_study
 
-    config = load_config(Path(study_file), [f"storage={storage}"] if storage else [])
-    return open_study(config, folder_of(study_file), Path(study_file), create=False)
+    return open_study(config, study_folder(Path(study_file), config.name), Path(study_file), create=False)
 
 
 def config_of(study_file: StudyFile) -> Config:

@@ -221,6 +221,11 @@ def main() -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
+    except OSError as error:  # a place that cannot be read or written
+        if saying.level == saying.VERBOSE or not error.filename:
+            raise
+        sys.stderr.write(f"memcontrol: {error.filename}: {error.strerror}\n")
+        return 1
 
 
 if __name__ == "__main__":

@@ -9,14 +9,28 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from memcontrol.api import config_of, executor_of, folder_of, full_of, opened, overridden, picked_record, run_folder, searched, space_of
+from memcontrol.api import (
+    config_of,
+    executor_of,
+    folder_of,
+    full_of,
+    opened,
+    opened_as,
+    overridden,
+    picked_record,
+    retrain_logged,
+    run_folder,
+    searched,
+    space_of,
+)
 from memcontrol.errors import MemControlError
 from memcontrol.looking import warn_of_full, warn_of_limits
 from memcontrol.saying import console, out_json
 
 if TYPE_CHECKING:
     from memcontrol.config import Config
-    from memcontrol.executors import Executor
+    from memcontrol.executors import Event, Executor
+    from memcontrol.study import Study
 
 
 SAMPLING = {"samples": 256, "attacked": 0, "steps": 20, "guidance": 1.0, "seed": 0}  # of an audited pipeline
@@ -55,27 +69,28 @@ def run_search(args: argparse.Namespace) -> int:
 
 def search_and_show(study_file: Path, config: Config, executor: Executor) -> None:
     searched(study_file, config, executor)
-    show_search(study_file, console())
+    show_search(opened_as(config, study_file), study_file, console())
 
 
-def show_search(study_file: Path, screen) -> None:
+def show_search(study: Study, study_file: Path, screen) -> None:
     from memcontrol.display import cheap_line, relative, spread_line, study_table
     from memcontrol.picking import finished
     from memcontrol.pictures import front_picture
     from memcontrol.publish import picked_of
     from memcontrol.space import load_space
 
-    study, folder = opened(study_file), folder_of(study_file)
     complete = finished(study.records())
     picked = picked_of(complete, study)
     warn_of_full(picked, screen)
     warn_of_limits(study, picked, screen)
     screen.print(study_table(complete, len(load_space(study.config.space).groups), "trials", picked))
     if len(study.config.rewards.objectives) > 1:
-        front_picture(complete, picked, folder / "front.png", study.config.name)
-        screen.print(f"front: {relative(folder / 'front.png')}", highlight=False, soft_wrap=True)
+        front_picture(complete, picked, study.folder / "front.png", study.config.name)
+        screen.print(f"front: {relative(study.folder / 'front.png')}", highlight=False, soft_wrap=True)
     for line in filter(None, (spread_line(complete), cheap_line(complete))):
         screen.print(line, highlight=False, soft_wrap=True)
+    of_file = study_file if config_of(study_file).name == study.config.name else "STUDY.yaml"
+    screen.print(f"next: memcontrol retrain {of_file} (the pick, on test images), dashboard, report", highlight=False, soft_wrap=True)
 
 
 def run_retrain(args: argparse.Namespace) -> int:
@@ -109,8 +124,13 @@ def retrain_and_show(
     note = f"retraining {said_of(choice, n_groups)} beside {said_of(full, n_groups)}"
     if choice == full:
         note = f"the pick is full fine-tuning itself: retraining {said_of(full, n_groups)} alone"
-    with Display(screen, 0, n_groups, 2, note) as display:
-        results = retrain(config, choice, full, folder, out, baseline, executor, display.on_event)
+    with Display(screen, 0, n_groups, 2, note) as display, retrain_logged(folder, config) as log:
+
+        def show(event: Event) -> None:
+            log(event)
+            display.on_event(event)
+
+        results = retrain(config, choice, full, folder, out, baseline, executor, show)
     rewards = {name: result["rewards"] for name, result in results.items()}
     rows = [("baseline", said_of(full, n_groups), rewards[BASELINE]), ("pick", said_of(choice, n_groups), rewards["pick"])]
     screen.print(rewards_table(rows, "retrained on the full training set, scored on test data"))
@@ -123,12 +143,14 @@ def retrain_and_show(
 
 def transferred(config: Config, folder: Path, choice, executor: Executor, screen):
     """Makes a study that was never searched ready for a choice from another one. Returns full fine-tuning to compare with."""
+    from memcontrol.data import refuse_results_among
     from memcontrol.display import Display
     from memcontrol.jobs import Jobs
     from memcontrol.orchestrate import only_one, prepared
 
     space = space_of(config)
     space.check_choice(choice)
+    refuse_results_among(config.data.path, folder)
     with only_one(folder), Display(screen, 0, len(space.groups), 2, "reading the images of a study that was not searched") as display:
         prepared(config, folder, Jobs(executor, display.on_event))
     screen.print("this study was not searched: full fine-tuning is at the middle of its learning rates", highlight=False, soft_wrap=True)

@@ -14,9 +14,10 @@ from memcontrol.errors import MemControlError
 from memcontrol.explain import explained
 from memcontrol.yaml_files import read_yaml, yaml_number
 
-# What may change between two runs of one study: where and how fast it runs, not what it finds.
-FREE_KEYS = ("storage", "search.trials", "search.workers", "search.executor", "search.processes", "search.time_limit_minutes", "search.accumulate_on_oom", "search.stop_when_flat", "search.replicates", "ray", "slurm")
+# What may change between two runs of one study: where and how fast it runs, not what it finds. Images may move; split.json knows them.
+FREE_KEYS = ("storage", "data.path", "search.trials", "search.workers", "search.executor", "search.processes", "search.time_limit_minutes", "search.accumulate_on_oom", "search.stop_when_flat", "search.replicates", "ray", "slurm")
 
+DIGITS = "digits"  # data.path of the images that are embedded
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 Share = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -325,19 +326,22 @@ def load_config(source: Path | str | dict, overrides: Sequence[str] = ()) -> Con
         values = with_override(values, override)
     try:
         config = Config.model_validate(values)
-        return config if isinstance(source, dict) else with_absolute_functions(config, Path(source).resolve().parent)
+        return config if isinstance(source, dict) else with_absolute_paths(config, Path(source).resolve().parent)
     except ValidationError as error:
         where = "the config" if isinstance(source, dict) else str(source)
         raise MemControlError(f"{where}: {explained(error.errors(), Config)}") from None
 
 
-def with_absolute_functions(config: Config, folder: Path) -> Config:
-    """A user's own objectives lie relative to the study file; workers may run elsewhere."""
+def with_absolute_paths(config: Config, folder: Path) -> Config:
+    """Images and a user's own objectives lie relative to the study file; workers may run elsewhere."""
     objectives = tuple(
         f"{folder / objective.rpartition(':')[0]}:{name}" if ":" in objective else objective
         for objective, name in zip(config.rewards.objectives, config.rewards.names)
     )
-    return config.model_copy(update={"rewards": config.rewards.model_copy(update={"objectives": objectives})})
+    path = config.data.path if config.data.path == DIGITS else str(folder / config.data.path)
+    return config.model_copy(update={
+        "data": config.data.model_copy(update={"path": path}), "rewards": config.rewards.model_copy(update={"objectives": objectives}),
+    })  # fmt: skip
 
 
 def with_override(values: dict, override: str) -> dict:
@@ -366,13 +370,14 @@ def flat(values: dict, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def differing_keys(stored: Config, given: Config) -> list[str]:
-    """Dotted keys, of those that numbers depend on, whose values differ: "inner.batch_size (8 there, 16 here)"."""
+def differing_keys(stored: Config, given: Config, beside: Sequence[str] = ()) -> list[str]:
+    """Dotted keys, of those that numbers depend on and are not below one of `beside`, whose values differ: "inner.batch_size (8 there, 16
+    here)"."""
     there, here = (flat(config.model_dump(mode="json")) for config in (stored, given))
     return [
         f"{key} ({there.get(key)} there, {here.get(key)} here)"
         for key in sorted({*there, *here})
-        if key not in FREE_KEYS and key.split(".")[0] not in FREE_KEYS and there.get(key) != here.get(key)
+        if there.get(key) != here.get(key) and not any(f"{key}.".startswith(f"{free}.") for free in (*FREE_KEYS, *beside))
     ]
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from memcontrol.config import DataConfig
+from memcontrol.config import DIGITS, DataConfig
 from memcontrol.errors import MemControlError
 from memcontrol.seeds import seed_of
 
@@ -60,7 +60,7 @@ class Images:
 
     def pixels(self) -> np.ndarray:
         """uint8 [N, 3, resolution, resolution]."""
-        read = digit_reader() if self.source == "digits" else folder_reader(Path(self.source))
+        read = digit_reader() if self.source == DIGITS else folder_reader(Path(self.source))
         squares = [squared(read(record.name), self.resolution) for record in self.records]
         return np.stack(squares).transpose(0, 3, 1, 2)
 
@@ -85,6 +85,8 @@ def decode(path: Path) -> Image.Image:
             warnings.simplefilter("ignore")  # of odd but readable files: palettes, EXIF blocks, huge pictures
             with Image.open(path) as image:
                 return to_rgb(ImageOps.exif_transpose(image))
+    except FileNotFoundError:
+        raise MemControlError(f"image {path} is not there any more; restore it, or where the images have moved, set data.path and run the search once more") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise MemControlError(
             f"image {path} cannot be decoded ({type(error).__name__}); mend or remove it, or set data.skip_unreadable=true (audit: --skip-unreadable)"
@@ -108,7 +110,7 @@ def squared(image: Image.Image, resolution: int) -> np.ndarray:
 
 def load_parts(config: DataConfig, resolution: int, seed: int, warn=lambda line: None) -> dict[str, Images]:
     """Reads and checks every image and splits them into train, holdout and test, disjoint by content. Raises MemControlError."""
-    if config.path == "digits":
+    if config.path == DIGITS:
         parts = split(digit_records(), config, seed)
     else:
         parts = folder_parts(Path(config.path), config, seed, warn)
@@ -119,6 +121,17 @@ def load_parts(config: DataConfig, resolution: int, seed: int, warn=lambda line:
                 "add images or change data.train, data.holdout, data.test"
             )
     return {part: Images(config.path, resolution, tuple(records)) for part, records in parts.items()}
+
+
+def refuse_results_among(source: str, folder: Path) -> None:
+    """Raises MemControlError where a study's folder lies among its images: its pictures would count as images the next time."""
+    images = Path(source)
+    places = [images / part for part in PARTS if (images / part).is_dir()] or [images]
+    if source != DIGITS and any(folder.resolve().is_relative_to(place.resolve()) for place in places):
+        raise MemControlError(
+            f"results would go to {folder}, among the images of data.path, '{source}', and count as images themselves; move the study file out of there, "
+            f"for example to {images.resolve().parent}"
+        )
 
 
 def digit_records() -> list[Record]:

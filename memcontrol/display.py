@@ -154,7 +154,8 @@ class Display:
 def log_event(event: Event, n_groups: int) -> None:
     """A line for what begins, ends or fails; of progress, the end of each stage, as detail."""
     name = event.job.get("trial") or event.job.get("confirm") or ""
-    said = f"{Path(name).name}: {said_of(Choice.from_dict(event.job['choice']), n_groups)}: " if name else ""
+    of_trial = f"trial {event.job['number']}: " if "number" in event.job else ""
+    said = f"{of_trial}{Path(name).name}: {said_of(Choice.from_dict(event.job['choice']), n_groups)}: " if name else ""
     if event.kind == "warning":
         LOG.warning("%s", event.detail["text"])
     elif event.kind in FAILURES:
@@ -173,13 +174,14 @@ class Steps:
         self.tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> Steps:
-        self.progress.start()
         return self
 
     def __exit__(self, *_) -> None:
-        self.progress.stop()
+        if self.tasks:  # else it would leave an empty line
+            self.progress.stop()
 
     def show(self, title: str, done: int, total: int) -> None:
+        self.progress.start()
         if title not in self.tasks:
             self.tasks[title] = self.progress.add_task(title, total=total)
         self.progress.update(self.tasks[title], completed=done)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, get_args
@@ -27,26 +28,30 @@ def explained(problems: Sequence[Mapping[str, Any]], model: type[BaseModel]) -> 
 def explain(problem: Mapping[str, Any], model: type[BaseModel]) -> str:
     if problem["type"] == "value_error":  # of a validator of ours, which says it all
         return problem["msg"].removeprefix("Value error, ")
-    known = set(names_in(model))
+    known = {place.rpartition(".")[2] for place in places_in(model)}
     path = [str(part) for part in problem["loc"] if str(part) in known] or [str(problem["loc"][0])]
     key = ".".join(path)
     if problem["type"] == "extra_forbidden":
         key = ".".join(str(part) for part in problem["loc"])
-        valid = ", ".join(model_at(problem["loc"][:-1], model).model_fields)
-        return f"unknown key '{key}'; allowed: {valid}"
+        valid = list(model_at(problem["loc"][:-1], model).model_fields)
+        last, before = str(problem["loc"][-1]), key[: -len(str(problem["loc"][-1]))]
+        meant = [*(place for place in places_in(model) if place.rpartition(".")[2] == last), *(before + name for name in difflib.get_close_matches(last, valid, 1))]
+        return f"unknown key '{key}'; {f'did you mean {meant[0]}? ' if meant else ''}allowed: {', '.join(valid)}"
     if problem["type"] == "missing":
         return f"key '{key}' is missing"
+    if problem["type"] == "string_pattern_mismatch":
+        return f"key '{key}' is {problem['input']!r}; use letters, digits, '.', '_' and '-', a letter or digit first"
     wanted = problem["msg"].replace("Input should be a valid tuple", "give a list, such as [fid, memorization]").replace("Input should", "it should")
     wanted = re.sub(r"a valid dictionary or instance of \w+", "keys and values, such as " + EXAMPLES.get(path[-1], "{}"), wanted)
     return f"key '{key}' is {problem['input']!r}; {wanted[0].lower()}{wanted[1:]}"
 
 
-def names_in(model: type[BaseModel]) -> Iterator[str]:
-    """The keys of a model and of all models inside it."""
+def places_in(model: type[BaseModel], before: str = "") -> Iterator[str]:
+    """The dotted keys of a model and of all models inside it."""
     for name in model.model_fields:
-        yield name
+        yield f"{before}{name}"
         if (inside := model_at([name], model)) is not model:
-            yield from names_in(inside)
+            yield from places_in(inside, f"{before}{name}.")
 
 
 def model_at(place: Sequence, model: type[BaseModel]) -> type[BaseModel]:

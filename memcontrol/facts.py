@@ -38,7 +38,7 @@ def facts_of(study: Study, space: SearchSpace, folder: Path) -> dict[str, Any]:
     front, ties = front_of(complete), ties_of(complete)
     blocks = read_json(folder / NETWORK) if (folder / NETWORK).is_file() else []
     trials = [
-        record.as_dict(folder) | {
+        record.as_dict() | {
             "said": said_of(record.choice, len(space.groups)) if record.choice else "", "front": record in front, "tie": record in ties, "pick": record is picked,
             "blocks": [share_of(record, block) for block in blocks],
         }

@@ -5,15 +5,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-from memcontrol.api import config_of, folder_of, opened, picked_record, report
+from memcontrol.api import config_of, dashboard_of, folder_of, opened, picked_record, report
 from memcontrol.errors import MemControlError
 from memcontrol.saying import console, out_json
-
-if TYPE_CHECKING:
-    pass
 
 N_WARNINGS = 12
 ONCE = (
@@ -43,7 +38,7 @@ def run_status(args: argparse.Namespace) -> int:
     if flat:
         speed |= {"minutes_left": 0.0}
     if args.json:
-        trials = [record.as_dict(folder) | {"runs": runs[record.number]} for record in records]
+        trials = [record.as_dict() | {"runs": runs[record.number]} for record in records]
         out_json({"study": study.config.name, "searching": searching, "flat": flat, **speed, "hypervolume": hypervolume_of(study), "trials": trials})
         return 0
     said = {"COMPLETE": "complete", "RUNNING": "running" if searching else "interrupted", "PRUNED": "pruned", "FAIL": "failed"}
@@ -95,11 +90,11 @@ def run_front(args: argparse.Namespace) -> int:
     from memcontrol.picking import finished, front_of, ties_of, to_confirm
     from memcontrol.space import load_space
 
-    study, folder = opened(args.study), folder_of(args.study)
+    study = opened(args.study)
     complete = finished(study.records())
     records = front_of(complete)
     if args.json:
-        out_json([record.as_dict(folder) for record in records])
+        out_json([record.as_dict() for record in records])
         return 0
     shown = records + [record for record in ties_of(complete) if record not in records]
     printed(study_table(shown, len(load_space(study.config.space).groups), f"{study.config.name}: front", None, complete))
@@ -114,16 +109,16 @@ def run_pick(args: argparse.Namespace) -> int:
     from memcontrol.display import study_table
     from memcontrol.space import load_space
 
-    study, folder = opened(args.study), folder_of(args.study)
+    study = opened(args.study)
     record = picked_record(study, args.trial, args.rule, args.limit)
     if args.json:
-        out_json(record.as_dict(folder))
+        out_json(record.as_dict())
     else:
         printed(study_table([record], len(load_space(study.config.space).groups), f"{study.config.name}: pick", record, study.records()))
         if args.trial is None:
             warn_of_full(record, console())
             warn_of_limits(study, record, console())
-        sys.stdout.write(f"groups: {', '.join(record.chosen.groups) or '-'}\nrun: {folder / record.chosen.key}\n")
+        sys.stdout.write(f"groups: {', '.join(record.chosen.groups) or '-'}\nrun: {record.run}\n")
     return 0
 
 
@@ -178,22 +173,19 @@ def run_rewards(args: argparse.Namespace) -> int:
 
 def run_init(args: argparse.Namespace) -> int:
     from memcontrol.display import Steps, relative
-    from memcontrol.propose import look, name_of, proposed, warnings_of, write_study
+    from memcontrol.propose import propose, warnings_of
 
     screen = console()
     with Steps(screen) as steps:
-        seen = look(args.images, steps.show)
-        text = proposed(args.images, seen, args.name, args.base)
-    out = args.out or Path(f"{args.name or name_of(args.images)}.yaml")
-    write_study(text, out)
-    screen.print(text, highlight=False, soft_wrap=True, markup=False)
-    said = warnings_of(seen)
+        proposal = propose(args.images, args.out, args.name, args.base, steps.show)
+    screen.print(proposal.text, highlight=False, soft_wrap=True, markup=False)
+    said = warnings_of(proposal.seen)
     for warning in said[:N_WARNINGS]:
         screen.print(f"warning: {warning}", style="yellow", highlight=False, soft_wrap=True, markup=False)
     if len(said) > N_WARNINGS:
         screen.print(f"warning: and {len(said) - N_WARNINGS} more of the kind", style="yellow")
-    screen.print(f"next: memcontrol search {relative(out)}", highlight=False, soft_wrap=True)
-    sys.stdout.write(f"{out}\n")
+    screen.print(f"next: memcontrol search {relative(proposal.path)}", highlight=False, soft_wrap=True)
+    sys.stdout.write(f"{proposal.path}\n")
     return 0
 
 
@@ -213,17 +205,9 @@ def run_report(args: argparse.Namespace) -> int:
 
 
 def run_dashboard(args: argparse.Namespace) -> int:
-    from memcontrol.dashboard import application, serving, study_id_of, token_for
-
-    study, folder = opened(args.study, args.storage), folder_of(args.study)
-    url, name = study.url, study.config.name
-    study.close()
-    token = token_for(args.host, args.token)
-    server = serving(application(url, folder, args.writable, token), args.host, args.port)
+    server, address = dashboard_of(args.study, args.storage, args.host, args.port, args.token, args.writable)
     said = "anyone who has the address may change and delete studies" if args.writable else "read-only"
-    shown = f"[{args.host}]" if ":" in args.host else args.host
-    address = f"http://{shown}:{server.server_port}/dashboard/studies/{study_id_of(url, name)}"
-    sys.stdout.write(f"{address}{f'?token={token}' if token else ''}\n")
+    sys.stdout.write(f"{address}\n")
     sys.stdout.flush()
     console().print(f"{said}; Ctrl-C ends it", highlight=False, soft_wrap=True)
     try:

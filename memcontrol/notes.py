@@ -63,11 +63,12 @@ def rewards_table(record: Record) -> str:
     return table(["figure", "as searched", *(["measured again"] if record.confirmed else []), "better"], rows)
 
 
-def study_note(config: Config, space: SearchSpace, records: Sequence[Record], data: Mapping[str, Any], picked: Record | None) -> str:
-    """What was searched, on what data, the anchors, the front and the pick. `data`: what `publish.data_of` tells of the images."""
+def study_note(config: Config, space: SearchSpace, records: Sequence[Record], data: Mapping[str, Any], picked: Record | None, over: bool = False) -> str:
+    """What was searched, on what data, the anchors, the front and the pick. `data`: what `publish.data_of` tells of the images; `over`: no
+    search goes on."""
     complete = [record for record in records if record.finished]
-    states = {state: sum(record.state == state for record in records) for state in ("COMPLETE", "RUNNING", "PRUNED", "FAIL")}
-    said = ", ".join(f"{n} {state.lower()}" for state, n in states.items() if n)
+    states = {"COMPLETE": "complete", "RUNNING": "interrupted" if over else "running", "PRUNED": "stopped early", "FAIL": "failed"}
+    said = ", ".join(f"{n} {word}" for state, word in states.items() if (n := sum(record.state == state for record in records)))
     inner, sizes = config.inner, ", ".join(f"{part['images']} {name}" for name, part in data.get("parts", {}).items())
     lines = [
         f"# {config.name}", "Which parameters to fine-tune, so that quality stays and memorization goes.",
@@ -81,6 +82,8 @@ def study_note(config: Config, space: SearchSpace, records: Sequence[Record], da
     parts = ["\n".join(lines)]
     if complete:
         parts += ["## Anchors and front", standings(complete, len(space.groups), picked)]
+    if any(record.confirmed for record in complete):
+        parts.append("The front was measured again over fresh draws, since the best of many are partly lucky. This table, the plots and the report show that; the dashboard's own graphs and lists show values as the search measured them.")
     return "\n\n".join(parts)
 
 

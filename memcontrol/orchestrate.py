@@ -6,11 +6,12 @@ import contextlib
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from memcontrol.attempts import failures_of, now
 from memcontrol.config import Config, load_config, study_folder
+from memcontrol.data import refuse_results_among
 from memcontrol.database import holder_of, identity, is_postgresql, only_orchestrator, patient
 from memcontrol.errors import MemControlError, SpaceExhausted
 from memcontrol.executors import Event, Executor
@@ -21,8 +22,9 @@ from memcontrol.picking import finished, front_of, to_confirm
 from memcontrol.publish import Publisher
 from memcontrol.replicates import to_replicate
 from memcontrol.sampling import Ahead, Sampler
+from memcontrol.saying import LOG
 from memcontrol.space import Choice, SearchSpace, load_space
-from memcontrol.spec import CONFIRMED, RESULT, ROUNDS, Spec
+from memcontrol.spec import CONFIRMED, RESULT, ROUNDS, SPEC, Spec, read_spec
 from memcontrol.stopping import Stops, judgements
 from memcontrol.study import Record, Study, is_searched, open_study, storage_url
 from memcontrol.surrogate import OUTSIDE
@@ -50,11 +52,14 @@ def search(config: Config, study_file: Path, folder: Path, executor: Executor, s
         show(warning(line))
 
     url = storage_url(config, folder, study_file)
+    refuse_results_among(config.data.path, folder)
     with only_one(folder), disk_full_named(folder), only_orchestrator(url, config.name) as lock:
         if is_searched(config, folder, study_file):
             open_study(config, folder, study_file, create=True).close()  # names keys that differ before the images are blamed for it
         else:
-            front_of_earlier(config, study_file)  # what is wrong with it is said before anything is made
+            front_of_earlier(config, study_file)  # what is wrong with it, or with run folders, is said before anything is made
+            for run in folder.glob(f"*/{SPEC}"):
+                replace(read_spec(run.parent), config=config, space=load_space(config.space)).check_folder(run.parent)
         jobs = Jobs(executor, show)
         found = prepared(config, folder, jobs)
         study = patient(
@@ -68,9 +73,9 @@ def search(config: Config, study_file: Path, folder: Path, executor: Executor, s
             running.confirm()
             running.replicate()
         except KeyboardInterrupt:
-            running.publisher.publish()
+            running.publisher.publish(over=True)
             raise
-        running.publisher.publish()
+        running.publisher.publish(over=True)
     return study
 
 
@@ -186,8 +191,10 @@ class Search:
     def fill(self) -> bool:
         """Gives every free place a job, sampling new choices as needed. Whether anything is left to wait for."""
         while self.jobs.room() > 0:
-            if not self.waiting and not self.sample():
-                break
+            if not self.waiting:
+                if not self.sample():
+                    break
+                continue  # its result may have been there already, from before the database was lost
             number, choice = self.waiting.popleft()
             run = self.run_folder(choice)
             self.jobs.add({**self.spec(choice).as_job(run), "number": number, "rung": self.stops.next_rung(number, run)})
@@ -214,6 +221,7 @@ class Search:
         return self.flat
 
     def sample(self) -> bool:
+        """Begins a trial of a new choice. Whether there was one to begin."""
         if self.n_left() <= 0:
             return False
         try:
@@ -225,7 +233,7 @@ class Search:
         number = self.study.begin([choice], self.space)
         self.stops.runs[number] = self.run_folder(choice)
         self.admit(number, (choice,))
-        return bool(self.waiting)
+        return True
 
     def ended(self, event: Event) -> None:
         choice, folder = Choice.from_dict(event.job["choice"]), Path(event.job["trial"])
@@ -238,6 +246,7 @@ class Search:
         """Takes in what a choice's folder holds: a result, or a rung where it is judged; one that goes on waits for a place, before all
         that have not begun."""
         run = self.run_folder(choice)
+        self.spec(choice).check_folder(run)  # a removed database, or another study's, may have left it
         if not (run / RESULT).exists() and not self.stops.goes_on(number, run):
             write_json(run / RESULT, {"state": "PRUNED", "choice": choice.as_dict(), **self.stops.said(run)})
             shutil.rmtree(run / ROUNDS, ignore_errors=True)
@@ -256,9 +265,11 @@ class Search:
         if len(trial.results) == len(trial.candidates):
             self.study.finish(number, [trial.results[candidate] for candidate in trial.candidates])
             del self.open[number]
+            ended = self.study.kept[number]
+            LOG.info("trial %d %s: %s", number, ended.state, ", ".join(f"{name} {value:.6g}" for name, value in ended.values.items()) or ended.reason)
             self.n_failures = self.n_failures + 1 if self.study.kept[number].state == "FAIL" else 0
         if self.n_failures >= N_FAILURES:
-            self.publisher.publish()
+            self.publisher.publish(over=True)
             raise MemControlError(
                 f"{N_FAILURES} trials in a row failed for good, the last: {result['reason']}; mend what is behind it, and the same command goes on with "
                 "further choices"
@@ -287,6 +298,9 @@ class Search:
             {**self.spec(record.chosen, f"search replicate {i}").as_job(self.replicate_folder(record, i)), "number": record.number, "replicate": i}
             for record in wanted for i in range(n) if not (self.replicate_folder(record, i) / RESULT).exists()
         ]  # fmt: skip
+        for record in wanted:
+            for i in range(n):
+                self.spec(record.chosen, f"search replicate {i}").check_folder(self.replicate_folder(record, i))
         for event in self.jobs.run(jobs):
             if event.kind == "given up":
                 raise MemControlError(f"trial {event.job['number']} could not be fine-tuned again: {event.detail['reason']}")

@@ -61,7 +61,7 @@ def hypervolume_plot(records: Sequence[Record], reference: Sequence[float], titl
     figure = go.Figure(layout={"title": title, "xaxis_title": "trials ended", "yaxis_title": "hypervolume", "showlegend": False})
     for sign in (1, -1):
         figure.add_scatter(
-            x=numbers, y=[v + sign * 2 * (v.error or 0.0) for v in volumes], mode="lines", line={"width": 0, "shape": "hv"}, fill=None if sign > 0 else "tonexty",
+            x=numbers, y=[max(v + sign * 2 * (v.error or 0.0), 0.0) for v in volumes], mode="lines", line={"width": 0, "shape": "hv"}, fill=None if sign > 0 else "tonexty",
             fillcolor="rgba(0,114,178,.2)", hoverinfo="skip",
         )  # fmt: skip
     figure.add_scatter(x=numbers, y=[float(v) for v in volumes], mode="lines+markers", line={"shape": "hv", "color": "#0072B2"})

@@ -11,7 +11,7 @@ import torch
 
 from memcontrol.adapters import check_space
 from memcontrol.bench import Bench, views_of
-from memcontrol.config import Config, load_config
+from memcontrol.config import DIGITS, Config, load_config
 from memcontrol.cost import blocks_of
 from memcontrol.data import Images, load_parts, parts_as_dict
 from memcontrol.errors import MemControlError
@@ -116,11 +116,12 @@ def record_extractor(path: Path, pinned: str, config: Config) -> None:
 
 
 def record_split(path: Path, parts: dict[str, Images], config: Config, resolution: int) -> None:
-    source = config.data.path if config.data.path == "digits" else str(Path(config.data.path).resolve())
+    source = config.data.path if config.data.path == DIGITS else str(Path(config.data.path).resolve())
     record = {"source": source, "resolution": resolution, "parts": parts_as_dict(parts)}
-    if not path.exists():
-        write_json(path, record)
-    elif read_json(path)["parts"] != record["parts"]:
+    known = read_json(path) if path.exists() else record
+    if known["parts"] == record["parts"]:
+        write_json(path, record)  # again, where the images have moved
+    else:
         raise MemControlError(
             f"the images are not those that study '{config.name}' began with (recorded in {path}); "
             "restore them, or choose another name"

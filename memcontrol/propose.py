@@ -6,6 +6,7 @@ import json
 import os
 import re
 import statistics
+import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from memcontrol.config import DataConfig, load_config
-from memcontrol.data import FEWEST_IMAGES, PARTS, Images, Record, checked, decode, read_captions, split
+from memcontrol.config import NAME, DataConfig, load_config, study_folder
+from memcontrol.data import FEWEST_IMAGES, PARTS, Images, Record, checked, decode, read_captions, refuse_results_among, split
 from memcontrol.errors import MemControlError
 from memcontrol.features import nearest, pixel_features
 from memcontrol.files import replacing
@@ -26,6 +27,8 @@ SPACES = {  # of bases that lie on this machine, by the class of their pipeline
     "FluxPipeline": "flux-blocks", "PixArtAlphaPipeline": "pixart-blocks", "PixArtSigmaPipeline": "pixart-blocks", "SanaPipeline": "sana-blocks",
     "DDPMPipeline": "ddpm-cifar10",
 }  # fmt: skip
+HUB_ID = r"[\w.-]+/[\w.-]+"
+TINY_SIDE = 32  # pixels of the embedded base
 SEED = 0
 N_COMPARED, N_GREY = 4_000, 200  # images that are looked at for near copies, and for colour
 NEAR = 0.25  # of the median distance between an image and the one nearest to it
@@ -44,6 +47,7 @@ class Look:
     copies: tuple[tuple[str, ...], ...]
     near: tuple[tuple[str, str], ...]
     unreadable: tuple[str, ...]
+    has_metadata: bool
 
     @property
     def n(self) -> int:
@@ -60,7 +64,8 @@ def look(folder: Path, progress: Callable[[str, int, int], None]) -> Look:
         raise MemControlError(f"{folder} is no folder; give a folder of images")
     unreadable: list[str] = []
     progress("reading images", 0, 3)
-    records = checked(folder, read_captions(folder), True, unreadable.append)
+    captions = read_captions(folder)
+    records = checked(folder, captions, True, unreadable.append)
     if not records:
         raise MemControlError(f"{folder} holds no images that can be decoded; give a folder of images, with metadata.jsonl or metadata.csv for captions")
     progress("reading images", 1, 3)
@@ -69,7 +74,7 @@ def look(folder: Path, progress: Callable[[str, int, int], None]) -> Look:
     near = near_pairs(folder, records)
     progress("reading images", 3, 3)
     unread = tuple(text.removeprefix("skipped: image ") for text in unreadable)
-    return Look(tuple(records), parts, sides_of(folder, records), is_grey(folder, records), copies_of(records), near, unread)
+    return Look(tuple(records), parts, sides_of(folder, records), is_grey(folder, records), copies_of(records), near, unread, bool(captions))
 
 
 def sides_of(folder: Path, records: list[Record]) -> tuple[int, int, int]:
@@ -106,7 +111,33 @@ def near_pairs(folder: Path, records: list[Record]) -> tuple[tuple[str, str], ..
     return tuple((different[i].name, different[j].name) for i, j in sorted(found, key=lambda pair: found[pair]))
 
 
-def proposed(folder: Path, seen: Look, name: str | None, base: str | None) -> str:
+@dataclass(frozen=True)
+class Proposal:
+    path: Path
+    text: str
+    seen: Look
+
+
+def propose(folder: Path, out: Path | None, name: str | None, base: str | None, progress: Callable[[str, int, int], None]) -> Proposal:
+    """Looks at the images and writes a study for them. Raises MemControlError: what `out`, `name` or `base` is, or too few images."""
+    name = name or name_of(folder)
+    path = out or Path(f"{name}.yaml")
+    if not re.fullmatch(NAME, name):
+        raise MemControlError(f"--name '{name}': a study's name has letters, digits, '.', '_' and '-', and begins with a letter or digit")
+    if path.exists():
+        raise MemControlError(f"{path} exists; give another file with --out, or remove it")
+    if base and base != "tiny" and not (Path(base) / "model_index.json").is_file() and (Path(base).exists() or not re.fullmatch(HUB_ID, base)):
+        raise MemControlError(f"--base '{base}': give 'tiny', a folder in diffusers' format (with model_index.json), or a Hub id (owner/name)")
+    refuse_results_among(str(folder), study_folder(path, name))
+    seen = look(folder, progress)
+    proposal = Proposal(path, proposed(folder, seen, name, base, path), seen)
+    with replacing(path) as part:
+        part.write_text(proposal.text, encoding="utf-8")
+    load_config(path)
+    return proposal
+
+
+def proposed(folder: Path, seen: Look, name: str, base: str | None, path: Path) -> str:
     """The study file. Raises MemControlError where there are too few images."""
     n_gpus = gpus()
     base = base or (STABLE_DIFFUSION if n_gpus else "tiny")
@@ -116,10 +147,10 @@ def proposed(folder: Path, seen: Look, name: str | None, base: str | None) -> st
     budget = min(max(100 * n_train, 2_000), max(10_000, 10 * n_train))
     text = "\n".join([
         f"# Proposed by memcontrol init, after a look at {seen.n} images. Change what you know better; docs/study.md has every key.",
-        f"name: {name or name_of(folder)}",
+        f"name: {name}",
         line("base", json.dumps(base), why_base(base, n_gpus)),
         "data:",
-        line("  path", json.dumps(str(folder.resolve()), ensure_ascii=False), why_data(seen)),
+        line("  path", json.dumps(seen_from(path, folder), ensure_ascii=False), why_data(seen, base)),
         *(line(f"  {part}", str(share), f"{sizes[part]} images, {USES[part]}") for part, share in shares.items()),
         *([line("  skip_unreadable", "true", f"{len(seen.unreadable)} cannot be decoded")] if seen.unreadable else []),
         line("space", space_for(base), "which layers may be trained: memcontrol spaces show, or check with --base"),
@@ -150,7 +181,14 @@ def gpus() -> int:
 
 
 def name_of(folder: Path) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name).strip("-._") or "study"
+    plain = unicodedata.normalize("NFKD", folder.resolve().name).encode("ascii", "ignore").decode()  # accents go, their letters stay
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", plain).strip("-._") or "study"
+
+
+def seen_from(study_file: Path, folder: Path) -> str:
+    """The images' path in the study file: relative where they lie beside or below it, so that both may move together."""
+    images, home = folder.resolve(), study_file.resolve().parent
+    return images.relative_to(home).as_posix() if images.is_relative_to(home) else str(images)
 
 
 def shares_of(seen: Look) -> dict[str, float | int]:
@@ -181,12 +219,16 @@ def why_base(base: str, n_gpus: int) -> str:
     return "a folder in diffusers' format, or a Hub id" if n_gpus else "without a GPU each fine-tuning will take very long"
 
 
-def why_data(seen: Look) -> str:
+def why_data(seen: Look, base: str) -> str:
     least, median, most = seen.sides
     said = [f"shorter sides {least} to {most} pixels, median {median}" if least != most else f"{least} pixels"]
+    said[0] += "; squares are cut and resized to the base's own resolution" + (f", {TINY_SIDE}" if base == "tiny" else "") + " (data.resolution: another)"
+    if seen.parts:
+        said.append(f"split by its folders into {', '.join(f'{n} {part}' for part, n in seen.parts.items())}")
     said.append("greyscale, read as RGB" if seen.is_grey else "colour")
     n_captioned = seen.n - seen.captions[""]
-    said.append(f"captions for {n_captioned} of {seen.n}, {len(set(seen.captions) - {''})} different" if n_captioned else "no captions: every prompt is the empty one")
+    source = "from metadata" if seen.has_metadata else "named by their folders"
+    said.append(f"captions for {n_captioned} of {seen.n}, {len(set(seen.captions) - {''})} different, {source}" if n_captioned else "no captions: every prompt is the empty one")
     if seen.copies:
         said.append(f"{sum(len(names) - 1 for names in seen.copies)} exact copies, which stay in one part")
     return "; ".join(said)
@@ -213,10 +255,3 @@ def warnings_of(seen: Look) -> list[str]:
     return found
 
 
-def write_study(text: str, path: Path) -> None:
-    """Raises MemControlError where the file is there already."""
-    if path.exists():
-        raise MemControlError(f"{path} exists; give another file with --out, or remove it")
-    with replacing(path) as part:
-        part.write_text(text, encoding="utf-8")
-    load_config(path)

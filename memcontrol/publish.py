@@ -65,19 +65,20 @@ class Publisher:
         if time.monotonic() >= self.due:
             self.publish()
 
-    def publish(self) -> None:
+    def publish(self, over: bool = False) -> None:
+        """`over`: the search ends, and what still runs is interrupted."""
         records = self.study.records()
         changed = [record for record in records if self.seen.get(record.number) != record]
-        if changed:
-            self.write(records, changed)
+        if changed or over:
+            self.write(records, changed, over)
         self.seen, self.due = {record.number: record for record in records}, time.monotonic() + INTERVAL_SECONDS
 
-    def write(self, records: Sequence[Record], changed: Sequence[Record]) -> None:
+    def write(self, records: Sequence[Record], changed: Sequence[Record], over: bool) -> None:
         complete, picked = [record for record in records if record.finished], picked_of(records, self.study)
         for record in changed:
             if record.state != "RUNNING":
                 self.note(record.number, trial_note(record, self.space))
-        self.note(None, study_note(self.study.config, self.space, records, self.data, picked))
+        self.note(None, study_note(self.study.config, self.space, records, self.data, picked, over))
         name = self.study.config.name
         if complete and len(complete[0].objectives) > 1:
             self.plot(FRONT, front_plot(complete, picked, len(self.space.groups), f"{name}: front"))

@@ -27,24 +27,22 @@ def retrain(
     budget = round(config.inner.budget_images / config.search.train_fraction)
     larger = config.model_copy(update={"inner": config.inner.model_copy(update={"budget_images": budget})})
     space, runs = load_space(config.space), {"pick": (choice, out), BASELINE: (full, baseline)}
-    jobs = [
-        Spec(larger, space, wanted, folder, "retrain", "test", n_train).as_job(run)
-        for run, wanted in {run: wanted for wanted, run in runs.values()}.items()
-        if not finished_with(run, wanted)
-    ]
+    specs = {run: Spec(larger, space, wanted, folder, "retrain", "test", n_train) for wanted, run in runs.values()}
+    jobs = [spec.as_job(run) for run, spec in specs.items() if not finished_with(run, spec)]
     for event in Jobs(executor, show).run(jobs):
         if event.kind == "given up":
             raise MemControlError(f"retraining in {event.job['trial']} failed {N_TRIES} times: {event.detail['reason']}")
     return {name: complete_result(run) for name, (_, run) in runs.items()}
 
 
-def finished_with(run: Path, choice: Choice) -> bool:
-    """Whether the folder holds this choice's result; another's is refused rather than written over."""
+def finished_with(run: Path, spec: Spec) -> bool:
+    """Whether the folder holds the spec's result; another's is refused rather than written over."""
     if not (run / RESULT).exists():
         return False
     stored = read_json(run / RESULT)
-    if Choice.from_dict(stored["choice"]) != choice:
+    if Choice.from_dict(stored["choice"]) != spec.choice:
         raise MemControlError(f"{run} holds the result of another choice; give another folder with --out")
+    spec.check_folder(run)
     return stored["state"] == "COMPLETE"
 
 

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from memcontrol import __version__
+
 QUIET, NORMAL, VERBOSE = "quiet", "normal", "verbose"
 LOG = logging.getLogger("memcontrol")
 FORM = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
@@ -30,17 +32,25 @@ def out_json(value: object) -> None:
 
 
 @contextlib.contextmanager
-def logged(path: Path) -> Iterator[None]:
-    """What is logged in the block goes to the end of the file; to stderr as well, with every detail, when verbose."""
+def logged(path: Path, what: str) -> Iterator[None]:
+    """What is logged in the block goes to the end of the file, between lines that say what begins and how it ended; to stderr as well, with
+    every detail, when verbose, less warnings, which are shown there anyway."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handlers: list[logging.Handler] = [logging.FileHandler(path, encoding="utf-8"), *([logging.StreamHandler()] if level == VERBOSE else [])]
+    aloud = logging.StreamHandler()
+    aloud.addFilter(lambda record: record.levelno < logging.WARNING)
+    handlers: list[logging.Handler] = [logging.FileHandler(path, encoding="utf-8"), *([aloud] if level == VERBOSE else [])]
     LOG.setLevel(logging.DEBUG if level == VERBOSE else logging.INFO)
     LOG.propagate = False
     for handler in handlers:
         handler.setFormatter(FORM)
         LOG.addHandler(handler)
+    LOG.info("memcontrol %s begins: %s", __version__, what)
     try:
         yield
+        LOG.info("ended")
+    except BaseException as error:
+        LOG.info("ended by %s: %s", "Ctrl-C" if isinstance(error, KeyboardInterrupt) else type(error).__name__, error)
+        raise
     finally:
         for handler in handlers:
             LOG.removeHandler(handler)

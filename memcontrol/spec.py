@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from memcontrol import __version__
-from memcontrol.config import Config, load_config
+from memcontrol.config import Config, differing_keys, load_config
 from memcontrol.errors import MemControlError
 from memcontrol.files import read_json, write_json
 from memcontrol.seeds import seed_of
@@ -15,9 +15,13 @@ from memcontrol.space import Choice, SearchSpace, parse_space, space_as_dict
 
 SPEC, RESULT, SAMPLES, TRAINING, CONFIRMED = "spec.json", "result.json", "samples.npz", "training.json", "confirmed.json"
 CONTRIBUTIONS = "contributions.npz"
+JUDGED = "judged.json"  # whether it goes on beyond each rung
 SAMPLES_PICTURE, PAIRS_PICTURE = "samples.png", "pairs.png"
 NETWORK = "network.json"  # the denoiser's blocks, in the study's folder
 ROUNDS = "rounds"  # the folder of a trial's checkpoints, until its result is there
+OF_STUDY = (  # keys that say which trials there are and how they are chosen: a run is the same whatever they are
+    "name", "space", "rewards.objectives", "rewards.limits", "rewards.force", "search.sampler", "search.warm_start",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -47,10 +51,27 @@ class Spec:
         return {"version": __version__, "config": config, "choice": self.choice.as_dict(), "space": space_as_dict(self.space)}
 
     def as_job(self, folder: Path) -> dict[str, Any]:
-        """Writes the spec into the trial's folder. Returns the job that runs it."""
+        """Writes the spec into the trial's folder. Returns the job that runs it. Raises MemControlError where the folder is another one's."""
+        self.check_folder(folder)
         rest = {"study_folder": str(self.study_folder), "purpose": self.purpose, "reference": self.reference, "n_train": self.n_train}
         write_json(folder / SPEC, self.description() | rest)
         return {"trial": str(folder), "choice": self.choice.as_dict()}
+
+    def check_folder(self, folder: Path) -> None:
+        """Raises MemControlError where the folder holds a run that another config or space made: its figures are not this one's."""
+        if not (folder / SPEC).is_file():
+            return
+        there = read_spec(folder)
+        stopped = (folder / JUDGED).is_file()
+        differing = differing_keys(there.config, self.config, OF_STUDY if stopped else (*OF_STUDY, "search.early_stopping"))
+        functions = [set(config.rewards.functions.values()) for config in (there.config, self.config)]
+        differing += ["rewards.objectives (other functions)"] if functions[0] != functions[1] else []
+        differing += ["what the space's groups hold"] if space_as_dict(there.space) != space_as_dict(self.space) else []
+        if differing:
+            raise MemControlError(
+                f"{folder} holds a run of study '{there.config.name}' with another config: {'; '.join(differing)}; restore these keys, choose another "
+                "name, or remove that folder"
+            )
 
 
 def read_spec(folder: Path) -> Spec:

@@ -12,8 +12,7 @@ import numpy as np
 from memcontrol.config import Config, EarlyStopping
 from memcontrol.figures import MAXIMIZE, error_of
 from memcontrol.files import read_json, write_json
-
-JUDGED = "judged.json"
+from memcontrol.spec import JUDGED
 
 
 @dataclass(frozen=True)

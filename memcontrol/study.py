@@ -19,7 +19,7 @@ from optuna.trial import TrialState, create_trial
 
 from memcontrol.artifacts import attach
 from memcontrol.config import Config, differing_keys, flat, load_config
-from memcontrol.database import Say, StudyLock, cannot_open, checked, engine_arguments, patient
+from memcontrol.database import Say, StudyLock, cannot_open, checked, engine_arguments, patient, shown
 from memcontrol.errors import MemControlError
 from memcontrol.figures import MAXIMIZE, MINIMIZE, direction_of
 from memcontrol.pareto import Limit, knee
@@ -51,6 +51,7 @@ class Record:
     seconds: float = 0.0
     begun: str = ""  # local time, as ISO 8601
     ended: str = ""
+    folder: Path = field(default=Path(), compare=False, repr=False)  # the study's
 
     @property
     def finished(self) -> bool:
@@ -61,6 +62,11 @@ class Record:
         """The choice of a trial that has one, as every finished one does."""
         assert self.choice is not None, f"trial {self.number} has no choice yet"
         return self.choice
+
+    @property
+    def run(self) -> Path:
+        """The folder of the choice's fine-tuning, for `export` and `compare`."""
+        return self.folder / self.chosen.key
 
     @property
     def rewards(self) -> dict[str, float]:
@@ -80,14 +86,14 @@ class Record:
     def as_running(self) -> Record:
         """As it was before it ended."""
         choice = self.candidates[0] if len(self.candidates) == 1 else None
-        return Record(self.number, "RUNNING", self.candidates, self.anchor, choice, self.objectives, begun=self.begun)
+        return Record(self.number, "RUNNING", self.candidates, self.anchor, choice, self.objectives, begun=self.begun, folder=self.folder)
 
-    def as_dict(self, folder: Path) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         """The form of every --json."""
         return {
             "trial": self.number, "state": self.state, "values": self.values,
             "choice": self.choice.as_dict() if self.choice else None,
-            "run": str(folder / self.choice.key) if self.choice else None,
+            "run": str(self.run) if self.choice else None,
             "anchor": self.anchor, "rewards": self.rewards, "confirmed": bool(self.confirmed), "searched": self.searched, "replicates": list(self.replicates), "reason": self.reason or None, "seconds": self.seconds, "begun": self.begun, "ended": self.ended or None,
         }  # fmt: skip
 
@@ -136,7 +142,7 @@ class Study:
     def keep(self, trial: optuna.trial.FrozenTrial) -> None:
         self.ids[trial.number] = trial._trial_id
         confirmed, replicates = (self.attributes.get(f"{name}{trial.number}", ()) for name in (CONFIRMED, REPLICATES))
-        self.kept[trial.number] = replace(record_of(trial, self.objectives), confirmed=dict(confirmed), replicates=tuple(replicates))
+        self.kept[trial.number] = replace(record_of(trial, self.objectives), confirmed=dict(confirmed), replicates=tuple(replicates), folder=self.folder)
 
     def records(self) -> list[Record]:
         """All trials, as this process last read or wrote them."""
@@ -320,6 +326,8 @@ def open_storage(url: str) -> optuna.storages.BaseStorage:
 
 
 def no_study(config: Config, study_file: Path) -> MemControlError:
+    if config.storage:
+        return MemControlError(f"storage {shown(config.storage)} holds no study '{config.name}'; name the database that was searched, or run: memcontrol search {study_file}")
     return MemControlError(f"study '{config.name}' has not been searched yet; run: memcontrol search {study_file}")
 
 

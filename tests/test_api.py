@@ -1,6 +1,7 @@
 """The commands as functions: they give what the commands print."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,8 +19,8 @@ def printed(*args):
 
 def test_functions_give_what_commands_print(shown):
     folder = Path(printed("status", shown)["trials"][0]["run"]).parent
-    assert [record.as_dict(folder) for record in memcontrol.front(shown)] == printed("front", shown)
-    assert memcontrol.pick(str(shown)).as_dict(folder) == printed("pick", shown)
+    assert [record.as_dict() for record in memcontrol.front(shown)] == printed("front", shown)
+    assert memcontrol.pick(str(shown)).as_dict() == printed("pick", shown)
     assert [record.number for record in memcontrol.status(shown)] == [trial["trial"] for trial in printed("status", shown)["trials"]]
     assert {**memcontrol.report(shown), "written": ""} == {**printed("report", shown), "written": ""}
     a, b = (folder / record.chosen.key for record in memcontrol.front(shown)[:1] + memcontrol.status(shown)[1:2])
@@ -31,6 +32,18 @@ def test_a_search_from_python_continues_and_says_nothing_when_quiet(shown, capfd
     found = memcontrol.search(shown, quiet=True)
     assert found == [record for record in before if record.finished]
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_lost_database_is_rebuilt_from_runs_of_the_same_config_only(shown, tmp_path):
+    study = tmp_path / "lost" / shown.name
+    shutil.copytree(shown.parent, study.parent)
+    before = [record for record in memcontrol.status(study) if record.finished]
+    next(study.parent.rglob("study.db")).unlink()
+    with pytest.raises(MemControlError, match=r"inner.max_grad_norm \(1.0 there, 2.0 here\)"):
+        memcontrol.search(study, "inner.max_grad_norm=2.0", quiet=True)
+    assert not list(study.parent.rglob("study.db"))  # restoring the key is all it takes
+    found = memcontrol.search(study, quiet=True)
+    assert [(record.choice, record.searched) for record in found] == [(record.choice, record.searched) for record in before]
 
 
 def test_mistakes_are_one_kind_of_error(shown, tmp_path):

@@ -308,7 +308,7 @@ def test_a_backup_comes_back_whole_and_never_over_studies(roles, tmp_path):
 
 def test_a_dashboard_by_the_reader_shows_the_study_and_changes_nothing(roles, tmp_path):
     """With a role that only reads, and with the owner's: its connection is told to refuse changes."""
-    from memcontrol.dashboard import application, study_id_of
+    from memcontrol.serving import application, study_id_of
 
     owner, reader = roles.url_of("memcontrol", "own%27er", "memcontrol"), roles.url_of("memcontrol_reader", "reader", "memcontrol")
     study = opened(tmp_path, owner, "looked-at")

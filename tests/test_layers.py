@@ -8,7 +8,7 @@ from pathlib import Path
 import memcontrol
 
 LAYERS = """errors saying estimate interrupt seeds files yaml_files explain config attempts database space spec artifacts data features tuners peft_tuners adapters families models extractors memory shards augment mitigate figures stopping rewards probe cost derive evidence train ensemble bench scoring gallery run
-prepare pareto executors worker local_executor ray_executor slurm_executor launch jobs gp points study replicates growth surrogate mirror sampling effects picking notes plots publish pictures comparing retraining auditing card exporting orchestrate watch guard dashboard display facts charts reporting propose demo api looking commands cli tiny""".split()
+prepare pareto executors worker local_executor ray_executor slurm_executor launch jobs gp points study replicates growth surrogate mirror sampling effects picking notes plots publish pictures comparing retraining auditing card exporting orchestrate watch guard serving display facts charts reporting propose demo api looking commands cli tiny""".split()
 PACKAGE = Path(memcontrol.__file__).parent
 
 
@@ -33,7 +33,7 @@ def test_imports_only_fall():
 
 def test_few_modules_import_optuna():
     users = {path.stem for path in PACKAGE.glob("*.py") for line in path.read_text().splitlines() if line.strip().startswith(("import optuna", "from optuna"))}
-    assert users == {"study", "mirror", "artifacts", "publish", "dashboard"}
+    assert users == {"study", "mirror", "artifacts", "publish", "serving"}
 
 
 def test_the_orchestrating_process_needs_no_torch():

@@ -11,6 +11,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from memcontrol import search
+from memcontrol.errors import MemControlError
 
 COMMAND = [sys.executable, "-m", "memcontrol.cli"]
 FASTER = ("inner.budget_images=32", "rewards.n_samples=16", "rewards.force=true", "rewards.sampling_steps=1", "rewards.confirm=0", "search.workers=1", "search.executor=inline")
@@ -57,7 +58,7 @@ def copied(folder):
 
 
 FOLDERS = {
-    captioned: ["captions for 30 of 30, 10 different", "48 pixels; greyscale"], plain: ["no captions", "64 pixels; colour"],
+    captioned: ["captions for 30 of 30, 10 different, from metadata", "48 pixels; squares", "greyscale"], plain: ["no captions", "64 pixels; squares", "resolution, 32", "colour"],
     grey: ["greyscale, read as RGB", "train: 8"], copied: ["5 exact copies", "skip_unreadable: true", "the same pixels: 0.png, copy 0.png", "nearly the same: 7.png and near.png", "broken.png cannot be decoded"],
 }  # fmt: skip
 
@@ -73,7 +74,7 @@ def test_a_proposed_study_is_searched_without_an_edit(fill, tmp_path):
     for words in FOLDERS[fill]:
         assert words in done.stderr, done.stderr
     values = yaml.safe_load((tmp_path / "my-images.yaml").read_text())
-    assert values["name"] == "my-images" and values["data"]["path"] == str(folder)
+    assert values["name"] == "my-images" and values["data"]["path"] == "my images"
     assert len(search(tmp_path / "my-images.yaml", *FASTER, trials=2, quiet=True)) == 5
     split = json.loads((tmp_path / "runs/my-images/split.json").read_text())["parts"]
     said = {part: int(line.split("# ")[1].split()[0]) for part in split for line in done.stderr.splitlines() if line.strip().startswith(f"{part}:")}
@@ -106,6 +107,31 @@ def test_nothing_is_written_over(tmp_path):
     done = memcontrol("init", "images", cwd=tmp_path)
     assert done.returncode == 1 and "exists" in done.stderr and (tmp_path / "images.yaml").read_text() == "mine"
     assert memcontrol("init", "none-such", cwd=tmp_path).returncode == 1
+
+
+@pytest.mark.parametrize(
+    "options, words", [(["--base", "."], "with model_index.json"), (["--base", "sd15"], "--base 'sd15'"), (["--name", "a b"], "letters, digits"), (["--out", "few/x.yaml"], "among the images")]
+)
+def test_what_cannot_be_is_refused_before_the_images_are_read(tmp_path, options, words):
+    (tmp_path / "few").mkdir()
+    (tmp_path / "few" / "0.png").write_text("no image")
+    done = memcontrol("init", "few", *options, cwd=tmp_path)
+    assert done.returncode == 1 and words in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_study_moves_with_its_images_and_never_searches_among_them(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    (first / "Bilder, größer").mkdir(parents=True)
+    grey(first / "Bilder, größer")
+    assert memcontrol("init", "Bilder, größer", cwd=first).stdout == "Bilder-groer.yaml\n"
+    quick = (*FASTER, "search.trials=0")
+    before = search(first / "Bilder-groer.yaml", *quick, quiet=True)
+    first.rename(second)
+    (again,) = search(second / "Bilder-groer.yaml", *quick, "search.trials=1", quiet=True)[len(before) :]
+    assert again.finished and again.run.is_relative_to(second)
+    among = (second / "Bilder-groer.yaml").rename(second / "Bilder, größer" / "study.yaml")
+    with pytest.raises(MemControlError, match="among the images"):
+        search(among, *quick, "data.path=.", quiet=True)
 
 
 @pytest.mark.parametrize("pipeline, space", [("StableDiffusionXLPipeline", "sdxl-blocks"), ("FluxPipeline", "flux-blocks"), ("DDPMPipeline", "ddpm-cifar10")])

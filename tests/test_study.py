@@ -38,7 +38,7 @@ def test_an_anchor_stands_for_the_best_of_its_candidates(tmp_path):
     study.finish(number, [result(candidates[0], 9.0), result(candidates[1], 7.0, 0.3), result(candidates[2], 0, state="PRUNED")])
     record = opened(tmp_path).records()[0]
     assert (record.choice, record.values) == (candidates[1], {"fid": 7.0, "memorization": 0.3})
-    assert record.as_dict(tmp_path)["run"] == str(tmp_path / candidates[1].key)
+    assert record.as_dict()["run"] == str(tmp_path / candidates[1].key)
 
 
 def test_a_trial_that_failed_keeps_its_reason(tmp_path):

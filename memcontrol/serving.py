@@ -3,7 +3,9 @@ the store of artifacts."""
 
 from __future__ import annotations
 
+import re
 import secrets
+import socket
 import sqlite3
 import sys
 from pathlib import Path
@@ -21,6 +23,8 @@ from memcontrol.errors import MemControlError
 from memcontrol.guard import LOOPBACK, App, guarded
 
 SQLITE = "sqlite:///"
+TOKEN = r"[A-Za-z0-9_-]{16,}"
+ANY = ("0.0.0.0", "::", "")  # noqa: S104  # all interfaces of the machine, which is reached by its name
 
 
 class Server(ThreadingMixIn, WSGIServer):
@@ -69,8 +73,19 @@ def study_id_of(url: str, name: str) -> int:
         storage.engine.dispose()
 
 
+def serve(url: str, folder: Path, name: str, host: str, port: int, token: str | None, writable: bool) -> tuple[WSGIServer, str]:
+    """A server that listens, and the address to open. Raises MemControlError."""
+    token = token_for(host, token)
+    server = serving(application(url, folder, writable, token), host, port)
+    reached = socket.gethostname() if host in ANY else f"[{host}]" if ":" in host else host
+    return server, f"http://{reached}:{server.server_port}/dashboard/studies/{study_id_of(url, name)}{f'?token={token}' if token else ''}"
+
+
 def token_for(host: str, token: str | None) -> str | None:
-    """None on loopback, unless one is given; elsewhere one is drawn."""
+    """None on loopback, unless one is given; elsewhere one is drawn. Raises MemControlError for one that can be guessed, or that an address
+    or a cookie cannot hold."""
+    if token and not re.fullmatch(TOKEN, token):
+        raise MemControlError("the token (--token or MEMCONTROL_TOKEN) needs 16 or more letters, digits, '-' or '_'; leave it out, and one is drawn")
     return token or (None if host in LOOPBACK else secrets.token_urlsafe(16))
 
 
