@@ -201,7 +201,7 @@ def verdict(rewards: dict[str, float], n: int) -> str:
     return f"No copying is visible at this sample size: {said}; {beside}."
 
 
-def write_report(found: dict, generated: Pictures, train: Pictures, out: Path) -> None:
+def write_audit(found: dict, generated: Pictures, train: Pictures, out: Path) -> None:
     """Writes out/audit.json and the self-contained out/audit.html."""
     shown = found["copies"][:N_SHOWN]
     pairs = zip(generated.read([one["rows"][0] for one in shown]), train.read([one["rows"][1] for one in shown]))

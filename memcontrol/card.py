@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from memcontrol import __version__
 from memcontrol.auditing import verdict
 from memcontrol.figures import BLIND, FIGURES, written
-from memcontrol.files import replacing
+from memcontrol.files import read_json, replacing
 from memcontrol.notes import said_of, table
-from memcontrol.spec import Spec
+from memcontrol.spec import RESULT, Spec
 
 SHOWN = ("fid", "kid", "recall", "memorization", "copy_rate", "copy_rate_features", "clear_copy_rate", "carlini_rate", "authpct", "extraction_clique", "loss_gap")
+LIMITS = (*BLIND, "It was fine-tuned on few images of one kind: outside of it, nothing is known of its quality.")
+LIBRARIES = ("torch", "diffusers", "peft")
 PARTS = {"holdout": "images held out of the search", "test": "test images that neither the fine-tuning nor the search has seen"}
 
 
@@ -23,35 +27,48 @@ def write_card(out: Path, spec: Spec, result: dict[str, Any], code: str, is_lora
         part.write_text(f"---\n{yaml.safe_dump(metadata(spec, is_lora, is_conditional), sort_keys=False)}---\n\n{body(spec, result, code)}", encoding="utf-8")
 
 
+def baseline_of(spec: Spec, result: dict[str, Any]) -> dict[str, Any]:
+    """Full fine-tuning that was retrained beside the run and measured alike; empty where there is none."""
+    found = (read_json(path) for path in sorted((spec.study_folder / "retrain").glob(f"*/{RESULT}")))
+    return next((one for one in found if one["choice"]["method"] == "full" and one.get("measured_with") == result["measured_with"]), {})
+
+
 def metadata(spec: Spec, is_lora: bool, is_conditional: bool) -> dict[str, Any]:
     """The base only where the Hub knows it: a path of this machine is nobody's business."""
     task, base = "text-to-image" if is_conditional else "unconditional-image-generation", spec.config.base
     on_hub = base != "tiny" and not Path(base).exists()
     tags = ["diffusers", task, "memcontrol", *(["lora"] if is_lora else [])]
     known = {"base_model": base, "base_model_relation": "adapter" if is_lora else "finetune"} if on_hub else {}
-    return {"library_name": "diffusers", "pipeline_tag": task, **known, "tags": tags}
+    return {"license": "other", "library_name": "diffusers", "pipeline_tag": task, **known, "tags": tags}
 
 
 def body(spec: Spec, result: dict[str, Any], code: str) -> str:
-    rewards, choice, inner = result["rewards"], spec.choice, spec.config.inner
+    rewards, choice, inner, settings = result["rewards"], spec.choice, spec.config.inner, result["measured_with"]
+    full = baseline_of(spec, result) if choice.method != "full" else {}
     base = spec.config.base if spec.config.base == "tiny" or not Path(spec.config.base).exists() else Path(spec.config.base).name
     groups = ", ".join(choice.groups) if "*" not in choice.groups else "the whole denoiser"
     lines = [
         f"- **Base**: {base}",
         f"- **Trained**: {said_of(choice, len(spec.space.groups))}: {groups or 'nothing'} ({written('trained_fraction', rewards)} of the denoiser)",
         f"- **Images**: {spec.n_train:,} private images; they are not part of this folder",
-        f"- **Budget**: {inner.budget_images:,} images in batches of {inner.batch_size}, {inner.ensemble.shards} shard(s), seed {spec.config.search.seed}",
-        f"- **Made by**: [MemControl](https://arxiv.org/abs/2405.19458), study `{spec.config.name}`, choice `{choice.key}`",
+        f"- **Budget**: {inner.budget_images:,} images in batches of {inner.batch_size}{f', in {inner.ensemble.shards} shards' if inner.ensemble.shards > 1 else ''}, {settings['resolution']} pixels, seed {spec.config.search.seed}",
+        f"- **Made by**: [MemControl](https://arxiv.org/abs/2405.19458) {__version__}, study `{spec.config.name}`, choice `{choice.key}`; exported with {', '.join(f'{name} {version(name)}' for name in LIBRARIES)}",
+        "- **License**: the base's license and the rights in the images bind this model; say above, in place of `other`, under which one it is shared",
     ]
-    rows = [[FIGURES[name].title, written(name, rewards), FIGURES[name].direction, FIGURES[name].meaning] for name in names_of(spec) if name in rewards]
-    about = f"Measured on {result['n_samples']} samples against {PARTS[spec.reference]}, with standard errors or 95 % intervals."
+    columns = [rewards, *([full["rewards"]] if full else [])]
+    rows = [[FIGURES[name].title, *(written(name, one) for one in columns), FIGURES[name].direction, FIGURES[name].meaning] for name in names_of(spec) if name in rewards]
+    sampling = settings["sampling"]
+    about = (
+        f"Measured on {result['n_samples']} samples ({sampling['sampling_steps']} steps, guidance {sampling['guidance']:g}) against {PARTS[spec.reference]}, in pixels and with the "
+        f"feature network `{settings['extractor']}`, with standard errors or 95 % intervals; (few): too few samples for an unbiased FID."
+    )
     parts = [
-        f"# {spec.config.name}", "A fine-tuned diffusion model, chosen so that quality stays and copying of training images goes.", "\n".join(lines),
+        f"# {spec.config.name}", "A fine-tuned diffusion model, and how much it copies its training images. MemControl searches which parameters to fine-tune, so that quality stays and copying goes.", "\n".join(lines),
         "## How to load it", f"```python\n{code}\n```", "## How much it copies", verdict(rewards, result["n_samples"]), about,
-        table(["figure", "value", "better", "meaning"], rows), "## Limits", "\n".join(f"- {line}" for line in BLIND),
-        "- It was fine-tuned on few images of one kind: outside of it, nothing is known of its quality.",
+        table(["figure", "this model", *(["full fine-tuning"] if full else []), "better", "meaning"], rows), "## Limits", "\n".join(f"- {line}" for line in LIMITS),
     ]  # fmt: skip
-    return "\n\n".join(parts) + "\n"
+    text = "\n\n".join(parts) + "\n"
+    return text.replace("held-out", "test") if spec.reference == "test" else text
 
 
 def names_of(spec: Spec) -> list[str]:

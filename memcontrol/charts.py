@@ -8,6 +8,7 @@ from html import escape
 from typing import Any
 
 from memcontrol.figures import MAXIMIZE, interval_of
+from memcontrol.marks import MARKS, PICK, SAMPLED
 from memcontrol.notes import title_of
 
 WIDTH, HEIGHT = 480, 380
@@ -15,13 +16,8 @@ LEFT, RIGHT, TOP, BOTTOM = 66, 16, 14, 54
 STYLE = """
 text { font: 14px system-ui, sans-serif; fill: var(--ink, #222); }
 .axis, .tick { stroke: var(--faint, #bbb); } .front { stroke: var(--ink, #222); fill: none; } .error { stroke: var(--ink, #222); opacity: .35; }
-.sampled { fill: var(--sampled, #0072B2); } .none { fill: var(--none, #7f7f7f); } .all { fill: var(--all, #E69F00); } .full { fill: var(--full, #D55E00); }
-.pick { fill: none; stroke: var(--pick, #009E73); stroke-width: 2.5; } .dim { opacity: .45; }
-"""
-SHAPES = {  # around 0, 0
-    "sampled": '<circle r="5"/>', "none": '<rect x="-5" y="-5" width="10" height="10"/>', "all": '<path d="M0 -7 6 5 -6 5Z"/>', "full": '<path d="M0 -7 7 0 0 7 -7 0Z"/>',
-}
-NAMES = {"sampled": "sampled mask", "none": "no training", "all": "plain PEFT (all)", "full": "full fine-tuning"}
+.pick { fill: none; stroke: var(--pick, PICK); stroke-width: 2.5; } .dim { opacity: .45; }
+""".replace("PICK", PICK) + " ".join(f".{kind} {{ fill: var(--{kind}, {mark.colour}); }}" for kind, mark in MARKS.items())
 Trial = dict[str, Any]
 
 
@@ -30,7 +26,7 @@ def front_chart(trials: Sequence[Trial], objectives: dict[str, str]) -> str:
     front has is drawn pale."""
     x, y = list(objectives)[:2]
     across, up = (Scale([t["values"][name] for t in trials], ends_of(trials, name), *ends) for name, ends in ((x, (LEFT, WIDTH - RIGHT)), (y, (HEIGHT - BOTTOM, TOP))))
-    parts = [*grid(across, up), *labels(x, y, objectives), front_line(trials, x, y, across, up)]
+    parts = [*grid(across, up), *labels(x, y, objectives, across.log, up.log), front_line(trials, x, y, across, up)]
     for trial in sorted(trials, key=lambda t: (t["front"], bool(t["anchor"]))):
         parts.append(point(trial, x, y, across, up))
     return svg(WIDTH, HEIGHT, "The Pareto front", parts)
@@ -73,14 +69,14 @@ def grid(across: Scale, up: Scale) -> list[str]:
     return lines
 
 
-def labels(x: str, y: str, objectives: dict[str, str]) -> list[str]:
-    def said(name: str) -> str:
-        return f"{escape(title_of(name))} ({'higher' if objectives[name] == MAXIMIZE else 'lower'} is better)"
+def labels(x: str, y: str, objectives: dict[str, str], log_x: bool, log_y: bool) -> list[str]:
+    def said(name: str, log: bool) -> str:
+        return f"{escape(title_of(name))} ({'higher' if objectives[name] == MAXIMIZE else 'lower'} is better{', logarithmic' if log else ''})"
 
     middle = (TOP + HEIGHT - BOTTOM) / 2
     return [
-        f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 12}" text-anchor="middle">{said(x)}</text>',
-        f'<text transform="translate(16 {middle}) rotate(-90)" text-anchor="middle">{said(y)}</text>',
+        f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 12}" text-anchor="middle">{said(x, log_x)}</text>',
+        f'<text transform="translate(16 {middle}) rotate(-90)" text-anchor="middle">{said(y, log_y)}</text>',
     ]
 
 
@@ -92,7 +88,7 @@ def front_line(trials: Sequence[Trial], x: str, y: str, across: Scale, up: Scale
 
 
 def point(trial: Trial, x: str, y: str, across: Scale, up: Scale) -> str:
-    kind, px, py = trial["anchor"] or "sampled", across(trial["values"][x]), up(trial["values"][y])
+    kind, px, py = trial["anchor"] or SAMPLED, across(trial["values"][x]), up(trial["values"][y])
     bars = ""
     if trial["front"] or trial["anchor"]:
         (left, right), (low, high) = interval_of(x, trial["rewards"]), interval_of(y, trial["rewards"])
@@ -101,20 +97,21 @@ def point(trial: Trial, x: str, y: str, across: Scale, up: Scale) -> str:
     pale = "" if trial["front"] or trial["anchor"] else " dim"
     return (
         f'{bars}{ring}<g class="point {kind}{pale}" tabindex="0" data-trial="{trial["trial"]}" transform="translate({px:.1f} {py:.1f})">'
-        f"<title>{escape(told(trial))}</title>{SHAPES[kind]}</g>"
+        f"<title>{escape(told(trial))}</title>{MARKS[kind].shape}</g>"
     )
 
 
 def told(trial: Trial) -> str:
-    name = f", {NAMES[trial['anchor']]}" if trial["anchor"] else ""
+    name = f", {MARKS[trial['anchor']].title}" if trial["anchor"] else ""
     values = ", ".join(f"{title_of(key)} {value:.4g}" for key, value in trial["values"].items())
     return f"trial {trial['trial']}{name}{', the pick' if trial['pick'] else ''}: {trial['said']}: {values}"
 
 
 def legend() -> str:
     """The shapes, as HTML."""
-    items = [f'<svg viewBox="-8 -8 16 16" class="key {kind}" aria-hidden="true">{shape}</svg> {NAMES[kind]}' for kind, shape in SHAPES.items()]
+    items = [f'<svg viewBox="-8 -8 16 16" class="key {kind}" aria-hidden="true">{mark.shape}</svg> {mark.title}' for kind, mark in MARKS.items()]
     items.append('<svg viewBox="-12 -12 24 24" class="key" aria-hidden="true"><circle class="pick" r="10"/></svg> the pick')
+    items.append('<svg viewBox="-8 -8 16 16" class="key" aria-hidden="true"><path class="front" d="M-8 -4H0V4H8"/></svg> the front')
     return f'<p class="legend">{"".join(f"<span>{item}</span>" for item in items)}</p>'
 
 

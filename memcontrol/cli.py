@@ -20,6 +20,7 @@ def parser() -> argparse.ArgumentParser:
         description="Search which parameters of a diffusion model to fine-tune, so that quality stays and memorization goes.",
     )
     top.add_argument("--version", action="version", version=f"memcontrol {__version__}")
+    add_levels(top)
     subparsers = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (add_demo, add_init, add_search, add_readers, add_retrain, add_export, add_audit, add_dashboard, add_report, add_compare, add_rewards, add_spaces, add_completion):
         add(subparsers)
@@ -28,11 +29,15 @@ def parser() -> argparse.ArgumentParser:
 
 def command(subparsers, name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
     added = subparsers.add_parser(name, help=text, description=text)
-    said = added.add_mutually_exclusive_group()
-    said.add_argument("--quiet", action="store_const", dest="level", const=saying.QUIET, default=saying.NORMAL, help="say nothing but errors and results")
-    said.add_argument("--verbose", action="store_const", dest="level", const=saying.VERBOSE, help="say every detail, as a search's log file does")
+    add_levels(added)
     added.set_defaults(run=run)
     return added
+
+
+def add_levels(parser: argparse.ArgumentParser) -> None:
+    said = parser.add_mutually_exclusive_group()  # before and after the command
+    for level, text in ((saying.QUIET, "say nothing but errors and results"), (saying.VERBOSE, "say every detail, as a search's log file does")):
+        said.add_argument(f"--{level}", action="store_const", dest="level", const=level, default=argparse.SUPPRESS, help=text)
 
 
 def add_demo(subparsers) -> None:
@@ -209,7 +214,7 @@ def whole(least: int):
 def main() -> int:
     args = parsed(parser())
     interrupt.remember()
-    saying.level = args.level
+    saying.level = getattr(args, "level", saying.NORMAL)
     try:
         return args.run(args)
     except MemControlError as error:

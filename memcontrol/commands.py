@@ -132,12 +132,12 @@ def retrain_and_show(
 
         results = retrain(config, choice, full, folder, out, baseline, executor, show)
     rewards = {name: result["rewards"] for name, result in results.items()}
-    rows = [("baseline", said_of(full, n_groups), rewards[BASELINE]), ("pick", said_of(choice, n_groups), rewards["pick"])]
+    rows = [("baseline", said_of(full, n_groups), rewards[BASELINE])]
+    rows += [("pick", said_of(choice, n_groups), rewards["pick"])] if choice != full else []
     screen.print(rewards_table(rows, "retrained on the full training set, scored on test data"))
     show_pairs({"baseline": baseline, "pick": out}, out / "pairs.png", rows, screen)
     screen.print(f"model: {relative(out)} (memcontrol export {relative(out)} OUT)", highlight=False, soft_wrap=True)
-    apart = differences(out, baseline) if choice != full else {}
-    for line in gain_lines(rewards[BASELINE], rewards["pick"], apart):
+    for line in gain_lines(rewards[BASELINE], rewards["pick"], differences(out, baseline)) if choice != full else ():
         screen.print(line, highlight=False, soft_wrap=True)
 
 
@@ -201,7 +201,7 @@ def run_export(args: argparse.Namespace) -> int:
 
 
 def run_audit(args: argparse.Namespace) -> int:
-    from memcontrol.auditing import audit, folder_pictures, pictures_of, sampled_pictures, samples_of, write_report
+    from memcontrol.auditing import audit, folder_pictures, pictures_of, sampled_pictures, samples_of, write_audit
     from memcontrol.display import Steps, relative
     from memcontrol.spec import SPEC
 
@@ -232,7 +232,7 @@ def run_audit(args: argparse.Namespace) -> int:
             captions = sorted(read_captions(args.train).values())
             generated, attack = samples_of(args.model, captions, **{**SAMPLING, **sampling}, progress=steps.show)
         found = audit(generated, parts["train"], parts["holdout"], args.extractor, steps.show, attack)
-        write_report(found, generated, parts["train"], args.out)
+        write_audit(found, generated, parts["train"], args.out)
     if args.json:
         out_json(found)
     (sys.stderr if args.json else sys.stdout).write(f"{found['verdict']}\n")

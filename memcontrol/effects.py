@@ -41,7 +41,7 @@ def importance(records: Sequence[Record], space: SearchSpace) -> list[Effect]:
     evidence = evidence_of(records, points, ())
     if evidence is None or len(evidence.rows) < N_SPREAD:
         n = 0 if evidence is None else len(evidence.rows)
-        raise MemControlError(f"importance needs {N_SPREAD} ended trials, not counting the anchors none and full, which no point of the space stands for; this study has {n}")
+        raise MemControlError(f"importance needs {N_SPREAD} ended trials, not counting the anchors none and full, which no point of the space stands for; this study has {n}: search on, memcontrol search STUDY.yaml --trials {N_SPREAD}")
     seen, nothing = points.seen(evidence.rows), np.empty((0, len(points.owner)))
     objectives = next(record.objectives for record in records if record.finished)
     processes = {name: fitted(seen, evidence.values[:, i], evidence.errors[:, i], evidence.own_errors[:, i], nothing, points.owner) for i, name in enumerate(objectives)}

@@ -126,4 +126,13 @@ def pooled(draws: Sequence[Estimate]) -> Estimate:
     if draws[0].low is not None and contributions is not None:  # a share
         low, high = wilson(value, len(contributions))
         return Estimate(value, low=low, high=high, contributions=contributions)
+    if all(draw.low is not None and draw.high is not None for draw in draws):
+        below = reach_of_mean([draw - (draw.low or 0.0) for draw in draws])
+        above = reach_of_mean([(draw.high or 0.0) - draw for draw in draws])
+        return Estimate(value, low=value - below, high=value + above, contributions=contributions)
     return Estimate(value, contributions=contributions)
+
+
+def reach_of_mean(reaches: Sequence[float]) -> float:
+    """How far a mean's interval goes to one side, from those of its independent parts (MOVER: Zou and Donner, Statistics in Medicine 2008)."""
+    return math.sqrt(sum(reach**2 for reach in reaches)) / len(reaches)

@@ -226,6 +226,7 @@ def contributions(found: Mapping[str, float]) -> dict[str, np.ndarray]:
 def pooled_scores(draws: Sequence[dict[str, float]]) -> dict[str, float]:
     """The figures of one model over several draws of samples: means, with the errors that are left."""
     found: dict[str, Any] = {name: pooled_figure([draw[name] for draw in draws]) for name in draws[0]}
+    found["authpct_holdout"] = draws[0]["authpct_holdout"]  # of the same held-out images each time: no draw adds to it
     for name in ("copy_rate", "copy_rate_features"):
         found[name].p = p_of_hits(found[name], int(found["copy_rate_n_real"]))
     return with_worst(found)

@@ -76,7 +76,8 @@ def loading_code(out: Path, spec: Spec, denoiser_class: str) -> str:
         return f'import memcontrol\n{imports}\npipe = {opened}\nmemcontrol.load_adapter(pipe, "{out.name}")'
     if (out / "model_index.json").is_file():
         return f'from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained("{out.name}")'
-    return f'from diffusers import {denoiser_class}\n\ndenoiser = {denoiser_class}.from_pretrained("{out.name}")'
+    part = "unet" if denoiser_class.startswith("UNet") else "transformer"
+    return f'from diffusers import {denoiser_class}\n{imports}\n{part} = {denoiser_class}.from_pretrained("{out.name}")\npipe = {opened[:-1]}, {part}={part})'
 
 
 def how_to_load(run: Path, out: Path) -> str:

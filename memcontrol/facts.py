@@ -117,13 +117,13 @@ def as_csv(facts: dict[str, Any]) -> str:
     ordered = [name for name in FIGURES if name in names] + sorted(set(names) - set(FIGURES))
     groups, out = facts["space"]["groups"], io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["trial", "anchor", "state", "front", "pick", "confirmed", "method", "rank", "learning_rate", *groups, *ordered, "seconds"])
+    writer.writerow(["trial", "anchor", "state", "front", "tie", "pick", "confirmed", "method", "rank", "learning_rate", *groups, *ordered, "seconds"])
     for trial in facts["trials"]:
         choice = trial["choice"] or {}
         on = [int(name in choice.get("groups", ()) or EVERYTHING in choice.get("groups", ())) for name in groups]
         figures = [trial["rewards"].get(name, "") for name in ordered]
         writer.writerow([
-            trial["trial"], trial["anchor"] or "sampled", trial["state"], int(trial["front"]), int(trial["pick"]), int(trial["confirmed"]),
+            trial["trial"], trial["anchor"] or "sampled", trial["state"], int(trial["front"]), int(trial["tie"]), int(trial["pick"]), int(trial["confirmed"]),
             choice.get("method"), choice.get("rank"), choice.get("learning_rate"), *on, *figures, trial["seconds"],
         ])  # fmt: skip
     return out.getvalue()

@@ -37,7 +37,7 @@ FIGURES = {
     "memorization": Figure("memorization", "{:.3f}", MINIMIZE, True, "standard error and p, label permutation", NEIGHBOURS, "M: log of distance to held-out over distance to training images, in pixels or in features, whichever is larger; at least 0"),
     "memorization_pixels": Figure("M, pixels", "{:.3f}", MINIMIZE, False, "standard error and p, label permutation", NEIGHBOURS, "M in pixels, mirror images included; 0 without copying"),
     "memorization_features": Figure("M, features", "{:.3f}", MINIMIZE, False, "standard error and p, label permutation", NEIGHBOURS, "M in the feature network"),
-    "copy_rate": Figure("copied (95 %)", "{:.1%}", MINIMIZE, True, WILSON, NEIGHBOURS, "share nearer to a training image than 99 % of real images; about 1 % is chance"),
+    "copy_rate": Figure("copied (95 %)", "{:.1%}", MINIMIZE, True, WILSON, NEIGHBOURS, "share nearer to a training image than 99 % of real images; about 1 % is chance, more where held-out images are few"),
     "copy_rate_features": Figure("copied, features", "{:.1%}", MINIMIZE, False, WILSON, NEIGHBOURS, "the same in the feature network"),
     "clear_copy_rate": Figure("clear copies", "{:.1%}", MINIMIZE, False, WILSON, NEIGHBOURS, "share so near to a training image that one such among all has a chance of 1 % without copying"),
     "loss_gap": Figure("loss gap", "{:.3f}", MINIMIZE, True, "standard error over images", DENOISER, "how much lower the loss is on training than on held-out images; needs no sampling"),
@@ -100,8 +100,7 @@ def written(name: str, rewards: dict[str, float]) -> str:
         return ""
     form = FIGURES[name].form if name in FIGURES else "{:.3f}"
     text = form.format(rewards[name])
-    if name == "fid" and rewards.get("fid_samples_per_feature", ENOUGH) < ENOUGH:
-        return f"{text} (few)"
     if f"{name}_error" in rewards:
-        return f"{text} ± {form.format(rewards[f'{name}_error'])}"
+        few = " (few)" if name == "fid" and rewards.get("fid_samples_per_feature", ENOUGH) < ENOUGH else ""
+        return f"{text} ± {form.format(rewards[f'{name}_error'])}{few}"
     return f"{text} ({form.format(rewards[f'{name}_low'])}-{form.format(rewards[f'{name}_high'])})" if f"{name}_low" in rewards else text

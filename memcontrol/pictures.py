@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
 
-from memcontrol.figures import MAXIMIZE, MINIMIZE, error_of
+from memcontrol.figures import MAXIMIZE, MINIMIZE, interval_of
 from memcontrol.files import replacing
+from memcontrol.marks import MARKS, PICK, SAMPLED
 from memcontrol.picking import front_of
 from memcontrol.study import Record
 
-ANCHORS = {"none": ("s", "tab:gray", "no training"), "all": ("^", "tab:blue", "plain PEFT"), "full": ("D", "tab:red", "full fine-tuning")}
-COLOURS = ("tab:cyan", "tab:orange", "tab:olive", "tab:pink", "tab:brown", "tab:purple", "gold", "teal")
+COLOURS = (MARKS[SAMPLED].colour, "#56B4E9", "#CC79A7", "#F0E442", "#8c564b", "#332288", "#44AA99", "#999933")  # of methods
 
 
 def kind_of(record: Record) -> str:
@@ -20,7 +20,7 @@ def kind_of(record: Record) -> str:
 
 
 def front_picture(records: Sequence[Record], picked: Record | None, path: Path, title: str) -> None:
-    """All finished trials over the first two objectives, the front joined, anchors and pick marked; writes a PNG."""
+    """All finished trials over the first two objectives, the front joined, anchors and pick marked, with 95 % intervals of the front and the anchors; writes a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -34,13 +34,13 @@ def front_picture(records: Sequence[Record], picked: Record | None, path: Path, 
         axes.scatter(*xy(points, x_name, y_name), s=28, color=colour, label=f"sampled: {kind}", zorder=2)
     points = front_of(records)
     axes.step(*xy(points, x_name, y_name), where="post", color="black", linewidth=1, label="front", zorder=1)
-    errors = [[error_of(name, record.rewards) for record in points] for name in (x_name, y_name)]
-    axes.errorbar(*xy(points, x_name, y_name), xerr=errors[0], yerr=errors[1], fmt="none", ecolor="black", elinewidth=0.7, alpha=0.5, zorder=1)
-    for anchor, (marker, colour, label) in ANCHORS.items():
-        points = [record for record in records if record.anchor == anchor]
-        axes.scatter(*xy(points, x_name, y_name), s=70, marker=marker, color=colour, label=label, zorder=3)
+    told = [record for record in records if record in points or record.anchor]
+    axes.errorbar(*xy(told, x_name, y_name), xerr=reach(told, x_name), yerr=reach(told, y_name), fmt="none", ecolor="black", elinewidth=0.7, alpha=0.5, zorder=1)
+    for anchor, mark in MARKS.items():
+        if points := [record for record in records if record.anchor == anchor]:
+            axes.scatter(*xy(points, x_name, y_name), s=70, marker=mark.marker, color=mark.colour, label=mark.title, zorder=3)
     if picked:
-        axes.scatter(*xy([picked], x_name, y_name), s=260, marker="o", facecolors="none", edgecolors="tab:green", linewidths=2, label="pick", zorder=4)
+        axes.scatter(*xy([picked], x_name, y_name), s=260, marker="o", facecolors="none", edgecolors=PICK, linewidths=2, label="pick", zorder=4)
     better = {MINIMIZE: "lower is better", MAXIMIZE: "higher is better"}
     axes.set(xlabel=f"{x_name} ({better[x_way]})", ylabel=f"{y_name} ({better[y_way]})", title=title)
     span = [record.values[x_name] for record in records]
@@ -53,6 +53,12 @@ def front_picture(records: Sequence[Record], picked: Record | None, path: Path, 
     with replacing(path) as part:
         figure.savefig(part, format="png")
     pyplot.close(figure)
+
+
+def reach(records: Sequence[Record], name: str) -> list[list[float]]:
+    """How far the intervals go below and above the values."""
+    intervals = [(record.rewards[name], *interval_of(name, record.rewards)) for record in records]
+    return [[value - low for value, low, _ in intervals], [high - value for value, _, high in intervals]]
 
 
 def xy(records: Sequence[Record], x_name: str, y_name: str) -> tuple[list[float], list[float]]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from memcontrol.figures import MAXIMIZE, error_of
+from memcontrol.figures import MAXIMIZE, interval_of
 from memcontrol.growth import history
+from memcontrol.marks import MARKS, PICK, SAMPLED
 from memcontrol.notes import said_of, title_of
 from memcontrol.picking import front_of
 from memcontrol.study import Record
@@ -14,24 +15,18 @@ from memcontrol.study import Record
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-KINDS = {  # anchor to marker, colour (Okabe and Ito's, which colour-blind people tell apart), and name
-    None: ("circle", "#0072B2", "sampled"), "none": ("square", "#7f7f7f", "no training"), "all": ("triangle-up", "#E69F00", "plain PEFT (all)"),
-    "full": ("diamond", "#D55E00", "full fine-tuning"),
-}  # fmt: skip
-PICK = "#009E73"
-
 
 def front_plot(records: Sequence[Record], picked: Record | None, n_groups: int, title: str) -> Figure:
-    """All finished trials over the first two objectives with their errors; the front joined, the pick circled; masks named where one points."""
+    """All finished trials over the first two objectives with their 95 % intervals; the front joined, the pick circled; masks named where one points."""
     import plotly.graph_objects as go
 
     x, y = list(records[0].objectives)[:2]
     figure = go.Figure(layout={"title": title, "xaxis_title": axis_title(x, records[0]), "yaxis_title": axis_title(y, records[0]), "legend": {"orientation": "h", "y": -0.2}})
     front = front_of(records)
     figure.add_scatter(x=[r.values[x] for r in front], y=[r.values[y] for r in front], mode="lines", line={"shape": "hv", "color": "#999", "width": 1}, name="front", hoverinfo="skip")
-    for anchor, (symbol, colour, name) in KINDS.items():
-        if shown := [record for record in records if record.anchor == anchor]:
-            figure.add_scatter(**points(shown, x, y, n_groups), mode="markers", name=name, marker={"symbol": symbol, "color": colour, "size": 9})
+    for kind, mark in MARKS.items():
+        if shown := [record for record in records if (record.anchor or SAMPLED) == kind]:
+            figure.add_scatter(**points(shown, x, y, n_groups), mode="markers", name=mark.title, marker={"symbol": mark.symbol, "color": mark.colour, "size": 9})
     if picked:
         ring = {"symbol": "circle-open", "size": 20, "color": PICK, "line": {"width": 2}}
         figure.add_scatter(x=[picked.values[x]], y=[picked.values[y]], mode="markers", name="pick", marker=ring, hoverinfo="skip")
@@ -44,7 +39,9 @@ def axis_title(name: str, record: Record) -> str:
 
 def points(records: Sequence[Record], x: str, y: str, n_groups: int) -> dict[str, Any]:
     def errors(name: str) -> dict[str, Any]:
-        return {"type": "data", "array": [error_of(name, record.rewards) for record in records], "thickness": 0.6, "width": 0}
+        reach = [(low, record.rewards[name], high) for record in records for low, high in [interval_of(name, record.rewards)]]
+        above, below = ([end - value for _, value, end in reach], [value - end for end, value, _ in reach])
+        return {"type": "data", "symmetric": False, "array": above, "arrayminus": below, "thickness": 0.6, "width": 0}
 
     texts = [f"trial {record.number}: {said_of(record.chosen, n_groups)}<br>{', '.join(record.chosen.groups)}" for record in records]
     return {

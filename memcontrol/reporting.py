@@ -33,12 +33,15 @@ body { background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sa
 h1 { font-size: 1.6rem; line-height: 1.2; margin: .5rem 0; } h2 { font-size: 1.2rem; margin: 2.2rem 0 .4rem; }
 .lead { font-size: 1.1rem; border-left: 4px solid var(--pick); padding-left: .8rem; }
 .note, caption, figcaption, .told { font-size: .87rem; opacity: .85; text-align: left; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .87rem; } td, th { padding: .25rem .7rem .25rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--faint); }
+.wide { overflow-x: auto; } @media screen { .wide:has(table) { /* a shadow where a table goes on */
+  background: linear-gradient(90deg, var(--paper) 35%, transparent) 0 / 3rem 100% no-repeat local, linear-gradient(270deg, var(--paper) 35%, transparent) 100% / 3rem 100% no-repeat local,
+    linear-gradient(90deg, var(--faint), transparent) 0 / .8rem 100% no-repeat scroll, linear-gradient(270deg, var(--faint), transparent) 100% / .8rem 100% no-repeat scroll; } }
+table { border-collapse: collapse; font-size: .87rem; } td, th { padding: .25rem .7rem .25rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--faint); }
 td.n { white-space: nowrap; } tr.on, .heat tr.on th { background: rgba(var(--on), .16); } tr[data-trial] { cursor: default; }
 figure { margin: 0 0 1rem; } figure img { background: #fff; } @media screen { .wide img { max-width: none; } }
 .chart { max-width: 38rem; } .chart svg { width: 100%; height: auto; } .point { cursor: pointer; } .point:focus, .point.on { outline: none; stroke: var(--ink); stroke-width: 2; opacity: 1; }
 .legend span { margin-right: 1.1rem; white-space: nowrap; } .key { width: .95rem; height: .95rem; vertical-align: -.12rem; overflow: visible; }
-.sampled { fill: var(--sampled); } .none { fill: var(--none); } .all { fill: var(--all); } .full { fill: var(--full); } .key .pick { fill: none; stroke: var(--pick); stroke-width: 2.5; }
+.sampled { fill: var(--sampled); } .none { fill: var(--none); } .all { fill: var(--all); } .full { fill: var(--full); } .key .pick { fill: none; stroke: var(--pick); stroke-width: 2.5; } .key .front { fill: none; stroke: var(--ink); }
 .heat td, .heat th { border: 2px solid var(--paper); padding: .2rem .3rem; } .heat td { min-width: 1.3rem; text-align: center; font-size: .72rem; } .heat thead th { writing-mode: vertical-rl; transform: rotate(180deg); vertical-align: bottom; font-weight: normal; font-size: .75rem; }
 .heat thead th:first-child { writing-mode: horizontal-tb; transform: none; } .heat tbody th { font-weight: normal; white-space: nowrap; border-bottom: 0; }
 .bar { width: 7rem; height: .8rem; } .bar .up { fill: var(--full); } .bar .down { fill: var(--sampled); } .bar .axis, .bar .error { stroke: var(--ink); stroke-width: .8; vector-effect: non-scaling-stroke; } tr.dim { opacity: .6; }
@@ -155,7 +158,7 @@ def standings(facts: Facts) -> str:
     names = [*facts["objectives"], *(name for name in ALWAYS if name not in facts["objectives"])]
     shown = [t for t in finished(facts) if t["front"] or t["tie"] or t["anchor"]]
     rows = [row([str(t["trial"]), escape(t["anchor"] or "sampled"), escape(t["said"]), *(written(n, t["rewards"]) for n in names), place(t)], t["trial"]) for t in shown]
-    note = "Figures with their standard errors, or 95 % intervals in brackets. + measured again over fresh draws, since the best of many measured once is partly luck."
+    note = "Figures with their standard errors, or 95 % intervals in brackets; (few): samples under four for each feature, which make FID too large. + measured again over fresh draws, since the best of many measured once is partly luck."
     return section("Front and anchors", table(["trial", "", "choice", *map(title_of, names), ""], rows), paragraph(note, "note"))
 
 
@@ -173,8 +176,8 @@ def masks(facts: Facts) -> str:
         on = (t["choice"] or {}).get("groups", ())
         shares = t["blocks"] if facts["blocks"] else [float(name in on or "*" in on) for name in columns]
         cells = "".join(cell(name, share) for name, share in zip(columns, shares))
-        rows.append(f'<tr data-trial="{t["trial"]}" title="{escape(", ".join(on))}"><th>{t["trial"]}{" (the pick)" if t["pick"] else ""}</th>{cells}</tr>')
-    about = "Each row is a trial on the front, each column a block of the network from input to output; the number is the share of its parameters, in per cent, that lie in trained modules."
+        rows.append(f'<tr data-trial="{t["trial"]}" title="{escape(", ".join(on))}"><th>{t["trial"]} {t["anchor"] or ""}{" (the pick)" if t["pick"] else ""}</th>{cells}</tr>')
+    about = "Each row is a trial on the front (an anchor by its name), each column a block of the network from input to output; the number is the share of its parameters, in per cent, that lie in trained modules."
     return section("Which layers", paragraph(about if facts["blocks"] else "Each row is a trial on the front, each column a group of layers.", "note"), table(["trial", *columns], rows, "heat"), groups_of(shown))
 
 
@@ -261,10 +264,11 @@ def setting(facts: Facts) -> str:
     states = {state: sum(t["state"] == state for t in facts["trials"]) for state in ("COMPLETE", "PRUNED", "FAIL", "RUNNING")}
     rates = "; ".join(f"{method} {low:g} to {high:g}" for method, (low, high) in space["learning_rate"].items())
     volume = facts["hypervolume"]
+    shards = f", {n} shards" if (n := inner["ensemble"]["shards"]) > 1 else ""
     rows = {
         "space": f"{space['name']}: {space['description']}" if space["description"] else space["name"],
         "groups": ", ".join(space["groups"]), "methods": ", ".join(space["methods"]), "learning rates": rates, "ranks": ", ".join(map(str, space["rank"])),
-        "each fine-tuning": f"{inner['budget_images']:,} images, batches of {inner['batch_size']}, {inner['rounds']} rounds, {inner['optimizer']}, {inner['ensemble']['shards']} shard(s)",
+        "each fine-tuning": f"{inner['budget_images']:,} images, batches of {inner['batch_size']}, {inner['rounds']} rounds, {inner['optimizer']}{shards}",
         "scored on": f"{rewards['n_samples']} samples, {rewards['sampling_steps']} steps at guidance {rewards['guidance']:g}, features of {rewards['extractor']}; the front again over {rewards['confirm']} fresh draws",
         "objectives": ", ".join(f"{title_of(name)} ({direction})" for name, direction in facts["objectives"].items()),
         "limits": ", ".join(f"{name} {bound:g}" for name, bound in facts["limits"].items()) or "none",

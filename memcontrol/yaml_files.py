@@ -30,7 +30,8 @@ def read_yaml(path: Path, keys: Sequence[str]) -> dict:
     except FileNotFoundError:
         raise MemControlError(f"{path}: no such file; give a study file in YAML, see the README for an example") from None
     except IsADirectoryError:
-        raise MemControlError(f"{path}: is a folder; give the study file, such as {path / 'study.yaml'}") from None
+        places = (path / "study.yaml", *sorted(path.glob("*.yaml")), path.resolve().parent.parent / f"{path.resolve().name}.yaml")  # the last: of runs/NAME
+        raise MemControlError(f"{path}: is a folder; give the study file, such as {next((place for place in places if place.is_file()), places[0])}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise MemControlError(f"{path}: cannot be read ({error}); give a text file in YAML") from None
     except yaml.YAMLError as error:

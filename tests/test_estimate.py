@@ -89,6 +89,13 @@ def test_rank_correlation_equals_scipys_with_ties(seed):
     assert spearman([1] * 5, range(5)) == 0.0
 
 
+def test_intervals_of_shares_in_per_cent_are_pooled_too():
+    """By MOVER; Newcombe's hybrid interval, the same rule for a difference, is the reference: of a and -b, halved."""
+    a, b = (Estimate(value, low=low, high=high) for value, low, high in ((90.0, 80.0, 95.0), (70.0, 60.0, 78.0)))
+    found = pooled([a, b])
+    assert (found, found.low, found.high) == pytest.approx((80, 80 - np.hypot(10, 10) / 2, 80 + np.hypot(5, 8) / 2))
+
+
 def test_draws_of_one_size_are_pooled_into_a_mean_with_a_smaller_error():
     draws = [fid(REAL, drawn(100, seed, 1.2)) for seed in range(1, 5)]
     found = pooled(draws)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,11 +15,11 @@ from memcontrol import load_adapter
 from memcontrol.config import load_config
 from memcontrol.errors import MemControlError
 from memcontrol.exporting import COMFYUI_FILE, LORA_FILE, export
-from memcontrol.files import write_json
+from memcontrol.files import read_json, write_json
 from memcontrol.models import base_path, open_pipeline
 from memcontrol.run import chosen_adapter
 from memcontrol.space import parse_space
-from memcontrol.spec import RESULT, Spec
+from memcontrol.spec import RESULT, Spec, read_spec
 
 PLAIN_DIFFUSERS = """
 import sys, json
@@ -36,6 +37,7 @@ for job in json.loads(sys.argv[1]):
 """
 BY_MEMCONTROL = """
 import sys
+from dataclasses import replace
 import numpy as np, torch
 from diffusers import DiffusionPipeline
 from memcontrol import load_adapter
@@ -53,6 +55,9 @@ CALLS = {"ddpm": None, "pixart": {"height": 32, "width": 32, "use_resolution_bin
 CALL = {"height": 32, "width": 32}
 
 
+MEASURED = {"resolution": 32, "extractor": "tiny 0123", "sampling": {"sampling_steps": 20, "guidance": 1.0}}
+
+
 def finished_run(folder, base_name, method, mix=()):
     """A run folder with an adapter that changes much, as a trial leaves it."""
     pipeline = open_pipeline(base_name)
@@ -66,7 +71,7 @@ def finished_run(folder, base_name, method, mix=()):
     disturbed(adapter, 1)
     adapter.save(folder, spec.description())
     adapter.fuse()
-    write_json(folder / RESULT, {"state": "COMPLETE", "n_samples": 256, "rewards": REWARDS})
+    write_json(folder / RESULT, {"state": "COMPLETE", "n_samples": 256, "rewards": REWARDS, "measured_with": MEASURED})
     return pipeline
 
 
@@ -180,10 +185,26 @@ def test_the_model_card_tells_what_was_measured_and_its_code_runs(tmp_path, meth
     data = ModelCard(text).data.to_dict()
     assert data["library_name"] == "diffusers" and data["pipeline_tag"] == "text-to-image" and "memcontrol" in data["tags"]
     assert ("lora" in data["tags"]) == (method == "lora") and "base_model" not in data
+    assert "32 pixels" in text and "20 steps, guidance 1" in text and "`tiny 0123`" in text and "full fine-tuning |" not in text
     assert "| FID | 21.50 ± 1.20 |" in text and "1.2% (0.4%-3.4%)" in text and "No copying is visible" in text and "not parts of images" in text
     assert str(tmp_path) not in text  # a path of this machine is nobody's business
     code = text.partition("```python\n")[2].partition("```")[0]
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
+
+
+def test_the_card_sets_full_fine_tuning_beside_the_pick(tmp_path):
+    from memcontrol.card import body
+
+    finished_run(tmp_path / "retrain" / "a", "tiny", "bias")
+    spec, result = read_spec(tmp_path / "retrain" / "a"), read_json(tmp_path / "retrain" / "a" / RESULT)
+    spec = replace(spec, study_folder=tmp_path, reference="test")
+    write_json(tmp_path / "retrain" / "a" / RESULT, {**result, "choice": spec.choice.as_dict()})
+    full = {**result, "choice": {"method": "full"}, "rewards": {**REWARDS, "fid": 33.0}}
+    write_json(tmp_path / "retrain" / "b" / RESULT, full)
+    text = body(spec, result, "")
+    assert "| FID | 21.50 ± 1.20 | 33.00 ± 1.20 | minimize | Frechet distance to test images" in text and "held-out" not in text
+    write_json(tmp_path / "retrain" / "b" / RESULT, {**full, "measured_with": {}})
+    assert "33.00" not in body(spec, result, "")
 
 
 def test_the_card_names_a_base_of_the_hub_and_no_folder(tmp_path):
