@@ -64,15 +64,16 @@ def run_search(args: argparse.Namespace) -> int:
         return 0
     with executor_of(config, study_folder(args.study, config.name)) as executor:
         search_and_show(args.study, config, executor)
+    console().print(f"next: memcontrol retrain {args.study} (the pick, on test images); look: dashboard, report", highlight=False, soft_wrap=True)
     return 0
 
 
 def search_and_show(study_file: Path, config: Config, executor: Executor) -> None:
     searched(study_file, config, executor)
-    show_search(opened_as(config, study_file), study_file, console())
+    show_search(opened_as(config, study_file), console())
 
 
-def show_search(study: Study, study_file: Path, screen) -> None:
+def show_search(study: Study, screen) -> None:
     from memcontrol.display import cheap_line, relative, spread_line, study_table
     from memcontrol.picking import finished
     from memcontrol.pictures import front_picture
@@ -89,8 +90,6 @@ def show_search(study: Study, study_file: Path, screen) -> None:
         screen.print(f"front: {relative(study.folder / 'front.png')}", highlight=False, soft_wrap=True)
     for line in filter(None, (spread_line(complete), cheap_line(complete))):
         screen.print(line, highlight=False, soft_wrap=True)
-    of_file = study_file if config_of(study_file).name == study.config.name else "STUDY.yaml"
-    screen.print(f"next: memcontrol retrain {of_file} (the pick, on test images), dashboard, report", highlight=False, soft_wrap=True)
 
 
 def run_retrain(args: argparse.Namespace) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 from memcontrol.figures import MAXIMIZE, MINIMIZE, interval_of
 from memcontrol.files import replacing
 from memcontrol.marks import MARKS, PICK, SAMPLED
+from memcontrol.notes import title_of
 from memcontrol.picking import front_of
 from memcontrol.study import Record
 
@@ -42,7 +43,7 @@ def front_picture(records: Sequence[Record], picked: Record | None, path: Path, 
     if picked:
         axes.scatter(*xy([picked], x_name, y_name), s=260, marker="o", facecolors="none", edgecolors=PICK, linewidths=2, label="pick", zorder=4)
     better = {MINIMIZE: "lower is better", MAXIMIZE: "higher is better"}
-    axes.set(xlabel=f"{x_name} ({better[x_way]})", ylabel=f"{y_name} ({better[y_way]})", title=title)
+    axes.set(xlabel=f"{title_of(x_name)} ({better[x_way]})", ylabel=f"{title_of(y_name)} ({better[y_way]})", title=title)
     span = [record.values[x_name] for record in records]
     if 0 < 3 * min(span) < max(span):
         axes.set_xscale("log")

@@ -69,3 +69,5 @@ def test_quiet_and_verbose(shown):
     assert " INFO " in loud or " DEBUG " in loud
     log = next(shown.parent.rglob("search.log")).read_text()
     assert "lora" in log and " INFO " in log
+    assert "begins: search of" in log and '"max_grad' not in log and '"budget_images": 64' in log and log.rstrip().endswith("INFO ended")
+    assert "trial 0 COMPLETE: fid " in log
