@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,6 +23,25 @@ def unet(widths: tuple[int, int, int, int], side: int) -> UNet2DConditionModel:
         down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
         attention_head_dim=8, norm_num_groups=32 if widths[0] % 32 == 0 else 8,
     )  # fmt: skip
+
+
+def stable_diffusion() -> str:
+    """The folder of a pipeline of Stable Diffusion 1.5's size with random weights, made once for each boot of the machine."""
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    from memcontrol.models import TINY
+
+    folder = Path(tempfile.gettempdir()) / "memcontrol-random-sd15"
+    if not (folder / "model_index.json").is_file():
+        torch.manual_seed(0)
+        tokenizer = CLIPTokenizer.from_pretrained(TINY / "tokenizer", model_max_length=77)
+        text = CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12))
+        blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4, "block_out_channels": (128, 256, 512, 512)}
+        vae = AutoencoderKL(latent_channels=4, layers_per_block=2, sample_size=512, **blocks)
+        schedule = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+        StableDiffusionPipeline(vae, text, tokenizer, unet((320, 640, 1280, 1280), 64), schedule, None, None, requires_safety_checker=False).save_pretrained(folder)
+    return str(folder)
 
 
 def base_of(denoiser: UNet2DConditionModel, device: str) -> Base:

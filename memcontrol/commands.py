@@ -61,11 +61,32 @@ def run_search(args: argparse.Namespace) -> int:
         load_space(config.space)
         storage = {"storage": shown(checked(config.storage))} if config.storage else {}
         yaml.safe_dump({**config.model_dump(mode="json"), **storage}, sys.stdout, sort_keys=False, allow_unicode=True)
+        sys.stdout.flush()
+        print_prediction(config, study_folder(args.study, config.name))
         return 0
     with executor_of(config, study_folder(args.study, config.name)) as executor:
         search_and_show(args.study, config, executor)
     console().print(f"next: memcontrol retrain {args.study} (the pick, on test images); look: dashboard, report", highlight=False, soft_wrap=True)
     return 0
+
+
+def print_prediction(config: Config, folder: Path) -> None:
+    """As comments: what is printed stays YAML."""
+    from memcontrol.display import Steps
+    from memcontrol.jobs import Jobs
+    from memcontrol.predict import calibrations_of, lines_of, predicted
+
+    n_workers = 1 if config.search.executor == "inline" else config.search.workers
+
+    with executor_of(config, folder) as executor, Steps(console()) as steps:
+
+        def show(event: Event) -> None:
+            if event.kind == "progress":
+                steps.show("calibrating with short trials", event.detail["done"], event.detail["total"])
+
+        found = predicted(config, calibrations_of(config, folder, Jobs(executor, show), n_workers), n_workers)
+    for line in lines_of(config, found, n_workers):
+        sys.stdout.write(f"# {line}\n")
 
 
 def search_and_show(study_file: Path, config: Config, executor: Executor) -> None:

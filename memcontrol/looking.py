@@ -20,7 +20,7 @@ ONCE = (
 def printed(table) -> None:
     from rich.console import Console
 
-    Console(width=None if sys.stdout.isatty() else 150).print(table)
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
 def run_status(args: argparse.Namespace) -> int:

@@ -26,7 +26,7 @@ Say = Callable[[dict], None]
 
 
 def run_job(job: dict, bench, say: Say) -> None:
-    """One job: {"prepare": folder, "config": ...}, {"trial": folder, "rung": share or none}, {"confirm": folder}, or {"help": folder, "rank": ..., "size":
+    """One job: {"prepare": folder, "config": ..., "calibrate": whether short trials are run in it}, {"trial": folder, "rung": share or none}, {"confirm": folder}, or {"help": folder, "rank": ..., "size":
     ..., "rung": ...}, a share of another process's trial. Says progress, then exactly one end: prepared, done, failed (an attempt that may be
     tried again, with its traceback) or stop (what only the user can mend)."""
     if "help" in job:  # what goes wrong here ends the process, and the one that leads the trial meets it itself
@@ -37,6 +37,11 @@ def run_job(job: dict, bench, say: Say) -> None:
         if "prepare" in job:
             from memcontrol.prepare import prepare
 
+            if job.get("calibrate"):
+                from memcontrol.calibrate import calibrate
+
+                say({"event": "prepared", **calibrate(job["config"], Path(job["prepare"]), bench, lambda line: None, progress_said(say))})
+                return
             say({"event": "prepared", **prepare(job["config"], Path(job["prepare"]), bench, lambda line: say({"event": "warning", "text": line}))})
         elif "confirm" in job:
             run_confirm(Path(job["confirm"]), bench, say)

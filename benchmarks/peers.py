@@ -1,0 +1,154 @@
+"""Trials an hour, beside what people run today: the same base, images, masks, batches, noise and steps of fine-tuning, as many samples.
+
+Ours is a trial as a warm worker runs it; a peer's trial is a process that loads its libraries once and then does all else anew each time.
+Variants take turns, and medians are compared. With `--device cuda` the base has Stable Diffusion 1.5's size and random weights.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks._processes import peak_mib
+
+OURS, PEERS = ("ours, one worker", "ours, a worker for each core"), ("MemControl's recipe", "diffusers' LoRA recipe")
+N_REPEATS, N_TRIALS = int(os.environ.get("REPEATS", "3")), int(os.environ.get("TRIALS", "2"))
+MASKS = (("down_attention", "mid_attention", "up_attention", "down_resnet", "mid_resnet"), ("up_attention", "mid_attention"))  # of the digits' space
+RANK, BETWEEN = 4, 0.5  # of the ranks; of the learning rates' range, on its logarithmic scale
+
+
+def run(device: str) -> list[dict]:
+    """Rows of each variant: seconds for a trial, trials an hour, and ours over theirs."""
+    names = (*(OURS if device == "cpu" else OURS[:1]), *PEERS)
+    found: dict[str, list[list[dict]]] = {name: [] for name in names}
+    for _ in range(N_REPEATS):
+        for name in names:
+            found[name].append(measured(name, device))
+    hourly = {name: statistics.median(per_hour(one) for one in runs) for name, runs in found.items()}
+    ours, losses = found[OURS[0]][0][0]["losses"], {name: runs[0][0]["losses"] for name, runs in found.items()}
+    return [
+        {
+            "variant": name, "trials an hour": hourly[name], **{f"{mine} / this": hourly[mine] / hourly[name] for mine in names if mine in OURS},
+            "seconds, each": statistics.median(seconds for runs in found[name] for one in runs for seconds in one["seconds"]),
+            "peak MiB": statistics.median(sum(one["mib"] for one in runs) for runs in found[name]),
+            "largest difference of a step's loss": max(abs(a - b) for mine, theirs in zip(ours, losses[name]) for a, b in zip(mine, theirs)),
+            "fid": found[name][0][0]["fid"][0],
+        }
+        for name in names
+    ]  # fmt: skip
+
+
+def per_hour(processes: list[dict]) -> float:
+    """Of processes side by side."""
+    return sum(3600 * len(one["seconds"]) / sum(one["seconds"]) for one in processes)
+
+
+def measured(name: str, device: str) -> list[dict]:
+    """What the variant's processes print, all at once, each with its share of the cores."""
+    n = (os.cpu_count() or 1) if name == OURS[1] else 1
+    env = {**os.environ, "OMP_NUM_THREADS": str((os.cpu_count() or 1) // n), "OMP_WAIT_POLICY": "passive"}
+    running = [subprocess.Popen([sys.executable, "-m", "benchmarks.peers", name, device], stdout=subprocess.PIPE, text=True, env=env) for _ in range(n)]
+    return [json.loads(process.communicate()[0].splitlines()[-1]) for process in running]
+
+
+def measure(name: str, device: str) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        seconds, losses, fids = (ours if name in OURS else theirs)(name, Path(folder), device)
+    return {"seconds": seconds, "losses": losses, "fid": fids, "mib": peak_mib(device)}
+
+
+def specs(folder: Path, device: str):
+    """A Bench, and the trials as a search hands them out."""
+    from benchmarks._models import stable_diffusion
+    from memcontrol.bench import Bench
+    from memcontrol.config import load_config
+    from memcontrol.demo import STUDY
+    from memcontrol.prepare import prepare
+    from memcontrol.space import load_space
+    from memcontrol.spec import Spec
+
+    values = {**STUDY, "name": "peers"}
+    if device == "cuda":
+        values |= {
+            "base": stable_diffusion(), "data": {**STUDY["data"], "resolution": 512},
+            "inner": {**STUDY["inner"], "budget_images": 1600, "batch_size": 16, "precision": "bfloat16"}, "rewards": {**STUDY["rewards"], "n_samples": 64, "force": True},
+        }  # fmt: skip
+    config, bench = load_config(values), Bench()
+    prepare(config.model_dump(mode="json"), folder, bench, lambda line: None)
+    space = load_space(config.space)
+    choices = [space.choice(groups, "lora", BETWEEN, RANK) for groups in MASKS]
+    n_train = len(bench.parts(Spec(config, space, choices[0], folder, "search", "holdout", 1))["train"])
+    return bench, [Spec(config, space, choices[i % len(choices)], folder, "search", "holdout", n_train) for i in range(N_TRIALS)]
+
+
+def ours(name: str, folder: Path, device: str) -> tuple[list[float], list[list[float]], list[float]]:
+    """The worker has run a trial before."""
+    from memcontrol.run import trial
+
+    bench, trials = specs(folder, device)
+    seconds, losses, fids = [], [], []
+    for i, spec in enumerate([trials[0], *trials]):
+        found: dict[int, float] = {}
+        run_folder = folder / f"run-{i}"
+        spec.as_job(run_folder)
+        started = time.perf_counter()
+        result = trial(run_folder, bench, lambda stage, done, total, found=found, **said: found.update({done: said["loss"]}) if stage == "train" else None)
+        if i:
+            seconds.append(time.perf_counter() - started)
+            losses.append(list(found.values()))
+            fids.append(result["rewards"]["fid"])
+    return seconds, losses, fids
+
+
+def theirs(name: str, folder: Path, device: str) -> tuple[list[float], list[list[float]], list[float]]:
+    from benchmarks._peers import RECIPES, trial
+
+    bench, trials = specs(folder, device)
+    tasks = [task_of(spec, bench, device) for spec in trials]
+    seconds, losses, fids = [], [], []
+    for task in tasks:
+        started = time.perf_counter()
+        found, fid = trial(task, RECIPES[name])
+        seconds.append(time.perf_counter() - started)
+        losses.append(found)
+        fids.append(fid)
+    return seconds, losses, fids
+
+
+def task_of(spec, bench, device: str):
+    """The trial as a peer gets it."""
+    import torch
+
+    from benchmarks._peers import Task
+    from memcontrol.models import base_path
+    from memcontrol.run import chosen_adapter
+    from memcontrol.seeds import seed_of
+    from memcontrol.train import batch_rows, pace
+
+    inner, base, images = spec.config.inner, bench.base(spec.config), bench.train_images(spec)
+    adapter = chosen_adapter(base.denoiser, spec)
+    first = {name.replace(".weight", ".default.weight"): tensor.detach().clone() for name, tensor in adapter.named_parameters().items()}
+    layer = next(iter(adapter.parts[0].layers.values()))
+    alpha = layer.scaling["default"] * layer.r["default"]
+    modules = list(adapter.parts[0].layers)
+    adapter.remove()
+    rows = np.random.default_rng(seed_of(spec.sampling_seed, "captions")).integers(len(images), size=spec.config.rewards.n_samples)
+    extractor = bench.extractor(spec.config.rewards.extractor)
+    return Task(
+        base_path(spec.config.base), images.pixels(), images.captions, bench.parts(spec)["holdout"].pixels(), [images.captions[row] for row in rows], modules, first,
+        RANK, alpha, lambda step: spec.choice.learning_rate * pace((step + 1) / inner.budget_steps, inner),
+        lambda step: (batch_rows(len(images), inner.batch_size, spec.seed, step), torch.Generator().manual_seed(seed_of(spec.seed, "step", step))),
+        inner.budget_steps, spec.config.rewards.guidance, extractor.extract, extractor.n_features, device,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(*sys.argv[1:])))

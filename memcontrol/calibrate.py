@@ -1,0 +1,86 @@
+"""Owns the calibration behind `search --dry-run`: a few short trials, as a worker runs them beside its neighbours, and what each part took."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from memcontrol.bench import Bench
+from memcontrol.config import Config, load_config
+from memcontrol.files import read_json
+from memcontrol.models import ENCODE_BATCH
+from memcontrol.prepare import prepare
+from memcontrol.run import peak_mib, trial
+from memcontrol.seeds import seed_of
+from memcontrol.space import Choice, SearchSpace, load_space
+from memcontrol.spec import SAMPLES, Spec
+
+N_STEPS, N_SAMPLED = 6, 3  # steps of each short trial; choices beside the anchors
+BATCHES = (1, 2)  # of samples, whose difference is the cost of one
+
+
+def calibrate(values: dict, folder: Path, bench: Bench, warn: Callable[[str], None], progress: Callable[..., None]) -> dict[str, Any]:
+    """Runs short trials of the config in an empty folder. Returns what `predict` needs: seconds before the first trial (`start`), for each
+    kind of choice its parts in seconds and bytes, and the peak of memory. Raises MemControlError."""
+    started, config, space = time.monotonic(), load_config(values), load_space(load_config(values).space)
+    prepared = prepare(short(config, BATCHES[0]).model_dump(mode="json"), folder, bench, warn)
+    n_train = max(1, round(prepared["sizes"]["train"] * config.search.train_fraction))
+
+    def run(name: str, choice: Choice, batches: int) -> dict[str, float]:
+        spec = Spec(short(config, batches), space, choice, folder, "calibrate", "holdout", n_train)
+        run_folder = folder / f"{name}-{batches}"
+        spec.as_job(run_folder)
+        return parts_of(run_folder, spec, bench)
+
+    kinds = choices_of(space, config.search.seed)
+    run("cold", kinds["all"][0], BATCHES[0])  # reads, encodes and caches
+    found: dict[str, Any] = {"start": time.monotonic() - started}
+    jobs = [("none", choice, batches) for choice in kinds["none"] for batches in BATCHES]
+    jobs += [(name, choice, BATCHES[0]) for name in ("all", "full", "sampled") for choice in kinds[name]]
+    for i, (name, choice, batches) in enumerate(jobs):
+        found.setdefault(name, []).append(run(f"{name}-{i}", choice, batches))
+        progress("calibrate", i + 1, len(jobs))
+    return found | {"batch": ENCODE_BATCH, "peak_mib": peak_mib(), "directions": prepared["directions"]}
+
+
+def short(config: Config, batches: int) -> Config:
+    """The same trial, of a few steps and samples."""
+    inner = config.inner
+    n_steps = max(N_STEPS, inner.ensemble.shards * inner.rounds)
+    rewards = {"n_samples": batches * ENCODE_BATCH, "extraction": None, "force": True}
+    return config.model_copy(update={
+        "inner": inner.model_copy(update={"budget_images": n_steps * inner.batch_size}), "rewards": config.rewards.model_copy(update=rewards),
+        "search": config.search.model_copy(update={"early_stopping": None}),
+    })  # fmt: skip
+
+
+def choices_of(space: SearchSpace, seed: int) -> dict[str, list[Choice]]:
+    """The anchors at their middle rates, and a few random choices."""
+    anchors, rng = space.anchors(), random.Random(seed_of(seed, "calibrate"))
+    found = {name: [choices[len(choices) // 2]] for name, choices in anchors.items()}
+    options = space.coordinates()
+    points = ({name: rng.choice(list(values)) for name, values in options.items()} | {"rate": 0.5} for _ in range(N_SAMPLED))
+    return {**found, "sampled": [space.choice_at(point) for point in points]}
+
+
+def parts_of(folder: Path, spec: Spec, bench: Bench) -> dict[str, float]:
+    """Of one short trial: seconds before the first step, of a step, and after the last; bytes of its samples and of the rest."""
+    steps: list[float] = []
+
+    def progress(stage: str, done: int, total: int, **said: object) -> None:
+        if stage == "train":
+            steps.append(time.monotonic())
+
+    started = time.monotonic()
+    trial(folder, bench, progress)
+    ended = time.monotonic()
+    step = (steps[-1] - steps[0]) / (len(steps) - 1) if len(steps) > 1 else 0.0
+    size = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    samples = size.pop(folder / SAMPLES)
+    return {
+        "setup": steps[0] - step - started if steps else 0.0, "step": step, "after": ended - (steps[-1] if steps else started), "samples_bytes": samples,
+        "rest_bytes": sum(size.values()), "step_gflops": read_json(folder / "result.json")["rewards"]["step_gflops"],
+    }  # fmt: skip
