@@ -12,8 +12,8 @@ import yaml
 
 from benchmarks._postgresql import postgresql
 
-N_WORKERS, N_TRIALS, SECONDS = 64, int(os.environ.get("TRIALS", "1000")), 20.0
-GRID = (0, 100, 250, 500, 1000)
+N_WORKERS, N_TRIALS, SECONDS = int(os.environ.get("WORKERS", "64")), int(os.environ.get("TRIALS", "1000")), 20.0
+GRID = (0, 100, 250, 500, 1000, 2500, 5000, 10000)
 
 
 def run(device: str) -> list[dict]:

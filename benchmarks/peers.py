@@ -21,6 +21,7 @@ from benchmarks._processes import peak_mib
 
 OURS, PEERS = ("ours, one worker", "ours, a worker for each core"), ("MemControl's recipe", "diffusers' LoRA recipe")
 N_REPEATS, N_TRIALS = int(os.environ.get("REPEATS", "3")), int(os.environ.get("TRIALS", "2"))
+SMALL = bool(os.environ.get("SMALL"))  # to see that it runs
 MASKS = (("down_attention", "mid_attention", "up_attention", "down_resnet", "mid_resnet"), ("up_attention", "mid_attention"))  # of the digits' space
 RANK, BETWEEN = 4, 0.5  # of the ranks; of the learning rates' range, on its logarithmic scale
 
@@ -76,6 +77,8 @@ def specs(folder: Path, device: str):
     from memcontrol.spec import Spec
 
     values = {**STUDY, "name": "peers"}
+    if SMALL:
+        values |= {"inner": {**STUDY["inner"], "budget_images": 64, "batch_size": 16}, "rewards": {**STUDY["rewards"], "n_samples": 64, "force": True, "sampling_steps": 2}}
     if device == "cuda":
         values |= {
             "base": stable_diffusion(), "data": {**STUDY["data"], "resolution": 512},

@@ -8,11 +8,12 @@ import numpy as np
 
 from memcontrol.estimate import Estimate
 from memcontrol.figures import error_of
-from memcontrol.pareto import hypervolume
+from memcontrol.pareto import front, hypervolume
 from memcontrol.study import Record, oriented
 
 N_DRAWS = 200
 N_WALKS = 40  # redrawn searches, for the error at every trial
+N_PLACES = 200  # of a history
 MARGIN = 0.1
 
 
@@ -36,27 +37,27 @@ def grown(records: Sequence[Record], reference: Sequence[float], seed: int = 0) 
     """The hypervolume of what the search measured, with its standard error by redrawing every value from its own error."""
     losses, errors = measured([record for record in records if record.finished])
     rng = np.random.default_rng(seed)
-    draws = [hypervolume(rng.normal(losses, errors).tolist(), reference) for _ in range(N_DRAWS)] if losses and errors.any() else [0.0]
+    draws = [hypervolume(rng.normal(losses, errors), reference) for _ in range(N_DRAWS)] if losses and errors.any() else [0.0]
     return Estimate(hypervolume(losses, reference), float(np.std(draws)))
 
 
-def history(records: Sequence[Record], reference: Sequence[float], seed: int = 0) -> list[Estimate]:
-    """The hypervolume after each trial that ended well, in the order of their ends, with its standard error."""
+def history(records: Sequence[Record], reference: Sequence[float], seed: int = 0) -> dict[int, Estimate]:
+    """The hypervolume by the number of trials that had ended well, in the order of their ends, with its standard error: after each of them,
+    or after some N_PLACES numbers of them where there are more."""
     losses, errors = measured(sorted((record for record in records if record.finished), key=lambda record: (record.ended, record.number)))
-    rng = np.random.default_rng(seed)
-    draws = zip(*(volumes(rng.normal(losses, errors).tolist(), reference) for _ in range(N_WALKS)))
-    return [Estimate(volume, float(np.std(drawn))) for volume, drawn in zip(volumes(losses, reference), draws)]
+    places, rng = np.unique(np.linspace(1, len(losses), min(len(losses), N_PLACES), dtype=int)).tolist(), np.random.default_rng(seed)
+    draws = zip(*(volumes(rng.normal(losses, errors), places, reference) for _ in range(N_WALKS)))
+    found = volumes(np.asarray(losses), places, reference)
+    return {place: Estimate(volume, float(np.std(drawn))) for place, volume, drawn in zip(places, found, draws)}
 
 
-def volumes(losses: Sequence[Sequence[float]], reference: Sequence[float]) -> list[float]:
-    """The hypervolume after each point; it is computed anew only where the point is beaten by none before it."""
-    kept: list[Sequence[float]] = []
-    found: list[float] = []
-    for point in losses:
-        beaten = any(all(a <= b for a, b in zip(other, point)) for other in kept)
-        if not beaten:
-            kept = [other for other in kept if not all(a <= b for a, b in zip(point, other))] + [point]
-        found.append(found[-1] if beaten else hypervolume(kept, reference))
+def volumes(losses: np.ndarray, places: Sequence[int], reference: Sequence[float]) -> list[float]:
+    """The hypervolume of the first points, by how many."""
+    kept, found = losses[:0], []
+    for first, last in zip([0, *places], places):
+        kept = np.concatenate([kept, losses[first:last]])
+        kept = kept[front(kept)]
+        found.append(hypervolume(kept, reference))
     return found
 
 

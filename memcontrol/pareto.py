@@ -6,6 +6,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from memcontrol.errors import MemControlError
 
 
@@ -39,32 +41,40 @@ def parse_limit(text: str, known: Sequence[str]) -> Limit:
     return limit
 
 
-def dominates(a: Sequence[float], b: Sequence[float]) -> bool:
-    """Every value of a is at most b's, and one is less (all minimised)."""
-    return all(x <= y for x, y in zip(a, b)) and any(x < y for x, y in zip(a, b))
+def front(points: Sequence[Sequence[float]] | np.ndarray) -> list[int]:
+    """Indices of the points that no other dominates (is as good in every value, all minimised, and better in one), in order of the first
+    value; of equal points the first stays."""
+    if len(points) == 0:
+        return []
+    values = np.asarray(points, np.float64)
+    order = np.lexsort(values.T[::-1])  # stable; whatever dominates a point stands before it
+    ranked = values[order]
+    if ranked.shape[1] == 2:
+        before = np.minimum.accumulate(np.concatenate([[np.inf], ranked[:-1, 1]]))
+        return order[ranked[:, 1] < before].tolist()
+    kept: list[int] = []
+    for i, point in enumerate(ranked):
+        if not (ranked[kept] <= point).all(1).any():
+            kept.append(i)
+    return order[kept].tolist()
 
 
-def front(points: Sequence[Sequence[float]]) -> list[int]:
-    """Indices of the points that no other dominates, in order of the first value; of equal points the first stays."""
-    kept = [
-        i
-        for i, point in enumerate(points)
-        if not any(dominates(other, point) or (j < i and list(other) == list(point)) for j, other in enumerate(points))
-    ]
-    return sorted(kept, key=lambda i: tuple(points[i]))
-
-
-def hypervolume(points: Sequence[Sequence[float]], reference: Sequence[float]) -> float:
-    """How much of the space below the reference the points dominate (all minimised): slab by slab along the last value."""
-    inside = sorted((point for point in points if all(x < r for x, r in zip(point, reference))), key=lambda point: point[-1])
+def hypervolume(points: Sequence[Sequence[float]] | np.ndarray, reference: Sequence[float]) -> float:
+    """How much of the space below the reference the points dominate (all minimised): steps in the plane, beyond it slab by slab along the
+    last value."""
+    values = np.asarray(points, np.float64).reshape(-1, len(reference))
+    inside = values[(values < np.asarray(reference)).all(1)]
+    best = inside[front(inside)]
+    if len(best) == 0:
+        return 0.0
     if len(reference) == 1:
-        return reference[0] - inside[0][0] if inside else 0.0
-    total = 0.0
-    for i, point in enumerate(inside):
-        top = inside[i + 1][-1] if i + 1 < len(inside) else reference[-1]
-        if top > point[-1]:
-            total += (top - point[-1]) * hypervolume([other[:-1] for other in inside[: i + 1]], reference[:-1])
-    return total
+        return float(reference[0] - best[0, 0])
+    if len(reference) == 2:
+        tops = np.concatenate([[reference[1]], best[:-1, 1]])
+        return float(((reference[0] - best[:, 0]) * (tops - best[:, 1])).sum())
+    rising = best[np.argsort(best[:, -1], kind="stable")]
+    tops = np.concatenate([rising[1:, -1], [reference[-1]]])
+    return sum((top - low) * hypervolume(rising[: i + 1, :-1], reference[:-1]) for i, (low, top) in enumerate(zip(rising[:, -1], tops)) if top > low)
 
 
 def knee(points: Sequence[Sequence[float]], reference: Sequence[float] | None = None) -> int:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+
+import numpy as np
 
 from memcontrol.errors import MemControlError
 from memcontrol.figures import error_of
@@ -37,15 +38,18 @@ def to_confirm(records: Sequence[Record], limits: Sequence[Limit] = ()) -> list[
 def ties_of(records: Sequence[Record]) -> list[Record]:
     """Those whose place the errors leave open: on the front, but beaten beyond error in some objective by one that they beat in
     none; or off the front, but not so beaten by any."""
-    points = front_of(records)
-    return [record for record in records if (record in points) == any(clearly_beats(other, record) for other in records if other is not record)]
+    if not records:
+        return []
+    losses, errors = np.array([record.losses for record in records]), np.array([[error_of(name, record.rewards) for name in record.objectives] for record in records])
+    best = set(front(losses))
+    return [record for i, record in enumerate(records) if (i in best) == is_clearly_beaten(losses, errors, i)]
 
 
-def clearly_beats(a: Record, b: Record) -> bool:
-    """a is better than b in some objective by more than two standard errors of the difference, and b than a in none."""
-    beyond = [2 * math.hypot(error_of(name, a.rewards), error_of(name, b.rewards)) for name in a.objectives]
-    gains = [y - x for x, y in zip(a.losses, b.losses)]
-    return any(gain > line for gain, line in zip(gains, beyond)) and not any(-gain > line for gain, line in zip(gains, beyond))
+def is_clearly_beaten(losses: np.ndarray, errors: np.ndarray, i: int) -> bool:
+    """Whether of all trials [N, M] one is better than the i-th in some objective by more than two standard errors of the difference, and
+    worse in none by as much."""
+    beyond, gains = 2 * np.hypot(errors, errors[i]), losses[i] - losses
+    return bool(((gains > beyond).any(1) & ~(-gains > beyond).any(1)).any())
 
 
 def kept(record: Record, limits: Sequence[Limit]) -> bool:

@@ -50,16 +50,16 @@ def points(records: Sequence[Record], x: str, y: str, n_groups: int) -> dict[str
 
 
 def hypervolume_plot(records: Sequence[Record], reference: Sequence[float], title: str) -> Figure:
-    """After each trial that ended: the hypervolume, and twice its standard error."""
+    """As trials ended: the hypervolume, and twice its standard error."""
     import plotly.graph_objects as go
 
     volumes = history(records, reference)
-    numbers = list(range(1, len(volumes) + 1))
+    numbers = list(volumes)
     figure = go.Figure(layout={"title": title, "xaxis_title": "trials ended", "yaxis_title": "hypervolume", "showlegend": False})
     for sign in (1, -1):
         figure.add_scatter(
-            x=numbers, y=[max(v + sign * 2 * (v.error or 0.0), 0.0) for v in volumes], mode="lines", line={"width": 0, "shape": "hv"}, fill=None if sign > 0 else "tonexty",
+            x=numbers, y=[max(v + sign * 2 * (v.error or 0.0), 0.0) for v in volumes.values()], mode="lines", line={"width": 0, "shape": "hv"}, fill=None if sign > 0 else "tonexty",
             fillcolor="rgba(0,114,178,.2)", hoverinfo="skip",
         )  # fmt: skip
-    figure.add_scatter(x=numbers, y=[float(v) for v in volumes], mode="lines+markers", line={"shape": "hv", "color": "#0072B2"})
+    figure.add_scatter(x=numbers, y=[float(v) for v in volumes.values()], mode="lines+markers", line={"shape": "hv", "color": "#0072B2"})
     return figure

@@ -74,6 +74,7 @@ class Publisher:
         self.seen, self.due = {record.number: record for record in records}, time.monotonic() + INTERVAL_SECONDS
 
     def write(self, records: Sequence[Record], changed: Sequence[Record], over: bool) -> None:
+        self.stored = self.study.patiently(lambda: Stored(self.study))
         complete, picked = [record for record in records if record.finished], picked_of(records, self.study)
         for record in changed:
             if record.state != "RUNNING":
@@ -92,7 +93,7 @@ class Publisher:
 
     def note(self, number: int | None, text: str) -> None:
         if self.written.get(number) != text:
-            self.study.patiently(lambda: save_note(self.study, number, text))
+            self.study.patiently(lambda: save_note(self.study, self.stored, number, text))
             self.written[number] = text
 
 
@@ -108,13 +109,28 @@ def notes_in(study: Study) -> dict[int | None, str]:
     return {number: text.partition(YOURS)[0] for number, text in whole.items()}
 
 
-def save_note(study: Study, number: int | None, text: str) -> None:
+class Stored:
+    """The study's storage as far as the library's notes ask for it: of the attributes, which grow with every trial, all are read for each note,
+    and here once."""
+
+    def __init__(self, study: Study):
+        self.storage, self.attributes = study.storage, study.storage.get_study_system_attrs(study.inner._study_id)
+
+    def get_study_system_attrs(self, study_id: int) -> dict[str, Any]:
+        return self.attributes
+
+    def set_study_system_attr(self, study_id: int, key: str, value: Any) -> None:
+        self.storage.set_study_system_attr(study_id, key, value)
+        self.attributes[key] = value
+
+
+def save_note(study: Study, stored: Stored, number: int | None, text: str) -> None:
     """Above what a person has written into the note."""
     from optuna_dashboard import get_note
     from optuna_dashboard import save_note as save
 
-    # Of a trial the library asks for these three only; a real optuna.Trial would ask the sampler for more.
-    owner: Any = study.inner if number is None else SimpleNamespace(study=study.inner, storage=study.storage, _trial_id=study.ids[number])
+    # Of a trial the library asks for these three only; a real optuna.Trial would ask the sampler for more. Without a number it is the study's.
+    owner: Any = SimpleNamespace(study=study.inner, storage=stored, _trial_id=None if number is None else study.ids[number])
     before = get_note(owner)
     whole = text + YOURS + before.partition(YOURS)[2]
     if whole != before:

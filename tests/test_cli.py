@@ -52,9 +52,10 @@ def test_the_page_on_study_files_names_every_key():
 
 def test_dry_run_prints_the_resolved_config_and_makes_nothing(study_file):
     study = study_file()
-    done = run("search", study, "inner.batch_size=8", "--trials", 5, "--dry-run")
+    done = run("search", study, "inner.batch_size=8", "--trials", 5, "--workers", 1, "--dry-run")
     values = yaml.safe_load(done.stdout)
     assert (values["inner"]["batch_size"], values["search"]["trials"], values["base"]) == (8, 5, "tiny")
+    assert re.search(r"# predicted time: \d.* with 1 worker\(s\), 12 runs", done.stdout) and "# predicted memory of a worker: " in done.stdout and "# predicted disk: " in done.stdout
     assert sorted(path.name for path in study.parent.iterdir()) == [study.name]
 
 

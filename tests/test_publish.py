@@ -12,7 +12,7 @@ from optuna_dashboard import get_note, save_note
 from PIL import Image
 from simulated import Simulated, search
 
-from memcontrol import artifacts
+from memcontrol import artifacts, growth
 from memcontrol.config import study_folder
 from memcontrol.growth import history
 from memcontrol.pareto import hypervolume
@@ -132,11 +132,15 @@ def test_plots_hold_every_finished_trial_and_the_pick(study_path):
     assert volumes[-1] == pytest.approx(hypervolume([record.losses for record in study.records()], study.attributes["reference"]))
 
 
-def test_the_history_of_the_hypervolume_is_that_of_each_beginning(study_path):
+def test_the_history_of_the_hypervolume_is_that_of_each_beginning(study_path, monkeypatch):
     study = search(study_path, Drawing(1))
     ordered, reference = sorted(study.records(), key=lambda record: (record.ended, record.number)), study.attributes["reference"]
     expected = [hypervolume([record.losses for record in ordered[: n + 1]], reference) for n in range(len(ordered))]
-    assert np.allclose(history(study.records(), reference), expected)
+    found = history(study.records(), reference)
+    assert list(found) == list(range(1, len(ordered) + 1)) and np.allclose(list(found.values()), expected)
+    monkeypatch.setattr(growth, "N_PLACES", 3)
+    few = history(study.records(), reference)
+    assert len(few) == 3 and list(few)[-1] == len(ordered) and all(few[n] == found[n] for n in few)
 
 
 def test_a_publisher_writes_nothing_twice(study_path, monkeypatch):

@@ -1,0 +1,111 @@
+"""What one study with 10,000 trials and one training set of 10 million images do to parts of which each is measured at sizes that fit here:
+nearest neighbours by the number of training images, what is kept for each image, and what is computed over all trials of a study.
+
+The search loop with 512 simulated workers is `WORKERS=512 TRIALS=10000 python -m benchmarks overhead`.
+"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+N_QUERIES, N_WANTED = 256, 10_000_000
+PIXELS, FEATURES = (3072, (10_000, 30_000, 100_000)), (2048, (10_000, 30_000, 100_000))  # 32 x 32 pixels; Inception's features
+TRIALS = (100, 1_000, 10_000)
+
+
+def run(device: str) -> list[dict]:
+    return [*neighbours(), *caches(), *studies()]
+
+
+def seconds_of(call: Callable[[], object], n: int = 3) -> float:
+    times = []
+    for _ in range(n):
+        started = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - started)
+    return sorted(times)[n // 2]
+
+
+def row(what: str, size: str, figure: float, unit: str) -> dict:
+    return {"what": what, "size": size, "figure": figure, "unit": unit}
+
+
+def neighbours() -> list[dict]:
+    from memcontrol.features import nearest
+
+    rng, rows = np.random.default_rng(0), []
+    for name, (d, sizes) in {"pixels": PIXELS, "2048 features": FEATURES}.items():
+        queries, references = rng.random((N_QUERIES, d), np.float32), rng.random((sizes[-1], d), np.float32)
+        for n in sizes:
+            spent = seconds_of(lambda q=queries, r=references[:n]: nearest(q, r))
+            rows.append(row(f"nearest training image of {N_QUERIES} samples, {name}", f"{n:,} images", spent, "s"))
+        rows.append(row(f"the same, by the last one's time for each image, {name}", f"{N_WANTED:,} images", spent * N_WANTED / sizes[-1], "s"))
+        rows.append(row(f"descriptors in memory, {name}", f"{N_WANTED:,} images", 4 * d * N_WANTED / 2**30, "GiB"))
+    return rows
+
+
+def caches() -> list[dict]:
+    """Of Stable Diffusion 1.5 at 512 pixels, from shapes: mean and deviation of the latents, and encodings, where every caption differs."""
+    latents, text = 2 * 4 * 64 * 64 * 4, 77 * 768 * 4
+    return [
+        row("latents, kept and held by each worker", f"{N_WANTED:,} images", latents * N_WANTED / 2**30, "GiB"),
+        row("caption encodings, the same", f"{N_WANTED:,} captions", text * N_WANTED / 2**30, "GiB"),
+        row("split.json", f"{N_WANTED:,} images", 120 * N_WANTED / 2**30, "GiB"),
+    ]
+
+
+def studies() -> list[dict]:
+    """Of a study whose trials have ended, in SQLite."""
+    from memcontrol.config import load_config
+    from memcontrol.growth import grown, reference_of
+    from memcontrol.picking import front_of, pick, ties_of
+    from memcontrol.publish import Publisher
+    from memcontrol.sampling import Sampler
+    from memcontrol.space import load_space
+    from memcontrol.study import open_study
+
+    rows, space = [], load_space("sd15-blocks")
+    for n in TRIALS:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            config = load_config({"name": "large", "data": "digits", "space": "sd15-blocks"})
+            study = open_study(config, folder, folder / "large.yaml", create=True, directions=["minimize", "minimize"])
+            fill(study, space, n)
+            spent = time.perf_counter()
+            again = open_study(config, folder, folder / "large.yaml", create=False)
+            rows.append(row("reading the study", f"{n:,} trials", time.perf_counter() - spent, "s"))
+            records = again.records()
+            reference = reference_of(records)
+            parts = {
+                "the front": lambda records=records: front_of(records), "ties with it": lambda records=records: ties_of(records), "the pick": lambda records=records: pick(records),
+                "the hypervolume": lambda records=records, reference=reference: grown(records, reference),
+                "a draw by multivariate TPE": lambda records=records: Sampler(space, 0, 2, (), "tpe").draw(records),
+            }  # fmt: skip
+            rows += [row(what, f"{n:,} trials", seconds_of(call, 1), "s") for what, call in parts.items()]
+            rows.append(row("all notes and plots", f"{n:,} trials", seconds_of(Publisher(again, space, folder).publish, 1), "s"))
+            rows.append(row("database", f"{n:,} trials", (folder / "study.db").stat().st_size / 2**20, "MiB"))
+            study.close()
+            again.close()
+    return rows
+
+
+def fill(study, space, n: int) -> None:
+    """Anchors, then random masks with figures that trade off."""
+    rng, options = random.Random(0), space.coordinates()
+    for anchor, candidates in space.anchors().items():
+        tell(study, study.begin(candidates[:1], space, anchor), candidates[0], rng)
+    for _ in range(n - 3):
+        choice = space.choice_at({name: rng.choice(list(values)) for name, values in options.items()} | {"rate": rng.random()})
+        tell(study, study.begin([choice], space), choice, rng)
+
+
+def tell(study, number: int, choice, rng: random.Random) -> None:
+    share = len(choice.groups) / 13 + 0.3 * rng.random()
+    rewards = {"fid": 30 - 10 * share + rng.random(), "fid_error": 0.5, "memorization": share + 0.1 * rng.random(), "memorization_error": 0.02}
+    study.finish(number, [{"state": "COMPLETE", "choice": choice.as_dict(), "rewards": rewards, "seconds": 60.0, "measured_with": {"figures": 1}}])
