@@ -1,4 +1,5 @@
-"""Time and peak memory of ten shards against one at the same number of steps: LoRA on a U-Net of 35 million random parameters."""
+"""Time and peak memory of ten shards against one at the same number of steps, ours and as deep copies of the model (IET-AGC's): LoRA on a
+U-Net of 35 million random parameters."""
 
 from __future__ import annotations
 
@@ -10,12 +11,13 @@ from pathlib import Path
 
 from benchmarks._processes import medians, peak_mib
 
+COPIES = "10 copies"
 N_REPEATS, N_STEPS, N_ROUNDS, BATCH, SIDE, N_IMAGES = 3, 150, 5, 4, 16, 200
 
 
 def run(device: str) -> list[dict]:
     """Rows with the seconds of training and the process's MiB, and both relative to one shard."""
-    found = medians("benchmarks.shards", ("1", "10"), N_REPEATS, device)
+    found = medians("benchmarks.shards", ("1", "10", COPIES), N_REPEATS, device)
     one = found["1"]
     return [
         {
@@ -26,7 +28,43 @@ def run(device: str) -> list[dict]:
     ]  # fmt: skip
 
 
+def copied(n: int, device: str) -> dict:
+    """Each shard a copy of the model with an optimizer of its own, trained in turn, the adapters' mean given to all after each round."""
+    import copy
+
+    import torch
+
+    from benchmarks._models import base_of, random_material, unet
+    from memcontrol.adapters import inject
+    from memcontrol.space import load_space
+
+    first, space, data = base_of(unet((64, 128, 256, 256), SIDE), device), load_space("sd15-sites-complete"), random_material(N_IMAGES, SIDE).data
+    choice, parameters = space.choice(space.groups_for("lora"), "lora", 0.5), sum(parameter.numel() for parameter in first.denoiser.parameters())
+    bases = [first, *(base_of(copy.deepcopy(first.denoiser), device) for _ in range(n - 1))]
+    trained = [inject(base.denoiser, space, choice, 0).parameters() for base in bases]
+    optimizers = [torch.optim.AdamW(mine, lr=choice.learning_rate) for mine in trained]
+    started, generator = time.perf_counter(), torch.Generator().manual_seed(0)
+    for _ in range(N_ROUNDS):
+        for base, mine, optimizer in zip(bases, trained, optimizers):
+            for _ in range(N_STEPS // N_ROUNDS // n):
+                rows = torch.randint(N_IMAGES, (BATCH,), generator=generator)
+                text = {name: tensor.to(device) for name, tensor in data.texts(data.caption_rows[rows]).items()}
+                loss, _ = base.losses(data.mean[rows].to(device), text, generator)
+                loss.mean().backward()
+                torch.nn.utils.clip_grad_norm_(mine, 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+        with torch.no_grad():
+            for same in zip(*trained):
+                mean = torch.stack(same).mean(0)
+                for parameter in same:
+                    parameter.copy_(mean)
+    return {"seconds": time.perf_counter() - started, "mib": peak_mib(device), "parameters": parameters}
+
+
 def measure(shards: str, device: str) -> dict:
+    if shards == COPIES:
+        return copied(10, device)
     from benchmarks._models import base_of, random_material, unet
     from memcontrol.adapters import inject
     from memcontrol.config import InnerConfig
