@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
-from memcontrol.figures import MAXIMIZE, interval_of
+from memcontrol.figures import MAXIMIZE, interval_of, written
 from memcontrol.marks import MARKS, PICK, SAMPLED
 from memcontrol.notes import title_of
 
@@ -103,7 +103,7 @@ def point(trial: Trial, x: str, y: str, across: Scale, up: Scale) -> str:
 
 def told(trial: Trial) -> str:
     name = f", {MARKS[trial['anchor']].title}" if trial["anchor"] else ""
-    values = ", ".join(f"{title_of(key)} {value:.4g}" for key, value in trial["values"].items())
+    values = ", ".join(f"{title_of(key)} {written(key, trial['rewards'])}" for key in trial["values"])
     return f"trial {trial['trial']}{name}{', the pick' if trial['pick'] else ''}: {trial['said']}: {values}"
 
 

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 from memcontrol import __version__, commands, interrupt, looking, saying
 from memcontrol.errors import MemControlError
@@ -14,8 +15,15 @@ from memcontrol.errors import MemControlError
 STUDY_HELP = "the study's YAML file"
 
 
+class OneLine(argparse.ArgumentParser):
+    """Says a mistake in one line, and where help is."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
+    top = OneLine(
         prog="memcontrol",
         description="Search which parameters of a diffusion model to fine-tune, so that quality stays and memorization goes.",
     )
@@ -36,7 +44,7 @@ def command(subparsers, name: str, run: Callable[[argparse.Namespace], int], tex
 
 def add_levels(parser: argparse.ArgumentParser) -> None:
     said = parser.add_mutually_exclusive_group()  # before and after the command
-    for level, text in ((saying.QUIET, "say nothing but errors and results"), (saying.VERBOSE, "say every detail, as a search's log file does")):
+    for level, text in ((saying.QUIET, "say nothing on stderr but errors"), (saying.VERBOSE, "say every detail, as a search's log file does")):
         said.add_argument(f"--{level}", action="store_const", dest="level", const=level, default=argparse.SUPPRESS, help=text)
 
 
@@ -59,11 +67,11 @@ def add_init(subparsers) -> None:
 def add_search(subparsers) -> None:
     search = command(subparsers, "search", commands.run_search, "run or continue a study")
     search.add_argument("study", type=Path, metavar="STUDY.yaml", help=STUDY_HELP)
-    search.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace those of the file, for example inner.batch_size=8")
+    search.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="values that replace those of the file, for example inner.batch_size=8")
     search.add_argument("--trials", type=whole(0), help="sampled trials in all, beside the three anchors")
     search.add_argument("--workers", type=whole(1), help="jobs at a time")
     search.add_argument("--executor", choices=("inline", "local", "ray", "slurm"), help="where trials run")
-    search.add_argument("--dry-run", action="store_true", help="print the resolved config and stop")
+    search.add_argument("--dry-run", action="store_true", help="print the resolved config, try a few short trials, and say what the search will take")
 
 
 def add_readers(subparsers) -> None:
@@ -203,11 +211,10 @@ def parsed(top: argparse.ArgumentParser) -> argparse.Namespace:
 
 def whole(least: int):
     def convert(text: str) -> int:
-        if int(text) < least:
-            raise ValueError
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"'{text}' is no whole number of at least {least}")
         return int(text)
 
-    convert.__name__ = f"whole number of at least {least}"
     return convert
 
 

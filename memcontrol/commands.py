@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from memcontrol.api import (
+    SAMPLING,
+    audited,
     config_of,
     executor_of,
     folder_of,
@@ -31,9 +33,6 @@ if TYPE_CHECKING:
     from memcontrol.config import Config
     from memcontrol.executors import Event, Executor
     from memcontrol.study import Study
-
-
-SAMPLING = {"samples": 256, "attacked": 0, "steps": 20, "guidance": 1.0, "seed": 0}  # of an audited pipeline
 
 
 def run_demo(args: argparse.Namespace) -> int:
@@ -126,7 +125,7 @@ def retrain_and_show(
     choice_file: Path | None = None, out: Path | None = None,
 ) -> None:  # fmt: skip
     from memcontrol.comparing import differences
-    from memcontrol.display import Display, gain_lines, relative, rewards_table
+    from memcontrol.display import Display, RewardsTable, gain_lines, relative
     from memcontrol.notes import said_of
     from memcontrol.retraining import BASELINE, retrain
 
@@ -154,7 +153,7 @@ def retrain_and_show(
     rewards = {name: result["rewards"] for name, result in results.items()}
     rows = [("baseline", said_of(full, n_groups), rewards[BASELINE])]
     rows += [("pick", said_of(choice, n_groups), rewards["pick"])] if choice != full else []
-    screen.print(rewards_table(rows, "retrained on the full training set, scored on test data"))
+    screen.print(RewardsTable(rows, "retrained on the full training set, scored on test data"))
     show_pairs({"baseline": baseline, "pick": out}, out / "pairs.png", rows, screen)
     screen.print(f"model: {relative(out)} (memcontrol export {relative(out)} OUT)", highlight=False, soft_wrap=True)
     for line in gain_lines(rewards[BASELINE], rewards["pick"], differences(out, baseline)) if choice != full else ():
@@ -221,41 +220,15 @@ def run_export(args: argparse.Namespace) -> int:
 
 
 def run_audit(args: argparse.Namespace) -> int:
-    from memcontrol.auditing import audit, folder_pictures, pictures_of, sampled_pictures, samples_of, write_audit
+    from memcontrol.auditing import write_audit
     from memcontrol.display import Steps, relative
-    from memcontrol.spec import SPEC
 
-    run = Path(args.model) if args.model and (Path(args.model) / SPEC).is_file() else None
-    if not run and not (args.train and args.holdout):
-        raise MemControlError("audit compares with training and held-out images; give --train DIR and --holdout DIR")
-    sampling = {name: getattr(args, name) for name in ("samples", "attacked", "steps", "guidance", "seed") if getattr(args, name) is not None}
-    if sampling and (run or args.images):
-        given = ", ".join(f"--{name}" for name in sampling)
-        raise MemControlError(f"{given} say how a pipeline is sampled, and these images are there already; leave them out, or give --model a pipeline")
+    sampling = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
     with Steps(console()) as steps:
-        parts = {name: folder_pictures(name, folder, steps.warn, args.skip_unreadable) for name, folder in (("train", args.train), ("holdout", args.holdout)) if folder}
-        if run:
-            from memcontrol.bench import Bench
-            from memcontrol.scoring import read_samples
-            from memcontrol.spec import read_spec
-
-            spec, bench = read_spec(run), Bench()
-            own = {"train": bench.train_images(spec), "holdout": bench.parts(spec)[spec.reference]}
-            parts = {name: parts.get(name) or pictures_of(name, images) for name, images in own.items()}
-            samples = read_samples(run)
-            generated, attack = sampled_pictures(samples["images"]), samples.get("extraction")
-        elif args.images:
-            generated, attack = folder_pictures("generated", args.images, steps.warn, args.skip_unreadable), None
-        else:
-            from memcontrol.data import read_captions
-
-            captions = sorted(read_captions(args.train).values())
-            generated, attack = samples_of(args.model, captions, **{**SAMPLING, **sampling}, progress=steps.show)
-        found = audit(generated, parts["train"], parts["holdout"], args.extractor, steps.show, attack)
-        write_audit(found, generated, parts["train"], args.out)
+        found, generated, train = audited(args.images, args.train, args.holdout, args.model, args.extractor, args.skip_unreadable, sampling, steps.show, steps.warn)
+        write_audit(found, generated, train, args.out)
     if args.json:
         out_json(found)
     (sys.stderr if args.json else sys.stdout).write(f"{found['verdict']}\n")
-    screen = console()
-    screen.print(f"report: {relative(args.out / 'audit.html')}", highlight=False, soft_wrap=True)
+    console().print(f"report: {relative(args.out / 'audit.html')}", highlight=False, soft_wrap=True)
     return 0

@@ -6,10 +6,12 @@ import math
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console, Group
+from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.live import Live
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
@@ -195,19 +197,37 @@ def ended(record: Record) -> bool:
 
 
 COLUMNS = ("fid", "kid", "memorization", "copy_rate", "amd_train", "amd_holdout", "trained_fraction")
+DROPPED = ("amd_holdout", "amd_train", "kid", "trained_fraction")  # in this order, where there is no room
+WIDE = 10_000
 
 
-def rewards_table(rows: Sequence[tuple[str, str, dict[str, float]]], title: str, objectives: Sequence[str] = (), note: str = "") -> Table:
-    """A row for each (name, what it is, rewards): the usual figures, and whatever else is an objective."""
-    table = Table(title=title, title_justify="left", expand=False, caption=note, caption_justify="left")
-    table.add_column("trial")
-    table.add_column("choice")
-    columns = [*(name for name in objectives if name not in COLUMNS), *COLUMNS]
-    for name in columns:
-        table.add_column(FIGURES[name].title if name in FIGURES else name, justify="right", no_wrap=True)
-    for name, text, rewards in rows:
-        table.add_row(name, text, *(written(key, rewards) for key in columns))
-    return table
+@dataclass(frozen=True)
+class RewardsTable:
+    """A row for each (name, what it is, rewards): the usual figures, and whatever else is an objective; on a narrow terminal fewer of them, so
+    that what a row is stays to be read."""
+
+    rows: Sequence[tuple[str, str, dict[str, float]]]
+    title: str
+    objectives: Sequence[str] = ()
+    note: str = ""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        columns = [*(name for name in self.objectives if name not in COLUMNS), *COLUMNS]
+        for name in DROPPED:
+            if Measurement.get(console, options.update(max_width=WIDE), self.table(columns)).maximum <= options.max_width:
+                break
+            columns = [other for other in columns if other != name or other in self.objectives]
+        yield self.table(columns)
+
+    def table(self, columns: Sequence[str]) -> Table:
+        table = Table(title=self.title, title_justify="left", expand=False, caption=self.note, caption_justify="left")
+        table.add_column("trial", no_wrap=True)
+        table.add_column("choice", min_width=14)
+        for name in columns:
+            table.add_column(FIGURES[name].title if name in FIGURES else name, justify="right", min_width=8)
+        for name, text, rewards in self.rows:
+            table.add_row(name, text, *(written(key, rewards) for key in columns))
+        return table
 
 
 def importance_table(effects: Sequence[Effect], name: str) -> Table:
@@ -228,7 +248,7 @@ def importance_table(effects: Sequence[Effect], name: str) -> Table:
 
 def study_table(
     records: Sequence[Record], n_groups: int, title: str, picked: Record | None = None, among: Sequence[Record] | None = None
-) -> Table:
+) -> RewardsTable:
     """The finished trials of `records`: those on the front (of `among`, or of themselves) marked with *, those that are on or off
     it within error only with =, the pick with >, and with + those measured again."""
     complete = sorted((record for record in records if record.finished), key=lambda record: tuple(record.losses))
@@ -243,7 +263,7 @@ def study_table(
         for record in complete
     ]  # fmt: skip
     note = "* on the front, = on or off it within error only, + measured again over fresh draws" + (", > the pick" if picked else "")
-    return rewards_table(rows, title, list(complete[0].objectives) if complete else (), note)
+    return RewardsTable(rows, title, list(complete[0].objectives) if complete else (), note)
 
 
 def gain_lines(full: dict[str, float], picked: dict[str, float], apart: dict[str, Estimate]) -> list[str]:

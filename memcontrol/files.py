@@ -26,6 +26,10 @@ def replacing(path: Path) -> Iterator[Path]:
             with open(part, "rb+") as file:
                 os.fsync(file.fileno())
             os.replace(part, path)
+    except OSError as error:
+        if error.filename == str(part):
+            error.filename = str(path)  # the only one that a person knows
+        raise
     finally:
         part.unlink(missing_ok=True)
 

@@ -136,8 +136,8 @@ def warn_of_full(picked, screen) -> None:
     """A pick that is the baseline itself must not pass for a mask."""
     if picked and picked.anchor == "full":
         screen.print(
-            "warning: no mask comes within 5 % of full fine-tuning's first objective, so the pick is full fine-tuning itself; "
-            'search on with more trials, or bound its copying: memcontrol pick ... --limit "copy_rate_low<=0.01"',
+            "warning: no mask on the front comes within 5 % of full fine-tuning's first objective, so the pick is full fine-tuning itself; search on "
+            "with more trials, or pick one that `memcontrol front` lists: memcontrol pick ... --trial N",
             style="yellow", highlight=False, soft_wrap=True,
         )  # fmt: skip
 

@@ -26,6 +26,14 @@ def base_path(name: str) -> str:
     return str(TINY) if name == "tiny" else name
 
 
+def checked_path(name: str) -> str:
+    """Raises MemControlError for what is neither a folder nor looks like a Hub id: libraries would look for it on the Hub for half a minute."""
+    path = base_path(name)
+    if not os.path.isdir(path) and (path.startswith((".", "/")) or path.count("/") != 1):
+        raise MemControlError(f"base '{name}': no such folder; give 'tiny', a folder in diffusers' format, or a Hub id (owner/name)")
+    return path
+
+
 def load_base(name: str) -> Base:
     """`tiny`, a local folder or a Hub id in diffusers' format. Raises MemControlError."""
     pipeline = open_pipeline(name)
@@ -52,9 +60,7 @@ def open_pipeline(name: str):
     quiet_libraries()
     from diffusers import DiffusionPipeline
 
-    path = base_path(name)
-    if not os.path.isdir(path) and (path.startswith((".", "/")) or path.count("/") != 1):
-        raise MemControlError(f"base '{name}': no such folder; give 'tiny', a folder in diffusers' format, or a Hub id (owner/name)")
+    path = checked_path(name)
     try:
         kind = DiffusionPipeline.load_config(path).get("_class_name", "")
         family_of(kind, name)
@@ -311,7 +317,7 @@ def empty_denoiser(name: str) -> torch.nn.Module:
 def denoiser_config(name: str) -> dict:
     from diffusers import UNet2DConditionModel
 
-    path, reason = base_path(name), ""
+    path, reason = checked_path(name), ""
     places: tuple[str | None, ...] = ("unet", "transformer", None)
     if os.path.isdir(path):
         places = tuple(place for place in places if (Path(path) / (place or "") / "config.json").is_file())

@@ -82,7 +82,7 @@ def pick(records: Sequence[Record], rule: str = "knee", limits: Sequence[str] = 
             limit.reward: (min if limit.sign == "<=" else max)(record.rewards[limit.reward] for record in complete) for limit in parsed
         }
         reached = ", ".join(f"{name} {value:.4g}" for name, value in best.items())
-        raise MemControlError(f"no finished trial keeps {' and '.join(limits)}; the best reached: {reached}" if limits else "only the untrained base has finished")
+        raise MemControlError(f"no finished trial keeps {' and '.join(limits)}; the best reached: {reached}" if limits else "of this study only the untrained base has finished; let the search run on")
     if any(record.confirmed for record in allowed):
         allowed = [record for record in allowed if record.confirmed]
     keeping = [record for record in allowed if kept(record, wanted)]

@@ -31,7 +31,7 @@ HUB_ID = r"[\w.-]+/[\w.-]+"
 TINY_SIDE = 32  # pixels of the embedded base
 SEED = 0
 N_COMPARED, N_GREY = 4_000, 200  # images that are looked at for near copies, and for colour
-NEAR = 0.25  # of the median distance between an image and the one nearest to it
+NEAR = 0.25  # of the median distance between an image and the third nearest other one: the nearest may be a twin of each
 FEW = 256  # held-out images below which FID is coarse: four for each feature of the smallest network
 
 
@@ -104,10 +104,10 @@ def near_pairs(folder: Path, records: list[Record]) -> tuple[tuple[str, str], ..
     if len(different) < FEWEST_IMAGES:
         return ()
     features = pixel_features(Images(str(folder), 32, tuple(different)).pixels())
-    distances, indices = nearest(features, features, 2)
+    distances, indices = nearest(features, features, 4)
     own = indices[:, 0] == np.arange(len(indices))
     other, apart = np.where(own, indices[:, 1], indices[:, 0]), distances[:, 1]
-    found = {tuple(sorted((i, int(other[i])))): float(apart[i]) for i in np.flatnonzero(apart < NEAR * np.median(apart)).tolist()}
+    found = {tuple(sorted((i, int(other[i])))): float(apart[i]) for i in np.flatnonzero(apart < NEAR * np.median(distances[:, 3])).tolist()}
     return tuple((different[i].name, different[j].name) for i, j in sorted(found, key=lambda pair: found[pair]))
 
 
@@ -229,6 +229,8 @@ def why_data(seen: Look, base: str) -> str:
     n_captioned = seen.n - seen.captions[""]
     source = "from metadata" if seen.has_metadata else "named by their folders"
     said.append(f"captions for {n_captioned} of {seen.n}, {len(set(seen.captions) - {''})} different, {source}" if n_captioned else "no captions: every prompt is the empty one")
+    if seen.near:
+        said.append(f"{len(seen.near)} pairs that are nearly the same, which may come into two parts")
     if seen.copies:
         said.append(f"{sum(len(names) - 1 for names in seen.copies)} exact copies, which stay in one part")
     return "; ".join(said)
@@ -247,9 +249,9 @@ def space_for(base: str) -> str:
 
 def warnings_of(seen: Look) -> list[str]:
     """What a person should know before anything is trained."""
-    found = [f"not decoded: {name}" for name in seen.unreadable]
-    found += [f"the same pixels: {', '.join(names)}" for names in seen.copies]
-    found += [f"nearly the same: {a} and {b}; in two parts they would hide copying: remove one, or put both into train/" for a, b in seen.near]
+    found = [f"nearly the same: {a} and {b}; in two parts they would hide copying: remove one, or put both into train/" for a, b in seen.near]
+    found += [f"not decoded: {name}" for name in seen.unreadable]
+    found += [f"the same pixels, which stay in one part: {', '.join(names)}" for names in seen.copies]
     if seen.captions[""] and len(seen.captions) > 1:
         found.append(f"{seen.captions['']} images have no caption and the others have; their prompt is the empty one")
     return found

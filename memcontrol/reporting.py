@@ -27,8 +27,6 @@ STYLE = """
   --sampled: #0072B2; --none: #7f7f7f; --all: #c98500; --full: #D55E00; --pick: #00875f; }
 @media (prefers-color-scheme: dark) { :root { --paper: #14181c; --ink: #e6e9ec; --faint: #454c54; --soft: #1e242a; --on: 86,180,233;
   --sampled: #56B4E9; --none: #a0a0a0; --all: #E69F00; --full: #ff8a4c; --pick: #3fcf9f; } }
-@media print { :root { --paper: #fff; --ink: #000; --faint: #bbb; --soft: #fff; --on: 0,114,178; --sampled: #0072B2; --all: #c98500; --full: #D55E00; --pick: #00875f; }
-  section, figure, tr { break-inside: avoid; } .screen { display: none; } body { font-size: 10.5pt; } .wide { overflow: visible; } table { font-size: 8pt; } td.n { white-space: normal; } .wide img { max-width: 100%; } }
 body { background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: auto; padding: 1rem; overflow-wrap: break-word; }
 h1 { font-size: 1.6rem; line-height: 1.2; margin: .5rem 0; } h2 { font-size: 1.2rem; margin: 2.2rem 0 .4rem; }
 .lead { font-size: 1.1rem; border-left: 4px solid var(--pick); padding-left: .8rem; }
@@ -46,6 +44,9 @@ figure { margin: 0 0 1rem; } figure img { background: #fff; } @media screen { .w
 .heat thead th:first-child { writing-mode: horizontal-tb; transform: none; } .heat tbody th { font-weight: normal; white-space: nowrap; border-bottom: 0; }
 .bar { width: 7rem; height: .8rem; } .bar .up { fill: var(--full); } .bar .down { fill: var(--sampled); } .bar .axis, .bar .error { stroke: var(--ink); stroke-width: .8; vector-effect: non-scaling-stroke; } tr.dim { opacity: .6; }
 pre { background: var(--soft); padding: .8rem; overflow-x: auto; font-size: .8rem; } code { font-size: .9em; } dt { font-weight: 600; } dd { margin: 0 0 .5rem; } a { color: inherit; }
+@media print { :root { --paper: #fff; --ink: #000; --faint: #bbb; --soft: #fff; --on: 0,114,178; --sampled: #0072B2; --all: #c98500; --full: #D55E00; --pick: #00875f; }
+  figure, tr, .heat { break-inside: avoid; } h2 { break-after: avoid; } .screen { display: none; } body { font-size: 10.5pt; max-width: none; padding: 0; } .wide { overflow: visible; } table { font-size: 8pt; }
+  td, th { padding-right: .35rem; } td.n { white-space: normal; } .wide img { max-width: 100%; } * { print-color-adjust: exact; } }
 """
 
 SCRIPT = """
@@ -119,7 +120,7 @@ def question(facts: Facts) -> str:
         names = [*facts["objectives"], *(name for name in ALWAYS[:1] if name not in facts["objectives"])]
         against = f", against {compared(names, full['rewards'])} with full fine-tuning" if full and full is not chosen else ""
         if full is chosen:
-            against = ". No mask comes within 5 % of it in the first objective, so the pick is full fine-tuning itself: search on, or bound its copying"
+            against = ". No mask on the front comes within 5 % of it in the first objective, so the pick is full fine-tuning itself: search on, or pick another"
         again = "those on test images stand below" if facts["retrained"] else "`memcontrol retrain` measures the pick again on test images"
         answer = f"Trial {chosen['trial']} ({chosen['said']}): {compared(names, chosen['rewards'])}{against}. These are figures of the search, on held-out images; {again}."
     return f"<h1>{escape(facts['study'])}</h1>{paragraph(asked)}{paragraph(answer, 'lead')}"
@@ -255,7 +256,7 @@ def images(facts: Facts) -> str:
         return section("Images", paragraph("split.json is not on this machine.", "note"))
     uses = {"train": "fine-tuned on", "holdout": "what the search's figures compare with", "test": "for `retrain` only"}
     rows = [row([name, f"{part['images']:,}", f"<code>{part['digest']}</code>", coded(uses[name])]) for name, part in data["parts"].items()]
-    about = f"{last(data['source'])}, {data['resolution']} x {data['resolution']} pixels; no image is in two parts. The hash is of the pixels and captions (SHA-256, 16 digits)."
+    about = f"{last(data['source'])}, {data['resolution']} x {data['resolution']} pixels; no image, by its exact pixels, is in two parts. The hash is of the pixels and captions (SHA-256, 16 digits)."
     return section("Images", paragraph(about), table(["part", "images", "hash", "use"], rows))
 
 
@@ -292,7 +293,7 @@ def cost(facts: Facts) -> str:
 def reproduce(facts: Facts) -> str:
     shown = {key: {**facts[key], "base": last(facts["config"]["base"]), "data": {**facts[key]["data"], "path": last(facts["config"]["data"]["path"])}} for key in ("given", "config")}
     given, whole = (yaml.safe_dump(shown[key], sort_keys=False, allow_unicode=True) for key in ("given", "config"))
-    commands = f"memcontrol search {facts['study']}.yaml\nmemcontrol pick {facts['study']}.yaml\nmemcontrol retrain {facts['study']}.yaml"
+    commands = f"memcontrol search {facts['study']}.yaml --workers 1\nmemcontrol pick {facts['study']}.yaml\nmemcontrol retrain {facts['study']}.yaml"
     about = "The study file, less what is at its default. The same config, seed, images (compare the hashes) and CPU give the same numbers with one worker; on GPUs they agree within the errors above."
     return section("How to reproduce it", paragraph(about), f"<pre>{escape(commands)}</pre><pre># {escape(facts['study'])}.yaml\n{escape(given)}</pre>", f"<details><summary>with all defaults</summary><pre>{escape(whole)}</pre></details>")
 

@@ -277,7 +277,7 @@ def open_study(
     its objectives' directions; without them each is minimised. `say` is told when the database is away. Raises MemControlError."""
     known, url = is_searched(config, folder, study_file), storage_url(config, folder, study_file)
     if not known and not create:
-        raise no_study(config, study_file)
+        raise no_study(config, study_file, folder)
     storage = open_storage(url)
     if known:
         inner = optuna.load_study(study_name=config.name, storage=storage)
@@ -325,10 +325,10 @@ def open_storage(url: str) -> optuna.storages.BaseStorage:
         raise cannot_open(url, error) from None
 
 
-def no_study(config: Config, study_file: Path) -> MemControlError:
+def no_study(config: Config, study_file: Path, folder: Path) -> MemControlError:
     if config.storage:
         return MemControlError(f"storage {shown(config.storage)} holds no study '{config.name}'; name the database that was searched, or run: memcontrol search {study_file}")
-    return MemControlError(f"study '{config.name}' has not been searched yet; run: memcontrol search {study_file}")
+    return MemControlError(f"study '{config.name}' has not been searched yet: there is no study.db in {folder}; run: memcontrol search {study_file}")
 
 
 def stored_config(inner: optuna.Study) -> Config:

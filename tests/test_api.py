@@ -71,3 +71,21 @@ def test_quiet_and_verbose(shown):
     assert "lora" in log and " INFO " in log
     assert "begins: search of" in log and '"max_grad' not in log and '"budget_images": 64' in log and log.rstrip().endswith("INFO ended")
     assert "trial 0 COMPLETE: fid " in log
+
+
+@pytest.mark.parametrize("width", [80, 100, 200])
+def test_tables_fit_their_terminal_and_keep_what_a_row_is(shown, width):
+    import io
+
+    from rich.console import Console
+
+    from memcontrol.api import opened
+    from memcontrol.display import study_table
+    from memcontrol.publish import picked_of
+
+    study, out = opened(shown), io.StringIO()
+    records = [record for record in study.records() if record.finished]
+    Console(width=width, file=out).print(study_table(records, 6, "trials", picked_of(records, study)))
+    lines = out.getvalue().splitlines()
+    assert all(len(line) <= width for line in lines) and lines[1][-1] == "┓"
+    assert all(word in out.getvalue() for word in (">", "full", "none", "no training", "FID", "memorization")) and ("KID" in out.getvalue()) == (width == 200)

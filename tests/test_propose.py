@@ -59,7 +59,7 @@ def copied(folder):
 
 FOLDERS = {
     captioned: ["captions for 30 of 30, 10 different, from metadata", "48 pixels; squares", "greyscale"], plain: ["no captions", "64 pixels; squares", "resolution, 32", "colour"],
-    grey: ["greyscale, read as RGB", "train: 8"], copied: ["5 exact copies", "skip_unreadable: true", "the same pixels: 0.png, copy 0.png", "nearly the same: 7.png and near.png", "broken.png cannot be decoded"],
+    grey: ["greyscale, read as RGB", "train: 8"], copied: ["5 exact copies", "skip_unreadable: true", "the same pixels, which stay in one part: 0.png, copy 0.png", "1 pairs that are nearly the same", "nearly the same: 7.png and near.png", "broken.png cannot be decoded"],
 }  # fmt: skip
 
 
