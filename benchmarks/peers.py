@@ -33,6 +33,7 @@ def run(device: str) -> list[dict]:
     for _ in range(N_REPEATS):
         for name in names:
             found[name].append(measured(name, device))
+            print(f"{name}: {per_hour(found[name][-1]):.1f} trials an hour", file=sys.stderr, flush=True)
     hourly = {name: statistics.median(per_hour(one) for one in runs) for name, runs in found.items()}
     ours, losses = found[OURS[0]][0][0]["losses"], {name: runs[0][0]["losses"] for name, runs in found.items()}
     return [
