@@ -328,7 +328,7 @@ def open_storage(url: str) -> optuna.storages.BaseStorage:
 def no_study(config: Config, study_file: Path, folder: Path) -> MemControlError:
     if config.storage:
         return MemControlError(f"storage {shown(config.storage)} holds no study '{config.name}'; name the database that was searched, or run: memcontrol search {study_file}")
-    return MemControlError(f"study '{config.name}' has not been searched yet: there is no study.db in {folder}; run: memcontrol search {study_file}")
+    return MemControlError(f"study '{config.name}' has not been searched yet; run: memcontrol search {study_file} (there is no study.db in {folder})")
 
 
 def stored_config(inner: optuna.Study) -> Config:
