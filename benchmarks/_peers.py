@@ -34,6 +34,7 @@ class Task:
     extract: Callable[[np.ndarray], np.ndarray]
     n_features: int
     device: str
+    precision: str
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,6 @@ class Recipe:
     whole_graph: bool  # gradients go back to the first layer, whatever is trained
     sampling_steps: int
     sampling_batch: int
-    precision: str = "float32"
 
 
 RECIPES = {
@@ -88,7 +88,7 @@ def step(pipe, task: Task, recipe: Recipe, optimizer, parameters: list[Tensor], 
     noise = torch.randn(latents.shape, generator=generator).to(task.device)
     timesteps = torch.randint(pipe.scheduler.config.num_train_timesteps, (len(rows),), generator=generator).to(task.device)
     noisy = pipe.scheduler.add_noise(latents, noise, timesteps).requires_grad_(recipe.whole_graph)
-    with torch.autocast(task.device, getattr(torch, recipe.precision), enabled=recipe.precision != "float32"):
+    with torch.autocast(task.device, getattr(torch, task.precision), enabled=task.precision != "float32"):
         predicted = pipe.unet(noisy, timesteps, text).sample
     loss = torch.nn.functional.mse_loss(predicted.float(), noise)
     for group in optimizer.param_groups:
@@ -106,7 +106,7 @@ def samples(pipe, task: Task, recipe: Recipe) -> np.ndarray:
     for start in range(0, len(task.prompts), recipe.sampling_batch):
         prompts = list(task.prompts[start : start + recipe.sampling_batch])
         side = task.images.shape[-1]
-        with torch.no_grad(), torch.autocast(task.device, getattr(torch, recipe.precision), enabled=recipe.precision != "float32"):
+        with torch.no_grad(), torch.autocast(task.device, getattr(torch, task.precision), enabled=task.precision != "float32"):
             found.append(pipe(prompts, num_inference_steps=recipe.sampling_steps, guidance_scale=task.guidance, height=side, width=side, output_type="np").images)
     return (np.concatenate(found).transpose(0, 3, 1, 2) * 255 + 0.5).astype(np.uint8)
 

@@ -150,7 +150,7 @@ def task_of(spec, bench, device: str):
         base_path(spec.config.base), images.pixels(), images.captions, bench.parts(spec)["holdout"].pixels(), [images.captions[row] for row in rows], modules, first,
         RANK, alpha, lambda step: spec.choice.learning_rate * pace((step + 1) / inner.budget_steps, inner),
         lambda step: (batch_rows(len(images), inner.batch_size, spec.seed, step), torch.Generator().manual_seed(seed_of(spec.seed, "step", step))),
-        inner.budget_steps, spec.config.rewards.guidance, extractor.extract, extractor.n_features, device,
+        inner.budget_steps, spec.config.rewards.guidance, extractor.extract, extractor.n_features, device, inner.precision,
     )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ they import when they are called."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,6 @@ from memcontrol.saying import console, logged
 if TYPE_CHECKING:
     from wsgiref.simple_server import WSGIServer
 
-    from memcontrol.auditing import Pictures
     from memcontrol.config import Config
     from memcontrol.effects import Effect
     from memcontrol.estimate import Estimate
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
 
 StudyFile = str | Path
 LOG_FILE = "search.log"
-SAMPLING: dict[str, Any] = {"samples": 256, "attacked": 0, "steps": 20, "guidance": 1.0, "seed": 0}  # of an audited pipeline
 
 
 def search(
@@ -108,7 +106,11 @@ def audit(
     """How much a model (a run folder, or a pipeline to sample from) or a folder of images copies a training set, judged against held-out
     images: what audit.json holds. A run knows its own images. `sampling` of a pipeline: samples, attacked, steps, guidance, seed.
     Raises MemControlError."""
-    return audited(images, train, holdout, model, extractor, skip_unreadable, sampling, lambda title, done, total: None, lambda line: None)[0]
+    from memcontrol.auditing import Source, audit_of
+
+    generated, known, held = (Path(path) if path else None for path in (images, train, holdout))
+    source = Source(generated, known, held, str(model) if model else None, skip_unreadable, sampling)
+    return audit_of(source, extractor, lambda title, done, total: None, lambda line: None)[0]
 
 
 def report(study: StudyFile, out: str | Path | None = None, *, images: bool = True) -> dict[str, Any]:
@@ -188,45 +190,6 @@ def given(config: Config) -> str:
     import json
 
     return json.dumps(config.model_dump(mode="json", exclude_defaults=True), ensure_ascii=False)
-
-
-def audited(
-    images: str | Path | None, train: str | Path | None, holdout: str | Path | None, model: str | Path | None, extractor: str, skip_unreadable: bool,
-    sampling: Mapping[str, Any], progress: Callable[[str, int, int], None], warn: Callable[[str], None],
-) -> tuple[dict[str, Any], Pictures, Pictures]:  # fmt: skip
-    """What was found, and the generated and training images that it tells of."""
-    from memcontrol.auditing import audit as judged
-    from memcontrol.auditing import folder_pictures, pictures_of, sampled_pictures, samples_of
-    from memcontrol.spec import SPEC
-
-    if (images is None) == (model is None):
-        raise MemControlError("audit judges images or a model; give one of --images DIR and --model PIPELINE_OR_RUN")
-    run = Path(model) if model and (Path(model) / SPEC).is_file() else None
-    if not run and not (train and holdout):
-        raise MemControlError("audit compares with training and held-out images; give --train DIR and --holdout DIR")
-    if sampling and (run or images):
-        given = ", ".join(f"--{name}" for name in sampling)
-        raise MemControlError(f"{given} say how a pipeline is sampled, and these images are there already; leave them out, or give --model a pipeline")
-    parts = {name: folder_pictures(name, Path(folder), warn, skip_unreadable) for name, folder in (("train", train), ("holdout", holdout)) if folder}
-    attack = None
-    if run:
-        from memcontrol.bench import Bench
-        from memcontrol.scoring import read_samples
-        from memcontrol.spec import read_spec
-
-        spec, bench = read_spec(run), Bench()
-        own = {"train": bench.train_images(spec), "holdout": bench.parts(spec)[spec.reference]}
-        parts = {name: parts.get(name) or pictures_of(name, found) for name, found in own.items()}
-        samples = read_samples(run)
-        generated, attack = sampled_pictures(samples["images"]), samples.get("extraction")
-    elif images:
-        generated = folder_pictures("generated", Path(images), warn, skip_unreadable)
-    else:
-        from memcontrol.data import read_captions
-
-        captions = sorted(read_captions(Path(str(train))).values())
-        generated, attack = samples_of(str(model), captions, **{**SAMPLING, **sampling}, progress=progress)
-    return judged(generated, parts["train"], parts["holdout"], extractor, progress, attack), generated, parts["train"]
 
 
 def dashboard_of(study: StudyFile, storage: str | None, host: str, port: int, token: str | None, writable: bool) -> tuple[WSGIServer, str]:

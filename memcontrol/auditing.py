@@ -5,13 +5,15 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from memcontrol.bench import Bench
 from memcontrol.data import Images, checked, read_captions, squared
 from memcontrol.errors import MemControlError
 from memcontrol.evidence import N_PAIRED, Evidence, Views, broken_images, extraction_rewards, flat, score
@@ -21,7 +23,9 @@ from memcontrol.figures import BLIND, FIGURES, written
 from memcontrol.files import replacing, write_json
 from memcontrol.models import load_base
 from memcontrol.rewards import CLIP, FALSE_POSITIVES, Space, ratio, real_ratios, threshold_of
+from memcontrol.scoring import read_samples
 from memcontrol.seeds import seed_of
+from memcontrol.spec import SPEC, read_spec
 
 CHUNK = 512
 SIDE = 64  # pixels of a side, to which every image is brought: descriptors use 32, the report shows this
@@ -29,6 +33,7 @@ FEWEST = 8
 MOST_SAME = 0.05
 N_ATTACK = 10  # images of each attacked caption
 N_SHOWN = 24
+SAMPLING: dict[str, Any] = {"samples": 256, "attacked": 0, "steps": 20, "guidance": 1.0, "seed": 0}  # of an audited pipeline
 Progress = Callable[[str, int, int], None]
 
 
@@ -91,6 +96,54 @@ def samples_of(
     prompts = np.random.default_rng(seed_of(seed, "attacked")).permutation(sorted(set(captions)))[:attacked].tolist()
     attack = sampled("extraction attack", [prompt for prompt in prompts for _ in range(N_ATTACK)]) if prompts else None
     return sampled_pictures(pixels), None if attack is None else attack.reshape(len(prompts), N_ATTACK, *attack.shape[1:])
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is audited and with what it is compared, as a person names it: images or a model (a run folder, or a pipeline, folder or Hub id); a run
+    knows its own training and held-out images. `sampling` of a pipeline: some of SAMPLING's keys."""
+
+    images: Path | None
+    train: Path | None
+    holdout: Path | None
+    model: str | None
+    skip_unreadable: bool
+    sampling: Mapping[str, Any]
+
+    @property
+    def run(self) -> Path | None:
+        return Path(self.model) if self.model and (Path(self.model) / SPEC).is_file() else None
+
+    def check(self) -> None:
+        """Raises MemControlError."""
+        if (self.images is None) == (self.model is None):
+            raise MemControlError("audit judges images or a model; give one of --images DIR and --model PIPELINE_OR_RUN")
+        if not self.run and not (self.train and self.holdout):
+            raise MemControlError("audit compares with training and held-out images; give --train DIR and --holdout DIR")
+        if unknown := set(self.sampling) - set(SAMPLING):
+            raise MemControlError(f"{', '.join(sorted(unknown))}: no such setting of sampling; allowed: {', '.join(SAMPLING)}")
+        if self.sampling and (self.run or self.images):
+            given = ", ".join(f"--{name}" for name in self.sampling)
+            raise MemControlError(f"{given} say how a pipeline is sampled, and these images are there already; leave them out, or give --model a pipeline")
+
+
+def audit_of(source: Source, extractor: str, progress: Progress, warn: Callable[[str], None]) -> tuple[dict, Pictures, Pictures]:
+    """The audit, and the generated and training images that it tells of. Raises MemControlError."""
+    source.check()
+    given = {"train": source.train, "holdout": source.holdout}
+    parts = {name: folder_pictures(name, folder, warn, source.skip_unreadable) for name, folder in given.items() if folder}
+    attack = None
+    if source.run:
+        spec, bench, samples = read_spec(source.run), Bench(), read_samples(source.run)
+        own = {"train": bench.train_images(spec), "holdout": bench.parts(spec)[spec.reference]}
+        parts = {name: parts.get(name) or pictures_of(name, found) for name, found in own.items()}
+        generated, attack = sampled_pictures(samples["images"]), samples.get("extraction")
+    elif source.images:
+        generated = folder_pictures("generated", source.images, warn, source.skip_unreadable)
+    else:
+        captions = sorted(read_captions(source.train).values()) if source.train else []
+        generated, attack = samples_of(str(source.model), captions, **{**SAMPLING, **source.sampling}, progress=progress)
+    return audit(generated, parts["train"], parts["holdout"], extractor, progress, attack), generated, parts["train"]
 
 
 def audit(

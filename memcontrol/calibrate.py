@@ -10,7 +10,6 @@ from typing import Any
 
 from memcontrol.bench import Bench
 from memcontrol.config import Config, load_config
-from memcontrol.files import read_json
 from memcontrol.models import ENCODE_BATCH
 from memcontrol.prepare import prepare
 from memcontrol.run import peak_mib, trial
@@ -19,31 +18,30 @@ from memcontrol.space import Choice, SearchSpace, load_space
 from memcontrol.spec import SAMPLES, Spec
 
 N_STEPS, N_SAMPLED = 6, 3  # steps of each short trial; choices beside the anchors
-BATCHES = (1, 2)  # of samples, whose difference is the cost of one
 
 
 def calibrate(values: dict, folder: Path, bench: Bench, warn: Callable[[str], None], progress: Callable[..., None]) -> dict[str, Any]:
     """Runs short trials of the config in an empty folder. Returns what `predict` needs: seconds before the first trial (`start`), for each
-    kind of choice its parts in seconds and bytes, and the peak of memory. Raises MemControlError."""
+    kind of choice the parts of its trials in seconds and bytes, those of one that samples twice as much and trains nothing (`twice`), samples
+    in a batch, and the peak of memory. Raises MemControlError."""
     started, config, space = time.monotonic(), load_config(values), load_space(load_config(values).space)
-    prepared = prepare(short(config, BATCHES[0]).model_dump(mode="json"), folder, bench, warn)
+    prepared = prepare(short(config, 1).model_dump(mode="json"), folder, bench, warn)
     n_train = max(1, round(prepared["sizes"]["train"] * config.search.train_fraction))
 
     def run(name: str, choice: Choice, batches: int) -> dict[str, float]:
         spec = Spec(short(config, batches), space, choice, folder, "calibrate", "holdout", n_train)
-        run_folder = folder / f"{name}-{batches}"
+        run_folder = folder / name
         spec.as_job(run_folder)
         return parts_of(run_folder, spec, bench)
 
     kinds = choices_of(space, config.search.seed)
-    run("cold", kinds["all"][0], BATCHES[0])  # reads, encodes and caches
+    run("cold", kinds["all"][0], 1)  # reads, encodes and caches
     found: dict[str, Any] = {"start": time.monotonic() - started}
-    jobs = [("none", choice, batches) for choice in kinds["none"] for batches in BATCHES]
-    jobs += [(name, choice, BATCHES[0]) for name in ("all", "full", "sampled") for choice in kinds[name]]
+    jobs = [*((name, choice, 1) for name, choices in kinds.items() for choice in choices), ("twice", kinds["none"][0], 2)]
     for i, (name, choice, batches) in enumerate(jobs):
         found.setdefault(name, []).append(run(f"{name}-{i}", choice, batches))
         progress("calibrate", i + 1, len(jobs))
-    return found | {"batch": ENCODE_BATCH, "peak_mib": peak_mib(), "directions": prepared["directions"]}
+    return found | {"batch": ENCODE_BATCH, "peak_mib": peak_mib()}
 
 
 def short(config: Config, batches: int) -> Config:
@@ -82,5 +80,5 @@ def parts_of(folder: Path, spec: Spec, bench: Bench) -> dict[str, float]:
     samples = size.pop(folder / SAMPLES)
     return {
         "setup": steps[0] - step - started if steps else 0.0, "step": step, "after": ended - (steps[-1] if steps else started), "samples_bytes": samples,
-        "rest_bytes": sum(size.values()), "step_gflops": read_json(folder / "result.json")["rewards"]["step_gflops"],
+        "rest_bytes": sum(size.values()),
     }  # fmt: skip

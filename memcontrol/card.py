@@ -18,6 +18,7 @@ from memcontrol.spec import RESULT, Spec
 SHOWN = ("fid", "kid", "recall", "memorization", "copy_rate", "copy_rate_features", "clear_copy_rate", "carlini_rate", "authpct", "extraction_clique", "loss_gap")
 LIMITS = (*BLIND, "It was fine-tuned on few images of one kind: outside of it, nothing is known of its quality.")
 LIBRARIES = ("torch", "diffusers", "peft")
+UNSEEN = {"holdout": "held-out", "test": "test"}  # what the figures call held-out images, by the part that they are
 PARTS = {"holdout": "images held out of the search", "test": "test images that neither the fine-tuning nor the search has seen"}
 
 
@@ -56,7 +57,7 @@ def body(spec: Spec, result: dict[str, Any], code: str) -> str:
         "- **License**: the base's license and the rights in the images bind this model; say above, in place of `other`, under which one it is shared",
     ]
     columns = [rewards, *([full["rewards"]] if full else [])]
-    rows = [[FIGURES[name].title, *(written(name, one) for one in columns), FIGURES[name].direction, FIGURES[name].meaning] for name in names_of(spec) if name in rewards]
+    rows = [[FIGURES[name].title, *(written(name, one) for one in columns), FIGURES[name].direction, FIGURES[name].meaning.replace("held-out", UNSEEN[spec.reference])] for name in names_of(spec) if name in rewards]
     sampling = settings["sampling"]
     about = (
         f"Measured on {result['n_samples']} samples ({sampling['sampling_steps']} steps, guidance {sampling['guidance']:g}) against {PARTS[spec.reference]}, in pixels and with the "
@@ -67,8 +68,7 @@ def body(spec: Spec, result: dict[str, Any], code: str) -> str:
         "## How to load it", f"```python\n{code}\n```", "## How much it copies", verdict(rewards, result["n_samples"]), about,
         table(["figure", "this model", *(["full fine-tuning"] if full else []), "better", "meaning"], rows), "## Limits", "\n".join(f"- {line}" for line in LIMITS),
     ]  # fmt: skip
-    text = "\n\n".join(parts) + "\n"
-    return text.replace("held-out", "test") if spec.reference == "test" else text
+    return "\n\n".join(parts) + "\n"
 
 
 def names_of(spec: Spec) -> list[str]:

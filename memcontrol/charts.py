@@ -16,8 +16,8 @@ LEFT, RIGHT, TOP, BOTTOM = 66, 16, 14, 54
 STYLE = """
 text { font: 14px system-ui, sans-serif; fill: var(--ink, #222); }
 .axis, .tick { stroke: var(--faint, #bbb); } .front { stroke: var(--ink, #222); fill: none; } .error { stroke: var(--ink, #222); opacity: .35; }
-.pick { fill: none; stroke: var(--pick, PICK); stroke-width: 2.5; } .dim { opacity: .45; }
-""".replace("PICK", PICK) + " ".join(f".{kind} {{ fill: var(--{kind}, {mark.colour}); }}" for kind, mark in MARKS.items())
+.dim { opacity: .45; }
+""" + f".pick {{ fill: none; stroke: var(--pick, {PICK}); stroke-width: 2.5; }} " + " ".join(f".{kind} {{ fill: var(--{kind}, {mark.colour}); }}" for kind, mark in MARKS.items())
 Trial = dict[str, Any]
 
 

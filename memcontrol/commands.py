@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from memcontrol.api import (
-    SAMPLING,
-    audited,
     config_of,
     executor_of,
     folder_of,
@@ -75,16 +73,14 @@ def print_prediction(config: Config, folder: Path) -> None:
     from memcontrol.jobs import Jobs
     from memcontrol.predict import calibrations_of, lines_of, predicted
 
-    n_workers = 1 if config.search.executor == "inline" else config.search.workers
-
     with executor_of(config, folder) as executor, Steps(console()) as steps:
 
         def show(event: Event) -> None:
             if event.kind == "progress":
                 steps.show("calibrating with short trials", event.detail["done"], event.detail["total"])
 
-        found = predicted(config, calibrations_of(config, folder, Jobs(executor, show), n_workers), n_workers)
-    for line in lines_of(config, found, n_workers):
+        found = predicted(config, space_of(config).anchors(), calibrations_of(config, folder, Jobs(executor, show)))
+    for line in lines_of(found):
         sys.stdout.write(f"# {line}\n")
 
 
@@ -94,11 +90,12 @@ def search_and_show(study_file: Path, config: Config, executor: Executor) -> Non
 
 
 def show_search(study: Study, screen) -> None:
-    from memcontrol.display import cheap_line, relative, spread_line, study_table
+    from memcontrol.display import relative
     from memcontrol.picking import finished
     from memcontrol.pictures import front_picture
     from memcontrol.publish import picked_of
     from memcontrol.space import load_space
+    from memcontrol.tables import cheap_line, spread_line, study_table
 
     complete = finished(study.records())
     picked = picked_of(complete, study)
@@ -125,9 +122,10 @@ def retrain_and_show(
     choice_file: Path | None = None, out: Path | None = None,
 ) -> None:  # fmt: skip
     from memcontrol.comparing import differences
-    from memcontrol.display import Display, RewardsTable, gain_lines, relative
+    from memcontrol.display import Display, relative
     from memcontrol.notes import said_of
     from memcontrol.retraining import BASELINE, retrain
+    from memcontrol.tables import RewardsTable, gain_lines
 
     config, folder, screen = config_of(study_file), folder_of(study_file), console()
     choice = read_choice(choice_file) if choice_file else None
@@ -220,12 +218,13 @@ def run_export(args: argparse.Namespace) -> int:
 
 
 def run_audit(args: argparse.Namespace) -> int:
-    from memcontrol.auditing import write_audit
+    from memcontrol.auditing import SAMPLING, Source, audit_of, write_audit
     from memcontrol.display import Steps, relative
 
     sampling = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
     with Steps(console()) as steps:
-        found, generated, train = audited(args.images, args.train, args.holdout, args.model, args.extractor, args.skip_unreadable, sampling, steps.show, steps.warn)
+        source = Source(args.images, args.train, args.holdout, args.model, args.skip_unreadable, sampling)
+        found, generated, train = audit_of(source, args.extractor, steps.show, steps.warn)
         write_audit(found, generated, train, args.out)
     if args.json:
         out_json(found)

@@ -373,12 +373,19 @@ def flat(values: dict, prefix: str = "") -> dict[str, Any]:
 def differing_keys(stored: Config, given: Config, beside: Sequence[str] = ()) -> list[str]:
     """Dotted keys, of those that numbers depend on and are not below one of `beside`, whose values differ: "inner.batch_size (8 there, 16
     here)"."""
-    there, here = (flat(config.model_dump(mode="json")) for config in (stored, given))
+    there, here = (flat(compared(config)) for config in (stored, given))
     return [
         f"{key} ({there.get(key)} there, {here.get(key)} here)"
         for key in sorted({*there, *here})
         if there.get(key) != here.get(key) and not any(f"{key}.".startswith(f"{free}.") for free in (*FREE_KEYS, *beside))
     ]
+
+
+def compared(config: Config) -> dict:
+    """The config as a mapping, a user's own objectives by their files' names: a study's folder may move."""
+    values = config.model_dump(mode="json")
+    values["rewards"]["objectives"] = [Path(objective).name for objective in config.rewards.objectives]
+    return values
 
 
 def study_folder(study_file: Path, name: str) -> Path:

@@ -126,9 +126,9 @@ def pooled(draws: Sequence[Estimate]) -> Estimate:
     if draws[0].low is not None and contributions is not None:  # a share
         low, high = wilson(value, len(contributions))
         return Estimate(value, low=low, high=high, contributions=contributions)
-    if all(draw.low is not None and draw.high is not None for draw in draws):
-        below = reach_of_mean([draw - (draw.low or 0.0) for draw in draws])
-        above = reach_of_mean([(draw.high or 0.0) - draw for draw in draws])
+    reaches = [(draw - draw.low, draw.high - draw) for draw in draws if draw.low is not None and draw.high is not None]
+    if len(reaches) == len(draws):
+        below, above = map(reach_of_mean, zip(*reaches))
         return Estimate(value, low=value - below, high=value + above, contributions=contributions)
     return Estimate(value, contributions=contributions)
 

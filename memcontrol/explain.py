@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
+NAME_RULE = "use letters, digits, '.', '_' and '-', a letter or digit first"  # of config.NAME
 EXAMPLES = {
     "data": "{path: images}", "inner": "{budget_images: 20000}", "ensemble": "{shards: 4}", "skip": "{ratio: 2}", "redistribution": "{share: 0.25}",
     "augmentation": "{rule: zone}", "captions": "{replace: 0.1}", "rewards": "{objectives: [fid, memorization]}", "extraction": "{prompts: 16}",
@@ -40,7 +41,7 @@ def explain(problem: Mapping[str, Any], model: type[BaseModel]) -> str:
     if problem["type"] == "missing":
         return f"key '{key}' is missing"
     if problem["type"] == "string_pattern_mismatch":
-        return f"key '{key}' is {problem['input']!r}; use letters, digits, '.', '_' and '-', a letter or digit first"
+        return f"key '{key}' is {problem['input']!r}; {NAME_RULE}"
     wanted = problem["msg"].replace("Input should be a valid tuple", "give a list, such as [fid, memorization]").replace("Input should", "it should")
     wanted = re.sub(r"a valid dictionary or instance of \w+", "keys and values, such as " + EXAMPLES.get(path[-1], "{}"), wanted)
     return f"key '{key}' is {problem['input']!r}; {wanted[0].lower()}{wanted[1:]}"

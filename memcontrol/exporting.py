@@ -59,16 +59,16 @@ def export(run: Path, out: Path, format: str | None = None) -> Path:
             adapter.fuse()
             (denoiser if format == "denoiser" else pipeline).save_pretrained(out)
         is_conditional = getattr(pipeline, "tokenizer", None) is not None
-        write_card(out, spec, read_json(run / RESULT), loading_code(out, spec, type(denoiser).__name__), (out / LORA_FILE).is_file(), is_conditional)
+        write_card(out, spec, read_json(run / RESULT), loading_code(out, spec, type(denoiser).__name__, denoiser_name(pipeline)), (out / LORA_FILE).is_file(), is_conditional)
     return out
 
 
-def loading_code(out: Path, spec: Spec, denoiser_class: str) -> str:
-    """What a reader of the folder's card types, with the folder's name and, but for a Hub id, the base's in place of paths."""
+def loading_code(out: Path, spec: Spec, denoiser_class: str, part: str) -> str:
+    """What a reader of the folder's card types, with the folder's name and, but for a Hub id, the base's in place of paths; `part` is what the
+    pipeline calls its denoiser."""
     base = spec.config.base if not Path(spec.config.base).exists() else Path(spec.config.base).name
-    opened = f'DiffusionPipeline.from_pretrained("{base}")'
-    if base == "tiny":
-        opened = "DiffusionPipeline.from_pretrained(TINY)"
+    place = "TINY" if base == "tiny" else f'"{base}"'
+    opened = f"DiffusionPipeline.from_pretrained({place})"
     imports = "from diffusers import DiffusionPipeline\n" + ("from memcontrol.models import TINY\n" if base == "tiny" else "")
     if (out / LORA_FILE).is_file():
         return f'{imports}\npipe = {opened}\npipe.load_lora_weights("{out.name}")'
@@ -76,8 +76,10 @@ def loading_code(out: Path, spec: Spec, denoiser_class: str) -> str:
         return f'import memcontrol\n{imports}\npipe = {opened}\nmemcontrol.load_adapter(pipe, "{out.name}")'
     if (out / "model_index.json").is_file():
         return f'from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained("{out.name}")'
-    part = "unet" if denoiser_class.startswith("UNet") else "transformer"
-    return f'from diffusers import {denoiser_class}\n{imports}\n{part} = {denoiser_class}.from_pretrained("{out.name}")\npipe = {opened[:-1]}, {part}={part})'
+    return (
+        f'from diffusers import {denoiser_class}\n{imports}\n{part} = {denoiser_class}.from_pretrained("{out.name}")\n'
+        f"pipe = DiffusionPipeline.from_pretrained({place}, {part}={part})"
+    )
 
 
 def how_to_load(run: Path, out: Path) -> str:

@@ -24,11 +24,11 @@ def printed(table) -> None:
 
 
 def run_status(args: argparse.Namespace) -> int:
-    from memcontrol.display import study_table
     from memcontrol.facts import hypervolume_of
     from memcontrol.notes import said_of
     from memcontrol.orchestrate import is_searching
     from memcontrol.space import load_space
+    from memcontrol.tables import study_table
     from memcontrol.watch import pace, runs_of, said_of_run
 
     study, folder = opened(args.study), folder_of(args.study)
@@ -72,9 +72,9 @@ def is_over(study, n: int | None) -> bool:
 
 
 def run_importance(args: argparse.Namespace) -> int:
-    from memcontrol.display import importance_table
     from memcontrol.effects import importance
     from memcontrol.space import load_space
+    from memcontrol.tables import importance_table
 
     study = opened(args.study)
     effects = importance(study.records(), load_space(study.config.space))
@@ -86,9 +86,9 @@ def run_importance(args: argparse.Namespace) -> int:
 
 
 def run_front(args: argparse.Namespace) -> int:
-    from memcontrol.display import spread_line, study_table
     from memcontrol.picking import finished, front_of, ties_of, to_confirm
     from memcontrol.space import load_space
+    from memcontrol.tables import spread_line, study_table
 
     study = opened(args.study)
     complete = finished(study.records())
@@ -106,8 +106,8 @@ def run_front(args: argparse.Namespace) -> int:
 
 
 def run_pick(args: argparse.Namespace) -> int:
-    from memcontrol.display import study_table
     from memcontrol.space import load_space
+    from memcontrol.tables import study_table
 
     study = opened(args.study)
     record = picked_record(study, args.trial, args.rule, args.limit)
@@ -144,7 +144,7 @@ def warn_of_full(picked, screen) -> None:
 
 def run_compare(args: argparse.Namespace) -> int:
     from memcontrol.comparing import differences, finished_result
-    from memcontrol.display import differences_table
+    from memcontrol.tables import differences_table
 
     apart = differences(args.run_a, args.run_b)
     first, second = (finished_result(run)["rewards"] for run in (args.run_a, args.run_b))
@@ -159,8 +159,8 @@ def run_compare(args: argparse.Namespace) -> int:
 
 
 def run_rewards(args: argparse.Namespace) -> int:
-    from memcontrol.display import figures_table
     from memcontrol.figures import FIGURES
+    from memcontrol.tables import figures_table
 
     if args.json:
         from dataclasses import asdict

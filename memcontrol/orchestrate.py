@@ -58,8 +58,9 @@ def search(config: Config, study_file: Path, folder: Path, executor: Executor, s
             open_study(config, folder, study_file, create=True).close()  # names keys that differ before the images are blamed for it
         else:
             front_of_earlier(config, study_file)  # what is wrong with it, or with run folders, is said before anything is made
+            space = load_space(config.space)
             for run in folder.glob(f"*/{SPEC}"):
-                replace(read_spec(run.parent), config=config, space=load_space(config.space)).check_folder(run.parent)
+                replace(read_spec(run.parent), config=config, space=space).check_folder(run.parent)
         jobs = Jobs(executor, show)
         found = prepared(config, folder, jobs)
         study = patient(
@@ -186,6 +187,7 @@ class Search:
     def admit(self, number: int, candidates: tuple[Choice, ...]) -> None:
         self.open[number] = Open(number, candidates)
         for choice in candidates:
+            self.spec(choice).check_folder(self.run_folder(choice))  # an edited space may be behind what is there
             self.advance(number, choice)
 
     def fill(self) -> bool:
@@ -246,7 +248,6 @@ class Search:
         """Takes in what a choice's folder holds: a result, or a rung where it is judged; one that goes on waits for a place, before all
         that have not begun."""
         run = self.run_folder(choice)
-        self.spec(choice).check_folder(run)  # a removed database, or another study's, may have left it
         if not (run / RESULT).exists() and not self.stops.goes_on(number, run):
             write_json(run / RESULT, {"state": "PRUNED", "choice": choice.as_dict(), **self.stops.said(run)})
             shutil.rmtree(run / ROUNDS, ignore_errors=True)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import heapq
-import math
 import shutil
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,25 +14,26 @@ from typing import Any
 from memcontrol.config import Config
 from memcontrol.errors import MemControlError
 from memcontrol.jobs import Jobs
-
-N_RATES = 3  # learning rates that the anchors `all` and `full` are tried at
+from memcontrol.space import Choice
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Seconds of the whole search and of its runs by kind; of a worker's memory, and disk in all, MiB."""
+    """Seconds of the whole search and of a run by kind, and how many of these there are; a worker's memory, and all run folders' disk, in MiB."""
 
     seconds: float
     runs: dict[str, float]
+    n_runs: dict[str, int]
     memory_mib: float
     disk_mib: float
     n_confirmed: int
+    n_workers: int
 
 
-def calibrations_of(config: Config, folder: Path, jobs: Jobs, n_workers: int) -> list[dict[str, Any]]:
+def calibrations_of(config: Config, folder: Path, jobs: Jobs) -> list[dict[str, Any]]:
     """Short trials on every worker at once, as a search runs them, in a folder that is removed again. Raises MemControlError."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    places = [folder / f"calibration-{i}" for i in range(n_workers)]
+    places = [folder / f"calibration-{i}" for i in range(jobs.room())]
     try:
         found = list(jobs.run([{"prepare": str(place), "config": config.model_dump(mode="json"), "calibrate": True} for place in places]))
     finally:
@@ -48,28 +48,24 @@ def calibrations_of(config: Config, folder: Path, jobs: Jobs, n_workers: int) ->
     return [end.detail for end in found]
 
 
-def predicted(config: Config, calibrations: Sequence[dict[str, Any]], n_workers: int) -> Prediction:
-    """From one calibration of each worker, all made at the same time."""
-    n_samples, attack = config.rewards.n_samples, config.rewards.extraction
-    n_batches = n_samples / calibrations[0]["batch"] + (attack.prompts * attack.images / calibrations[0]["batch"] if attack else 0)
-    first, second = (statistics.mean(one["none"][i]["after"] for one in calibrations) for i in (0, 1))
+def predicted(config: Config, anchors: Mapping[str, Sequence[Choice]], calibrations: Sequence[dict[str, Any]]) -> Prediction:
+    """From one calibration of each worker, all made at the same time; `anchors` are those of the space."""
+    attack = config.rewards.extraction
+    n_batches = (config.rewards.n_samples + (attack.prompts * attack.images if attack else 0)) / calibrations[0]["batch"]
+    n_runs = {name: len(choices) for name, choices in anchors.items()} | {"sampled": config.search.trials}
 
-    def after(batches: float) -> float:
-        """Seconds of sampling and scoring so many batches, with nothing trained."""
-        return first + (batches - 1) * (second - first)
+    def mean(name: str, of: Callable[[dict[str, float]], float]) -> float:
+        return statistics.mean(of(part) for one in calibrations for part in one[name])
 
-    def seconds(one: dict[str, float]) -> float:
-        steps = config.inner.budget_steps * one["step"]
-        return one["setup"] + steps + after(n_batches) * one["after"] / first
-
-    runs = {name: statistics.mean(seconds(part) for one in calibrations for part in one[name]) for name in ("all", "full", "sampled")}
-    runs["none"] = after(n_batches)
-    n_confirmed = front_size(config.search.trials + 3) if config.rewards.confirm else 0
-    confirmed = config.rewards.confirm * after(n_batches) * statistics.mean(part["after"] for one in calibrations for part in one["sampled"]) / first
-    order = [runs["none"], *[runs["all"]] * N_RATES, *[runs["full"]] * N_RATES, *[runs["sampled"]] * config.search.trials]
-    start = statistics.mean(one["start"] for one in calibrations)
-    time = start + spread(order, n_workers) + spread([confirmed] * n_confirmed, n_workers)
-    return Prediction(time, runs, max(one["peak_mib"] for one in calibrations), disk(config, calibrations, n_batches) / 2**20, n_confirmed)
+    once, twice = (mean(name, lambda part: part["after"]) for name in ("none", "twice"))
+    longer = (once + (n_batches - 1) * (twice - once)) / once  # than sampling and scoring one batch takes
+    runs = {name: mean(name, lambda part: part["setup"] + config.inner.budget_steps * part["step"] + longer * part["after"]) for name in n_runs}
+    disk = sum(n * mean(name, lambda part: part["rest_bytes"] + n_batches * part["samples_bytes"]) for name, n in n_runs.items())
+    n_confirmed = front_size(config.search.trials + len(anchors)) if config.rewards.confirm else 0
+    again = config.rewards.confirm * longer * mean("sampled", lambda part: part["after"])
+    seconds = statistics.mean(one["start"] for one in calibrations)
+    seconds += spread([runs[name] for name, n in n_runs.items() for _ in range(n)], len(calibrations)) + spread([again] * n_confirmed, len(calibrations))
+    return Prediction(seconds, runs, n_runs, max(one["peak_mib"] for one in calibrations), disk / 2**20, n_confirmed, len(calibrations))
 
 
 def spread(jobs: Sequence[float], n_workers: int) -> float:
@@ -86,31 +82,20 @@ def front_size(n: int) -> int:
     return min(n, round(2 * sum(1 / i for i in range(1, n + 1))))
 
 
-def disk(config: Config, calibrations: Sequence[dict[str, Any]], n_batches: float) -> float:
-    """Bytes of all run folders. Weights and pictures stay; of samples as many as there are."""
-
-    def of(one: dict[str, float]) -> float:
-        return one["rest_bytes"] + n_batches * one["samples_bytes"]
-
-    counts = {"none": 1, "all": N_RATES, "full": N_RATES, "sampled": config.search.trials}
-    return sum(n * statistics.mean(of(one[name][0] if name == "none" else part) for one in calibrations for part in one[name]) for name, n in counts.items())
-
-
 def said_of_time(seconds: float) -> str:
-    """ "12 s", "5.5 min", "3.2 h" """
+    """As "12 s", "5.5 min", "3.2 h", "4.6 days"."""
     for size, unit in ((1, "s"), (60, "min"), (3600, "h"), (86400, "days")):
         if seconds < 100 * size or unit == "days":
             break
     return f"{seconds / size:.0f} {unit}" if unit == "s" else f"{seconds / size:.1f} {unit}"
 
 
-def lines_of(config: Config, found: Prediction, n_workers: int) -> list[str]:
+def lines_of(found: Prediction) -> list[str]:
     """What `search --dry-run` says."""
-    runs = ", ".join(f"{name} {said_of_time(found.runs[name])}" for name in ("none", "all", "full", "sampled"))
-    n_runs = 1 + 2 * N_RATES + config.search.trials
-    hours = math.fsum([found.runs["none"], N_RATES * (found.runs["all"] + found.runs["full"]), config.search.trials * found.runs["sampled"]]) / 3600
+    runs = ", ".join(f"{name} {said_of_time(seconds)}" for name, seconds in found.runs.items())
+    hours = sum(n * found.runs[name] for name, n in found.n_runs.items()) / 3600
     return [
-        f"predicted time: {said_of_time(found.seconds)} with {n_workers} worker(s), {n_runs} runs ({hours:.2g} hours of a worker), and {found.n_confirmed} trials measured again",
+        f"predicted time: {said_of_time(found.seconds)} with {found.n_workers} worker(s), {sum(found.n_runs.values())} runs ({hours:.2g} hours of a worker), and {found.n_confirmed} trials measured again",
         f"predicted time of a run: {runs}",
         f"predicted memory of a worker: {found.memory_mib:.0f} MiB (the most that the calibration held)",
         f"predicted disk: {found.disk_mib:.0f} MiB",

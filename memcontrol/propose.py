@@ -18,6 +18,7 @@ from PIL import Image
 from memcontrol.config import NAME, DataConfig, load_config, study_folder
 from memcontrol.data import FEWEST_IMAGES, PARTS, Images, Record, checked, decode, read_captions, refuse_results_among, split
 from memcontrol.errors import MemControlError
+from memcontrol.explain import NAME_RULE
 from memcontrol.features import nearest, pixel_features
 from memcontrol.files import replacing
 
@@ -27,7 +28,6 @@ SPACES = {  # of bases that lie on this machine, by the class of their pipeline
     "FluxPipeline": "flux-blocks", "PixArtAlphaPipeline": "pixart-blocks", "PixArtSigmaPipeline": "pixart-blocks", "SanaPipeline": "sana-blocks",
     "DDPMPipeline": "ddpm-cifar10",
 }  # fmt: skip
-HUB_ID = r"[\w.-]+/[\w.-]+"
 TINY_SIDE = 32  # pixels of the embedded base
 SEED = 0
 N_COMPARED, N_GREY = 4_000, 200  # images that are looked at for near copies, and for colour
@@ -123,11 +123,10 @@ def propose(folder: Path, out: Path | None, name: str | None, base: str | None, 
     name = name or name_of(folder)
     path = out or Path(f"{name}.yaml")
     if not re.fullmatch(NAME, name):
-        raise MemControlError(f"--name '{name}': a study's name has letters, digits, '.', '_' and '-', and begins with a letter or digit")
+        raise MemControlError(f"--name is '{name}'; {NAME_RULE}")
     if path.exists():
         raise MemControlError(f"{path} exists; give another file with --out, or remove it")
-    if base and base != "tiny" and not (Path(base) / "model_index.json").is_file() and (Path(base).exists() or not re.fullmatch(HUB_ID, base)):
-        raise MemControlError(f"--base '{base}': give 'tiny', a folder in diffusers' format (with model_index.json), or a Hub id (owner/name)")
+    check_base(base)
     refuse_results_among(str(folder), study_folder(path, name))
     seen = look(folder, progress)
     proposal = Proposal(path, proposed(folder, seen, name, base, path), seen)
@@ -135,6 +134,14 @@ def propose(folder: Path, out: Path | None, name: str | None, base: str | None, 
         part.write_text(proposal.text, encoding="utf-8")
     load_config(path)
     return proposal
+
+
+def check_base(base: str | None) -> None:
+    """Raises MemControlError for what is no pipeline, as far as can be told without loading it."""
+    from memcontrol.models import checked_path
+
+    if base and Path(checked_path(base)).is_dir() and not (Path(checked_path(base)) / "model_index.json").is_file():
+        raise MemControlError(f"base '{base}' is a folder without model_index.json; give one in diffusers' format")
 
 
 def proposed(folder: Path, seen: Look, name: str, base: str | None, path: Path) -> str:

@@ -74,12 +74,12 @@ class Publisher:
         self.seen, self.due = {record.number: record for record in records}, time.monotonic() + INTERVAL_SECONDS
 
     def write(self, records: Sequence[Record], changed: Sequence[Record], over: bool) -> None:
-        self.stored = self.study.patiently(lambda: Stored(self.study))
+        stored = self.study.patiently(lambda: Stored(self.study))
         complete, picked = [record for record in records if record.finished], picked_of(records, self.study)
         for record in changed:
             if record.state != "RUNNING":
-                self.note(record.number, trial_note(record, self.space))
-        self.note(None, study_note(self.study.config, self.space, records, self.data, picked, over))
+                self.note(stored, record.number, trial_note(record, self.space))
+        self.note(stored, None, study_note(self.study.config, self.space, records, self.data, picked, over))
         name = self.study.config.name
         if complete and len(complete[0].objectives) > 1:
             self.plot(FRONT, front_plot(complete, picked, len(self.space.groups), f"{name}: front"))
@@ -91,9 +91,9 @@ class Publisher:
 
         self.study.patiently(lambda: save_plotly_graph_object(self.study.inner, figure, graph_object_id=name))
 
-    def note(self, number: int | None, text: str) -> None:
+    def note(self, stored: Stored, number: int | None, text: str) -> None:
         if self.written.get(number) != text:
-            self.study.patiently(lambda: save_note(self.study, self.stored, number, text))
+            self.study.patiently(lambda: save_note(self.study, stored, number, text))
             self.written[number] = text
 
 

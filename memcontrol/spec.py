@@ -64,7 +64,7 @@ class Spec:
         there = read_spec(folder)
         stopped = (folder / JUDGED).is_file()
         differing = differing_keys(there.config, self.config, OF_STUDY if stopped else (*OF_STUDY, "search.early_stopping"))
-        functions = [set(config.rewards.functions.values()) for config in (there.config, self.config)]
+        functions = [{Path(place).name for place in config.rewards.functions.values()} for config in (there.config, self.config)]
         differing += ["rewards.objectives (other functions)"] if functions[0] != functions[1] else []
         differing += ["what the space's groups hold"] if space_as_dict(there.space) != space_as_dict(self.space) else []
         if differing:

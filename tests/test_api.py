@@ -80,8 +80,8 @@ def test_tables_fit_their_terminal_and_keep_what_a_row_is(shown, width):
     from rich.console import Console
 
     from memcontrol.api import opened
-    from memcontrol.display import study_table
     from memcontrol.publish import picked_of
+    from memcontrol.tables import study_table
 
     study, out = opened(shown), io.StringIO()
     records = [record for record in study.records() if record.finished]
@@ -89,3 +89,12 @@ def test_tables_fit_their_terminal_and_keep_what_a_row_is(shown, width):
     lines = out.getvalue().splitlines()
     assert all(len(line) <= width for line in lines) and lines[1][-1] == "┓"
     assert all(word in out.getvalue() for word in (">", "full", "none", "no training", "FID", "memorization")) and ("KID" in out.getvalue()) == (width == 200)
+
+
+def test_a_run_and_a_folder_are_audited_as_the_command_does(shown, tmp_path):
+    full = next(record for record in memcontrol.status(shown) if record.anchor == "full")
+    done = subprocess.run([sys.executable, "-m", "memcontrol.cli", "audit", "--model", str(full.run), "--out", str(tmp_path / "audit"), "--json"], capture_output=True, text=True, check=True)
+    assert memcontrol.audit(model=full.run) == json.loads(done.stdout)
+    for wrong in ({}, {"images": tmp_path, "model": full.run}, {"model": "tiny"}, {"model": full.run, "steps": 3}, {"images": tmp_path, "train": tmp_path, "holdout": tmp_path, "sample": 3}):
+        with pytest.raises(MemControlError):
+            memcontrol.audit(**wrong)

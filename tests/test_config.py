@@ -90,3 +90,16 @@ def test_what_may_change_between_two_runs():
 def test_where_results_go(tmp_path):
     assert study_folder(tmp_path / "x.yaml", "x") == tmp_path / "runs" / "x"
     assert study_folder(tmp_path / "runs" / "x" / "study.yaml", "x") == tmp_path / "runs" / "x"
+
+
+def test_a_reward_of_ones_own_is_the_same_wherever_its_folder_lies(tmp_path):
+    from memcontrol.config import differing_keys
+
+    def config(folder, function):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        path = tmp_path / folder / "s.yaml"
+        path.write_text(f"name: s\ndata: images\nrewards: [fid, 'mine.py:{function}']\n")
+        return load_config(path)
+
+    assert differing_keys(config("a", "auc"), config("b", "auc")) == []
+    assert "rewards.objectives" in differing_keys(config("a", "auc"), config("b", "other"))[0]

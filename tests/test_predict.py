@@ -4,27 +4,29 @@ import pytest
 
 from memcontrol.config import load_config
 from memcontrol.predict import front_size, lines_of, predicted, said_of_time, spread
+from memcontrol.space import load_space
 
-PART = {"setup": 1.0, "step": 0.5, "after": 4.0, "samples_bytes": 1000, "rest_bytes": 5000, "step_gflops": 1.0}
+PART = {"setup": 1.0, "step": 0.5, "after": 4.0, "samples_bytes": 1000, "rest_bytes": 5000}
+ANCHORS = load_space("digits").anchors()
 
 
 def calibration(**keys):
-    none = [{**PART, "setup": 0.0, "step": 0.0, "after": after} for after in (4.0, 7.0)]  # a batch more costs 3 s
-    return {"start": 10.0, "batch": 64, "peak_mib": 500.0, "none": none, "all": [PART], "full": [{**PART, "step": 1.0}], "sampled": [PART, {**PART, "step": 0.3}], **keys}
+    none, twice = ({**PART, "setup": 0.0, "step": 0.0, "after": after} for after in (4.0, 7.0))  # a batch more costs 3 s
+    return {"start": 10.0, "batch": 64, "peak_mib": 500.0, "none": [none], "twice": [twice], "all": [PART], "full": [{**PART, "step": 1.0}], "sampled": [PART, {**PART, "step": 0.3}], **keys}
 
 
 def test_a_prediction_is_the_sum_of_its_parts():
     config = load_config({
         "name": "a", "data": "digits", "inner": {"budget_images": 100, "batch_size": 10, "rounds": 1}, "rewards": {"n_samples": 256, "confirm": 0}, "search": {"trials": 2},
     })  # fmt: skip
-    found = predicted(config, [calibration()], 1)
+    found = predicted(config, ANCHORS, [calibration()])
     after = 4 + 3 * 3  # four batches
     assert found.runs == pytest.approx({"none": after, "all": 1 + 5 + after, "full": 1 + 10 + after, "sampled": 1 + 4 + after})
     assert found.seconds == pytest.approx(10 + after + 3 * (6 + after) + 3 * (11 + after) + 2 * (5 + after))
     assert found.disk_mib * 2**20 == pytest.approx(9 * (5000 + 4 * 1000)) and found.memory_mib == 500 and found.n_confirmed == 0
     again = config.model_copy(update={"rewards": config.rewards.model_copy(update={"confirm": 2})})
-    assert predicted(again, [calibration()], 1).seconds - found.seconds == pytest.approx(front_size(5) * 2 * after)
-    text = "\n".join(lines_of(config, found, 1))
+    assert predicted(again, ANCHORS, [calibration()]).seconds - found.seconds == pytest.approx(front_size(5) * 2 * after)
+    text = "\n".join(lines_of(found))
     assert "9 runs" in text and "500 MiB" in text and "none 13 s, all 19 s, full 24 s" in text
 
 

@@ -110,7 +110,7 @@ def test_nothing_is_written_over(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options, words", [(["--base", "."], "with model_index.json"), (["--base", "sd15"], "--base 'sd15'"), (["--name", "a b"], "letters, digits"), (["--out", "few/x.yaml"], "among the images")]
+    "options, words", [(["--base", "."], "base '.' is a folder without model_index.json"), (["--base", "sd15"], "base 'sd15': no such folder"), (["--name", "a b"], "--name is 'a b'; use letters, digits"), (["--out", "few/x.yaml"], "among the images")]
 )
 def test_what_cannot_be_is_refused_before_the_images_are_read(tmp_path, options, words):
     (tmp_path / "few").mkdir()
