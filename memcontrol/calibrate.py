@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +19,7 @@ from memcontrol.seeds import seed_of
 from memcontrol.space import Choice, SearchSpace, load_space
 from memcontrol.spec import SAMPLES, Spec
 
-N_STEPS, N_SAMPLED = 6, 3  # steps of each short trial; choices beside the anchors
+N_STEPS, N_SAMPLED = 10, 3  # the fewest steps of each short trial; choices beside the anchors
 
 
 def calibrate(values: dict, folder: Path, bench: Bench, warn: Callable[[str], None], progress: Callable[..., None]) -> dict[str, Any]:
@@ -47,7 +49,7 @@ def calibrate(values: dict, folder: Path, bench: Bench, warn: Callable[[str], No
 def short(config: Config, batches: int) -> Config:
     """The same trial, of a few steps and samples."""
     inner = config.inner
-    n_steps = max(N_STEPS, inner.ensemble.shards * inner.rounds)
+    n_steps = max(N_STEPS, 3 * inner.ensemble.shards * inner.rounds)  # most steps must end no round
     rewards = {"n_samples": batches * ENCODE_BATCH, "extraction": None, "force": True}
     return config.model_copy(update={
         "inner": inner.model_copy(update={"budget_images": n_steps * inner.batch_size}), "rewards": config.rewards.model_copy(update=rewards),
@@ -65,7 +67,8 @@ def choices_of(space: SearchSpace, seed: int) -> dict[str, list[Choice]]:
 
 
 def parts_of(folder: Path, spec: Spec, bench: Bench) -> dict[str, float]:
-    """Of one short trial: seconds before the first step, of a step, and after the last; bytes of its samples and of the rest."""
+    """Of one short trial: seconds of a step; before the first, the ends of its rounds with them, which do not grow with the budget; after the
+    last; bytes of its samples and of the rest."""
     steps: list[float] = []
 
     def progress(stage: str, done: int, total: int, **said: object) -> None:
@@ -75,10 +78,10 @@ def parts_of(folder: Path, spec: Spec, bench: Bench) -> dict[str, float]:
     started = time.monotonic()
     trial(folder, bench, progress)
     ended = time.monotonic()
-    step = (steps[-1] - steps[0]) / (len(steps) - 1) if len(steps) > 1 else 0.0
+    step = statistics.median(later - before for before, later in itertools.pairwise(steps)) if steps else 0.0
     size = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
     samples = size.pop(folder / SAMPLES)
     return {
-        "setup": steps[0] - step - started if steps else 0.0, "step": step, "after": ended - (steps[-1] if steps else started), "samples_bytes": samples,
+        "setup": steps[-1] - len(steps) * step - started if steps else 0.0, "step": step, "after": ended - (steps[-1] if steps else started), "samples_bytes": samples,
         "rest_bytes": sum(size.values()),
     }  # fmt: skip
