@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pwd
+import random
 import shutil
 import socket
 import subprocess
@@ -30,9 +31,12 @@ def system_user():
 
 
 def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    """Below the ports that the system gives to outgoing connections: one of these could take it while a server is down."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with socket.socket() as found, contextlib.suppress(OSError):
+            found.bind(("127.0.0.1", port))
+            return port
 
 
 class Postgres:
@@ -61,7 +65,14 @@ class Postgres:
 
     def start(self):
         options = f"-p {self.port} -c listen_addresses=127.0.0.1 -c unix_socket_directories='' -c fsync=off"
-        self.run("pg_ctl", "-D", self.data, "-l", self.log, "-w", "-o", options, "start")
+        for left in reversed(range(3)):
+            try:
+                return self.run("pg_ctl", "-D", self.data, "-l", self.log, "-w", "-o", options, "start")
+            except subprocess.CalledProcessError as error:
+                if not left:
+                    error.add_note(self.log.read_text()[-2000:])
+                    raise
+                time.sleep(2)
 
     def stop(self, mode="fast"):
         self.run("pg_ctl", "-D", self.data, "-m", mode, "-w", "stop")
