@@ -13,15 +13,16 @@ from pathlib import Path
 
 import numpy as np
 
+from memcontrol.adapters import Adapter
 from memcontrol.config import Config
-from memcontrol.cost import cost_of
+from memcontrol.cost import step_cost
 from memcontrol.data import Images, parts_from_dict
 from memcontrol.ensemble import Team
 from memcontrol.evidence import Views
 from memcontrol.extractors import Extractor, load_clip, load_extractor
 from memcontrol.features import pixel_features
 from memcontrol.files import read_json, replacing
-from memcontrol.models import Base, Encoded, empty_denoiser, load_base, redraw_weights
+from memcontrol.models import Base, Encoded, load_base, redraw_weights
 from memcontrol.probe import N_IMAGES as N_PROBED
 from memcontrol.seeds import seed_of
 from memcontrol.spec import Spec
@@ -52,9 +53,11 @@ class Bench:
             base = load_base(config.base)
             if seed is not None:
                 redraw_weights(base.denoiser, seed)
+            if config.inner.gradient_checkpointing:
+                base.denoiser.enable_gradient_checkpointing()
             return base
 
-        return self.once(("base", config.base, seed), load)
+        return self.once(("base", config.base, seed, config.inner.gradient_checkpointing), load)
 
     def extractor(self, name: str) -> Extractor:
         return self.once(("extractor", name), lambda: load_extractor(name))
@@ -88,14 +91,10 @@ class Bench:
         images = self.parts(spec)[part]
         return self.encoded(spec, images.take(range(len(images))[:N_PROBED]))
 
-    def cost(self, spec: Spec, data: Encoded) -> dict[str, float]:
-        """What the choice costs, from shapes alone: the rewards step_gflops and memory_mib."""
-        name = spec.config.base
-        denoiser = self.once(("empty", name), lambda: empty_denoiser(name))
-        text = {key: tensor.shape[1:] for key, tensor in data.text.items()}
-        batch = spec.config.inner.batch_size
-        family, shared_a = self.base(spec.config).family, spec.config.inner.ensemble.shares_a
-        cost = cost_of(denoiser, spec.space, spec.choice, family, data.mean.shape[1:], text, batch, shared_a)
+    def cost(self, spec: Spec, adapter: Adapter, data: Encoded) -> dict[str, float]:
+        """What a step with the injected adapter costs: the rewards step_gflops and memory_mib."""
+        base, text = self.base(spec.config), {name: tensor.shape[1:] for name, tensor in data.text.items()}
+        cost = step_cost(base.denoiser, adapter, base.family, data.mean.shape[1:], text, spec.config.inner.batch_size)
         return {"step_gflops": cost.step_gflops, "memory_mib": cost.memory_mib}
 
     def views(self, images: Images, extractor: str, cache: Path) -> Views:

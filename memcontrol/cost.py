@@ -1,4 +1,4 @@
-"""Owns what a choice costs before it is trained: parameters, FLOPs and memory of a training step, from shapes alone."""
+"""Owns what a choice costs: parameters, FLOPs and memory of a training step, counted in one pass of one image; on the meta device from shapes alone."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from memcontrol.adapters import Adapter, inject, trainable_modules
 from memcontrol.families import FAMILIES_BY_DENOISER, Family, Text
 from memcontrol.space import Choice, SearchSpace
 
+aten = torch.ops.aten
 BYTES = 4  # of a float32
 LATE = {"mid_block": 1, "up_blocks": 2, "conv_norm_out": 3, "conv_out": 3}  # diffusers' U-Nets register the middle block last
 
@@ -31,31 +35,82 @@ def cost_of(
     denoiser: nn.Module, space: SearchSpace, choice: Choice, family: Family, latents: Sequence[int], text: Mapping[str, Sequence[int]],
     batch: int = 1, shared_a: bool = False,
 ) -> Cost:  # fmt: skip
-    """The cost of a choice on a denoiser on the meta device, from the shapes of one image's latents [C, h, w] and encodings.
+    """The cost of a choice on a denoiser without an adapter; see `step_cost`."""
+    adapter = inject(denoiser, space, choice, 0, shared_a=shared_a)
+    try:
+        return step_cost(denoiser, adapter, family, latents, text, batch)
+    finally:
+        adapter.remove()
+
+
+def step_cost(
+    denoiser: nn.Module, adapter: Adapter, family: Family, latents: Sequence[int], text: Mapping[str, Sequence[int]], batch: int = 1
+) -> Cost:  # fmt: skip
+    """The cost of a step of `batch` images with an injected adapter, from one image's latents [C, h, w] and encodings.
 
     Backward stops at the first trained module, so a choice that begins late is cheaper. Memory counts the weights, for
     trained ones gradient and two moments of AdamW, and what forward keeps for backward.
     """
-    from torch.utils.flop_counter import FlopCounterMode
-
-    adapter = inject(denoiser, space, choice, 0, shared_a=shared_a)
-    try:
-        n_trained = adapter.n_trained()
-        kept = Kept(denoiser)
-        if n_trained:
-            noisy = torch.zeros(batch, *latents, device="meta")
-            encodings: Text = {name: torch.zeros(batch, *shape, device="meta") for name, shape in text.items()}
-            with FlopCounterMode(display=False) as counter:
-                with torch.autograd.graph.saved_tensors_hooks(kept.note, lambda tensor: tensor):
-                    predicted = family.predict(denoiser, noisy, torch.zeros(batch, device="meta"), encodings)
-                predicted.sum().backward()
-        n_base = sum(parameter.numel() for parameter in denoiser.parameters())
-        memory = BYTES * (n_base + 3 * n_trained) + kept.n_bytes
-        return Cost(n_trained, counter.get_total_flops() / batch / 1e9 if n_trained else 0.0, memory / 2**20)
-    finally:
+    n_trained, n_base, counter, kept = adapter.n_trained(), sum(parameter.numel() for parameter in denoiser.parameters()), Counted(), Kept(denoiser)
+    if n_trained:
+        device = next(denoiser.parameters()).device
+        noisy, time = torch.zeros(1, *latents, device=device), torch.zeros(1, device=device)
+        encodings: Text = {name: torch.zeros(1, *shape, device=device) for name, shape in text.items()}
+        with counter:
+            with FusedAttention(), torch.autograd.graph.saved_tensors_hooks(kept.note, lambda tensor: tensor):
+                predicted = family.predict(denoiser, noisy, time, encodings)
+            predicted.sum().backward()
         for parameter in adapter.parameters():
             parameter.grad = None
-        adapter.remove()
+    memory = BYTES * (n_base + 3 * n_trained) + batch * kept.n_bytes
+    return Cost(n_trained, counter.n_flops / 1e9, memory / 2**20)
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, *args, **kwargs) -> int:
+    return sdpa_flop_count(query.shape, key.shape, value.shape)
+
+
+def attention_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *args, **kwargs) -> int:
+    """Twice forward, as the mathematics has it: what a kernel computes again to save memory is no work done."""
+    return 2 * attention(query, key, value)
+
+
+class Counted(TorchDispatchMode):
+    """Adds up the FLOPs of matrix products, convolutions and attention by torch's formulas. Torch's own counter takes every other
+    operation apart too, for ten times the time."""
+
+    formulas: Mapping[Any, Any] = flop_registry | {
+        aten._scaled_dot_product_flash_attention_for_cpu: attention,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
+        aten._scaled_dot_product_flash_attention_backward: attention_backward,
+        aten._scaled_dot_product_efficient_attention_backward: attention_backward,
+        aten._scaled_dot_product_cudnn_attention_backward: attention_backward,
+    }
+
+    def __init__(self):
+        super().__init__()
+        self.n_flops = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if formula := self.formulas.get(func.overloadpacket):
+            self.n_flops += formula(*args, **kwargs, out_val=out)
+        return out
+
+
+class FusedAttention(TorchFunctionMode):
+    """On the meta device attention as real devices have it: there it would keep [heads, n, n] for backward."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is nn.functional.scaled_dot_product_attention and args[0].device.type == "meta":
+            return fused(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def fused(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None) -> Tensor:
+    return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
 
 
 class Kept:

@@ -64,7 +64,6 @@ def with_smaller_forward(spec: Spec) -> Spec | None:
 def fine_tuned(folder: Path, spec: Spec, bench: Bench, progress: Callable[..., None], rung: float | None) -> dict:
     started, early = time.monotonic(), spec.config.search.early_stopping
     base, material = bench.base(spec.config), bench.material(spec)
-    costs = bench.cost(spec, material.data)
     adapter = chosen_adapter(base.denoiser, spec)
     try:
         log = fine_tune(folder, spec, bench, adapter, lambda done, total, **said: progress("train", done, total, **said), rung=rung)
@@ -75,6 +74,7 @@ def fine_tuned(folder: Path, spec: Spec, bench: Bench, progress: Callable[..., N
             return found
         n_trained, n_all = adapter.n_trained(), sum(parameter.numel() for parameter in base.denoiser.parameters())
         adapter.save(folder, spec.description())
+        costs = bench.cost(spec, adapter, material.data)
         probes = probe_rewards(base, material.data, bench.unseen(spec, spec.reference), spec.sampling_seed)
         samples = sample(base, material, spec, lambda done, total: progress("sample", done, total))
     finally:
@@ -134,12 +134,10 @@ def confirm(folder: Path, bench: Bench, progress: Callable[..., None]) -> dict:
 def fine_tune(folder: Path, spec: Spec, bench: Bench, adapter: Adapter, progress: Callable[..., None], team: Team | None = None, rung: float | None = None) -> TrainLog:
     """Trains the injected adapter, its rounds kept in the trial's folder; alone, or with the other processes of a team; to the end or to
     a rung."""
-    base, identity = bench.base(spec.config), f"{spec.config.base} {spec.choice} {spec.space} {bench.train_images(spec).digest}"
-    if spec.config.inner.gradient_checkpointing:
-        base.denoiser.enable_gradient_checkpointing()
+    identity = f"{spec.config.base} {spec.choice} {spec.space} {bench.train_images(spec).digest}"
     try:
         return train(
-            base, adapter, bench.material(spec), spec.config.inner, seed=spec.seed, folder=folder / ROUNDS, identity=identity,
+            bench.base(spec.config), adapter, bench.material(spec), spec.config.inner, seed=spec.seed, folder=folder / ROUNDS, identity=identity,
             progress=progress, team=team or bench.team(folder, spec, rung), n_rounds=spec.config.inner.rounds_to(rung) if rung else None,
         )  # fmt: skip
     except BaseException:
