@@ -103,6 +103,11 @@ class Bench:
         name = f"features-{images.digest}-{hashlib.sha256(network.id.encode()).hexdigest()[:16]}"
         return self.once(("views", name), lambda: stored_views(cache / f"{name}.safetensors", lambda: views_of(images.pixels(), network.extract)))
 
+    def known(self, spec: Spec) -> dict[str, dict]:
+        """What the distances between a study's training and reference images are found to be, by space."""
+        digests = (self.train_images(spec).digest, self.parts(spec)[spec.reference].digest)
+        return self.once(("known", *digests, spec.config.rewards.extractor), lambda: {"pixels": {}, "features": {}})
+
     def team(self, folder: Path, spec: Spec, rung: float | None = None) -> Team:
         """This process and its helpers, which are told to train their shards of the trial."""
         size = min(spec.config.search.processes, spec.config.inner.ensemble.shards)

@@ -74,6 +74,7 @@ class Evidence:
     images: np.ndarray | None = None  # uint8 [N, 3, H, W], the generated ones as they are
     captions: tuple[str, ...] = ()  # that they were generated from
     clip: tuple[np.ndarray, np.ndarray] | None = None  # a CLIP model's embeddings of images and captions, [N, D] each
+    known: dict[str, dict] = field(default_factory=lambda: {"pixels": {}, "features": {}}, compare=False)  # of each space, what depends on references alone
     cache: dict = field(default_factory=dict, compare=False)
 
     def space(self, name: str) -> Space:
@@ -85,7 +86,7 @@ class Evidence:
 def pixel_space(evidence: Evidence) -> Space:
     generated, held = evidence.generated, evidence.holdout
     return Space(
-        (generated.pixels, generated.mirrored), evidence.train.pixels, held.pixels, (held.pixels, held.mirrored), evidence.seed
+        (generated.pixels, generated.mirrored), evidence.train.pixels, held.pixels, (held.pixels, held.mirrored), evidence.seed, evidence.known["pixels"]
     )  # fmt: skip
 
 
@@ -93,7 +94,7 @@ def feature_space(evidence: Evidence) -> Space:
     """Features centred on the mean of both references and scaled to unit length (cosine geometry)."""
     centre = (evidence.train.features.mean(0) + evidence.holdout.features.mean(0)) / 2
     generated, train, held = (unit(x.features - centre) for x in (evidence.generated, evidence.train, evidence.holdout))
-    return Space((generated,), train, held, (held,), evidence.seed)
+    return Space((generated,), train, held, (held,), evidence.seed, evidence.known["features"])
 
 
 def reward(direction: str = MINIMIZE):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -309,6 +309,7 @@ class Space:
     holdout: np.ndarray
     held_queries: tuple[np.ndarray, ...]
     seed: int = 0
+    known: dict[str, np.ndarray] = field(default_factory=dict, compare=False)  # distances between references, the same for all that is generated
 
     @cached_property
     def to_train(self) -> tuple[np.ndarray, np.ndarray]:
@@ -324,16 +325,20 @@ class Space:
     def to_holdout(self) -> np.ndarray:
         return self.nearest_held[0]
 
-    @cached_property
+    @property
     def held_to_train(self) -> np.ndarray:
-        return first(*nearest_of(self.held_queries, self.train, 1))[0]
+        if "train" not in self.known:
+            self.known["train"] = first(*nearest_of(self.held_queries, self.train, 1))[0]
+        return self.known["train"]
 
-    @cached_property
+    @property
     def held_to_others(self) -> np.ndarray:
         """Each held-out image's distance to its nearest other held-out image: [H]."""
-        distances, indices = nearest_of(self.held_queries, self.holdout, 2)
-        own = indices == np.arange(len(indices))[:, None]
-        return np.where(own[:, 0], distances[:, -1], distances[:, 0])
+        if "others" not in self.known:
+            distances, indices = nearest_of(self.held_queries, self.holdout, 2)
+            own = indices == np.arange(len(indices))[:, None]
+            self.known["others"] = np.where(own[:, 0], distances[:, -1], distances[:, 0])
+        return self.known["others"]
 
 
 def first(distances: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -454,11 +459,12 @@ def memorization_in(space: Space) -> Estimate:
     sets = [(rows, canonical(rows)) for rows in (space.train, space.holdout)]
     m = min(len(space.train), len(space.holdout))
     n_draws = 1 if len(space.train) == len(space.holdout) else N_DRAWS
+    whole = [nearest_of(space.generated, rows[order], N_NEIGHBOURS) if len(rows) == m else None for rows, order in sets]
     ratios, null = [], []
     for draw in range(n_draws):
         rng = np.random.default_rng(seed_of(space.seed, "memorization", draw))
-        drawn = [rows[order[rng.permutation(len(rows))[:m]] if len(rows) > m else order] for rows, order in sets]
-        distances, indices = pooled_neighbours(space.generated, drawn)
+        found = [known or nearest_of(space.generated, rows[order[rng.permutation(len(rows))[:m]]], N_NEIGHBOURS) for known, (rows, order) in zip(whole, sets)]
+        distances, indices = pooled(found, m)
         distances = np.maximum(distances, floor)
         sides = np.repeat(np.array([TRAIN, HOLDOUT], np.int8), m)
         ratios.append(log_ratios(distances, sides[indices]))
@@ -477,12 +483,10 @@ def canonical(rows: np.ndarray) -> np.ndarray:
     return np.array(sorted(range(len(rows)), key=lambda row: hashlib.blake2b(rows[row].tobytes(), digest_size=16).digest()))
 
 
-def pooled_neighbours(queries: tuple[np.ndarray, ...], sets: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Each query's N_NEIGHBOURS nearest of each set, in one sorted list: distances and rows in the sets laid end to end. [N, K] both."""
-    found = [nearest_of(queries, references, N_NEIGHBOURS) for references in sets]
-    starts = np.cumsum([0, *map(len, sets)])
+def pooled(found: Sequence[tuple[np.ndarray, np.ndarray]], m: int) -> tuple[np.ndarray, np.ndarray]:
+    """Neighbours in several sets of m rows, as one sorted list: distances, and rows in the sets laid end to end. [N, K] both."""
     distances = np.concatenate([distances for distances, _ in found], axis=1)
-    indices = np.concatenate([indices + start for (_, indices), start in zip(found, starts)], axis=1)
+    indices = np.concatenate([indices + i * m for i, (_, indices) in enumerate(found)], axis=1)
     order = distances.argsort(axis=1, kind="stable")
     return np.take_along_axis(distances, order, 1), np.take_along_axis(indices, order, 1)
 

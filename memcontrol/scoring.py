@@ -76,6 +76,7 @@ def evidence(samples: Mapping[str, np.ndarray], spec: Spec, bench: Bench) -> Evi
         generated=views_of(images, network.extract), train=bench.views(train, rewards.extractor, cache),
         holdout=bench.views(bench.parts(spec)[spec.reference], rewards.extractor, cache), seed=spec.sampling_seed,
         images=images, captions=captions, clip=bench.clip(rewards.clip)(images, captions) if rewards.clip else None,
+        known=bench.known(spec),
     )  # fmt: skip
 
 

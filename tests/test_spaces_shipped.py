@@ -8,8 +8,8 @@ import pytest
 import torch
 import yaml
 
-from memcontrol.adapters import check_space
-from memcontrol.cost import cost_of, survey, typical_cost
+from memcontrol.adapters import check_space, inject
+from memcontrol.cost import cost_of, step_cost, survey, typical_cost
 from memcontrol.derive import derived_space
 from memcontrol.families import Family
 from memcontrol.models import empty_denoiser
@@ -111,3 +111,26 @@ def test_what_is_kept_for_backward_is_counted_once():
     assert cost.memory_mib * 2**20 == pytest.approx(4 * (4 * n + 32 * (8 + 16)))
     assert cost.step_gflops * 1e9 == 2 * (8 * 16 + 16 * 4) * 2 + 2 * 16 * 4  # forward, both weights, the second's input
     assert math.isclose(cost_of(layers, space, space.choice(("a",), "full", 0.5), Plain(), (8,), {}).step_gflops, cost.step_gflops)
+
+
+@pytest.mark.parametrize("groups", [("down_attention", "up_resnet"), ("up_attention",)])
+def test_a_step_costs_the_same_by_shapes_and_by_running_it(base, material, groups):
+    """The operations are those that torch's own counter sees in a step with attention written out, but that fused attention also makes
+    gradients of frozen keys and values."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from memcontrol.models import empty_denoiser
+
+    space = load_space("digits")
+    choice, text = space.choice(groups, "lora", 0.5, 4), {name: tensor.shape[1:] for name, tensor in material.data.text.items()}
+    by_shapes = cost_of(empty_denoiser("tiny"), space, choice, base.family, material.data.mean.shape[1:], text, batch=8)
+    adapter = inject(base.denoiser, space, choice, 0)
+    try:
+        assert step_cost(base.denoiser, adapter, base.family, material.data.mean.shape[1:], text, batch=8) == by_shapes
+        assert not any(parameter.grad is not None for parameter in base.denoiser.parameters())
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            base.family.predict(base.denoiser, material.data.mean[:1], torch.zeros(1), material.data.texts(torch.tensor([0]))).sum().backward()
+        assert 1 <= by_shapes.step_gflops * 1e9 / counter.get_total_flops() < 1.02
+    finally:
+        adapter.remove()
