@@ -6,6 +6,7 @@ The search loop with 512 simulated workers is `WORKERS=512 TRIALS=10000 python -
 
 from __future__ import annotations
 
+import json
 import random
 import tempfile
 import time
@@ -16,7 +17,7 @@ import numpy as np
 
 N_QUERIES, N_WANTED = 256, 10_000_000
 PIXELS, FEATURES = (3072, (10_000, 30_000, 100_000)), (2048, (10_000, 30_000, 100_000))  # 32 x 32 pixels; Inception's features
-TRIALS = (100, 1_000, 10_000)
+TRIALS, N_LISTED = (100, 1_000, 10_000), 1_000_000
 
 
 def run(device: str) -> list[dict]:
@@ -51,12 +52,23 @@ def neighbours() -> list[dict]:
 
 
 def caches() -> list[dict]:
-    """Of Stable Diffusion 1.5 at 512 pixels, from shapes: mean and deviation of the latents, and encodings, where every caption differs."""
+    """Of Stable Diffusion 1.5 at 512 pixels, from shapes: mean and deviation of the latents, and encodings, where every caption differs; and
+    what is done with the list of images."""
+    from memcontrol.data import Images, Record, parts_as_dict, parts_from_dict
+    from memcontrol.train import batch_rows, shuffled
+
     latents, text = 2 * 4 * 64 * 64 * 4, 77 * 768 * 4
+    images = Images("x", 512, tuple(Record(f"{i:09}.png", f"an image of number {i}", f"{i:016x}") for i in range(N_LISTED)))
+    stored = parts_as_dict({"train": images})
+    wanted, listed = f"{N_WANTED:,} images", f"{N_LISTED:,} images"
     return [
-        row("latents, kept and held by each worker", f"{N_WANTED:,} images", latents * N_WANTED / 2**30, "GiB"),
-        row("caption encodings, the same", f"{N_WANTED:,} captions", text * N_WANTED / 2**30, "GiB"),
-        row("split.json", f"{N_WANTED:,} images", 120 * N_WANTED / 2**30, "GiB"),
+        row("latents, on disk, memory-mapped", wanted, latents * N_WANTED / 2**30, "GiB"),
+        row("caption encodings, all different, the same", wanted, text * N_WANTED / 2**30, "GiB"),
+        row("split.json", wanted, len(json.dumps(stored)) / N_LISTED * N_WANTED / 2**30, "GiB"),
+        row("reading it, once a worker", listed, seconds_of(lambda: parts_from_dict(json.loads(json.dumps(stored)), "x", 512), 1), "s"),
+        row("the set's digest, once a worker", listed, seconds_of(lambda: images.digest, 1), "s"),
+        row("a step's batch, the first of a pass", wanted, seconds_of(lambda: (shuffled.cache_clear(), batch_rows(N_WANTED, 32, 0, 0))), "s"),
+        row("a step's batch, any other", wanted, seconds_of(lambda: batch_rows(N_WANTED, 32, 0, 1)), "s"),
     ]
 
 

@@ -13,6 +13,7 @@ from benchmarks._processes import medians, peak_mib
 
 COPIES = "10 copies"
 N_REPEATS, N_STEPS, N_ROUNDS, BATCH, SIDE, N_IMAGES = 3, 150, 5, 4, 16, 200
+WIDTHS = (64, 128, 256, 256)
 
 
 def run(device: str) -> list[dict]:
@@ -38,7 +39,7 @@ def copied(n: int, device: str) -> dict:
     from memcontrol.adapters import inject
     from memcontrol.space import load_space
 
-    first, space, data = base_of(unet((64, 128, 256, 256), SIDE), device), load_space("sd15-sites-complete"), random_material(N_IMAGES, SIDE).data
+    first, space, data = base_of(unet(WIDTHS, SIDE), device), load_space("sd15-sites-complete"), random_material(N_IMAGES, SIDE).data
     choice, parameters = space.choice(space.groups_for("lora"), "lora", 0.5), sum(parameter.numel() for parameter in first.denoiser.parameters())
     bases = [first, *(base_of(copy.deepcopy(first.denoiser), device) for _ in range(n - 1))]
     trained = [inject(base.denoiser, space, choice, 0).parameters() for base in bases]
@@ -71,7 +72,7 @@ def measure(shards: str, device: str) -> dict:
     from memcontrol.ensemble import train
     from memcontrol.space import load_space
 
-    base, space = base_of(unet((64, 128, 256, 256), SIDE), device), load_space("sd15-sites-complete")
+    base, space = base_of(unet(WIDTHS, SIDE), device), load_space("sd15-sites-complete")
     adapter = inject(base.denoiser, space, space.choice(space.groups_for("lora"), "lora", 0.5), 0, shared_a=shards != "1")
     inner = InnerConfig(budget_images=N_STEPS * BATCH, batch_size=BATCH, rounds=N_ROUNDS, ensemble={"shards": int(shards)})
     started = time.perf_counter()

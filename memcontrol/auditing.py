@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from memcontrol.bench import Bench
+from memcontrol.copying import CLIP, FALSE_POSITIVES, Space, ratio, real_ratios, threshold_of
 from memcontrol.data import Images, checked, read_captions, squared
 from memcontrol.errors import MemControlError
 from memcontrol.evidence import N_PAIRED, Evidence, Views, broken_images, extraction_rewards, flat, score
@@ -22,7 +23,6 @@ from memcontrol.features import nearest, pixel_features
 from memcontrol.figures import BLIND, FIGURES, written
 from memcontrol.files import replacing, write_json
 from memcontrol.models import load_base
-from memcontrol.rewards import CLIP, FALSE_POSITIVES, Space, ratio, real_ratios, threshold_of
 from memcontrol.scoring import read_samples
 from memcontrol.seeds import seed_of
 from memcontrol.spec import SPEC, read_spec

@@ -73,7 +73,7 @@ class Bench:
         return self.once(("parts", spec.study_folder), read)
 
     def train_images(self, spec: Spec) -> Images:
-        return self.parts(spec)["train"].take(range(spec.n_train))
+        return self.once(("train", spec.study_folder, spec.n_train), lambda: self.parts(spec)["train"].take(range(spec.n_train)))
 
     def encoded(self, spec: Spec, images: Images) -> Encoded:
         base, name = self.base(spec.config), spec.config.base
@@ -104,7 +104,7 @@ class Bench:
         return self.once(("views", name), lambda: stored_views(cache / f"{name}.safetensors", lambda: views_of(images.pixels(), network.extract)))
 
     def known(self, spec: Spec) -> dict[str, dict]:
-        """What the distances between a study's training and reference images are found to be, by space."""
+        """What is found out about a study's training and reference images whatever is generated, by space."""
         digests = (self.train_images(spec).digest, self.parts(spec)[spec.reference].digest)
         return self.once(("known", *digests, spec.config.rewards.extractor), lambda: {"pixels": {}, "features": {}})
 
@@ -148,7 +148,8 @@ def views_of(pixels: np.ndarray, extract: Callable) -> Views:
 def stored_views(path: Path, make: Callable[[], Views]) -> Views:
     """What the file holds; made and written where there is none."""
     from filelock import FileLock
-    from safetensors.numpy import load_file, save_file
+    from safetensors.numpy import save_file
+    from safetensors.torch import load_file  # memory-mapped, which numpy's is not
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
@@ -156,4 +157,4 @@ def stored_views(path: Path, make: Callable[[], Views]) -> Views:
             views = make()
             with replacing(path) as part:
                 save_file({"pixels": views.pixels, "features": np.ascontiguousarray(views.features)}, part)
-    return Views(**load_file(path))
+    return Views(**{name: tensor.numpy() for name, tensor in load_file(path).items()})

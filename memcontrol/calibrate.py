@@ -17,7 +17,7 @@ from memcontrol.prepare import prepare
 from memcontrol.run import peak_mib, trial
 from memcontrol.seeds import seed_of
 from memcontrol.space import Choice, SearchSpace, load_space
-from memcontrol.spec import SAMPLES, Spec
+from memcontrol.spec import PAIRS_PICTURE, ROUNDS, SAMPLES, SAMPLES_PICTURE, Spec
 
 N_STEPS, N_SAMPLED = 10, 3  # the fewest steps of each short trial; choices beside the anchors
 
@@ -25,7 +25,7 @@ N_STEPS, N_SAMPLED = 10, 3  # the fewest steps of each short trial; choices besi
 def calibrate(values: dict, folder: Path, bench: Bench, warn: Callable[[str], None], progress: Callable[..., None]) -> dict[str, Any]:
     """Runs short trials of the config in an empty folder. Returns what `predict` needs: seconds before the first trial (`start`), for each
     kind of choice the parts of its trials in seconds and bytes, those of one that samples twice as much and trains nothing (`twice`), samples
-    in a batch, and the peak of memory. Raises MemControlError."""
+    in a batch, bytes that all trials share, and the peak of memory. Raises MemControlError."""
     started, config, space = time.monotonic(), load_config(values), load_space(load_config(values).space)
     prepared = prepare(short(config, 1).model_dump(mode="json"), folder, bench, warn)
     n_train = max(1, round(prepared["sizes"]["train"] * config.search.train_fraction))
@@ -43,7 +43,8 @@ def calibrate(values: dict, folder: Path, bench: Bench, warn: Callable[[str], No
     for i, (name, choice, batches) in enumerate(jobs):
         found.setdefault(name, []).append(run(f"{name}-{i}", choice, batches))
         progress("calibrate", i + 1, len(jobs))
-    return found | {"batch": ENCODE_BATCH, "peak_mib": peak_mib()}
+    shared = sum(sizes(folder).values()) - sum(sum(sizes(path).values()) for path in folder.iterdir() if (path / SAMPLES).exists())
+    return found | {"batch": ENCODE_BATCH, "shared_bytes": shared, "peak_mib": peak_mib()}
 
 
 def short(config: Config, batches: int) -> Config:
@@ -68,7 +69,7 @@ def choices_of(space: SearchSpace, seed: int) -> dict[str, list[Choice]]:
 
 def parts_of(folder: Path, spec: Spec, bench: Bench) -> dict[str, float]:
     """Of one short trial: seconds of a step; before the first, the ends of its rounds with them, which do not grow with the budget; after the
-    last; bytes of its samples and of the rest."""
+    last; bytes of its samples, of the rest that is kept, pictures twice since a dashboard's copy is, and of its checkpoints while it trains."""
     steps: list[float] = []
 
     def progress(stage: str, done: int, total: int, **said: object) -> None:
@@ -79,9 +80,13 @@ def parts_of(folder: Path, spec: Spec, bench: Bench) -> dict[str, float]:
     trial(folder, bench, progress)
     ended = time.monotonic()
     step = statistics.median(later - before for before, later in itertools.pairwise(steps)) if steps else 0.0
-    size = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
-    samples = size.pop(folder / SAMPLES)
+    size, rounds = sizes(folder), sum(sizes(folder / ROUNDS).values())
+    samples, pictures = size[folder / SAMPLES], sum(size[folder / name] for name in (SAMPLES_PICTURE, PAIRS_PICTURE))
     return {
         "setup": steps[-1] - len(steps) * step - started if steps else 0.0, "step": step, "after": ended - (steps[-1] if steps else started), "samples_bytes": samples,
-        "rest_bytes": sum(size.values()),
+        "rest_bytes": sum(size.values()) - samples - rounds + pictures, "rounds_bytes": rounds,
     }  # fmt: skip
+
+
+def sizes(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}

@@ -9,6 +9,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +50,7 @@ class Images:
     def captions(self) -> list[str]:
         return [record.caption for record in self.records]
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Names the content: the same images with the same captions at the same resolution, in the same order."""
         lines = [f"{record.digest} {record.caption}" for record in self.records]

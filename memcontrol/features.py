@@ -1,4 +1,4 @@
-"""Owns the pixel descriptor and exact nearest neighbours."""
+"""Owns feature matrices [n, d]: their checks, the pixel descriptor, distances and exact nearest neighbours."""
 
 from __future__ import annotations
 
@@ -6,8 +6,45 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from memcontrol.errors import MemControlError
+
 N_SPARE = 32  # candidates beyond those asked for: float32 products may rank neighbours of equal distance wrongly
 REFERENCE_BLOCK = 16384
+
+
+def matrix(features, name: str, least: int = 1, dtype=np.float64) -> np.ndarray:
+    """[n, d] of a numpy array, a torch tensor or lists; `dtype` None keeps float32 as it is, for large sets.
+
+    Raises MemControlError: another shape, too few rows, not finite.
+    """
+    found = np.asarray(features.detach().cpu().to(wide(features.dtype)) if hasattr(features, "detach") else features)
+    try:
+        found = found.astype(dtype or (np.float32 if found.dtype == np.float32 else np.float64), copy=False)
+    except (TypeError, ValueError):
+        raise MemControlError(f"{name} holds {found.dtype}; give a matrix of numbers [n, d]") from None
+    if found.ndim != 2:
+        raise MemControlError(f"{name} has shape {list(found.shape)}; give a matrix of features [n, d]")
+    if len(found) < least:
+        raise MemControlError(f"{name} needs at least {least} images and has {len(found)}")
+    if not np.isfinite(found).all():
+        raise MemControlError(f"{name} holds values that are not finite; look for broken images or an extractor in half precision")
+    return found
+
+
+def wide(dtype):
+    """A torch type that numpy knows: float32 in place of half precision."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def refuse_unlike(*sets: np.ndarray) -> None:
+    """Raises MemControlError where feature matrices differ in width."""
+    widths = [rows.shape[1] for rows in sets]
+    if len(set(widths)) > 1:
+        raise MemControlError(f"the feature sets have {', '.join(map(str, widths))} dimensions; use one extractor for all of them")
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
 
 
 def shrunk(images: np.ndarray, size: int = 32) -> Tensor:
@@ -97,3 +134,18 @@ def among_all(queries: np.ndarray, references: np.ndarray, centre: np.ndarray, k
     np.put_along_axis(distances, places, exact, 1)
     order = np.argsort(distances, axis=1, kind="stable")[:, :k]
     return np.take_along_axis(distances, order, 1), order
+
+
+def pairwise(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """All distances [N, M]."""
+    squares = np.square(x).sum(1)[:, None] + np.square(y).sum(1)[None] - 2 * x @ y.T
+    return np.sqrt(np.maximum(squares, 0.0))
+
+
+def nearest_others(points: np.ndarray, k: int, rows: np.ndarray | None = None) -> np.ndarray:
+    """Distances of each point, or of those in `rows`, to its k nearest other points of the set: [N, k]."""
+    rows = np.arange(len(points)) if rows is None else rows
+    distances, indices = nearest(points[rows], points, k + 1)
+    own = indices == rows[:, None]
+    own[~own.any(1), -1] = True  # among many equal points its own may not be listed: any of them stands for it
+    return distances[~own].reshape(len(rows), k)

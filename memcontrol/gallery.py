@@ -10,9 +10,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from memcontrol.bench import Bench
+from memcontrol.copying import ratio
 from memcontrol.evidence import Evidence
 from memcontrol.files import replacing
-from memcontrol.rewards import ratio
 from memcontrol.spec import PAIRS_PICTURE, SAMPLES_PICTURE, Spec
 
 SMALL, LARGE = 64, 128  # pixels of a tile's side: of images up to SMALL, and of larger ones

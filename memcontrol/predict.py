@@ -19,7 +19,8 @@ from memcontrol.space import Choice
 
 @dataclass(frozen=True)
 class Prediction:
-    """Seconds of the whole search and of a run by kind, and how many of these there are; a worker's memory, and all run folders' disk, in MiB."""
+    """Seconds of the whole search and of a run by kind, and how many of these there are; a worker's memory, and the study folder's disk while
+    its workers still train, in MiB."""
 
     seconds: float
     runs: dict[str, float]
@@ -28,6 +29,7 @@ class Prediction:
     disk_mib: float
     n_confirmed: int
     n_workers: int
+    stops_early: bool
 
 
 def calibrations_of(config: Config, folder: Path, jobs: Jobs) -> list[dict[str, Any]]:
@@ -60,12 +62,13 @@ def predicted(config: Config, anchors: Mapping[str, Sequence[Choice]], calibrati
     once, twice = (mean(name, lambda part: part["after"]) for name in ("none", "twice"))
     longer = (once + (n_batches - 1) * (twice - once)) / once  # than sampling and scoring one batch takes
     runs = {name: mean(name, lambda part: part["setup"] + config.inner.budget_steps * part["step"] + longer * part["after"]) for name in n_runs}
-    disk = sum(n * mean(name, lambda part: part["rest_bytes"] + n_batches * part["samples_bytes"]) for name, n in n_runs.items())
+    disk = calibrations[0]["shared_bytes"] + sum(n * mean(name, lambda part: part["rest_bytes"] + n_batches * part["samples_bytes"]) for name, n in n_runs.items())
+    disk += len(calibrations) * max(mean(name, lambda part: part["rounds_bytes"]) for name in n_runs)
     n_confirmed = front_size(config.search.trials + len(anchors)) if config.rewards.confirm else 0
     again = config.rewards.confirm * longer * mean("sampled", lambda part: part["after"])
     seconds = statistics.mean(one["start"] for one in calibrations)
     seconds += spread([runs[name] for name, n in n_runs.items() for _ in range(n)], len(calibrations)) + spread([again] * n_confirmed, len(calibrations))
-    return Prediction(seconds, runs, n_runs, max(one["peak_mib"] for one in calibrations), disk / 2**20, n_confirmed, len(calibrations))
+    return Prediction(seconds, runs, n_runs, max(one["peak_mib"] for one in calibrations), disk / 2**20, n_confirmed, len(calibrations), config.search.early_stopping is not None)
 
 
 def spread(jobs: Sequence[float], n_workers: int) -> float:
@@ -95,7 +98,8 @@ def lines_of(found: Prediction) -> list[str]:
     runs = ", ".join(f"{name} {said_of_time(seconds)}" for name, seconds in found.runs.items())
     hours = sum(n * found.runs[name] for name, n in found.n_runs.items()) / 3600
     return [
-        f"predicted time: {said_of_time(found.seconds)} with {found.n_workers} worker(s), {sum(found.n_runs.values())} runs ({hours:.2g} hours of a worker), and {found.n_confirmed} trials measured again",
+        f"predicted time: {said_of_time(found.seconds)} with {found.n_workers} worker(s), {sum(found.n_runs.values())} runs ({hours:.2g} hours of a worker), and {found.n_confirmed} trials measured again"
+        + (", if none is stopped early" if found.stops_early else ""),
         f"predicted time of a run: {runs}",
         f"predicted memory of a worker: {found.memory_mib:.0f} MiB (the most that the calibration held)",
         f"predicted disk: {found.disk_mib:.0f} MiB",

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -308,11 +309,14 @@ def pace(share: float, inner: InnerConfig) -> float:
 
 def batch_rows(n: int, batch_size: int, seed: int, step: int) -> Tensor:
     """Rows of the step's batch: passes over reshuffled data, each pass shuffled by its own number."""
-    first = step * batch_size
-    rows, shuffles = [], {}
-    for position in range(first, first + batch_size):
+    position, end, parts = step * batch_size, (step + 1) * batch_size, []
+    while position < end:
         number, place = divmod(position, n)
-        if number not in shuffles:
-            shuffles[number] = torch.randperm(n, generator=torch.Generator().manual_seed(seed_of(seed, "pass", number)))
-        rows.append(shuffles[number][place])
-    return torch.stack(rows)
+        parts.append(shuffled(n, seed, number)[place : place + end - position])
+        position += len(parts[-1])
+    return torch.cat(parts)
+
+
+@lru_cache(maxsize=2)  # a pass lasts many steps, and is as long as the data
+def shuffled(n: int, seed: int, number: int) -> Tensor:
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed_of(seed, "pass", number)))

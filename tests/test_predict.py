@@ -6,13 +6,13 @@ from memcontrol.config import load_config
 from memcontrol.predict import front_size, lines_of, predicted, said_of_time, spread
 from memcontrol.space import load_space
 
-PART = {"setup": 1.0, "step": 0.5, "after": 4.0, "samples_bytes": 1000, "rest_bytes": 5000}
+PART = {"setup": 1.0, "step": 0.5, "after": 4.0, "samples_bytes": 1000, "rest_bytes": 5000, "rounds_bytes": 700}
 ANCHORS = load_space("digits").anchors()
 
 
 def calibration(**keys):
     none, twice = ({**PART, "setup": 0.0, "step": 0.0, "after": after} for after in (4.0, 7.0))  # a batch more costs 3 s
-    return {"start": 10.0, "batch": 64, "peak_mib": 500.0, "none": [none], "twice": [twice], "all": [PART], "full": [{**PART, "step": 1.0}], "sampled": [PART, {**PART, "step": 0.3}], **keys}
+    return {"start": 10.0, "batch": 64, "shared_bytes": 3000, "peak_mib": 500.0, "none": [none], "twice": [twice], "all": [PART], "full": [{**PART, "step": 1.0}], "sampled": [PART, {**PART, "step": 0.3}], **keys}
 
 
 def test_a_prediction_is_the_sum_of_its_parts():
@@ -23,7 +23,7 @@ def test_a_prediction_is_the_sum_of_its_parts():
     after = 4 + 3 * 3  # four batches
     assert found.runs == pytest.approx({"none": after, "all": 1 + 5 + after, "full": 1 + 10 + after, "sampled": 1 + 4 + after})
     assert found.seconds == pytest.approx(10 + after + 3 * (6 + after) + 3 * (11 + after) + 2 * (5 + after))
-    assert found.disk_mib * 2**20 == pytest.approx(9 * (5000 + 4 * 1000)) and found.memory_mib == 500 and found.n_confirmed == 0
+    assert found.disk_mib * 2**20 == pytest.approx(3000 + 9 * (5000 + 4 * 1000) + 700) and found.memory_mib == 500 and found.n_confirmed == 0
     again = config.model_copy(update={"rewards": config.rewards.model_copy(update={"confirm": 2})})
     assert predicted(again, ANCHORS, [calibration()]).seconds - found.seconds == pytest.approx(front_size(5) * 2 * after)
     text = "\n".join(lines_of(found))

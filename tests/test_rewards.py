@@ -8,6 +8,7 @@ import scipy.linalg
 import scipy.stats
 
 from memcontrol.config import RewardsConfig
+from memcontrol.copying import Space, clear_copies_in, copy_rate_in, memorization_in, tail_chances
 from memcontrol.errors import MemControlError
 from memcontrol.estimate import wilson
 from memcontrol.evidence import Evidence, Views, check_rewards, score
@@ -15,24 +16,19 @@ from memcontrol.features import nearest
 from memcontrol.figures import FIGURES, OBJECTIVES
 from memcontrol.rewards import (
     Estimate,
-    Space,
     authpct,
     carlini_rate,
-    clear_copies_in,
     clip_score,
     copy_rate,
-    copy_rate_in,
     extraction,
     fd_pca,
     fid,
     gaussian,
     kid,
     memorization,
-    memorization_in,
     mifid,
     mq,
     prdc,
-    tail_chances,
     tile_distances,
 )  # fmt: skip
 

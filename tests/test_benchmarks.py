@@ -1,0 +1,69 @@
+"""Benchmarks that compare with what people run today, at sizes that take seconds: they run, and peers are given what our trials are given."""
+
+import importlib
+
+import pytest
+
+from benchmarks import _peers, peers, scale, shards, solver, trial, utilisation
+from benchmarks.__main__ import NAMES, table
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(peers, "SMALL", True)
+    monkeypatch.setattr(peers, "N_TRIALS", 1)
+
+
+def test_every_benchmark_has_a_run_and_says_what_it_compares():
+    for name in NAMES:
+        module = importlib.import_module(f"benchmarks.{name}")
+        assert module.__doc__ and callable(module.run), name
+
+
+def test_peers_losses_are_ours_for_the_same_noise(tmp_path, monkeypatch):
+    monkeypatch.setattr(_peers, "RECIPES", {name: _peers.Recipe(recipe.whole_graph, 2, 64) for name, recipe in _peers.RECIPES.items()})
+    seconds, (mine,), _ = peers.ours(peers.OURS[0], tmp_path / "ours", "cpu")
+    assert len(mine) == 4 and len(seconds) == 1
+    for name in peers.PEERS:
+        _, (losses,), (fid,) = peers.theirs(name, tmp_path / name, "cpu")
+        assert losses == pytest.approx(mine, abs=1e-6) and fid > 0, name
+
+
+def test_where_a_trials_time_goes_adds_up(monkeypatch):
+    monkeypatch.setattr(trial, "N_REPEATS", 1)
+    monkeypatch.setattr(peers, "N_TRIALS", 1)
+    (row,) = trial.run("cpu")
+    parts = ("denoiser, forward", "denoiser, backward", "optimizer", "decoding", "scoring", "rest")
+    assert sum(row[name] for name in parts) == pytest.approx(row["seconds"]) and all(row[name] > 0 for name in parts)
+    assert 0 < row["to the first step"] < row["seconds"] and row["share in the denoiser"] < 1
+
+
+def test_solvers_are_compared_over_a_studys_runs(shown, monkeypatch):
+    monkeypatch.setattr(solver, "STEPS", (1,))
+    monkeypatch.setattr(solver, "REFERENCE", 2)
+    rows = solver.ranked(shown.parent / "runs" / "seen")
+    assert [row["figure"] for row in rows] == list(solver.FIGURES) and all(row["low"] <= row["rank correlation"] <= row["high"] for row in rows)
+
+
+def test_scale_is_measured_at_several_sizes(monkeypatch):
+    monkeypatch.setattr(scale, "PIXELS", (8, (100, 200)))
+    monkeypatch.setattr(scale, "FEATURES", (4, (100, 200)))
+    monkeypatch.setattr(scale, "TRIALS", (12,))
+    monkeypatch.setattr(scale, "N_LISTED", 100)
+    monkeypatch.setattr(scale, "N_WANTED", 1000)
+    rows = scale.run("cpu")
+    assert all(row["figure"] >= 0 for row in rows) and "1,000 images" in table(rows)
+
+
+def test_utilisation_counts_each_layout(monkeypatch):
+    monkeypatch.setitem(utilisation.SIZES, "cpu", ((8, 8, 8, 8), 8, 2, "float32", 64))
+    rows = utilisation.run("cpu")
+    assert {row["layout"] for row in rows} == set(utilisation.LAYOUTS["cpu"]) and all(row["share of the matrix rate"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("variant", ["1", "10", shards.COPIES])
+def test_shards_train_the_same_number_of_parameters(variant, monkeypatch):
+    monkeypatch.setattr(shards, "N_STEPS", 20)
+    monkeypatch.setattr(shards, "N_ROUNDS", 2)
+    monkeypatch.setattr(shards, "WIDTHS", (8, 8, 8, 8))
+    assert shards.measure(variant, "cpu")["seconds"] > 0
