@@ -1,7 +1,7 @@
 """Trials an hour, beside what people run today: the same base, images, masks, batches, noise and steps of fine-tuning, as many samples.
 
 Ours is a trial as a warm worker runs it; a peer's trial is a process that loads its libraries once and then does all else anew each time.
-Variants take turns, and medians are compared. With `--device cuda` the base has Stable Diffusion 1.5's size and random weights.
+Variants take turns, and medians are compared; VARIANTS, separated by ";", chooses some. With `--device cuda` the base has Stable Diffusion 1.5's size and random weights.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import numpy as np
 
 from benchmarks._processes import peak_mib
 
-OURS, PEERS = ("ours, one worker", "ours, a worker for each core"), ("MemControl's recipe", "diffusers' LoRA recipe")
+EACH = ", one for each core"  # processes at once, with one thread each
+OURS, PEERS = ("ours", "ours" + EACH), ("MemControl's recipe", "diffusers' LoRA recipe")
 N_REPEATS, N_TRIALS = int(os.environ.get("REPEATS", "3")), int(os.environ.get("TRIALS", "2"))
 SMALL = bool(os.environ.get("SMALL"))  # to see that it runs
 MASKS = (("down_attention", "mid_attention", "up_attention", "down_resnet", "mid_resnet"), ("up_attention", "mid_attention"))  # of the digits' space
@@ -28,14 +29,15 @@ RANK, BETWEEN = 4, 0.5  # of the ranks; of the learning rates' range, on its log
 
 def run(device: str) -> list[dict]:
     """Rows of each variant: seconds for a trial, trials an hour, and ours over theirs."""
-    names = (*(OURS if device == "cpu" else OURS[:1]), *PEERS)
+    names = tuple(os.environ["VARIANTS"].split(";")) if "VARIANTS" in os.environ else (*OURS, *PEERS, PEERS[0] + EACH) if device == "cpu" else (OURS[0], *PEERS)
     found: dict[str, list[list[dict]]] = {name: [] for name in names}
     for _ in range(N_REPEATS):
         for name in names:
             found[name].append(measured(name, device))
             print(f"{name}: {per_hour(found[name][-1]):.1f} trials an hour", file=sys.stderr, flush=True)
     hourly = {name: statistics.median(per_hour(one) for one in runs) for name, runs in found.items()}
-    ours, losses = found[OURS[0]][0][0]["losses"], {name: runs[0][0]["losses"] for name, runs in found.items()}
+    losses = {name: runs[0][0]["losses"] for name, runs in found.items()}
+    ours = losses[next(name for name in names if name in OURS)]
     return [
         {
             "variant": name, "trials an hour": hourly[name], **{f"{mine} / this": hourly[mine] / hourly[name] for mine in names if mine in OURS},
@@ -55,7 +57,7 @@ def per_hour(processes: list[dict]) -> float:
 
 def measured(name: str, device: str) -> list[dict]:
     """What the variant's processes print, all at once, each with its share of the cores."""
-    n = (os.cpu_count() or 1) if name == OURS[1] else 1
+    n = (os.cpu_count() or 1) if name.endswith(EACH) else 1
     env = {**os.environ, "OMP_NUM_THREADS": str((os.cpu_count() or 1) // n), "OMP_WAIT_POLICY": "passive"}
     running = [subprocess.Popen([sys.executable, "-m", "benchmarks.peers", name, device], stdout=subprocess.PIPE, text=True, env=env) for _ in range(n)]
     return [json.loads(process.communicate()[0].splitlines()[-1]) for process in running]
@@ -120,7 +122,7 @@ def theirs(name: str, folder: Path, device: str) -> tuple[list[float], list[list
     seconds, losses, fids = [], [], []
     for task in tasks:
         started = time.perf_counter()
-        found, fid = trial(task, RECIPES[name])
+        found, fid = trial(task, RECIPES[name.removesuffix(EACH)])
         seconds.append(time.perf_counter() - started)
         losses.append(found)
         fids.append(fid)

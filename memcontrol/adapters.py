@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from memcontrol.errors import MemControlError
 from memcontrol.files import replacing
@@ -172,6 +174,15 @@ class Adapter:
         from safetensors.torch import load_file
 
         self.load_state(load_file(folder / ADAPTER_FILE))
+
+    @contextlib.contextmanager
+    def folded(self) -> Iterator[None]:
+        """For many forward passes without training: every changed weight is computed once. Outputs change by rounding; the weights
+        come back bit for bit."""
+        with contextlib.ExitStack() as stack, torch.no_grad(), parametrize.cached():
+            for part in self.parts:
+                stack.enter_context(part.folded())
+            yield
 
     def fuse(self) -> None:
         """Moves what was learned into the denoiser's own weights and leaves a plain diffusers model."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -176,6 +177,19 @@ class Peft(Part):
         if magnitude in own:
             found[magnitude] = torch.linalg.norm((original + total).flatten(1), dim=1).view_as(self.start[magnitude])
         return found
+
+    @contextlib.contextmanager
+    def folded(self) -> Iterator[None]:
+        layers = [] if self.method in LINEAR else [(layer, layer.get_base_layer().weight) for layer in self.layers.values()]
+        before = [(weight.data, weight.detach().clone()) for _, weight in layers]
+        try:
+            for layer, _ in layers:
+                layer.merge()
+            yield
+        finally:
+            for (layer, weight), (home, kept) in zip(layers, before):
+                weight.data = home.copy_(kept)
+                layer.merged_adapters.clear()
 
     def fuse(self) -> None:
         for layer in self.layers.values():

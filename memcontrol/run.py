@@ -68,15 +68,17 @@ def fine_tuned(folder: Path, spec: Spec, bench: Bench, progress: Callable[..., N
     try:
         log = fine_tune(folder, spec, bench, adapter, lambda done, total, **said: progress("train", done, total, **said), rung=rung)
         if log.paused and rung and early:
-            figures = at_rung(folder / rung_file(rung), base, material, with_few_samples(spec, early), bench, progress)
+            with adapter.folded():
+                figures = at_rung(folder / rung_file(rung), base, material, with_few_samples(spec, early), bench, progress)
             found = {"rung": rung, "n_steps": log.n_steps, "rewards": flat(figures), "seconds": round(time.monotonic() - started, 2)}
             write_json(folder / rung_file(rung), found)
             return found
         n_trained, n_all = adapter.n_trained(), sum(parameter.numel() for parameter in base.denoiser.parameters())
         adapter.save(folder, spec.description())
         costs = bench.cost(spec, adapter, material.data)
-        probes = probe_rewards(base, material.data, bench.unseen(spec, spec.reference), spec.sampling_seed)
-        samples = sample(base, material, spec, lambda done, total: progress("sample", done, total))
+        with adapter.folded():
+            probes = probe_rewards(base, material.data, bench.unseen(spec, spec.reference), spec.sampling_seed)
+            samples = sample(base, material, spec, lambda done, total: progress("sample", done, total))
     finally:
         adapter.remove()
     save_samples(folder / SAMPLES, samples)
@@ -120,7 +122,8 @@ def confirm(folder: Path, bench: Bench, progress: Callable[..., None]) -> dict:
         adapter.load(folder)
         for i in range(n):
             fresh = replace(spec, purpose=f"{spec.purpose} confirmed {i}")
-            samples = sample(base, material, fresh, lambda done, total, i=i: progress("confirm", i * total + done, n * total))
+            with adapter.folded():
+                samples = sample(base, material, fresh, lambda done, total, i=i: progress("confirm", i * total + done, n * total))
             draws.append(figures_of(samples, evidence(samples, fresh, bench), fresh, bench))
     finally:
         adapter.remove()

@@ -6,6 +6,7 @@ import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,10 @@ class Part(ABC):
 
     def load(self, state: State) -> None:
         """Takes in what a state holds beside `learned`."""
+
+    def folded(self) -> AbstractContextManager:
+        """What was learned lies in plain weights as long as it lasts."""
+        return nullcontext()
 
 
 class Weights(Part):

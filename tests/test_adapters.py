@@ -98,6 +98,9 @@ def check_contract(base, space, choice, tmp_path):
         states.append(disturbed(adapter, seed))
     changed = output(base)
     assert not torch.allclose(changed, before, atol=1e-4)
+    with adapter.folded():
+        assert torch.allclose(output(base), changed, atol=1e-4, rtol=1e-4), "folded weights are others"
+    assert torch.equal(output(base), changed), "folding left something behind"
     mean = adapter.average(states, [1, 2, 1])
     adapter.load_state(mean)
     averaged = output(base)
