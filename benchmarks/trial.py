@@ -3,13 +3,14 @@ sampling, what the rest is, and how long it takes to the first trained step."""
 
 from __future__ import annotations
 
+import os
 import statistics
 import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
 
-N_REPEATS = 3
+N_REPEATS = int(os.environ.get("REPEATS", "3"))
 
 
 def run(device: str) -> list[dict]:
