@@ -19,14 +19,15 @@ from memcontrol.space import Choice
 
 @dataclass(frozen=True)
 class Prediction:
-    """Seconds of the whole search and of a run by kind, and how many of these there are; a worker's memory, and the study folder's disk while
-    its workers still train, in MiB."""
+    """Seconds of the whole search and of a run by kind, and how many of these there are; in MiB a worker's memory, and the study folder's disk
+    at the end and beside it, while workers train, for their checkpoints."""
 
     seconds: float
     runs: dict[str, float]
     n_runs: dict[str, int]
     memory_mib: float
     disk_mib: float
+    checkpoints_mib: float
     n_confirmed: int
     n_workers: int
     stops_early: bool
@@ -63,12 +64,12 @@ def predicted(config: Config, anchors: Mapping[str, Sequence[Choice]], calibrati
     longer = (once + (n_batches - 1) * (twice - once)) / once  # than sampling and scoring one batch takes
     runs = {name: mean(name, lambda part: part["setup"] + config.inner.budget_steps * part["step"] + longer * part["after"]) for name in n_runs}
     disk = calibrations[0]["shared_bytes"] + sum(n * mean(name, lambda part: part["rest_bytes"] + n_batches * part["samples_bytes"]) for name, n in n_runs.items())
-    disk += len(calibrations) * max(mean(name, lambda part: part["rounds_bytes"]) for name in n_runs)
+    rounds = len(calibrations) * max(mean(name, lambda part: part["rounds_bytes"]) for name in n_runs)
     n_confirmed = front_size(config.search.trials + len(anchors)) if config.rewards.confirm else 0
     again = config.rewards.confirm * longer * mean("sampled", lambda part: part["after"])
     seconds = statistics.mean(one["start"] for one in calibrations)
     seconds += spread([runs[name] for name, n in n_runs.items() for _ in range(n)], len(calibrations)) + spread([again] * n_confirmed, len(calibrations))
-    return Prediction(seconds, runs, n_runs, max(one["peak_mib"] for one in calibrations), disk / 2**20, n_confirmed, len(calibrations), config.search.early_stopping is not None)
+    return Prediction(seconds, runs, n_runs, max(one["peak_mib"] for one in calibrations), disk / 2**20, rounds / 2**20, n_confirmed, len(calibrations), config.search.early_stopping is not None)
 
 
 def spread(jobs: Sequence[float], n_workers: int) -> float:
@@ -102,5 +103,5 @@ def lines_of(found: Prediction) -> list[str]:
         + (", if none is stopped early" if found.stops_early else ""),
         f"predicted time of a run: {runs}",
         f"predicted memory of a worker: {found.memory_mib:.0f} MiB (the most that the calibration held)",
-        f"predicted disk: {found.disk_mib:.0f} MiB",
+        f"predicted disk: {found.disk_mib:.0f} MiB, and {found.checkpoints_mib:.0f} MiB for checkpoints while it trains",
     ]  # fmt: skip

@@ -23,7 +23,7 @@ def test_a_prediction_is_the_sum_of_its_parts():
     after = 4 + 3 * 3  # four batches
     assert found.runs == pytest.approx({"none": after, "all": 1 + 5 + after, "full": 1 + 10 + after, "sampled": 1 + 4 + after})
     assert found.seconds == pytest.approx(10 + after + 3 * (6 + after) + 3 * (11 + after) + 2 * (5 + after))
-    assert found.disk_mib * 2**20 == pytest.approx(3000 + 9 * (5000 + 4 * 1000) + 700) and found.memory_mib == 500 and found.n_confirmed == 0
+    assert found.disk_mib * 2**20 == pytest.approx(3000 + 9 * (5000 + 4 * 1000)) and found.checkpoints_mib * 2**20 == pytest.approx(700) and found.memory_mib == 500 and found.n_confirmed == 0
     again = config.model_copy(update={"rewards": config.rewards.model_copy(update={"confirm": 2})})
     assert predicted(again, ANCHORS, [calibration()]).seconds - found.seconds == pytest.approx(front_size(5) * 2 * after)
     text = "\n".join(lines_of(found))
