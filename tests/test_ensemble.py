@@ -53,7 +53,8 @@ def by_hand(base, material, choice, n_shards, n_rounds, n_steps, **inner):
 @pytest.mark.parametrize("choice", (LORA, FULL), ids=("lora", "full"))
 def test_shards_are_trained_apart_and_averaged_by_size(base, material, trained, choice):
     log, found = trained(choice, **SHARDED)
-    assert same(found, by_hand(base, material, choice, 3, 2, 12), 1e-6)
+    # Adam's first steps divide gradients by themselves: rounding in the smallest becomes 3e-6 on some CPUs. A step is 3e-3.
+    assert same(found, by_hand(base, material, choice, 3, 2, 12), 3e-5)
     assert log.n_steps == 12 and log.images_seen == 96
     assert [row["images"] for row in log.record["shards"][:3]] == [7, 7, 6]
     assert sorted(sum(log.record["images"], [])) == list(range(N_IMAGES))
