@@ -196,7 +196,7 @@ class Adapter:
         self.end()
 
     def end(self) -> None:
-        self.denoiser.requires_grad_(False)
+        self.denoiser.requires_grad_(False).zero_grad()  # weights trained as they are would keep their gradients in memory
         for hook in self.hooks:
             hook.remove()
 

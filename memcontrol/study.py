@@ -188,7 +188,7 @@ class Study:
             return self.storage.create_new_trial(self.inner._study_id, template_trial=frozen)
 
         frozen._trial_id = self.patiently(write)
-        frozen.number = self.storage.get_trial_number_from_id(frozen._trial_id)
+        frozen.number = self.patiently(lambda: self.storage.get_trial_number_from_id(frozen._trial_id))
         self.keep(frozen)
         return frozen.number
 

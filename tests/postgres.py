@@ -31,9 +31,10 @@ def system_user():
 
 
 def free_port():
-    """Below the ports that the system gives to outgoing connections: one of these could take it while a server is down."""
+    """Below the ports that the system gives to outgoing connections, and above those of Ray's workers (10002 to 19999): one of these could
+    take it before its server is up, or while it is down."""
     while True:
-        port = random.SystemRandom().randrange(10_000, 32_000)
+        port = random.SystemRandom().randrange(20_000, 32_000)
         with socket.socket() as found, contextlib.suppress(OSError):
             found.bind(("127.0.0.1", port))
             return port

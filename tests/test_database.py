@@ -133,10 +133,11 @@ def test_a_write_that_was_done_though_its_answer_was_lost_is_not_done_twice(post
 
         monkeypatch.setattr(storage, name, call)
 
-    for name in ("create_new_trial", "set_trial_system_attr", "set_trial_state_values"):
+    names = ["create_new_trial", "get_trial_number_from_id", "set_trial_system_attr", "set_trial_state_values"]
+    for name in names:
         once(name)
     study.finish(study.begin([choice(0)], SPACE), [result(choice(0), 9.0)])
-    assert lost == ["create_new_trial", "set_trial_system_attr", "set_trial_state_values"]
+    assert lost == names
     assert [(record.state, record.values["fid"]) for record in opened(tmp_path, postgres.url, study.config.name).records()] == [("COMPLETE", 9.0)]
 
 
