@@ -18,10 +18,10 @@ CHOICE = {"groups": ("up_attention",), "method": "lora", "learning_rate": 3e-3, 
 N_IMAGES = 20
 
 SMALL = {
-    "data": {"path": "digits", "train": 32, "holdout": 64, "test": 64},
+    "data": {"path": "digits", "train": 32, "holdout": 32, "test": 32},
     "space": "digits",
-    "inner": {"budget_images": 32, "batch_size": 16},
-    "rewards": {"n_samples": 256, "sampling_steps": 1, "confirm": 0},
+    "inner": {"budget_images": 32, "batch_size": 16, "rounds": 2},
+    "rewards": {"n_samples": 64, "force": True, "sampling_steps": 1, "confirm": 0},
     "search": {"trials": 1, "workers": 1, "executor": "inline"},
 }
 
@@ -48,9 +48,7 @@ def study_file(tmp_path):
 @pytest.fixture(scope="session")
 def shown(tmp_path_factory):
     """A finished study to look at, with skipped images and a confirmed front: its file. Searched once for all test processes."""
-    import subprocess
-    import sys
-
+    from commands import run
     from filelock import FileLock
 
     folder = tmp_path_factory.getbasetemp().parent / "shown" if "PYTEST_XDIST_WORKER" in os.environ else tmp_path_factory.mktemp("shown")
@@ -62,7 +60,7 @@ def shown(tmp_path_factory):
             study = {**SMALL, "name": "seen", "inner": inner, "rewards": {**SMALL["rewards"], "n_samples": 64, "force": True, "confirm": 1}, "search": {"trials": 4, "workers": 1, "executor": "inline"}}
             part = folder / "part.yaml"
             part.write_text(yaml.safe_dump(study))
-            subprocess.run([sys.executable, "-m", "memcontrol.cli", "search", str(part)], check=True, capture_output=True)
+            run("search", part, check=True)
             part.rename(path)
     return path
 

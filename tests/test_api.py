@@ -2,19 +2,17 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from commands import run
 
 import memcontrol
 from memcontrol.errors import MemControlError
 
 
 def printed(*args):
-    done = subprocess.run([sys.executable, "-m", "memcontrol.cli", *map(str, args), "--json"], capture_output=True, text=True, check=True)
-    return json.loads(done.stdout)
+    return json.loads(run(*args, "--json", check=True).stdout)
 
 
 def test_functions_give_what_commands_print(shown):
@@ -62,7 +60,7 @@ def test_every_name_is_there_and_no_other():
 
 def test_quiet_and_verbose(shown):
     def search(*options):
-        return subprocess.run([sys.executable, "-m", "memcontrol.cli", "search", str(shown), *options], capture_output=True, text=True, check=True)
+        return run("search", shown, *options, check=True)
 
     assert search("--quiet").stderr == search("--quiet").stdout == ""
     loud = search("--verbose").stderr
@@ -93,8 +91,7 @@ def test_tables_fit_their_terminal_and_keep_what_a_row_is(shown, width):
 
 def test_a_run_and_a_folder_are_audited_as_the_command_does(shown, tmp_path):
     full = next(record for record in memcontrol.status(shown) if record.anchor == "full")
-    done = subprocess.run([sys.executable, "-m", "memcontrol.cli", "audit", "--model", str(full.run), "--out", str(tmp_path / "audit"), "--json"], capture_output=True, text=True, check=True)
-    assert memcontrol.audit(model=full.run) == json.loads(done.stdout)
+    assert memcontrol.audit(model=full.run) == printed("audit", "--model", full.run, "--out", tmp_path / "audit")
     for wrong in ({}, {"images": tmp_path, "model": full.run}, {"model": "tiny"}, {"model": full.run, "steps": 3}, {"images": tmp_path, "train": tmp_path, "holdout": tmp_path, "sample": 3}):
         with pytest.raises(MemControlError):
             memcontrol.audit(**wrong)

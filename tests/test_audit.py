@@ -2,19 +2,14 @@
 
 import json
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
+from commands import run
 from PIL import Image
 
 from memcontrol.auditing import audit, folder_pictures
 from memcontrol.errors import MemControlError
-
-
-def command(*args):
-    return subprocess.run([sys.executable, "-m", "memcontrol.cli", "audit", *map(str, args)], capture_output=True, text=True)
 
 
 @pytest.fixture
@@ -47,7 +42,7 @@ def test_planted_copies_are_found_first_and_shown(folders):
     root = folders(7)
     picture = Image.open(root / "train" / "3.png")
     picture.resize((82, 61)).save(root / "train" / "twin.png")
-    done = command("--images", root / "generated", "--train", root / "train", "--holdout", root / "holdout", "--out", root / "out", "--json")
+    done = run("audit", "--images", root / "generated", "--train", root / "train", "--holdout", root / "holdout", "--out", root / "out", "--json")
     assert done.returncode == 0 and done.stderr.count("Copying is visible") == 1
     found = json.loads((root / "out" / "audit.json").read_text())
     assert json.loads(done.stdout) == found
@@ -84,9 +79,9 @@ def test_what_cannot_be_judged_is_named(folders, tmp_path):
     (tmp_path / "few").mkdir()
     with pytest.raises(MemControlError, match="few: .* holds no images"):
         audit(folder_pictures("few", tmp_path / "few", print), *(folder_pictures("x", root / "train", print),) * 2, "tiny", print)
-    assert "give --train DIR and --holdout DIR" in command("--images", root / "generated").stderr
+    assert "give --train DIR and --holdout DIR" in run("audit", "--images", root / "generated").stderr
     (root / "train" / "broken.png").write_bytes(b"")
-    refused = command("--images", root / "generated", "--train", root / "train", "--holdout", root / "train")
+    refused = run("audit", "--images", root / "generated", "--train", root / "train", "--holdout", root / "train")
     assert refused.returncode == 1 and "broken.png cannot be decoded" in refused.stderr
 
 
@@ -95,7 +90,7 @@ def test_a_pipeline_is_sampled_and_audited(folders, tmp_path):
 
     root = folders(0)
     (root / "train" / "metadata.csv").write_text("file_name,text\n5.png,a printed digit 3\n")
-    done = command("--model", TINY, "--train", root / "train", "--holdout", root / "holdout", "--out", tmp_path / "out", "--samples", 16, "--steps", 2, "--attacked", 1)
+    done = run("audit", "--model", TINY, "--train", root / "train", "--holdout", root / "holdout", "--out", tmp_path / "out", "--samples", 16, "--steps", 2, "--attacked", 1)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out" / "audit.json").read_text())
     assert 0 <= found["rewards"]["extraction_clique"] <= found["rewards"]["extraction_component"] <= 1
@@ -126,9 +121,9 @@ def test_held_out_images_that_are_audited_themselves_are_refused(folders):
 def test_sampling_options_without_a_pipeline_and_an_attack_without_captions_are_refused(folders):
     root = folders(0)
     parts = ("--train", root / "train", "--holdout", root / "holdout")
-    refused = command("--images", root / "generated", *parts, "--attacked", 3)
+    refused = run("audit", "--images", root / "generated", *parts, "--attacked", 3)
     assert refused.returncode == 1 and "--attacked say how a pipeline is sampled" in refused.stderr
     from memcontrol.models import TINY
 
-    refused = command("--model", TINY, *parts, "--attacked", 3, "--samples", 8, "--steps", 1)
+    refused = run("audit", "--model", TINY, *parts, "--attacked", 3, "--samples", 8, "--steps", 1)
     assert refused.returncode == 1 and "--train has no captions" in refused.stderr

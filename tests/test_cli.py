@@ -2,12 +2,11 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from commands import run
 
 from memcontrol.bench import Bench
 from memcontrol.cli import parser
@@ -15,10 +14,6 @@ from memcontrol.errors import MemControlError
 from memcontrol.prepare import prepare
 
 README = Path(__file__).parent.parent / "README.md"
-
-
-def run(*args, **options):
-    return subprocess.run([sys.executable, "-m", "memcontrol.cli", *map(str, args)], capture_output=True, text=True, **options)
 
 
 def refused(*args):

@@ -1,13 +1,12 @@
 """A user's own rewards, limits, and what a search makes of them."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import yaml
+from commands import run
 from PIL import Image, ImageFilter
 
 from memcontrol.config import load_config
@@ -140,13 +139,12 @@ def test_a_reward_may_be_better_the_more(own, study_file):
         "sampling_steps": 1, "confirm": 1, "clip": str(small_clip(own.parent / "clip")), "extraction": {"prompts": 3, "images": 3},
     }  # fmt: skip
     study = study_file(rewards=rewards, search={"trials": 0, "workers": 1, "executor": "inline"})
-    run = lambda *args: subprocess.run([sys.executable, "-m", "memcontrol.cli", *args], capture_output=True, text=True)
-    assert run("search", str(study)).returncode == 0
+    assert run("search", study).returncode == 0
     inner = optuna.load_study(study_name="small", storage=f"sqlite:///{study.parent}/runs/small/study.db")
     assert [direction.name for direction in inner.directions] == ["MINIMIZE", "MINIMIZE", "MAXIMIZE", "MAXIMIZE"]
     for trial in inner.trials:
         assert trial.values[3] > 0 and trial.constraints["contrast"] == pytest.approx(1.0 - trial.values[3]) and trial.constraints["recall"] > 0.9
-    table = run("front", str(study)).stdout
+    table = run("front", study).stdout
     assert "contrast" in table and "CLIP score" in table and "extracted, cliques" in table
 
 
@@ -196,18 +194,17 @@ def test_a_search_with_a_users_reward_and_a_limit(own, study_file):
     import optuna
 
     rewards = {
-        "objectives": ["fid", "memorization", "my_rewards.py:brightness"], "limits": {"fid": 1e-3, "copy_rate": 1.0}, "n_samples": 256, "sampling_steps": 1, "confirm": 0
+        "objectives": ["fid", "memorization", "my_rewards.py:brightness"], "limits": {"fid": 1e-3, "copy_rate": 1.0}, "n_samples": 64, "force": True, "sampling_steps": 1, "confirm": 0
     }  # fmt: skip
     study = study_file(rewards=rewards)
-    run = lambda *args: subprocess.run([sys.executable, "-m", "memcontrol.cli", *args], capture_output=True, text=True)
-    done = run("search", str(study))
+    done = run("search", study)
     assert done.returncode == 0, done.stderr
-    trials = json.loads(run("status", str(study), "--json").stdout)["trials"]
+    trials = json.loads(run("status", study, "--json").stdout)["trials"]
     assert all(list(trial["values"]) == ["fid", "memorization", "brightness"] and trial["values"]["brightness"] > 0 for trial in trials)
     stored = optuna.load_study(study_name="small", storage=f"sqlite:///{study.parent}/runs/small/study.db").trials
     for trial in stored:
         assert trial.constraints == {"fid": pytest.approx(trial.values[0] - 1e-3), "copy_rate": pytest.approx(trial.system_attrs["memcontrol:result"]["rewards"]["copy_rate"] - 1.0)}
-    assert json.loads(run("pick", str(study), "--json").stdout)["values"]["brightness"] > 0
+    assert json.loads(run("pick", study, "--json").stdout)["values"]["brightness"] > 0
 
 
 def digit_images():
@@ -251,6 +248,6 @@ def test_real_images_blur_collapse_and_noise_do_not_count_as_copies():
 def test_a_reward_that_breaks_is_named_before_anything_is_trained(own, study_file):
     own.write_text("def mine(evidence):\n    return 1 / 0\n")
     study = study_file(rewards={"objectives": ["kid", "my_rewards.py:mine"], "n_samples": 16, "sampling_steps": 1})
-    done = subprocess.run([sys.executable, "-m", "memcontrol.cli", "search", str(study)], capture_output=True, text=True)
+    done = run("search", study)
     assert done.returncode == 1 and "my_rewards.py:mine failed: ZeroDivisionError: division by zero" in done.stderr and "Traceback" not in done.stderr
     assert not list((study.parent / "runs" / "small").glob("*/spec.json"))

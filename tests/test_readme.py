@@ -6,18 +6,18 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from commands import NEW_PROCESS, run
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("*/README.md")), ROOT / "benchmarks/evidence/README.md"]
 ELSEWHERE = {  # other tests run these, each with what it needs
     "make demo": "test_demo", "make test": "this", "make check": ".ci/run", "make chaos": "test_chaos", "memcontrol audit --model my-pipeline": "test_audit, sampling takes minutes",
 }  # fmt: skip
-BUDGET = {"inner": {"budget_images": 32, "batch_size": 16}, "rewards": {"n_samples": 16, "force": True, "sampling_steps": 1, "confirm": 0}}
+BUDGET = {"inner": {"budget_images": 32, "batch_size": 16, "rounds": 2}, "rewards": {"n_samples": 16, "force": True, "sampling_steps": 1, "confirm": 0}}
 
 
 def blocks(language=""):
@@ -29,12 +29,6 @@ def commands():
     """Each command line of the README's plain blocks, in order, without its comment."""
     lines = [line.partition(" #")[0].strip() for block in blocks() for line in block.splitlines()]
     return [line for line in lines if re.match(r"(\$ )?(memcontrol|make|pip|python) ", line)]
-
-
-def run(command, folder, **options):
-    arguments = shlex.split(command)
-    arguments[:1] = [sys.executable, "-m", "memcontrol.cli"]
-    return subprocess.run(arguments, cwd=folder, capture_output=True, text=True, **options)
 
 
 @pytest.fixture
@@ -59,7 +53,7 @@ def test_every_command_of_the_readme_runs_in_its_order(folder):
         if command.startswith("memcontrol dashboard"):
             serve(command + " --port 0", folder)
         else:
-            done = run(command, folder)
+            done = run(*shlex.split(command)[1:], cwd=folder)
             assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
         seen.append(command.split()[1])
         if seen[-1] == "init":
@@ -85,7 +79,7 @@ def serve(command, folder):
     """It prints its address, answers, and ends on Ctrl-C."""
     import urllib.request
 
-    arguments = [sys.executable, "-m", "memcontrol.cli", *shlex.split(command)[1:]]
+    arguments = [*NEW_PROCESS, *shlex.split(command)[1:]]
     process = subprocess.Popen(arguments, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=restore_interrupts)
     address = process.stdout.readline().strip()
     with urllib.request.urlopen(address) as response:

@@ -4,34 +4,27 @@ import csv
 import io
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from commands import run
 
 from memcontrol.config import study_folder
 from memcontrol.pareto import front
 
-COMMAND = [sys.executable, "-m", "memcontrol.cli"]
-
-
-def memcontrol(*args):
-    return subprocess.run([*COMMAND, *map(str, args)], capture_output=True, text=True)
-
 
 @pytest.fixture(scope="module")
 def facts(shown):
-    done = memcontrol("report", shown, "--json")
+    done = run("report", shown, "--json")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
 def test_the_data_is_that_of_status_and_pick(shown, facts):
-    trials = json.loads(memcontrol("status", shown, "--json").stdout)["trials"]
+    trials = json.loads(run("status", shown, "--json").stdout)["trials"]
     for mine, theirs in zip(facts["trials"], trials, strict=True):
         assert {key: mine[key] for key in theirs if key != "runs"} == {key: theirs[key] for key in theirs if key != "runs"}
-    picked = json.loads(memcontrol("pick", shown, "--json").stdout)
+    picked = json.loads(run("pick", shown, "--json").stdout)
     assert [trial["trial"] for trial in facts["trials"] if trial["pick"]] == [picked["trial"]]
     best = front([list(trial["values"].values()) for trial in trials])
     assert [trial["trial"] for trial in facts["trials"] if trial["front"]] == sorted(best)
@@ -73,7 +66,7 @@ def test_fates_add_up_and_cost_is_that_of_all_runs(shown, facts):
 
 
 def test_csv_has_a_row_for_each_trial(shown, facts):
-    rows = list(csv.DictReader(io.StringIO(memcontrol("report", shown, "--csv").stdout)))
+    rows = list(csv.DictReader(io.StringIO(run("report", shown, "--csv").stdout)))
     for row, trial in zip(rows, facts["trials"], strict=True):
         assert (int(row["trial"]), row["anchor"]) == (trial["trial"], trial["anchor"] or "sampled")
         assert float(row["fid"]) == trial["rewards"]["fid"] and float(row["copy_rate_high"]) == trial["rewards"]["copy_rate_high"]
@@ -108,13 +101,13 @@ def test_the_front_as_svg_stands_alone(facts):
 
 
 def test_what_is_missing_is_said(shown, tmp_path):
-    done = memcontrol("report", shown)
+    done = run("report", shown)
     assert done.returncode == 1 and "OUT.html" in done.stderr
     before = Path(shown).read_bytes()
     for place in (shown, tmp_path, tmp_path / "x.csv"):  # a study file, a folder, what is no page
-        done = memcontrol("report", shown, place)
+        done = run("report", shown, place)
         assert done.returncode == 1 and "OUT.html" in done.stderr and "Traceback" not in done.stderr
     assert Path(shown).read_bytes() == before and list(tmp_path.iterdir()) == []
     (tmp_path / "none.yaml").write_text(Path(shown).read_text().replace("name: seen", "name: none"))
-    done = memcontrol("report", tmp_path / "none.yaml", tmp_path / "x.html")
+    done = run("report", tmp_path / "none.yaml", tmp_path / "x.html")
     assert done.returncode == 1 and "has not been searched yet" in done.stderr and not (tmp_path / "x.html").exists()

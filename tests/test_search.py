@@ -9,21 +9,19 @@ import sqlite3
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import NEW_PROCESS, run
 
 from memcontrol.config import study_folder
 
-COMMAND = [sys.executable, "-m", "memcontrol.cli"]
 FAST = {"search": {"trials": 2, "workers": 2}}
 
 
-def memcontrol(*args, check=True, **options):
-    done = subprocess.run([*COMMAND, *map(str, args)], capture_output=True, text=True, **options)
-    assert not check or done.returncode == 0, done.stderr
-    return done
+memcontrol = partial(run, check=True)
 
 
 def trials_of(study):
@@ -45,7 +43,7 @@ def searched(tmp_path_factory):
     from conftest import SMALL
 
     path = tmp_path_factory.mktemp("searched") / "small.yaml"
-    path.write_text(yaml.safe_dump({"name": "small", **SMALL, **FAST}))
+    path.write_text(yaml.safe_dump({"name": "small", **SMALL, "search": {**SMALL["search"], "trials": 2}}))
     memcontrol("search", path)
     return path
 
@@ -60,7 +58,7 @@ def test_a_search_ends_with_anchors_and_sampled_trials(searched):
 
 
 def test_a_study_begun_with_other_keys_is_refused_by_their_names(searched):
-    for override, words in (("search.seed=5", "search.seed (0 there, 5 here)"), ("data.holdout=65", "data.holdout (64 there, 65 here)")):
+    for override, words in (("search.seed=5", "search.seed (0 there, 5 here)"), ("data.holdout=33", "data.holdout (32 there, 33 here)")):
         refused = memcontrol("search", searched, "--workers", 1, override, check=False)
         assert refused.returncode == 1 and words in refused.stderr
 
@@ -173,9 +171,13 @@ def test_a_choice_is_transferred_to_a_study_that_was_never_searched(searched, st
     assert refused.returncode == 1 and "unknown group 'down_1_0'; space 'digits' has down_attention" in refused.stderr
 
 
-def killed_after(study, seconds):
-    """Runs the search in a process group of its own and kills all of it; whether it had ended by itself."""
-    process = subprocess.Popen([*COMMAND, "search", str(study)], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def killed_after(study, seconds, at_work):
+    """Runs the search in a process group of its own and kills all of it, some seconds after its start or, `at_work`, after it has begun or ended
+    a run; whether it had ended by itself."""
+    runs = lambda: len(list(study_folder(study, "small").glob("*/*.json")))
+    process, n_before = subprocess.Popen([*NEW_PROCESS, "search", str(study)], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), runs()
+    while at_work and process.poll() is None and runs() == n_before:
+        time.sleep(0.05)
     try:
         process.wait(seconds)
         return True
@@ -187,9 +189,8 @@ def killed_after(study, seconds):
 
 def test_kill_9_loses_and_repeats_nothing(study_file):
     study, rng = study_file(**FAST), random.Random(0)
-    for _ in range(3):
-        if killed_after(study, rng.uniform(12, 25)):
-            break
+    ended = [killed_after(study, rng.uniform(1, 4), at_work) for at_work in (False, True, True)]
+    assert not any(ended)
     begun = {}
     folder = study_folder(study, "small")
     for path in folder.glob("*/result.json"):
@@ -202,7 +203,7 @@ def test_kill_9_loses_and_repeats_nothing(study_file):
 def test_ctrl_c_ends_within_seconds_and_says_how_to_go_on(study_file):
     study = study_file(search={"trials": 1000, "workers": 2})
     process = subprocess.Popen(
-        [*COMMAND, "search", str(study)], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        [*NEW_PROCESS, "search", str(study)], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background inherit that it is ignored
     )  # fmt: skip
     while process.poll() is None and not list(study_folder(study, "small").glob("*/result.json")):
@@ -224,11 +225,8 @@ def test_ctrl_c_ends_within_seconds_and_says_how_to_go_on(study_file):
 def test_a_full_disk_is_named_and_what_was_done_is_kept(study_file, n_bytes):
     """A limit on the size of files stands for the disk: what is written beyond it meets the system's own error, in every process."""
     study = study_file(**FAST)
-
-    def small_files():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, n_bytes))
-
-    done = memcontrol("search", study, check=False, preexec_fn=small_files)
+    small_files = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (n_bytes, n_bytes))
+    done = memcontrol("search", study, check=False, before=small_files)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "no space left to write" in done.stderr.splitlines()[-1] and done.stderr.rstrip().endswith("then run the same command again")
     memcontrol("search", study)
@@ -265,7 +263,7 @@ def test_a_diverging_loss_prunes_the_trial_and_the_study_goes_on(study_file, tmp
 def test_the_front_is_measured_again_before_it_is_reported(study_file):
     """Interrupted halfway, the next search goes on with it and repeats nothing; then every trial on the front was confirmed."""
     rewards = {"n_samples": 64, "sampling_steps": 1, "confirm": 2, "objectives": ["kid", "memorization"]}
-    study = study_file(rewards=rewards, search={"trials": 0, "workers": 2})
+    study = study_file(rewards=rewards, search={"trials": 0, "workers": 1, "executor": "inline"})
     memcontrol("search", study)
     front = json.loads(memcontrol("front", study, "--json").stdout)
     assert front and all(trial["confirmed"] for trial in front)
@@ -287,7 +285,7 @@ def test_the_front_is_measured_again_before_it_is_reported(study_file):
     assert json.loads(memcontrol("front", study, "--json").stdout) == front
 
 
-def test_runs_are_compared_in_pairs_and_only_if_measured_alike(searched, study_file):
+def test_runs_are_compared_in_pairs_and_only_if_measured_alike(searched, tmp_path):
     a, b = (Path(trial["run"]) for trial in trials_of(searched)[:2])
     apart = json.loads(memcontrol("compare", a, b, "--json").stdout)
     first, second = (json.loads((run / "result.json").read_text())["rewards"] for run in (a, b))
@@ -295,7 +293,9 @@ def test_runs_are_compared_in_pairs_and_only_if_measured_alike(searched, study_f
     for name, found in apart.items():
         assert (found["first"], found["second"]) == (first[name], second[name]) and found["difference"] == pytest.approx(first[name] - second[name]) and found["low"] <= found["difference"] <= found["high"]
     assert apart["fid"]["error"] > 0 and "paired over prompts" in memcontrol("compare", a, b).stdout
-    other = study_file("other", rewards={"n_samples": 32, "sampling_steps": 2, "confirm": 0, "objectives": ["kid"]}, search={"trials": 0, "workers": 1, "executor": "inline"})
-    memcontrol("search", other)
-    refused = memcontrol("compare", a, Path(trials_of(other)[0]["run"]), check=False)
-    assert refused.returncode == 1 and "measured with different n_samples (256 and 32)" in refused.stderr and "sampling" in refused.stderr
+    other = tmp_path / "other.yaml"
+    other.write_text(searched.read_text().replace("n_samples: 64", "n_samples: 32").replace("sampling_steps: 1", "sampling_steps: 2"))
+    (tmp_path / "choice.json").write_text(json.dumps(trials_of(searched)[0]))
+    memcontrol("retrain", other, "--choice", tmp_path / "choice.json", "--out", tmp_path / "apart")
+    refused = memcontrol("compare", a, tmp_path / "apart", check=False)
+    assert refused.returncode == 1 and "measured with different n_samples (64 and 32)" in refused.stderr and "sampling_steps (1 and 2)" in refused.stderr

@@ -5,22 +5,20 @@ import hashlib
 import json
 import re
 import subprocess
-import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
 
 import pytest
+from commands import NEW_PROCESS, run
 
 from memcontrol.config import study_folder
-
-COMMAND = [sys.executable, "-m", "memcontrol.cli"]
 
 
 @contextlib.contextmanager
 def served(study, *options):
     """The dashboard's address, while it runs."""
-    process = subprocess.Popen([*COMMAND, "dashboard", str(study), "--port", "0", *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*NEW_PROCESS, "dashboard", str(study), "--port", "0", *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         yield process.stdout.readline().strip()
     finally:
@@ -93,7 +91,7 @@ def test_a_trial_shows_its_note_and_its_images(dashboard, page):
 def test_the_study_has_a_note(dashboard, page):
     page.goto(f"{dashboard}/note")
     page.get_by_text("Anchors and front").wait_for()
-    assert re.search(r"32 train, 64 holdout, 64 test", page.inner_text("body"))
+    assert re.search(r"32 train, 32 holdout, 32 test", page.inner_text("body"))
 
 
 def test_what_would_write_is_refused_and_changes_nothing(dashboard, shown):
@@ -138,7 +136,7 @@ def test_a_writable_dashboard_takes_a_note(shown, tmp_path):
 @pytest.fixture(scope="module")
 def report(shown, tmp_path_factory):
     out = tmp_path_factory.mktemp("report") / "seen.html"
-    done = subprocess.run([*COMMAND, "report", str(shown), str(out)], capture_output=True, text=True)
+    done = run("report", shown, out)
     assert done.returncode == 0, done.stderr
     return out
 

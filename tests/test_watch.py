@@ -4,9 +4,9 @@ import json
 import os
 import re
 import socket
-import subprocess
-import sys
 from dataclasses import replace
+
+from commands import run
 
 from memcontrol.attempts import ATTEMPTS, PROGRESS, begin_attempt, note_failure
 from memcontrol.config import load_config, study_folder
@@ -43,11 +43,10 @@ def test_status_of_an_interrupted_search_shows_its_runs(study_file):
     written.begin(candidates, SPACE, "all")
     written.close()
     begin_attempt(folder / candidates[0].key).progress("train", 1, 2)
-    run = lambda *args: subprocess.run([sys.executable, "-m", "memcontrol.cli", "status", str(study), *args], capture_output=True, text=True)
-    text = run().stdout
+    text = run("status", study).stdout
     assert "interrupted: 1" in text and "trial 0 interrupted (all) (the next search goes on with it)" in text
     assert f"attempt 1 on {socket.gethostname()}" in text and text.count("waits for a place") == len(candidates) - 1
-    said = json.loads(run("--json").stdout)
+    said = json.loads(run("status", study, "--json").stdout)
     (trial,) = said["trials"]
     assert not said["searching"] and said["study"] == "small" and [one["choice"] for one in trial["runs"]] == [choice.as_dict() for choice in candidates]
     assert [one["attempts"] for one in trial["runs"]] == [1, 0, 0] and trial["begun"] and trial["runs"][0]["progress"]["total"] == 2
