@@ -63,7 +63,8 @@ def figures(run: Path, bench, steps: int, ddim: bool) -> dict[str, float]:
         adapter.load(run)
         if ddim:
             base.pipeline.scheduler = DDIMScheduler.from_config(solver.config)
-        samples = sample(base, material, spec, lambda done, total: None)
+        with adapter.folded():
+            samples = sample(base, material, spec, lambda done, total: None)
     finally:
         base.pipeline.scheduler = solver
         adapter.remove()

@@ -18,7 +18,7 @@ CHOICE = {"groups": ("up_attention",), "method": "lora", "learning_rate": 3e-3, 
 N_IMAGES = 20
 
 SMALL = {
-    "data": {"path": "digits", "train": 32, "holdout": 32, "test": 32},
+    "data": {"path": "digits", "train": 32, "holdout": 40, "test": 48},
     "space": "digits",
     "inner": {"budget_images": 32, "batch_size": 16, "rounds": 2},
     "rewards": {"n_samples": 64, "force": True, "sampling_steps": 1, "confirm": 0},

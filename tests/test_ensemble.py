@@ -1,12 +1,12 @@
 """Rounds over shards: averaging and exchange against the same written out, resuming to the bit, several processes."""
 
 import json
+import os
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
+from commands import FORKS
 from conftest import CHOICE, N_IMAGES
 from safetensors.torch import load_file
 
@@ -224,17 +224,6 @@ def test_another_plan_in_the_folder_is_begun_anew(trained):
     assert same(first, again) and not same(first, other)
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from memcontrol.bench import Bench
-from memcontrol.run import trial
-steps = int(sys.argv[2])
-def progress(stage, done, total, **said):
-    if stage == "train" and done == steps:
-        os.kill(os.getpid(), signal.SIGKILL)
-trial(Path(sys.argv[1]), Bench(), progress)
-"""
 INNER = {
     "budget_images": 96, "batch_size": 8, "rounds": 4, "ema": 0.9, "skip": {"ratio": 1.25}, "redistribution": {},
     "augmentation": {}, "ensemble": {"shards": 2, "moments": "kept"},
@@ -249,7 +238,7 @@ def folder_of_trial(tmp_path, name, inner=INNER, processes=1):
 
     values = {
         "name": "a", "space": "digits", "inner": inner, "data": {"path": "digits", "train": 20, "holdout": 20, "test": 20},
-        "rewards": {"n_samples": 256, "sampling_steps": 1}, "search": {"processes": processes},
+        "rewards": {"n_samples": 32, "force": True, "sampling_steps": 1}, "search": {"processes": processes},
     }  # fmt: skip
     study, config = tmp_path / "study", load_config(values)
     if not (study / "split.json").exists():
@@ -268,6 +257,18 @@ def run_trial(folder):
     return (folder / "adapter.safetensors").read_bytes(), json.loads((folder / "training.json").read_text())
 
 
+def trial_killed_after(folder, steps):
+    """kill -9 of the process that calls it, in the middle of a round."""
+    from memcontrol.bench import Bench
+    from memcontrol.run import trial
+
+    def progress(stage, done, total, **said):
+        if stage == "train" and done == steps:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    trial(folder, Bench(), progress)
+
+
 def without_times(record):
     return [{key: value for key, value in row.items() if key != "seconds"} for row in record["shards"]]
 
@@ -277,8 +278,10 @@ def test_a_killed_trial_ends_as_if_it_had_never_stopped(tmp_path):
     whole, record = run_trial(folder_of_trial(tmp_path, "whole"))
     folder = folder_of_trial(tmp_path, "killed")
     for steps in (2, 8, 11):
-        killed = subprocess.run([sys.executable, "-c", KILLED, str(folder), str(steps)], capture_output=True)
-        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        killed = FORKS.Process(target=trial_killed_after, args=(folder, steps))
+        killed.start()
+        killed.join()
+        assert killed.exitcode == -signal.SIGKILL
     resumed, other = run_trial(folder)
     assert resumed == whole
     assert without_times(record) == without_times(other) and record["skips_by_image"] == other["skips_by_image"]

@@ -69,7 +69,7 @@ class TestContract:
         executor.submit(prepare_job(tmp_path))
         assert executor.free() == 0
         end = until_end(executor)
-        assert end.kind == "prepared" and end.detail["sizes"] == {"train": 32, "holdout": 64, "test": 64} and executor.free() == 1
+        assert end.kind == "prepared" and end.detail["sizes"] == {"train": 32, "holdout": 40, "test": 48} and executor.free() == 1
         choice, kinds = Choice(("mid_attention",), "lora", 1e-3, 2), []
         spec = Spec(small(), load_space("digits"), choice, tmp_path, "search", "holdout", 32)
         job = spec.as_job(tmp_path / choice.key) | {"number": 7}

@@ -58,7 +58,7 @@ def test_a_search_ends_with_anchors_and_sampled_trials(searched):
 
 
 def test_a_study_begun_with_other_keys_is_refused_by_their_names(searched):
-    for override, words in (("search.seed=5", "search.seed (0 there, 5 here)"), ("data.holdout=33", "data.holdout (32 there, 33 here)")):
+    for override, words in (("search.seed=5", "search.seed (0 there, 5 here)"), ("data.holdout=33", "data.holdout (40 there, 33 here)")):
         refused = memcontrol("search", searched, "--workers", 1, override, check=False)
         assert refused.returncode == 1 and words in refused.stderr
 

@@ -91,7 +91,7 @@ def test_a_trial_shows_its_note_and_its_images(dashboard, page):
 def test_the_study_has_a_note(dashboard, page):
     page.goto(f"{dashboard}/note")
     page.get_by_text("Anchors and front").wait_for()
-    assert re.search(r"32 train, 32 holdout, 32 test", page.inner_text("body"))
+    assert re.search(r"32 train, 40 holdout, 48 test", page.inner_text("body"))
 
 
 def test_what_would_write_is_refused_and_changes_nothing(dashboard, shown):
