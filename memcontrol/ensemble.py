@@ -99,7 +99,8 @@ def begin(folder: Path, plan: str, team: Team) -> None:
         if team.rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
             write_json(path, plan)
-        time.sleep(POLL_SECONDS)
+        else:
+            time.sleep(POLL_SECONDS)
 
 
 class Rounds:
