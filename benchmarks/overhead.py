@@ -3,10 +3,12 @@ the share of the time that workers are busy, and what a draw, the wait for one a
 
 from __future__ import annotations
 
+import contextlib
 import os
 import statistics
 import time
 from pathlib import Path
+from unittest import mock
 
 import yaml
 
@@ -27,13 +29,15 @@ def searched(folder: Path, server) -> list[dict]:
     from memcontrol.sampling import Ahead, Sampler
     from memcontrol.study import Study
 
-    spent: dict[str, list[tuple[int, float]]] = {"draw, in its own thread": [], "wait for a choice": [], "begin": [], "tell": []}
+    executor = simulated.Simulated(N_WORKERS, SECONDS)
+    watched = {"draw, in its own thread": (Sampler, "drawn"), "wait for a choice": (Ahead, "take"), "begin": (Study, "begin"), "tell": (Study, "finish")}
+    spent: dict[str, list[tuple[int, float]]] = {name: [] for name in watched}
 
-    def timed(name: str, function, n_of):
+    def timed(name: str, function):
         def call(*args, **keys):
             started = time.perf_counter()
             found = function(*args, **keys)
-            spent[name].append((n_of(*args), time.perf_counter() - started))
+            spent[name].append((executor.n_ended, time.perf_counter() - started))
             return found
 
         return call
@@ -43,16 +47,11 @@ def searched(folder: Path, server) -> list[dict]:
         "name": "sleep", "storage": server.url, "data": "digits", "space": "sd15-blocks", "rewards": {"confirm": 0},
         "search": {"trials": N_TRIALS, "workers": N_WORKERS, "sampler": "tpe"},
     }))  # fmt: skip
-    executor = simulated.Simulated(N_WORKERS, SECONDS)
-
-    def n_finished(study: Study, *_) -> int:
-        return sum(record.finished for record in study.records())
-
-    Sampler.drawn = timed("draw, in its own thread", Sampler.drawn, lambda sampler, *_: executor.n_ended)
-    Ahead.take = timed("wait for a choice", Ahead.take, lambda ahead, records: executor.n_ended)
-    Study.begin, Study.finish = timed("begin", Study.begin, n_finished), timed("tell", Study.finish, n_finished)
     before = transactions(server)
-    simulated.search(study_file, executor).close()
+    with contextlib.ExitStack() as stack:
+        for name, (owner, method) in watched.items():
+            stack.enter_context(mock.patch.object(owner, method, timed(name, getattr(owner, method))))
+        simulated.search(study_file, executor).close()
     share = executor.busy / (N_WORKERS * (executor.last - executor.first))
     steady = share_while_full(executor, share)
     rows = [

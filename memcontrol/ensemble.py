@@ -1,18 +1,13 @@
-"""Owns a fine-tuning as a whole: rounds over shards, their averaging and exchange, and the files that it goes on from when killed.
-
-A round's files are its checkpoint and how processes meet: each shard leaves NNNN-SS.safetensors, then one process leaves
-NNNN-mean.safetensors (where the round averages) and NNNN-end.json. What follows is a function of these files alone.
-"""
+"""Owns a fine-tuning as a whole: rounds over shards, their averaging and exchange."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,15 +18,15 @@ from torch import Tensor
 from memcontrol.adapters import Adapter
 from memcontrol.config import InnerConfig, RedistributionConfig
 from memcontrol.errors import MemControlError
-from memcontrol.files import read_json, replacing, write_json
+from memcontrol.files import read_json, write_json
 from memcontrol.memory import LossMemory
 from memcontrol.models import Base
 from memcontrol.probe import loss_gap
+from memcontrol.round_files import KINDS, RoundFiles, State, Stored, tensors
 from memcontrol.seeds import seed_of
 from memcontrol.shards import deal, exchange
 from memcontrol.train import Loop, Material, Shard
 
-State = dict[str, Tensor]
 Progress = Callable[..., None]  # (done, total, round=, loss=, skipped=)
 
 POLL_SECONDS = 0.05
@@ -61,18 +56,6 @@ class Team:
         """Rank 0 takes over what a dead process would have trained."""
         owner = shard % self.size
         return owner == self.rank or (self.rank == 0 and not self.alive(owner))
-
-
-@dataclass
-class Stored:
-    """A shard's file."""
-
-    shard: Shard
-    weights: State
-    ema: State
-    moments: State
-    scaler: dict
-    records: list[dict]
 
 
 def train(
@@ -110,45 +93,40 @@ class Rounds:
         self, base: Base, adapter: Adapter, material: Material, inner: InnerConfig, seed: int, folder: Path, progress: Progress, team: Team
     ):
         self.base, self.adapter, self.material, self.inner, self.seed = base, adapter, material, inner, seed
-        self.folder, self.progress, self.team = folder, progress, team
+        self.files, self.progress, self.team = RoundFiles(folder, inner.skip, base.device), progress, team
         self.n_shards, self.n_rounds = inner.ensemble.shards, inner.rounds
         if self.n_shards > len(material.data.mean):
             raise MemControlError(f"inner.ensemble.shards is {self.n_shards} and there are {len(material.data.mean)} training images; ask for fewer")
         self.initial = {name: tensor.cpu() for name, tensor in adapter.state().items()} if self.n_shards > 1 else {}  # the adapter still holds it where there is one shard
+
+    @property
+    def start_file(self) -> Path:
+        return self.files.folder / "start.json"
 
     def gap(self) -> float:
         return loss_gap(self.base, self.material.data, self.material.holdout(), self.seed)
 
     def run(self, n_rounds: int) -> TrainLog:
         last, stopped = n_rounds - 1, False
-        if self.inner.stop_gap and self.team.rank == 0 and not (self.folder / "start.json").exists():
-            write_json(self.folder / "start.json", self.gap())  # two sets of images differ a little before anything is learned
+        if self.inner.stop_gap and self.team.rank == 0 and not self.start_file.exists():
+            write_json(self.start_file, self.gap())  # two sets of images differ a little before anything is learned
         for number in range(self.first_open(), n_rounds):
             for shard in range(self.n_shards):
-                if self.team.owns(shard) and not self.shard_file(number, shard).exists():
+                if self.team.owns(shard) and not self.files.shard(number, shard).exists():
                     self.train_shard(number, shard)
             self.wait_for_shards(number)
             if self.team.rank == 0:
                 self.close(number)
-            if self.wait_for(self.end_file(number))["stopped"]:
+            if self.wait_for(self.files.end(number))["stopped"]:
                 last, stopped = number, True
                 break
         self.take(last)
         return replace(self.log(last), paused=not stopped and last < self.n_rounds - 1)
 
-    def shard_file(self, number: int, shard: int) -> Path:
-        return self.folder / f"{number:04}-{shard:02}.safetensors"
-
-    def mean_file(self, number: int) -> Path:
-        return self.folder / f"{number:04}-mean.safetensors"
-
-    def end_file(self, number: int) -> Path:
-        return self.folder / f"{number:04}-end.json"
-
     def first_open(self) -> int:
         """The round to go on with; one that ended the training early is repeated as a look at its files."""
-        done = [number for number in range(self.n_rounds) if self.end_file(number).exists()]
-        return 0 if not done else done[-1] if read_json(self.end_file(done[-1]))["stopped"] else done[-1] + 1
+        done = [number for number in range(self.n_rounds) if self.files.end(number).exists()]
+        return 0 if not done else done[-1] if read_json(self.files.end(done[-1]))["stopped"] else done[-1] + 1
 
     def averages(self, number: int) -> bool:
         return self.inner.averages_after(number)
@@ -186,7 +164,7 @@ class Rounds:
             "loss": sum(losses) / len(losses) if losses else None, "moved": self.moved(stored.weights),
             "seconds": round(time.monotonic() - started, 3),
         })  # fmt: skip
-        self.write(number, loop, stored)
+        self.files.write_shard(number, self.adapter, loop, stored.records, self.keeps_moments(number))
 
     def loop(self, number: int, stored: Stored) -> Loop:
         """The loop that goes on where the shard stands."""
@@ -212,46 +190,13 @@ class Rounds:
         """Whether anything after the round looks at its moments."""
         return number < self.n_rounds - 1 and not (self.averages(number) and self.inner.ensemble.moments == "reset")
 
-    def write(self, number: int, loop: Loop, stored: Stored) -> None:
-        from safetensors.torch import save_file
-
-        shard = stored.shard
-        found: State = {f"weights {name}": parameter for name, parameter in self.adapter.named_parameters().items()}
-        found |= {f"ema {name}": shadow for name, shadow in zip(loop.trained, loop.shadows)}
-        found |= {f"moments {name}": value for name, value in loop.moments().items() if self.keeps_moments(number)}
-        found |= {"rows": shard.rows, "skips": shard.skips, "skipped": shard.skipped, "queue": shard.queue, "closeness": shard.queue_closeness}
-        found["losses"] = torch.tensor(shard.losses, dtype=torch.float64)
-        if shard.memory:
-            found |= {"bank": shard.memory.bank, "weight": shard.memory.weight}
-        said = {"counts": shard.counts, "exchanged_at": shard.exchanged_at, "scaler": loop.scaler.state_dict(), "records": stored.records}
-        with replacing(self.shard_file(number, shard.number)) as part:
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}, part, {"memcontrol": json.dumps(said)})
-
-    def read(self, number: int, shard: int, kinds: Collection[str] = ()) -> Stored:
-        """A shard's file; of the large tensors only those of the kinds `weights`, `ema`, `moments` that are asked for."""
-        from safetensors import safe_open
-
-        path = self.shard_file(number, shard)
-        with safe_open(path, "pt") as file:
-            said = json.loads(file.metadata()["memcontrol"])
-            own = {name: file.get_tensor(name) for name in file.keys() if " " not in name}
-        memory = None
-        if self.inner.skip:
-            memory = LossMemory(self.inner.skip, own["bank"].to(self.base.device), own["weight"].to(self.base.device))
-        state = Shard(
-            shard, own["rows"], own["skips"], own["skipped"], memory, own["queue"], own["closeness"],
-            own["losses"].tolist(), Counter(said["counts"]), said["exchanged_at"],
-        )  # fmt: skip
-        large = {kind: tensors(path, kind) if kind in kinds else {} for kind in ("weights", "ema", "moments")}
-        return Stored(state, **large, scaler=said["scaler"], records=said["records"])
-
     def start(self, number: int, shard: int) -> Stored:
         """What a shard begins a round with."""
         if number == 0:
             return self.fresh(shard)
-        stored = self.read(number - 1, shard, self.kept_by_shards(number - 1))
+        stored = self.files.read_shard(number - 1, shard, self.kept_by_shards(number - 1))
         if self.averages(number - 1):
-            mean = self.mean_file(number - 1)
+            mean = self.files.mean(number - 1)
             stored.weights, stored.ema = tensors(mean, "weights"), tensors(mean, "ema")
             stored.moments |= tensors(mean, "moments")
             if tensors(mean, "offsets"):  # factors were made anew: their moments belong to others
@@ -263,7 +208,7 @@ class Rounds:
     def kept_by_shards(self, number: int) -> tuple[str, ...]:
         """What each shard goes on with as it left it; the rest comes from the round's mean."""
         if not self.averages(number):
-            return ("weights", "ema", "moments")
+            return KINDS
         return ("moments",) if self.inner.ensemble.moments == "kept" else ()
 
     def fresh(self, shard: int) -> Stored:
@@ -275,7 +220,7 @@ class Rounds:
 
     def members(self, number: int, rule: RedistributionConfig) -> list[Tensor]:
         """Who has which images after a round's exchange."""
-        shards = [self.read(number, shard).shard for shard in range(self.n_shards)]
+        shards = [self.files.read_shard(number, shard).shard for shard in range(self.n_shards)]
         return exchange([shard.rows for shard in shards], [shard.skips for shard in shards], rule, seed_of(self.seed, "exchange", number))
 
     def change_images(self, shard: Shard, rows: Tensor) -> None:
@@ -285,56 +230,44 @@ class Rounds:
 
     def offsets(self, number: int) -> State:
         """Of the last averaging before the round."""
-        known = [i for i in range(number) if self.mean_file(i).exists()]
-        return tensors(self.mean_file(known[-1]), "offsets") if known else {}
+        return tensors(self.files.last_mean(number), "offsets")
 
     def close(self, number: int) -> None:
         """Ends a round: averages if it is due, notes how far the shards were apart, drops the files of the round before."""
         end: dict[str, Any] = {"divergence": None, "gap": None, "stopped": False}
-        if not self.end_file(number).exists():
+        if not self.files.end(number).exists():
             if self.n_shards > 1:
                 end["divergence"] = self.divergence(number)
             if self.averages(number):
                 self.average(number)
             if self.inner.stop_gap and number < self.n_rounds - 1 and (self.n_shards == 1 or self.averages(number)):
                 self.take(number)
-                end["gap"] = self.gap() - read_json(self.folder / "start.json")
+                end["gap"] = self.gap() - read_json(self.start_file)
                 end["stopped"] = end["gap"] > self.inner.stop_gap
-            write_json(self.end_file(number), end)
-        for shard in range(self.n_shards if number else 0):
-            self.shard_file(number - 1, shard).unlink(missing_ok=True)
-        if self.averages(number):
-            for i in range(number):
-                self.mean_file(i).unlink(missing_ok=True)
+            write_json(self.files.end(number), end)
+        self.files.drop_before(number, range(self.n_shards), means=self.averages(number))
 
     def average(self, number: int) -> None:
         """Writes the mean of the shards, weighted by their images, of their moving averages and moments."""
-        from safetensors.torch import save_file
-
-        stored = [self.read(number, shard, ("weights", "ema")) for shard in range(self.n_shards)]
+        stored = [self.files.read_shard(number, shard, ("weights", "ema")) for shard in range(self.n_shards)]
         sizes, offsets = [len(one.shard.rows) for one in stored], self.offsets(number)
         self.adapter.load_state(stored[0].weights | offsets)
-        mean = self.adapter.average([one.weights | offsets for one in stored], sizes)
-        found = split_offsets(mean, "weights")
+        mean, ema = self.adapter.average([one.weights | offsets for one in stored], sizes), {}
         if self.inner.ema:
             last = number == self.n_rounds - 1
             ema = self.adapter.average([one.weights | one.ema | offsets for one in stored], sizes)
             if any(name.endswith(".offset") for name in ema) and not last:
                 ema = mean  # factors were made anew, so their moving average starts from them
-            found |= split_offsets({name: tensor.clone() for name, tensor in ema.items()}, "ema")
-        if self.inner.ensemble.moments == "averaged":
-            found |= {f"moments {name}": moment for name, moment in self.mean_moments(number, sizes).items()}
-        with replacing(self.mean_file(number)) as part:
-            save_file({name: tensor.cpu().contiguous() for name, tensor in found.items()}, part)
+        moments = self.mean_moments(number, sizes) if self.inner.ensemble.moments == "averaged" else {}
+        self.files.write_mean(number, mean, {name: tensor.clone() for name, tensor in ema.items()}, moments)
 
     def divergence(self, number: int) -> float:
         """How far the shards are apart: root mean square distance from their mean over that from where they last were one.
 
         In the parameters trained, by size; 0 where all moved alike, 1 where their moves have nothing in common.
         """
-        stored = [self.read(number, shard, ("weights",)) for shard in range(self.n_shards)]
-        earlier = [i for i in range(number) if self.mean_file(i).exists()]
-        start = tensors(self.mean_file(earlier[-1]), "weights") if earlier else self.initial
+        stored = [self.files.read_shard(number, shard, ("weights",)) for shard in range(self.n_shards)]
+        start = tensors(self.files.last_mean(number), "weights") or self.initial
         sizes, apart, moved = [len(one.shard.rows) for one in stored], 0.0, 0.0
         for name in self.adapter.trained():
             mean = sum(size * one.weights[name] for size, one in zip(sizes, stored)) / sum(sizes)
@@ -347,7 +280,7 @@ class Rounds:
         """One shard's moments after the other: they are twice as large as what is trained."""
         mean: State = {}
         for shard, size in enumerate(sizes):
-            for name, moment in tensors(self.shard_file(number, shard), "moments").items():
+            for name, moment in tensors(self.files.shard(number, shard), "moments").items():
                 mean[name] = mean.get(name, 0.0) + size / sum(sizes) * moment
         return mean
 
@@ -355,16 +288,16 @@ class Rounds:
         """Puts into the adapter what a round ended with, its moving average where there is one."""
         kind = "ema" if self.inner.ema else "weights"
         if self.averages(number):
-            mean = self.mean_file(number)
+            mean = self.files.mean(number)
             self.adapter.load_state(tensors(mean, kind) | tensors(mean, "offsets" if kind == "weights" else "ema_offsets"))
         else:
-            stored = self.read(number, 0, ("weights", kind))
+            stored = self.files.read_shard(number, 0, ("weights", kind))
             self.adapter.load_state(stored.weights | stored.ema | self.offsets(number))
 
     def wait_for_shards(self, number: int) -> None:
         """Until every shard of the round has its file, or the round has ended; rank 0 trains those of a process that died."""
-        while not self.end_file(number).exists():
-            missing = [shard for shard in range(self.n_shards) if not self.shard_file(number, shard).exists()]
+        while not self.files.end(number).exists():
+            missing = [shard for shard in range(self.n_shards) if not self.files.shard(number, shard).exists()]
             if not missing:
                 return
             for shard in missing:
@@ -379,11 +312,11 @@ class Rounds:
 
     def log(self, last: int) -> TrainLog:
         """The whole fine-tuning's record, from the files of its last round."""
-        stored = [self.read(last, shard) for shard in range(self.n_shards)]
+        stored = [self.files.read_shard(last, shard) for shard in range(self.n_shards)]
         counts = sum((one.shard.counts for one in stored), Counter())
         tenths = [(one.shard.losses[: tenth(one)], one.shard.losses[-tenth(one) :]) for one in stored if one.shard.losses]
         skipped = torch.stack([one.shard.skipped for one in stored]).sum(0)
-        ends = [read_json(self.end_file(number)) for number in range(last + 1)]
+        ends = [read_json(self.files.end(number)) for number in range(last + 1)]
         record = {
             "rounds": [{"round": number + 1, **end} for number, end in enumerate(ends)],
             "shards": sorted((row for one in stored for row in one.records), key=lambda row: (row["round"], row["shard"])),
@@ -391,19 +324,6 @@ class Rounds:
             "waiting": sum(len(one.shard.queue) for one in stored),
         }  # fmt: skip
         return TrainLog(counts["steps"], counts["seen"], mean_of([first for first, _ in tenths]), mean_of([end for _, end in tenths]), record)
-
-
-def tensors(path: Path, kind: str) -> State:
-    """The file's tensors of a kind, by their own names."""
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        return {name.removeprefix(f"{kind} "): file.get_tensor(name) for name in file.keys() if name.startswith(f"{kind} ")}
-
-
-def split_offsets(state: State, kind: str) -> State:
-    prefix = "offsets" if kind == "weights" else "ema_offsets"
-    return {f"{prefix if name.endswith('.offset') else kind} {name}": tensor for name, tensor in state.items()}
 
 
 def tenth(stored: Stored) -> int:

@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 
-from benchmarks import _peers, peers, scale, shards, solver, trial, utilisation
+from benchmarks import _peers, overhead, peers, scale, shards, solver, trial, utilisation
 from benchmarks.__main__ import NAMES, table
 
 
@@ -54,6 +54,16 @@ def test_scale_is_measured_at_several_sizes(monkeypatch):
     monkeypatch.setattr(scale, "N_WANTED", 1000)
     rows = scale.run("cpu")
     assert all(row["figure"] >= 0 for row in rows) and "1,000 images" in table(rows)
+
+
+def test_the_outer_loop_is_measured_on_a_database_of_its_own(monkeypatch):
+    monkeypatch.setattr(overhead, "N_WORKERS", 2)
+    monkeypatch.setattr(overhead, "N_TRIALS", 4)
+    monkeypatch.setattr(overhead, "SECONDS", 0.05)
+    rows = {row["what"]: row["figure"] for row in overhead.run("cpu")}
+    busy, transactions = rows["2 workers, 11 runs of 0 s: busy"], rows["transactions for each trial"]
+    assert 0 < busy <= 1 and transactions > 1
+    assert {name.split(",")[0] for name in rows} >= {"draw", "wait for a choice", "begin", "tell"}
 
 
 def test_utilisation_counts_each_layout(monkeypatch):

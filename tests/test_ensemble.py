@@ -73,7 +73,7 @@ def test_divergence_by_hand(base, material, trained):
     kept, plain = {}, Rounds.divergence
 
     def watched(self, number):
-        kept[number] = [(len(one.shard.rows), one.weights) for one in (self.read(number, shard, ("weights",)) for shard in range(2))]
+        kept[number] = [(len(one.shard.rows), one.weights) for one in (self.files.read_shard(number, shard, ("weights",)) for shard in range(2))]
         kept["start"] = self.initial
         return plain(self, number)
 
@@ -107,7 +107,7 @@ def test_what_is_kept_is_the_mean_of_the_shards_changes(base, trained, method, m
     kept, plain = {}, Rounds.average
 
     def watched(self, number):
-        kept["shards"] = [(len(one.shard.rows), one.weights) for one in (self.read(number, shard, ("weights",)) for shard in range(3))]
+        kept["shards"] = [(len(one.shard.rows), one.weights) for one in (self.files.read_shard(number, shard, ("weights",)) for shard in range(3))]
         return plain(self, number)
 
     monkeypatch.setattr(Rounds, "average", watched)
@@ -143,14 +143,14 @@ def test_moments_after_an_averaging(trained, moments, tmp_path):
 
 
 def test_averaged_moments_are_the_mean_of_the_shards_moments(trained, tmp_path, monkeypatch):
-    from memcontrol.ensemble import tensors
+    from memcontrol.round_files import tensors
 
     kept, plain = {}, Rounds.average
 
     def watched(self, number):
-        kept[number] = [(len(one.shard.rows), one.moments) for one in (self.read(number, shard, ("moments",)) for shard in range(3))]
+        kept[number] = [(len(one.shard.rows), one.moments) for one in (self.files.read_shard(number, shard, ("moments",)) for shard in range(3))]
         found = plain(self, number)
-        kept[f"mean {number}"] = tensors(self.mean_file(number), "moments")
+        kept[f"mean {number}"] = tensors(self.files.mean(number), "moments")
         return found
 
     monkeypatch.setattr(Rounds, "average", watched)

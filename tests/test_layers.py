@@ -7,7 +7,7 @@ from pathlib import Path
 
 import memcontrol
 
-LAYERS = """errors saying estimate interrupt seeds files yaml_files explain config attempts database space spec artifacts data features tuners peft_tuners adapters families models extractors memory shards augment mitigate figures marks stopping copying rewards probe cost derive evidence train ensemble bench scoring gallery run
+LAYERS = """errors saying estimate interrupt seeds files yaml_files explain config attempts database space spec artifacts data features tuners peft_tuners adapters families models extractors memory shards augment mitigate figures marks stopping copying rewards probe cost derive evidence train round_files ensemble bench scoring gallery run
 prepare calibrate pareto executors worker local_executor ray_executor slurm_executor launch jobs predict gp points study replicates growth surrogate mirror sampling effects picking notes plots publish pictures comparing retraining auditing card exporting orchestrate watch guard serving display tables facts charts reporting propose demo api looking commands cli tiny""".split()
 PACKAGE = Path(memcontrol.__file__).parent
 
