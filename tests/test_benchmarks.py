@@ -6,6 +6,9 @@ import pytest
 
 from benchmarks import _peers, overhead, peers, scale, shards, solver, trial, utilisation
 from benchmarks.__main__ import NAMES, table
+from benchmarks.evidence import inner_loop
+from memcontrol.jobs import Jobs
+from memcontrol.local_executor import Inline
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +67,19 @@ def test_the_outer_loop_is_measured_on_a_database_of_its_own(monkeypatch):
     busy, transactions = rows["2 workers, 11 runs of 0 s: busy"], rows["transactions for each trial"]
     assert 0 < busy <= 1 and transactions > 1
     assert {name.split(",")[0] for name in rows} >= {"draw", "wait for a choice", "begin", "tell"}
+
+
+def test_arms_of_the_inner_loop_are_trained_once_and_set_side_by_side(tmp_path, monkeypatch):
+    small = {"inner": {"budget_images": 32, "batch_size": 16}, "rewards": {"n_samples": 16, "force": True, "sampling_steps": 1, "confirm": 0}, "data": {"path": "digits", "train": 20, "holdout": 20, "test": 20}}
+    monkeypatch.setattr(inner_loop, "STUDY", {**inner_loop.STUDY, **small})
+    monkeypatch.setattr(inner_loop, "ARMS", {"plain training": {}, "skipping": {"skip": {"ratio": 1.1, "bins": 1}}})
+    ends = []
+    for _ in range(2):
+        inner_loop.run_seed(0, tmp_path, Jobs(Inline(), lambda event: ends.append(event.kind)))
+    rows = [inner_loop.row(arm, 0, tmp_path) for arm in inner_loop.ARMS]
+    assert ends.count("done") == 2 and [row["steps"] for row in rows] == [2, 2] and [row["seen"] for row in rows][0] == 32
+    inner_loop.picture(rows, tmp_path / "arms.png")
+    assert inner_loop.table(rows).count("| plain training |") == 1 and (tmp_path / "arms.png").stat().st_size > 10_000
 
 
 def test_utilisation_counts_each_layout(monkeypatch):

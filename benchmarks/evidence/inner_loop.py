@@ -13,10 +13,11 @@ from pathlib import Path
 
 from memcontrol.config import Config, load_config
 from memcontrol.demo import STUDY
-from memcontrol.executors import ENDS, Local
+from memcontrol.executors import ENDS
 from memcontrol.files import read_json, write_json
+from memcontrol.jobs import Jobs
+from memcontrol.local_executor import Local
 from memcontrol.orchestrate import prepared
-from memcontrol.retraining import run_jobs
 from memcontrol.space import EVERYTHING, Choice, load_space
 from memcontrol.spec import Spec
 
@@ -55,9 +56,10 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/evidence"))
     args = parser.parse_args()
     executor = Local(args.workers)
+    jobs = Jobs(executor, lambda event: print(event.job["trial"], event.kind) if event.kind in ENDS and "trial" in event.job else None)
     try:
         for seed in args.seeds:
-            run_seed(seed, args.runs.resolve() / str(seed), executor)
+            run_seed(seed, args.runs.resolve() / str(seed), jobs)
     finally:
         executor.close()
     rows = [row(arm, seed, args.runs.resolve() / str(seed)) for arm in ARMS for seed in args.seeds]
@@ -67,22 +69,21 @@ def main() -> None:
     print(table(rows))
 
 
-def run_seed(seed: int, folder: Path, executor: Local) -> None:
-    prepared(config_of("plain training", seed), folder, executor, lambda event: None)
-    space, choice = load_space(STUDY["space"]), Choice((EVERYTHING,), "full", RATE)
-    jobs = []
-    for arm in ARMS:
-        run = folder / str(list(ARMS).index(arm))
-        config = config_of(arm, seed)
-        if not (run / "result.json").exists():
-            jobs.append(Spec(config, space, choice, folder, "evidence", "test", config.data.train).as_job(run))
-    run_jobs(jobs, executor, lambda event: print(seed, event.job["trial"], event.kind) if event.kind in ENDS else None)
+def run_seed(seed: int, folder: Path, jobs: Jobs) -> None:
+    n_train = prepared(config_of("plain training", seed), folder, jobs)["sizes"]["train"]
+    space, choice, todo = load_space(STUDY["space"]), Choice((EVERYTHING,), "full", RATE), []
+    for i, arm in enumerate(ARMS):
+        if not (folder / str(i) / "result.json").exists():
+            todo.append(Spec(config_of(arm, seed), space, choice, folder, "evidence", "test", n_train).as_job(folder / str(i)))
+    for event in jobs.run(todo):
+        if event.kind == "given up":
+            raise SystemExit(f"{event.job['trial']}: {event.detail['reason']}")
 
 
 def row(arm: str, seed: int, folder: Path) -> dict:
     from memcontrol.bench import Bench
+    from memcontrol.copying import mq
     from memcontrol.features import pixel_features
-    from memcontrol.rewards import mq
     from memcontrol.scoring import read_samples
     from memcontrol.spec import read_spec
 
