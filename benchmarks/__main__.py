@@ -15,6 +15,12 @@ HERE = Path(__file__).parent
 NAMES = sorted(path.stem for path in HERE.glob("*.py") if not path.stem.startswith("_"))
 
 
+def gpu_found() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def machine(device: str) -> dict:
     """What the figures depend on beside the code."""
     import torch
@@ -37,6 +43,8 @@ def main() -> None:
     parser.add_argument("name", choices=NAMES)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     args = parser.parse_args()
+    if args.device == "cuda" and not gpu_found():
+        parser.error("--device is cuda, and torch finds no GPU here; leave it out to run on the CPU")
     rows = importlib.import_module(f"benchmarks.{args.name}").run(args.device)
     print(table(rows))
     day = datetime.date.today().isoformat()

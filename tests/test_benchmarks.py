@@ -5,7 +5,7 @@ import importlib
 import pytest
 
 from benchmarks import _peers, overhead, peers, scale, shards, solver, trial, utilisation
-from benchmarks.__main__ import NAMES, table
+from benchmarks.__main__ import NAMES, main, table
 from benchmarks.evidence import inner_loop
 from memcontrol.jobs import Jobs
 from memcontrol.local_executor import Inline
@@ -21,6 +21,14 @@ def test_every_benchmark_has_a_run_and_says_what_it_compares():
     for name in NAMES:
         module = importlib.import_module(f"benchmarks.{name}")
         assert module.__doc__ and callable(module.run), name
+
+
+def test_a_gpu_that_is_not_there_is_said_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr("benchmarks.__main__.gpu_found", lambda: False)
+    monkeypatch.setattr("sys.argv", ["benchmarks", "trial", "--device", "cuda"])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 2 and capsys.readouterr().err.splitlines()[-1].endswith("torch finds no GPU here; leave it out to run on the CPU")
 
 
 def test_peers_losses_are_ours_for_the_same_noise(tmp_path, monkeypatch):
