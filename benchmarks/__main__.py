@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 HERE = Path(__file__).parent
+SETTINGS = ("REPEATS", "SEEDS", "SMALL", "TRIALS", "VARIANTS", "WORKERS")  # not FOLDER: a path of this machine is nobody's business
 NAMES = sorted(path.stem for path in HERE.glob("*.py") if not path.stem.startswith("_"))
 
 
@@ -50,7 +51,7 @@ def main() -> None:
     day = datetime.date.today().isoformat()
     path = HERE / "results" / f"{day}-{args.name}-{args.device}.json"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"name": args.name, "date": day, "machine": machine(args.device), "rows": rows}, indent=1) + "\n")
+    path.write_text(json.dumps({"name": args.name, "date": day, "machine": machine(args.device), "settings": {name: os.environ[name] for name in SETTINGS if name in os.environ}, "rows": rows}, indent=1) + "\n")
     print(f"written: {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
 
 
