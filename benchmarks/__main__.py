@@ -51,7 +51,8 @@ def main() -> None:
     day = datetime.date.today().isoformat()
     path = HERE / "results" / f"{day}-{args.name}-{args.device}.json"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"name": args.name, "date": day, "machine": machine(args.device), "settings": {name: os.environ[name] for name in SETTINGS if name in os.environ}, "rows": rows}, indent=1) + "\n")
+    settings = {name: os.environ[name] for name in SETTINGS if name in os.environ}
+    path.write_text(json.dumps({"name": args.name, "date": day, "machine": machine(args.device), "settings": settings, "rows": rows}, indent=1) + "\n")
     print(f"written: {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
 
 

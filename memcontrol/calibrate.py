@@ -12,7 +12,6 @@ from typing import Any
 
 from memcontrol.bench import Bench
 from memcontrol.config import Config, load_config
-from memcontrol.evidence import check_rewards
 from memcontrol.models import ENCODE_BATCH
 from memcontrol.prepare import prepare
 from memcontrol.run import peak_mib, trial
@@ -28,8 +27,7 @@ def calibrate(values: dict, folder: Path, bench: Bench, warn: Callable[[str], No
     kind of choice the parts of its trials in seconds and bytes, those of one that samples twice as much and trains nothing (`twice`), samples
     in a batch, bytes that all trials share, and the peak of memory. Raises MemControlError."""
     started, config, space = time.monotonic(), load_config(values), load_space(load_config(values).space)
-    check_rewards(config.rewards, bench.extractor(config.rewards.extractor).n_features)  # a short trial's samples are others
-    prepared = prepare(short(config, 1).model_dump(mode="json"), folder, bench, warn)
+    prepared = prepare(values, folder, bench, warn)
     n_train = max(1, round(prepared["sizes"]["train"] * config.search.train_fraction))
 
     def run(name: str, choice: Choice, batches: int) -> dict[str, float]:

@@ -22,10 +22,11 @@ from memcontrol.files import read_json, write_json
 from memcontrol.memory import LossMemory
 from memcontrol.models import Base
 from memcontrol.probe import loss_gap
-from memcontrol.round_files import KINDS, RoundFiles, State, Stored, tensors
+from memcontrol.round_files import KINDS, RoundFiles, Stored, tensors
 from memcontrol.seeds import seed_of
 from memcontrol.shards import deal, exchange
 from memcontrol.train import Loop, Material, Shard
+from memcontrol.tuners import State
 
 Progress = Callable[..., None]  # (done, total, round=, loss=, skipped=)
 

@@ -13,15 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from memcontrol.adapters import Adapter
 from memcontrol.config import SkipConfig
 from memcontrol.files import replacing
 from memcontrol.memory import LossMemory
 from memcontrol.train import Loop, Shard
+from memcontrol.tuners import State
 
-State = dict[str, Tensor]
 KINDS = ("weights", "ema", "moments")
 
 

@@ -38,7 +38,7 @@ FAULTS = Counter({"kill worker": 4, "freeze worker": 2, "kill orchestrator": 5, 
 def study_of(folder: Path, name: str, url: str, trials: int, executor: str = "local", **keys) -> Path:
     """Short trials; choices that do not depend on the order in which others end, so that any two runs ask for the same."""
     study = {
-        "name": name, "storage": url, "data": {"path": "digits", "train": 32, "holdout": 32, "test": 32}, "space": "digits",
+        "name": name, "storage": url, "data": {"path": "digits", "train": 32, "holdout": 64, "test": 64}, "space": "digits",
         "inner": {"budget_images": 192, "batch_size": 16, "rounds": 4},
         "rewards": {"objectives": ["kid", "memorization"], "n_samples": 32, "sampling_steps": 2, "confirm": 1},
         "search": {"trials": trials - 3, "workers": 2, "sampler": "random", "executor": executor, "time_limit_minutes": TIME_LIMIT_SECONDS / 60}, **keys,

@@ -194,7 +194,7 @@ def test_a_search_with_a_users_reward_and_a_limit(own, study_file):
     import optuna
 
     rewards = {
-        "objectives": ["fid", "memorization", "my_rewards.py:brightness"], "limits": {"fid": 1e-3, "copy_rate": 1.0}, "n_samples": 64, "force": True, "sampling_steps": 1, "confirm": 0
+        "objectives": ["fid", "memorization", "my_rewards.py:brightness"], "limits": {"fid": 1e-3, "copy_rate": 1.0}, "n_samples": 256, "sampling_steps": 1, "confirm": 0
     }  # fmt: skip
     study = study_file(rewards=rewards)
     done = run("search", study)

@@ -69,7 +69,7 @@ def test_a_proposed_study_is_searched_without_an_edit(fill, tmp_path):
         assert words in done.stderr, done.stderr
     values = yaml.safe_load((tmp_path / "my-images.yaml").read_text())
     assert values["name"] == "my-images" and values["data"]["path"] == "my images"
-    assert len(search(tmp_path / "my-images.yaml", *FASTER, trials=1, quiet=True)) == 4
+    assert len(search(tmp_path / "my-images.yaml", *FASTER, trials=2, quiet=True)) == 5
     split = json.loads((tmp_path / "runs/my-images/split.json").read_text())["parts"]
     said = {part: int(line.split("# ")[1].split()[0]) for part in split for line in done.stderr.splitlines() if line.strip().startswith(f"{part}:")}
     assert {part: len(rows) for part, rows in split.items()} == said

@@ -56,8 +56,8 @@ def test_the_model_is_told_of_the_spread_by_full_fine_tuning_too():
 
 def test_a_search_fine_tunes_its_front_again_once(study_file):
     """Asked for afterwards, of a finished study; what is there is not done again."""
-    rewards = {"n_samples": 32, "sampling_steps": 1, "confirm": 0, "objectives": ["kid", "memorization"]}
-    study = study_file(rewards=rewards, search={"trials": 1, "workers": 1, "executor": "inline"})
+    rewards = {"n_samples": 64, "sampling_steps": 1, "confirm": 0, "objectives": ["kid", "memorization"]}
+    study = study_file(rewards=rewards, search={"trials": 1, "workers": 2})
     memcontrol("search", study)
     before = trials_of(study)
     assert all(trial["replicates"] == [] for trial in before)

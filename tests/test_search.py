@@ -224,13 +224,13 @@ def test_ctrl_c_ends_within_seconds_and_says_how_to_go_on(study_file):
 @pytest.mark.parametrize("n_bytes", [150_000, 1_500_000])  # too few for samples; for the rounds of full fine-tuning
 def test_a_full_disk_is_named_and_what_was_done_is_kept(study_file, n_bytes):
     """A limit on the size of files stands for the disk: what is written beyond it meets the system's own error, in every process."""
-    study = study_file(search={"trials": 1, "workers": 1})
+    study = study_file(**FAST)
     small_files = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (n_bytes, n_bytes))
     done = memcontrol("search", study, check=False, before=small_files)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "no space left to write" in done.stderr.splitlines()[-1] and done.stderr.rstrip().endswith("then run the same command again")
     memcontrol("search", study)
-    assert_sound(trials_of(study), 1)
+    assert_sound(trials_of(study), 2)
 
 
 def test_a_swallowed_ctrl_c_ends_the_search_all_the_same():
@@ -263,7 +263,7 @@ def test_a_diverging_loss_prunes_the_trial_and_the_study_goes_on(study_file, tmp
 def test_the_front_is_measured_again_before_it_is_reported(study_file):
     """Interrupted halfway, the next search goes on with it and repeats nothing; then every trial on the front was confirmed."""
     rewards = {"n_samples": 64, "sampling_steps": 1, "confirm": 2, "objectives": ["kid", "memorization"]}
-    study = study_file(rewards=rewards, search={"trials": 0, "workers": 1, "executor": "inline"})
+    study = study_file(rewards=rewards, search={"trials": 0, "workers": 2})
     memcontrol("search", study)
     front = json.loads(memcontrol("front", study, "--json").stdout)
     assert front and all(trial["confirmed"] for trial in front)
