@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 
-from memcontrol.families import Family
-from memcontrol.models import Base, Encoded
-from memcontrol.train import Material
+from memcontrol.model.base import Base, Encoded
+from memcontrol.model.families import Family
+from memcontrol.training.shard import Material
 
 
 def unet(widths: tuple[int, int, int, int], side: int) -> UNet2DConditionModel:
@@ -30,7 +30,7 @@ def stable_diffusion() -> str:
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-    from memcontrol.models import TINY
+    from memcontrol.model.base import TINY
 
     folder = Path(tempfile.gettempdir()) / "memcontrol-random-sd15"
     if not (folder / "model_index.json").is_file():

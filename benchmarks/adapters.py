@@ -40,16 +40,16 @@ def measure(name: str, device: str) -> dict:
     import torch
 
     from benchmarks._models import unet
-    from memcontrol.adapters import inject
-    from memcontrol.families import Family
-    from memcontrol.space import load_space
+    from memcontrol.core.space_yaml import load_space
+    from memcontrol.model.adapter import inject_adapter
+    from memcontrol.model.families import Family
 
     before = peak_mib(device)
     denoiser = unet((160, 320, 640, 640), SIDE).to(device)
     space = load_space("sd15-sites-complete")
     site = VARIANTS[name]
     choice = space.choice((site[0],), site[1], 0.5) if site else space.anchors()["full"][1]
-    adapter = inject(denoiser, space, choice, 0)
+    adapter = inject_adapter(denoiser, space, choice, 0)
     if not site:
         adapter.parts[0].original.clear()  # what plain full fine-tuning does not hold
     optimizer = torch.optim.AdamW(adapter.groups(), fused=True)

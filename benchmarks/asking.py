@@ -23,10 +23,10 @@ def run(device: str) -> list[dict]:
 def searched(folder: Path, url: str, n_workers: int, seconds: float) -> list[dict]:
     import simulated
 
-    from memcontrol.sampling import Ahead, Sampler
+    from memcontrol.search.sampler import PrefetchedChoices, Sampler
 
     executor, waits, hurries = simulated.Simulated(n_workers, seconds), [], []
-    take, prepared = Ahead.take, Sampler.prepared
+    take, prepared = PrefetchedChoices.take, Sampler.prepared
 
     def timed_take(ahead, records, *args):
         started = time.perf_counter()
@@ -43,11 +43,11 @@ def searched(folder: Path, url: str, n_workers: int, seconds: float) -> list[dic
         "name": study_file.stem, "storage": url, "data": "digits", "space": "sd15-sites", "rewards": {"confirm": 0},
         "search": {"trials": N_TRIALS, "workers": n_workers},
     }))  # fmt: skip
-    Ahead.take, Sampler.prepared = timed_take, counted
+    PrefetchedChoices.take, Sampler.prepared = timed_take, counted
     try:
         simulated.search(study_file, executor).close()
     finally:
-        Ahead.take, Sampler.prepared = take, prepared
+        PrefetchedChoices.take, Sampler.prepared = take, prepared
     late = [wait for n, wait in waits if n >= N_BEFORE]
     hurried = [hurried for n, hurried in hurries if n >= N_BEFORE]
     return [{

@@ -41,7 +41,8 @@ def noisy(seed: int) -> Image.Image:
 
 
 def one(n_train: int, root: Path) -> dict[str, float]:
-    from memcontrol.auditing import audit, folder_pictures
+    from memcontrol.commands.audit import judge_images
+    from memcontrol.data.pictures import read_folder_pictures
 
     write(root / "train", range(n_train))
     write(root / "holdout", range(10**6, 10**6 + N_HOLDOUT))
@@ -49,8 +50,8 @@ def one(n_train: int, root: Path) -> dict[str, float]:
     for i in range(N_COPIES):
         noisy(i * n_train // N_COPIES).save(root / "generated" / f"copy{i}.png")
     started = time.perf_counter()
-    parts = [folder_pictures(part, root / part, print) for part in ("generated", "train", "holdout")]
-    found = audit(*parts, "tiny", lambda *_: None)
+    parts = [read_folder_pictures(part, root / part, print) for part in ("generated", "train", "holdout")]
+    found = judge_images(*parts, "tiny", lambda *_: None)
     first = [copy["generated"] for copy in found["copies"][:N_COPIES]]
     return {"s": time.perf_counter() - started, "copies ranked first": sum(name.startswith("copy") for name in first)}
 

@@ -49,23 +49,24 @@ def run(device: str) -> list[dict]:
 
 def fine_tune(folder: Path, masks: list[str]) -> None:
     """Each mask in a folder of its name, from rung to rung to its end; what is finished stays as it is."""
-    from memcontrol.config import load_config
-    from memcontrol.jobs import Jobs
-    from memcontrol.local_executor import Local
-    from memcontrol.orchestrate import prepared
-    from memcontrol.space import Choice, parse_space
-    from memcontrol.spec import RESULT, Spec
-    from memcontrol.stopping import rung_file
+    from memcontrol.core.choice import Choice
+    from memcontrol.core.config import load_config
+    from memcontrol.core.run_folder import RESULT, name_rung_file
+    from memcontrol.core.space_yaml import parse_space
+    from memcontrol.core.spec import Spec
+    from memcontrol.execution.job_queue import JobQueue
+    from memcontrol.execution.local import Local
+    from memcontrol.search.orchestrator import run_preparation
 
     config, space, steps = load_config(STUDY), parse_space(SPACE, "sites"), [*RUNGS, None]
-    jobs = Jobs(Local(os.cpu_count()), lambda event: None)
-    n_train, todo = prepared(config, folder, jobs)["sizes"]["train"], deque()
+    jobs = JobQueue(Local(os.cpu_count()), lambda event: None)
+    n_train, todo = run_preparation(config, folder, jobs)["sizes"]["train"], deque()
     for mask in masks:
         groups = tuple(name for name, bit in zip(SITES, mask) if bit == "1")
         choice = Choice(groups, "lora", RATE, RANK) if groups else Choice((), "none", 0.0)
         job = Spec(config, space, choice, folder, "search", "holdout", n_train).as_job(folder / mask)
         if not (folder / mask / RESULT).exists():
-            todo.append({**job, "rung": next(rung for rung in steps if not (rung and (folder / mask / rung_file(rung)).exists())) if groups else None})
+            todo.append({**job, "rung": next(rung for rung in steps if not (rung and (folder / mask / name_rung_file(rung)).exists())) if groups else None})
     n_left = len(todo)
     while n_left:
         while todo and jobs.room() > 0:
@@ -93,10 +94,10 @@ def row_of(run: Path, mask: str) -> dict:
 
 def images_of(run: Path, mask: str) -> dict[str, np.ndarray]:
     """What each sample adds to the figures at the rungs, for comparisons in pairs."""
-    from memcontrol.stopping import contributions_at
+    from memcontrol.core.run_folder import read_rung_contributions
 
     found = {}
     for rung in RUNGS:
-        added = contributions_at(run, rung)
+        added = read_rung_contributions(run, rung)
         found |= {f"{mask} {rung} {name}": added[name].astype(np.float32) for name in ("fid", "memorization") if name in added}
     return found

@@ -39,14 +39,14 @@ def compared(folder: Path, seed: int) -> dict:
 
 
 def searched(folder: Path, name: str, rule: dict | None, seed: int):
-    from memcontrol.config import load_config
-    from memcontrol.demo import STUDY
-    from memcontrol.launch import make_executor
-    from memcontrol.orchestrate import search
-    from memcontrol.study import open_study
+    from memcontrol.commands.demo import DEMO_STUDY
+    from memcontrol.core.config import load_config
+    from memcontrol.execution.make import make_executor
+    from memcontrol.search.orchestrator import search_study
+    from memcontrol.study.store import open_study
 
     study = {
-        **STUDY, "name": f"{name}{seed}", "inner": {**STUDY["inner"], **BUDGET}, "rewards": {**STUDY["rewards"], "confirm": 0},
+        **DEMO_STUDY, "name": f"{name}{seed}", "inner": {**DEMO_STUDY["inner"], **BUDGET}, "rewards": {**DEMO_STUDY["rewards"], "confirm": 0},
         "search": {"trials": N_TRIALS, "workers": 2, "seed": seed, "early_stopping": rule},
     }  # fmt: skip
     path, runs = folder / f"{name}{seed}.yaml", folder / f"{name}{seed}"
@@ -55,14 +55,14 @@ def searched(folder: Path, name: str, rule: dict | None, seed: int):
         copy_anchors(folder / f"full{seed}", runs)
     config = load_config(path)
     with contextlib.closing(make_executor(config, runs)) as executor:
-        search(config, path, runs, executor, lambda event: None, lambda study: None).close()
+        search_study(config, path, runs, executor, lambda event: None, lambda study: None).close()
     return open_study(config, runs, path, create=False)
 
 
 def copy_anchors(full: Path, early: Path) -> None:
     """A trial's result is found by its choice: what both searches try first need not be trained twice."""
-    from memcontrol.config import load_config
-    from memcontrol.study import open_study
+    from memcontrol.core.config import load_config
+    from memcontrol.study.store import open_study
 
     path = full.with_suffix(".yaml")
     study = open_study(load_config(path), full, path, create=False)
@@ -74,8 +74,8 @@ def copy_anchors(full: Path, early: Path) -> None:
 
 def n_steps(runs: Path, study) -> int:
     """Training steps of the sampled trials."""
-    from memcontrol.files import read_json
-    from memcontrol.spec import RESULT
+    from memcontrol.core.files import read_json
+    from memcontrol.core.run_folder import RESULT
 
     def of(run: Path) -> int:
         result = read_json(run / RESULT)

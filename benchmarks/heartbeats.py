@@ -119,10 +119,10 @@ def plain_chaos_of(chaos: type) -> type:
 
 
 def counts_of(chaos) -> Counter:
-    from memcontrol.attempts import ATTEMPTS, attempts_of
-    from memcontrol.config import load_config
-    from memcontrol.spec import RESULT
-    from memcontrol.study import open_study
+    from memcontrol.core.attempts import ATTEMPTS, read_attempts
+    from memcontrol.core.config import load_config
+    from memcontrol.core.run_folder import RESULT
+    from memcontrol.study.store import open_study
 
     config = load_config(chaos.study)
     study = open_study(config, chaos.folder, chaos.study, create=False)
@@ -132,7 +132,7 @@ def counts_of(chaos) -> Counter:
     told = {chaos.folder / choice.key for record in records if record.finished for choice in record.candidates}
     return Counter({
         "wanted": len(runs), "finished": len(told), "left running": sum(record.state == "RUNNING" for record in records),
-        "evaluations begun": sum(len(attempts_of(run)) for run in runs),
+        "evaluations begun": sum(len(read_attempts(run)) for run in runs),
         "results lost": sum((run / RESULT).exists() and run not in told for run in runs),
         "paid for twice": sum((run / ATTEMPTS).stat().st_mtime > (run / RESULT).stat().st_mtime for run in runs),  # begun after it had ended
     })  # fmt: skip

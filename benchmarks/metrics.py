@@ -28,11 +28,11 @@ def frechet() -> dict:
     """d = 2048, 500 generated images, the reference's Gaussian cached; eigenvalues as torchmetrics takes them, once."""
     import torch
 
-    from memcontrol.rewards import fid, gaussian
+    from memcontrol.scoring.quality import fid, fit_gaussian
 
     rng = np.random.default_rng(0)
     real, generated = rng.standard_normal((5000, 2048)), 1.1 * rng.standard_normal((500, 2048)) + 0.1
-    reference, covariance = gaussian(real), np.cov(real.T)
+    reference, covariance = fit_gaussian(real), np.cov(real.T)
 
     def by_eigenvalues() -> float:
         own = np.cov(generated.T)
@@ -48,7 +48,7 @@ def neighbours() -> list[dict]:
     """50,000 references, 1,000 queries, d = 512."""
     import torch
 
-    from memcontrol.features import REFERENCE_BLOCK, nearest
+    from memcontrol.data.features import REFERENCE_BLOCK, nearest
 
     rng = np.random.default_rng(0)
     references, queries = (rng.standard_normal((n, 512)).astype(np.float32) for n in (50_000, 1_000))

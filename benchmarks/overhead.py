@@ -26,11 +26,11 @@ def run(device: str) -> list[dict]:
 def searched(folder: Path, server) -> list[dict]:
     import simulated
 
-    from memcontrol.sampling import Ahead, Sampler
-    from memcontrol.study import Study
+    from memcontrol.search.sampler import PrefetchedChoices, Sampler
+    from memcontrol.study.store import Study
 
     executor = simulated.Simulated(N_WORKERS, SECONDS)
-    watched = {"draw, in its own thread": (Sampler, "drawn"), "wait for a choice": (Ahead, "take"), "begin": (Study, "begin"), "tell": (Study, "finish")}
+    watched = {"draw, in its own thread": (Sampler, "drawn"), "wait for a choice": (PrefetchedChoices, "take"), "begin": (Study, "begin"), "tell": (Study, "finish")}
     spent: dict[str, list[tuple[int, float]]] = {name: [] for name in watched}
 
     def timed(name: str, function):

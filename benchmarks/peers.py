@@ -70,43 +70,43 @@ def measure(name: str, device: str) -> dict:
 
 
 def specs(folder: Path, device: str):
-    """A Bench, and the trials as a search hands them out."""
+    """Loaded models, and the trials as a search hands them out."""
     from benchmarks._models import stable_diffusion
-    from memcontrol.bench import Bench
-    from memcontrol.config import load_config
-    from memcontrol.demo import STUDY
-    from memcontrol.prepare import prepare
-    from memcontrol.space import load_space
-    from memcontrol.spec import Spec
+    from memcontrol.commands.demo import DEMO_STUDY
+    from memcontrol.core.config import load_config
+    from memcontrol.core.space_yaml import load_space
+    from memcontrol.core.spec import Spec
+    from memcontrol.trial.loaded import LoadedModels
+    from memcontrol.trial.prepare import prepare_study
 
-    values = {**STUDY, "name": "peers"}
+    values = {**DEMO_STUDY, "name": "peers"}
     if SMALL:
-        values |= {"inner": {**STUDY["inner"], "budget_images": 64, "batch_size": 16}, "rewards": {**STUDY["rewards"], "n_samples": 64, "force": True, "sampling_steps": 2}}
+        values |= {"inner": {**DEMO_STUDY["inner"], "budget_images": 64, "batch_size": 16}, "rewards": {**DEMO_STUDY["rewards"], "n_samples": 64, "force": True, "sampling_steps": 2}}
     if device == "cuda":
         values |= {
-            "base": stable_diffusion(), "data": {**STUDY["data"], "resolution": 512},
-            "inner": {**STUDY["inner"], "budget_images": 1600, "batch_size": 16, "precision": "bfloat16"}, "rewards": {**STUDY["rewards"], "n_samples": 64, "force": True},
+            "base": stable_diffusion(), "data": {**DEMO_STUDY["data"], "resolution": 512},
+            "inner": {**DEMO_STUDY["inner"], "budget_images": 1600, "batch_size": 16, "precision": "bfloat16"}, "rewards": {**DEMO_STUDY["rewards"], "n_samples": 64, "force": True},
         }  # fmt: skip
-    config, bench = load_config(values), Bench()
-    prepare(config.model_dump(mode="json"), folder, bench, lambda line: None)
+    config, loaded = load_config(values), LoadedModels()
+    prepare_study(config.model_dump(mode="json"), folder, loaded, lambda line: None)
     space = load_space(config.space)
     choices = [space.choice(groups, "lora", BETWEEN, RANK) for groups in MASKS]
-    n_train = len(bench.parts(Spec(config, space, choices[0], folder, "search", "holdout", 1))["train"])
-    return bench, [Spec(config, space, choices[i % len(choices)], folder, "search", "holdout", n_train) for i in range(N_TRIALS)]
+    n_train = len(loaded.parts(Spec(config, space, choices[0], folder, "search", "holdout", 1))["train"])
+    return loaded, [Spec(config, space, choices[i % len(choices)], folder, "search", "holdout", n_train) for i in range(N_TRIALS)]
 
 
 def ours(name: str, folder: Path, device: str) -> tuple[list[float], list[list[float]], list[float]]:
     """The worker has run a trial before."""
-    from memcontrol.run import trial
+    from memcontrol.trial.run import run_trial
 
-    bench, trials = specs(folder, device)
+    loaded, trials = specs(folder, device)
     seconds, losses, fids = [], [], []
     for i, spec in enumerate([trials[0], *trials]):
         found: dict[int, float] = {}
         run_folder = folder / f"run-{i}"
         spec.as_job(run_folder)
         started = time.perf_counter()
-        result = trial(run_folder, bench, lambda stage, done, total, found=found, **said: found.update({done: said["loss"]}) if stage == "train" else None)
+        result = run_trial(run_folder, loaded, lambda stage, done, total, found=found, **said: found.update({done: said["loss"]}) if stage == "train" else None)
         if i:
             seconds.append(time.perf_counter() - started)
             losses.append(list(found.values()))
@@ -117,8 +117,8 @@ def ours(name: str, folder: Path, device: str) -> tuple[list[float], list[list[f
 def theirs(name: str, folder: Path, device: str) -> tuple[list[float], list[list[float]], list[float]]:
     from benchmarks._peers import RECIPES, trial
 
-    bench, trials = specs(folder, device)
-    tasks = [task_of(spec, bench, device) for spec in trials]
+    loaded, trials = specs(folder, device)
+    tasks = [task_of(spec, loaded, device) for spec in trials]
     seconds, losses, fids = [], [], []
     for task in tasks:
         started = time.perf_counter()
@@ -129,29 +129,29 @@ def theirs(name: str, folder: Path, device: str) -> tuple[list[float], list[list
     return seconds, losses, fids
 
 
-def task_of(spec, bench, device: str):
+def task_of(spec, loaded, device: str):
     """The trial as a peer gets it."""
     import torch
 
     from benchmarks._peers import Task
-    from memcontrol.models import base_path
-    from memcontrol.run import chosen_adapter
-    from memcontrol.seeds import seed_of
-    from memcontrol.train import batch_rows, pace
+    from memcontrol.core.seeds import derive_seed
+    from memcontrol.model.base import find_base_path
+    from memcontrol.training.loop import learning_rate_factor, select_batch_rows
+    from memcontrol.trial.run import inject_choice
 
-    inner, base, images = spec.config.inner, bench.base(spec.config), bench.train_images(spec)
-    adapter = chosen_adapter(base.denoiser, spec)
+    inner, base, images = spec.config.inner, loaded.base(spec.config), loaded.train_images(spec)
+    adapter = inject_choice(base.denoiser, spec)
     first = {name.replace(".weight", ".default.weight"): tensor.detach().clone() for name, tensor in adapter.named_parameters().items()}
     layer = next(iter(adapter.parts[0].layers.values()))
     alpha = layer.scaling["default"] * layer.r["default"]
     modules = list(adapter.parts[0].layers)
     adapter.remove()
-    rows = np.random.default_rng(seed_of(spec.sampling_seed, "captions")).integers(len(images), size=spec.config.rewards.n_samples)
-    extractor = bench.extractor(spec.config.rewards.extractor)
+    rows = np.random.default_rng(derive_seed(spec.sampling_seed, "captions")).integers(len(images), size=spec.config.rewards.n_samples)
+    extractor = loaded.extractor(spec.config.rewards.extractor)
     return Task(
-        base_path(spec.config.base), images.pixels(), images.captions, bench.parts(spec)["holdout"].pixels(), [images.captions[row] for row in rows], modules, first,
-        RANK, alpha, lambda step: spec.choice.learning_rate * pace((step + 1) / inner.budget_steps, inner),
-        lambda step: (batch_rows(len(images), inner.batch_size, spec.seed, step), torch.Generator().manual_seed(seed_of(spec.seed, "step", step))),
+        find_base_path(spec.config.base), images.pixels(), images.captions, loaded.parts(spec)["holdout"].pixels(), [images.captions[row] for row in rows], modules, first,
+        RANK, alpha, lambda step: spec.choice.learning_rate * learning_rate_factor((step + 1) / inner.budget_steps, inner),
+        lambda step: (select_batch_rows(len(images), inner.batch_size, spec.seed, step), torch.Generator().manual_seed(derive_seed(spec.seed, "step", step))),
         inner.budget_steps, spec.config.rewards.guidance, extractor.extract, extractor.n_features, device, inner.precision,
     )  # fmt: skip
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks._problems import hypervolume
 from benchmarks.digits_masks import IMAGES, RUNGS, SITES, SPACE, TABLE
-from memcontrol.pareto import front
+from memcontrol.study.pareto import find_front
 
 N_SEEDS, N_WORKERS, N_LONGEST, N_FULL, GOALS = 20, 4, 100, 40, (0.95, 0.97, 0.99)
 KINDS = ("auto", "tpe", "nsga2", "random")
@@ -35,7 +35,7 @@ class Table:
             self.images = dict(images)
         self.points = {mask: (row["fid"], row["memorization"]) for mask, row in self.rows.items()}
         values = list(self.points.values())
-        best = np.array([values[i] for i in front(values)])
+        best = np.array([values[i] for i in find_front(values)])
         self.references = {"worst": np.max(values, 0), "front": best.max(0) + 0.1 * np.ptp(best, 0)}
         self.wholes = {name: hypervolume(values, reference) for name, reference in self.references.items()}
 
@@ -72,15 +72,15 @@ def run(device: str) -> list[dict]:
 
 def replayed(table: Table, kind: str, seed: int, n_trials: int = N_LONGEST, early: bool = False) -> tuple[list[str], int]:
     """The masks in the order in which their trials ended well, and the training steps of all: four workers, ends in random order."""
-    from memcontrol.config import EarlyStopping
-    from memcontrol.sampling import Sampler
-    from memcontrol.space import parse_space
-    from memcontrol.stopping import Shown, verdict
-    from memcontrol.study import Record
+    from memcontrol.core.config import EarlyStopping
+    from memcontrol.core.space_yaml import parse_space
+    from memcontrol.search.early_stopping import RungResult, weigh_peers
+    from memcontrol.search.sampler import Sampler
+    from memcontrol.study.record import Record
 
     space, rule, rng = parse_space(SPACE, "sites"), EarlyStopping(rungs=RUNGS), random.Random(seed)
     sampler, records, running, ended, n_steps = Sampler(space, seed, 2, (), kind), [], [], [], 0
-    there: dict[float, list[Shown]] = {rung: [] for rung in RUNGS}
+    there: dict[float, list[RungResult]] = {rung: [] for rung in RUNGS}
 
     def mask_of(record: Record) -> str:
         return "".join(str(int(site in record.choice.groups)) for site in SITES)
@@ -90,8 +90,8 @@ def replayed(table: Table, kind: str, seed: int, n_trials: int = N_LONGEST, earl
         row, measured = table.rows[mask_of(record)], []
         for one in row["rungs"]:
             measured.append({"rung": one["rung"], "rewards": {name: one[name] for name in one if name.startswith(tuple(OBJECTIVES))}})
-            own, peers = Shown.of(record.number, measured[-1]["rewards"], OBJECTIVES, table.images_at(row["mask"], one["rung"])), there[one["rung"]]
-            stopped = verdict(own, peers, rule)[1]
+            own, peers = RungResult.of(record.number, measured[-1]["rewards"], OBJECTIVES, table.images_at(row["mask"], one["rung"])), there[one["rung"]]
+            stopped = weigh_peers(own, peers, rule)[1]
             peers.append(own)
             if stopped:
                 return {"rungs": tuple(measured), "n_steps": one["n_steps"]}

@@ -66,9 +66,9 @@ def in_flight(ask: Callable[[int], tuple[int, ...]], tell: Callable[[int], None]
 
 def ours(problem: Problem, kind: str, seed: int) -> list[tuple[int, ...]]:
     """Our sampler as a search calls it, over a space of 13 groups under one method."""
-    from memcontrol.sampling import Sampler
-    from memcontrol.space import parse_space
-    from memcontrol.study import Record
+    from memcontrol.core.space_yaml import parse_space
+    from memcontrol.search.sampler import Sampler
+    from memcontrol.study.record import Record
 
     groups = [f"g{i:02}" for i in range(N_BITS)]
     space = parse_space({"groups": {g: f"{g}.*" for g in groups}, "learning_rate": {"lora": [1e-3, 1.09e-3], "full": [1e-4, 1e-3]}, "rank": [4], "always": [{"method": "bias", "patterns": ["x.*"]}]}, "bits")

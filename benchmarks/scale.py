@@ -39,7 +39,7 @@ def row(what: str, size: str, figure: float, unit: str) -> dict:
 
 
 def neighbours() -> list[dict]:
-    from memcontrol.features import nearest
+    from memcontrol.data.features import nearest
 
     rng, rows = np.random.default_rng(0), []
     for name, (d, sizes) in {"pixels": PIXELS, "2048 features": FEATURES}.items():
@@ -55,33 +55,34 @@ def neighbours() -> list[dict]:
 def caches() -> list[dict]:
     """Of Stable Diffusion 1.5 at 512 pixels, from shapes: mean and deviation of the latents, and encodings, where every caption differs; and
     what is done with the list of images."""
-    from memcontrol.data import Images, Record, parts_as_dict, parts_from_dict
-    from memcontrol.train import batch_rows, shuffled
+    from memcontrol.data.images import ImageRecord, Images
+    from memcontrol.data.split import dump_parts, parse_parts
+    from memcontrol.training.loop import select_batch_rows, shuffle_rows
 
     latents, text = 2 * 4 * 64 * 64 * 4, 77 * 768 * 4
-    images = Images("x", 512, tuple(Record(f"{i:09}.png", f"an image of number {i}", f"{i:016x}") for i in range(N_LISTED)))
-    stored = parts_as_dict({"train": images})
+    images = Images("x", 512, tuple(ImageRecord(f"{i:09}.png", f"an image of number {i}", f"{i:016x}") for i in range(N_LISTED)))
+    stored = dump_parts({"train": images})
     wanted, listed = f"{N_WANTED:,} images", f"{N_LISTED:,} images"
     return [
         row("latents, on disk, memory-mapped", wanted, latents * N_WANTED / 2**30, "GiB"),
         row("caption encodings, all different, the same", wanted, text * N_WANTED / 2**30, "GiB"),
         row("split.json", wanted, len(json.dumps(stored)) / N_LISTED * N_WANTED / 2**30, "GiB"),
-        row("reading it, once a worker", listed, seconds_of(lambda: parts_from_dict(json.loads(json.dumps(stored)), "x", 512), 1), "s"),
+        row("reading it, once a worker", listed, seconds_of(lambda: parse_parts(json.loads(json.dumps(stored)), "x", 512), 1), "s"),
         row("the set's digest, once a worker", listed, seconds_of(lambda: images.digest, 1), "s"),
-        row("a step's batch, the first of a pass", wanted, seconds_of(lambda: (shuffled.cache_clear(), batch_rows(N_WANTED, 32, 0, 0))), "s"),
-        row("a step's batch, any other", wanted, seconds_of(lambda: batch_rows(N_WANTED, 32, 0, 1)), "s"),
+        row("a step's batch, the first of a pass", wanted, seconds_of(lambda: (shuffle_rows.cache_clear(), select_batch_rows(N_WANTED, 32, 0, 0))), "s"),
+        row("a step's batch, any other", wanted, seconds_of(lambda: select_batch_rows(N_WANTED, 32, 0, 1)), "s"),
     ]
 
 
 def studies() -> list[dict]:
     """Of a study whose trials have ended, in SQLite."""
-    from memcontrol.config import load_config
-    from memcontrol.growth import grown, reference_of
-    from memcontrol.picking import front_of, pick, ties_of
-    from memcontrol.publish import Publisher
-    from memcontrol.sampling import Sampler
-    from memcontrol.space import load_space
-    from memcontrol.study import open_study
+    from memcontrol.core.config import load_config
+    from memcontrol.core.space_yaml import load_space
+    from memcontrol.search.sampler import Sampler
+    from memcontrol.study.hypervolume import estimate_hypervolume, find_reference_point
+    from memcontrol.study.pick import choose_trial, select_front, select_ties
+    from memcontrol.study.store import open_study
+    from memcontrol.view.dashboard_notes import Publisher
 
     rows, space = [], load_space("sd15-blocks")
     for n in TRIALS:
@@ -96,10 +97,10 @@ def studies() -> list[dict]:
             again = open_study(config, folder, folder / "large.yaml", create=False)
             rows.append(row("reading the study", f"{n:,} trials", time.perf_counter() - spent, "s"))
             records = again.records()
-            reference = reference_of(records)
+            reference = find_reference_point(records)
             parts = {
-                "the front": lambda records=records: front_of(records), "ties with it": lambda records=records: ties_of(records), "the pick": lambda records=records: pick(records),
-                "the hypervolume": lambda records=records, reference=reference: grown(records, reference),
+                "the front": lambda records=records: select_front(records), "ties with it": lambda records=records: select_ties(records), "the pick": lambda records=records: choose_trial(records),
+                "the hypervolume": lambda records=records, reference=reference: estimate_hypervolume(records, reference),
                 "a draw by multivariate TPE": lambda records=records: Sampler(space, 0, 2, (), "tpe").draw(records),
             }  # fmt: skip
             rows += [row(what, f"{n:,} trials", seconds_of(call, 1), "s") for what, call in parts.items()]

@@ -36,13 +36,13 @@ def copied(n: int, device: str) -> dict:
     import torch
 
     from benchmarks._models import base_of, random_material, unet
-    from memcontrol.adapters import inject
-    from memcontrol.space import load_space
+    from memcontrol.core.space_yaml import load_space
+    from memcontrol.model.adapter import inject_adapter
 
     first, space, data = base_of(unet(WIDTHS, SIDE), device), load_space("sd15-sites-complete"), random_material(N_IMAGES, SIDE).data
     choice, parameters = space.choice(space.groups_for("lora"), "lora", 0.5), sum(parameter.numel() for parameter in first.denoiser.parameters())
     bases = [first, *(base_of(copy.deepcopy(first.denoiser), device) for _ in range(n - 1))]
-    trained = [inject(base.denoiser, space, choice, 0).parameters() for base in bases]
+    trained = [inject_adapter(base.denoiser, space, choice, 0).parameters() for base in bases]
     optimizers = [torch.optim.AdamW(mine, lr=choice.learning_rate) for mine in trained]
     started, generator = time.perf_counter(), torch.Generator().manual_seed(0)
     for _ in range(N_ROUNDS):
@@ -67,17 +67,17 @@ def measure(shards: str, device: str) -> dict:
     if shards == COPIES:
         return copied(10, device)
     from benchmarks._models import base_of, random_material, unet
-    from memcontrol.adapters import inject
-    from memcontrol.config import InnerConfig
-    from memcontrol.ensemble import train
-    from memcontrol.space import load_space
+    from memcontrol.core.config import InnerConfig
+    from memcontrol.core.space_yaml import load_space
+    from memcontrol.model.adapter import inject_adapter
+    from memcontrol.training.rounds import train_rounds
 
     base, space = base_of(unet(WIDTHS, SIDE), device), load_space("sd15-sites-complete")
-    adapter = inject(base.denoiser, space, space.choice(space.groups_for("lora"), "lora", 0.5), 0, shared_a=shards != "1")
+    adapter = inject_adapter(base.denoiser, space, space.choice(space.groups_for("lora"), "lora", 0.5), 0, shared_a=shards != "1")
     inner = InnerConfig(budget_images=N_STEPS * BATCH, batch_size=BATCH, rounds=N_ROUNDS, ensemble={"shards": int(shards)})
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        train(base, adapter, random_material(N_IMAGES, SIDE), inner, seed=0, folder=Path(folder), progress=lambda *_, **said: None)
+        train_rounds(base, adapter, random_material(N_IMAGES, SIDE), inner, seed=0, folder=Path(folder), progress=lambda *_, **said: None)
     seconds, n = time.perf_counter() - started, sum(parameter.numel() for parameter in base.denoiser.parameters())
     return {"seconds": seconds, "mib": peak_mib(device), "parameters": n}
 

@@ -24,15 +24,16 @@ def measure(name: str, widths: tuple, side: int, batch: int, device: str) -> dic
     import torch
 
     from benchmarks._models import base_of, random_material, unet
-    from memcontrol.adapters import inject
-    from memcontrol.config import InnerConfig, SkipConfig
-    from memcontrol.memory import LossMemory
-    from memcontrol.space import load_space
-    from memcontrol.train import Loop, Shard
+    from memcontrol.core.config import InnerConfig, SkipConfig
+    from memcontrol.core.space_yaml import load_space
+    from memcontrol.model.adapter import inject_adapter
+    from memcontrol.training.loop import Loop
+    from memcontrol.training.loss_memory import LossMemory
+    from memcontrol.training.shard import Shard
 
     base, space = base_of(unet(widths, side), device), load_space("sd15-sites-complete")
     material, rows = random_material(200, side), torch.arange(200)
-    adapter = inject(base.denoiser, space, space.choice(space.groups_for("lora"), "lora", 0.5), 0)
+    adapter = inject_adapter(base.denoiser, space, space.choice(space.groups_for("lora"), "lora", 0.5), 0)
     loops = {}
     for skip in (None, SkipConfig(ratio=1e9)):
         shard = Shard(0, rows, *torch.zeros(2, 200, dtype=torch.long), LossMemory.empty(skip, base.device) if skip else None)

@@ -26,14 +26,14 @@ def ranked(folder: Path) -> list[dict]:
     """Rows with the rank correlation over the runs, and by how much a figure differs in the median."""
     import numpy as np
 
-    from memcontrol.bench import Bench
-    from memcontrol.estimate import spearman
-    from memcontrol.files import read_json
-    from memcontrol.spec import RESULT
+    from memcontrol.core.estimate import spearman
+    from memcontrol.core.files import read_json
+    from memcontrol.core.run_folder import RESULT
+    from memcontrol.trial.loaded import LoadedModels
 
-    bench = Bench()
+    loaded = LoadedModels()
     runs = [path.parent for path in sorted(folder.glob(f"*/{RESULT}")) if read_json(path)["state"] == "COMPLETE"]
-    found = {steps: [figures(run, bench, steps, ddim=steps == REFERENCE) for run in runs] for steps in (*STEPS, REFERENCE)}
+    found = {steps: [figures(run, loaded, steps, ddim=steps == REFERENCE) for run in runs] for steps in (*STEPS, REFERENCE)}
     rows = []
     for steps in STEPS:
         for name in FIGURES:
@@ -46,27 +46,27 @@ def ranked(folder: Path) -> list[dict]:
     return rows
 
 
-def figures(run: Path, bench, steps: int, ddim: bool) -> dict[str, float]:
+def figures(run: Path, loaded, steps: int, ddim: bool) -> dict[str, float]:
     from diffusers import DDIMScheduler
 
-    from memcontrol.evidence import flat
-    from memcontrol.figures import error_of
-    from memcontrol.run import chosen_adapter
-    from memcontrol.scoring import evidence, figures_of, sample
-    from memcontrol.spec import read_spec
+    from memcontrol.core.reward_table import read_error
+    from memcontrol.core.spec import read_spec
+    from memcontrol.scoring.score import flatten_rewards
+    from memcontrol.trial.run import inject_choice
+    from memcontrol.trial.samples import gather_evidence, sample_images, score_samples
 
     spec = read_spec(run)
     spec = replace(spec, config=spec.config.model_copy(update={"rewards": spec.config.rewards.model_copy(update={"sampling_steps": steps})}))
-    base, material = bench.base(spec.config), bench.material(spec)
-    adapter, solver = chosen_adapter(base.denoiser, spec), base.pipeline.scheduler
+    base, material = loaded.base(spec.config), loaded.material(spec)
+    adapter, solver = inject_choice(base.denoiser, spec), base.pipeline.scheduler
     try:
         adapter.load(run)
         if ddim:
             base.pipeline.scheduler = DDIMScheduler.from_config(solver.config)
         with adapter.folded():
-            samples = sample(base, material, spec, lambda done, total: None)
+            samples = sample_images(base, material, spec, lambda done, total: None)
     finally:
         base.pipeline.scheduler = solver
         adapter.remove()
-    found = flat(figures_of(samples, evidence(samples, spec, bench), spec, bench))
-    return found | {f"{name}_error": error_of(name, found) for name in FIGURES}
+    found = flatten_rewards(score_samples(samples, gather_evidence(samples, spec, loaded), spec, loaded))
+    return found | {f"{name}_error": read_error(name, found) for name in FIGURES}

@@ -17,19 +17,19 @@ def run(device: str) -> list[dict]:
     import torch
 
     from benchmarks.peers import specs
-    from memcontrol.run import trial
+    from memcontrol.trial.run import run_trial
 
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        bench, trials = specs(Path(folder), device)
+        loaded, trials = specs(Path(folder), device)
         clock = Clock(torch.device(device))
-        base = bench.base(trials[0].config)
+        base = loaded.base(trials[0].config)
         for mask, spec in enumerate(trials):
             found: list[dict[str, float]] = []
             for i in range(1 + N_REPEATS):
                 path = Path(folder) / f"{mask}-{i}"
                 spec.as_job(path)
-                found.append(timed(clock, base, lambda path=path, progress=None: trial(path, bench, progress)))
+                found.append(timed(clock, base, lambda path=path, progress=None: run_trial(path, loaded, progress)))
             row = {name: statistics.median(one[name] for one in found[1:]) for name in found[0]}
             rows.append({"trained": ", ".join(spec.choice.groups), **row})
     return rows

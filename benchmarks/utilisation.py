@@ -44,13 +44,13 @@ def measured(method: str, layout: str, device: str) -> dict:
     from torch.utils.flop_counter import FlopCounterMode
 
     from benchmarks._models import base_of, random_material, unet
-    from memcontrol.adapters import inject
-    from memcontrol.space import load_space
+    from memcontrol.core.space_yaml import load_space
+    from memcontrol.model.adapter import inject_adapter
 
     widths, side, batch, precision, _ = SIZES[device]
     base, space, data = base_of(unet(widths, side), device), load_space("sd15-sites-complete"), random_material(batch, side).data
     choice = space.choice(space.groups_for("lora"), "lora", 0.5) if method == "lora" else space.anchors()["full"][1]
-    adapter = inject(base.denoiser, space, choice, 0)
+    adapter = inject_adapter(base.denoiser, space, choice, 0)
     optimizer = torch.optim.AdamW(adapter.groups(), fused=True)
     if "channels_last" in layout:
         base.denoiser.to(memory_format=torch.channels_last)

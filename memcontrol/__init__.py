@@ -1,15 +1,19 @@
 """MemControl: search which parameters of a diffusion model to fine-tune, so that quality stays and memorization goes.
 
-The commands are functions of the same names: `memcontrol.search("xrays.yaml")`, `memcontrol.front("xrays.yaml")`; see memcontrol.api.
+The commands are functions of the same names: `memcontrol.search("xrays.yaml")`, `memcontrol.front("xrays.yaml")`; see memcontrol.commands.
 """
 
+import sys
+from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from memcontrol.api import audit, compare, dashboard, export, front, importance, init, load_adapter, pick, report, retrain, search, status
-    from memcontrol.evidence import reward
+from memcontrol.core.version import __version__ as __version__
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from memcontrol.commands.api import audit, compare, dashboard, export, front, importance, init, load_adapter, pick, report, retrain, search, status
+    from memcontrol.scoring.own_rewards import reward
+
 __all__ = [
     "audit", "compare", "dashboard", "export", "front", "importance", "init", "load_adapter", "pick", "report", "retrain", "reward", "search", "status",
 ]  # fmt: skip
@@ -19,14 +23,19 @@ def __getattr__(name: str):
     """Imported when asked for: `memcontrol --help` must be instant, and a reward brings numpy and torch."""
     if name not in __all__:
         raise AttributeError(f"module 'memcontrol' has no attribute '{name}'")
-    from memcontrol import api
-
-    if name == "reward":
-        from memcontrol.evidence import reward
-
-        return reward
-    return getattr(api, name)
+    return getattr(import_module("memcontrol.scoring.own_rewards" if name == "reward" else "memcontrol.commands.api"), name)
 
 
 def __dir__() -> list[str]:
     return [*__all__, "__version__"]
+
+
+class _Face(ModuleType):
+    """Keeps `memcontrol.search` the command: importing the package of that name would put itself in its place."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in __all__ and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Face

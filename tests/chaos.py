@@ -21,13 +21,13 @@ import yaml
 from optuna.artifacts import get_all_artifact_meta
 from postgres import Postgres
 
-from memcontrol.artifacts import FOLDER
-from memcontrol.attempts import attempts_of, failures_of
-from memcontrol.config import load_config, study_folder
-from memcontrol.jobs import N_TRIES
-from memcontrol.pareto import front
-from memcontrol.spec import CONFIRMED, PAIRS_PICTURE, RESULT, SAMPLES, SAMPLES_PICTURE
-from memcontrol.study import open_study
+from memcontrol.core.attempts import read_attempts, read_failures
+from memcontrol.core.config import load_config
+from memcontrol.core.run_folder import CONFIRMED, PAIRS_PICTURE, RESULT, SAMPLES, SAMPLES_PICTURE, locate_study_folder
+from memcontrol.execution.job_queue import N_TRIES
+from memcontrol.study.artifacts import ARTIFACTS_FOLDER
+from memcontrol.study.pareto import find_front
+from memcontrol.study.store import open_study
 
 SEARCH = [sys.executable, "-m", "memcontrol.cli", "search"]
 TIME_LIMIT_SECONDS = 45
@@ -53,7 +53,7 @@ class Chaos:
 
     def __init__(self, study: Path, server: Postgres, trials: int, faults: Counter, seed: int, say=lambda line: None):
         self.study, self.server, self.trials, self.say = study, server, trials, say
-        self.folder = study_folder(study, load_config(study).name)
+        self.folder = locate_study_folder(study, load_config(study).name)
         self.plan = [fault for fault, n in faults.items() for _ in range(n)]
         random.Random(seed).shuffle(self.plan)
         self.started = time.monotonic()
@@ -97,11 +97,11 @@ class Chaos:
             if self.search.poll() is not None:
                 self.begin()
             try:
-                workers = [child for child in psutil.Process(self.search.pid).children() if "memcontrol.worker" in " ".join(child.cmdline())]
+                workers = [child for child in psutil.Process(self.search.pid).children() if "memcontrol.execution.worker" in " ".join(child.cmdline())]
             except psutil.Error:  # one of them ended just now
                 continue
             runs = [path.parent for path in self.folder.glob("*/attempts.jsonl") if not (path.parent / RESULT).exists()]
-            busy = {attempts_of(run)[-1]["pid"] for run in runs if len(failures_of(run)) < N_TRIES - 1}
+            busy = {read_attempts(run)[-1]["pid"] for run in runs if len(read_failures(run)) < N_TRIES - 1}
             found = [worker for worker in workers if worker.pid in busy]
             if found:
                 return found[0]
@@ -146,7 +146,7 @@ class Chaos:
 def violations(study_file: Path, trials: int, n_kills: int) -> list[str]:
     """What does not hold of what a search left behind; empty if all does."""
     config = load_config(study_file)
-    folder = study_folder(study_file, config.name)
+    folder = locate_study_folder(study_file, config.name)
     study = open_study(config, folder, study_file, create=False)
     records, optuna_trials, found = study.records(), study.inner.get_trials(), []
 
@@ -174,15 +174,15 @@ def violations(study_file: Path, trials: int, n_kills: int) -> list[str]:
         if record.confirmed:
             claim(record.confirmed == json.loads((folder / record.choice.key / CONFIRMED).read_text())["rewards"], f"trial {record.number}: confirmed rewards differ")
         run, metas = folder / record.choice.key, get_all_artifact_meta(trial, storage=study.storage)
-        blobs = {meta.filename: (folder / FOLDER / meta.artifact_id).read_bytes() for meta in metas}
+        blobs = {meta.filename: (folder / ARTIFACTS_FOLDER / meta.artifact_id).read_bytes() for meta in metas}
         claim(blobs == {name: (run / name).read_bytes() for name in (SAMPLES_PICTURE, PAIRS_PICTURE)}, f"trial {record.number}: its artifacts are not its run's pictures")
         study.finish(record.number, results)
     claim(study.inner.get_trials() == optuna_trials, "telling the results again changed something")
-    n_attempts = sum(len(attempts_of(folder / choice.key)) for choice in candidates)
+    n_attempts = sum(len(read_attempts(folder / choice.key)) for choice in candidates)
     claim(len(candidates) <= n_attempts <= len(candidates) + n_kills, f"{n_attempts} attempts at {len(candidates)} choices with {n_kills} kills")
     strays = {path.parent.name for path in folder.glob(f"*/{RESULT}")} - {choice.key for choice in candidates}
     claim(not strays, f"runs of no trial: {strays}")
-    claim(len(list((folder / FOLDER).iterdir())) == 2 * len(records), "artifacts of no trial, or halves of some")
+    claim(len(list((folder / ARTIFACTS_FOLDER).iterdir())) == 2 * len(records), "artifacts of no trial, or halves of some")
     study.close()
     return found
 
@@ -190,12 +190,12 @@ def violations(study_file: Path, trials: int, n_kills: int) -> list[str]:
 def front_of(study_file: Path) -> tuple[set[str], float]:
     """The keys of all choices, and the hypervolume of the values as searched, against the worst of each."""
     config = load_config(study_file)
-    study = open_study(config, study_folder(study_file, config.name), study_file, create=False)
+    study = open_study(config, locate_study_folder(study_file, config.name), study_file, create=False)
     records = study.records()
     study.close()
     points = [[record.searched[name] for name in config.rewards.names] for record in records]
     (x_worst, y_worst), total, last = (max(column) for column in zip(*points)), 0.0, None
-    for i in front(points):
+    for i in find_front(points):
         x, y = points[i]
         total += (x_worst - x) * ((y_worst if last is None else last) - y)
         last = y

@@ -12,7 +12,7 @@ from pathlib import Path
 NEW_PROCESS = [sys.executable, "-m", "memcontrol.cli"]
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload([
-    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion", "diffusers.training_utils", "matplotlib.pyplot", "memcontrol.commands", "memcontrol.orchestrate", "memcontrol.worker",
+    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion", "diffusers.training_utils", "matplotlib.pyplot", "memcontrol.cli.commands", "memcontrol.search.orchestrator", "memcontrol.execution.worker",
     "optuna_dashboard", "peft", "rich.table", "scipy.stats", "sklearn.datasets", "transformers.models.clip.modeling_clip",
 ])  # fmt: skip
 
@@ -42,7 +42,7 @@ def command(words, said, cwd, environment, before):
     sys.argv = ["memcontrol", *words]
     if before:
         before()
-    from memcontrol.cli import main
+    from memcontrol.cli.parser import main
 
     try:
         sys.exit(main())

@@ -28,7 +28,7 @@ SMALL = {
 
 @pytest.fixture(scope="session")
 def base():
-    from memcontrol.models import load_base
+    from memcontrol.model.base import load_base
 
     return load_base("tiny")
 
@@ -99,9 +99,9 @@ def photographs(tmp_path):
 @pytest.fixture(scope="session")
 def material(base, tmp_path_factory):
     """Twenty digits, encoded."""
-    from memcontrol.config import load_config
-    from memcontrol.data import load_parts
-    from memcontrol.train import Material
+    from memcontrol.core.config import load_config
+    from memcontrol.data.split import load_parts
+    from memcontrol.training.shard import Material
 
     config, cache = load_config({"name": "a", "data": {"path": "digits", "train": N_IMAGES, "holdout": 20, "test": 20}}), tmp_path_factory.mktemp("cache")
     parts = load_parts(config.data, 32, 0)
@@ -113,16 +113,17 @@ def material(base, tmp_path_factory):
 @pytest.fixture
 def trained(base, material, tmp_path):
     """Trains, and returns the log and what was learned."""
-    from memcontrol.adapters import inject
-    from memcontrol.config import InnerConfig
-    from memcontrol.ensemble import train
-    from memcontrol.space import Choice, load_space
+    from memcontrol.core.choice import Choice
+    from memcontrol.core.config import InnerConfig
+    from memcontrol.core.space_yaml import load_space
+    from memcontrol.model.adapter import inject_adapter
+    from memcontrol.training.rounds import train_rounds
 
     def run(choice=None, seed=3, folder="rounds", space="digits", progress=lambda *_, **said: None, **inner):
         settings = InnerConfig(**{"budget_images": 24, "batch_size": 8, **inner})
-        adapter = inject(base.denoiser, load_space(space) if isinstance(space, str) else space, choice or Choice(**CHOICE), seed, shared_a=settings.ensemble.shares_a)
+        adapter = inject_adapter(base.denoiser, load_space(space) if isinstance(space, str) else space, choice or Choice(**CHOICE), seed, shared_a=settings.ensemble.shares_a)
         try:
-            log = train(base, adapter, material, settings, seed=seed, folder=tmp_path / folder, identity=str(inner), progress=progress)
+            log = train_rounds(base, adapter, material, settings, seed=seed, folder=tmp_path / folder, identity=str(inner), progress=progress)
             return log, adapter.state()
         finally:
             adapter.remove()

@@ -4,13 +4,13 @@ import random
 import time
 from pathlib import Path
 
-from memcontrol import orchestrate
-from memcontrol.attempts import begin_attempt
-from memcontrol.config import load_config, study_folder
-from memcontrol.executors import Event, Executor
-from memcontrol.files import write_json
-from memcontrol.spec import RESULT, read_spec
-from memcontrol.stopping import rung_file, rungs_of
+from memcontrol.core.attempts import begin_attempt
+from memcontrol.core.config import load_config
+from memcontrol.core.files import write_json
+from memcontrol.core.run_folder import RESULT, locate_study_folder, name_rung_file, read_rungs
+from memcontrol.core.spec import read_spec
+from memcontrol.execution.executor import Event, Executor
+from memcontrol.search import orchestrator as orchestrate
 
 
 def few_groups(choice):
@@ -52,9 +52,9 @@ class Simulated(Executor):
         run, rewards = Path(job["trial"]), self.rewards(job["choice"])
         if job["rung"]:  # FID is still higher, M still lower
             early = {"fid": rewards["fid"] + 10 * (1 - job["rung"]), "memorization": rewards["memorization"] * job["rung"]}
-            write_json(run / rung_file(job["rung"]), {"rung": job["rung"], "n_steps": round(100 * job["rung"]), "rewards": early, "seconds": 0})
+            write_json(run / name_rung_file(job["rung"]), {"rung": job["rung"], "n_steps": round(100 * job["rung"]), "rewards": early, "seconds": 0})
             return Event(job, "done")
-        rungs = rungs_of(run, read_spec(run).config)
+        rungs = read_rungs(run, read_spec(run).config)
         result = {"state": "COMPLETE", "choice": job["choice"], "rewards": rewards, "rungs": rungs, "n_steps": 100, "seconds": self.seconds}
         write_json(run / RESULT, {**result, "measured_with": {"figures": 1}})
         return Event(job, "done")
@@ -67,4 +67,4 @@ class Simulated(Executor):
 def search(study_file, executor, show=lambda event: None):
     """A whole search over simulated trials. Returns the study, which is open."""
     config = load_config(study_file)
-    return orchestrate.search(config, study_file, study_folder(study_file, config.name), executor, show, lambda study: None)
+    return orchestrate.search_study(config, study_file, locate_study_folder(study_file, config.name), executor, show, lambda study: None)

@@ -25,8 +25,8 @@ from diffusers import (
 )  # fmt: skip
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, Gemma2Config, Gemma2Model, T5Config, T5EncoderModel
 
-from memcontrol.models import open_pipeline
-from memcontrol.tiny import make_tokenizer
+from memcontrol.assets.build import make_tokenizer
+from memcontrol.model.base import open_pipeline
 
 
 def word_tokenizer(kind: str):

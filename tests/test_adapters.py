@@ -7,12 +7,13 @@ import yaml
 from small_pipelines import SMALL, build
 from torch.nn.utils import parametrize
 
-from memcontrol.adapters import inject, trainable_modules
-from memcontrol.derive import derived_space
-from memcontrol.errors import MemControlError
-from memcontrol.models import load_base
-from memcontrol.space import SEARCHED_METHODS, Choice, load_space, parse_space
-from memcontrol.tuners import suits
+from memcontrol.core.choice import SEARCHED_METHODS, Choice
+from memcontrol.core.errors import MemControlError
+from memcontrol.core.space_yaml import load_space, parse_space
+from memcontrol.model.adapter import inject_adapter, list_trainable_modules
+from memcontrol.model.base import load_base
+from memcontrol.model.derive_space import derive_space
+from memcontrol.model.parts import suits
 
 FAMILIES = ("tiny", *SMALL)
 SPACE = load_space("digits")
@@ -34,7 +35,7 @@ def bases(tmp_path_factory):
 
 def space_of(denoiser, methods, mix=False):
     """Two groups: the first half of the denoiser's layers, and the second with another rank and alpha."""
-    values = yaml.safe_load(derived_space(denoiser, "test"))
+    values = yaml.safe_load(derive_space(denoiser, "test"))
     names = list(values["groups"].values())
     half = len(names) // 2
     groups = {"first": {"patterns": names[:half]}, "second": {"patterns": names[half:], "rank": [2], "alpha": 2.0}}
@@ -67,7 +68,7 @@ def disturbed(adapter, seed):
 def fused_weights(base, space, choice, state):
     """The plain weights that a state stands for; the base is put back."""
     before = {name: tensor.clone() for name, tensor in base.denoiser.state_dict().items()}
-    adapter = inject(base.denoiser, space, choice, 7)
+    adapter = inject_adapter(base.denoiser, space, choice, 7)
     adapter.load_state(state)
     adapter.fuse()
     fused = {name: tensor.double().clone() for name, tensor in base.denoiser.state_dict().items()}
@@ -79,7 +80,7 @@ def fused_weights(base, space, choice, state):
 def check_contract(base, space, choice, tmp_path):
     denoiser = base.denoiser
     plain, before = {name: tensor.clone() for name, tensor in denoiser.state_dict().items()}, output(base)
-    adapter = inject(denoiser, space, choice, 0)
+    adapter = inject_adapter(denoiser, space, choice, 0)
     # A weight made anew lies elsewhere in memory, where a product of equal numbers may round otherwise; rotations are solved for.
     rounds = {"svdiff", "difffit", "oft"} & set(choice.methods)
     at_start = output(base)
@@ -115,7 +116,7 @@ def check_contract(base, space, choice, tmp_path):
     assert after.keys() == plain.keys() and all(torch.equal(after[name], plain[name]) for name in plain)
     assert torch.equal(output(base), before) and not any(parameter.requires_grad or parameter.grad is not None for parameter in denoiser.parameters())
 
-    again = inject(denoiser, space, choice, 5)
+    again = inject_adapter(denoiser, space, choice, 5)
     again.load(tmp_path)
     assert torch.allclose(output(base), changed, atol=1e-5)
     again.load_state(mean)
@@ -136,7 +137,7 @@ def check_contract(base, space, choice, tmp_path):
 def test_contract(bases, family, method, tmp_path):
     base = bases(family)
     space = space_of(base.denoiser, [method])
-    for modules in space.module_names(trainable_modules(base.denoiser)).values():
+    for modules in space.module_names(list_trainable_modules(base.denoiser)).values():
         if not any(suits(method, base.denoiser.get_submodule(name)) for name in modules):
             pytest.skip(f"a group of {family} has nothing that {method} trains")
     check_contract(base, space, choice_of(space, (method,)), tmp_path)
@@ -156,9 +157,9 @@ def test_full_and_none(bases, tmp_path):
     base = bases("tiny")
     full = SPACE.anchors()["full"][1]
     check_contract(base, SPACE, full, tmp_path)
-    assert inject(base.denoiser, SPACE, full, 0).n_trained() == sum(parameter.numel() for parameter in base.denoiser.parameters())
+    assert inject_adapter(base.denoiser, SPACE, full, 0).n_trained() == sum(parameter.numel() for parameter in base.denoiser.parameters())
     for choice in (Choice((), "none", 0.0), Choice((), "lora", 1e-3, 4)):
-        adapter = inject(base.denoiser, SPACE, choice, 0)
+        adapter = inject_adapter(base.denoiser, SPACE, choice, 0)
         assert adapter.parameters() == [] and adapter.groups() == []
         adapter.save(tmp_path / choice.method, {})
         adapter.load(tmp_path / choice.method)
@@ -171,7 +172,7 @@ def test_the_start_depends_on_the_seed_alone(bases, method):
     space = space_of(base.denoiser, [method])
     for seed in (1, 1, 2):
         torch.manual_seed(len(starts))
-        adapter = inject(base.denoiser, space, choice_of(space, (method,)), seed)
+        adapter = inject_adapter(base.denoiser, space, choice_of(space, (method,)), seed)
         starts.append(adapter.state())
         adapter.remove()
     assert all(torch.equal(starts[0][name], starts[1][name]) for name in starts[0])
@@ -186,7 +187,7 @@ def test_spectral_shifts_by_hand(bases, tmp_path):
     values = {"groups": {"a": [layer.replace(".", r"\."), norm.replace(".", r"\.")]}, "methods": ["svdiff"], "learning_rate": dict.fromkeys(["svdiff", "full"], [1e-4, 1e-2])}
     space = parse_space(values, "test")
     weight, scale = (base.denoiser.get_submodule(name).weight.detach().numpy().copy() for name in (layer, norm))
-    adapter = inject(base.denoiser, space, space.choice(("a",), "svdiff", 0.5), 0, cache=tmp_path, norm_shift_rate=1e-6)
+    adapter = inject_adapter(base.denoiser, space, space.choice(("a",), "svdiff", 0.5), 0, cache=tmp_path, norm_shift_rate=1e-6)
     assert sorted(group["rate"] for group in adapter.groups()) == [1e-6, 1e-3]
     u, s, vh = np.linalg.svd(weight, full_matrices=False)
     shift = np.linspace(-2 * s.max(), s.max(), len(s)).astype(np.float32)  # relu bites on the first
@@ -207,7 +208,7 @@ def test_a_norm_that_is_trained_first_takes_any_memory_layout(bases, method):
     base = bases("ddpm")
     values = {"groups": {"a": r"up_blocks\.0\.resnets\.0\.norm1"}, "methods": [method], "learning_rate": dict.fromkeys([method, "full"], [1e-4, 1e-2])}
     space = parse_space(values, "test")
-    adapter = inject(base.denoiser, space, space.choice(("a",), method, 0.5), 0)
+    adapter = inject_adapter(base.denoiser, space, space.choice(("a",), method, 0.5), 0)
     base.denoiser(torch.randn(2, 3, 16, 16), torch.tensor([3, 5])).sample.square().mean().backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in adapter.parameters())
     adapter.remove()
@@ -217,7 +218,7 @@ def test_a_norm_that_is_trained_first_takes_any_memory_layout(bases, method):
 def test_decay_pulls_difffits_scales_to_one(bases):
     base = bases("tiny")
     space = space_of(base.denoiser, ["difffit"])
-    adapter = inject(base.denoiser, space, choice_of(space, ("difffit",)), 0)
+    adapter = inject_adapter(base.denoiser, space, choice_of(space, ("difffit",)), 0)
     disturbed(adapter, 1)
     shifts = [parameter for name, parameter in adapter.named_parameters().items() if name.endswith("gamma_shift")]
     before = torch.cat([shift.detach().clone() for shift in shifts])
@@ -236,20 +237,20 @@ def test_two_mechanisms_on_one_weight_are_refused(bases):
     }  # fmt: skip
     space = parse_space(values, "mine")
     with pytest.raises(MemControlError, match="to_q' is trained as weights and as lora"):
-        inject(bases("tiny").denoiser, space, space.choice(("a",), "lora", 0.5), 0)
+        inject_adapter(bases("tiny").denoiser, space, space.choice(("a",), "lora", 0.5), 0)
     values |= {"always": [], "groups": {"a": r"mid_block\..*norm\d?"}}
     space = parse_space(values, "mine")
     with pytest.raises(MemControlError, match="method lora finds nothing to train in group 'a'"):
-        inject(bases("tiny").denoiser, space, space.choice(("a",), "lora", 0.5), 0)
+        inject_adapter(bases("tiny").denoiser, space, space.choice(("a",), "lora", 0.5), 0)
 
 
 def test_another_choices_file_is_refused(bases, tmp_path):
     base = bases("tiny")
-    adapter = inject(base.denoiser, SPACE, Choice(("mid_attention",), "lora", 1e-3, 4), 0)
+    adapter = inject_adapter(base.denoiser, SPACE, Choice(("mid_attention",), "lora", 1e-3, 4), 0)
     adapter.save(tmp_path, {})
     adapter.remove()
     for other in (Choice(("up_attention",), "lora", 1e-3, 4), Choice(("mid_attention",), "lora", 1e-3, 8)):
-        adapter = inject(base.denoiser, SPACE, other, 0)
+        adapter = inject_adapter(base.denoiser, SPACE, other, 0)
         with pytest.raises(MemControlError, match="another base or space"):
             adapter.load(tmp_path)
         adapter.remove()
@@ -257,12 +258,12 @@ def test_another_choices_file_is_refused(bases, tmp_path):
 
 def test_counts_by_hand(bases):
     base = bases("tiny")
-    adapter = inject(base.denoiser, SPACE, Choice(("down_attention", "up_attention"), "attention", 1e-3), 0)
+    adapter = inject_adapter(base.denoiser, SPACE, Choice(("down_attention", "up_attention"), "attention", 1e-3), 0)
     wanted = sum(p.numel() for name, p in base.denoiser.named_parameters() if ".attn" in name and name.startswith(("down_blocks", "up_blocks")))
     assert adapter.n_trained() == wanted
     adapter.remove()
-    names = SPACE.module_names(trainable_modules(base.denoiser))["mid_attention"]
+    names = SPACE.module_names(list_trainable_modules(base.denoiser))["mid_attention"]
     layers = [base.denoiser.get_submodule(name) for name in names]
-    adapter = inject(base.denoiser, SPACE, Choice(("mid_attention",), "lora", 1e-3, 4), 0)
+    adapter = inject_adapter(base.denoiser, SPACE, Choice(("mid_attention",), "lora", 1e-3, 4), 0)
     assert adapter.n_trained() == sum(4 * (layer.in_features + layer.out_features) for layer in layers)
     adapter.remove()

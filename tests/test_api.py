@@ -8,7 +8,7 @@ import pytest
 from commands import run
 
 import memcontrol
-from memcontrol.errors import MemControlError
+from memcontrol.core.errors import MemControlError
 
 
 def printed(*args):
@@ -77,13 +77,13 @@ def test_tables_fit_their_terminal_and_keep_what_a_row_is(shown, width):
 
     from rich.console import Console
 
-    from memcontrol.api import opened
-    from memcontrol.publish import picked_of
-    from memcontrol.tables import study_table
+    from memcontrol.commands.api import opened
+    from memcontrol.study.pick import find_pick
+    from memcontrol.view.tables import make_study_table
 
     study, out = opened(shown), io.StringIO()
     records = [record for record in study.records() if record.finished]
-    Console(width=width, file=out).print(study_table(records, 6, "trials", picked_of(records, study)))
+    Console(width=width, file=out).print(make_study_table(records, 6, "trials", find_pick(records, study)))
     lines = out.getvalue().splitlines()
     assert all(len(line) <= width for line in lines) and lines[1][-1] == "┓"
     assert all(word in out.getvalue() for word in (">", "full", "none", "no training", "FID", "memorization")) and ("KID" in out.getvalue()) == (width == 200)

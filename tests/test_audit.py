@@ -8,8 +8,9 @@ import pytest
 from commands import run
 from PIL import Image
 
-from memcontrol.auditing import audit, folder_pictures
-from memcontrol.errors import MemControlError
+from memcontrol.commands.audit import judge_images
+from memcontrol.core.errors import MemControlError
+from memcontrol.data.pictures import read_folder_pictures
 
 
 @pytest.fixture
@@ -34,8 +35,8 @@ def folders(tmp_path):
 
 
 def found_in(root):
-    parts = [folder_pictures(part, root / part, print) for part in ("generated", "train", "holdout")]
-    return audit(*parts, "tiny", lambda *_: None)
+    parts = [read_folder_pictures(part, root / part, print) for part in ("generated", "train", "holdout")]
+    return judge_images(*parts, "tiny", lambda *_: None)
 
 
 def test_planted_copies_are_found_first_and_shown(folders):
@@ -78,7 +79,7 @@ def test_what_cannot_be_judged_is_named(folders, tmp_path):
         found_in(root)
     (tmp_path / "few").mkdir()
     with pytest.raises(MemControlError, match="few: .* holds no images"):
-        audit(folder_pictures("few", tmp_path / "few", print), *(folder_pictures("x", root / "train", print),) * 2, "tiny", print)
+        judge_images(read_folder_pictures("few", tmp_path / "few", print), *(read_folder_pictures("x", root / "train", print),) * 2, "tiny", print)
     assert "give --train DIR and --holdout DIR" in run("audit", "--images", root / "generated").stderr
     (root / "train" / "broken.png").write_bytes(b"")
     refused = run("audit", "--images", root / "generated", "--train", root / "train", "--holdout", root / "train")
@@ -86,7 +87,7 @@ def test_what_cannot_be_judged_is_named(folders, tmp_path):
 
 
 def test_a_pipeline_is_sampled_and_audited(folders, tmp_path):
-    from memcontrol.models import TINY
+    from memcontrol.model.base import TINY
 
     root = folders(0)
     (root / "train" / "metadata.csv").write_text("file_name,text\n5.png,a printed digit 3\n")
@@ -106,16 +107,16 @@ def test_a_clean_model_is_not_accused_because_held_out_images_are_few(folders):
         few.mkdir()
         for path in held[start : start + 20]:
             (few / path.name).write_bytes(path.read_bytes())
-        parts = [folder_pictures(part, root / part, print) for part in ("generated", "train", few.name)]
-        found = audit(*parts, "tiny", lambda *_: None)
+        parts = [read_folder_pictures(part, root / part, print) for part in ("generated", "train", few.name)]
+        found = judge_images(*parts, "tiny", lambda *_: None)
         assert "Copying is visible" not in found["verdict"] and "4.8% is expected without copying" in found["verdict"]
 
 
 def test_held_out_images_that_are_audited_themselves_are_refused(folders):
     root = folders(0)
-    generated, train = (folder_pictures(part, root / part, print) for part in ("generated", "train"))
+    generated, train = (read_folder_pictures(part, root / part, print) for part in ("generated", "train"))
     with pytest.raises(MemControlError, match="100% of the generated images are held-out images themselves"):
-        audit(generated, train, generated, "tiny", lambda *_: None)
+        judge_images(generated, train, generated, "tiny", lambda *_: None)
 
 
 def test_sampling_options_without_a_pipeline_and_an_attack_without_captions_are_refused(folders):
@@ -123,7 +124,7 @@ def test_sampling_options_without_a_pipeline_and_an_attack_without_captions_are_
     parts = ("--train", root / "train", "--holdout", root / "holdout")
     refused = run("audit", "--images", root / "generated", *parts, "--attacked", 3)
     assert refused.returncode == 1 and "--attacked say how a pipeline is sampled" in refused.stderr
-    from memcontrol.models import TINY
+    from memcontrol.model.base import TINY
 
     refused = run("audit", "--model", TINY, *parts, "--attacked", 3, "--samples", 8, "--steps", 1)
     assert refused.returncode == 1 and "--train has no captions" in refused.stderr

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from memcontrol.augment import OPERATIONS, augmented
+from memcontrol.training.augment import OPERATIONS, augment_images
 
 
 @pytest.fixture
@@ -14,16 +14,16 @@ def pixels():
 
 
 def test_magnitude_zero_changes_nothing(pixels):
-    assert np.array_equal(augmented(pixels, 0.0, 1), pixels)
+    assert np.array_equal(augment_images(pixels, 0.0, 1), pixels)
 
 
 def test_change_grows_with_the_magnitude(pixels):
-    changes = [np.abs(augmented(pixels, magnitude, 1).astype(int) - pixels).mean() for magnitude in (0.7, 3, 5, 15, 30)]
+    changes = [np.abs(augment_images(pixels, magnitude, 1).astype(int) - pixels).mean() for magnitude in (0.7, 3, 5, 15, 30)]
     assert changes == sorted(changes) and changes[0] > 0.1
 
 
 def test_the_seed_decides(pixels):
-    one, again, other = augmented(pixels, 9, 1), augmented(pixels, 9, 1), augmented(pixels, 9, 2)
+    one, again, other = augment_images(pixels, 9, 1), augment_images(pixels, 9, 1), augment_images(pixels, 9, 2)
     assert np.array_equal(one, again) and not np.array_equal(one, other)
     assert one.dtype == np.uint8 and one.shape == pixels.shape
 

@@ -7,8 +7,8 @@ import pytest
 from benchmarks import _peers, overhead, peers, scale, shards, solver, trial, utilisation
 from benchmarks.__main__ import NAMES, main, table
 from benchmarks.evidence import inner_loop
-from memcontrol.jobs import Jobs
-from memcontrol.local_executor import Inline
+from memcontrol.execution.job_queue import JobQueue
+from memcontrol.execution.local import Inline
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +83,7 @@ def test_arms_of_the_inner_loop_are_trained_once_and_set_side_by_side(tmp_path, 
     monkeypatch.setattr(inner_loop, "ARMS", {"plain training": {}, "skipping": {"skip": {"ratio": 1.1, "bins": 1}}})
     ends = []
     for _ in range(2):
-        inner_loop.run_seed(0, tmp_path, Jobs(Inline(), lambda event: ends.append(event.kind)))
+        inner_loop.run_seed(0, tmp_path, JobQueue(Inline(), lambda event: ends.append(event.kind)))
     rows = [inner_loop.row(arm, 0, tmp_path) for arm in inner_loop.ARMS]
     assert ends.count("done") == 2 and [row["steps"] for row in rows] == [2, 2] and [row["seen"] for row in rows][0] == 32
     inner_loop.picture(rows, tmp_path / "arms.png")

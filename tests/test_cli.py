@@ -8,10 +8,10 @@ import pytest
 import yaml
 from commands import run
 
-from memcontrol.bench import Bench
-from memcontrol.cli import parser
-from memcontrol.errors import MemControlError
-from memcontrol.prepare import prepare
+from memcontrol.cli.parser import make_parser
+from memcontrol.core.errors import MemControlError
+from memcontrol.trial.loaded import LoadedModels
+from memcontrol.trial.prepare import prepare_study
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -24,7 +24,7 @@ def refused(*args):
 
 
 def commands():
-    return next(action for action in parser()._actions if action.dest == "command").choices
+    return next(action for action in make_parser()._actions if action.dest == "command").choices
 
 
 def test_every_command_has_help_and_stands_in_the_readme():
@@ -37,7 +37,7 @@ def test_every_command_has_help_and_stands_in_the_readme():
 
 
 def test_the_page_on_study_files_names_every_key():
-    from memcontrol.config import Strict
+    from memcontrol.core.config import Strict
 
     text = (README.parent / "docs" / "study.md").read_text()
     for model in Strict.__subclasses__():
@@ -92,10 +92,10 @@ def test_spaces(tmp_path):
     ],
 )
 def test_a_study_that_cannot_work_is_refused_in_preparation(base, study_file, keys, words):
-    study, bench = study_file(**keys), Bench()
-    bench.kept["base", "tiny", None] = base
+    study, loaded = study_file(**keys), LoadedModels()
+    loaded.kept["base", "tiny", None] = base
     with pytest.raises(MemControlError) as caught:
-        prepare(yaml.safe_load(study.read_text()), study.parent / "runs", bench, lambda line: None)
+        prepare_study(yaml.safe_load(study.read_text()), study.parent / "runs", loaded, lambda line: None)
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -117,14 +117,14 @@ def test_a_refused_study_is_one_line_and_makes_nothing(study_file, keys, words):
 
 def test_data_that_changed_since_the_study_began_is_refused(base, study_file, photographs):
     photographs(40)
-    study, bench = study_file(data={"path": str(photographs(0)), "train": 16, "holdout": 12, "test": 12}), Bench()
-    bench.kept["base", "tiny", None] = base
+    study, loaded = study_file(data={"path": str(photographs(0)), "train": 16, "holdout": 12, "test": 12}), LoadedModels()
+    loaded.kept["base", "tiny", None] = base
     values = yaml.safe_load(study.read_text())
     for _ in range(2):
-        assert prepare(values, study.parent / "runs", bench, lambda line: None)["sizes"] == {"train": 16, "holdout": 12, "test": 12}
+        assert prepare_study(values, study.parent / "runs", loaded, lambda line: None)["sizes"] == {"train": 16, "holdout": 12, "test": 12}
     (photographs(0) / "000.png").write_bytes((photographs(0) / "001.png").read_bytes())
     with pytest.raises(MemControlError, match="not those that study 'small' began with"):
-        prepare(values, study.parent / "runs", bench, lambda line: None)
+        prepare_study(values, study.parent / "runs", loaded, lambda line: None)
 
 
 def test_commands_before_the_search_say_what_to_run(study_file):

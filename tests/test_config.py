@@ -2,8 +2,9 @@
 
 import pytest
 
-from memcontrol.config import differing_keys, load_config, study_folder
-from memcontrol.errors import MemControlError
+from memcontrol.core.config import find_differing_keys, load_config
+from memcontrol.core.errors import MemControlError
+from memcontrol.core.run_folder import locate_study_folder
 
 GOOD = {"name": "a", "data": "digits"}
 
@@ -83,17 +84,17 @@ def test_settings_within_settings_can_be_overridden():
 
 def test_what_may_change_between_two_runs():
     config = load_config(GOOD)
-    assert differing_keys(config, load_config(GOOD, ["search.trials=7", "search.workers=1", "search.executor=inline"])) == []
-    assert differing_keys(config, load_config(GOOD, ["inner.batch_size=8"])) == ["inner.batch_size (16 there, 8 here)"]
+    assert find_differing_keys(config, load_config(GOOD, ["search.trials=7", "search.workers=1", "search.executor=inline"])) == []
+    assert find_differing_keys(config, load_config(GOOD, ["inner.batch_size=8"])) == ["inner.batch_size (16 there, 8 here)"]
 
 
 def test_where_results_go(tmp_path):
-    assert study_folder(tmp_path / "x.yaml", "x") == tmp_path / "runs" / "x"
-    assert study_folder(tmp_path / "runs" / "x" / "study.yaml", "x") == tmp_path / "runs" / "x"
+    assert locate_study_folder(tmp_path / "x.yaml", "x") == tmp_path / "runs" / "x"
+    assert locate_study_folder(tmp_path / "runs" / "x" / "study.yaml", "x") == tmp_path / "runs" / "x"
 
 
 def test_a_reward_of_ones_own_is_the_same_wherever_its_folder_lies(tmp_path):
-    from memcontrol.config import differing_keys
+    from memcontrol.core.config import find_differing_keys
 
     def config(folder, function):
         (tmp_path / folder).mkdir(exist_ok=True)
@@ -101,5 +102,5 @@ def test_a_reward_of_ones_own_is_the_same_wherever_its_folder_lies(tmp_path):
         path.write_text(f"name: s\ndata: images\nrewards: [fid, 'mine.py:{function}']\n")
         return load_config(path)
 
-    assert differing_keys(config("a", "auc"), config("b", "auc")) == []
-    assert "rewards.objectives" in differing_keys(config("a", "auc"), config("b", "other"))[0]
+    assert find_differing_keys(config("a", "auc"), config("b", "auc")) == []
+    assert "rewards.objectives" in find_differing_keys(config("a", "auc"), config("b", "other"))[0]

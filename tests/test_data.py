@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from memcontrol.config import load_config
-from memcontrol.data import decode, load_parts, parts_as_dict, parts_from_dict
-from memcontrol.errors import MemControlError
+from memcontrol.core.config import load_config
+from memcontrol.core.errors import MemControlError
+from memcontrol.data.images import decode_image
+from memcontrol.data.split import dump_parts, load_parts, parse_parts
 
 HALVES = {"train": 0.5, "holdout": 0.25, "test": 0.25}
 
@@ -45,7 +46,7 @@ def test_a_folder_is_split_by_share_and_the_same_again(photographs):
     assert [len(images) for images in first.values()] == [20, 10, 10]
     assert first == again != other
     assert first["train"].pixels().shape == (20, 3, 32, 32)
-    assert parts_from_dict(json.loads(json.dumps(parts_as_dict(first))), str(root), 32) == first
+    assert parse_parts(json.loads(json.dumps(dump_parts(first))), str(root), 32) == first
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
@@ -138,14 +139,14 @@ def test_images_are_upright_rgb(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # rotate by 90 degrees clockwise to view
     wide.save(tmp_path / "turned.jpg", exif=exif)
-    turned = np.asarray(decode(tmp_path / "turned.jpg"))
+    turned = np.asarray(decode_image(tmp_path / "turned.jpg"))
     assert turned.shape == (40, 20, 3) and turned[:15].mean() < 20 and turned[25:].mean() > 235
     Image.fromarray(np.full((9, 9), 32768, np.uint16)).save(tmp_path / "deep.png")
-    assert np.abs(np.asarray(decode(tmp_path / "deep.png")).astype(int) - 127).max() <= 1
+    assert np.abs(np.asarray(decode_image(tmp_path / "deep.png")).astype(int) - 127).max() <= 1
     Image.new("RGBA", (9, 9), (0, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert np.asarray(decode(tmp_path / "clear.png")).min() == 255
+    assert np.asarray(decode_image(tmp_path / "clear.png")).min() == 255
     for mode in ("L", "LA", "P", "1", "CMYK"):
         image = Image.new(mode, (9, 9))
         path = tmp_path / f"{mode}.{'tif' if mode == 'CMYK' else 'png'}"
         image.save(path)
-        assert decode(path).mode == "RGB"
+        assert decode_image(path).mode == "RGB"

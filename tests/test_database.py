@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from postgres import BIN, PASSWORD, Postgres
 
-from memcontrol import database
-from memcontrol.config import load_config
-from memcontrol.database import cannot_open, holder_of, only_orchestrator, shown
-from memcontrol.errors import MemControlError
-from memcontrol.space import load_space
-from memcontrol.study import open_study
+from memcontrol.core.config import load_config
+from memcontrol.core.errors import MemControlError
+from memcontrol.core.space_yaml import load_space
+from memcontrol.study import database
+from memcontrol.study.database import explain_open_error, find_lock_holder, hide_password, hold_study_lock
+from memcontrol.study.store import open_study
 
 SPACE = load_space("digits")
 NAMES = iter(range(1000))
@@ -98,7 +98,7 @@ def test_outages_are_waited_for_and_every_write_happens_once(postgres, tmp_path,
     """The server is stopped between, before and after writes, by both ways of stopping it."""
     monkeypatch.setattr(database, "RETRY_SECONDS", 0.2)
     said, name = [], new_name()
-    with only_orchestrator(postgres.url, name) as lock:
+    with hold_study_lock(postgres.url, name) as lock:
         study = opened(tmp_path, postgres.url, name, say=said.append, lock=lock)
         for i, mode in enumerate(("fast", "immediate", "fast")):
             outage = threading.Thread(target=postgres.outage, args=(2, mode))
@@ -155,10 +155,10 @@ def test_patience_ends_with_one_line(postgres, tmp_path, monkeypatch):
 
 
 def test_a_second_orchestrator_is_told_who_holds_the_study(postgres):
-    with only_orchestrator(postgres.url, "held"), pytest.raises(MemControlError, match=r"being searched by another process \(memcontrol on .*, process \d+, .*address"):
-        with only_orchestrator(postgres.url, "held"):
+    with hold_study_lock(postgres.url, "held"), pytest.raises(MemControlError, match=r"being searched by another process \(memcontrol on .*, process \d+, .*address"):
+        with hold_study_lock(postgres.url, "held"):
             pass
-    with only_orchestrator(postgres.url, "held"), only_orchestrator(postgres.url, "another"):
+    with hold_study_lock(postgres.url, "held"), hold_study_lock(postgres.url, "another"):
         pass
 
 
@@ -167,10 +167,10 @@ def test_the_lock_goes_with_its_process_and_is_taken_again_after_an_outage(postg
     holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     with holder:
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(MemControlError), only_orchestrator(postgres.url, "killed"):
+        with pytest.raises(MemControlError), hold_study_lock(postgres.url, "killed"):
             pass
         holder.kill()
-    with only_orchestrator(postgres.url, "killed") as lock:
+    with hold_study_lock(postgres.url, "killed") as lock:
         postgres.outage(0)
         with pytest.raises(Exception, match="(?i)connection|terminat"):
             lock.check()
@@ -180,7 +180,7 @@ def test_the_lock_goes_with_its_process_and_is_taken_again_after_an_outage(postg
 
 def test_a_lock_is_taken_back_from_ones_own_lost_connection(postgres):
     """As after a cut in the network, which the server notices later than the client."""
-    with only_orchestrator(postgres.url, "cut") as lock:
+    with hold_study_lock(postgres.url, "cut") as lock:
         lost, lock.connection = lock.connection, None
         lock.take()
         lock.check()
@@ -223,14 +223,14 @@ def test_what_is_no_url_is_refused_without_its_password(tmp_path, place):
 )
 def test_each_mistake_has_its_own_cure(said, cure):
     with pytest.raises(MemControlError, match=cure):
-        raise cannot_open("postgresql+psycopg2://memcontrol@host/memcontrol", ValueError(said))
+        raise explain_open_error("postgresql+psycopg2://memcontrol@host/memcontrol", ValueError(said))
 
 
 def test_who_searches_is_known_from_any_machine(postgres):
-    assert holder_of(postgres.url, "held") is None
-    with only_orchestrator(postgres.url, "held"):
-        assert holder_of(postgres.url, "held").startswith("memcontrol on ")
-    assert holder_of(postgres.url, "held") is None
+    assert find_lock_holder(postgres.url, "held") is None
+    with hold_study_lock(postgres.url, "held"):
+        assert find_lock_holder(postgres.url, "held").startswith("memcontrol on ")
+    assert find_lock_holder(postgres.url, "held") is None
 
 
 def test_a_role_without_rights_and_an_old_schema_say_what_to_do(postgres, tmp_path):
@@ -259,7 +259,7 @@ def test_a_role_without_rights_and_an_old_schema_say_what_to_do(postgres, tmp_pa
     ],
 )
 def test_urls_are_shown_without_their_password(url, expected):
-    assert shown(url) == expected
+    assert hide_password(url) == expected
 
 
 STORAGE = Path(__file__).parent.parent / "storage"
@@ -309,15 +309,15 @@ def test_a_backup_comes_back_whole_and_never_over_studies(roles, tmp_path):
 
 def test_a_dashboard_by_the_reader_shows_the_study_and_changes_nothing(roles, tmp_path):
     """With a role that only reads, and with the owner's: its connection is told to refuse changes."""
-    from memcontrol.serving import application, study_id_of
+    from memcontrol.view.dashboard import find_study_id, make_application
 
     owner, reader = roles.url_of("memcontrol", "own%27er", "memcontrol"), roles.url_of("memcontrol_reader", "reader", "memcontrol")
     study = opened(tmp_path, owner, "looked-at")
     study.finish(study.begin([choice(0)], SPACE), [result(choice(0), 9.0)])
     assert [record.state for record in opened(tmp_path, reader, "looked-at", create=False).records()] == ["COMPLETE"]
     for url in (reader, owner):
-        app = application(url, tmp_path, False, None)
-        number = study_id_of(url, "looked-at")
+        app = make_application(url, tmp_path, False, None)
+        number = find_study_id(url, "looked-at")
         assert asked(app, "GET", f"/api/studies/{number}")[0] == 200 and b'"fid"' in asked(app, "GET", f"/api/studies/{number}")[1]
         assert asked(app, "DELETE", f"/api/studies/{number}")[0] == 405
         unguarded = next(cell.cell_contents for cell in app.__closure__ if callable(cell.cell_contents))

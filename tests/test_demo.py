@@ -2,17 +2,18 @@
 
 import pytest
 
-from memcontrol.config import load_config, study_folder
-from memcontrol.demo import write_study
-from memcontrol.errors import MemControlError
-from memcontrol.space import load_space
+from memcontrol.commands.demo import write_demo_study
+from memcontrol.core.config import load_config
+from memcontrol.core.errors import MemControlError
+from memcontrol.core.run_folder import locate_study_folder
+from memcontrol.core.space_yaml import load_space
 
 
 def test_the_study_lies_in_the_folder_it_works_in(tmp_path):
-    path = write_study(tmp_path / "runs" / "demo", 3, 2, 1)
+    path = write_demo_study(tmp_path / "runs" / "demo", 3, 2, 1)
     config = load_config(path)
     assert path == tmp_path / "runs" / "demo" / "study.yaml"
-    assert study_folder(path, config.name) == path.parent
+    assert locate_study_folder(path, config.name) == path.parent
     assert (config.name, config.search.seed, config.search.trials, config.search.workers) == ("demo", 3, 2, 1)
     assert load_space(config.space).methods == ("lora", "attention")
 
@@ -20,4 +21,4 @@ def test_the_study_lies_in_the_folder_it_works_in(tmp_path):
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(MemControlError, match="cannot be written"):
-        write_study(tmp_path / "file" / "demo", 0, None, None)
+        write_demo_study(tmp_path / "file" / "demo", 0, None, None)

@@ -10,14 +10,16 @@ from commands import FORKS
 from conftest import CHOICE, N_IMAGES
 from safetensors.torch import load_file
 
-from memcontrol.adapters import inject
-from memcontrol.config import InnerConfig
-from memcontrol.ensemble import Rounds, Team
-from memcontrol.errors import MemControlError
-from memcontrol.seeds import seed_of
-from memcontrol.shards import deal
-from memcontrol.space import Choice, load_space
-from memcontrol.train import Loop, Shard
+from memcontrol.core.choice import Choice
+from memcontrol.core.config import InnerConfig
+from memcontrol.core.errors import MemControlError
+from memcontrol.core.seeds import derive_seed
+from memcontrol.core.space_yaml import load_space
+from memcontrol.model.adapter import inject_adapter
+from memcontrol.training.loop import Loop
+from memcontrol.training.rounds import ProcessGroup, Rounds
+from memcontrol.training.shard import Shard
+from memcontrol.training.shards import deal_images
 
 LORA = Choice(**CHOICE)
 FULL = Choice(("*",), "full", 1e-3)
@@ -31,16 +33,16 @@ def same(one, other, tolerance=0.0):
 def by_hand(base, material, choice, n_shards, n_rounds, n_steps, **inner):
     """Iterative ensemble training of weights that average as they are, written out: moments reset, shards of equal steps."""
     settings = InnerConfig(**{"batch_size": 8, "budget_images": 8 * n_steps, **inner})
-    adapter = inject(base.denoiser, load_space("digits"), choice, 3, shared_a=True)
+    adapter = inject_adapter(base.denoiser, load_space("digits"), choice, 3, shared_a=True)
     data = material.data
-    members = deal("random", n_shards, data.caption_rows, data.mean.flatten(1), 3)
+    members = deal_images("random", n_shards, data.caption_rows, data.mean.flatten(1), 3)
     shards = [Shard(i, rows, *torch.zeros(2, N_IMAGES, dtype=torch.long)) for i, rows in enumerate(members)]
     shared, per_round = adapter.state(), n_steps // (n_shards * n_rounds)
     for number in range(n_rounds):
         states = []
         for i, shard in enumerate(shards):
             adapter.load_state(shared)
-            loop = Loop(base, adapter, material, settings, shard, seed_of(3, "shard", i) if i else 3)
+            loop = Loop(base, adapter, material, settings, shard, derive_seed(3, "shard", i) if i else 3)
             for step in range(per_round):
                 loop.slot((number * per_round + step + 1) / (n_rounds * per_round))
             states.append(adapter.state())
@@ -121,7 +123,7 @@ def test_what_is_kept_is_the_mean_of_the_shards_changes(base, trained, method, m
 
 
 def inject_and_state(base, space, choice):
-    adapter = inject(base.denoiser, space, choice, 3)
+    adapter = inject_adapter(base.denoiser, space, choice, 3)
     state = adapter.state()
     adapter.remove()
     return state
@@ -143,14 +145,14 @@ def test_moments_after_an_averaging(trained, moments, tmp_path):
 
 
 def test_averaged_moments_are_the_mean_of_the_shards_moments(trained, tmp_path, monkeypatch):
-    from memcontrol.round_files import tensors
+    from memcontrol.training.round_files import select_tensors
 
     kept, plain = {}, Rounds.average
 
     def watched(self, number):
         kept[number] = [(len(one.shard.rows), one.moments) for one in (self.files.read_shard(number, shard, ("moments",)) for shard in range(3))]
         found = plain(self, number)
-        kept[f"mean {number}"] = tensors(self.files.mean(number), "moments")
+        kept[f"mean {number}"] = select_tensors(self.files.mean(number), "moments")
         return found
 
     monkeypatch.setattr(Rounds, "average", watched)
@@ -231,10 +233,10 @@ INNER = {
 
 
 def folder_of_trial(tmp_path, name, inner=INNER, processes=1):
-    from memcontrol.bench import Bench
-    from memcontrol.config import load_config
-    from memcontrol.prepare import prepare
-    from memcontrol.spec import Spec
+    from memcontrol.core.config import load_config
+    from memcontrol.core.spec import Spec
+    from memcontrol.trial.loaded import LoadedModels
+    from memcontrol.trial.prepare import prepare_study
 
     values = {
         "name": "a", "space": "digits", "inner": inner, "data": {"path": "digits", "train": 20, "holdout": 20, "test": 20},
@@ -242,31 +244,31 @@ def folder_of_trial(tmp_path, name, inner=INNER, processes=1):
     }  # fmt: skip
     study, config = tmp_path / "study", load_config(values)
     if not (study / "split.json").exists():
-        prepare(values, study, Bench(), lambda line: None)
+        prepare_study(values, study, LoadedModels(), lambda line: None)
     Spec(config, load_space("digits"), LORA, study, "search", "holdout", 20).as_job(tmp_path / name)
     return tmp_path / name
 
 
 def run_trial(folder):
-    from memcontrol.bench import Bench
-    from memcontrol.run import trial
+    from memcontrol.trial.loaded import LoadedModels
+    from memcontrol.trial.run import run_trial
 
-    bench = Bench()
-    trial(folder, bench, lambda *_, **said: None)
-    bench.close()
+    loaded = LoadedModels()
+    run_trial(folder, loaded, lambda *_, **said: None)
+    loaded.close()
     return (folder / "adapter.safetensors").read_bytes(), json.loads((folder / "training.json").read_text())
 
 
 def trial_killed_after(folder, steps):
     """kill -9 of the process that calls it, in the middle of a round."""
-    from memcontrol.bench import Bench
-    from memcontrol.run import trial
+    from memcontrol.trial.loaded import LoadedModels
+    from memcontrol.trial.run import run_trial
 
     def progress(stage, done, total, **said):
         if stage == "train" and done == steps:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    trial(folder, Bench(), progress)
+    run_trial(folder, LoadedModels(), progress)
 
 
 def without_times(record):
@@ -297,24 +299,24 @@ def test_processes_that_share_a_trials_shards_change_no_number(tmp_path):
 
 def test_a_helper_that_dies_is_done_without(tmp_path, monkeypatch):
     run_trial(folder_of_trial(tmp_path, "alone"))
-    monkeypatch.setattr("memcontrol.bench.Bench.team", lambda self, folder, spec, rung=None: Team(0, 2, lambda rank: rank == 0))
+    monkeypatch.setattr("memcontrol.loaded.Bench.team", lambda self, folder, spec, rung=None: ProcessGroup(0, 2, lambda rank: rank == 0))
     run_trial(folder_of_trial(tmp_path, "left", processes=2))
     assert same(*(load_file(tmp_path / name / "adapter.safetensors") for name in ("alone", "left")))
 
 
 def test_a_trial_that_diverges_leaves_no_helper_behind_that_waits(tmp_path):
     """The next trial of the same worker would wait for it, and it for the end of the trial that diverged."""
-    from memcontrol.bench import Bench
-    from memcontrol.errors import Diverged
-    from memcontrol.run import trial
+    from memcontrol.core.errors import Diverged
+    from memcontrol.trial.loaded import LoadedModels
+    from memcontrol.trial.run import run_trial
 
     wild = INNER | {"max_grad_norm": 1e30, "skip": None, "redistribution": None, "augmentation": None}
-    first, bench = folder_of_trial(tmp_path, "wild", wild, processes=2), Bench()
+    first, loaded = folder_of_trial(tmp_path, "wild", wild, processes=2), LoadedModels()
     spec = json.loads((first / "spec.json").read_text())
     spec["choice"]["learning_rate"] = 1e30
     (first / "spec.json").write_text(json.dumps(spec))
     with pytest.raises(Diverged):
-        trial(first, bench, lambda *_, **said: None)
-    assert all(process.poll() is not None for process in bench.helpers.values()) and bench.helpers
-    assert trial(folder_of_trial(tmp_path, "next", processes=2), bench, lambda *_, **said: None)["state"] == "COMPLETE"
-    bench.close()
+        run_trial(first, loaded, lambda *_, **said: None)
+    assert all(process.poll() is not None for process in loaded.helpers.values()) and loaded.helpers
+    assert run_trial(folder_of_trial(tmp_path, "next", processes=2), loaded, lambda *_, **said: None)["state"] == "COMPLETE"
+    loaded.close()

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from memcontrol.errors import MemControlError
-from memcontrol.estimate import Estimate, paired_difference, pooled, share_of, spearman
-from memcontrol.evidence import reward
-from memcontrol.figures import FIGURES, error_of, written
-from memcontrol.rewards import copy_rate, fid, kid, memorization
+from memcontrol.core.errors import MemControlError
+from memcontrol.core.estimate import Estimate, estimate_share, paired_difference, pool_estimates, spearman
+from memcontrol.core.reward_table import REWARDS, format_reward, read_error
+from memcontrol.scoring.copying import copy_rate, memorization
+from memcontrol.scoring.own_rewards import reward
+from memcontrol.scoring.quality import fid, kid
 
 D = 16
 MIX = np.random.default_rng(99).standard_normal((D, D)) / 4
@@ -92,25 +93,25 @@ def test_rank_correlation_equals_scipys_with_ties(seed):
 def test_intervals_of_shares_in_per_cent_are_pooled_too():
     """By MOVER; Newcombe's hybrid interval, the same rule for a difference, is the reference: of a and -b, halved."""
     a, b = (Estimate(value, low=low, high=high) for value, low, high in ((90.0, 80.0, 95.0), (70.0, 60.0, 78.0)))
-    found = pooled([a, b])
+    found = pool_estimates([a, b])
     assert (found, found.low, found.high) == pytest.approx((80, 80 - np.hypot(10, 10) / 2, 80 + np.hypot(5, 8) / 2))
 
 
 def test_draws_of_one_size_are_pooled_into_a_mean_with_a_smaller_error():
     draws = [fid(REAL, drawn(100, seed, 1.2)) for seed in range(1, 5)]
-    found = pooled(draws)
+    found = pool_estimates(draws)
     assert found == pytest.approx(np.mean(draws)) and found.error == pytest.approx(math.sqrt(sum(one.error**2 for one in draws)) / 4)
-    shares = [share_of(np.arange(50) < n) for n in (5, 10)]
-    both, exact = pooled(shares), scipy.stats.binomtest(15, 100).proportion_ci(method="wilson")
+    shares = [estimate_share(np.arange(50) < n) for n in (5, 10)]
+    both, exact = pool_estimates(shares), scipy.stats.binomtest(15, 100).proportion_ci(method="wilson")
     assert (float(both), both.low, both.high) == pytest.approx((0.15, exact.low, exact.high))
     assert len(both.contributions) == 100
 
 
 def test_figures_are_written_with_their_error():
     rewards = {"fid": 22.6, "fid_error": 0.8, "copy_rate": 0.012, "copy_rate_low": 0.004, "copy_rate_high": 0.028, "amd_train": 2.0}
-    assert [written(name, rewards) for name in ("fid", "copy_rate", "amd_train", "kid")] == ["22.60 ± 0.80", "1.2% (0.4%-2.8%)", "2.00", ""]
-    assert error_of("fid", rewards) == 0.8 and error_of("copy_rate", rewards) == pytest.approx(0.024 / 3.92) and error_of("amd_train", rewards) == 0
-    assert all(figure.interval and figure.cost and figure.meaning for figure in FIGURES.values())
+    assert [format_reward(name, rewards) for name in ("fid", "copy_rate", "amd_train", "kid")] == ["22.60 ± 0.80", "1.2% (0.4%-2.8%)", "2.00", ""]
+    assert read_error("fid", rewards) == 0.8 and read_error("copy_rate", rewards) == pytest.approx(0.024 / 3.92) and read_error("amd_train", rewards) == 0
+    assert all(figure.interval and figure.cost and figure.meaning for figure in REWARDS.values())
 
 
 def test_a_direction_is_one_of_two():

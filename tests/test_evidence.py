@@ -9,11 +9,14 @@ import yaml
 from commands import run
 from PIL import Image, ImageFilter
 
-from memcontrol.config import load_config
-from memcontrol.errors import MemControlError
-from memcontrol.evidence import Evidence, Views, check_rewards, extraction_rewards, load_function, score
-from memcontrol.extractors import load_extractor
-from memcontrol.features import pixel_features
+from memcontrol.core.config import load_config
+from memcontrol.core.errors import MemControlError
+from memcontrol.data.features import pixel_features
+from memcontrol.scoring.evidence import Descriptors, Evidence
+from memcontrol.scoring.extractors import load_extractor
+from memcontrol.scoring.measures import measure_extraction
+from memcontrol.scoring.own_rewards import check_rewards, load_own_reward
+from memcontrol.scoring.score import score_evidence
 
 OWN = '''
 """Rewards of a user."""
@@ -34,7 +37,7 @@ def own(tmp_path):
 
 def views(n, seed):
     pixels = np.random.default_rng(seed).random((n, 3072)).astype(np.float32)
-    return Views(pixels, pixels[:, :32])
+    return Descriptors(pixels, pixels[:, :32])
 
 
 EVIDENCE = Evidence(views(40, 0), views(20, 1), views(30, 2))
@@ -52,9 +55,9 @@ def test_short_forms_name_the_objectives(own):
 
 def test_a_users_reward_is_a_number_of_the_evidence(own):
     expected = abs(EVIDENCE.generated.pixels.mean() - EVIDENCE.holdout.pixels.mean())
-    assert score(EVIDENCE, {"brightness": f"{own}:brightness"})["brightness"] == pytest.approx(float(expected))
+    assert score_evidence(EVIDENCE, {"brightness": f"{own}:brightness"})["brightness"] == pytest.approx(float(expected))
     with pytest.raises(MemControlError, match="gave 'very good'; it must give a finite number"):
-        score(EVIDENCE, {"broken": f"{own}:broken"})
+        score_evidence(EVIDENCE, {"broken": f"{own}:broken"})
 
 
 def small_clip(folder):
@@ -62,7 +65,7 @@ def small_clip(folder):
     import torch
     from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
-    from memcontrol.models import TINY
+    from memcontrol.model.base import TINY
 
     tokenizer = AutoTokenizer.from_pretrained(TINY / "tokenizer")
     small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -78,7 +81,7 @@ def test_clip_score_is_that_of_the_model_itself(tmp_path):
     import torch
     from transformers import AutoProcessor, CLIPModel
 
-    from memcontrol.extractors import load_clip
+    from memcontrol.scoring.extractors import load_clip
 
     images, captions = np.random.default_rng(0).integers(0, 256, (70, 3, 40, 40), dtype=np.uint8), ["one", "two three"] * 35
     folder = small_clip(tmp_path / "clip")
@@ -87,7 +90,7 @@ def test_clip_score_is_that_of_the_model_itself(tmp_path):
         processed = AutoProcessor.from_pretrained(folder)(images=list(images), text=captions, return_tensors="pt", padding=True, truncation=True)
         model = CLIPModel.from_pretrained(folder).eval()
         cosines = model(**processed).logits_per_image.diagonal() / model.logit_scale.exp()
-    assert float(score(replace(EVIDENCE, clip=(pictures, texts)))["clip_score"]) == pytest.approx(100 * float(cosines.clamp(min=0).mean()), abs=1e-3)
+    assert float(score_evidence(replace(EVIDENCE, clip=(pictures, texts)))["clip_score"]) == pytest.approx(100 * float(cosines.clamp(min=0).mean()), abs=1e-3)
 
 
 def test_the_extraction_attack_is_calibrated_on_held_out_pairs():
@@ -97,33 +100,34 @@ def test_the_extraction_attack_is_calibrated_on_held_out_pairs():
     apart = rng.integers(0, 256, (8, 4, 3, 16, 16), dtype=np.uint8)
     for prompt in (0, 1):
         apart[prompt] = apart[prompt, :1]
-    found = extraction_rewards(apart, holdout)
+    found = measure_extraction(apart, holdout)
     assert found["extraction_clique"] == found["extraction_component"] == 0.25 and found["extraction_clique"].high < 0.65
     assert 0 < found["extraction_threshold"] < 1
 
 
 def test_features_of_the_data_are_kept_on_disk_by_content(study_file):
-    from memcontrol.bench import Bench
-    from memcontrol.config import load_config, study_folder
-    from memcontrol.prepare import prepare
-    from memcontrol.scoring import evidence
-    from memcontrol.space import load_space
-    from memcontrol.spec import Spec
+    from memcontrol.core.config import load_config
+    from memcontrol.core.run_folder import locate_study_folder
+    from memcontrol.core.space_yaml import load_space
+    from memcontrol.core.spec import Spec
+    from memcontrol.trial.loaded import LoadedModels
+    from memcontrol.trial.prepare import prepare_study
+    from memcontrol.trial.samples import gather_evidence
 
     study = study_file()
-    config, folder = load_config(study), study_folder(study, "small")
-    prepare(config.model_dump(mode="json"), folder, Bench(), print)
+    config, folder = load_config(study), locate_study_folder(study, "small")
+    prepare_study(config.model_dump(mode="json"), folder, LoadedModels(), print)
     space = load_space(config.space)
     spec = Spec(config, space, space.anchors()["none"][0], folder, "search", "holdout", 32)
     samples = {"images": np.random.default_rng(0).integers(0, 256, (8, 3, 32, 32), dtype=np.uint8), "rows": np.arange(8)}
-    first = evidence(samples, spec, Bench())
+    first = gather_evidence(samples, spec, LoadedModels())
     files = sorted(folder.glob("cache/features-*.safetensors"))
     assert len(files) == 2
     written = [path.stat().st_mtime_ns for path in files]
-    again = evidence(samples, spec, Bench())
+    again = gather_evidence(samples, spec, LoadedModels())
     assert [path.stat().st_mtime_ns for path in files] == written
     assert all(np.array_equal(getattr(getattr(first, part), key), getattr(getattr(again, part), key)) for part in ("train", "holdout") for key in ("pixels", "features"))
-    assert first.captions == tuple(Bench().train_images(spec).captions[:8]) and first.images is samples["images"]
+    assert first.captions == tuple(LoadedModels().train_images(spec).captions[:8]) and first.images is samples["images"]
 
 
 def test_a_reward_may_be_better_the_more(own, study_file):
@@ -156,21 +160,22 @@ def test_what_a_study_does_not_measure_is_no_objective():
 
 
 def test_a_model_that_makes_flat_images_is_pruned_by_name(study_file, monkeypatch):
-    from memcontrol.bench import Bench
-    from memcontrol.config import load_config, study_folder
-    from memcontrol.prepare import prepare
-    from memcontrol.space import load_space
-    from memcontrol.spec import Spec
-    from memcontrol.worker import run_trial
+    from memcontrol.core.config import load_config
+    from memcontrol.core.run_folder import locate_study_folder
+    from memcontrol.core.space_yaml import load_space
+    from memcontrol.core.spec import Spec
+    from memcontrol.execution.worker import attempt_trial
+    from memcontrol.trial.loaded import LoadedModels
+    from memcontrol.trial.prepare import prepare_study
 
-    study, bench = study_file(), Bench()
-    config, folder = load_config(study), study_folder(study, "small")
-    prepare(config.model_dump(mode="json"), folder, bench, print)
+    study, loaded = study_file(), LoadedModels()
+    config, folder = load_config(study), locate_study_folder(study, "small")
+    prepare_study(config.model_dump(mode="json"), folder, loaded, print)
     space = load_space(config.space)
     spec = Spec(config, space, space.anchors()["none"][0], folder, "search", "holdout", 32)
     spec.as_job(folder / "flat")
-    monkeypatch.setattr(type(bench.base(config)), "sample", lambda self, *args, seeds, **rest: np.full((len(seeds), 3, 32, 32), 7, np.uint8))
-    run_trial(folder / "flat", bench, lambda said: None)
+    monkeypatch.setattr(type(loaded.base(config)), "sample", lambda self, *args, seeds, **rest: np.full((len(seeds), 3, 32, 32), 7, np.uint8))
+    attempt_trial(folder / "flat", loaded, lambda said: None)
     result = json.loads((folder / "flat" / "result.json").read_text())
     assert result["state"] == "PRUNED" and "100% of the generated images are one flat colour" in result["reason"]
 
@@ -180,10 +185,10 @@ def test_mistakes_in_a_users_file_are_named(own):
     other.touch()
     for place, words in ((f"{own}:beauty", "has no function 'beauty'"), (f"{own}x:brightness", "no such file"), (f"{other}:brightness", "no Python file")):
         with pytest.raises(MemControlError, match=words):
-            load_function(place)
+            load_own_reward(place)
     own.write_text("1 / 0")
     with pytest.raises(MemControlError, match="cannot be imported: ZeroDivisionError"):
-        load_function(f"{own}:brightness")
+        load_own_reward(f"{own}:brightness")
     config = load_config({"name": "s", "data": "digits", "rewards": {"limits": {"beauty": 1.0}}})
     with pytest.raises(MemControlError, match="rewards.limits: 'beauty' is unknown"):
         check_rewards(config.rewards, 64)
@@ -225,7 +230,7 @@ def test_real_images_blur_collapse_and_noise_do_not_count_as_copies():
     train, holdout, fresh = images[:300], images[300:600], images[600:850]
 
     def scored(generated, train=train, holdout=holdout):
-        return score(Evidence(*(Views(pixel_features(part), extract(part)) for part in (generated, train, holdout))))
+        return score_evidence(Evidence(*(Descriptors(pixel_features(part), extract(part)) for part in (generated, train, holdout))))
 
     flat, noise = rng.integers(0, 256, (250, 3, 1, 1), dtype=np.uint8).repeat(32, 2).repeat(32, 3), rng.integers(0, 256, fresh.shape, dtype=np.uint8)
     for generated in (fresh, blurred(fresh, 1), blurred(fresh, 3), flat, noise):

@@ -5,17 +5,18 @@ import signal
 
 import pytest
 
-from memcontrol.attempts import Superseded, attempts_of, begin_attempt, failures_of, note_failure, progress_of
-from memcontrol.config import load_config
-from memcontrol.errors import MemControlError
-from memcontrol.executors import ENDS, Event, Executor, limit_of
-from memcontrol.files import read_json
-from memcontrol.jobs import Jobs
-from memcontrol.launch import make_executor
-from memcontrol.local_executor import Inline, Local, visible_gpus
-from memcontrol.space import Choice, load_space
-from memcontrol.spec import RESULT, TRAINING, Spec
-from memcontrol.stopping import rungs_of
+from memcontrol.core.attempts import Superseded, begin_attempt, note_failure, read_attempts, read_failures, read_progress
+from memcontrol.core.choice import Choice
+from memcontrol.core.config import load_config
+from memcontrol.core.errors import MemControlError
+from memcontrol.core.files import read_json
+from memcontrol.core.run_folder import RESULT, TRAINING, read_rungs
+from memcontrol.core.space_yaml import load_space
+from memcontrol.core.spec import Spec
+from memcontrol.execution.executor import END_KINDS, Event, Executor, pick_time_limit
+from memcontrol.execution.job_queue import JobQueue
+from memcontrol.execution.local import Inline, Local, choose_gpus
+from memcontrol.execution.make import make_executor
 
 
 @pytest.fixture(scope="session")
@@ -57,7 +58,7 @@ def until_end(executor, also=lambda event: None):
         for event in executor.events(1.0):
             events.append(event)
             also(event)
-        ends = [event for event in events if event.kind in ENDS]
+        ends = [event for event in events if event.kind in END_KINDS]
         if ends:
             assert len(ends) == 1
             return ends[0]
@@ -77,7 +78,7 @@ class TestContract:
         end = until_end(executor, lambda event: kinds.append(event.kind))
         assert end.kind == "done" and end.job == job and "progress" in kinds
         assert (tmp_path / choice.key / RESULT).is_file()
-        (attempt,) = attempts_of(tmp_path / choice.key)
+        (attempt,) = read_attempts(tmp_path / choice.key)
         assert attempt["host"] and attempt["started"] and (attempt["pid"] == os.getpid()) == isinstance(executor, Inline)
 
     def test_a_trial_goes_to_its_rung_and_then_on(self, executor, tmp_path):
@@ -89,7 +90,7 @@ class TestContract:
         job = Spec(config, load_space("digits"), choice, tmp_path, "search", "holdout", 32).as_job(run)
         executor.submit({**job, "rung": 0.4})
         assert until_end(executor).kind == "done" and not (run / RESULT).exists()
-        (at_rung,) = rungs_of(run, config)
+        (at_rung,) = read_rungs(run, config)
         executor.submit({**job, "rung": None})
         assert until_end(executor).kind == "done"
         result = read_json(run / RESULT)
@@ -145,7 +146,7 @@ def test_a_job_that_is_cancelled_ends_at_once(local, tmp_path):
 
 def test_gpus_are_dealt_out_in_turn(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
-    assert [visible_gpus(i)["CUDA_VISIBLE_DEVICES"] for i in range(3)] == ["2", "5", "2"]
+    assert [choose_gpus(i)["CUDA_VISIBLE_DEVICES"] for i in range(3)] == ["2", "5", "2"]
 
 
 class Scripted(Executor):
@@ -172,47 +173,47 @@ class Scripted(Executor):
 class TestJobs:
     def test_what_fails_twice_is_tried_a_third_time(self, tmp_path):
         job, executor = {"trial": str(tmp_path)}, Scripted("failed", "lost", "done")
-        (end,) = Jobs(executor, lambda event: None).run([job])
+        (end,) = JobQueue(executor, lambda event: None).run([job])
         assert end.kind == "done" and executor.taken == [job] * 3
-        assert [failure["reason"] for failure in failures_of(tmp_path)] == ["failed 1", "lost 2"]
+        assert [failure["reason"] for failure in read_failures(tmp_path)] == ["failed 1", "lost 2"]
 
     def test_three_failures_are_the_end_even_across_orchestrators(self, tmp_path):
         job = {"trial": str(tmp_path)}
         note_failure(tmp_path, "before")
         executor = Scripted("failed", "lost")
-        (end,) = Jobs(executor, lambda event: None).run([job])
+        (end,) = JobQueue(executor, lambda event: None).run([job])
         assert end.kind == "given up" and end.detail["reason"] == "lost 2"
 
     def test_what_the_user_must_mend_ends_it_all(self, tmp_path):
         with pytest.raises(MemControlError, match="stop 1"):
-            list(Jobs(Scripted("stop"), lambda event: None).run([{"confirm": str(tmp_path)}]))
+            list(JobQueue(Scripted("stop"), lambda event: None).run([{"confirm": str(tmp_path)}]))
 
 
 def test_a_second_attempt_takes_a_folder_over(tmp_path):
     """As when a worker that was frozen wakes up: it writes nothing more."""
     first = begin_attempt(tmp_path)
     first.progress("train", 1, 10)
-    assert progress_of(tmp_path)["done"] == 1
+    assert read_progress(tmp_path)["done"] == 1
     second = begin_attempt(tmp_path)
-    assert second.current() and not first.current() and progress_of(tmp_path) is None
+    assert second.current() and not first.current() and read_progress(tmp_path) is None
     first.written_at = 0.0
     with pytest.raises(Superseded):
         first.progress("train", 2, 10)
     with open(tmp_path / "attempts.jsonl", "a") as file:
         file.write('{"identity": "cut sh')
-    assert second.current() and len(attempts_of(tmp_path)) == 2
+    assert second.current() and len(read_attempts(tmp_path)) == 2
 
 
 def test_out_of_memory_goes_on_with_smaller_forwards(tmp_path, monkeypatch):
     import torch
 
-    from memcontrol import run
-    from memcontrol.bench import Bench
-    from memcontrol.worker import run_job
+    from memcontrol.execution.worker import run_job
+    from memcontrol.trial import run
+    from memcontrol.trial.loaded import LoadedModels
 
     sizes = []
 
-    def fine_tuned(folder, spec, bench, progress, rung):
+    def fine_tuned(folder, spec, loaded, progress, rung):
         sizes.append(spec.config.inner.micro_batch_size)
         if len(sizes) < 2 or spec.config.search.accumulate_on_oom is False:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
@@ -222,16 +223,16 @@ def test_out_of_memory_goes_on_with_smaller_forwards(tmp_path, monkeypatch):
         sizes.clear()
         spec = Spec(small(search={"accumulate_on_oom": allowed}), load_space("digits"), Choice(("mid_attention",), "lora", 1e-3, 2), tmp_path, "search", "holdout", 32)
         said = []
-        run_job(spec.as_job(tmp_path / str(allowed)), Bench(), said.append)
+        run_job(spec.as_job(tmp_path / str(allowed)), LoadedModels(), said.append)
         assert said[-1]["event"] == kind and sizes == ([None, 8] if allowed else [None])
     assert said[-1]["reason"].startswith("out of memory on the GPU: CUDA out of memory")
 
 
 def test_a_job_of_which_nothing_is_known_yet_is_no_error(tmp_path):
     """A second attempt has not said anything, and what the first one said no longer counts."""
-    from memcontrol.attempts import begin_attempt
-    from memcontrol.ray_executor import Place, Ray
-    from memcontrol.slurm_executor import Running, Slurm
+    from memcontrol.core.attempts import begin_attempt
+    from memcontrol.execution.ray_cluster import Place, Ray
+    from memcontrol.execution.slurm_cluster import Running, Slurm
 
     begin_attempt(tmp_path).progress("train", 1, 2)
     begin_attempt(tmp_path)
@@ -241,13 +242,13 @@ def test_a_job_of_which_nothing_is_known_yet_is_no_error(tmp_path):
 
 
 def test_preparing_has_no_time_limit():
-    assert limit_of({"trial": "x"}, 3.0) == 3.0 and limit_of({"prepare": "x"}, 3.0) is None and limit_of({"trial": "x"}, None) is None
+    assert pick_time_limit({"trial": "x"}, 3.0) == 3.0 and pick_time_limit({"prepare": "x"}, 3.0) is None and pick_time_limit({"trial": "x"}, None) is None
 
 
 def test_what_sbatch_refuses_is_the_users_to_mend():
     from submitit.core.utils import FailedJobError
 
-    from memcontrol.slurm_executor import Slurm
+    from memcontrol.execution.slurm_cluster import Slurm
 
     class Refusing:
         def submit(self, *_):

@@ -12,14 +12,15 @@ from small_pipelines import build
 from test_adapters import disturbed, space_of
 
 from memcontrol import load_adapter
-from memcontrol.config import load_config
-from memcontrol.errors import MemControlError
-from memcontrol.exporting import COMFYUI_FILE, LORA_FILE, export
-from memcontrol.files import read_json, write_json
-from memcontrol.models import base_path, open_pipeline
-from memcontrol.run import chosen_adapter
-from memcontrol.space import parse_space
-from memcontrol.spec import RESULT, Spec, read_spec
+from memcontrol.commands.export import COMFYUI_FILE, LORA_FILE, export
+from memcontrol.core.config import load_config
+from memcontrol.core.errors import MemControlError
+from memcontrol.core.files import read_json, write_json
+from memcontrol.core.run_folder import RESULT
+from memcontrol.core.space_yaml import parse_space
+from memcontrol.core.spec import Spec, read_spec
+from memcontrol.model.base import find_base_path, open_pipeline
+from memcontrol.trial.run import inject_choice
 
 PLAIN_DIFFUSERS = """
 import sys, json
@@ -67,7 +68,7 @@ def finished_run(folder, base_name, method, mix=()):
     choice = space.choice(("first", "second"), method, 0.5, methods={"second": mix[0]} if mix else None)
     spec = Spec(config, space, choice, folder.parent, "search", "holdout", 10)
     spec.as_job(folder)
-    adapter = chosen_adapter(denoiser, spec)
+    adapter = inject_choice(denoiser, spec)
     disturbed(adapter, 1)
     adapter.save(folder, spec.description())
     adapter.fuse()
@@ -99,7 +100,7 @@ def test_fused_pipelines_of_every_family_and_lora_files_load_in_plain_diffusers(
         base = "tiny" if family == "tiny" else str(tmp_path / family)
         expected.append(images_of(finished_run(tmp_path / f"{family}-lora-run", base, method), CALL))
         out = export(tmp_path / f"{family}-lora-run", tmp_path / f"{family}-lora")  # ranks and alphas differ by group
-        jobs.append({"pipeline": base_path(base), "lora": str(out), "call": CALL, "out": str(tmp_path / f"{len(jobs)}.npy")})
+        jobs.append({"pipeline": find_base_path(base), "lora": str(out), "call": CALL, "out": str(tmp_path / f"{len(jobs)}.npy")})
     in_plain_diffusers(jobs)
     for job, images in zip(jobs, expected):
         assert np.abs(np.load(job["out"]) - images).max() < 2 / 255, job
@@ -120,7 +121,7 @@ def test_an_exported_adapter_loads_by_memcontrol(tmp_path, method, mix):
 def test_an_exported_adapter_loads_in_a_new_process(tmp_path):
     expected = images_of(finished_run(tmp_path / "run", "tiny", "difffit", ("svdiff",)), CALL)
     out = export(tmp_path / "run", tmp_path / "out", "adapter")
-    command = [sys.executable, "-c", BY_MEMCONTROL, base_path("tiny"), str(out), str(tmp_path / "images.npy")]
+    command = [sys.executable, "-c", BY_MEMCONTROL, find_base_path("tiny"), str(out), str(tmp_path / "images.npy")]
     subprocess.run(command, check=True, capture_output=True)
     assert np.abs(np.load(tmp_path / "images.npy") - expected).max() < 2 / 255
 
@@ -193,7 +194,7 @@ def test_the_model_card_tells_what_was_measured_and_its_code_runs(tmp_path, meth
 
 
 def test_the_card_sets_full_fine_tuning_beside_the_pick(tmp_path):
-    from memcontrol.card import body
+    from memcontrol.view.model_card import compose_body
 
     finished_run(tmp_path / "retrain" / "a", "tiny", "bias")
     spec, result = read_spec(tmp_path / "retrain" / "a"), read_json(tmp_path / "retrain" / "a" / RESULT)
@@ -201,17 +202,17 @@ def test_the_card_sets_full_fine_tuning_beside_the_pick(tmp_path):
     write_json(tmp_path / "retrain" / "a" / RESULT, {**result, "choice": spec.choice.as_dict()})
     full = {**result, "choice": {"method": "full"}, "rewards": {**REWARDS, "fid": 33.0}}
     write_json(tmp_path / "retrain" / "b" / RESULT, full)
-    text = body(spec, result, "")
+    text = compose_body(spec, result, "")
     assert "| FID | 21.50 ± 1.20 | 33.00 ± 1.20 | minimize | Frechet distance to test images" in text and "held-out" not in text
     write_json(tmp_path / "retrain" / "b" / RESULT, {**full, "measured_with": {}})
-    assert "33.00" not in body(spec, result, "")
+    assert "33.00" not in compose_body(spec, result, "")
 
 
 def test_the_card_names_a_base_of_the_hub_and_no_folder(tmp_path):
-    from memcontrol.card import metadata
-    from memcontrol.space import load_space
+    from memcontrol.core.space_yaml import load_space
+    from memcontrol.view.model_card import make_metadata
 
     space = load_space("digits")
     for base, known in (("stable-diffusion-v1-5/stable-diffusion-v1-5", True), (str(tmp_path), False), ("tiny", False)):
         spec = Spec(load_config({"name": "a", "base": base, "data": "digits"}), space, space.choice(("mid_attention",), "lora", 0.5), tmp_path, "retrain", "test", 10)
-        assert metadata(spec, True, True).get("base_model") == (base if known else None)
+        assert make_metadata(spec, True, True).get("base_model") == (base if known else None)

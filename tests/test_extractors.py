@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import BitImageProcessor, CLIPConfig, CLIPImageProcessor, CLIPModel, Dinov2Config, Dinov2Model
 
-from memcontrol.errors import MemControlError
-from memcontrol.extractors import TINY_FEATURES, load_extractor
+from memcontrol.core.errors import MemControlError
+from memcontrol.scoring.extractors import TINY_FEATURES, load_extractor
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (70, 3, 40, 40), dtype=np.uint8)
 
@@ -87,8 +87,8 @@ def test_a_file_that_is_no_torchscript_is_named(tmp_path):
 
 
 def test_a_study_keeps_to_the_network_it_began_with(tmp_path):
-    from memcontrol.config import load_config
-    from memcontrol.prepare import record_extractor
+    from memcontrol.core.config import load_config
+    from memcontrol.trial.prepare import record_extractor
 
     config = load_config({"name": "a", "data": "digits"})
     record_extractor(tmp_path / "extractor.json", "tiny-1", config)

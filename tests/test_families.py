@@ -5,14 +5,15 @@ import pytest
 import torch
 from small_pipelines import SMALL, build
 
-from memcontrol.bench import Bench
-from memcontrol.config import load_config
-from memcontrol.errors import MemControlError
-from memcontrol.models import denoiser_config, empty_denoiser, load_base, open_pipeline
-from memcontrol.prepare import check_mitigations, prepare
-from memcontrol.run import trial
-from memcontrol.space import Choice, load_space
-from memcontrol.spec import Spec
+from memcontrol.core.choice import Choice
+from memcontrol.core.config import load_config
+from memcontrol.core.errors import MemControlError
+from memcontrol.core.space_yaml import load_space
+from memcontrol.core.spec import Spec
+from memcontrol.model.base import load_base, make_empty_denoiser, open_pipeline, read_denoiser_config
+from memcontrol.trial.loaded import LoadedModels
+from memcontrol.trial.prepare import check_mitigations, prepare_study
+from memcontrol.trial.run import run_trial
 
 RESOLUTION = {"sd-v": 32, "ddpm": 16}
 
@@ -41,11 +42,11 @@ def test_a_trial_runs_on_every_family(family, inner, tmp_path, photographs):
         "data": {"path": str(photographs(30)), "train": 10, "holdout": 10, "test": 10, "resolution": RESOLUTION.get(name, 32)},
         "rewards": {"n_samples": 8, "sampling_steps": 2, "objectives": ["kid", "memorization", "step_gflops"]},
     })  # fmt: skip
-    bench = Bench()
-    assert prepare(config.model_dump(mode="json"), tmp_path, bench, lambda text: None)["sizes"] == {"train": 10, "holdout": 10, "test": 10}
+    loaded = LoadedModels()
+    assert prepare_study(config.model_dump(mode="json"), tmp_path, loaded, lambda text: None)["sizes"] == {"train": 10, "holdout": 10, "test": 10}
     spec = Spec(config, load_space(str(space)), Choice(("a",), "svdiff", 5e-3), tmp_path, "search", "holdout", 10)
     spec.as_job(tmp_path / "run")
-    found = trial(tmp_path / "run", bench, lambda *_, **said: None)
+    found = run_trial(tmp_path / "run", loaded, lambda *_, **said: None)
     assert found["state"] == "COMPLETE" and found["n_steps"] == 4 and all(np.isfinite(value) for value in found["rewards"].values())
     assert found["rewards"]["step_gflops"] > 0 and found["rewards"]["memory_mib"] > 0
 
@@ -143,15 +144,15 @@ def test_a_pipeline_that_no_family_knows_is_named(tmp_path):
     with pytest.raises(MemControlError, match="is a KandinskyPipeline, which MemControl cannot train; it can train StableDiffusionPipeline"):
         open_pipeline(str(tmp_path))
     with pytest.raises(MemControlError, match="no unet/config.json"):
-        empty_denoiser(str(tmp_path))
+        make_empty_denoiser(str(tmp_path))
 
 
 def test_the_shapes_of_a_denoiser_come_from_its_config_alone(family, tmp_path):
     name, path = family
-    config = denoiser_config(path)
+    config = read_denoiser_config(path)
     real = open_pipeline(path)
     real = getattr(real, "unet", None) or real.transformer
-    empty = empty_denoiser(path)
+    empty = make_empty_denoiser(path)
     assert config["_class_name"] == type(real).__name__
     assert {key: tensor.shape for key, tensor in empty.state_dict().items()} == {key: tensor.shape for key, tensor in real.state_dict().items()}
     assert all(tensor.is_meta for tensor in empty.parameters())

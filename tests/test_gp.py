@@ -7,7 +7,7 @@ import pytest
 from scipy.optimize import check_grad
 from scipy.stats import multivariate_normal
 
-from memcontrol.gp import by_coordinate, conditioned, expected_gain, fitted, negative_log_posterior
+from memcontrol.search.gaussian_process import condition_process, expected_gain, fit_process, negative_log_posterior, squares_by_coordinate
 
 OWNER = np.array([0, 1, 2, 2, 3])  # three coordinates of one column, and one of two
 
@@ -26,7 +26,7 @@ def test_predictions_are_the_conditional_normal_distribution():
     """Of the joint distribution of what was seen and what is asked, by its covariance's blocks."""
     seen, asked, rng = points(9), points(4, 1), np.random.default_rng(2)
     y, noise, scale, signal = rng.normal(size=9), rng.random(9) / 5, rng.random(len(OWNER)) + 0.3, 1.7
-    mean, sd = conditioned(seen, y, noise, scale, signal, 3.0, 2.0).predict(asked)
+    mean, sd = condition_process(seen, y, noise, scale, signal, 3.0, 2.0).predict(asked)
     inverse, cross = np.linalg.inv(kernel(seen, seen, scale, signal) + np.diag(noise)), kernel(asked, seen, scale, signal)
     assert np.allclose(mean, 3 + 2 * cross @ inverse @ y, atol=1e-6)
     assert np.allclose(sd, 2 * np.sqrt(np.diag(kernel(asked, asked, scale, signal) - cross @ inverse @ cross.T)), atol=1e-6)
@@ -35,7 +35,7 @@ def test_predictions_are_the_conditional_normal_distribution():
 def test_the_posterior_and_its_gradient():
     seen, rng = points(8), np.random.default_rng(1)
     y, known, own, logs = rng.normal(size=8), rng.random(8) / 10, rng.random(8) / 5, rng.normal(size=7) - 1
-    squares = by_coordinate(seen, seen, OWNER)
+    squares = squares_by_coordinate(seen, seen, OWNER)
     covariance = kernel(seen, seen, np.exp(logs[:-3])[OWNER] ** 0.5, math.exp(logs[-3])) + np.diag(math.exp(logs[-1]) * known + own + math.exp(logs[-2]))
     likelihood = multivariate_normal(np.zeros(8), covariance).logpdf(y)
     centred = (logs - [*[math.log(0.3)] * 4, 0, math.log(1e-3), math.log(0.1)]) / [*[1.5] * 4, 1, 2, 1.5]
@@ -51,7 +51,7 @@ def test_what_matters_is_learned_and_noise_is_not():
     seen = rng.integers(0, 2, (40, len(OWNER))).astype(float)
     values, errors = 3 * seen[:, 0] + rng.normal(0, 0.05, 40), np.full(40, 0.05)
     values[0], errors[0] = values[0] + 30, 30
-    process = fitted(seen, values, errors, np.zeros(40), np.empty((0, len(OWNER))), OWNER)
+    process = fit_process(seen, values, errors, np.zeros(40), np.empty((0, len(OWNER))), OWNER)
     mean, _ = process.predict(np.array([[0, 1, 0, 1, 0], [1, 0, 1, 0, 1.0]]))
     assert abs(mean[0]) < 0.3 and abs(mean[1] - 3) < 0.3
     assert process.scale[0] > 2 * process.scale[1:].max()
@@ -65,14 +65,14 @@ def test_errors_of_their_own_count_whole():
     values[0] += 30
     own[0] = 30
     there = seen[:1]
-    near = fitted(seen, values, np.zeros(40), own, np.empty((0, len(OWNER))), OWNER).predict(there)[0][0]
+    near = fit_process(seen, values, np.zeros(40), own, np.empty((0, len(OWNER))), OWNER).predict(there)[0][0]
     assert abs(near - 3 * seen[0, 0]) < 0.3
 
 
 def test_a_pending_point_is_believed_and_no_longer_uncertain():
     seen, values = points(10), np.random.default_rng(1).normal(size=10)
     pending, none = points(1, 5), np.empty((0, len(OWNER)))
-    before, after = fitted(seen, values, np.zeros(10), np.zeros(10), none, OWNER), fitted(seen, values, np.zeros(10), np.zeros(10), pending, OWNER)
+    before, after = fit_process(seen, values, np.zeros(10), np.zeros(10), none, OWNER), fit_process(seen, values, np.zeros(10), np.zeros(10), pending, OWNER)
     assert np.allclose(before.predict(pending)[0], after.predict(pending)[0], atol=1e-3)
     assert after.predict(pending)[1] < 0.5 * before.predict(pending)[1]
 

@@ -9,10 +9,10 @@ import pytest
 import yaml
 from simulated import Simulated, search
 
-from memcontrol.errors import MemControlError
-from memcontrol.growth import grown, is_flat, reference_of
-from memcontrol.pareto import hypervolume
-from memcontrol.study import Record
+from memcontrol.core.errors import MemControlError
+from memcontrol.study.hypervolume import estimate_hypervolume, find_reference_point, is_flat
+from memcontrol.study.pareto import hypervolume
+from memcontrol.study.record import Record
 
 OBJECTIVES = {"fid": "minimize", "recall": "maximize"}
 
@@ -34,9 +34,9 @@ def test_hypervolume_is_the_share_of_cells_that_are_dominated(n_objectives):
 
 def test_the_reference_is_the_anchors_worst_and_a_little_more():
     anchors = [record(0, 100.0, 0.0, "none"), record(1, 20.0, 0.4, "all"), record(2, 10.0, 0.5, "full")]
-    assert reference_of(anchors) == pytest.approx([109.0, 0.05])  # as losses: recall with its sign turned
-    assert reference_of([*anchors[:2], record(2, 0, 0, "full", state="RUNNING")]) is None and reference_of(anchors[:1]) is None
-    assert reference_of([*anchors, record(3, 500.0, 0.0)]) == reference_of(anchors)
+    assert find_reference_point(anchors) == pytest.approx([109.0, 0.05])  # as losses: recall with its sign turned
+    assert find_reference_point([*anchors[:2], record(2, 0, 0, "full", state="RUNNING")]) is None and find_reference_point(anchors[:1]) is None
+    assert find_reference_point([*anchors, record(3, 500.0, 0.0)]) == find_reference_point(anchors)
 
 
 def test_the_noise_is_that_of_measuring_again():
@@ -45,7 +45,7 @@ def test_the_noise_is_that_of_measuring_again():
     for _ in range(4000):
         (a, b), (c, d) = ((fid + rng.normal(0, 1), -recall + rng.normal(0, 0.01)) for fid, recall in ((10, 0.5), (20, 0.9)))
         areas.append((30 - a) * (0 - b) + (30 - c) * (b - d))
-    found = grown(records, [30.0, 0.0])
+    found = estimate_hypervolume(records, [30.0, 0.0])
     assert found == pytest.approx(20 * 0.5 + 10 * 0.4) and found.error == pytest.approx(np.std(areas), rel=0.15)
 
 
@@ -78,9 +78,9 @@ def test_a_flat_search_ends_itself_and_stays_ended(tmp_path):
 def test_a_warm_start_tries_the_earlier_front_first(tmp_path):
     earlier = study_in(tmp_path, name="earlier", search={"trials": 12, "workers": 1, "sampler": "random"})
     first = search(earlier, Simulated())
-    from memcontrol.picking import front_of
+    from memcontrol.study.pick import select_front
 
-    wanted = [record.choice for record in front_of([record for record in first.records() if record.finished and record.anchor not in ("none", "full")])]
+    wanted = [record.choice for record in select_front([record for record in first.records() if record.finished and record.anchor not in ("none", "full")])]
     first.close()
     study = search(study_in(tmp_path, name="later", search={"trials": 8, "workers": 1, "warm_start": "earlier.yaml"}), Simulated())
     sampled = [record.choice for record in study.records() if record.anchor is None]
@@ -107,7 +107,7 @@ def test_choices_that_the_space_lacks_are_said(tmp_path):
 
 
 def test_status_says_that_a_flat_search_is_over(tmp_path, capsys, monkeypatch):
-    from memcontrol.cli import main
+    from memcontrol.cli.parser import main
 
     worse = lambda choice: {"fid": 90.0 - 60 * (choice["method"] == "full"), "memorization": 0.1 + 0.3 * (choice["method"] == "full")}  # noqa: E731
     study = study_in(tmp_path, search={"trials": 50, "workers": 1, "sampler": "random", "stop_when_flat": 6})

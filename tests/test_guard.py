@@ -2,7 +2,7 @@
 
 import pytest
 
-from memcontrol.guard import guarded
+from memcontrol.view.dashboard_guard import guard_app
 
 
 def ask(method="GET", path="/api/studies", host="127.0.0.1:8080", writable=False, token=None, query="", **headers):
@@ -16,7 +16,7 @@ def ask(method="GET", path="/api/studies", host="127.0.0.1:8080", writable=False
 
     environ = {"REQUEST_METHOD": method, "PATH_INFO": path, "QUERY_STRING": query, "HTTP_HOST": host, **headers}
     answers = []
-    guarded(app, writable, token)(environ, lambda status, headers, *rest: answers.append((int(status[:3]), dict(headers))))
+    guard_app(app, writable, token)(environ, lambda status, headers, *rest: answers.append((int(status[:3]), dict(headers))))
     status, found = answers[0]
     assert bool(reached) == (status == 200)
     return status, found

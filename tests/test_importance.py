@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from test_study import MIXED, SPACE
 
-from memcontrol.effects import importance
-from memcontrol.errors import MemControlError
-from memcontrol.points import Points
-from memcontrol.study import Record
+from memcontrol.core.errors import MemControlError
+from memcontrol.search.encoding import SpaceEncoding
+from memcontrol.search.importance import measure_importance
+from memcontrol.study.record import Record
 
 
 def records_of(space, n, rewards, seed=0):
-    rng, points, found = np.random.default_rng(seed), Points(space), []
+    rng, points, found = np.random.default_rng(seed), SpaceEncoding(space), []
     import random
 
     rows = points.canonical(points.random(2 * n, random.Random(seed)))
@@ -31,7 +31,7 @@ def test_known_effects_are_found_within_their_errors():
     def rewards(choice, row):
         return 10 - 2 * ("up_attention" in choice.groups) - 1 * row[-1], 0.1 * ("down_attention" in choice.groups)
 
-    effects = {effect.coordinate: effect for effect in importance(records_of(SPACE, 60, rewards), SPACE)}
+    effects = {effect.coordinate: effect for effect in measure_importance(records_of(SPACE, 60, rewards), SPACE)}
     true = {"up_attention": (-2, 0), "down_attention": (0, 0.1), "mid_attention": (0, 0), "rate": (-1, 0), "rank": (0, 0)}
     for name, (fid, memorization) in true.items():
         for objective, expected in (("fid", fid), ("memorization", memorization)):
@@ -43,11 +43,11 @@ def test_known_effects_are_found_within_their_errors():
 
 def test_only_changes_that_a_choice_can_have_count():
     """c knows difffit alone, so what its method changes to is no contrast; a has three methods."""
-    effects = importance(records_of(MIXED, 50, lambda choice, row: (float(len(choice.groups)), 0.1)), MIXED)
+    effects = measure_importance(records_of(MIXED, 50, lambda choice, row: (float(len(choice.groups)), 0.1)), MIXED)
     assert {effect.coordinate for effect in effects} >= {"a", "b", "c", "a.method", "rate"} and all(effect.n_choices > 0 for effect in effects)
     assert next(effect for effect in effects if effect.coordinate == "a").effects["fid"] == pytest.approx(1, abs=0.2)
 
 
 def test_too_few_trials_are_named():
     with pytest.raises(MemControlError, match="importance needs 6 ended trials"):
-        importance(records_of(SPACE, 4, lambda choice, row: (1.0, 0.1)), SPACE)
+        measure_importance(records_of(SPACE, 4, lambda choice, row: (1.0, 0.1)), SPACE)

@@ -1,4 +1,4 @@
-"""Imports only fall: a module may import those below it in this list, never those above. Also what must not import torch."""
+"""The packages and their rule: a package imports only those named before it; study, search and view import nothing from data to trial."""
 
 import ast
 import subprocess
@@ -7,37 +7,54 @@ from pathlib import Path
 
 import memcontrol
 
-LAYERS = """errors saying estimate interrupt seeds files yaml_files explain config attempts database space spec artifacts data features tuners peft_tuners adapters families models extractors memory shards augment mitigate figures marks stopping copying rewards probe cost derive evidence train round_files ensemble bench scoring gallery run
-prepare calibrate pareto executors worker local_executor ray_executor slurm_executor launch jobs predict gp points study replicates growth surrogate mirror sampling effects picking notes plots publish pictures comparing retraining auditing card exporting orchestrate watch guard serving display tables facts charts reporting propose demo api looking commands cli tiny""".split()
 PACKAGE = Path(memcontrol.__file__).parent
+ORDER = "core data model training scoring trial execution study search view commands cli".split()
+TORCH, HEAD = {"data", "model", "training", "scoring", "trial"}, {"study", "search", "view"}
+MODULES = [path for name in ORDER for path in sorted((PACKAGE / name).glob("*.py"))]
 
 
-def imported(path):
+def list_imports(path):
+    """Of each import from memcontrol, the module and the name."""
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("memcontrol."):
-            yield node.module.split(".")[1]
+        if isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith("memcontrol."):
+            yield from ((node.module, alias.name) for alias in node.names)
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, "") for alias in node.names if alias.name.startswith("memcontrol."))
 
 
-def test_every_module_has_its_layer_and_opens_with_what_it_owns():
-    modules = {path.stem: path for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
-    assert set(modules) == set(LAYERS)
-    for path in modules.values():
+def find_package(module):
+    return module.split(".")[1] if "." in module else None
+
+
+def test_imports_only_fall_and_the_wings_do_not_meet():
+    for path in MODULES:
+        own = path.parent.name
+        for module, name in list_imports(path):
+            other = find_package(f"{module}.{name}")
+            assert ORDER.index(other) <= ORDER.index(own), f"{path} imports {module}"
+            assert not (own in HEAD and other in TORCH), f"{path} imports {module}"
+
+
+def test_no_underscored_name_crosses_a_module():
+    for path in MODULES:
+        for module, name in list_imports(path):
+            assert not name.startswith("_") or name == "__version__", f"{path} imports {name} from {module}"
+
+
+def test_every_module_opens_with_what_it_owns_and_no_folder_is_crowded():
+    for path in MODULES:
         assert ast.get_docstring(ast.parse(path.read_text())).startswith("Owns "), path
-
-
-def test_imports_only_fall():
-    for name in LAYERS:
-        for other in imported(PACKAGE / f"{name}.py"):
-            assert LAYERS.index(other) < LAYERS.index(name), f"{name} imports {other}"
+    assert {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()} == {*ORDER, "assets"}
+    assert max(len(list((PACKAGE / name).glob("*.py"))) for name in ORDER) <= 20
 
 
 def test_few_modules_import_optuna():
-    users = {path.stem for path in PACKAGE.glob("*.py") for line in path.read_text().splitlines() if line.strip().startswith(("import optuna", "from optuna"))}
-    assert users == {"study", "mirror", "artifacts", "publish", "serving"}
+    users = {f"{path.parent.name}.{path.stem}" for path in MODULES for line in path.read_text().splitlines() if line.strip().startswith(("import optuna", "from optuna"))}
+    assert users == {"study.store", "study.artifacts", "search.optuna_samplers", "view.dashboard", "view.dashboard_notes"}
 
 
 def test_the_orchestrating_process_needs_no_torch():
-    code = "import sys, memcontrol.cli, memcontrol.orchestrate, memcontrol.retraining, memcontrol.display, memcontrol.picking; sys.exit('torch' in sys.modules)"
+    code = "import sys, memcontrol.cli.parser, memcontrol.search.orchestrator, memcontrol.commands.retrain, memcontrol.view.live, memcontrol.study.pick; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

@@ -5,8 +5,8 @@ import random
 import pytest
 import torch
 
-from memcontrol.config import SkipConfig
-from memcontrol.memory import LossMemory
+from memcontrol.core.config import SkipConfig
+from memcontrol.training.loss_memory import LossMemory
 
 
 def test_the_published_rule_by_hand():

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from memcontrol.config import load_config
-from memcontrol.data import load_parts
-from memcontrol.models import TINY, base_digest, load_base
+from memcontrol.core.config import load_config
+from memcontrol.data.split import load_parts
+from memcontrol.model.base import TINY, digest_base, load_base
 
 
 def test_the_embedded_base_has_stable_diffusions_structure_and_is_small(base):
@@ -69,9 +69,9 @@ def test_encoding_is_the_autoencoders_and_happens_once(base, tmp_path, monkeypat
 def test_the_digest_follows_the_content(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x").write_text("1")
-    first = base_digest(str(tmp_path / "a"))
+    first = digest_base(str(tmp_path / "a"))
     (tmp_path / "a" / "x").write_text("2")
-    assert base_digest(str(tmp_path / "a")) != first and base_digest("tiny") == base_digest("tiny")
+    assert digest_base(str(tmp_path / "a")) != first and digest_base("tiny") == digest_base("tiny")
     assert load_base("tiny").resolution == 32
 
 
@@ -98,7 +98,7 @@ def test_guidance_that_begins_late_by_hand(base, share, n_without):
 def test_redrawn_weights_follow_from_the_seed(tmp_path):
     from small_pipelines import build
 
-    from memcontrol.models import load_base, redraw_weights
+    from memcontrol.model.base import load_base, redraw_weights
 
     denoiser = load_base(str(build("ddpm", tmp_path / "ddpm"))).denoiser
     states = []

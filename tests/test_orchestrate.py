@@ -8,12 +8,12 @@ import yaml
 from chaos import front_of
 from simulated import Simulated, search
 
-from memcontrol import orchestrate
-from memcontrol.attempts import attempts_of
-from memcontrol.config import load_config, study_folder
-from memcontrol.executors import Event
-from memcontrol.spec import RESULT
-from memcontrol.study import Study, open_study
+from memcontrol.core.attempts import read_attempts
+from memcontrol.core.config import load_config
+from memcontrol.core.run_folder import RESULT, locate_study_folder
+from memcontrol.execution.executor import Event
+from memcontrol.search import orchestrator as orchestrate
+from memcontrol.study.store import Study, open_study
 
 STEPS = {
     "begin": (Study, "begin"), "keep in memory": (Study, "keep"), "finish": (Study, "finish"), "submit": (Simulated, "submit"),
@@ -52,7 +52,7 @@ def study_in(folder, **keys):
 
 def assert_whole(study_file, n_deaths):
     config = load_config(study_file)
-    folder = study_folder(study_file, config.name)
+    folder = locate_study_folder(study_file, config.name)
     study = open_study(config, folder, study_file, create=False)
     records, trials = study.records(), study.inner.get_trials()
     study.close()
@@ -62,7 +62,7 @@ def assert_whole(study_file, n_deaths):
     for record, trial in zip(records, trials):
         assert record.searched == json.loads((folder / record.choice.key / RESULT).read_text())["rewards"]
         assert trial.values == list(record.values.values()) and set(trial.constraints) == {"memorization"}
-    attempts = [attempts_of(folder / choice.key) for choice in choices]
+    attempts = [read_attempts(folder / choice.key) for choice in choices]
     assert sum(map(len, attempts)) <= len(choices) + n_deaths
     assert {path.parent.name for path in folder.glob(f"*/{RESULT}")} == {choice.key for choice in choices}
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from memcontrol.errors import MemControlError
-from memcontrol.pareto import front, knee, parse_limit
+from memcontrol.core.errors import MemControlError
+from memcontrol.study.pareto import find_front, find_knee, parse_limit
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -12,16 +12,16 @@ from memcontrol.pareto import front, knee, parse_limit
 def test_front_against_brute_force(seed, n_objectives):
     points = np.random.default_rng(seed).integers(0, 6, (30, n_objectives)).astype(float)
     best = {tuple(p) for p in points if not any((q <= p).all() and (q < p).any() for q in points)}
-    found = [tuple(points[i]) for i in front(points.tolist())]
+    found = [tuple(points[i]) for i in find_front(points.tolist())]
     assert set(found) == best and len(found) == len(best) and found == sorted(found)
 
 
 def test_knee_is_nearest_to_the_ideal_after_scaling():
-    assert knee([[0, 100], [1, 10], [10, 0]]) == 1
-    assert knee([[5, 5]]) == 0
-    assert knee([[0, 1], [0, 2]]) == 0
-    assert knee([[14.0, 0.10], [15.5, 0.05]], reference=[16.0, 0.25]) == 0
-    assert knee([[14.0, 0.24], [14.5, 0.05]], reference=[16.0, 0.25]) == 1
+    assert find_knee([[0, 100], [1, 10], [10, 0]]) == 1
+    assert find_knee([[5, 5]]) == 0
+    assert find_knee([[0, 1], [0, 2]]) == 0
+    assert find_knee([[14.0, 0.10], [15.5, 0.05]], reference=[16.0, 0.25]) == 0
+    assert find_knee([[14.0, 0.24], [14.5, 0.05]], reference=[16.0, 0.25]) == 1
 
 
 def test_limits():

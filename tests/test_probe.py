@@ -3,19 +3,20 @@
 import pytest
 import torch
 
-from memcontrol.adapters import inject
-from memcontrol.probe import N_DRAWS, loss_gap, probe_rewards
-from memcontrol.seeds import seed_of
-from memcontrol.space import Choice, load_space
+from memcontrol.core.choice import Choice
+from memcontrol.core.seeds import derive_seed
+from memcontrol.core.space_yaml import load_space
+from memcontrol.model.adapter import inject_adapter
+from memcontrol.training.probe import N_PROBE_DRAWS, measure_loss_gap, measure_probe_rewards
 
 
 def test_probes_by_hand(base, material):
-    found, held = probe_rewards(base, material.data, material.holdout(), 5), material.holdout()
+    found, held = measure_probe_rewards(base, material.data, material.holdout(), 5), material.holdout()
     losses, norms = {}, {}
     for name, data in (("train", material.data), ("held", held)):
         losses[name], norms[name] = [], []
-        for draw in range(N_DRAWS):
-            generator = torch.Generator().manual_seed(seed_of(5, "probe", draw))
+        for draw in range(N_PROBE_DRAWS):
+            generator = torch.Generator().manual_seed(derive_seed(5, "probe", draw))
             noise, timesteps = torch.randn(data.mean.shape, generator=generator), torch.full((len(data.mean),), (125, 375, 625, 875)[draw])
             kept = base.schedule.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
             noisy = kept.sqrt() * data.mean + (1 - kept).sqrt() * noise
@@ -34,13 +35,13 @@ def test_probes_by_hand(base, material):
 
 
 def test_the_gap_opens_as_a_model_memorizes(base, material, tmp_path):
-    from memcontrol.config import InnerConfig
-    from memcontrol.ensemble import train
+    from memcontrol.core.config import InnerConfig
+    from memcontrol.training.rounds import train_rounds
 
-    before = loss_gap(base, material.data, material.holdout(), 1)
-    adapter = inject(base.denoiser, load_space("digits"), Choice(("*",), "full", 2e-3), 0)
+    before = measure_loss_gap(base, material.data, material.holdout(), 1)
+    adapter = inject_adapter(base.denoiser, load_space("digits"), Choice(("*",), "full", 2e-3), 0)
     try:
-        train(base, adapter, material, InnerConfig(budget_images=3200, batch_size=20), seed=0, folder=tmp_path, progress=lambda *_, **said: None)
-        assert loss_gap(base, material.data, material.holdout(), 1) > before + 0.1
+        train_rounds(base, adapter, material, InnerConfig(budget_images=3200, batch_size=20), seed=0, folder=tmp_path, progress=lambda *_, **said: None)
+        assert measure_loss_gap(base, material.data, material.holdout(), 1) > before + 0.1
     finally:
         adapter.remove()

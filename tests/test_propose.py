@@ -10,7 +10,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from memcontrol import search
-from memcontrol.errors import MemControlError
+from memcontrol.core.errors import MemControlError
 
 FASTER = ("inner.budget_images=32", "inner.rounds=2", "rewards.n_samples=16", "rewards.force=true", "rewards.sampling_steps=1", "rewards.confirm=0", "search.workers=1", "search.executor=inline")
 
@@ -130,7 +130,7 @@ def test_a_study_moves_with_its_images_and_never_searches_among_them(tmp_path):
 
 @pytest.mark.parametrize("pipeline, space", [("StableDiffusionXLPipeline", "sdxl-blocks"), ("FluxPipeline", "flux-blocks"), ("DDPMPipeline", "ddpm-cifar10")])
 def test_the_space_follows_the_base(tmp_path, pipeline, space):
-    from memcontrol.propose import space_for
+    from memcontrol.commands.init import choose_space
 
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
-    assert space_for(str(tmp_path)) == space
+    assert choose_space(str(tmp_path)) == space

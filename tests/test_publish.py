@@ -12,13 +12,14 @@ from optuna_dashboard import get_note, save_note
 from PIL import Image
 from simulated import Simulated, search
 
-from memcontrol import artifacts, growth
-from memcontrol.config import study_folder
-from memcontrol.growth import history
-from memcontrol.pareto import hypervolume
-from memcontrol.publish import Publisher
-from memcontrol.space import load_space
-from memcontrol.study import Study
+from memcontrol.core.run_folder import locate_study_folder
+from memcontrol.core.space_yaml import load_space
+from memcontrol.study import artifacts
+from memcontrol.study import hypervolume as growth
+from memcontrol.study.hypervolume import trace_hypervolume
+from memcontrol.study.pareto import hypervolume
+from memcontrol.study.store import Study
+from memcontrol.view.dashboard_notes import Publisher
 
 
 class Drawing(Simulated):
@@ -77,7 +78,7 @@ def test_pictures_are_there_before_the_trial_is_told_and_a_repetition_adds_none(
     record = study.records()[3]
     open_trial = study.begin([record.chosen], load_space("digits"))
     for _ in range(2):
-        artifacts.attach(study.storage, study.ids[open_trial], study.folder / record.chosen.key, study.folder)
+        artifacts.attach_pictures(study.storage, study.ids[open_trial], study.folder / record.chosen.key, study.folder)
     assert len(dict(shown(study))[open_trial]) == 2
     assert len(list((study.folder / "artifacts").iterdir())) == 16
 
@@ -136,10 +137,10 @@ def test_the_history_of_the_hypervolume_is_that_of_each_beginning(study_path, mo
     study = search(study_path, Drawing(1))
     ordered, reference = sorted(study.records(), key=lambda record: (record.ended, record.number)), study.attributes["reference"]
     expected = [hypervolume([record.losses for record in ordered[: n + 1]], reference) for n in range(len(ordered))]
-    found = history(study.records(), reference)
+    found = trace_hypervolume(study.records(), reference)
     assert list(found) == list(range(1, len(ordered) + 1)) and np.allclose(list(found.values()), expected)
     monkeypatch.setattr(growth, "N_PLACES", 3)
-    few = history(study.records(), reference)
+    few = trace_hypervolume(study.records(), reference)
     assert len(few) == 3 and list(few)[-1] == len(ordered) and all(few[n] == found[n] for n in few)
 
 
@@ -148,9 +149,9 @@ def test_a_publisher_writes_nothing_twice(study_path, monkeypatch):
     monkeypatch.setattr("memcontrol.publish.save_note", lambda *_: pytest.fail("a note that is there was written again"))
     publisher = Publisher(study, load_space("digits"), study.folder)
     publisher.publish()
-    with sqlite3.connect(study_folder(study_path, "s") / "study.db") as database:
+    with sqlite3.connect(locate_study_folder(study_path, "s") / "study.db") as database:
         before = database.execute("SELECT * FROM study_system_attributes").fetchall()
     monkeypatch.setattr(Study, "patiently", lambda self, call: pytest.fail("it wrote"))
     publisher.publish()
-    with sqlite3.connect(study_folder(study_path, "s") / "study.db") as database:
+    with sqlite3.connect(locate_study_folder(study_path, "s") / "study.db") as database:
         assert database.execute("SELECT * FROM study_system_attributes").fetchall() == before

@@ -90,7 +90,7 @@ def serve(command, folder):
 
 
 def test_the_studies_and_the_python_of_the_readme_are_valid(tmp_path):
-    from memcontrol.config import load_config
+    from memcontrol.core.config import load_config
 
     for text in blocks("yaml"):
         values = yaml.safe_load(text)

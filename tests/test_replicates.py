@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from test_search import memcontrol, trials_of
 
-from memcontrol.config import study_folder
-from memcontrol.points import Points
-from memcontrol.replicates import believed, errors_by_luck, spread_of, to_replicate
-from memcontrol.space import Choice, load_space
-from memcontrol.study import Record
-from memcontrol.surrogate import evidence_of
+from memcontrol.core.choice import Choice
+from memcontrol.core.run_folder import locate_study_folder
+from memcontrol.core.space_yaml import load_space
+from memcontrol.search.encoding import SpaceEncoding
+from memcontrol.search.surrogate import gather_training_set
+from memcontrol.study.record import Record
+from memcontrol.study.replicates import average_fine_tunings, errors_by_luck, estimate_spread, select_to_replicate
 
 OBJECTIVES = {"fid": "minimize", "recall": "maximize"}
 
@@ -27,20 +28,20 @@ def record(number, fid, recall, anchor=None, again=()):
 
 def test_the_front_and_full_fine_tuning_are_fine_tuned_again():
     trials = [record(0, 5.0, 0.9, "none"), record(1, 20.0, 0.5, "full"), record(2, 10.0, 0.95), record(3, 12.0, 0.6)]
-    assert [one.number for one in to_replicate(trials, 2)] == [1, 2]
-    assert to_replicate(trials, 0) == []
+    assert [one.number for one in select_to_replicate(trials, 2)] == [1, 2]
+    assert select_to_replicate(trials, 0) == []
     done = [replace(one, replicates=({}, {})) for one in trials]
-    assert to_replicate(done, 2) == [] and [one.number for one in to_replicate(done, 3)] == [1, 2]
+    assert select_to_replicate(done, 2) == [] and [one.number for one in select_to_replicate(done, 3)] == [1, 2]
 
 
 def test_the_spread_is_pooled_within_choices():
     """By hand: two and three fine-tunings leave one and two degrees of freedom."""
     trials = [record(0, 10.0, 0.5, again=[(14.0, 0.7)]), record(1, 20.0, 0.4, again=[(21.0, 0.4), (25.0, 0.1)]), record(2, 0.0, 0.0)]
     pooled = (statistics.variance([10, 14]) + 2 * statistics.variance([20, 21, 25])) / 3
-    assert spread_of(trials) == pytest.approx([pooled**0.5, ((statistics.variance([0.5, 0.7]) + 2 * statistics.variance([0.4, 0.4, 0.1])) / 3) ** 0.5])
-    assert spread_of(trials[2:]) is None
-    assert believed(trials[1]) == pytest.approx([22.0, -0.3]) and believed(trials[2]) == pytest.approx([0.0, 0.0])
-    assert errors_by_luck(trials, spread_of(trials))[:, 0] == pytest.approx([(pooled / n) ** 0.5 for n in (2, 3, 1)])
+    assert estimate_spread(trials) == pytest.approx([pooled**0.5, ((statistics.variance([0.5, 0.7]) + 2 * statistics.variance([0.4, 0.4, 0.1])) / 3) ** 0.5])
+    assert estimate_spread(trials[2:]) is None
+    assert average_fine_tunings(trials[1]) == pytest.approx([22.0, -0.3]) and average_fine_tunings(trials[2]) == pytest.approx([0.0, 0.0])
+    assert errors_by_luck(trials, estimate_spread(trials))[:, 0] == pytest.approx([(pooled / n) ** 0.5 for n in (2, 3, 1)])
     assert errors_by_luck(trials, None) == pytest.approx(np.zeros((3, 2)))
 
 
@@ -49,8 +50,8 @@ def test_the_model_is_told_of_the_spread_by_full_fine_tuning_too():
     space = load_space("digits")
     choices = [Choice(("mid_attention",), "lora", rate, 2) for rate in (1e-3, 2e-3)]
     trials = [replace(record(i + 1, 10.0 + i, 0.5), choice=choice) for i, choice in enumerate(choices)]
-    assert not evidence_of(trials, Points(space), ()).own_errors.any()
-    evidence = evidence_of([record(0, 20.0, 0.5, "full", again=[(24.0, 0.7)]), *trials], Points(space), ())
+    assert not gather_training_set(trials, SpaceEncoding(space), ()).own_errors.any()
+    evidence = gather_training_set([record(0, 20.0, 0.5, "full", again=[(24.0, 0.7)]), *trials], SpaceEncoding(space), ())
     assert evidence.own_errors == pytest.approx(np.array([[8**0.5, 0.02**0.5]] * 2)) and evidence.values[:, 0] == pytest.approx([10.0, 11.0])
 
 
@@ -71,9 +72,9 @@ def test_a_search_fine_tunes_its_front_again_once(study_file):
         kids = [trial["searched"]["kid"], *(rewards["kid"] for rewards in trial["replicates"])]
         assert len(set(kids)) == 3
         assert len({result["first_loss"] for result in results}) == 2  # other seeds of training, not only of sampling
-    times = {path: path.stat().st_mtime_ns for path in study_folder(study, "small").glob("*/replicate-*/result.json")}
-    with sqlite3.connect(study_folder(study, "small") / "study.db") as database:  # as after a crash before they were recorded
+    times = {path: path.stat().st_mtime_ns for path in locate_study_folder(study, "small").glob("*/replicate-*/result.json")}
+    with sqlite3.connect(locate_study_folder(study, "small") / "study.db") as database:  # as after a crash before they were recorded
         database.execute("DELETE FROM study_system_attributes WHERE key LIKE 'memcontrol:replicates:%'")
     memcontrol("search", study, "search.replicates=2")
     assert [trial for trial in trials_of(study) if trial["replicates"]] == again
-    assert {path: path.stat().st_mtime_ns for path in study_folder(study, "small").glob("*/replicate-*/result.json")} == times
+    assert {path: path.stat().st_mtime_ns for path in locate_study_folder(study, "small").glob("*/replicate-*/result.json")} == times

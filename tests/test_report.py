@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from commands import run
 
-from memcontrol.config import study_folder
-from memcontrol.pareto import front
+from memcontrol.core.run_folder import locate_study_folder
+from memcontrol.study.pareto import find_front
 
 
 @pytest.fixture(scope="module")
@@ -26,12 +26,12 @@ def test_the_data_is_that_of_status_and_pick(shown, facts):
         assert {key: mine[key] for key in theirs if key != "runs"} == {key: theirs[key] for key in theirs if key != "runs"}
     picked = json.loads(run("pick", shown, "--json").stdout)
     assert [trial["trial"] for trial in facts["trials"] if trial["pick"]] == [picked["trial"]]
-    best = front([list(trial["values"].values()) for trial in trials])
+    best = find_front([list(trial["values"].values()) for trial in trials])
     assert [trial["trial"] for trial in facts["trials"] if trial["front"]] == sorted(best)
 
 
 def test_hashes_and_sizes_are_those_of_the_split(shown, facts):
-    split = json.loads((study_folder(shown, "seen") / "split.json").read_text())
+    split = json.loads((locate_study_folder(shown, "seen") / "split.json").read_text())
     assert {name: part["images"] for name, part in facts["data"]["parts"].items()} == {name: len(rows) for name, rows in split["parts"].items()}
     assert len({part["digest"] for part in facts["data"]["parts"].values()}) == 3
 
@@ -40,9 +40,9 @@ def test_the_heat_map_counts_parameters_of_trained_modules(facts, base):
     """Against the modules that the patterns of the chosen groups match, counted by hand."""
     import yaml
 
-    from memcontrol.space import shipped_spaces
+    from memcontrol.core.space_yaml import list_shipped_spaces
 
-    groups = yaml.safe_load(shipped_spaces()["digits"].read_text())["groups"]
+    groups = yaml.safe_load(list_shipped_spaces()["digits"].read_text())["groups"]
     names = dict(base.denoiser.named_parameters())
     for trial in facts["trials"]:
         chosen = trial["choice"]["groups"]
@@ -55,7 +55,7 @@ def test_the_heat_map_counts_parameters_of_trained_modules(facts, base):
 
 
 def test_fates_add_up_and_cost_is_that_of_all_runs(shown, facts):
-    folder = study_folder(shown, "seen")
+    folder = locate_study_folder(shown, "seen")
     for one in facts["training"]:
         assert one["seen"] == one["trained"] + one["skipped"] + one["dropped"] + one["queued"] + one["surplus"] > 0
     assert sum(one["skipped"] for one in facts["training"]) > 0
@@ -75,22 +75,22 @@ def test_csv_has_a_row_for_each_trial(shown, facts):
 
 
 def test_the_page_names_no_host_and_escapes_what_people_wrote(shown, facts, tmp_path):
-    from memcontrol.reporting import page
+    from memcontrol.view.report import render_page
 
-    text = page({**facts, "study": "<script>alert(1)</script>"}, True)
+    text = render_page({**facts, "study": "<script>alert(1)</script>"}, True)
     assert "<script>alert" not in text and "&lt;script&gt;alert" in text
     assert not re.findall(r"(?:src|href|url\()\s*=?\s*[\"']?https?:", text) and set(re.findall(r"https?://[^\"<\s]+", text)) <= {"http://www.w3.org/2000/svg"}
-    assert "data:image/png" in text and "data:image/png" not in page(facts, False)
+    assert "data:image/png" in text and "data:image/png" not in render_page(facts, False)
     assert str(tmp_path.anchor + "root") not in text
 
 
 def test_the_front_as_svg_stands_alone(facts):
     import xml.etree.ElementTree as ElementTree
 
-    from memcontrol.charts import front_chart
+    from memcontrol.view.front_svg import draw_front_svg
 
     trials = [trial for trial in facts["trials"] if trial["state"] == "COMPLETE"]
-    root = ElementTree.fromstring(front_chart(trials, facts["objectives"]))
+    root = ElementTree.fromstring(draw_front_svg(trials, facts["objectives"]))
     points = [element for element in root.iter() if "data-trial" in element.attrib]
     assert sorted(int(point.attrib["data-trial"]) for point in points) == [trial["trial"] for trial in trials]
     places = {int(p.attrib["data-trial"]): [float(v) for v in re.findall(r"[\d.]+", p.attrib["transform"])] for p in points}

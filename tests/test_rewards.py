@@ -7,30 +7,29 @@ import pytest
 import scipy.linalg
 import scipy.stats
 
-from memcontrol.config import RewardsConfig
-from memcontrol.copying import Space, clear_copies_in, copy_rate_in, memorization_in, tail_chances
-from memcontrol.errors import MemControlError
-from memcontrol.estimate import wilson
-from memcontrol.evidence import Evidence, Views, check_rewards, score
-from memcontrol.features import nearest
-from memcontrol.figures import FIGURES, OBJECTIVES
-from memcontrol.rewards import (
-    Estimate,
+from memcontrol.core.config import RewardsConfig
+from memcontrol.core.errors import MemControlError
+from memcontrol.core.estimate import Estimate, wilson_interval
+from memcontrol.core.reward_table import OBJECTIVES, REWARDS
+from memcontrol.data.features import nearest
+from memcontrol.scoring.copying import (
+    DistanceSpace,
     authpct,
     carlini_rate,
-    clip_score,
     copy_rate,
     extraction,
-    fd_pca,
-    fid,
-    gaussian,
-    kid,
+    measure_clear_copies,
+    measure_copy_rate,
+    measure_memorization,
     memorization,
-    mifid,
     mq,
-    prdc,
+    tail_chances,
     tile_distances,
-)  # fmt: skip
+)
+from memcontrol.scoring.evidence import Descriptors, Evidence
+from memcontrol.scoring.own_rewards import check_rewards
+from memcontrol.scoring.quality import clip_score, fd_pca, fid, fit_gaussian, kid, mifid, prdc  # fmt: skip
+from memcontrol.scoring.score import score_evidence
 
 
 def normal(n, d, seed, scale=1.0, shift=0.0):
@@ -84,7 +83,7 @@ def test_kid_of_equal_distributions_is_near_zero_and_may_be_negative():
 @pytest.mark.parametrize("share, n", [(0.0, 256), (0.02, 100), (0.5, 10), (1.0, 40)])
 def test_wilson_equals_scipys(share, n):
     interval = scipy.stats.binomtest(round(share * n), n).proportion_ci(method="wilson")
-    assert wilson(share, n) == pytest.approx((interval.low, interval.high), abs=1e-12)
+    assert wilson_interval(share, n) == pytest.approx((interval.low, interval.high), abs=1e-12)
 
 
 @pytest.mark.parametrize("k, chunk", [(1, 256), (5, 7), (200, 256)])
@@ -108,17 +107,17 @@ def world(n_copies, n=300, d=24, n_train=80, n_holdout=200):
     """Generated points of which n_copies are training points with a little noise."""
     train, holdout, generated = normal(n_train, d, 1), normal(n_holdout, d, 2), normal(n, d, 3)
     generated[:n_copies] = train[np.arange(n_copies) % n_train] + 0.01 * normal(n_copies, d, 4)
-    return Space((generated,), train, holdout, (holdout,), seed=0)
+    return DistanceSpace((generated,), train, holdout, (holdout,), seed=0)
 
 
 @pytest.mark.parametrize("n_copies", [0, 15, 60, 300])
 def test_copy_rate_recovers_the_planted_share(n_copies):
-    low, high = wilson(n_copies / 300, 300)
-    assert low - 0.001 <= copy_rate_in(world(n_copies)) <= high + 0.02
+    low, high = wilson_interval(n_copies / 300, 300)
+    assert low - 0.001 <= measure_copy_rate(world(n_copies)) <= high + 0.02
 
 
 def test_memorization_is_zero_without_copies_and_grows_with_them():
-    values = [memorization_in(world(n)) for n in (0, 15, 60, 300)]
+    values = [measure_memorization(world(n)) for n in (0, 15, 60, 300)]
     assert abs(values[0]) < 3 * values[0].error and values[0].p > 0.01
     assert all(a < b for a, b in zip(values, values[1:]))
     assert values[-1] == pytest.approx(math.log(4), rel=0.02) and values[-1].p < 0.01
@@ -126,8 +125,8 @@ def test_memorization_is_zero_without_copies_and_grows_with_them():
 
 def test_memorization_changes_sign_with_the_labels():
     space = world(60, n_holdout=80)
-    swapped = Space(space.generated, space.holdout, space.train, (space.train,), seed=0)
-    assert memorization_in(swapped) == pytest.approx(-memorization_in(space), abs=1e-9)
+    swapped = DistanceSpace(space.generated, space.holdout, space.train, (space.train,), seed=0)
+    assert measure_memorization(swapped) == pytest.approx(-measure_memorization(space), abs=1e-9)
 
 
 def test_noise_and_collapse_do_not_look_like_copying():
@@ -138,7 +137,7 @@ def test_noise_and_collapse_do_not_look_like_copying():
 
 
 def views(pixels, features):
-    return Views(pixels, features)
+    return Descriptors(pixels, features)
 
 
 def images(n, seed):
@@ -149,11 +148,11 @@ def test_mirrored_copies_are_seen_in_pixels():
     train, holdout, generated = images(60, 1), images(60, 2), images(100, 3)
     generated[:50] = train[:50].reshape(50, 3, 32, 32)[..., ::-1].reshape(50, -1)
     evidence = Evidence(views(generated, generated[:, :16]), views(train, train[:, :16]), views(holdout, holdout[:, :16]))
-    rewards = score(evidence)
+    rewards = score_evidence(evidence)
     assert rewards["copy_rate"] == pytest.approx(0.5, abs=0.03)
     assert rewards["memorization"] > 0.5
     of_samples = {"features of the samples", "nearest neighbours"}
-    assert {name for name in OBJECTIVES if FIGURES[name].cost in of_samples} <= set(rewards)
+    assert {name for name in OBJECTIVES if REWARDS[name].cost in of_samples} <= set(rewards)
 
 
 def test_rewards_that_cannot_mean_anything_are_refused():
@@ -210,7 +209,7 @@ def test_a_references_gaussian_can_be_kept():
     import torch
 
     x, y = normal(90, 6, 0), normal(40, 6, 1, 1.2)
-    assert fid(gaussian(x), y) == fid(x, y) == fid(torch.from_numpy(x), torch.from_numpy(y))
+    assert fid(fit_gaussian(x), y) == fid(x, y) == fid(torch.from_numpy(x), torch.from_numpy(y))
     assert fd_pca(x, y, 6) == pytest.approx(fid(x, y), rel=1e-9) and fd_pca(x, y, 2) < fid(x, y)
 
 
@@ -338,7 +337,7 @@ def test_a_clean_model_is_rarely_told_to_copy_however_few_images_are_held_out():
 
 
 def test_the_chance_of_hits_equals_scipys_beta_binomial():
-    from memcontrol.estimate import beta_binomial_p
+    from memcontrol.core.estimate import beta_binomial_p
 
     for hits, n, rank, n_real in ((5, 200, 2, 150), (0, 20, 1, 20), (9, 256, 9, 881)):
         assert beta_binomial_p(hits, n, rank, n_real) == pytest.approx(scipy.stats.betabinom(n, rank, n_real + 1 - rank).sf(hits - 1))
@@ -356,9 +355,9 @@ def test_clear_copies_are_found_with_few_held_out_images_and_rarely_without_copy
     false_alarms, found = 0, []
     for seed in range(40):
         generated, train, holdout = (normal(n, 30, 3 * seed + i) for i, n in enumerate((200, n_train, n_holdout)))
-        false_alarms += clear_copies_in(Space((generated,), train, holdout, (holdout,))) > 0
+        false_alarms += measure_clear_copies(DistanceSpace((generated,), train, holdout, (holdout,))) > 0
         generated[:7] = train[:7] + 0.05 * normal(7, 30, seed + 1000)
-        copied = clear_copies_in(Space((generated,), train, holdout, (holdout,))).contributions
+        copied = measure_clear_copies(DistanceSpace((generated,), train, holdout, (holdout,))).contributions
         found.append(copied[:7].mean() - copied[7:].mean())
     assert false_alarms <= 2 and np.mean(found) > 0.95
 

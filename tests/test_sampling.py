@@ -11,12 +11,14 @@ import pytest
 from test_study import MIXED, SPACE, opened, result
 
 from benchmarks.sampling import measured
-from memcontrol.errors import MemControlError, SpaceExhausted
-from memcontrol.mirror import mirrored
-from memcontrol.sampling import Ahead, Sampler
-from memcontrol.space import Choice, parse_space
-from memcontrol.study import Record, distributions
-from memcontrol.surrogate import winsorized
+from memcontrol.core.choice import Choice
+from memcontrol.core.errors import MemControlError, SpaceExhausted
+from memcontrol.core.space_yaml import parse_space
+from memcontrol.search.optuna_samplers import mirror_record
+from memcontrol.search.sampler import PrefetchedChoices, Sampler
+from memcontrol.search.surrogate import winsorize
+from memcontrol.study.record import Record
+from memcontrol.study.store import make_distributions
 
 KINDS = ("auto", "gp", "tpe", "nsga2", "random")
 
@@ -64,8 +66,8 @@ def test_the_samplers_coordinates_give_the_choice_back(tmp_path):
     study = opened(tmp_path)
     choice = Choice(("down_attention", "up_resnet"), "lora", 2.5e-3, 8)
     study.begin([choice], SPACE)
-    frozen = mirrored(study.records()[0], SPACE)
-    assert frozen.params.keys() == distributions(SPACE).keys() and SPACE.choice_at(frozen.params) == choice
+    frozen = mirror_record(study.records()[0], SPACE)
+    assert frozen.params.keys() == make_distributions(SPACE).keys() and SPACE.choice_at(frozen.params) == choice
     low, high = SPACE.learning_rate["lora"]
     assert math.isclose(frozen.params["rate"], math.log(2.5e-3 / low) / math.log(high / low))
 
@@ -76,7 +78,7 @@ def test_mixed_suggestions_are_recorded_as_they_are(tmp_path):
         choice = suggest(study.records(), MIXED)
         number = study.begin([choice], MIXED)
         record = study.records()[number]
-        assert record.choice == choice and MIXED.choice_at(mirrored(record, MIXED).params).same_as(choice)
+        assert record.choice == choice and MIXED.choice_at(mirror_record(record, MIXED).params).same_as(choice)
         study.finish(number, [result(choice, 10 - len(choice.groups))])
 
 
@@ -133,7 +135,7 @@ class Slow:
 
 def test_choices_are_drawn_while_trials_run():
     slow = Slow()
-    ahead = Ahead(slow)
+    ahead = PrefetchedChoices(slow)
     for _ in range(3):
         ahead.prepare([], 2)  # one draw at a time
     assert slow.seen == [[]] and not ahead.ready
@@ -174,7 +176,7 @@ def test_what_cannot_keep_up_gives_way_to_what_can():
             hurried.append(hurry)
             return lambda: time.sleep(0 if hurry else 0.2) or len(hurried)
 
-    ahead = Ahead(Tardy())
+    ahead = PrefetchedChoices(Tardy())
     for _ in range(14):
         ahead.take([])
         time.sleep(0.01)
@@ -195,4 +197,4 @@ def test_the_gaussian_process_wants_two_objectives():
 
 def test_what_is_far_from_the_front_is_cut_and_nothing_else():
     values = np.array([[1.0, 4], [2, 3], [3, 2], [100, 1]])  # medians 2.5 and 2.5, so cut at 2.5 + 3 x 1.5 = 7
-    assert winsorized(values).tolist() == [[1, 4], [2, 3], [3, 2], [7, 1]]
+    assert winsorize(values).tolist() == [[1, 4], [2, 3], [3, 2], [7, 1]]

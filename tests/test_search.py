@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from commands import NEW_PROCESS, run
 
-from memcontrol.config import study_folder
+from memcontrol.core.run_folder import locate_study_folder
 
 FAST = {"search": {"trials": 2, "workers": 2}}
 
@@ -54,7 +54,7 @@ def test_a_search_ends_with_anchors_and_sampled_trials(searched):
     for trial in trials:
         stored = json.loads(Path(trial["run"], "result.json").read_text())
         assert stored["rewards"] == trial["searched"] == trial["rewards"] and trial["values"] == {name: stored["rewards"][name] for name in ("fid", "memorization")}
-    assert (study_folder(searched, "small") / "front.png").stat().st_size > 10_000
+    assert (locate_study_folder(searched, "small") / "front.png").stat().st_size > 10_000
 
 
 def test_a_study_begun_with_other_keys_is_refused_by_their_names(searched):
@@ -119,10 +119,10 @@ np.save(out, np.abs(images.transpose(0, 3, 1, 2) - stored["images"][:n] / 255).m
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_exports_give_the_runs_images_in_plain_diffusers(searched, method, tmp_path):
-    from memcontrol.models import TINY
+    from memcontrol.model.base import TINY
 
     trial = next(trial for trial in trials_of(searched) if trial["choice"]["method"] == method)
-    split = json.loads((study_folder(searched, "small") / "split.json").read_text())
+    split = json.loads((locate_study_folder(searched, "small") / "split.json").read_text())
     (tmp_path / "captions").write_text("\n".join(row["caption"] for row in split["parts"]["train"]))
     runs = [("pipeline", str(tmp_path / "fused"), "")]
     if method == "lora":
@@ -142,7 +142,7 @@ def test_retraining_scores_on_test_data_beside_full_fine_tuning(searched, tmp_pa
     done = memcontrol("retrain", searched, "--choice", tmp_path / "choice.json", "--out", tmp_path / "out")
     assert done.stderr.rstrip().splitlines()[-1].startswith("copy rate: ")
     full = next(trial for trial in trials_of(searched) if trial["anchor"] == "full")
-    baseline = study_folder(searched, "small") / "retrain" / Path(full["run"]).name
+    baseline = locate_study_folder(searched, "small") / "retrain" / Path(full["run"]).name
     for folder in (tmp_path / "out", baseline):
         result = json.loads((folder / "result.json").read_text())
         assert result["state"] == "COMPLETE" and result["reference"] == "test" and result["images_seen"] == 32
@@ -174,7 +174,7 @@ def test_a_choice_is_transferred_to_a_study_that_was_never_searched(searched, st
 def killed_after(study, seconds, at_work):
     """Runs the search in a process group of its own and kills all of it, some seconds after its start or, `at_work`, after it has begun or ended
     a run; whether it had ended by itself."""
-    runs = lambda: len(list(study_folder(study, "small").glob("*/*.json")))
+    runs = lambda: len(list(locate_study_folder(study, "small").glob("*/*.json")))
     process, n_before = subprocess.Popen([*NEW_PROCESS, "search", str(study)], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), runs()
     while at_work and process.poll() is None and runs() == n_before:
         time.sleep(0.05)
@@ -192,7 +192,7 @@ def test_kill_9_loses_and_repeats_nothing(study_file):
     ended = [killed_after(study, rng.uniform(1, 4), at_work) for at_work in (False, True, True)]
     assert not any(ended)
     begun = {}
-    folder = study_folder(study, "small")
+    folder = locate_study_folder(study, "small")
     for path in folder.glob("*/result.json"):
         begun[path] = path.stat().st_mtime_ns
     memcontrol("search", study)
@@ -206,7 +206,7 @@ def test_ctrl_c_ends_within_seconds_and_says_how_to_go_on(study_file):
         [*NEW_PROCESS, "search", str(study)], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background inherit that it is ignored
     )  # fmt: skip
-    while process.poll() is None and not list(study_folder(study, "small").glob("*/result.json")):
+    while process.poll() is None and not list(locate_study_folder(study, "small").glob("*/result.json")):
         time.sleep(0.2)
     os.killpg(process.pid, signal.SIGINT)
     started = time.monotonic()
@@ -254,7 +254,7 @@ def test_a_diverging_loss_prunes_the_trial_and_the_study_goes_on(study_file, tmp
     study = study_file(space=str(space), inner=inner)
     memcontrol("search", study)
     states = {trial["anchor"]: trial["state"] for trial in trials_of(study)}
-    assert not list(study_folder(study, "small").glob("*/rounds"))
+    assert not list(locate_study_folder(study, "small").glob("*/rounds"))
     assert states == {"none": "COMPLETE", "all": "COMPLETE", "full": "PRUNED", None: "COMPLETE"}
     refused = memcontrol("retrain", study, check=False)
     assert refused.returncode == 1 and "'full' has not finished" in refused.stderr
@@ -276,9 +276,9 @@ def test_the_front_is_measured_again_before_it_is_reported(study_file):
     run = Path(front[0]["run"])
     before = (run / "confirmed.json").read_text()
     (run / "confirmed.json").unlink()
-    with sqlite3.connect(study_folder(study, "small") / "study.db") as database:  # as after a crash before the first of them was recorded
+    with sqlite3.connect(locate_study_folder(study, "small") / "study.db") as database:  # as after a crash before the first of them was recorded
         database.execute("DELETE FROM study_system_attributes WHERE key LIKE 'memcontrol:confirmed:%'")
-    others = {path: path.stat().st_mtime_ns for path in study_folder(study, "small").glob("*/confirmed.json")}
+    others = {path: path.stat().st_mtime_ns for path in locate_study_folder(study, "small").glob("*/confirmed.json")}
     memcontrol("search", study)
     assert (run / "confirmed.json").read_text() == before
     assert all(path.stat().st_mtime_ns == when for path, when in others.items())

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from commands import NEW_PROCESS, run
 
-from memcontrol.config import study_folder
+from memcontrol.core.run_folder import locate_study_folder
 
 
 @contextlib.contextmanager
@@ -57,7 +57,7 @@ def asked(address, path, method="GET", body=None):
 
 
 def contents(study):
-    folder = study_folder(study, "seen")
+    folder = locate_study_folder(study, "seen")
     paths = [folder / "study.db", *sorted((folder / "artifacts").iterdir())]
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 

@@ -7,8 +7,10 @@ import re
 import pytest
 import yaml
 
-from memcontrol.errors import MemControlError
-from memcontrol.space import Choice, Setting, load_space, parse_space, rate_at, shipped_spaces, space_as_dict
+from memcontrol.core.choice import Choice, Setting
+from memcontrol.core.errors import MemControlError
+from memcontrol.core.space import interpolate_rate
+from memcontrol.core.space_yaml import dump_space, list_shipped_spaces, load_space, parse_space
 
 GOOD = {"groups": {"a": r"a\..*", "b": [r"b\.x", r"b\.y"]}, "learning_rate": {"lora": [1e-4, 1e-2], "full": [1e-5, 1e-3]}}
 NAMES = ["a.x", "a.y", "b.x", "b.y", "c"]
@@ -67,20 +69,20 @@ def test_mistakes_are_named(change, words):
     refused({**GOOD, **change}, words)
 
 
-@pytest.mark.parametrize("name", [name for name in shipped_spaces() if name.startswith(("digits", "sd15", "memcontrol"))])
+@pytest.mark.parametrize("name", [name for name in list_shipped_spaces() if name.startswith(("digits", "sd15", "memcontrol"))])
 def test_spaces_of_stable_diffusion_fit_the_embedded_base(name, base):
-    from memcontrol.adapters import trainable_modules
+    from memcontrol.model.adapter import list_trainable_modules
 
     space = load_space(name)
-    groups = space.module_names(trainable_modules(base.denoiser))
-    assert all(groups.values()) and parse_space(space_as_dict(space), name) == space
-    assert yaml.safe_load(shipped_spaces()[name].read_text())["description"]
+    groups = space.module_names(list_trainable_modules(base.denoiser))
+    assert all(groups.values()) and parse_space(dump_space(space), name) == space
+    assert yaml.safe_load(list_shipped_spaces()[name].read_text())["description"]
 
 
 def test_sites_are_the_sixteen_of_stable_diffusion(base):
-    from memcontrol.adapters import trainable_modules
+    from memcontrol.model.adapter import list_trainable_modules
 
-    groups = load_space("sd15-sites").module_names(trainable_modules(base.denoiser))
+    groups = load_space("sd15-sites").module_names(list_trainable_modules(base.denoiser))
     assert len(groups) == 16 and all(len(modules) == 8 for modules in groups.values())
 
 
@@ -109,7 +111,7 @@ def test_anchors_are_tried_at_the_middles_of_the_thirds():
     space = parse_space({**GOOD, "learning_rate": {"lora": [1e-6, 1.0], "full": [1e-6, 1.0]}}, "mine")
     for anchor in ("all", "full"):
         assert [choice.learning_rate for choice in space.anchors()[anchor]] == [1e-5, 1e-3, 1e-1]
-    assert rate_at((1e-4, 1e-2), 0.5) == 1e-3
+    assert interpolate_rate((1e-4, 1e-2), 0.5) == 1e-3
 
 
 def test_anchors():

@@ -8,12 +8,12 @@ import pytest
 import torch
 import yaml
 
-from memcontrol.adapters import check_space, inject
-from memcontrol.cost import cost_of, step_cost, survey, typical_cost
-from memcontrol.derive import derived_space
-from memcontrol.families import Family
-from memcontrol.models import empty_denoiser
-from memcontrol.space import load_space, parse_space
+from memcontrol.core.space_yaml import load_space, parse_space
+from memcontrol.model.adapter import check_space, inject_adapter
+from memcontrol.model.base import make_empty_denoiser
+from memcontrol.model.cost import measure_cost, measure_step_cost, measure_typical_cost, survey_space
+from memcontrol.model.derive_space import derive_space
+from memcontrol.model.families import Family
 
 ARCHITECTURES = Path(__file__).parent / "architectures"
 SD15 = 859_520_964
@@ -26,7 +26,7 @@ FITS = {
 @pytest.fixture(scope="module")
 def architecture():
     """Name to denoiser on the meta device, built once."""
-    return functools.cache(lambda name: empty_denoiser(str(ARCHITECTURES / name)))
+    return functools.cache(lambda name: make_empty_denoiser(str(ARCHITECTURES / name)))
 
 
 PUBLISHED = {  # all-ones, all-zeros, what one site of width 320, 640, 1280 adds
@@ -39,7 +39,7 @@ PUBLISHED = {  # all-ones, all-zeros, what one site of width 320, 640, 1280 adds
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_memcontrols_spaces_train_what_its_code_trains(architecture, name):
     method, n_groups, all_on, all_off, sites = PUBLISHED[name]
-    found = survey(architecture("sd15"), load_space(name))
+    found = survey_space(architecture("sd15"), load_space(name))
     assert found["total"] == SD15 and len(found["groups"]) == n_groups
     assert (found["methods"][method]["all_on"], found["methods"][method]["all_off"]) == (all_on, all_off)
     width = {"down_0": 0, "down_1": 1, "down_2": 2, "mid": 2, "up_1": 2, "up_2": 1, "up_3": 0}
@@ -51,7 +51,7 @@ def test_memcontrols_spaces_train_what_its_code_trains(architecture, name):
 @pytest.mark.parametrize("name", ["sd15-sites-complete", "sd15-projections"])
 def test_our_spaces_hide_nothing(architecture, name):
     space = load_space(name)
-    found = survey(architecture("sd15"), space)
+    found = survey_space(architecture("sd15"), space)
     assert all(counts["all_off"] == 0 for counts in found["methods"].values())
     for method, counts in found["methods"].items():
         assert counts["all_on"] == sum(group["parameters"].get(method, 0) for group in found["groups"]), method
@@ -64,14 +64,14 @@ def test_spaces_fit_their_architectures(architecture, name):
     assert total in (None, sum(parameter.numel() for parameter in denoiser.parameters()))
     check_space(denoiser, space)
     group, method = next(iter(space.groups)), space.methods[0]
-    cost = typical_cost(denoiser, space, space.choice((group,), method, 0.5))
+    cost = measure_typical_cost(denoiser, space, space.choice((group,), method, 0.5))
     assert cost.parameters > 0 and cost.step_gflops > 0
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in ARCHITECTURES.iterdir()))
 def test_a_space_can_be_derived_for_any(architecture, name):
     denoiser = architecture(name)
-    space = parse_space(yaml.safe_load(derived_space(denoiser, name)), name)
+    space = parse_space(yaml.safe_load(derive_space(denoiser, name)), name)
     assert 2 <= len(space.groups) <= 20
     check_space(denoiser, space)
 
@@ -86,13 +86,13 @@ def test_a_steps_cost_falls_with_the_earliest_trained_block(architecture):
         denoiser(torch.zeros(1, 4, 64, 64, device="meta"), torch.zeros(1, device="meta"), text)
     forward = counter.get_total_flops() / 1e9
     assert 700 < forward < 900
-    cost = {group: typical_cost(denoiser, space, space.choice((group,), "lora", 0.5)) for group in ("down_0", "up_1", "up_3")}
+    cost = {group: measure_typical_cost(denoiser, space, space.choice((group,), "lora", 0.5)) for group in ("down_0", "up_1", "up_3")}
     assert cost["down_0"].step_gflops / forward == pytest.approx(2.0, abs=0.2)
     assert cost["up_3"].step_gflops / forward == pytest.approx(1.25, abs=0.15)
     assert cost["down_0"].memory_mib > cost["up_1"].memory_mib > cost["up_3"].memory_mib
-    full = typical_cost(denoiser, space, space.anchors()["full"][0])
+    full = measure_typical_cost(denoiser, space, space.anchors()["full"][0])
     assert full.parameters == SD15 and full.step_gflops / forward == pytest.approx(3.0, abs=0.2)
-    none = typical_cost(denoiser, space, space.choice((), "lora", 0.5))
+    none = measure_typical_cost(denoiser, space, space.choice((), "lora", 0.5))
     assert none.parameters == 0 and none.step_gflops == 0 and none.memory_mib == pytest.approx(4 * SD15 / 2**20)
 
 
@@ -105,12 +105,12 @@ def test_what_is_kept_for_backward_is_counted_once():
             return denoiser(noisy)
 
     space = parse_space({"groups": {"a": r"\d"}, "methods": ["full"], "learning_rate": {"full": [1e-4, 1e-2]}}, "plain")
-    cost = cost_of(layers, space, space.choice(("a",), "full", 0.5), Plain(), (8,), {}, batch=32)
+    cost = measure_cost(layers, space, space.choice(("a",), "full", 0.5), Plain(), (8,), {}, batch=32)
     n = 8 * 16 + 16 + 16 * 4 + 4
     assert cost.parameters == n
     assert cost.memory_mib * 2**20 == pytest.approx(4 * (4 * n + 32 * (8 + 16)))
     assert cost.step_gflops * 1e9 == 2 * (8 * 16 + 16 * 4) * 2 + 2 * 16 * 4  # forward, both weights, the second's input
-    assert math.isclose(cost_of(layers, space, space.choice(("a",), "full", 0.5), Plain(), (8,), {}).step_gflops, cost.step_gflops)
+    assert math.isclose(measure_cost(layers, space, space.choice(("a",), "full", 0.5), Plain(), (8,), {}).step_gflops, cost.step_gflops)
 
 
 @pytest.mark.parametrize("groups", [("down_attention", "up_resnet"), ("up_attention",)])
@@ -120,14 +120,14 @@ def test_a_step_costs_the_same_by_shapes_and_by_running_it(base, material, group
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    from memcontrol.models import empty_denoiser
+    from memcontrol.model.base import make_empty_denoiser
 
     space = load_space("digits")
     choice, text = space.choice(groups, "lora", 0.5, 4), {name: tensor.shape[1:] for name, tensor in material.data.text.items()}
-    by_shapes = cost_of(empty_denoiser("tiny"), space, choice, base.family, material.data.mean.shape[1:], text, batch=8)
-    adapter = inject(base.denoiser, space, choice, 0)
+    by_shapes = measure_cost(make_empty_denoiser("tiny"), space, choice, base.family, material.data.mean.shape[1:], text, batch=8)
+    adapter = inject_adapter(base.denoiser, space, choice, 0)
     try:
-        assert step_cost(base.denoiser, adapter, base.family, material.data.mean.shape[1:], text, batch=8) == by_shapes
+        assert measure_step_cost(base.denoiser, adapter, base.family, material.data.mean.shape[1:], text, batch=8) == by_shapes
         assert not any(parameter.grad is not None for parameter in base.denoiser.parameters())
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             base.family.predict(base.denoiser, material.data.mean[:1], torch.zeros(1), material.data.texts(torch.tensor([0]))).sum().backward()

@@ -9,23 +9,23 @@ import yaml
 from simulated import Simulated, search
 from test_orchestrate import STEPS, STORAGE, Dead, dying
 
-from memcontrol.config import EarlyStopping, InnerConfig, load_config, study_folder
-from memcontrol.errors import MemControlError
-from memcontrol.points import Points
-from memcontrol.space import load_space
-from memcontrol.spec import RESULT
-from memcontrol.stopping import Shown, judge, judgements, rungs_of
-from memcontrol.study import open_study
-from memcontrol.surrogate import evidence_of, promise
+from memcontrol.core.config import EarlyStopping, InnerConfig, load_config
+from memcontrol.core.errors import MemControlError
+from memcontrol.core.run_folder import RESULT, locate_study_folder, read_judgements, read_rungs
+from memcontrol.core.space_yaml import load_space
+from memcontrol.search.early_stopping import RungResult, judge_trial
+from memcontrol.search.encoding import SpaceEncoding
+from memcontrol.search.surrogate import extrapolate_losses, gather_training_set
+from memcontrol.study.store import open_study
 
 RULE = EarlyStopping(rungs=(0.5,), beaten_by=0.4, beyond=1.0, min_peers=3)
 
 
 def test_one_beats_another_only_in_every_objective_and_beyond_error():
-    own = Shown(0, (10.0, 0.5), (0.3, 0.03))
-    assert own.beaten_by(Shown(1, (9.0, 0.4), (0.4, 0.04)), 1.0)  # by 1 and 0.1, with errors of 0.5 and 0.05
-    assert not own.beaten_by(Shown(1, (9.6, 0.4), (0.4, 0.04)), 1.0)
-    assert not own.beaten_by(Shown(1, (1.0, 0.6), (0.4, 0.04)), 1.0)
+    own = RungResult(0, (10.0, 0.5), (0.3, 0.03))
+    assert own.beaten_by(RungResult(1, (9.0, 0.4), (0.4, 0.04)), 1.0)  # by 1 and 0.1, with errors of 0.5 and 0.05
+    assert not own.beaten_by(RungResult(1, (9.6, 0.4), (0.4, 0.04)), 1.0)
+    assert not own.beaten_by(RungResult(1, (1.0, 0.6), (0.4, 0.04)), 1.0)
 
 
 def test_in_pairs_what_all_samples_share_cancels():
@@ -34,26 +34,26 @@ def test_in_pairs_what_all_samples_share_cancels():
     first = rng.normal(10, 5, 64)
     second = first - 0.5 + rng.normal(0, 0.5, 64)
     errors = tuple(values.std(ddof=1) / 8 for values in (first, second))
-    alone = [Shown(i, (values.mean(),), (error,)) for i, (values, error) in enumerate(zip((first, second), errors))]
-    paired = [Shown(i, (values.mean(),), (error,), (values,)) for i, (values, error) in enumerate(zip((first, second), errors))]
+    alone = [RungResult(i, (values.mean(),), (error,)) for i, (values, error) in enumerate(zip((first, second), errors))]
+    paired = [RungResult(i, (values.mean(),), (error,), (values,)) for i, (values, error) in enumerate(zip((first, second), errors))]
     assert not alone[0].beaten_by(alone[1], 1.0) and paired[0].beaten_by(paired[1], 1.0)
     assert paired[0].error_of_difference(paired[1], 0) == pytest.approx((first - second).std(ddof=1) / 8)
 
 
 def test_a_maximised_objective_is_a_loss_with_its_sign_turned():
-    shown = Shown.of(3, {"fid": 9.0, "recall": 0.7, "fid_error": 0.1}, {"fid": "minimize", "recall": "maximize"}, {"recall": np.array([0.6, 0.8])})
+    shown = RungResult.of(3, {"fid": 9.0, "recall": 0.7, "fid_error": 0.1}, {"fid": "minimize", "recall": "maximize"}, {"recall": np.array([0.6, 0.8])})
     assert shown.losses == (9.0, -0.7) and shown.errors == (0.1, 0.0)
     assert shown.contributions[0] is None and shown.contributions[1].tolist() == [-0.6, -0.8]
 
 
 def test_it_stops_when_enough_peers_beat_it_and_the_decision_stays(tmp_path):
-    own, better, worse = Shown(0, (5.0, 5.0), (0, 0)), Shown(1, (4.0, 4.0), (0, 0)), Shown(2, (4.0, 6.0), (0, 0))
-    assert judge(tmp_path / "few", 0.5, own, [better, better], RULE)["goes_on"]  # two peers are too few
-    assert judge(tmp_path / "a", 0.5, own, [better, worse, worse], RULE)["goes_on"]  # one of three
-    stopped = judge(tmp_path / "b", 0.5, own, [better, better, worse], RULE)
+    own, better, worse = RungResult(0, (5.0, 5.0), (0, 0)), RungResult(1, (4.0, 4.0), (0, 0)), RungResult(2, (4.0, 6.0), (0, 0))
+    assert judge_trial(tmp_path / "few", 0.5, own, [better, better], RULE)["goes_on"]  # two peers are too few
+    assert judge_trial(tmp_path / "a", 0.5, own, [better, worse, worse], RULE)["goes_on"]  # one of three
+    stopped = judge_trial(tmp_path / "b", 0.5, own, [better, better, worse], RULE)
     assert not stopped["goes_on"] and stopped["n_peers"] == 3
-    assert judge(tmp_path / "a", 0.5, own, [better] * 9, RULE)["goes_on"]  # decided once
-    assert judge(tmp_path / "b", 0.5, own, [worse] * 9, RULE) == stopped
+    assert judge_trial(tmp_path / "a", 0.5, own, [better] * 9, RULE)["goes_on"]  # decided once
+    assert judge_trial(tmp_path / "b", 0.5, own, [worse] * 9, RULE) == stopped
 
 
 def test_rungs_fall_on_rounds_that_leave_one_model():
@@ -74,7 +74,7 @@ def study_in(folder, **rule):
 
 def state_of(study_file):
     config = load_config(study_file)
-    folder = study_folder(study_file, config.name)
+    folder = locate_study_folder(study_file, config.name)
     study = open_study(config, folder, study_file, create=False)
     records = study.records()
     study.close()
@@ -87,17 +87,17 @@ def test_stopped_trials_are_kept_with_their_values_and_anchors_never_stop(tmp_pa
     records, runs = state_of(study)
     stopped = [record for record in records if record.state == "PRUNED"]
     assert stopped and {record.state for record in records} == {"COMPLETE", "PRUNED"} and len(records) == 17
-    assert all(record.anchor is None for record in stopped) and not any(judgements(runs[record.number]) for record in records if record.anchor)
+    assert all(record.anchor is None for record in stopped) and not any(read_judgements(runs[record.number]) for record in records if record.anchor)
     for record in stopped:
-        last = judgements(runs[record.number])[-1]
+        last = read_judgements(runs[record.number])[-1]
         assert record.rungs[-1]["rung"] == last["rung"] and set(record.rungs[-1]["rewards"]) == {"fid", "memorization"}
         assert record.reason.startswith(f"stopped at {last['rung']:.0%} of its budget: beaten in every objective by {len(last['beaten_by'])} of ")
         assert json.loads((runs[record.number] / RESULT).read_text())["rungs"] == list(record.rungs)
-    evidence = evidence_of(records, Points(load_space("digits")), ())
+    evidence = gather_training_set(records, SpaceEncoding(load_space("digits")), ())
     assert len(evidence.values) == sum(record.anchor not in ("none", "full") for record in records)  # stopped ones teach the sampler too
     ended = [record for record in records if record.finished and record.anchor is None]
     if stopped[0].rungs[-1]["rung"] == 0.25:
-        promised, _ = promise(stopped[0], ended)
+        promised, _ = extrapolate_losses(stopped[0], ended)
         assert promised[0] == pytest.approx(stopped[0].rungs[-1]["rewards"]["fid"] - 7.5)  # as much as it fell for the others
 
 
@@ -114,7 +114,7 @@ def test_a_restart_changes_no_decision(step, tmp_path, monkeypatch):
 
                 patch.setattr(_CachedStorage, step, dying(getattr(_CachedStorage, step), at, "after"))
             search(study, Simulated()).close()
-        for path in study_folder(study, "s").glob("*/judged.json"):
+        for path in locate_study_folder(study, "s").glob("*/judged.json"):
             known = json.loads(path.read_text())
             assert known[: len(decided.get(path, []))] == decided.get(path, [])
             decided[path] = known
@@ -123,8 +123,8 @@ def test_a_restart_changes_no_decision(step, tmp_path, monkeypatch):
     assert decided and all(json.loads(path.read_text())[: len(known)] == known for path, known in decided.items())
     assert len(records) == 17 and {record.state for record in records} <= {"COMPLETE", "PRUNED"}
     for number, run in runs.items():
-        goes_on = all(judgement["goes_on"] for judgement in judgements(run))
-        assert records[number].finished == goes_on and len(rungs_of(run, load_config(study))) == len(judgements(run))
+        goes_on = all(judgement["goes_on"] for judgement in read_judgements(run))
+        assert records[number].finished == goes_on and len(read_rungs(run, load_config(study))) == len(read_judgements(run))
 
 
 def test_rungs_that_no_study_can_have_are_refused(tmp_path):

@@ -8,13 +8,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from memcontrol.adapters import described
-from memcontrol.config import load_config
-from memcontrol.errors import MemControlError
-from memcontrol.mirror import mirrored
-from memcontrol.picking import front_of, pick
-from memcontrol.space import Choice, load_space, parse_space
-from memcontrol.study import open_study
+from memcontrol.core.choice import Choice
+from memcontrol.core.config import load_config
+from memcontrol.core.errors import MemControlError
+from memcontrol.core.space_yaml import load_space, parse_space
+from memcontrol.model.adapter import format_header
+from memcontrol.search.optuna_samplers import mirror_record
+from memcontrol.study.pick import choose_trial, select_front
+from memcontrol.study.store import open_study
 
 SPACE = load_space("digits")
 
@@ -65,7 +66,7 @@ def test_a_thousand_random_choices_survive_the_database_and_safetensors(tmp_path
     study.begin(choices, MIXED, "all")
     assert list(opened(tmp_path).records()[0].candidates) == choices
     for choice in choices:
-        save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors", {"memcontrol": described({"choice": choice.as_dict()})})
+        save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors", {"memcontrol": format_header({"choice": choice.as_dict()})})
         with safe_open(tmp_path / "x.safetensors", "pt") as file:
             assert Choice.from_dict(json.loads(file.metadata()["memcontrol"])["choice"]) == choice
 
@@ -110,10 +111,10 @@ def test_an_objective_may_be_maximised(tmp_path):
     records = open_study(config, tmp_path, tmp_path / "s.yaml", create=False).records()
     assert [record.values["recall"] for record in records] == [0.4, 0.6, 0.1]
     assert [record.losses for record in records] == [[9.0, -0.4], [8.0, -0.6], [7.0, -0.1]]
-    assert [record.number for record in front_of(records)] == [2, 1]
+    assert [record.number for record in select_front(records)] == [2, 1]
     assert study.inner.trials[2].constraints == {"recall": pytest.approx(0.4)}
-    assert mirrored(records[1], SPACE, study.limits).values == [8.0, -0.6]
-    assert pick(records, "memorization").number == 1
+    assert mirror_record(records[1], SPACE, study.limits).values == [8.0, -0.6]
+    assert choose_trial(records, "memorization").number == 1
 
 
 def test_what_was_confirmed_is_what_is_reported(tmp_path):

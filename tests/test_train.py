@@ -8,13 +8,15 @@ import torch
 from conftest import CHOICE as KEYS
 from conftest import N_IMAGES
 
-from memcontrol.adapters import inject
-from memcontrol.config import AugmentationConfig, InnerConfig, SkipConfig
-from memcontrol.errors import Diverged
-from memcontrol.memory import LossMemory
-from memcontrol.seeds import seed_of
-from memcontrol.space import Choice, load_space
-from memcontrol.train import Loop, Shard, batch_rows, pace
+from memcontrol.core.choice import Choice
+from memcontrol.core.config import AugmentationConfig, InnerConfig, SkipConfig
+from memcontrol.core.errors import Diverged
+from memcontrol.core.seeds import derive_seed
+from memcontrol.core.space_yaml import load_space
+from memcontrol.model.adapter import inject_adapter
+from memcontrol.training.loop import Loop, learning_rate_factor, select_batch_rows
+from memcontrol.training.loss_memory import LossMemory
+from memcontrol.training.shard import Shard
 
 CHOICE = Choice(**KEYS)
 
@@ -28,7 +30,7 @@ def loop(base, material):
     def make(choice=CHOICE, bank=None, **inner):
         if adapters:
             adapters.pop().remove()
-        adapters.append(inject(base.denoiser, load_space("digits"), choice, 3))
+        adapters.append(inject_adapter(base.denoiser, load_space("digits"), choice, 3))
         settings = InnerConfig(**{"batch_size": 8, **inner})
         memory = LossMemory.empty(settings.skip) if settings.skip else None
         if bank is not None:
@@ -50,19 +52,19 @@ def gradients(loop):
 
 
 def test_every_pass_sees_every_image_once():
-    rows = torch.cat([batch_rows(20, 8, 0, step) for step in range(5)]).tolist()
+    rows = torch.cat([select_batch_rows(20, 8, 0, step) for step in range(5)]).tolist()
     assert sorted(rows[:20]) == sorted(rows[20:]) == list(range(20)) and rows[:20] != rows[20:]
 
 
 def test_batches_larger_than_the_data_repeat_it():
-    assert sorted(batch_rows(3, 7, 0, 0).tolist())[:2] == [0, 0]
+    assert sorted(select_batch_rows(3, 7, 0, 0).tolist())[:2] == [0, 0]
 
 
 def test_the_schedule():
     constant, cosine = (InnerConfig(schedule=name, warmup=0.1) for name in ("constant", "cosine"))
-    assert [pace(share, constant) for share in (0.05, 0.1, 1.0)] == pytest.approx([0.5, 1, 1])
-    assert [pace(share, cosine) for share in (0.05, 0.1, 0.55, 1.0)] == pytest.approx([0.5, 1, 0.5, 0])
-    assert pace(0.01, InnerConfig(schedule="constant", warmup=0.0)) == 1
+    assert [learning_rate_factor(share, constant) for share in (0.05, 0.1, 1.0)] == pytest.approx([0.5, 1, 1])
+    assert [learning_rate_factor(share, cosine) for share in (0.05, 0.1, 0.55, 1.0)] == pytest.approx([0.5, 1, 0.5, 0])
+    assert learning_rate_factor(0.01, InnerConfig(schedule="constant", warmup=0.0)) == 1
 
 
 def test_the_same_seed_gives_the_same_numbers(trained):
@@ -93,14 +95,14 @@ def test_nothing_to_train_takes_no_step(trained):
 def test_a_run_is_plain_adamw_on_the_batches_mean_loss(base, material, trained):
     """The whole default training, written out: no helper of ours but batches and seeds."""
     log, found = trained(budget_images=40, weight_decay=0.1, warmup=0.4)
-    adapter = inject(base.denoiser, load_space("digits"), CHOICE, 3)
+    adapter = inject_adapter(base.denoiser, load_space("digits"), CHOICE, 3)
     parameters, data = adapter.parameters(), material.data
     optimizer = torch.optim.AdamW(parameters, lr=3e-3, weight_decay=0.1)
     for step in range(5):
         done = (step + 1) / 5
         optimizer.param_groups[0]["lr"] = 3e-3 * (done / 0.4 if done < 0.4 else 0.5 + 0.5 * math.cos(math.pi * (done - 0.4) / 0.6))
-        generator = torch.Generator().manual_seed(seed_of(3, "step", step))
-        rows = batch_rows(N_IMAGES, 8, 3, step)
+        generator = torch.Generator().manual_seed(derive_seed(3, "step", step))
+        rows = select_batch_rows(N_IMAGES, 8, 3, step)
         clean = data.mean[rows] + data.deviation[rows] * torch.randn(data.mean[rows].shape, generator=generator)
         captions = torch.where(torch.rand(8, generator=generator) < 0.1, 0, data.caption_rows[rows])
         losses, _ = base.losses(clean, data.texts(captions), generator)
@@ -258,9 +260,9 @@ def test_edited_captions_are_encoded_anew(base, loop):
     text, plain = one.texts(rows, dropped, 1), one.material.data.texts(torch.where(dropped, 0, one.material.data.caption_rows[rows]))
     changed = (text["prompt_embeds"] - plain["prompt_embeds"]).flatten(1).abs().amax(1) > 1e-3
     assert changed.tolist() == [False, True, True, False]
-    from memcontrol.mitigate import edited
+    from memcontrol.training.mitigations import edit_captions
 
-    captions = edited(["", *one.material.captions[1:3], ""], one.inner.captions, one.words, 1)
+    captions = edit_captions(["", *one.material.captions[1:3], ""], one.inner.captions, one.words, 1)
     assert torch.allclose(text["prompt_embeds"][1:3], base.encode_captions(captions[1:3])["prompt_embeds"], atol=1e-6)
     assert torch.equal(one.material.data.texts(torch.tensor([0]))["prompt_embeds"], base.encode_captions([""])["prompt_embeds"])
 

@@ -8,36 +8,37 @@ from dataclasses import replace
 
 from commands import run
 
-from memcontrol.attempts import ATTEMPTS, PROGRESS, begin_attempt, note_failure
-from memcontrol.config import load_config, study_folder
-from memcontrol.space import load_space
-from memcontrol.study import open_study
-from memcontrol.watch import pace, run_of, said_of_run
+from memcontrol.core.attempts import ATTEMPTS, PROGRESS, begin_attempt, note_failure
+from memcontrol.core.config import load_config
+from memcontrol.core.run_folder import locate_study_folder
+from memcontrol.core.space_yaml import load_space
+from memcontrol.study.running import describe_run, estimate_pace, inspect_run
+from memcontrol.study.store import open_study
 
 SPACE = load_space("digits")
 
 
 def test_a_run_says_who_works_on_it_and_how_far(tmp_path, monkeypatch):
-    assert said_of_run(run_of(tmp_path)) == "waits for a place"
+    assert describe_run(inspect_run(tmp_path)) == "waits for a place"
     begin_attempt(tmp_path)
     note_failure(tmp_path, "its worker process died (signal 9)")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     begin_attempt(tmp_path).progress("train", 120, 230)
-    found = run_of(tmp_path)
+    found = inspect_run(tmp_path)
     assert (found["attempts"], found["host"], found["pid"], found["gpu"]) == (2, socket.gethostname(), os.getpid(), "3")
     assert found["failures"] == ["its worker process died (signal 9)"] and found["progress"]["done"] == 120
-    said = said_of_run(found)
+    said = describe_run(found)
     assert said.startswith(f"attempt 2 on {socket.gethostname()}, process {os.getpid()}, GPU 3, since ") and said.endswith("UTC, train 120/230")
     for name in (ATTEMPTS, PROGRESS):
         (tmp_path / name).write_text(re.sub(r"20\d\d-(\d\d-\d\dT)", r"2001-\1", (tmp_path / name).read_text()))
-    assert re.search(r"silent for \d+ minutes$", said_of_run(run_of(tmp_path)))
+    assert re.search(r"silent for \d+ minutes$", describe_run(inspect_run(tmp_path)))
     (tmp_path / "result.json").write_text("{}")
-    assert said_of_run(run_of(tmp_path)) == "finished"
+    assert describe_run(inspect_run(tmp_path)) == "finished"
 
 
 def test_status_of_an_interrupted_search_shows_its_runs(study_file):
     study = study_file()
-    config, folder = load_config(study), study_folder(study, "small")
+    config, folder = load_config(study), locate_study_folder(study, "small")
     written = open_study(config, folder, study, create=True)
     candidates = SPACE.anchors()["all"]
     written.begin(candidates, SPACE, "all")
@@ -60,15 +61,15 @@ def test_pace_counts_what_is_left(study_file):
     written.begin([choice], SPACE)
     (record,) = written.records()
     written.close()
-    assert pace([record], config) == {}
+    assert estimate_pace([record], config) == {}
     finished = replace(record, number=1, state="COMPLETE", seconds=120.0)
-    assert pace([record, finished], config) == {"runs_per_hour": 60, "minutes_left": 10}  # nine to come and one that runs, by two workers
+    assert estimate_pace([record, finished], config) == {"runs_per_hour": 60, "minutes_left": 10}  # nine to come and one that runs, by two workers
 
 
 def test_looking_at_a_search_leaves_no_holder_behind(tmp_path):
-    from memcontrol.orchestrate import HOLDER, is_searching, only_one
+    from memcontrol.search.locks import HOLDER_FILE, hold_folder_lock, is_searching
 
     assert not is_searching(tmp_path / "elsewhere", "sqlite://", "s")
-    assert not is_searching(tmp_path, "sqlite://", "s") and not (tmp_path / HOLDER).exists()
-    with only_one(tmp_path):
-        assert is_searching(tmp_path, "sqlite://", "s") and (tmp_path / HOLDER).exists()
+    assert not is_searching(tmp_path, "sqlite://", "s") and not (tmp_path / HOLDER_FILE).exists()
+    with hold_folder_lock(tmp_path):
+        assert is_searching(tmp_path, "sqlite://", "s") and (tmp_path / HOLDER_FILE).exists()

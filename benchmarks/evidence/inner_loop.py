@@ -11,25 +11,26 @@ import argparse
 import statistics
 from pathlib import Path
 
-from memcontrol.config import Config, load_config
-from memcontrol.demo import STUDY
-from memcontrol.executors import ENDS
-from memcontrol.files import read_json, write_json
-from memcontrol.jobs import Jobs
-from memcontrol.local_executor import Local
-from memcontrol.orchestrate import prepared
-from memcontrol.space import EVERYTHING, Choice, load_space
-from memcontrol.spec import Spec
+from memcontrol.commands.demo import DEMO_STUDY
+from memcontrol.core.choice import EVERYTHING, Choice
+from memcontrol.core.config import Config, load_config
+from memcontrol.core.files import read_json, write_json
+from memcontrol.core.space_yaml import load_space
+from memcontrol.core.spec import Spec
+from memcontrol.execution.executor import END_KINDS
+from memcontrol.execution.job_queue import JobQueue
+from memcontrol.execution.local import Local
+from memcontrol.search.orchestrator import run_preparation
 
 HERE = Path(__file__).parent
 RATE = 4.4e-4  # where the demo's search puts full fine-tuning on every seed
 IET = {"ensemble": {"shards": 4, "moments": "reset"}, "rounds": 8}
 AGC = {"skip": {"ratio": 1.25, "start": "corrected", "bins": 50}}
 MSR, TAA = {"redistribution": {}}, {"augmentation": {}}
-LONG = {"budget_images": 4 * STUDY["inner"]["budget_images"]}  # so that each of four shards is trained as long as plain training is
+LONG = {"budget_images": 4 * DEMO_STUDY["inner"]["budget_images"]}  # so that each of four shards is trained as long as plain training is
 ARMS: dict[str, dict] = {
     "plain training": {},
-    "plain, a quarter of the steps": {"budget_images": STUDY["inner"]["budget_images"] // 4},
+    "plain, a quarter of the steps": {"budget_images": DEMO_STUDY["inner"]["budget_images"] // 4},
     "IET, moments reset": IET,
     "IET, moments averaged": {**IET, "ensemble": {"shards": 4, "moments": "averaged"}},
     "IET, moments kept (as published)": {**IET, "ensemble": {"shards": 4, "moments": "kept"}},
@@ -46,7 +47,7 @@ ARMS: dict[str, dict] = {
 
 
 def config_of(arm: str, seed: int) -> Config:
-    return load_config({**STUDY, "name": "evidence", "inner": {**STUDY["inner"], **ARMS[arm]}, "search": {"seed": seed}})
+    return load_config({**DEMO_STUDY, "name": "evidence", "inner": {**DEMO_STUDY["inner"], **ARMS[arm]}, "search": {"seed": seed}})
 
 
 def main() -> None:
@@ -56,7 +57,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/evidence"))
     args = parser.parse_args()
     executor = Local(args.workers)
-    jobs = Jobs(executor, lambda event: print(event.job["trial"], event.kind) if event.kind in ENDS and "trial" in event.job else None)
+    jobs = JobQueue(executor, lambda event: print(event.job["trial"], event.kind) if event.kind in END_KINDS and "trial" in event.job else None)
     try:
         for seed in args.seeds:
             run_seed(seed, args.runs.resolve() / str(seed), jobs)
@@ -69,9 +70,9 @@ def main() -> None:
     print(table(rows))
 
 
-def run_seed(seed: int, folder: Path, jobs: Jobs) -> None:
-    n_train = prepared(config_of("plain training", seed), folder, jobs)["sizes"]["train"]
-    space, choice, todo = load_space(STUDY["space"]), Choice((EVERYTHING,), "full", RATE), []
+def run_seed(seed: int, folder: Path, jobs: JobQueue) -> None:
+    n_train = run_preparation(config_of("plain training", seed), folder, jobs)["sizes"]["train"]
+    space, choice, todo = load_space(DEMO_STUDY["space"]), Choice((EVERYTHING,), "full", RATE), []
     for i, arm in enumerate(ARMS):
         if not (folder / str(i) / "result.json").exists():
             todo.append(Spec(config_of(arm, seed), space, choice, folder, "evidence", "test", n_train).as_job(folder / str(i)))
@@ -81,17 +82,17 @@ def run_seed(seed: int, folder: Path, jobs: Jobs) -> None:
 
 
 def row(arm: str, seed: int, folder: Path) -> dict:
-    from memcontrol.bench import Bench
-    from memcontrol.copying import mq
-    from memcontrol.features import pixel_features
-    from memcontrol.scoring import read_samples
-    from memcontrol.spec import read_spec
+    from memcontrol.core.spec import read_spec
+    from memcontrol.data.features import pixel_features
+    from memcontrol.scoring.copying import mq
+    from memcontrol.trial.loaded import LoadedModels
+    from memcontrol.trial.samples import read_samples
 
     run = folder / str(list(ARMS).index(arm))
     result, training = read_json(run / "result.json"), read_json(run / "training.json")
     if result["state"] != "COMPLETE":
         raise SystemExit(f"{run}: {result['reason']}")
-    train = pixel_features(Bench().train_images(read_spec(run)).pixels())
+    train = pixel_features(LoadedModels().train_images(read_spec(run)).pixels())
     seen = sum(shard["seen"] for shard in training["shards"])
     return {
         "arm": arm, "seed": seed, **{name: result["rewards"][name] for name in ("fid", "memorization", "copy_rate")},

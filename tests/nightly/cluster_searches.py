@@ -15,7 +15,8 @@ from chaos import SEARCH, study_of, violations
 from compose_services import Services
 from postgres import Postgres
 
-from memcontrol.config import load_config, study_folder
+from memcontrol.core.config import load_config
+from memcontrol.core.run_folder import locate_study_folder
 
 TRIALS = 8
 
@@ -25,7 +26,7 @@ def begun(study: Path, log, environment=None) -> subprocess.Popen:
 
 
 def until_ended(study: Path, n: int, search: subprocess.Popen) -> None:
-    folder, deadline = study_folder(study, load_config(study).name), time.monotonic() + 600
+    folder, deadline = locate_study_folder(study, load_config(study).name), time.monotonic() + 600
     while len(list(folder.glob("*/result.json"))) < n:
         assert search.poll() is None and time.monotonic() < deadline, "the search ended, or makes no progress"
         time.sleep(0.2)

@@ -1,0 +1,7 @@
+"""Owns `python -m memcontrol.cli`."""
+
+import sys
+
+from memcontrol.cli import main
+
+sys.exit(main())

@@ -1,0 +1,1 @@
+"""Owns each command as a Python function: the public API."""

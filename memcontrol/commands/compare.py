@@ -1,0 +1,45 @@
+"""Owns comparisons of runs: two models figure by figure, in pairs over prompts, and a run's images beside their nearest training
+images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from memcontrol.core.errors import MemControlError
+from memcontrol.core.estimate import Estimate, paired_difference
+from memcontrol.core.files import read_json
+from memcontrol.core.run_folder import CONTRIBUTIONS, RESULT
+from memcontrol.core.seeds import derive_seed
+from memcontrol.core.spec import read_spec
+from memcontrol.study.store import refuse_incomparable
+from memcontrol.trial.loaded import LoadedModels
+from memcontrol.trial.pictures import Strip, make_strip
+from memcontrol.trial.samples import gather_evidence, read_contributions, read_samples
+
+
+def load_nearest_pairs(run: Path, title: str, loaded: LoadedModels) -> Strip:
+    """What a run folder's images come nearest to."""
+    spec, samples = read_spec(run), read_samples(run)
+    return make_strip(title, samples, gather_evidence(samples, spec, loaded), spec, loaded)
+
+
+def measure_differences(a: Path, b: Path) -> dict[str, Estimate]:
+    """Run a's figures less run b's, each with the interval that resampling their common prompts gives.
+
+    Raises MemControlError where a run has not finished, or the two were not measured with the same things.
+    """
+    results = [read_finished_result(run) for run in (a, b)]
+    refuse_incomparable(results[0]["measured_with"], results[1]["measured_with"], f"{a} and {b}")
+    first, second = read_contributions(a), read_contributions(b)
+    prompts, found = first["prompts"], {}
+    for name in first:
+        if name != "prompts" and name in second:
+            one, other = (Estimate(result["rewards"][name], contributions=rows[name]) for result, rows in zip(results, (first, second)))
+            found[name] = paired_difference(one, other, prompts, seed=derive_seed(0, "paired", name))
+    return found
+
+
+def read_finished_result(run: Path) -> dict:
+    if not (run / RESULT).is_file() or not (run / CONTRIBUTIONS).is_file():
+        raise MemControlError(f"{run} is no finished run folder: it has no {RESULT} or no {CONTRIBUTIONS}")
+    return read_json(run / RESULT)

@@ -1,0 +1,177 @@
+"""Owns what leaves MemControl: a run's fine-tuning as an adapter file, as a fused denoiser, or as a fused pipeline."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+
+from memcontrol.core.choice import Choice
+from memcontrol.core.errors import MemControlError
+from memcontrol.core.files import name_full_disk, read_json, replace_file
+from memcontrol.core.run_folder import RESULT
+from memcontrol.core.space_yaml import parse_space
+from memcontrol.core.spec import Spec, read_spec
+from memcontrol.model.adapter import ADAPTER_FILE, Adapter, format_header, inject_adapter
+from memcontrol.model.base import find_base_path, name_denoiser, open_pipeline, redraw_weights
+from memcontrol.model.peft_parts import Peft
+from memcontrol.trial.loaded import derive_scratch_seed
+from memcontrol.trial.run import inject_choice
+from memcontrol.view.model_card import write_card
+
+FORMATS = ("adapter", "pipeline", "denoiser")
+LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers' load_lora_weights looks for
+COMFYUI_FILE = "comfyui/lora.safetensors"
+
+
+def export(run: Path, out: Path, format: str | None = None) -> Path:
+    """Writes the run's model to the new folder `out`. By default a LoRA as an adapter, anything else as a pipeline.
+
+    adapter: a LoRA or DoRA as diffusers' and ComfyUI's LoRA files, other adapters of peft in peft's format, and whatever is
+    no LoRA as a file for `memcontrol.load_adapter`. Raises MemControlError: no finished run, or `out` in use.
+    """
+    spec = read_spec(run)
+    if not (run / RESULT).is_file() or read_json(run / RESULT)["state"] != "COMPLETE":
+        raise MemControlError(f"run {run} has not finished; export takes finished runs")
+    if format not in (None, *FORMATS):
+        raise MemControlError(f"format '{format}' is unknown; allowed: {', '.join(FORMATS)}")
+    if spec.config.inner.from_scratch and format == "adapter":
+        raise MemControlError("this run trained a denoiser that was drawn anew, which no adapter holds; export it with --format pipeline")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise MemControlError(f"{out} exists and is not an empty folder; give another one")
+    with name_full_disk(out):
+        pipeline = open_pipeline(spec.config.base)
+        denoiser = getattr(pipeline, name_denoiser(pipeline))
+        if spec.config.inner.from_scratch:
+            redraw_weights(denoiser, derive_scratch_seed(spec.config))
+        adapter = inject_choice(denoiser, spec)
+        adapter.load(run)
+        config = find_lone_config(adapter)
+        is_lora = config is not None and config.peft_type == "LORA"
+        out.mkdir(parents=True, exist_ok=True)
+        if (format or ("adapter" if is_lora and not spec.config.inner.from_scratch else "pipeline")) == "adapter":
+            if is_lora:
+                write_lora(adapter, name_denoiser(pipeline), out, spec)
+            else:
+                shutil.copyfile(run / ADAPTER_FILE, out / ADAPTER_FILE)
+                write_peft(adapter, out)
+        else:
+            adapter.fuse()
+            (denoiser if format == "denoiser" else pipeline).save_pretrained(out)
+        is_conditional = getattr(pipeline, "tokenizer", None) is not None
+        write_card(out, spec, read_json(run / RESULT), write_loading_code(out, spec, type(denoiser).__name__, name_denoiser(pipeline)), (out / LORA_FILE).is_file(), is_conditional)
+    return out
+
+
+def write_loading_code(out: Path, spec: Spec, denoiser_class: str, part: str) -> str:
+    """What a reader of the folder's card types, with the folder's name and, but for a Hub id, the base's in place of paths; `part` is what the
+    pipeline calls its denoiser."""
+    base = spec.config.base if not Path(spec.config.base).exists() else Path(spec.config.base).name
+    place = "TINY" if base == "tiny" else f'"{base}"'
+    opened = f"DiffusionPipeline.from_pretrained({place})"
+    imports = "from diffusers import DiffusionPipeline\n" + ("from memcontrol.models import TINY\n" if base == "tiny" else "")
+    if (out / LORA_FILE).is_file():
+        return f'{imports}\npipe = {opened}\npipe.load_lora_weights("{out.name}")'
+    if (out / ADAPTER_FILE).is_file():
+        return f'import memcontrol\n{imports}\npipe = {opened}\nmemcontrol.load_adapter(pipe, "{out.name}")'
+    if (out / "model_index.json").is_file():
+        return f'from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained("{out.name}")'
+    return (
+        f'from diffusers import {denoiser_class}\n{imports}\n{part} = {denoiser_class}.from_pretrained("{out.name}")\n'
+        f"pipe = DiffusionPipeline.from_pretrained({place}, {part}={part})"
+    )
+
+
+def describe_loading(run: Path, out: Path) -> str:
+    """One line that says what an exported folder is and how it is loaded."""
+    base = find_base_path(read_spec(run).config.base)
+    if (out / LORA_FILE).is_file():
+        return f'a LoRA: DiffusionPipeline.from_pretrained("{base}").load_lora_weights("{out}"); comfyui/ has it for ComfyUI'
+    if (out / ADAPTER_FILE).is_file():
+        return f'an adapter: memcontrol.load_adapter(DiffusionPipeline.from_pretrained("{base}"), "{out}")'
+    kind = "pipeline" if (out / "model_index.json").is_file() else "denoiser"
+    return f'a fused {kind}: {"DiffusionPipeline" if kind == "pipeline" else "its class"}.from_pretrained("{out}"); --format adapter gives a small file instead'
+
+
+def find_lone_config(adapter: Adapter):
+    """peft's configuration, where the adapter is one of peft's and nothing else."""
+    configs = [getattr(part, "config", None) for part in adapter.parts]
+    dense = any(name.endswith(".offset") for name in adapter.state())
+    return configs[0] if len(configs) == 1 and not dense else None
+
+
+def collect_peft_state(adapter: Adapter) -> dict[str, torch.Tensor]:
+    from peft import get_peft_model_state_dict
+
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in get_peft_model_state_dict(adapter.denoiser).items()}
+
+
+def write_lora(adapter: Adapter, prefix: str, out: Path, spec: Spec) -> None:
+    """The standard LoRA file, its configuration in the header (without it a reader guesses alpha), and one for ComfyUI."""
+    from safetensors.torch import save_file
+
+    config, state = find_lone_config(adapter), collect_peft_state(adapter)
+    settings = {f"{prefix}.{key}": value for key, value in convert_sets(config.to_dict()).items()}
+    metadata = {"format": "pt", "memcontrol": format_header(spec.description())}
+    (out / COMFYUI_FILE).parent.mkdir()
+    with replace_file(out / LORA_FILE) as part:
+        save_file({f"{prefix}.{name}": tensor for name, tensor in state.items()}, part, metadata | {"lora_adapter_metadata": format_header(settings)})
+    with replace_file(out / COMFYUI_FILE) as part:
+        save_file(make_comfyui_state(adapter, prefix, state), part, metadata)
+
+
+def make_comfyui_state(adapter: Adapter, prefix: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """ComfyUI reads a U-Net's LoRA under kohya's names and a transformer's under diffusers' ones; alpha is a tensor beside each."""
+    ends = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight", "lora_magnitude_vector": "dora_scale"}
+    layers = {module: layer for part in adapter.parts if isinstance(part, Peft) for module, layer in part.layers.items()}
+    found = {}
+    for module, layer in layers.items():
+        name = f"lora_unet_{module.replace('.', '_')}" if prefix == "unet" else f"{prefix}.{module}"
+        for end, kohya in ends.items():
+            if f"{module}.{end}" in state:
+                found[f"{name}.{kohya if prefix == 'unet' else end}"] = state[f"{module}.{end}"]
+        found[f"{name}.alpha"] = torch.tensor(float(layer.scaling["default"] * layer.r["default"]))
+    return found
+
+
+def write_peft(adapter: Adapter, out: Path) -> None:
+    """adapter_config.json and adapter_model.safetensors, as PeftModel.from_pretrained reads them, where all is of one peft method."""
+    from safetensors.torch import save_file
+
+    config = find_lone_config(adapter)
+    if config is not None:
+        config.save_pretrained(out)
+        with replace_file(out / "adapter_model.safetensors") as part:
+            save_file({f"base_model.model.{name}": tensor for name, tensor in collect_peft_state(adapter).items()}, part, {"format": "pt"})
+
+
+def convert_sets(settings: dict) -> dict:
+    """peft's configuration as JSON can hold it."""
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
+
+
+def load_adapter(pipeline, path: str | Path) -> Adapter:
+    """Puts an exported adapter into a pipeline: a file, or the folder that `export --format adapter` or a run wrote.
+
+    The result can `fuse()` or `remove()` itself. Raises MemControlError where the file is not MemControl's or does not fit.
+    """
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    path = Path(path)
+    if path.is_dir():
+        path = next((path / name for name in (ADAPTER_FILE, LORA_FILE) if (path / name).is_file()), path)
+    if not path.is_file():
+        raise MemControlError(f"{path} holds no adapter; give a run folder, or what `memcontrol export --format adapter` wrote")
+    with safe_open(path, "pt") as opened:
+        described = (opened.metadata() or {}).get("memcontrol")
+    if described is None:
+        raise MemControlError(f"{path} was not written by memcontrol; load it with the library that it came from")
+    values, prefix = json.loads(described), name_denoiser(pipeline)
+    space = parse_space(values["space"], values["config"]["space"])
+    adapter = inject_adapter(getattr(pipeline, prefix), space, Choice.from_dict(values["choice"]), 0)
+    state = {name.removeprefix(f"{prefix}."): tensor for name, tensor in load_file(path).items()}
+    adapter.load_state({f"{name}.weight" if name.endswith("lora_magnitude_vector") else name: tensor for name, tensor in state.items()})
+    return adapter

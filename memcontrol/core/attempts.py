@@ -1,0 +1,92 @@
+"""Owns what a trial's folder says of its attempts: which process works on it, where and how far, and which attempts failed."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from memcontrol.core.files import read_json, write_json
+
+ATTEMPTS, PROGRESS, FAILURES_FILE = "attempts.jsonl", "progress.json", "failures.json"
+PROGRESS_SECONDS = 1.0
+
+
+class Superseded(Exception):
+    """Another attempt at the same trial has begun: this process was thought dead, and must write nothing more."""
+
+
+@dataclass
+class Attempt:
+    """One process at work on a trial's folder. Its line is the last of attempts.jsonl as long as no other has taken over."""
+
+    folder: Path
+    identity: str
+    written_at: float = field(default=0.0)
+
+    def check(self) -> None:
+        """Raises Superseded."""
+        if not self.current():
+            raise Superseded(f"another attempt has taken over {self.folder}")
+
+    def current(self) -> bool:
+        return read_attempts(self.folder)[-1]["identity"] == self.identity
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        """Says how far it is, at most once a second. Raises Superseded."""
+        if time.monotonic() - self.written_at < PROGRESS_SECONDS:
+            return
+        self.written_at = time.monotonic()
+        self.check()
+        write_json(self.folder / PROGRESS, {"stage": stage, "done": done, "total": total, "at": format_now(), "identity": self.identity})
+
+
+def begin_attempt(folder: Path) -> Attempt:
+    """Takes the folder over: whoever worked on it before stops at its next step."""
+    folder.mkdir(parents=True, exist_ok=True)
+    host, pid = socket.gethostname(), os.getpid()
+    line: dict[str, Any] = {"identity": f"{host}-{pid}-{time.time_ns()}", "host": host, "pid": pid, "gpu": os.environ.get("CUDA_VISIBLE_DEVICES") or None, "started": format_now()}
+    with open(folder / ATTEMPTS, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+    return Attempt(folder, line["identity"])
+
+
+def read_attempts(folder: Path) -> list[dict]:
+    """One entry for each attempt, the first first: identity, host, pid, gpu, started. A line cut short by a crash counts for nothing."""
+    if not (folder / ATTEMPTS).is_file():
+        return []
+    found = []
+    for line in (folder / ATTEMPTS).read_text(encoding="utf-8").splitlines():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
+
+
+def read_progress(folder: Path) -> dict | None:
+    """How far the present attempt is: stage, done, total, at; None before its first word."""
+    attempts = read_attempts(folder)
+    said = read_json(folder / PROGRESS) if (folder / PROGRESS).is_file() else None
+    return said if said and attempts and said["identity"] == attempts[-1]["identity"] else None
+
+
+def note_failure(folder: Path, reason: str) -> int:
+    """Records that an attempt failed. Returns how many have."""
+    failures = [*read_failures(folder), {"reason": reason, "at": format_now()}]
+    write_json(folder / FAILURES_FILE, failures)
+    return len(failures)
+
+
+def read_failures(folder: Path) -> list[dict]:
+    return read_json(folder / FAILURES_FILE) if (folder / FAILURES_FILE).is_file() else []
+
+
+def format_now() -> str:
+    """UTC, as ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,57 @@
+"""Owns how much is said, and where: the console on stderr, --quiet and --verbose, JSON on stdout, and a search's log file."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from memcontrol.core.version import __version__
+
+QUIET, NORMAL, VERBOSE = "quiet", "normal", "verbose"
+LOG = logging.getLogger("memcontrol")
+FORM = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
+level = NORMAL  # of this process
+
+
+def make_console():
+    """Where people are told what goes on; says nothing when quiet."""
+    from rich.console import Console
+
+    width = None if sys.stderr.isatty() or "COLUMNS" in os.environ else 150
+    return Console(stderr=True, width=width, quiet=level == QUIET)
+
+
+def print_json(value: object) -> None:
+    json.dump(value, sys.stdout, indent=1, ensure_ascii=False, allow_nan=False)
+    sys.stdout.write("\n")
+
+
+@contextlib.contextmanager
+def log_to_file(path: Path, what: str) -> Iterator[None]:
+    """What is logged in the block goes to the end of the file, between lines that say what begins and how it ended; to stderr as well, with
+    every detail, when verbose, less warnings, which are shown there anyway."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aloud = logging.StreamHandler()
+    aloud.addFilter(lambda record: record.levelno < logging.WARNING)
+    handlers: list[logging.Handler] = [logging.FileHandler(path, encoding="utf-8"), *([aloud] if level == VERBOSE else [])]
+    LOG.setLevel(logging.DEBUG if level == VERBOSE else logging.INFO)
+    LOG.propagate = False
+    for handler in handlers:
+        handler.setFormatter(FORM)
+        LOG.addHandler(handler)
+    LOG.info("memcontrol %s begins: %s", __version__, what)
+    try:
+        yield
+        LOG.info("ended")
+    except BaseException as error:
+        LOG.info("ended by %s: %s", "Ctrl-C" if isinstance(error, KeyboardInterrupt) else type(error).__name__, error)
+        raise
+    finally:
+        for handler in handlers:
+            LOG.removeHandler(handler)
+            handler.close()

@@ -1,0 +1,19 @@
+"""Owns the errors a user can mend: one line that says what was given, what is allowed and what to do."""
+
+from __future__ import annotations
+
+
+class MemControlError(Exception):
+    """The library raises it, the command line prints it as one line and exits with 1."""
+
+
+class Diverged(MemControlError):
+    """The loss became NaN or infinite: the choice is recorded as pruned and the search goes on."""
+
+
+class DiskFull(MemControlError):
+    """Nothing more can be written: the search stops, everything finished is kept, the same command goes on."""
+
+
+class SpaceExhausted(MemControlError):
+    """Every choice of the space was asked for already: the search ends with what it has."""

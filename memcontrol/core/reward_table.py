@@ -1,0 +1,110 @@
+"""Owns the table of figures: what each reward is called, which way it is better, what it costs, its interval, and what it says."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+CLIP = math.log(4)
+FALSE_POSITIVES = 0.01
+
+MINIMIZE, MAXIMIZE, BESIDE = "minimize", "maximize", "read beside others"
+
+
+@dataclass(frozen=True)
+class RewardInfo:
+    """`objective`: whether a search may optimise it. `form`: how its value is written."""
+
+    title: str
+    form: str
+    direction: str
+    objective: bool
+    interval: str
+    cost: str
+    meaning: str
+
+
+WILSON, DELTA, NONE = "Wilson, 95 %", "standard error, delta method", "none"
+FEATURES, NEIGHBOURS = "features of the samples", "nearest neighbours"
+DENOISER = "four passes of 64 images through the denoiser"
+FREE = "none: known before training"
+
+REWARDS = {
+    "fid": RewardInfo("FID", "{:.2f}", MINIMIZE, True, DELTA, FEATURES, "Frechet distance to held-out images; biased upward at few samples: (few) where there are under four for each feature"),
+    "fd_pca": RewardInfo("FD of components", "{:.3f}", MINIMIZE, True, DELTA, FEATURES, "the same on the held-out images' first principal components"),
+    "kid": RewardInfo("KID", "{:.3f}", MINIMIZE, True, "standard error, jackknife", FEATURES, "kernel distance to held-out images; unbiased, may be below 0"),
+    "precision": RewardInfo("precision", "{:.3f}", MAXIMIZE, False, WILSON, NEIGHBOURS, "share of samples among real images; blur raises it"),
+    "recall": RewardInfo("recall", "{:.3f}", MAXIMIZE, True, WILSON, NEIGHBOURS, "share of held-out images among samples; grows with n alone"),
+    "density": RewardInfo("density", "{:.3f}", MAXIMIZE, False, NONE, NEIGHBOURS, "real images' balls that a sample lies in; blur raises it"),
+    "coverage": RewardInfo("coverage", "{:.3f}", MAXIMIZE, True, WILSON, NEIGHBOURS, "share of held-out images with a sample in their ball; grows with n alone"),
+    "clip_score": RewardInfo("CLIP score", "{:.2f}", MAXIMIZE, True, "standard error", "a CLIP model on the samples", "how well samples fit their captions (with rewards.clip)"),
+    "memorization": RewardInfo("memorization", "{:.3f}", MINIMIZE, True, "standard error and p, label permutation", NEIGHBOURS, "M: log of distance to held-out over distance to training images, in pixels or in features, whichever is larger; at least 0"),
+    "memorization_pixels": RewardInfo("M, pixels", "{:.3f}", MINIMIZE, False, "standard error and p, label permutation", NEIGHBOURS, "M in pixels, mirror images included; 0 without copying"),
+    "memorization_features": RewardInfo("M, features", "{:.3f}", MINIMIZE, False, "standard error and p, label permutation", NEIGHBOURS, "M in the feature network"),
+    "copy_rate": RewardInfo("copied (95 %)", "{:.1%}", MINIMIZE, True, WILSON, NEIGHBOURS, "share nearer to a training image than 99 % of real images; about 1 % is chance, more where held-out images are few"),
+    "copy_rate_features": RewardInfo("copied, features", "{:.1%}", MINIMIZE, False, WILSON, NEIGHBOURS, "the same in the feature network"),
+    "clear_copy_rate": RewardInfo("clear copies", "{:.1%}", MINIMIZE, False, WILSON, NEIGHBOURS, "share so near to a training image that one such among all has a chance of 1 % without copying"),
+    "loss_gap": RewardInfo("loss gap", "{:.3f}", MINIMIZE, True, "standard error over images", DENOISER, "how much lower the loss is on training than on held-out images; needs no sampling"),
+    "noise_norm_mean": RewardInfo("noise norm", "{:.3f}", MINIMIZE, True, NONE, DENOISER, "MemControl's reward: how far a training caption moves the prediction"),
+    "noise_norm_max": RewardInfo("noise norm, largest", "{:.3f}", MINIMIZE, True, NONE, DENOISER, "of the training images, the largest"),
+    "noise_norm_ratio": RewardInfo("noise norm, ratio", "{:.3f}", MINIMIZE, True, NONE, DENOISER, "to held-out images, without which it means little"),
+    "extraction_component": RewardInfo("extracted, components", "{:.1%}", MINIMIZE, True, WILSON, "samples of its own (rewards.extraction)", "prompts whose samples agree, chained by pairs (MemControl's code)"),
+    "extraction_clique": RewardInfo("extracted, cliques", "{:.1%}", MINIMIZE, True, WILSON, "samples of its own (rewards.extraction)", "prompts whose samples all agree with each other (Carlini)"),
+    "extraction_component_holdout": RewardInfo("components, held out", "{:.1%}", BESIDE, False, WILSON, "samples of its own (rewards.extraction)", "the same of groups of held-out images: what no extraction gives"),
+    "extraction_clique_holdout": RewardInfo("cliques, held out", "{:.1%}", BESIDE, False, WILSON, "samples of its own (rewards.extraction)", "the same of groups of held-out images"),
+    "mq": RewardInfo("MQ", "{:.0f}", MINIMIZE, False, NONE, NEIGHBOURS, "IET-AGC's count below 0.5; homogeneous data raise it without copying"),
+    "carlini_rate": RewardInfo("Carlini's rate", "{:.1%}", MINIMIZE, False, WILSON, NEIGHBOURS, "nearest distance below half the mean of the 50 nearest"),
+    "mifid": RewardInfo("MIFID", "{:.2f}", MINIMIZE, False, NONE, FEATURES, "Kaggle's direction; for continuity: a perfect copy scores best"),
+    "mifid_torchmetrics": RewardInfo("MIFID, torchmetrics", "{:.2f}", MINIMIZE, False, NONE, FEATURES, "the other direction of its nearest neighbours"),
+    "authpct": RewardInfo("AuthPct", "{:.1f}", MAXIMIZE, False, WILSON, NEIGHBOURS, "low: copying; compare with the held-out images' value"),
+    "authpct_holdout": RewardInfo("AuthPct, held out", "{:.1f}", BESIDE, False, WILSON, NEIGHBOURS, "what copying nothing gives"),
+    "amd_train": RewardInfo("to train", "{:.2f}", BESIDE, False, NONE, NEIGHBOURS, "mean distance to the nearest training image: noise has the largest"),
+    "amd_holdout": RewardInfo("to held out", "{:.2f}", BESIDE, False, NONE, NEIGHBOURS, "mean distance to the nearest held-out image"),
+    "amd_holdout_train": RewardInfo("held out to train", "{:.2f}", BESIDE, False, NONE, NEIGHBOURS, "what real images have"),
+    "trained_fraction": RewardInfo("trained", "{:.2%}", MINIMIZE, True, "exact", FREE, "share of the denoiser's parameters that are trained"),
+    "step_gflops": RewardInfo("GFLOP a step", "{:.3g}", MINIMIZE, True, "exact", FREE, "of one image's training step"),
+    "memory_mib": RewardInfo("MiB a step", "{:.3g}", MINIMIZE, True, "exact", FREE, "of one training step"),
+}  # fmt: skip
+
+BLIND_SPOTS = (  # what no figure sees
+    "Whole-image copies in these two descriptors are all that is seen: not parts of images, not style, not facts about a person.",
+    "No figure here is a privacy guarantee: a model that shows no copies can still reveal who was in the training set.",
+    "Copies that were rotated, cropped or redrawn may be missed; mirrored ones are seen in pixels.",
+)
+
+ENOUGH_SAMPLES = 4  # samples for each feature, below which a FID ranks by chance
+
+OBJECTIVES = tuple(name for name, figure in REWARDS.items() if figure.objective)
+DIRECTIONS = {name: figure.direction for name, figure in REWARDS.items() if figure.direction != BESIDE}
+
+
+def find_direction(name: str) -> str:
+    """Of a figure, or of an end of its interval."""
+    return DIRECTIONS.get(name) or DIRECTIONS.get(name.removesuffix("_low").removesuffix("_high"), MINIMIZE)
+
+
+def read_interval(name: str, rewards: dict[str, float]) -> tuple[float, float]:
+    """The 95 % interval of a reward among `rewards`; the value twice where nothing is known of its error."""
+    if f"{name}_low" in rewards:
+        return rewards[f"{name}_low"], rewards[f"{name}_high"]
+    reach = 1.96 * rewards.get(f"{name}_error", 0.0)
+    return rewards[name] - reach, rewards[name] + reach
+
+
+def read_error(name: str, rewards: dict[str, float]) -> float:
+    """The standard error of a reward among `rewards`, from what is beside it; 0 where nothing is."""
+    if f"{name}_error" in rewards:
+        return rewards[f"{name}_error"]
+    return (rewards[f"{name}_high"] - rewards[f"{name}_low"]) / 3.92 if f"{name}_low" in rewards else 0.0
+
+
+def format_reward(name: str, rewards: dict[str, float]) -> str:
+    """The value with its interval: "22.6 +- 0.8", "1.2% (0.4%-2.8%)"; empty where it was not measured."""
+    if name not in rewards:
+        return ""
+    form = REWARDS[name].form if name in REWARDS else "{:.3f}"
+    text = form.format(rewards[name])
+    if f"{name}_error" in rewards:
+        few = " (few)" if name == "fid" and rewards.get("fid_samples_per_feature", ENOUGH_SAMPLES) < ENOUGH_SAMPLES else ""
+        return f"{text} ± {form.format(rewards[f'{name}_error'])}{few}"
+    return f"{text} ({form.format(rewards[f'{name}_low'])}-{form.format(rewards[f'{name}_high'])})" if f"{name}_low" in rewards else text

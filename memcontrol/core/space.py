@@ -1,0 +1,149 @@
+"""Owns the search space: named layer groups, methods and ranges, and the choices in it."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from memcontrol.core.choice import EVERYTHING, RANKED, Choice, Setting
+from memcontrol.core.errors import MemControlError
+
+THIRDS = (1 / 6, 3 / 6, 5 / 6)  # the middles of a range's three thirds
+
+
+def interpolate_rate(limits: tuple[float, float], share: float) -> float:
+    """The learning rate at `share` (0..1) of the range on a log scale, to three digits."""
+    low, high = limits
+    return float(f"{low * (high / low) ** share:.3g}")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Modules that are turned on together: patterns on their names, the methods that may train them, ranks and alpha / rank."""
+
+    patterns: tuple[str, ...]
+    methods: tuple[str, ...]
+    rank: tuple[int, ...]
+    alpha: float
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """Groups of modules, methods, learning-rate ranges; `always` is trained in every choice but `none` and `full`.
+
+    Where `mix` is set, each group has a method of its own; otherwise one method trains all groups of a choice.
+    """
+
+    name: str
+    groups: dict[str, Group]
+    methods: tuple[str, ...]
+    learning_rate: dict[str, tuple[float, float]]
+    rank: tuple[int, ...]
+    always: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    mix: bool = False
+    description: str = ""
+
+    def anchors(self) -> dict[str, list[Choice]]:
+        """No training; plain PEFT with every group on; full fine-tuning: the last two at three learning rates each."""
+        plain = self.methods[0]
+        return {
+            "none": [Choice((), "none", 0.0)],
+            "all": [self.choice(self.groups_for(plain), plain, share) for share in THIRDS],
+            "full": [Choice((EVERYTHING,), "full", interpolate_rate(self.learning_rate["full"], share)) for share in THIRDS],
+        }
+
+    def choice(
+        self, groups: Sequence[str], method: str, share: float, rank: int | None = None,
+        methods: dict[str, str] | None = None, ranks: dict[str, int] | None = None,
+    ) -> Choice:
+        """A choice whose learning rates lie at `share` (0..1, log scale) of each method's range.
+
+        `methods` and `ranks` name those of single groups; a rank left open is the middle one.
+        """
+
+        def setting(group: str | None, method: str) -> Setting:
+            allowed = self.groups[group].rank if group else self.rank
+            chosen = (ranks or {}).get(group) if group and allowed != self.rank else rank
+            middle = allowed[len(allowed) // 2]
+            return Setting(method, interpolate_rate(self.learning_rate[method], share), (chosen or middle) if method in RANKED else None)
+
+        each = {group: setting(group, (methods or {}).get(group, method)) for group in groups}
+        default = Counter(each.values()).most_common(1)[0][0] if each else setting(None, method)
+        differing = tuple((group, own) for group, own in each.items() if own != default)
+        return Choice(tuple(groups), default.method, default.learning_rate, default.rank, differing)
+
+    def coordinates(self) -> dict[str, tuple]:
+        """Name to options of every categorical coordinate that a choice is sampled in; beside them stands `rate`, in 0..1."""
+        found: dict[str, tuple] = {group: (False, True) for group in self.groups}
+        if self.mix:
+            found |= {f"{name}.method": group.methods for name, group in self.groups.items() if len(group.methods) > 1}
+        else:
+            found["method"] = self.methods
+        found["rank"] = self.rank
+        return found | {f"{name}.rank": group.rank for name, group in self.groups.items() if group.rank != self.rank}
+
+    def choice_at(self, params: dict[str, Any]) -> Choice:
+        """The choice at a point: a value for each of `coordinates` and for `rate`."""
+        method = params.get("method", self.methods[0])
+        methods = {name: params.get(f"{name}.method", group.methods[0]) for name, group in self.groups.items()} if self.mix else None
+        allowed = self.groups if self.mix else self.groups_for(method)
+        ranks = {name: params[f"{name}.rank"] for name in self.groups if f"{name}.rank" in params}
+        return self.choice([name for name in allowed if params[name]], method, params["rate"], params["rank"], methods, ranks)
+
+    def point_of(self, choice: Choice) -> dict[str, Any]:
+        """Where a choice lies in `coordinates` and `rate`; what it leaves open is at the first option."""
+        coordinates = self.coordinates()
+        point: dict[str, Any] = {name: options[0] for name, options in coordinates.items()}
+        point |= {name: name in choice.groups for name in self.groups}
+        own = {"method": choice.method, "rank": choice.rank}
+        for group in choice.groups:
+            setting = choice.setting(group)
+            own |= {f"{group}.method": setting.method, f"{group}.rank": setting.rank}
+        point |= {name: value for name, value in own.items() if value is not None and value in coordinates.get(name, ())}
+        low, high = self.learning_rate[choice.method]
+        return point | {"rate": min(max(math.log(choice.learning_rate / low) / math.log(high / low), 0.0), 1.0)}
+
+    def groups_for(self, method: str) -> tuple[str, ...]:
+        return tuple(group for group in self.groups if method in self.groups[group].methods)
+
+    def module_names(self, names: Sequence[str]) -> dict[str, list[str]]:
+        """Group to the module names that its patterns match. Raises MemControlError: nothing matched, or shared modules."""
+        found: dict[str, list[str]] = {}
+        owner: dict[str, str] = {}
+        for group in self.groups:
+            found[group] = self.matched(f"group '{group}'", self.groups[group].patterns, names)
+            for name in found[group]:
+                if name in owner:
+                    raise MemControlError(
+                        f"space '{self.name}': groups '{owner[name]}' and '{group}' share module '{name}'; "
+                        "a module may belong to one group"
+                    )
+                owner[name] = group
+        return found
+
+    def matched(self, owner: str, patterns: Sequence[str], names: Sequence[str]) -> list[str]:
+        """The names that any pattern matches. Raises MemControlError where a pattern matches none."""
+        found: list[str] = []
+        for pattern in patterns:
+            modules = [name for name in names if re.fullmatch(pattern, name)]
+            if not modules:
+                raise MemControlError(
+                    f"space '{self.name}': pattern '{pattern}' of {owner} matches no module of the base that can be trained; "
+                    f"names look like '{names[len(names) // 2]}'"
+                )
+            found += modules
+        return list(dict.fromkeys(found))
+
+    def always_names(self, names: Sequence[str]) -> list[tuple[str, list[str]]]:
+        """(method, module names) of what is trained in every choice."""
+        return [(method, self.matched("'always'", patterns, names)) for method, patterns in self.always]
+
+    def check_choice(self, choice: Choice) -> None:
+        """Raises MemControlError where the choice names a group or a method that this space does not have for it."""
+        for group in choice.groups:
+            if group not in (*self.groups, EVERYTHING):
+                raise MemControlError(f"choice: unknown group '{group}'; space '{self.name}' has {', '.join(self.groups)}")

@@ -1,0 +1,159 @@
+"""Owns the YAML of search spaces: the shipped ones, reading, writing."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from memcontrol.core.choice import EVERYTHING, RANKED, SEARCHED_METHODS
+from memcontrol.core.errors import MemControlError
+from memcontrol.core.files import PACKAGE
+from memcontrol.core.space import Group, SearchSpace
+
+
+def find_space_folder() -> Path:
+    """In a wheel the spaces lie inside the package; in a source tree, beside it."""
+    inside = PACKAGE / "search_spaces"
+    return inside if inside.is_dir() else PACKAGE.parent / "search_spaces"
+
+
+def list_shipped_spaces() -> dict[str, Path]:
+    return {path.stem: path for path in sorted(find_space_folder().glob("*.yaml"))}
+
+
+def load_space(name_or_file: str) -> SearchSpace:
+    """A shipped space by name, or one from a YAML file. Raises MemControlError."""
+    shipped = list_shipped_spaces()
+    path = shipped.get(name_or_file, Path(name_or_file))
+    if not path.is_file():
+        raise MemControlError(f"space '{name_or_file}': no such file and not shipped; shipped are {', '.join(shipped)}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise MemControlError(f"space {path}: not valid YAML: {' '.join(str(error).split())}") from None
+    return parse_space(values, path.stem)
+
+
+def parse_space(values: Any, name: str) -> SearchSpace:
+    """The space that a YAML's values describe; the grammar is in search_spaces/README.md. Raises MemControlError."""
+
+    def refuse(text: str):
+        raise MemControlError(f"space '{name}': {text}")
+
+    keys = ("description", "groups", "always", "methods", "mix", "learning_rate", "rank", "alpha")
+    if not isinstance(values, dict):
+        refuse(f"holds {type(values).__name__}, not keys; allowed: {', '.join(keys)}")
+    for key in values:
+        if key not in keys:
+            refuse(f"unknown key '{key}'; allowed: {', '.join(keys)}")
+    groups, mix = values.get("groups"), values.get("mix", False)
+    if not isinstance(groups, dict) or not groups:
+        refuse("'groups' must map at least one group name to a pattern or a list of patterns")
+    for reserved in {EVERYTHING, "method", "rank", "rate", "learning_rate"} & set(map(str, groups)):
+        refuse(f"a group may not be called '{reserved}'")
+    if not isinstance(mix, bool):
+        refuse(f"'mix' is {mix!r}; allowed: true or false")
+    methods = parse_methods("'methods'", values.get("methods", ["lora"]), SEARCHED_METHODS, refuse)
+    rank, alpha = parse_ranks("'rank'", values.get("rank", [4]), refuse), parse_alpha("'alpha'", values.get("alpha", 1.0), refuse)
+    return SearchSpace(
+        name=name,
+        groups={str(group): parse_group(str(group), entry, Group((), methods, rank, alpha), refuse) for group, entry in groups.items()},
+        methods=methods,
+        learning_rate=parse_rates(values.get("learning_rate"), dict.fromkeys([*methods, "full"]), refuse),
+        rank=rank,
+        always=parse_always(values.get("always", []), refuse),
+        mix=mix,
+        description=" ".join(str(values.get("description", "")).split()),
+    )
+
+
+def parse_group(name: str, entry: Any, default: Group, refuse) -> Group:
+    """A group as patterns alone takes methods, ranks and alpha from the space."""
+    if not isinstance(entry, dict):
+        entry = {"patterns": entry}
+    allowed = ("patterns", "methods", "rank", "alpha")
+    if "patterns" not in entry or not set(entry) <= set(allowed):
+        refuse(f"group '{name}' has {', '.join(map(str, entry))}; allowed: {', '.join(allowed)}")
+    where = f"group '{name}'"
+    return Group(
+        parse_patterns(where, entry["patterns"], refuse),
+        parse_methods(f"{where}: 'methods'", entry["methods"], default.methods, refuse) if "methods" in entry else default.methods,
+        parse_ranks(f"{where}: 'rank'", entry["rank"], refuse) if "rank" in entry else default.rank,
+        parse_alpha(f"{where}: 'alpha'", entry["alpha"], refuse) if "alpha" in entry else default.alpha,
+    )
+
+
+def parse_methods(where: str, methods: Any, allowed: Sequence[str], refuse) -> tuple[str, ...]:
+    if not isinstance(methods, list) or not methods or not set(map(str, methods)) <= set(allowed):
+        refuse(f"{where} is {methods!r}; allowed: a list of {', '.join(allowed)}")
+    return tuple(dict.fromkeys(methods))
+
+
+def parse_always(entries: Any, refuse) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) and set(entry) == {"method", "patterns"} for entry in entries):
+        refuse(f"'always' is {entries!r}; allowed: a list of {{method: ..., patterns: ...}}")
+    allowed = [method for method in SEARCHED_METHODS if method not in RANKED]
+    for entry in entries:
+        parse_methods("'always': method", [entry["method"]], allowed, refuse)
+    return tuple((entry["method"], parse_patterns("'always'", entry["patterns"], refuse)) for entry in entries)
+
+
+def parse_patterns(where: str, patterns: Any, refuse) -> tuple[str, ...]:
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    if not isinstance(patterns, list) or not patterns or not all(isinstance(pattern, str) for pattern in patterns):
+        refuse(f"{where} is {patterns!r}; allowed: a regular expression or a list of them")
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            refuse(f"{where}: '{pattern}' is no regular expression ({error})")
+    return tuple(patterns)
+
+
+def parse_rates(ranges: Any, methods: Collection[str], refuse) -> dict[str, tuple[float, float]]:
+    if not isinstance(ranges, dict) or set(ranges) != set(methods):
+        refuse(f"'learning_rate' must give a range [low, high] for each of {', '.join(methods)}")
+    found = {}
+    for method, limits in ranges.items():
+        try:
+            low, high = (float(limit) for limit in limits)
+        except (TypeError, ValueError):
+            low = high = math.nan
+        if not 0 < low < high:
+            refuse(f"learning_rate of {method} is {limits!r}; allowed: [low, high] with 0 < low < high")
+        found[method] = (low, high)
+    return found
+
+
+def parse_ranks(where: str, ranks: Any, refuse) -> tuple[int, ...]:
+    if not isinstance(ranks, list) or not ranks or not all(type(rank) is int and rank > 0 for rank in ranks):
+        refuse(f"{where} is {ranks!r}; allowed: a list of whole numbers above 0")
+    return tuple(sorted(set(ranks)))
+
+
+def parse_alpha(where: str, alpha: Any, refuse) -> float:
+    """alpha / rank, the factor on a low-rank adapter's output."""
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < math.inf:
+        refuse(f"{where} is {alpha!r}; allowed: a number above 0 (alpha / rank)")
+    return float(alpha)
+
+
+def dump_space(space: SearchSpace) -> dict[str, Any]:
+    """The space as its YAML holds it; `parse_space` reads it back."""
+    return {
+        "description": space.description,
+        "groups": {
+            name: {"patterns": list(group.patterns), "methods": list(group.methods), "rank": list(group.rank), "alpha": group.alpha}
+            for name, group in space.groups.items()
+        },
+        "always": [{"method": method, "patterns": list(patterns)} for method, patterns in space.always],
+        "methods": list(space.methods),
+        "mix": space.mix,
+        "learning_rate": {method: list(limits) for method, limits in space.learning_rate.items()},
+        "rank": list(space.rank),
+    }

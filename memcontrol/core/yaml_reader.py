@@ -1,0 +1,61 @@
+"""Owns reading YAML as people write it: safely, each key once, 1e-3 a number."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from memcontrol.core.errors import MemControlError
+
+
+class EachKeyOnce(yaml.SafeLoader):
+    """The safe loader, but a key given twice is an error: one of the two would be lost in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"key '{key}' is given twice{node.start_mark}")
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path, keys: Sequence[str]) -> dict:
+    """The file's mapping; `keys` are those that it may have, for the error. Raises MemControlError."""
+    try:
+        values = convert_exponents(yaml.load(path.read_text(encoding="utf-8"), Loader=EachKeyOnce))
+    except FileNotFoundError:
+        raise MemControlError(f"{path}: no such file; give a study file in YAML, see the README for an example") from None
+    except IsADirectoryError:
+        places = (path / "study.yaml", *sorted(path.glob("*.yaml")), path.resolve().parent.parent / f"{path.resolve().name}.yaml")  # the last: of runs/NAME
+        raise MemControlError(f"{path}: is a folder; give the study file, such as {next((place for place in places if place.is_file()), places[0])}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise MemControlError(f"{path}: cannot be read ({error}); give a text file in YAML") from None
+    except yaml.YAMLError as error:
+        raise MemControlError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        held = "is empty" if values is None else f"holds {type(values).__name__}, not keys"
+        raise MemControlError(f"{path}: {held}; a study file has {', '.join(keys)}")
+    return values
+
+
+EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
+
+
+def parse_number(text: str) -> Any:
+    return convert_exponents(yaml.safe_load(text))
+
+
+def convert_exponents(value: Any) -> Any:
+    """YAML 1.1 reads 1e-3 and 1e4 as text; people mean a number, and a whole one where it is whole."""
+    if isinstance(value, dict):
+        return {key: convert_exponents(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [convert_exponents(inner) for inner in value]
+    if not isinstance(value, str) or not EXPONENT.fullmatch(value):
+        return value
+    number = float(value)
+    return int(number) if number.is_integer() else number

@@ -1,0 +1,1 @@
+"""Owns the images: folders, captions, splits, feature matrices."""

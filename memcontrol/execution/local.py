@@ -1,0 +1,149 @@
+"""Owns executors on this machine: in this process (inline), or in worker processes (local)."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from memcontrol.execution.executor import END_KINDS, Event, Executor, describe_overrun, make_event, pick_time_limit
+from memcontrol.execution.worker import COMMAND
+
+
+class Inline(Executor):
+    """One job at a time, in this process: for tests and debugging."""
+
+    def __init__(self):
+        self.waiting: list[dict] = []
+        self.loaded = None
+
+    def free(self) -> int:
+        return 1 - len(self.waiting)
+
+    def submit(self, job: dict) -> None:
+        self.waiting.append(job)
+
+    def events(self, timeout_seconds: float) -> Iterator[Event]:
+        from memcontrol.execution.worker import run_job
+        from memcontrol.trial.loaded import LoadedModels
+
+        self.loaded = self.loaded or LoadedModels(COMMAND)
+        while self.waiting:
+            job = self.waiting[0]
+            said: list[dict] = []
+            run_job(job, self.loaded, said.append)
+            self.waiting.pop(0)
+            yield from (make_event(job, line) for line in said)
+
+    def cancel(self, job: dict) -> None:
+        self.waiting.remove(job)
+
+    def close(self) -> None:
+        self.waiting.clear()
+        if self.loaded is not None:
+            self.loaded.close()
+
+
+class Local(Executor):
+    """A worker process for each place, which keeps the base loaded; one that dies is started again for the next job."""
+
+    def __init__(self, n_workers: int, n_processes: int = 1, time_limit_seconds: float | None = None):
+        self.said: queue.Queue = queue.Queue()
+        self.time_limit_seconds = time_limit_seconds
+        threads = max(1, (os.cpu_count() or 1) // n_workers)  # whatever n_processes: sums round by the number of threads
+        self.workers = [Worker(i, threads, self.said, n_processes) for i in range(n_workers)]
+
+    def free(self) -> int:
+        return sum(worker.job is None for worker in self.workers)
+
+    def submit(self, job: dict) -> None:
+        next(worker for worker in self.workers if worker.job is None).take(job)
+
+    def events(self, timeout_seconds: float) -> Iterator[Event]:
+        with contextlib.suppress(queue.Empty):
+            yield from self.heard(*self.said.get(timeout=timeout_seconds))
+            while True:
+                yield from self.heard(*self.said.get_nowait())
+        for worker in self.workers:
+            limit = pick_time_limit(worker.job, self.time_limit_seconds)
+            if worker.job is not None and limit is not None and time.monotonic() - worker.began > limit:
+                yield self.lost(worker, worker.job, describe_overrun(limit))
+
+    def lost(self, worker: Worker, job: dict, reason: str) -> Event:
+        worker.job = None
+        worker.kill()
+        return Event(job, "lost", {"reason": reason})
+
+    def cancel(self, job: dict) -> None:
+        for worker in self.workers:
+            if worker.job == job:
+                self.said.put((worker, worker.process, None))
+                worker.process.kill()
+
+    def heard(self, worker: Worker, process: subprocess.Popen, line: dict | None) -> Iterator[Event]:
+        if process is not worker.process or worker.job is None:
+            return
+        if line is not None:
+            event = make_event(worker.job, line)
+            if event.kind in END_KINDS:
+                worker.job = None
+            yield event
+        else:
+            code = process.wait()
+            yield self.lost(worker, worker.job, f"its worker process died ({f'signal {-code}' if code < 0 else f'exit code {code}'})")
+
+    def close(self) -> None:
+        for worker in self.workers:
+            worker.kill()
+
+
+class Worker:
+    """One worker process and the job it has."""
+
+    def __init__(self, index: int, n_threads: int, said: queue.Queue, n_processes: int = 1):
+        self.index, self.n_threads, self.said, self.n_processes = index, n_threads, said, n_processes
+        self.job: dict | None = None
+        self.began = 0.0
+        self.spawn()
+
+    def spawn(self) -> None:
+        # Torch reads these when it is imported; threads that spin for two cores make each other up to 30 times slower.
+        threads = {"OMP_NUM_THREADS": str(self.n_threads), "MKL_NUM_THREADS": str(self.n_threads), "OMP_WAIT_POLICY": "passive"}
+        self.process = subprocess.Popen(
+            COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            text=True, env={**os.environ, **threads, **choose_gpus(self.index, self.n_processes)},
+        )  # fmt: skip
+        self.listener = threading.Thread(target=self.listen, args=(self.process,), daemon=True)
+        self.listener.start()
+
+    def listen(self, process: subprocess.Popen) -> None:
+        with contextlib.suppress(BrokenPipeError), process:
+            for line in process.stdout or ():
+                self.said.put((self, process, json.loads(line)))
+        self.said.put((self, process, None))
+
+    def take(self, job: dict) -> None:
+        self.job, self.began = job, time.monotonic()
+        if self.process.poll() is not None:
+            self.spawn()
+        with contextlib.suppress(BrokenPipeError, ValueError):  # it died just now: `listen` says so
+            print(json.dumps(self.job), file=self.process.stdin, flush=True)
+
+    def kill(self) -> None:
+        """SIGKILL: also a process that was stopped ends, and does not wake up later."""
+        self.process.kill()
+        self.listener.join()
+
+
+def choose_gpus(index: int, n_processes: int = 1) -> dict[str, str]:
+    """The GPUs that worker `index` sees, one for each process of its trials, where there are any: they are dealt out in turn."""
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = listed.split(",") if listed else [str(i) for i in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
+    own = dict.fromkeys(gpus[(index * n_processes + i) % len(gpus)] for i in range(n_processes)) if gpus else {}
+    return {"CUDA_VISIBLE_DEVICES": ",".join(own)} if own else {}

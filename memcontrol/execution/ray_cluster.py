@@ -1,0 +1,152 @@
+"""Owns running jobs on a Ray cluster: an actor for each place, which keeps the base loaded and moves to another node when its own is lost."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from memcontrol.core.attempts import read_progress
+from memcontrol.core.config import RayConfig
+from memcontrol.core.errors import MemControlError
+from memcontrol.execution.executor import END_KINDS, Event, Executor, describe_overrun, find_job_folder, make_event, pick_time_limit
+from memcontrol.execution.worker import COMMAND
+
+
+class RayWorker:
+    """What an actor is: jobs one after another with one set of loaded models, as in `memcontrol.execution.worker`."""
+
+    def __init__(self):
+        from memcontrol.trial.loaded import LoadedModels
+
+        self.loaded = LoadedModels(COMMAND)
+
+    def ready(self) -> None:
+        """Returns when the actor has its place."""
+
+    def run(self, job: dict) -> list[dict]:
+        """All that the job said but progress, which is in its folder."""
+        from memcontrol.execution.worker import redirect_output, run_job
+
+        redirect_output(find_job_folder(job) / "log.txt")
+        said: list[dict] = []
+        run_job(job, self.loaded, lambda event: said.append(event) if event["event"] != "progress" else None)
+        return said
+
+
+@dataclass
+class Place:
+    """One actor and the job it has. `began` is None until the cluster has found room for it."""
+
+    actor: Any = None
+    ready: Any = None
+    job: dict | None = None
+    answer: Any = None
+    began: float | None = None
+    reason: str = ""
+    told: dict | None = None
+
+
+class Ray(Executor):
+    """An actor with its own GPUs and cores for each place, on an existing cluster or on one started here."""
+
+    def __init__(self, settings: RayConfig, n_workers: int, time_limit_seconds: float | None = None):
+        self.ray, self.settings, self.time_limit_seconds = connect_ray(settings), settings, time_limit_seconds
+        self.places = [Place() for _ in range(n_workers)]
+
+    def free(self) -> int:
+        return sum(place.job is None for place in self.places)
+
+    def submit(self, job: dict) -> None:
+        place = next(place for place in self.places if place.job is None)
+        if place.actor is None:
+            place.actor = self.started()
+            place.ready = place.actor.ready.remote()
+        place.job, place.answer, place.began, place.reason, place.told = job, place.actor.run.remote(job), None, "", None
+
+    def started(self):
+        threads = str(max(1, int(self.settings.cpus)))
+        gpus = self.settings.gpus
+        if gpus is None:
+            gpus = 1 if self.ray.cluster_resources().get("GPU") else 0
+        environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive"}
+        remote = self.ray.remote(num_cpus=self.settings.cpus, num_gpus=gpus, max_restarts=0, runtime_env={"env_vars": environment})(RayWorker)
+        return remote.remote()
+
+    def events(self, timeout_seconds: float) -> Iterator[Event]:
+        busy = [(place, place.job) for place in self.places if place.job is not None]
+        if not busy:
+            return
+        self.ray.wait([place.answer for place, _ in busy], num_returns=1, timeout=timeout_seconds)
+        for place, job in busy:
+            yield from self.ended(place, job) if self.is_there(place.answer) else self.watched(place, job)
+
+    def is_there(self, reference) -> bool:
+        return bool(self.ray.wait([reference], timeout=0)[0])
+
+    def ended(self, place: Place, job: dict) -> Iterator[Event]:
+        place.job = None
+        try:
+            said = self.ray.get(place.answer)
+        except self.ray.exceptions.RayError as error:
+            place.actor = None
+            reason = place.reason or f"its Ray actor was lost: {' '.join(str(error).split())[:300]}"
+            said = [{"event": "lost", "reason": reason}]
+        for line in said:
+            yield make_event(job, line)
+        if said[-1]["event"] not in END_KINDS:
+            raise RuntimeError(f"job {job} ended without saying how")
+
+    def watched(self, place: Place, job: dict) -> Iterator[Event]:
+        if place.began is None and self.is_there(place.ready):
+            place.began = time.monotonic()
+        limit = pick_time_limit(job, self.time_limit_seconds)
+        if limit is not None and place.began and time.monotonic() - place.began > limit:
+            place.reason = describe_overrun(limit)
+            self.ray.kill(place.actor)
+        told = read_progress(find_job_folder(job))
+        if told and told != place.told:
+            place.told = told
+            yield Event(job, "progress", {key: told[key] for key in ("stage", "done", "total")})
+
+    def cancel(self, job: dict) -> None:
+        for place in self.places:
+            if place.job == job:
+                place.reason = "it was cancelled"
+                self.ray.kill(place.actor)
+
+    def close(self) -> None:
+        for place in self.places:
+            if place.actor is not None:
+                self.ray.kill(place.actor)
+            place.actor = place.job = None
+
+
+def try_connection(address: str | None) -> None:
+    """Raises OSError where nobody listens: Ray itself would try for many minutes."""
+    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=5).close()
+
+
+def connect_ray(settings: RayConfig):
+    """The ray module, connected. Raises MemControlError where it is missing or the cluster cannot be reached."""
+    try:
+        import ray
+    except ImportError:
+        raise MemControlError("search.executor is ray, which is not installed; install memcontrol[ray]") from None
+    if not ray.is_initialized():
+        local: dict[str, Any] = {} if settings.address else {"include_dashboard": False}
+        try:
+            try_connection(settings.address)
+            ray.init(address=settings.address, namespace="memcontrol", log_to_driver=False, logging_level=logging.ERROR, **local)
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise MemControlError(
+                f"ray.address is {settings.address}: {reason}; if a cluster runs there, it may ask for a token: set RAY_AUTH_MODE=token and its own "
+                "RAY_AUTH_TOKEN here too (`ray get-auth-token` on its head shows it); otherwise start a cluster with `ray start --head`, or leave the address out"
+            ) from None
+    return ray

@@ -1,0 +1,1 @@
+"""Owns the base pipeline, and what a choice trains in it."""

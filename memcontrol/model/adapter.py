@@ -1,0 +1,246 @@
+"""Owns what a choice trains in one denoiser: injects it, and saves, loads, averages, fuses and removes it as a whole."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from memcontrol.core.choice import EVERYTHING, Choice
+from memcontrol.core.errors import MemControlError
+from memcontrol.core.files import replace_file
+from memcontrol.core.seeds import derive_seed
+from memcontrol.core.space import SearchSpace
+from memcontrol.model.parts import DiffFit, State, SvDiff, Target, Tuner, Weights, find_last_linear, find_output_layer, is_norm, suits
+from memcontrol.model.peft_parts import PEFT, Peft
+
+ADAPTER_FILE = "adapter.safetensors"
+
+
+def list_trainable_modules(denoiser: nn.Module) -> list[str]:
+    """Names that a space's patterns are matched against: modules with parameters of their own, attention and feed-forward blocks."""
+    return [
+        name
+        for name, module in denoiser.named_modules()
+        if name and (next(module.parameters(recurse=False), None) is not None or find_last_linear(module))
+    ]
+
+
+def find_targets(denoiser: nn.Module, space: SearchSpace, choice: Choice) -> list[Target]:
+    """What a choice trains: first what the space always trains, then its groups.
+
+    Raises MemControlError: an unknown group, or a method with nothing to train in a group.
+    """
+    if choice.method == "none":
+        return []
+    space.check_choice(choice)
+    names = list_trainable_modules(denoiser)
+
+    def suited(modules: Sequence[str], method: str) -> list[str]:
+        return [name for name in modules if suits(method, denoiser.get_submodule(name))]
+
+    found = [Target(name, method, choice.learning_rate) for method, always in space.always_names(names) for name in suited(always, method)]
+    modules = space.module_names(names)
+    for group in choice.groups:
+        setting = choice.setting(group)
+        own = suited(modules[group], setting.method)
+        if not own:
+            raise MemControlError(f"space '{space.name}': method {setting.method} finds nothing to train in group '{group}'")
+        found += [Target(name, setting.method, setting.learning_rate, setting.rank or 0, space.groups[group].alpha) for name in own]
+    return found
+
+
+def check_space(denoiser: nn.Module, space: SearchSpace) -> None:
+    """Raises MemControlError where a pattern matches nothing, groups share a module, or a method suits no module of its group."""
+    for method in space.methods:
+        targets = find_targets(denoiser, space, space.choice(space.groups_for(method), method, 0.5))
+        check_ownership(denoiser, targets, space)
+
+
+def check_ownership(denoiser: nn.Module, targets: Sequence[Target], space: SearchSpace) -> None:
+    """Raises MemControlError where two mechanisms would change one weight, whose changes could then not be told apart."""
+    owners: dict[str, str] = {}
+    for target in targets:
+        scaled = target.method == "difffit" and not is_norm(denoiser.get_submodule(target.module))
+        mechanism = None if target.method == "bias" else "scales" if scaled else target.method if target.method in WRAPPING else "weights"
+        name = find_output_layer(denoiser, target.module) if scaled else target.module
+        if mechanism and owners.setdefault(name, mechanism) != mechanism:
+            raise MemControlError(
+                f"space '{space.name}': module '{name}' is trained as {owners[name]} and as {mechanism} in one choice; "
+                "take it out of one group or of 'always'"
+            )
+
+
+def select_parameters(denoiser: nn.Module, target: Target) -> dict[str, nn.Parameter]:
+    """The existing parameters that a target trains as they are."""
+    module = denoiser.get_submodule(target.module)
+    own = dict(module.named_parameters(recurse=False))
+    if target.method in WRAPPING:
+        own = {}
+    elif target.method == "bias" or (target.method == "difffit" and not is_norm(module)):
+        own = {name: parameter for name, parameter in own.items() if name == "bias"}
+    return {f"{target.module}.{name}": parameter for name, parameter in own.items()}
+
+
+WRAPPING = (*PEFT, "svdiff")
+
+
+class Adapter:
+    """What a choice trains in one denoiser. Injecting changes no output; removing restores the base bit for bit."""
+
+    def __init__(self, denoiser: nn.Module, parts: Sequence[Tuner]):
+        self.denoiser, self.parts = denoiser, list(parts)
+        denoiser.requires_grad_(False)
+        for parameter in self.parameters():
+            parameter.requires_grad_(True)
+        norms = [module for module in denoiser.modules() if isinstance(module, nn.GroupNorm)]
+        self.hooks = [norm.register_forward_pre_hook(make_input_contiguous) for norm in norms if any(p.requires_grad for p in norm.parameters())]
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """All that a state holds by name, parameters that stay fixed included."""
+        return {name: parameter for part in self.parts for name, parameter in part.learned.items()}
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        return {name: parameter for part in self.parts for name, parameter in part.trained().items()}
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What is trained."""
+        return list(self.trained().values())
+
+    def n_trained(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def groups(self) -> list[dict]:
+        """Optimizer groups: parameters that share a learning rate, which is also kept under `rate`."""
+        by_rate: dict[float, list[nn.Parameter]] = {}
+        for part in self.parts:
+            for name, parameter in part.trained().items():
+                by_rate.setdefault(part.rates[name], []).append(parameter)
+        return [{"params": parameters, "lr": rate, "rate": rate} for rate, parameters in by_rate.items()]
+
+    def said_rates(self) -> str:
+        return ", ".join(f"{group['rate']:g}" for group in self.groups())
+
+    def state(self) -> State:
+        """Copies of all that was learned; the base is not part of it."""
+        return {name: parameter.detach().clone() for name, parameter in self.named_parameters().items()} | self.offsets()
+
+    def offsets(self) -> State:
+        """Dense changes of weights under factors that could not hold a mean."""
+        return {name: offset for part in self.parts if isinstance(part, Peft) for name, offset in part.offsets().items()}
+
+    @torch.no_grad()
+    def load_state(self, state: State) -> None:
+        """Raises MemControlError where the state belongs to another choice, base or space."""
+        held = self.named_parameters()
+        learned = {name: tensor for name, tensor in state.items() if not name.endswith(".offset")}
+        wrong = [name for name in held.keys() ^ learned.keys()]
+        wrong += [name for name in held.keys() & learned.keys() if held[name].shape != learned[name].shape]
+        if wrong:
+            raise MemControlError(f"the saved adapter does not fit this choice (for one, '{min(wrong)}'); it belongs to another base or space")
+        for name, parameter in held.items():
+            parameter.copy_(learned[name])
+        for part in self.parts:
+            part.load(state)
+
+    def average(self, states: Sequence[State], weights: Sequence[float]) -> State:
+        """The state whose change of every weight is the weighted mean of the states' changes; weights are normalised.
+
+        Exact for every method (to rounding): where parameters do not average, the mean change is kept as an offset or folded
+        into factors. Spectral shifts average the singular values after relu.
+        """
+        total = sum(weights)
+        weights = [weight / total for weight in weights]
+        names = {name for state in states for name in state}
+        mean: dict[str, Any] = {name: sum(w * state[name] for w, state in zip(weights, states) if name in state) for name in sorted(names)}
+        for part in self.parts:
+            mean |= part.average(mean, states, weights)
+        return mean
+
+    def save(self, folder: Path, description: dict) -> None:
+        """Writes what was learned to folder/adapter.safetensors, what it is in the header."""
+        from safetensors.torch import save_file
+
+        with replace_file(folder / ADAPTER_FILE) as part:
+            tensors = {name: tensor.cpu().contiguous() for name, tensor in self.state().items()}
+            save_file(tensors, part, {"memcontrol": format_header(description)})  # one entry: several are written in any order
+
+    def load(self, folder: Path) -> None:
+        from safetensors.torch import load_file
+
+        self.load_state(load_file(folder / ADAPTER_FILE))
+
+    @contextlib.contextmanager
+    def folded(self) -> Iterator[None]:
+        """For many forward passes without training: every changed weight is computed once. Outputs change by rounding; the weights
+        come back bit for bit."""
+        with contextlib.ExitStack() as stack, torch.no_grad(), parametrize.cached():
+            for part in self.parts:
+                stack.enter_context(part.folded())
+            yield
+
+    def fuse(self) -> None:
+        """Moves what was learned into the denoiser's own weights and leaves a plain diffusers model."""
+        for part in reversed(self.parts):
+            part.fuse()
+        self.end()
+
+    def remove(self) -> None:
+        for part in reversed(self.parts):
+            part.remove()
+        self.end()
+
+    def end(self) -> None:
+        self.denoiser.requires_grad_(False).zero_grad()  # weights trained as they are would keep their gradients in memory
+        for hook in self.hooks:
+            hook.remove()
+
+
+def make_input_contiguous(norm: nn.GroupNorm, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor] | None:
+    """Torch's CPU backward of a GroupNorm crashes where only its weight or bias is trained and the input is in channels-last order."""
+    (hidden,) = inputs
+    return (hidden.contiguous(),) if torch.is_grad_enabled() and not hidden.requires_grad else None
+
+
+def format_header(description: dict) -> str:
+    return json.dumps(description, sort_keys=True)
+
+
+def inject_adapter(
+    denoiser: nn.Module, space: SearchSpace, choice: Choice, seed: int, *,
+    cache: Path | None = None, norm_shift_rate: float | None = None, shared_a: bool = False,
+) -> Adapter:  # fmt: skip
+    """Freezes the denoiser and makes trainable what the choice names.
+
+    `norm_shift_rate` is the learning rate of SV-Diff's shifts of norm layers, None for the choice's own. `cache` keeps
+    singular value decompositions. `shared_a` trains only B of a LoRA. Raises MemControlError.
+    """
+    if EVERYTHING in choice.groups:
+        whole = dict(denoiser.named_parameters())
+        return Adapter(denoiser, [Weights(whole, dict.fromkeys(whole, choice.learning_rate))])
+    targets = find_targets(denoiser, space, choice)
+    check_ownership(denoiser, targets, space)
+    plain: dict[str, nn.Parameter] = {}
+    rates: dict[str, float] = {}
+    for target in targets:  # before anything is wrapped: names and parameters are the base's own
+        found = select_parameters(denoiser, target)
+        plain |= found
+        rates |= dict.fromkeys(found, target.rate)
+    parts: list[Tuner] = [Weights(plain, rates)] if plain else []
+    for method, size in dict.fromkeys((target.method, target.rank if target.method == "oft" else None) for target in targets):
+        own = [target for target in targets if target.method == method and (method != "oft" or target.rank == size)]
+        own = list({target.module: target for target in own}.values())
+        if method in PEFT:
+            parts.append(Peft(denoiser, method, own, derive_seed(seed, method), shared_a))
+        elif method == "svdiff":
+            parts.append(SvDiff(denoiser, own, norm_shift_rate, cache))
+        elif method == "difffit":
+            scaled = [target for target in own if not is_norm(denoiser.get_submodule(target.module))]
+            parts += [DiffFit(denoiser, scaled)] if scaled else []
+    return Adapter(denoiser, parts)

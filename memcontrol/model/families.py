@@ -1,0 +1,200 @@
+"""Owns how pipelines differ: for each family, how captions are encoded, what the denoiser is called with, and how it samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from memcontrol.core.errors import MemControlError
+
+Text = dict[str, Tensor]  # a caption's encodings by the name of the pipeline's argument, each [N, ...]
+
+
+class Family:
+    """A latent text-to-image pipeline with one text encoder, as Stable Diffusion 1.x and 2.x."""
+
+    denoiser = "unet"
+    flow = False  # rectified flow: x_t = (1 - s) x + s noise, and the denoiser predicts noise - x
+    packing = 1  # latents that the denoiser takes as one
+    guides_late = True  # the pipeline reads its guidance scale anew in every step
+
+    def encode(self, pipeline, captions: Sequence[str]) -> Text:
+        embeddings, _ = pipeline.encode_prompt(list(captions), pipeline.device, 1, False)
+        return {"prompt_embeds": embeddings}
+
+    def predict(self, denoiser, noisy: Tensor, time: Tensor, text: Text) -> Tensor:
+        """What the denoiser makes of latents [B, C, h, w] at times [B]: schedule steps 0..999, for a flow 1000 s."""
+        return denoiser(noisy, time, text["prompt_embeds"]).sample
+
+    def sampled(self, pipeline, text: Text, empty: Text, guidance: float) -> dict:
+        """Arguments of the pipeline's call; `empty` are encodings of the empty caption, as many."""
+        return {**text, **{f"negative_{name}": tensor for name, tensor in empty.items()}, "guidance_scale": guidance}
+
+    def latents(self, noise: Tensor) -> Tensor:
+        """Noise [N, C, h, w] in the form in which the pipeline takes it."""
+        return noise
+
+    def text_shapes(self, config) -> dict[str, tuple[int, ...]]:
+        """Shapes of one caption's encodings, as the full-size models have them."""
+        return {"prompt_embeds": (77, config.cross_attention_dim)}
+
+
+class StableDiffusionXL(Family):
+    """Two text encoders, and the image's size as a condition."""
+
+    pixels_per_latent = 8
+
+    def encode(self, pipeline, captions: Sequence[str]) -> Text:
+        embeddings, _, pooled, _ = pipeline.encode_prompt(list(captions), device=pipeline.device, do_classifier_free_guidance=False)
+        return {"prompt_embeds": embeddings, "pooled_prompt_embeds": pooled}
+
+    def predict(self, denoiser, noisy: Tensor, time: Tensor, text: Text) -> Tensor:
+        factor = self.pixels_per_latent
+        height, width = noisy.shape[2] * factor, noisy.shape[3] * factor
+        sizes = noisy.new_tensor([height, width, 0, 0, height, width]).expand(len(noisy), -1)  # original, crop, target
+        added = {"text_embeds": text["pooled_prompt_embeds"], "time_ids": sizes}
+        return denoiser(noisy, time, text["prompt_embeds"], added_cond_kwargs=added).sample
+
+    def text_shapes(self, config) -> dict[str, tuple[int, ...]]:
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        return {"prompt_embeds": (77, config.cross_attention_dim), "pooled_prompt_embeds": (pooled,)}
+
+
+class StableDiffusion3(Family):
+    """MMDiT with up to three text encoders and rectified flow (arXiv 2403.03206)."""
+
+    denoiser, flow = "transformer", True
+
+    def encode(self, pipeline, captions: Sequence[str]) -> Text:
+        captions = list(captions)
+        embeddings, _, pooled, _ = pipeline.encode_prompt(captions, None, None, device=pipeline.device, do_classifier_free_guidance=False)
+        return {"prompt_embeds": embeddings, "pooled_prompt_embeds": pooled}
+
+    def predict(self, denoiser, noisy: Tensor, time: Tensor, text: Text) -> Tensor:
+        return denoiser(
+            hidden_states=noisy, timestep=time, encoder_hidden_states=text["prompt_embeds"], pooled_projections=text["pooled_prompt_embeds"]
+        ).sample
+
+    def text_shapes(self, config) -> dict[str, tuple[int, ...]]:
+        return {"prompt_embeds": (77 + 256, config.joint_attention_dim), "pooled_prompt_embeds": (config.pooled_projection_dim,)}
+
+
+class Flux(Family):
+    """A flow transformer on packed 2 x 2 latents; the guidance of distilled models is an input, as in sampling."""
+
+    denoiser, flow, packing, guides_late = "transformer", True, 4, False
+    trained_guidance = 1.0  # as in diffusers' own fine-tuning of distilled models
+
+    def encode(self, pipeline, captions: Sequence[str]) -> Text:
+        embeddings, pooled, _ = pipeline.encode_prompt(list(captions), None, device=pipeline.device)
+        return {"prompt_embeds": embeddings, "pooled_prompt_embeds": pooled}
+
+    def predict(self, denoiser, noisy: Tensor, time: Tensor, text: Text) -> Tensor:
+        height, width = noisy.shape[2:]
+        places = torch.stack(torch.meshgrid(torch.arange(height // 2), torch.arange(width // 2), indexing="ij"), -1).reshape(-1, 2)
+        image_ids = torch.nn.functional.pad(places, (1, 0)).to(noisy)  # [h w / 4, 3]
+        text_ids = noisy.new_zeros(text["prompt_embeds"].shape[1], 3)
+        guidance = noisy.new_full((len(noisy),), self.trained_guidance) if denoiser.config.guidance_embeds else None
+        packed = denoiser(
+            hidden_states=self.latents(noisy), timestep=time / 1000, guidance=guidance, pooled_projections=text["pooled_prompt_embeds"],
+            encoder_hidden_states=text["prompt_embeds"], txt_ids=text_ids, img_ids=image_ids,
+        ).sample  # [B, h w / 4, 4 C]  # fmt: skip
+        tiles = packed.unflatten(1, (height // 2, width // 2)).unflatten(3, (-1, 2, 2))  # [B, h/2, w/2, C, 2, 2]
+        return tiles.permute(0, 3, 1, 4, 2, 5).reshape(noisy.shape)
+
+    def sampled(self, pipeline, text: Text, empty: Text, guidance: float) -> dict:
+        if pipeline.transformer.config.guidance_embeds or guidance == 1:
+            return {**text, "guidance_scale": guidance}
+        return {**super().sampled(pipeline, text, empty, 1.0), "true_cfg_scale": guidance}
+
+    def latents(self, noise: Tensor) -> Tensor:
+        tiles = noise.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # [N, C, h/2, 2, w/2, 2]
+        return tiles.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # [N, h w / 4, 4 C]
+
+    def text_shapes(self, config) -> dict[str, tuple[int, ...]]:
+        return {"prompt_embeds": (512, config.joint_attention_dim), "pooled_prompt_embeds": (config.pooled_projection_dim,)}
+
+
+class PixArt(Family):
+    """A diffusion transformer with a masked T5 caption; half of its output may be a learned variance (arXiv 2310.00426)."""
+
+    denoiser, guides_late = "transformer", False
+
+    def encode(self, pipeline, captions: Sequence[str]) -> Text:
+        embeddings, mask, _, _ = pipeline.encode_prompt(list(captions), do_classifier_free_guidance=False, device=pipeline.device)
+        return {"prompt_embeds": embeddings, "prompt_attention_mask": mask}
+
+    def predict(self, denoiser, noisy: Tensor, time: Tensor, text: Text) -> Tensor:
+        added: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
+        if denoiser.use_additional_conditions:  # PixArt alpha at 1024 pixels
+            height, width = noisy.shape[2:]
+            sizes = noisy.new_tensor([8 * height, 8 * width]).expand(len(noisy), -1)
+            added = {"resolution": sizes, "aspect_ratio": noisy.new_full((len(noisy), 1), height / width)}
+        predicted = denoiser(
+            noisy, encoder_hidden_states=text["prompt_embeds"], encoder_attention_mask=text["prompt_attention_mask"], timestep=time,
+            added_cond_kwargs=added,
+        ).sample  # fmt: skip
+        return predicted[:, : noisy.shape[1]]
+
+    def sampled(self, pipeline, text: Text, empty: Text, guidance: float) -> dict:
+        return {**super().sampled(pipeline, text, empty, guidance), "negative_prompt": None, "use_resolution_binning": False}
+
+    def text_shapes(self, config) -> dict[str, tuple[int, ...]]:
+        return {"prompt_embeds": (300, config.caption_channels), "prompt_attention_mask": (300,)}
+
+
+class Sana(PixArt):
+    """A linear-attention flow transformer over a 32-fold autoencoder, captions by a language model (arXiv 2410.10629)."""
+
+    flow = True
+
+    def predict(self, denoiser, noisy: Tensor, time: Tensor, text: Text) -> Tensor:
+        mask, scaled = text["prompt_attention_mask"], time * denoiser.config.timestep_scale
+        return denoiser(noisy, encoder_hidden_states=text["prompt_embeds"], encoder_attention_mask=mask, timestep=scaled).sample
+
+
+class Unconditional(Family):
+    """A denoiser of pixels without captions, as DDPM (arXiv 2006.11239)."""
+
+    guides_late = False
+
+    def encode(self, pipeline, captions: Sequence[str]) -> Text:
+        return {}
+
+    def predict(self, denoiser, noisy: Tensor, time: Tensor, text: Text) -> Tensor:
+        return denoiser(noisy, time).sample
+
+    def text_shapes(self, config) -> dict[str, tuple[int, ...]]:
+        return {}
+
+
+FAMILIES: dict[str, type[Family]] = {
+    "StableDiffusionPipeline": Family,
+    "StableDiffusionXLPipeline": StableDiffusionXL,
+    "StableDiffusion3Pipeline": StableDiffusion3,
+    "FluxPipeline": Flux,
+    "PixArtAlphaPipeline": PixArt,
+    "PixArtSigmaPipeline": PixArt,
+    "SanaPipeline": Sana,
+    "DDPMPipeline": Unconditional,
+    "DDIMPipeline": Unconditional,
+}
+
+
+def find_family(pipeline_class: str, base: str) -> Family:
+    """Raises MemControlError for a pipeline that no family knows."""
+    if pipeline_class not in FAMILIES:
+        raise MemControlError(f"base '{base}' is a {pipeline_class}, which MemControl cannot train; it can train {', '.join(FAMILIES)}")
+    return FAMILIES[pipeline_class]()
+
+
+FAMILIES_BY_DENOISER = {
+    "UNet2DConditionModel": lambda config: StableDiffusionXL() if config.addition_embed_type == "text_time" else Family(),
+    "SD3Transformer2DModel": lambda config: StableDiffusion3(),
+    "FluxTransformer2DModel": lambda config: Flux(),
+    "PixArtTransformer2DModel": lambda config: PixArt(),
+    "SanaTransformer2DModel": lambda config: Sana(),
+    "UNet2DModel": lambda config: Unconditional(),
+}

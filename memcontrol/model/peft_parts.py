@@ -1,0 +1,206 @@
+"""Owns the methods that the peft library implements: their configs, their places in a denoiser, and exact means of them."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from memcontrol.model.parts import State, Target, Tuner
+
+
+def make_lora_config(targets: Sequence[Target], **settings):
+    from peft import LoraConfig
+
+    return LoraConfig(**match_targets(targets), **match_sizes(targets, "r", "lora_alpha"), **settings)
+
+
+def make_dora_config(targets: Sequence[Target]):
+    return make_lora_config(targets, use_dora=True)
+
+
+def make_loha_config(targets: Sequence[Target]):
+    from peft import LoHaConfig
+
+    return LoHaConfig(**match_targets(targets), **match_sizes(targets, "r", "alpha"))
+
+
+def make_lokr_config(targets: Sequence[Target]):
+    from peft import LoKrConfig
+
+    return LoKrConfig(**match_targets(targets), **match_sizes(targets, "r", "alpha"))
+
+
+def make_oft_config(targets: Sequence[Target]):
+    from peft import OFTConfig
+
+    return OFTConfig(**match_targets(targets), oft_block_size=targets[0].rank, r=0, use_cayley_neumann=False)
+
+
+def make_ia3_config(targets: Sequence[Target]):
+    from peft import IA3Config
+
+    return IA3Config(**match_targets(targets), feedforward_modules=[])
+
+
+def make_ln_tuning_config(targets: Sequence[Target]):
+    from peft import LNTuningConfig
+
+    return LNTuningConfig(**match_targets(targets))
+
+
+def match_targets(targets: Sequence[Target]) -> dict[str, Any]:
+    return {"target_modules": "|".join(re.escape(target.module) for target in targets)}  # a string: peft shortens long lists to suffixes
+
+
+def match_sizes(targets: Sequence[Target], rank: str, alpha: str) -> dict[str, Any]:
+    """The most frequent rank and alpha, and patterns for the targets that have others."""
+    sizes = [(target.rank, target.rank * target.alpha) for target in targets]
+    usual = max(sizes, key=sizes.count)
+    differing = [(f"^{re.escape(target.module)}", size) for target, size in zip(targets, sizes) if size != usual]
+    return {
+        rank: usual[0], alpha: usual[1],
+        "rank_pattern": {name: size[0] for name, size in differing}, "alpha_pattern": {name: size[1] for name, size in differing},
+    }  # fmt: skip
+
+
+PEFT = {
+    "lora": make_lora_config, "dora": make_dora_config, "loha": make_loha_config, "lokr": make_lokr_config, "oft": make_oft_config,
+    "ia3": make_ia3_config, "ln_tuning": make_ln_tuning_config,
+}  # fmt: skip
+LINEAR = ("ia3", "ln_tuning")  # the weight is linear in the parameters, so their mean is exact
+
+
+class Peft(Tuner):
+    """Adapters of the peft library: LoRA (arXiv 2106.09685), DoRA (2402.09353), LoHa and LoKr (LyCORIS, 2309.14859),
+    OFT (2306.07280), IA3 (2205.05638) and LN tuning (2312.11420)."""
+
+    def __init__(self, denoiser: nn.Module, method: str, targets: Sequence[Target], seed: int, shared_a: bool = False):
+        from peft import inject_adapter_in_model
+
+        self.denoiser, self.method, self.shared_a = denoiser, method, shared_a and method == "lora"
+        self.config = PEFT[method](targets)
+        if hasattr(denoiser, "peft_config"):
+            del denoiser.peft_config  # another method's, on other modules; its layers stay
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of norms for LN tuning, of block sizes that must divide a width
+            torch.manual_seed(seed)  # peft draws its start from the global generator
+            inject_adapter_in_model(self.config, denoiser)
+        self.layers: dict[str, Any] = {target.module: denoiser.get_submodule(target.module) for target in targets}
+        self.learned = {
+            f"{name}.{inside.replace('.default', '')}": parameter
+            for name, layer in self.layers.items()
+            for inside, parameter in layer.named_parameters()
+            if not inside.startswith("base_layer.")
+        }
+        rates = {target.module: target.rate for target in targets}
+        self.rates = {
+            name: next(rates[module] for module in self.layers if name.startswith(f"{module}.")) for name in self.learned
+        }
+        self.start = {} if method in LINEAR else {name: parameter.detach().clone() for name, parameter in self.learned.items()}
+        self.original: dict[str, Tensor] = {}  # weights of the base that an offset has been added to
+        self.added: State = {}  # the offsets
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        return {name: parameter for name, parameter in self.learned.items() if not (self.shared_a and ".lora_A." in name)}
+
+    @torch.no_grad()
+    def load(self, state: State) -> None:
+        """Adds the state's offsets, dense changes of weights that the adapters cannot hold, to the base's weights."""
+        for name, layer in self.layers.items():
+            offset, weight = state.get(f"{name}.offset"), layer.get_base_layer().weight
+            if offset is not None:
+                weight.copy_(self.original.setdefault(name, weight.clone()) + offset.to(weight))
+            elif name in self.original:
+                weight.copy_(self.original.pop(name))
+        self.added = {key: offset for key, offset in state.items() if key.removesuffix(".offset") in self.original}
+
+    def offsets(self) -> State:
+        return self.added
+
+    @torch.no_grad()
+    def average(self, mean: State, states: Sequence[State], weights: Sequence[float]) -> State:
+        if self.method in LINEAR:
+            return {}
+        found: State = {}
+        for name, layer in self.layers.items():
+            own = [key for key in self.learned if key.startswith(f"{name}.")]
+            if self.method == "lora":
+                found |= self.refactored(name, layer, [{key: state[key] for key in own} for state in states], mean, weights)
+            else:
+                found |= self.restarted(name, layer, own, states, weights)
+        return found
+
+    def refactored(self, name: str, layer: Any, states: Sequence[State], mean: State, weights: Sequence[float]) -> State:
+        """The mean of the products BA: its best factors of the same rank, and what they leave over as an offset."""
+        down, up = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
+        if all(torch.equal(state[down], states[0][down]) for state in states):
+            return {down: states[0][down]}  # a shared A: the mean of B is exact
+        scaling, rank = layer.scaling["default"], len(mean[down])
+        tall = torch.cat([w * state[up].flatten(1) for w, state in zip(weights, states)], 1).double()  # [out, K r]
+        wide = torch.cat([state[down].flatten(1) for state in states]).double()  # [K r, in]
+        (q_tall, r_tall), (q_wide, r_wide) = torch.linalg.qr(tall), torch.linalg.qr(wide.T)
+        left, values, right = torch.linalg.svd(r_tall @ r_wide.T)
+        left, right, root = q_tall @ left, right @ q_wide.T, values.sqrt()
+        rest = scaling * (left[:, rank:] * values[rank:]) @ right[rank:]
+        offset = mean.get(f"{name}.offset", 0.0) + rest.to(mean[up]).view_as(layer.get_base_layer().weight)
+        return {
+            up: (left[:, :rank] * root[:rank]).to(mean[up]).view_as(mean[up]),
+            down: (root[:rank, None] * right[:rank]).to(mean[down]).view_as(mean[down]),
+            f"{name}.offset": offset,
+        }
+
+    def restarted(self, name: str, layer: Any, own: Sequence[str], states: Sequence[State], weights: Sequence[float]) -> State:
+        """The mean change of the weight as an offset, under an adapter that starts anew: no factors of this kind hold a mean."""
+        kept, base = {key: self.learned[key].clone() for key in own}, layer.get_base_layer().weight
+        home, before = base.data, base.detach().clone()  # merging may move the weight, and results depend on where it lies
+        original = self.original.get(name, before)
+        total = torch.zeros_like(before)
+        for state, weight in zip(states, weights):
+            home.copy_(original + torch.as_tensor(state.get(f"{name}.offset", 0.0)).to(original))
+            for key in own:
+                self.learned[key].copy_(state[key])
+            layer.merge()
+            total += weight * (base - original)
+            base.data = home
+            layer.merged_adapters.clear()
+        home.copy_(before)
+        for key, tensor in kept.items():
+            self.learned[key].copy_(tensor)
+        found = {key: self.start[key] for key in own} | {f"{name}.offset": total}
+        magnitude = f"{name}.lora_magnitude_vector.weight"
+        if magnitude in own:
+            found[magnitude] = torch.linalg.norm((original + total).flatten(1), dim=1).view_as(self.start[magnitude])
+        return found
+
+    @contextlib.contextmanager
+    def folded(self) -> Iterator[None]:
+        layers = [] if self.method in LINEAR else [(layer, layer.get_base_layer().weight) for layer in self.layers.values()]
+        before = [(weight.data, weight.detach().clone()) for _, weight in layers]
+        try:
+            for layer, _ in layers:
+                layer.merge()
+            yield
+        finally:
+            for (layer, weight), (home, kept) in zip(layers, before):
+                weight.data = home.copy_(kept)
+                layer.merged_adapters.clear()
+
+    def fuse(self) -> None:
+        for layer in self.layers.values():
+            layer.merge()
+        self.original.clear()
+        self.added = {}
+        self.remove()
+
+    def remove(self) -> None:
+        self.load({})
+        for name, layer in self.layers.items():
+            self.denoiser.set_submodule(name, layer.get_base_layer())
+        if hasattr(self.denoiser, "peft_config"):
+            del self.denoiser.peft_config

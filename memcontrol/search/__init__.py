@@ -1,0 +1,1 @@
+"""Owns what is tried next, and the loop that keeps trials in flight."""

@@ -1,0 +1,45 @@
+"""Owns who searches a study's folder: one process at a time."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from memcontrol.core.attempts import format_now
+from memcontrol.core.errors import MemControlError
+from memcontrol.core.files import read_json, write_json
+from memcontrol.study.database import find_lock_holder, is_postgresql, name_process
+
+HOLDER_FILE = "search.holder.json"
+
+
+@contextlib.contextmanager
+def hold_folder_lock(folder: Path) -> Iterator[None]:
+    from filelock import FileLock, Timeout
+
+    folder.mkdir(parents=True, exist_ok=True)
+    holder = folder / HOLDER_FILE
+    try:
+        with FileLock(folder / "search.lock", timeout=0):
+            write_json(holder, {"holder": name_process(), "since": format_now()})
+            yield
+    except Timeout:
+        held = read_json(holder) if holder.is_file() else {"holder": "it has just begun", "since": "now"}
+        raise MemControlError(f"another search is running in {folder} ({held['holder']}, since {held['since']}); wait for it or stop it first") from None
+
+
+def is_searching(folder: Path, url: str, name: str) -> bool:
+    """Whether a search holds the folder, or on whatever machine the study's lock in PostgreSQL. Looks only: it leaves no name of a
+    holder behind."""
+    from filelock import FileLock, Timeout
+
+    if is_postgresql(url) and find_lock_holder(url, name):
+        return True
+    if not folder.is_dir():  # with PostgreSQL, this machine may never have seen it
+        return False
+    try:
+        with FileLock(folder / "search.lock", timeout=0):
+            return False
+    except Timeout:
+        return True

@@ -1,0 +1,1 @@
+"""Owns what is stored and what it says: records, the front, the pick, the hypervolume."""

@@ -1,0 +1,92 @@
+"""Owns one trial as the study knows it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from memcontrol.core.choice import Choice
+from memcontrol.core.reward_table import MAXIMIZE
+
+
+@dataclass(frozen=True)
+class Record:
+    """One trial of the study. An anchor tries several choices and stands for the best; `choice` is None until it has one."""
+
+    number: int
+    state: str
+    candidates: tuple[Choice, ...]
+    anchor: str | None = None
+    choice: Choice | None = None
+    objectives: dict[str, str] = field(default_factory=dict)  # name to direction
+    searched: dict[str, float] = field(default_factory=dict)  # rewards as the search measured them
+    confirmed: dict[str, float] = field(default_factory=dict)  # and over fresh draws, for trials on the front
+    replicates: tuple[dict[str, float], ...] = ()  # rewards of the same choice fine-tuned from other seeds
+    rungs: tuple[dict, ...] = ()  # what was measured on the way: rung, rewards
+    reason: str = ""
+    seconds: float = 0.0
+    begun: str = ""  # local time, as ISO 8601
+    ended: str = ""
+    folder: Path = field(default=Path(), compare=False, repr=False)  # the study's
+
+    @property
+    def finished(self) -> bool:
+        return self.state == "COMPLETE"
+
+    @property
+    def chosen(self) -> Choice:
+        """The choice of a trial that has one, as every finished one does."""
+        assert self.choice is not None, f"trial {self.number} has no choice yet"
+        return self.choice
+
+    @property
+    def run(self) -> Path:
+        """The folder of the choice's fine-tuning, for `export` and `compare`."""
+        return self.folder / self.chosen.key
+
+    @property
+    def rewards(self) -> dict[str, float]:
+        """The best that is known."""
+        return self.confirmed or self.searched
+
+    @property
+    def values(self) -> dict[str, float]:
+        """The objectives among them."""
+        return {name: self.rewards[name] for name in self.objectives} if self.finished else {}
+
+    @property
+    def losses(self) -> list[float]:
+        """The values, with those that are maximised negated: less is better in each."""
+        return [-value if self.objectives[name] == MAXIMIZE else value for name, value in self.values.items()]
+
+    def as_running(self) -> Record:
+        """As it was before it ended."""
+        choice = self.candidates[0] if len(self.candidates) == 1 else None
+        return Record(self.number, "RUNNING", self.candidates, self.anchor, choice, self.objectives, begun=self.begun, folder=self.folder)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The form of every --json."""
+        return {
+            "trial": self.number, "state": self.state, "values": self.values,
+            "choice": self.choice.as_dict() if self.choice else None,
+            "run": str(self.run) if self.choice else None,
+            "anchor": self.anchor, "rewards": self.rewards, "confirmed": bool(self.confirmed), "searched": self.searched, "replicates": list(self.replicates), "reason": self.reason or None, "seconds": self.seconds, "begun": self.begun, "ended": self.ended or None,
+        }  # fmt: skip
+
+
+def orient_values(values: Sequence[float], directions: Iterable[str]) -> list[float]:
+    return [-value if direction == MAXIMIZE else value for value, direction in zip(values, directions)]
+
+
+def add_result(record: Record, result: dict) -> Record:
+    choice = Choice.from_dict(result["choice"]) if "choice" in result else record.choice
+    return replace(
+        record, choice=choice, searched=result.get("rewards", {}), rungs=tuple(result.get("rungs", ())), reason=result.get("reason", ""),
+        seconds=result.get("seconds", 0.0),
+    )  # fmt: skip
+
+
+def format_time(when) -> str:
+    return when.isoformat(timespec="seconds") if when else ""

@@ -1,0 +1,1 @@
+"""Owns the inner loop of one fine-tuning: rounds, shards, skipping, augmentation."""

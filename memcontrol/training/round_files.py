@@ -1,0 +1,119 @@
+"""Owns the files of a fine-tuning's rounds: what it goes on from when killed, and how the processes that share it meet.
+
+Each shard leaves NNNN-SS.safetensors, then one process leaves NNNN-mean.safetensors (where the round averages) and NNNN-end.json. What follows is
+a function of these files alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from memcontrol.core.config import SkipConfig
+from memcontrol.core.files import replace_file
+from memcontrol.model.adapter import Adapter
+from memcontrol.model.parts import State
+from memcontrol.training.loop import Loop
+from memcontrol.training.loss_memory import LossMemory
+from memcontrol.training.shard import Shard
+
+STATE_KINDS = ("weights", "ema", "moments")
+
+
+@dataclass
+class ShardState:
+    """A shard's file."""
+
+    shard: Shard
+    weights: State
+    ema: State
+    moments: State
+    scaler: dict
+    records: list[dict]
+
+
+class RoundFiles:
+    """Of one fine-tuning: its rounds and shards by number, counted from 0."""
+
+    def __init__(self, folder: Path, skip: SkipConfig | None, device: torch.device):
+        self.folder, self.skip, self.device = folder, skip, device
+
+    def shard(self, number: int, shard: int) -> Path:
+        return self.folder / f"{number:04}-{shard:02}.safetensors"
+
+    def mean(self, number: int) -> Path:
+        return self.folder / f"{number:04}-mean.safetensors"
+
+    def end(self, number: int) -> Path:
+        return self.folder / f"{number:04}-end.json"
+
+    def last_mean(self, number: int) -> Path | None:
+        """Of the averagings before the round."""
+        return next((self.mean(i) for i in reversed(range(number)) if self.mean(i).exists()), None)
+
+    def write_shard(self, number: int, adapter: Adapter, loop: Loop, records: list[dict], with_moments: bool) -> None:
+        """Where the loop's shard stands after the round, with the records of its rounds."""
+        shard = loop.shard
+        found: State = {f"weights {name}": parameter for name, parameter in adapter.named_parameters().items()}
+        found |= {f"ema {name}": shadow for name, shadow in zip(loop.trained, loop.shadows)}
+        found |= {f"moments {name}": value for name, value in loop.moments().items() if with_moments}
+        found |= {"rows": shard.rows, "skips": shard.skips, "skipped": shard.skipped, "queue": shard.queue, "closeness": shard.queue_closeness}
+        found["losses"] = torch.tensor(shard.losses, dtype=torch.float64)
+        if shard.memory:
+            found |= {"bank": shard.memory.bank, "weight": shard.memory.weight}
+        said = {"counts": shard.counts, "exchanged_at": shard.exchanged_at, "scaler": loop.scaler.state_dict(), "records": records}
+        save_state(self.shard(number, shard.number), found, {"memcontrol": json.dumps(said)})
+
+    def read_shard(self, number: int, shard: int, kinds: Collection[str] = ()) -> ShardState:
+        """A shard's file; of the large tensors only those of the `kinds` (of KINDS) that are asked for."""
+        from safetensors import safe_open
+
+        path = self.shard(number, shard)
+        with safe_open(path, "pt") as file:
+            said = json.loads(file.metadata()["memcontrol"])
+            own = {name: file.get_tensor(name) for name in file.keys() if " " not in name}
+        memory = LossMemory(self.skip, own["bank"].to(self.device), own["weight"].to(self.device)) if self.skip else None
+        state = Shard(
+            shard, own["rows"], own["skips"], own["skipped"], memory, own["queue"], own["closeness"],
+            own["losses"].tolist(), Counter(said["counts"]), said["exchanged_at"],
+        )  # fmt: skip
+        large = {kind: select_tensors(path, kind) if kind in kinds else {} for kind in STATE_KINDS}
+        return ShardState(state, **large, scaler=said["scaler"], records=said["records"])
+
+    def write_mean(self, number: int, mean: State, ema: State, moments: State) -> None:
+        """What a round's shards were averaged to."""
+        found = prefix_kinds(mean, "weights", "offsets") | prefix_kinds(ema, "ema", "ema_offsets")
+        save_state(self.mean(number), found | {f"moments {name}": moment for name, moment in moments.items()})
+
+    def drop_before(self, number: int, shards: Iterable[int], means: bool) -> None:
+        """The files that no round from this one on looks at; `means`: those of earlier averagings too."""
+        for shard in shards if number else ():
+            self.shard(number - 1, shard).unlink(missing_ok=True)
+        for i in range(number if means else 0):
+            self.mean(i).unlink(missing_ok=True)
+
+
+def save_state(path: Path, found: State, metadata: dict[str, str] | None = None) -> None:
+    from safetensors.torch import save_file
+
+    with replace_file(path) as part:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}, part, metadata)
+
+
+def select_tensors(path: Path | None, kind: str) -> State:
+    """The file's tensors of a kind, by their own names; none where there is no file."""
+    from safetensors import safe_open
+
+    if path is None:
+        return {}
+    with safe_open(path, "pt") as file:
+        return {name.removeprefix(f"{kind} "): file.get_tensor(name) for name in file.keys() if name.startswith(f"{kind} ")}
+
+
+def prefix_kinds(state: State, kind: str, offsets: str) -> State:
+    return {f"{offsets if name.endswith('.offset') else kind} {name}": tensor for name, tensor in state.items()}

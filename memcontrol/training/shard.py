@@ -1,0 +1,40 @@
+"""Owns what one shard trains on, and where it stands between rounds."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from memcontrol.model.base import Encoded
+from memcontrol.training.loss_memory import LossMemory
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a fine-tuning learns from: the encoded training set, its captions, and how to read its pixels again."""
+
+    data: Encoded
+    captions: Sequence[str]
+    pixels: Callable[[Sequence[int]], np.ndarray]  # image numbers [B] -> uint8 [B, 3, H, W]
+    holdout: Callable[[], Encoded]
+
+
+@dataclass
+class Shard:
+    """One shard's own state, all that a round needs beside the weights: its images, loss memory, queue, counts and losses."""
+
+    number: int
+    rows: Tensor  # image numbers [n]
+    skips: Tensor  # [N], since the last exchange
+    skipped: Tensor  # [N], since the start
+    memory: LossMemory | None = None
+    queue: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))  # image numbers that wait for augmentation
+    queue_closeness: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    losses: list[float] = field(default_factory=list)  # one for each slot of the budget
+    counts: Counter[str] = field(default_factory=Counter)
+    exchanged_at: int = 0  # batches drawn when its images last changed

@@ -1,0 +1,1 @@
+"""Owns one trial in its folder: prepare, train, sample, score, draw."""

@@ -1,0 +1,98 @@
+"""Owns `memcontrol dashboard`: optuna-dashboard over a study's database, read-only three times over: by the guard, by the connection, and by
+the store of artifacts."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import socket
+import sqlite3
+import sys
+from pathlib import Path
+from socketserver import ThreadingMixIn
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+
+import optuna
+from optuna.artifacts import FileSystemArtifactStore
+from optuna.storages import RDBStorage
+
+from memcontrol.core.errors import MemControlError
+from memcontrol.study.artifacts import ARTIFACTS_FOLDER, ReadOnlyStore
+from memcontrol.study.database import is_postgresql, make_connection_arguments, make_engine_arguments
+from memcontrol.view.dashboard_guard import LOOPBACK, App, guard_app
+
+SQLITE = "sqlite:///"
+TOKEN = r"[A-Za-z0-9_-]{16,}"
+ANY = ("0.0.0.0", "::", "")  # noqa: S104  # all interfaces of the machine, which is reached by its name
+
+
+class Server(ThreadingMixIn, WSGIServer):
+    """A thread for each request: a page asks for many things at once."""
+
+    daemon_threads = True
+
+    def handle_error(self, request, client_address) -> None:
+        if not isinstance(sys.exception(), ConnectionError):  # a browser that has gone on to another page
+            super().handle_error(request, client_address)
+
+
+class Quiet(WSGIRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None: ...
+
+
+def make_read_only_arguments(url: str) -> dict[str, Any]:
+    """For sqlalchemy.create_engine: connections on which the database itself refuses every change."""
+    if is_postgresql(url):
+        return make_engine_arguments(url) | {"connect_args": make_connection_arguments("statement_timeout=60000", "default_transaction_read_only=on")}
+
+    def connect() -> sqlite3.Connection:
+        connection = sqlite3.connect(url.removeprefix(SQLITE), check_same_thread=False, timeout=30)
+        connection.execute("PRAGMA query_only = ON")
+        return connection
+
+    return {"creator": connect}
+
+
+def make_application(url: str, folder: Path, writable: bool, token: str | None) -> App:
+    from optuna_dashboard import wsgi
+
+    arguments = make_engine_arguments(url) if writable else make_read_only_arguments(url)
+    storage = RDBStorage(url, engine_kwargs=arguments, skip_compatibility_check=True, skip_table_creation=True)
+    store = FileSystemArtifactStore(folder / ARTIFACTS_FOLDER) if writable else ReadOnlyStore(folder)
+    return guard_app(wsgi(storage, artifact_store=store), writable, token)
+
+
+def find_study_id(url: str, name: str) -> int:
+    """Optuna's number of the study, which the dashboard's addresses have."""
+    storage = RDBStorage(url, engine_kwargs=make_read_only_arguments(url), skip_compatibility_check=True, skip_table_creation=True)
+    try:
+        return storage.get_study_id_from_name(name)
+    finally:
+        storage.remove_session()
+        storage.engine.dispose()
+
+
+def start_server(url: str, folder: Path, name: str, host: str, port: int, token: str | None, writable: bool) -> tuple[WSGIServer, str]:
+    """A server that listens, and the address to open. Raises MemControlError."""
+    token = choose_token(host, token)
+    server = bind_server(make_application(url, folder, writable, token), host, port)
+    reached = socket.gethostname() if host in ANY else f"[{host}]" if ":" in host else host
+    return server, f"http://{reached}:{server.server_port}/dashboard/studies/{find_study_id(url, name)}{f'?token={token}' if token else ''}"
+
+
+def choose_token(host: str, token: str | None) -> str | None:
+    """None on loopback, unless one is given; elsewhere one is drawn. Raises MemControlError for one that can be guessed, or that an address
+    or a cookie cannot hold."""
+    if token and not re.fullmatch(TOKEN, token):
+        raise MemControlError("the token (--token or MEMCONTROL_TOKEN) needs 16 or more letters, digits, '-' or '_'; leave it out, and one is drawn")
+    return token or (None if host in LOOPBACK else secrets.token_urlsafe(16))
+
+
+def bind_server(app: App, host: str, port: int) -> WSGIServer:
+    """A server that listens; `serve_forever` runs it. Port 0 takes any free one. Raises MemControlError."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        return make_server(host, port, app, server_class=Server, handler_class=Quiet)
+    except (OSError, OverflowError) as error:
+        raise MemControlError(f"cannot listen on {host}, port {port}: {getattr(error, 'strerror', None) or error}; give another --port (0: any free one) or --host") from None
