@@ -1,4 +1,5 @@
-"""Runs one benchmark: `python -m benchmarks NAME [--device cuda]` prints a table and writes a dated JSON beside this file."""
+"""Runs one benchmark: `python -m benchmarks NAME [--device cuda]` prints a table and writes a dated JSON
+beside this file."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SETTINGS = ("REPEATS", "SEEDS", "SMALL", "TRIALS", "VARIANTS", "WORKERS")  # not FOLDER: a path of this machine is nobody's business
+# not FOLDER: a path of this machine is nobody's business
+SETTINGS = ("REPEATS", "SEEDS", "SMALL", "TRIALS", "VARIANTS", "WORKERS")
 NAMES = sorted(path.stem for path in HERE.glob("*.py") if not path.stem.startswith("_"))
 
 
@@ -28,14 +30,28 @@ def machine(device: str) -> dict:
 
     gpu = torch.cuda.get_device_name() if device == "cuda" else None
     versions = {name: version(name) for name in ("torch", "diffusers", "peft", "optuna")}
-    return {"cpu": platform.machine(), "cores": os.cpu_count(), "gpu": gpu, "python": platform.python_version(), **versions}
+    return {
+        "cpu": platform.machine(),
+        "cores": os.cpu_count(),
+        "gpu": gpu,
+        "python": platform.python_version(),
+        **versions,
+    }
 
 
 def table(rows: list[dict]) -> str:
     names = list(rows[0])
-    cells = [names, *([f"{row[name]:.3g}" if isinstance(row[name], float) else str(row[name]) for name in names] for row in rows)]
+    cells = [
+        names,
+        *(
+            [f"{row[name]:.3g}" if isinstance(row[name], float) else str(row[name]) for name in names]
+            for row in rows
+        ),
+    ]
     widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in cells]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in cells
+    ]
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
 
 
@@ -52,7 +68,19 @@ def main() -> None:
     path = HERE / "results" / f"{day}-{args.name}-{args.device}.json"
     path.parent.mkdir(exist_ok=True)
     settings = {name: os.environ[name] for name in SETTINGS if name in os.environ}
-    path.write_text(json.dumps({"name": args.name, "date": day, "machine": machine(args.device), "settings": settings, "rows": rows}, indent=1) + "\n")
+    path.write_text(
+        json.dumps(
+            {
+                "name": args.name,
+                "date": day,
+                "machine": machine(args.device),
+                "settings": settings,
+                "rows": rows,
+            },
+            indent=1,
+        )
+        + "\n"
+    )
     print(f"written: {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
 
 

@@ -1,6 +1,8 @@
-"""One worker of plain Optuna, as its tutorials write it: `study.optimize` on PostgreSQL, with heartbeats and retries of failed trials.
+"""One worker of plain Optuna, as its tutorials write it: `study.optimize` on PostgreSQL, with heartbeats and
+retries of failed trials.
 
-`python -m benchmarks._heartbeat_worker URL STUDY LOG N_TRIALS SECONDS`. Every evaluation is noted in LOG, which is no part of the recipe.
+`python -m benchmarks._heartbeat_worker URL STUDY LOG N_TRIALS SECONDS`. Every evaluation is noted in LOG,
+which is no part of the recipe.
 """
 
 from __future__ import annotations
@@ -36,10 +38,19 @@ def main(url: str, name: str, log: str, n_trials: int, seconds: float) -> None:
 
     warnings.simplefilter("ignore")
     storage = RDBStorage(
-        url, engine_kwargs={"pool_pre_ping": True}, heartbeat_interval=HEARTBEAT_SECONDS, grace_period=GRACE_SECONDS,
+        url,
+        engine_kwargs={"pool_pre_ping": True},
+        heartbeat_interval=HEARTBEAT_SECONDS,
+        grace_period=GRACE_SECONDS,
         failed_trial_callback=RetryFailedTrialCallback(max_retry=3),
-    )  # fmt: skip
-    study = optuna.create_study(study_name=name, storage=storage, directions=["minimize"] * 2, load_if_exists=True, sampler=optuna.samplers.RandomSampler())
+    )
+    study = optuna.create_study(
+        study_name=name,
+        storage=storage,
+        directions=["minimize"] * 2,
+        load_if_exists=True,
+        sampler=optuna.samplers.RandomSampler(),
+    )
     stop = MaxTrialsCallback(n_trials, states=(TrialState.COMPLETE,))
     if len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))) < n_trials:
         study.optimize(objective, callbacks=[stop])

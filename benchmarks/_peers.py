@@ -1,7 +1,8 @@
-"""What people run today, written in the straightforward way: MemControl's recipe for a trial, and diffusers' script for LoRA.
+"""What people run today, written in the straightforward way: MemControl's recipe for a trial, and diffusers'
+script for LoRA.
 
-Each is given what our trial is given: base, training images and captions, mask, first weights, batches, noise, learning rates, number of steps
-and of samples, feature network.
+Each is given what our trial is given: base, training images and captions, mask, first weights, batches,
+noise, learning rates, number of steps and of samples, feature network.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Task:
-    """One trial as its peers get it. `draw`: of a step, the rows of its batch, and the generator of its noise."""
+    """One trial as its peers get it. `draw`: of a step, the rows of its batch, and the generator of its
+    noise."""
 
     base: str
     images: np.ndarray  # uint8 [N, 3, H, W]
@@ -56,7 +58,9 @@ def trial(task: Task, recipe: Recipe) -> tuple[list[float], float]:
     """Loads the pipeline, fine-tunes, samples and scores. Returns the losses and the FID."""
     from diffusers import StableDiffusionPipeline
 
-    pipe = StableDiffusionPipeline.from_pretrained(task.base, safety_checker=None, requires_safety_checker=False).to(task.device)
+    pipe = StableDiffusionPipeline.from_pretrained(
+        task.base, safety_checker=None, requires_safety_checker=False
+    ).to(task.device)
     pipe.set_progress_bar_config(disable=True)
     parameters = add_lora(pipe, task)
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.01)
@@ -81,12 +85,23 @@ def step(pipe, task: Task, recipe: Recipe, optimizer, parameters: list[Tensor], 
     pixels = torch.from_numpy(task.images[rows.numpy()]).to(task.device).float() / 127.5 - 1
     with torch.no_grad():
         posterior, scale = pipe.vae.encode(pixels).latent_dist, pipe.vae.config.scaling_factor
-        latents = scale * (posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator).to(task.device))
+        latents = scale * (
+            posterior.mean
+            + posterior.std * torch.randn(posterior.mean.shape, generator=generator).to(task.device)
+        )
         torch.rand(len(rows), generator=generator)  # which captions are dropped, in our loop: none
-        tokens = pipe.tokenizer([task.captions[row] for row in rows], padding="max_length", max_length=pipe.tokenizer.model_max_length, truncation=True, return_tensors="pt")
+        tokens = pipe.tokenizer(
+            [task.captions[row] for row in rows],
+            padding="max_length",
+            max_length=pipe.tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        )
         text = pipe.text_encoder(tokens.input_ids.to(task.device))[0]
     noise = torch.randn(latents.shape, generator=generator).to(task.device)
-    timesteps = torch.randint(pipe.scheduler.config.num_train_timesteps, (len(rows),), generator=generator).to(task.device)
+    timesteps = torch.randint(
+        pipe.scheduler.config.num_train_timesteps, (len(rows),), generator=generator
+    ).to(task.device)
     noisy = pipe.scheduler.add_noise(latents, noise, timesteps).requires_grad_(recipe.whole_graph)
     with torch.autocast(task.device, getattr(torch, task.precision), enabled=task.precision != "float32"):
         predicted = pipe.unet(noisy, timesteps, text).sample
@@ -106,8 +121,20 @@ def samples(pipe, task: Task, recipe: Recipe) -> np.ndarray:
     for start in range(0, len(task.prompts), recipe.sampling_batch):
         prompts = list(task.prompts[start : start + recipe.sampling_batch])
         side = task.images.shape[-1]
-        with torch.no_grad(), torch.autocast(task.device, getattr(torch, task.precision), enabled=task.precision != "float32"):
-            found.append(pipe(prompts, num_inference_steps=recipe.sampling_steps, guidance_scale=task.guidance, height=side, width=side, output_type="np").images)
+        with (
+            torch.no_grad(),
+            torch.autocast(task.device, getattr(torch, task.precision), enabled=task.precision != "float32"),
+        ):
+            found.append(
+                pipe(
+                    prompts,
+                    num_inference_steps=recipe.sampling_steps,
+                    guidance_scale=task.guidance,
+                    height=side,
+                    width=side,
+                    output_type="np",
+                ).images
+            )
     return (np.concatenate(found).transpose(0, 3, 1, 2) * 255 + 0.5).astype(np.uint8)
 
 

@@ -1,4 +1,5 @@
-"""Problems over masks of 13 bits with two objectives to minimise, small enough to know the whole front: what samplers are measured on."""
+"""Problems over masks of 13 bits with two objectives to minimise, small enough to know the whole front: what
+samplers are measured on."""
 
 from __future__ import annotations
 
@@ -16,14 +17,21 @@ def masks() -> np.ndarray:
 
 
 def mask_family(rng: np.random.Generator) -> Callable[[np.ndarray], Points]:
-    """Groups of layers that learn features: each feature is learned by any of its groups, less and less by every further one;
-    against it the parameters that are trained, and what pairs of groups memorize together."""
+    """Groups of layers that learn features: each feature is learned by any of its groups, less and less by
+    every further one; against it the parameters that are trained, and what pairs of groups memorize
+    together."""
     share = rng.random((N_BITS, 6)) * (rng.random((N_BITS, 6)) < 0.4) * 0.8
-    weight, size, pairs = rng.dirichlet(np.ones(6)), rng.lognormal(0, 0.6, N_BITS), np.triu(rng.random((N_BITS, N_BITS)) ** 4, 1)
+    weight, size, pairs = (
+        rng.dirichlet(np.ones(6)),
+        rng.lognormal(0, 0.6, N_BITS),
+        np.triu(rng.random((N_BITS, N_BITS)) ** 4, 1),
+    )
 
     def values(x: np.ndarray) -> Points:
         missed = np.prod(1 - x[:, :, None] * share[None], axis=1) @ weight
-        return np.stack([missed, (x @ size) / size.sum() + 0.5 * np.einsum("ni,ij,nj->n", x, pairs, x) / pairs.sum()], 1)
+        return np.stack(
+            [missed, (x @ size) / size.sum() + 0.5 * np.einsum("ni,ij,nj->n", x, pairs, x) / pairs.sum()], 1
+        )
 
     return values
 
@@ -40,8 +48,11 @@ def knapsack(rng: np.random.Generator) -> Callable[[np.ndarray], Points]:
 
 
 def rmnk(rng: np.random.Generator, k: int = 4) -> Callable[[np.ndarray], Points]:
-    """Rugged: what each bit contributes depends on four others, at random (NK landscapes; Verel et al. 2013)."""
-    links = np.array([[i, *rng.choice([j for j in range(N_BITS) if j != i], k, replace=False)] for i in range(N_BITS)])
+    """Rugged: what each bit contributes depends on four others, at random (NK landscapes; Verel et al.
+    2013)."""
+    links = np.array(
+        [[i, *rng.choice([j for j in range(N_BITS) if j != i], k, replace=False)] for i in range(N_BITS)]
+    )
     table = rng.random((2, N_BITS, 2 ** (k + 1)))
 
     def values(x: np.ndarray) -> Points:
@@ -75,11 +86,14 @@ def hypervolume(points: Sequence[Sequence[float]], reference: Sequence[float]) -
 
 
 class Problem:
-    """One instance of a family: every mask's values, and its front's hypervolume against the worst of all masks."""
+    """One instance of a family: every mask's values, and its front's hypervolume against the worst of all
+    masks."""
 
     def __init__(self, family: str, seed: int):
         self.masks = masks()
-        self.values = FAMILIES[family](np.random.default_rng([seed, list(FAMILIES).index(family)]))(self.masks)
+        self.values = FAMILIES[family](np.random.default_rng([seed, list(FAMILIES).index(family)]))(
+            self.masks
+        )
         self.reference = self.values.max(0)
         self.whole = hypervolume(self.values, self.reference)
         self.index = {tuple(mask): i for i, mask in enumerate(self.masks.tolist())}

@@ -1,5 +1,6 @@
-"""How long a free worker waits for its next choice under `sampler: auto`: a search over 16 sites on a PostgreSQL of its own, with 4 and 16
-simulated workers; the waits after 200 finished trials, and how busy the workers are."""
+"""How long a free worker waits for its next choice under `sampler: auto`: a search over 16 sites on a
+PostgreSQL of its own, with 4 and 16 simulated workers; the waits after 200 finished trials, and how busy the
+workers are."""
 
 from __future__ import annotations
 
@@ -17,7 +18,11 @@ LENGTHS = {4: 2.0, 16: 6.0}  # seconds of a run, by number of workers: real ones
 
 def run(device: str) -> list[dict]:
     with postgresql() as (folder, server):
-        return [row for n_workers, seconds in LENGTHS.items() for row in searched(folder, server.url, n_workers, seconds)]
+        return [
+            row
+            for n_workers, seconds in LENGTHS.items()
+            for row in searched(folder, server.url, n_workers, seconds)
+        ]
 
 
 def searched(folder: Path, url: str, n_workers: int, seconds: float) -> list[dict]:
@@ -39,10 +44,18 @@ def searched(folder: Path, url: str, n_workers: int, seconds: float) -> list[dic
         return prepared(sampler, records, hurried)
 
     study_file = folder / f"asking{n_workers}.yaml"
-    study_file.write_text(yaml.safe_dump({
-        "name": study_file.stem, "storage": url, "data": "digits", "space": "sd15-sites", "rewards": {"confirm": 0},
-        "search": {"trials": N_TRIALS, "workers": n_workers},
-    }))  # fmt: skip
+    study_file.write_text(
+        yaml.safe_dump(
+            {
+                "name": study_file.stem,
+                "storage": url,
+                "data": "digits",
+                "space": "sd15-sites",
+                "rewards": {"confirm": 0},
+                "search": {"trials": N_TRIALS, "workers": n_workers},
+            }
+        )
+    )
     PrefetchedChoices.take, Sampler.prepared = timed_take, counted
     try:
         simulated.search(study_file, executor).close()
@@ -50,7 +63,12 @@ def searched(folder: Path, url: str, n_workers: int, seconds: float) -> list[dic
         PrefetchedChoices.take, Sampler.prepared = take, prepared
     late = [wait for n, wait in waits if n >= N_BEFORE]
     hurried = [hurried for n, hurried in hurries if n >= N_BEFORE]
-    return [{
-        "what": f"{n_workers} workers, runs of {seconds:.0f} s", "median_wait_ms": 1000 * statistics.median(late), "longest_wait_ms": 1000 * max(late),
-        "by_hurried_tpe": statistics.mean(hurried), "busy": executor.busy / (n_workers * (executor.last - executor.first)),
-    }]  # fmt: skip
+    return [
+        {
+            "what": f"{n_workers} workers, runs of {seconds:.0f} s",
+            "median_wait_ms": 1000 * statistics.median(late),
+            "longest_wait_ms": 1000 * max(late),
+            "by_hurried_tpe": statistics.mean(hurried),
+            "busy": executor.busy / (n_workers * (executor.last - executor.first)),
+        }
+    ]

@@ -1,4 +1,5 @@
-"""The audit of 500 images against 5,000 and against 50,000 training images: time and peak memory, ten planted copies found or not."""
+"""The audit of 500 images against 5,000 and against 50,000 training images: time and peak memory, ten planted
+copies found or not."""
 
 from __future__ import annotations
 
@@ -19,7 +20,10 @@ N_HOLDOUT, N_GENERATED, N_COPIES = 2000, 500, 10
 
 def run(device: str) -> list[dict]:
     found = [{"training images": size, **measured("benchmarks.audit", size, device)} for size in SIZES]
-    return [row | {"time / first": row["s"] / found[0]["s"], "memory / first": row["MiB"] / found[0]["MiB"]} for row in found]
+    return [
+        row | {"time / first": row["s"] / found[0]["s"], "memory / first": row["MiB"] / found[0]["MiB"]}
+        for row in found
+    ]
 
 
 def picture(seed: int) -> Image.Image:
@@ -53,7 +57,10 @@ def one(n_train: int, root: Path) -> dict[str, float]:
     parts = [read_folder_pictures(part, root / part, print) for part in ("generated", "train", "holdout")]
     found = judge_images(*parts, "tiny", lambda *_: None)
     first = [copy["generated"] for copy in found["copies"][:N_COPIES]]
-    return {"s": time.perf_counter() - started, "copies ranked first": sum(name.startswith("copy") for name in first)}
+    return {
+        "s": time.perf_counter() - started,
+        "copies ranked first": sum(name.startswith("copy") for name in first),
+    }
 
 
 if __name__ == "__main__":

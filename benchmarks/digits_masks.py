@@ -1,5 +1,6 @@
-"""Every mask of a small space, fine-tuned once: seven sites of the embedded base under LoRA on the digits, 128 masks, each measured at a
-quarter and at half of its budget and at its end. What searches are replayed on afterwards, without any training."""
+"""Every mask of a small space, fine-tuned once: seven sites of the embedded base under LoRA on the digits,
+128 masks, each measured at a quarter and at half of its budget and at its end. What searches are replayed on
+afterwards, without any training."""
 
 from __future__ import annotations
 
@@ -16,35 +17,64 @@ import numpy as np
 RUNGS, N_FEW, RATE, RANK = (0.25, 0.5), 64, 3e-3, 8
 HERE = Path(__file__).parent / "evidence"
 TABLE, IMAGES = HERE / "digits-masks.json", HERE / "digits-masks.npz"
-ATTENTION, RESNET = r"attentions\.\d+\.transformer_blocks\.0\.attn[12]\.(to_q|to_k|to_v|to_out\.0)", r"resnets\.\d+\.(conv1|conv2|time_emb_proj|conv_shortcut)"
+ATTENTION, RESNET = (
+    r"attentions\.\d+\.transformer_blocks\.0\.attn[12]\.(to_q|to_k|to_v|to_out\.0)",
+    r"resnets\.\d+\.(conv1|conv2|time_emb_proj|conv_shortcut)",
+)
 SITES = {
-    "down_attention": rf"down_blocks\.\d+\.{ATTENTION}", "mid_attention": rf"mid_block\.{ATTENTION}", "up_attention": rf"up_blocks\.\d+\.{ATTENTION}",
-    "down_resnet": rf"down_blocks\.\d+\.{RESNET}", "mid_resnet": rf"mid_block\.{RESNET}", "up_resnet": rf"up_blocks\.\d+\.{RESNET}",
+    "down_attention": rf"down_blocks\.\d+\.{ATTENTION}",
+    "mid_attention": rf"mid_block\.{ATTENTION}",
+    "up_attention": rf"up_blocks\.\d+\.{ATTENTION}",
+    "down_resnet": rf"down_blocks\.\d+\.{RESNET}",
+    "mid_resnet": rf"mid_block\.{RESNET}",
+    "up_resnet": rf"up_blocks\.\d+\.{RESNET}",
     "ends": r"(conv_in|conv_out|time_embedding\.linear_[12])",
-}  # fmt: skip
-SPACE = {"groups": SITES, "methods": ["lora"], "rank": [RANK], "learning_rate": {"lora": [RATE, 1.09 * RATE], "full": [3e-4, 3e-3]}}
+}
+SPACE = {
+    "groups": SITES,
+    "methods": ["lora"],
+    "rank": [RANK],
+    "learning_rate": {"lora": [RATE, 1.09 * RATE], "full": [3e-4, 3e-3]},
+}
 STUDY = {
-    "name": "masks", "data": {"path": "digits", "train": 35, "holdout": 881, "test": 881},
+    "name": "masks",
+    "data": {"path": "digits", "train": 35, "holdout": 881, "test": 881},
     "inner": {"budget_images": 7360, "batch_size": 32, "caption_dropout": 0.0, "rounds": 8},
-    "rewards": {"objectives": ["fid", "memorization"], "n_samples": 256, "confirm": 0, "sampling_steps": 8, "guidance": 2.0},
+    "rewards": {
+        "objectives": ["fid", "memorization"],
+        "n_samples": 256,
+        "confirm": 0,
+        "sampling_steps": 8,
+        "guidance": 2.0,
+    },
     "search": {"workers": os.cpu_count(), "early_stopping": {"rungs": list(RUNGS), "n_samples": N_FEW}},
-}  # fmt: skip
+}
 
 
 def run(device: str) -> list[dict]:
-    """The rows of the extremes; the table itself goes to benchmarks/evidence. FOLDER in the environment keeps the runs, to go on with."""
+    """The rows of the extremes; the table itself goes to benchmarks/evidence. FOLDER in the environment keeps
+    the runs, to go on with."""
     folder = Path(os.environ.get("FOLDER") or tempfile.mkdtemp())
     masks = ["".join(bits) for bits in itertools.product("01", repeat=len(SITES))]
     fine_tune(folder, masks)
     rows = [row_of(folder / mask, mask) for mask in masks]
     TABLE.write_text(json.dumps({"sites": list(SITES), "study": STUDY, "rows": rows}, indent=1) + "\n")
-    np.savez_compressed(IMAGES, **{name: values for mask in masks for name, values in images_of(folder / mask, mask).items()})
+    np.savez_compressed(
+        IMAGES, **{name: values for mask in masks for name, values in images_of(folder / mask, mask).items()}
+    )
     lowest = min(row["fid"] for row in rows)
     extremes = {
-        "no site": rows[0], "every site": rows[-1], "lowest FID": min(rows, key=lambda row: row["fid"]),
-        "lowest M within 10 % of it": min((row for row in rows if row["fid"] <= 1.1 * lowest), key=lambda row: row["memorization"]),
+        "no site": rows[0],
+        "every site": rows[-1],
+        "lowest FID": min(rows, key=lambda row: row["fid"]),
+        "lowest M within 10 % of it": min(
+            (row for row in rows if row["fid"] <= 1.1 * lowest), key=lambda row: row["memorization"]
+        ),
     }
-    return [{"what": name, **{key: row[key] for key in ("mask", "fid", "memorization")}} for name, row in extremes.items()]
+    return [
+        {"what": name, **{key: row[key] for key in ("mask", "fid", "memorization")}}
+        for name, row in extremes.items()
+    ]
 
 
 def fine_tune(folder: Path, masks: list[str]) -> None:
@@ -66,7 +96,18 @@ def fine_tune(folder: Path, masks: list[str]) -> None:
         choice = Choice(groups, "lora", RATE, RANK) if groups else Choice((), "none", 0.0)
         job = Spec(config, space, choice, folder, "search", "holdout", n_train).as_job(folder / mask)
         if not (folder / mask / RESULT).exists():
-            todo.append({**job, "rung": next(rung for rung in steps if not (rung and (folder / mask / name_rung_file(rung)).exists())) if groups else None})
+            todo.append(
+                {
+                    **job,
+                    "rung": next(
+                        rung
+                        for rung in steps
+                        if not (rung and (folder / mask / name_rung_file(rung)).exists())
+                    )
+                    if groups
+                    else None,
+                }
+            )
     n_left = len(todo)
     while n_left:
         while todo and jobs.room() > 0:
@@ -88,8 +129,16 @@ def row_of(run: Path, mask: str) -> dict:
     def kept(rewards: dict) -> dict:
         return {name: rewards[name] for name in ("fid", "fid_error", "memorization", "memorization_error")}
 
-    rungs = [{"rung": one["rung"], "n_steps": one["n_steps"], **kept(one["rewards"])} for one in result["rungs"]]
-    return {"mask": mask, **kept(result["rewards"]), "n_steps": result["n_steps"], "seconds": result["seconds"], "rungs": rungs}
+    rungs = [
+        {"rung": one["rung"], "n_steps": one["n_steps"], **kept(one["rewards"])} for one in result["rungs"]
+    ]
+    return {
+        "mask": mask,
+        **kept(result["rewards"]),
+        "n_steps": result["n_steps"],
+        "seconds": result["seconds"],
+        "rungs": rungs,
+    }
 
 
 def images_of(run: Path, mask: str) -> dict[str, np.ndarray]:
@@ -99,5 +148,9 @@ def images_of(run: Path, mask: str) -> dict[str, np.ndarray]:
     found = {}
     for rung in RUNGS:
         added = read_rung_contributions(run, rung)
-        found |= {f"{mask} {rung} {name}": added[name].astype(np.float32) for name in ("fid", "memorization") if name in added}
+        found |= {
+            f"{mask} {rung} {name}": added[name].astype(np.float32)
+            for name in ("fid", "memorization")
+            if name in added
+        }
     return found

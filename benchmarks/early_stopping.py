@@ -1,5 +1,5 @@
-"""What early stopping saves in searches that really fine-tune: the demo's study at half its budget with forty trials, on three seeds, with
-and without it. FOLDER in the environment keeps the runs, to go on with."""
+"""What early stopping saves in searches that really fine-tune: the demo's study at half its budget with forty
+trials, on three seeds, with and without it. FOLDER in the environment keeps the runs, to go on with."""
 
 from __future__ import annotations
 
@@ -24,18 +24,26 @@ def run(device: str) -> list[dict]:
 
 
 def compared(folder: Path, seed: int) -> dict:
-    """The two searches of a seed, which have their anchors in common, and so the point that hypervolumes are measured from."""
+    """The two searches of a seed, which have their anchors in common, and so the point that hypervolumes are
+    measured from."""
     full, early = (searched(folder, name, rule, seed) for name, rule in RULES.items())
     reference = full.attributes["reference"]
-    volumes = {name: hypervolume([record.losses for record in study.records() if record.finished], reference) for name, study in (("full", full), ("early", early))}
+    volumes = {
+        name: hypervolume([record.losses for record in study.records() if record.finished], reference)
+        for name, study in (("full", full), ("early", early))
+    }
     steps = {"full": n_steps(folder / f"full{seed}", full), "early": n_steps(folder / f"early{seed}", early)}
     n_stopped = sum(record.state == "PRUNED" for record in early.records())
     for study in (full, early):
         study.close()
     return {
-        "what": f"seed {seed}", "hypervolume_to_full": volumes["early"] / volumes["full"], "steps_to_full": steps["early"] / steps["full"],
-        "stopped": n_stopped, "hypervolume_full": volumes["full"], "steps_full": steps["full"],
-    }  # fmt: skip
+        "what": f"seed {seed}",
+        "hypervolume_to_full": volumes["early"] / volumes["full"],
+        "steps_to_full": steps["early"] / steps["full"],
+        "stopped": n_stopped,
+        "hypervolume_full": volumes["full"],
+        "steps_full": steps["full"],
+    }
 
 
 def searched(folder: Path, name: str, rule: dict | None, seed: int):
@@ -46,9 +54,12 @@ def searched(folder: Path, name: str, rule: dict | None, seed: int):
     from memcontrol.study.store import open_study
 
     study = {
-        **DEMO_STUDY, "name": f"{name}{seed}", "inner": {**DEMO_STUDY["inner"], **BUDGET}, "rewards": {**DEMO_STUDY["rewards"], "confirm": 0},
+        **DEMO_STUDY,
+        "name": f"{name}{seed}",
+        "inner": {**DEMO_STUDY["inner"], **BUDGET},
+        "rewards": {**DEMO_STUDY["rewards"], "confirm": 0},
         "search": {"trials": N_TRIALS, "workers": 2, "seed": seed, "early_stopping": rule},
-    }  # fmt: skip
+    }
     path, runs = folder / f"{name}{seed}.yaml", folder / f"{name}{seed}"
     path.write_text(yaml.safe_dump(study))
     if name == "early" and not runs.exists():
@@ -81,4 +92,8 @@ def n_steps(runs: Path, study) -> int:
         result = read_json(run / RESULT)
         return result["n_steps"] if "n_steps" in result else result["rungs"][-1]["n_steps"]
 
-    return sum(of(runs / record.choice.key) for record in study.records() if record.anchor is None and record.state != "FAIL")
+    return sum(
+        of(runs / record.choice.key)
+        for record in study.records()
+        if record.anchor is None and record.state != "FAIL"
+    )

@@ -1,5 +1,6 @@
-"""The chaos suite's faults against plain `study.optimize` with heartbeats and retries, beside MemControl under the same: what is lost,
-what is paid for twice, and what stays behind. Both on a real PostgreSQL, two workers, the same faults in the same order."""
+"""The chaos suite's faults against plain `study.optimize` with heartbeats and retries, beside MemControl
+under the same: what is lost, what is paid for twice, and what stays behind. Both on a real PostgreSQL, two
+workers, the same faults in the same order."""
 
 from __future__ import annotations
 
@@ -24,24 +25,44 @@ def run(device: str) -> list[dict]:
     from chaos import FAULTS, Chaos, study_of
 
     with postgresql() as (folder, server):
-        plain = plain_chaos_of(Chaos)(study_of(folder, "plain", server.url, N_TRIALS), server, N_TRIALS, FAULTS, SEED, print)
+        plain = plain_chaos_of(Chaos)(
+            study_of(folder, "plain", server.url, N_TRIALS), server, N_TRIALS, FAULTS, SEED, print
+        )
         plain.run()
         ours = Chaos(study_of(folder, "ours", server.url, N_TRIALS), server, N_TRIALS, FAULTS, SEED, print)
         ours.run()
-        return [row("study.optimize with heartbeats", plain.counts()), row("memcontrol search", counts_of(ours))]
+        return [
+            row("study.optimize with heartbeats", plain.counts()),
+            row("memcontrol search", counts_of(ours)),
+        ]
 
 
 def row(system: str, counts: Counter) -> dict:
-    names = ("wanted", "finished", "left running", "evaluations begun", "results lost", "paid for twice", "workers crashed", "stuck")
+    names = (
+        "wanted",
+        "finished",
+        "left running",
+        "evaluations begun",
+        "results lost",
+        "paid for twice",
+        "workers crashed",
+        "stuck",
+    )
     return {"system": system, **{name: counts[name] for name in names}}
 
 
 def plain_chaos_of(chaos: type) -> type:
-    """The chaos suite's plan of faults, carried out on two processes of plain Optuna that a service manager begins again."""
+    """The chaos suite's plan of faults, carried out on two processes of plain Optuna that a service manager
+    begins again."""
 
     class Plain(chaos):
         def begin(self) -> None:
-            self.log_file, self.workers, self.crashes, self.stuck = self.folder.parent / "evaluations.jsonl", [], 0, 0
+            self.log_file, self.workers, self.crashes, self.stuck = (
+                self.folder.parent / "evaluations.jsonl",
+                [],
+                0,
+                0,
+            )
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             self.log_file.touch()
 
@@ -53,8 +74,19 @@ def plain_chaos_of(chaos: type) -> type:
             self.crashes += sum(worker.returncode > 0 for worker in ended)  # not those that were killed
             self.workers = [worker for worker in self.workers if worker not in ended]
             while len(self.workers) < 2:
-                command = [sys.executable, "-m", "benchmarks._heartbeat_worker", self.server.url, "plain", self.log_file, str(N_TRIALS), str(SECONDS)]
-                self.workers.append(subprocess.Popen([str(part) for part in command], stdout=self.log, stderr=self.log))
+                command = [
+                    sys.executable,
+                    "-m",
+                    "benchmarks._heartbeat_worker",
+                    self.server.url,
+                    "plain",
+                    self.log_file,
+                    str(N_TRIALS),
+                    str(SECONDS),
+                ]
+                self.workers.append(
+                    subprocess.Popen([str(part) for part in command], stdout=self.log, stderr=self.log)
+                )
 
         def until(self, condition) -> None:
             deadline = time.monotonic() + PATIENCE_SECONDS
@@ -70,7 +102,11 @@ def plain_chaos_of(chaos: type) -> type:
             return 0 if all(worker.poll() == 0 for worker in self.workers) else None
 
         def lines(self, kind: str) -> list[dict]:
-            return [line for line in map(json.loads, self.log_file.read_text().splitlines()) if line["kind"] == kind]
+            return [
+                line
+                for line in map(json.loads, self.log_file.read_text().splitlines())
+                if line["kind"] == kind
+            ]
 
         def n_ended(self) -> int:
             return len(self.lines("finished")) if self.search else 0
@@ -78,7 +114,12 @@ def plain_chaos_of(chaos: type) -> type:
         def busy(self) -> subprocess.Popen:
             while True:
                 self.keep_running()
-                counts = Counter({line["pid"]: 1 if line["kind"] == "begun" else 0 for line in map(json.loads, self.log_file.read_text().splitlines())})
+                counts = Counter(
+                    {
+                        line["pid"]: 1 if line["kind"] == "begun" else 0
+                        for line in map(json.loads, self.log_file.read_text().splitlines())
+                    }
+                )
                 found = [worker for worker in self.workers if worker.poll() is None and counts[worker.pid]]
                 if found:
                     return found[0]
@@ -107,13 +148,22 @@ def plain_chaos_of(chaos: type) -> type:
                 worker.kill()
             optuna.logging.set_verbosity(optuna.logging.ERROR)
             trials = optuna.load_study(study_name="plain", storage=self.server.url).get_trials()
-            told = Counter(json.dumps(trial.params, sort_keys=True) for trial in trials if trial.state.name == "COMPLETE")
+            told = Counter(
+                json.dumps(trial.params, sort_keys=True) for trial in trials if trial.state.name == "COMPLETE"
+            )
             ended = Counter(json.dumps(line["params"], sort_keys=True) for line in self.lines("finished"))
-            return Counter({
-                "wanted": N_TRIALS, "finished": len(told), "left running": sum(trial.state.name == "RUNNING" for trial in trials), "stuck": self.stuck,
-                "evaluations begun": len(self.lines("begun")), "results lost": sum(params not in told for params in ended),
-                "paid for twice": sum(n - 1 for n in ended.values()), "workers crashed": self.crashes,
-            })  # fmt: skip
+            return Counter(
+                {
+                    "wanted": N_TRIALS,
+                    "finished": len(told),
+                    "left running": sum(trial.state.name == "RUNNING" for trial in trials),
+                    "stuck": self.stuck,
+                    "evaluations begun": len(self.lines("begun")),
+                    "results lost": sum(params not in told for params in ended),
+                    "paid for twice": sum(n - 1 for n in ended.values()),
+                    "workers crashed": self.crashes,
+                }
+            )
 
     return Plain
 
@@ -129,10 +179,19 @@ def counts_of(chaos) -> Counter:
     records = study.records()
     study.close()
     runs = [chaos.folder / choice.key for record in records for choice in record.candidates]
-    told = {chaos.folder / choice.key for record in records if record.finished for choice in record.candidates}
-    return Counter({
-        "wanted": len(runs), "finished": len(told), "left running": sum(record.state == "RUNNING" for record in records),
-        "evaluations begun": sum(len(read_attempts(run)) for run in runs),
-        "results lost": sum((run / RESULT).exists() and run not in told for run in runs),
-        "paid for twice": sum((run / ATTEMPTS).stat().st_mtime > (run / RESULT).stat().st_mtime for run in runs),  # begun after it had ended
-    })  # fmt: skip
+    told = {
+        chaos.folder / choice.key for record in records if record.finished for choice in record.candidates
+    }
+    return Counter(
+        {
+            "wanted": len(runs),
+            "finished": len(told),
+            "left running": sum(record.state == "RUNNING" for record in records),
+            "evaluations begun": sum(len(read_attempts(run)) for run in runs),
+            "results lost": sum((run / RESULT).exists() and run not in told for run in runs),
+            # begun after it had ended
+            "paid for twice": sum(
+                (run / ATTEMPTS).stat().st_mtime > (run / RESULT).stat().st_mtime for run in runs
+            ),
+        }
+    )

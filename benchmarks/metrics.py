@@ -1,4 +1,5 @@
-"""The Frechet distance against eigenvalues of the covariances' product, and nearest neighbours against a plain blocked matrix product."""
+"""The Frechet distance against eigenvalues of the covariances' product, and nearest neighbours against a
+plain blocked matrix product."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ def seconds(call, n: int = N_REPEATS) -> float:
 
 
 def frechet() -> dict:
-    """d = 2048, 500 generated images, the reference's Gaussian cached; eigenvalues as torchmetrics takes them, once."""
+    """d = 2048, 500 generated images, the reference's Gaussian cached; eigenvalues as torchmetrics takes
+    them, once."""
     import torch
 
     from memcontrol.scoring.quality import fid, fit_gaussian
@@ -37,11 +39,22 @@ def frechet() -> dict:
     def by_eigenvalues() -> float:
         own = np.cov(generated.T)
         roots = torch.linalg.eigvals(torch.from_numpy(covariance @ own)).sqrt().real.sum().item()
-        return float(np.square(real.mean(0) - generated.mean(0)).sum() + np.trace(covariance) + np.trace(own) - 2 * roots)
+        return float(
+            np.square(real.mean(0) - generated.mean(0)).sum()
+            + np.trace(covariance)
+            + np.trace(own)
+            - 2 * roots
+        )
 
     ours, theirs = seconds(lambda: fid(reference, generated)), seconds(by_eigenvalues, 1)
     difference = abs(fid(reference, generated) / by_eigenvalues() - 1)
-    return {"what": "FID, d 2048, n 500", "s": ours, "s of the plain way": theirs, "plain / ours": theirs / ours, "note": f"relative difference {difference:.1e}"}
+    return {
+        "what": "FID, d 2048, n 500",
+        "s": ours,
+        "s of the plain way": theirs,
+        "plain / ours": theirs / ours,
+        "note": f"relative difference {difference:.1e}",
+    }
 
 
 def neighbours() -> list[dict]:
@@ -62,8 +75,13 @@ def neighbours() -> list[dict]:
     for k in (1, 50):
         ours, plain = seconds(lambda k=k: nearest(queries, references, k)), seconds(product)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-        rows.append({
-            "what": f"{k} nearest of 50,000", "s": ours, "s of the plain way": plain, "plain / ours": plain / ours,
-            "note": f"peak of the process {peak:,.0f} MiB",
-        })  # fmt: skip
+        rows.append(
+            {
+                "what": f"{k} nearest of 50,000",
+                "s": ours,
+                "s of the plain way": plain,
+                "plain / ours": plain / ours,
+                "note": f"peak of the process {peak:,.0f} MiB",
+            }
+        )
     return rows

@@ -1,5 +1,5 @@
-"""Searches replayed on the table of every mask of seven sites (`digits_masks`), without any training: how many trials each sampler needs for a
-share of the true front's hypervolume, and what early stopping saves."""
+"""Searches replayed on the table of every mask of seven sites (`digits_masks`), without any training: how
+many trials each sampler needs for a share of the true front's hypervolume, and what early stopping saves."""
 
 from __future__ import annotations
 
@@ -19,14 +19,18 @@ from memcontrol.study.pareto import find_front
 
 N_SEEDS, N_WORKERS, N_LONGEST, N_FULL, GOALS = 20, 4, 100, 40, (0.95, 0.97, 0.99)
 KINDS = ("auto", "tpe", "nsga2", "random")
-REFERENCES = {"worst": "from the worst of each objective (median of 20 seeds)", "front": "from just beyond the front"}
+REFERENCES = {
+    "worst": "from the worst of each objective (median of 20 seeds)",
+    "front": "from just beyond the front",
+}
 OBJECTIVES = {"fid": "minimize", "memorization": "minimize"}
 HERE = Path(__file__).parent
 
 
 class Table:
-    """Every mask's figures, and hypervolumes as shares of the true front's. They are measured from the worst of each objective, or from just
-    beyond the front: its own worst values and a tenth of its range (Ishibuchi et al. 2018), where only what is near the front counts."""
+    """Every mask's figures, and hypervolumes as shares of the true front's. They are measured from the worst
+    of each objective, or from just beyond the front: its own worst values and a tenth of its range (Ishibuchi
+    et al. 2018), where only what is near the front counts."""
 
     def __init__(self):
         stored = json.loads(TABLE.read_text())
@@ -40,10 +44,15 @@ class Table:
         self.wholes = {name: hypervolume(values, reference) for name, reference in self.references.items()}
 
     def share(self, masks: Iterable[str], reference: str = "worst") -> float:
-        return hypervolume([self.points[mask] for mask in masks], self.references[reference]) / self.wholes[reference]
+        return (
+            hypervolume([self.points[mask] for mask in masks], self.references[reference])
+            / self.wholes[reference]
+        )
 
     def images_at(self, mask: str, rung: float) -> dict[str, np.ndarray]:
-        return {name: self.images[key] for name in OBJECTIVES if (key := f"{mask} {rung} {name}") in self.images}
+        return {
+            name: self.images[key] for name in OBJECTIVES if (key := f"{mask} {rung} {name}") in self.images
+        }
 
 
 def run(device: str) -> list[dict]:
@@ -51,10 +60,22 @@ def run(device: str) -> list[dict]:
     for kind in KINDS:
         searches = [replayed(table, kind, seed) for seed in range(N_SEEDS)]
         for reference in REFERENCES:
-            curves[reference, kind] = [[table.share(masks[: i + 1], reference) for i in range(len(masks))] for masks, _ in searches]
+            curves[reference, kind] = [
+                [table.share(masks[: i + 1], reference) for i in range(len(masks))] for masks, _ in searches
+            ]
     for reference, goal, kind in itertools.product(REFERENCES, GOALS, KINDS):
-        needed = [next((i for i, ratio in enumerate(curve, 1) if ratio >= goal), N_LONGEST) for curve in curves[reference, kind]]
-        rows.append({"what": f"{kind}: trials to {goal:.0%} of the true hypervolume from the {reference}", "median": float(statistics.median(needed)), "mean": statistics.mean(needed), "worst": max(needed)})
+        needed = [
+            next((i for i, ratio in enumerate(curve, 1) if ratio >= goal), N_LONGEST)
+            for curve in curves[reference, kind]
+        ]
+        rows.append(
+            {
+                "what": f"{kind}: trials to {goal:.0%} of the true hypervolume from the {reference}",
+                "median": float(statistics.median(needed)),
+                "mean": statistics.mean(needed),
+                "worst": max(needed),
+            }
+        )
     for kind in ("auto", "random"):
         shares, steps = [], []
         for seed in range(N_SEEDS):
@@ -63,15 +84,28 @@ def run(device: str) -> list[dict]:
             shares.append(table.share(early) / table.share(whole))
             steps.append(spent_early / spent_whole)
         rows += [
-            {"what": f"early stopping, {kind}, {N_FULL} trials: hypervolume / without", "median": statistics.median(shares), "mean": statistics.mean(shares), "worst": min(shares)},
-            {"what": f"early stopping, {kind}, {N_FULL} trials: training steps / without", "median": statistics.median(steps), "mean": statistics.mean(steps), "worst": max(steps)},
+            {
+                "what": f"early stopping, {kind}, {N_FULL} trials: hypervolume / without",
+                "median": statistics.median(shares),
+                "mean": statistics.mean(shares),
+                "worst": min(shares),
+            },
+            {
+                "what": f"early stopping, {kind}, {N_FULL} trials: training steps / without",
+                "median": statistics.median(steps),
+                "mean": statistics.mean(steps),
+                "worst": max(steps),
+            },
         ]
     drawn(curves)
     return rows
 
 
-def replayed(table: Table, kind: str, seed: int, n_trials: int = N_LONGEST, early: bool = False) -> tuple[list[str], int]:
-    """The masks in the order in which their trials ended well, and the training steps of all: four workers, ends in random order."""
+def replayed(
+    table: Table, kind: str, seed: int, n_trials: int = N_LONGEST, early: bool = False
+) -> tuple[list[str], int]:
+    """The masks in the order in which their trials ended well, and the training steps of all: four workers,
+    ends in random order."""
     from memcontrol.core.config import EarlyStopping
     from memcontrol.core.space_yaml import parse_space
     from memcontrol.search.early_stopping import RungResult, weigh_peers
@@ -89,8 +123,21 @@ def replayed(table: Table, kind: str, seed: int, n_trials: int = N_LONGEST, earl
         """The rung at which it stops."""
         row, measured = table.rows[mask_of(record)], []
         for one in row["rungs"]:
-            measured.append({"rung": one["rung"], "rewards": {name: one[name] for name in one if name.startswith(tuple(OBJECTIVES))}})
-            own, peers = RungResult.of(record.number, measured[-1]["rewards"], OBJECTIVES, table.images_at(row["mask"], one["rung"])), there[one["rung"]]
+            measured.append(
+                {
+                    "rung": one["rung"],
+                    "rewards": {name: one[name] for name in one if name.startswith(tuple(OBJECTIVES))},
+                }
+            )
+            own, peers = (
+                RungResult.of(
+                    record.number,
+                    measured[-1]["rewards"],
+                    OBJECTIVES,
+                    table.images_at(row["mask"], one["rung"]),
+                ),
+                there[one["rung"]],
+            )
             stopped = weigh_peers(own, peers, rule)[1]
             peers.append(own)
             if stopped:
@@ -99,7 +146,9 @@ def replayed(table: Table, kind: str, seed: int, n_trials: int = N_LONGEST, earl
 
     while len(ended) + sum(record.state == "PRUNED" for record in records) < n_trials:
         while len(running) < N_WORKERS and len(records) < n_trials:
-            records.append(Record(len(records), "RUNNING", (sampler.draw(records),), objectives=OBJECTIVES).as_running())
+            records.append(
+                Record(len(records), "RUNNING", (sampler.draw(records),), objectives=OBJECTIVES).as_running()
+            )
             running.append(records[-1].number)
         number = running.pop(rng.randrange(len(running)))
         row, stopped = table.rows[mask_of(records[number])], stops(records[number]) if early else None
@@ -109,7 +158,14 @@ def replayed(table: Table, kind: str, seed: int, n_trials: int = N_LONGEST, earl
             continue
         ended.append(row["mask"])
         searched = {name: row[name] for name in row if name.startswith(tuple(OBJECTIVES))}
-        rungs = tuple({"rung": one["rung"], "rewards": {name: one[name] for name in searched}} for one in row["rungs"]) if early else ()
+        rungs = (
+            tuple(
+                {"rung": one["rung"], "rewards": {name: one[name] for name in searched}}
+                for one in row["rungs"]
+            )
+            if early
+            else ()
+        )
         records[number] = replace(records[number], state="COMPLETE", searched=searched, rungs=rungs)
     return ended, n_steps
 
@@ -124,7 +180,12 @@ def drawn(curves: dict[tuple[str, str], list[list[float]]]) -> None:
     for panel, (reference, title) in zip(panels, REFERENCES.items()):
         for kind in KINDS:
             columns = np.array([curve[:80] for curve in curves[reference, kind]])
-            panel.plot(range(1, columns.shape[1] + 1), np.median(columns, axis=0), label=kind, linewidth=2.5 if kind == "auto" else 1.2)
+            panel.plot(
+                range(1, columns.shape[1] + 1),
+                np.median(columns, axis=0),
+                label=kind,
+                linewidth=2.5 if kind == "auto" else 1.2,
+            )
         panel.axhline(GOALS[0], color="grey", linewidth=0.8)
         panel.set(xlabel="trials ended", ylim=(0, 1.01), title=title)
         panel.grid(alpha=0.3)

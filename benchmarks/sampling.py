@@ -1,5 +1,6 @@
-"""How good a front is after n trials: this project's sampler and Optuna's on problems of 13 bits whose true front is known, four workers that
-end in random order, ten seeds; the share of masks that were asked for twice."""
+"""How good a front is after n trials: this project's sampler and Optuna's on problems of 13 bits whose true
+front is known, four workers that end in random order, ten seeds; the share of masks that were asked for
+twice."""
 
 from __future__ import annotations
 
@@ -22,7 +23,12 @@ HERE = Path(__file__).parent
 
 
 def run(device: str) -> list[dict]:
-    tasks = [(family, system, seed) for family in FAMILIES for system in (*OURS, *OPTUNAS) for seed in range(N_SEEDS)]
+    tasks = [
+        (family, system, seed)
+        for family in FAMILIES
+        for system in (*OURS, *OPTUNAS)
+        for seed in range(N_SEEDS)
+    ]
     with get_context("spawn").Pool(os.cpu_count()) as pool:
         found = []
         for i, one in enumerate(pool.imap_unordered(measured, tasks)):
@@ -33,10 +39,16 @@ def run(device: str) -> list[dict]:
         for system in (*OURS, *OPTUNAS):
             own = [one for one in found if (one["family"], one["system"]) == (family, system)]
             ratios = {f"at {n}": statistics.mean(one["ratios"][n - 1] for one in own) for n in CHECKS}
-            rows.append({
-                "family": family, "system": system, **ratios, "error at 50": statistics.stdev(one["ratios"][49] for one in own) / len(own) ** 0.5,
-                "twice": statistics.mean(one["twice"] for one in own), "ms a draw": 1000 * statistics.median(one["seconds"] for one in own),
-            })  # fmt: skip
+            rows.append(
+                {
+                    "family": family,
+                    "system": system,
+                    **ratios,
+                    "error at 50": statistics.stdev(one["ratios"][49] for one in own) / len(own) ** 0.5,
+                    "twice": statistics.mean(one["twice"] for one in own),
+                    "ms a draw": 1000 * statistics.median(one["seconds"] for one in own),
+                }
+            )
     drawn(found)
     return rows
 
@@ -48,10 +60,19 @@ def measured(task: tuple[str, str, int]) -> dict:
     started = time.perf_counter()
     seen = search(problem, system, seed)
     ratios, n = [problem.ratio(seen[: n + 1]) for n in range(len(seen))], len(seen)
-    return {"family": family, "system": system, "seed": seed, "ratios": ratios, "twice": 1 - len(set(seen)) / n, "seconds": (time.perf_counter() - started) / n}
+    return {
+        "family": family,
+        "system": system,
+        "seed": seed,
+        "ratios": ratios,
+        "twice": 1 - len(set(seen)) / n,
+        "seconds": (time.perf_counter() - started) / n,
+    }
 
 
-def in_flight(ask: Callable[[int], tuple[int, ...]], tell: Callable[[int], None], rng: random.Random) -> list[tuple[int, ...]]:
+def in_flight(
+    ask: Callable[[int], tuple[int, ...]], tell: Callable[[int], None], rng: random.Random
+) -> list[tuple[int, ...]]:
     """Trials in the order of their ends: four run at a time, and any of them ends next."""
     running: dict[int, tuple[int, ...]] = {}
     ended: list[tuple[int, ...]] = []
@@ -71,7 +92,15 @@ def ours(problem: Problem, kind: str, seed: int) -> list[tuple[int, ...]]:
     from memcontrol.study.record import Record
 
     groups = [f"g{i:02}" for i in range(N_BITS)]
-    space = parse_space({"groups": {g: f"{g}.*" for g in groups}, "learning_rate": {"lora": [1e-3, 1.09e-3], "full": [1e-4, 1e-3]}, "rank": [4], "always": [{"method": "bias", "patterns": ["x.*"]}]}, "bits")
+    space = parse_space(
+        {
+            "groups": {g: f"{g}.*" for g in groups},
+            "learning_rate": {"lora": [1e-3, 1.09e-3], "full": [1e-4, 1e-3]},
+            "rank": [4],
+            "always": [{"method": "bias", "patterns": ["x.*"]}],
+        },
+        "bits",
+    )
     sampler, records = Sampler(space, seed, 2, (), kind), []
 
     def mask(choice) -> tuple[int, ...]:
@@ -83,7 +112,9 @@ def ours(problem: Problem, kind: str, seed: int) -> list[tuple[int, ...]]:
 
     def tell(number: int) -> None:
         values = dict(zip(("a", "b"), problem.value(mask(records[number].choice))))
-        records[number] = replace(records[number], state="COMPLETE", objectives=dict.fromkeys(values, "minimize"), searched=values)
+        records[number] = replace(
+            records[number], state="COMPLETE", objectives=dict.fromkeys(values, "minimize"), searched=values
+        )
 
     return in_flight(ask, tell, random.Random(seed))
 
@@ -98,17 +129,24 @@ def optunas(problem: Problem, system: str, seed: int) -> list[tuple[int, ...]]:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     samplers = optuna.samplers
     sampler = {
-        "Optuna's TPE": lambda: samplers.TPESampler(seed=seed), "Optuna's NSGA-II": lambda: samplers.NSGAIISampler(seed=seed),
-        "Optuna's multivariate TPE": lambda: samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True),
-    }[system]()  # fmt: skip
+        "Optuna's TPE": lambda: samplers.TPESampler(seed=seed),
+        "Optuna's NSGA-II": lambda: samplers.NSGAIISampler(seed=seed),
+        "Optuna's multivariate TPE": lambda: samplers.TPESampler(
+            seed=seed, multivariate=True, constant_liar=True
+        ),
+    }[system]()
     study, trials = optuna.create_study(directions=["minimize"] * 2, sampler=sampler), {}
 
     def ask(number: int) -> tuple[int, ...]:
         trials[number] = study.ask()
-        return tuple(int(trials[number].suggest_categorical(f"g{i:02}", [False, True])) for i in range(N_BITS))
+        return tuple(
+            int(trials[number].suggest_categorical(f"g{i:02}", [False, True])) for i in range(N_BITS)
+        )
 
     def tell(number: int) -> None:
-        study.tell(trials[number], problem.value([int(trials[number].params[f"g{i:02}"]) for i in range(N_BITS)]))
+        study.tell(
+            trials[number], problem.value([int(trials[number].params[f"g{i:02}"]) for i in range(N_BITS)])
+        )
 
     return in_flight(ask, tell, random.Random(seed))
 
@@ -125,7 +163,13 @@ def drawn(found: list[dict]) -> None:
         for system in (*OURS, *OPTUNAS):
             own = [one["ratios"] for one in found if (one["family"], one["system"]) == (family, system)]
             means = [statistics.mean(column) for column in zip(*own)]
-            panel.plot(range(1, len(means) + 1), means, "-" if system in OURS else "--", label=system, linewidth=2.5 if system == "auto" else 1.2)
+            panel.plot(
+                range(1, len(means) + 1),
+                means,
+                "-" if system in OURS else "--",
+                label=system,
+                linewidth=2.5 if system == "auto" else 1.2,
+            )
         panel.set(title=family, xlabel="trials ended", xlim=(5, max(CHECKS)), ylim=(0.4, 1.01))
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("hypervolume / the true front's")

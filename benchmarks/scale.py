@@ -1,7 +1,9 @@
-"""What one study with 10,000 trials and one training set of 10 million images do to parts of which each is measured at sizes that fit here:
-nearest neighbours by the number of training images, what is kept for each image, and what is computed over all trials of a study.
+"""What one study with 10,000 trials and one training set of 10 million images do to parts of which each is
+measured at sizes that fit here: nearest neighbours by the number of training images, what is kept for each
+image, and what is computed over all trials of a study.
 
-TRIALS=100,1000 measures studies of other sizes: writing 10,000 trials takes minutes. The search loop with 512 simulated workers is `WORKERS=512 TRIALS=10000 python -m benchmarks overhead`.
+TRIALS=100,1000 measures studies of other sizes: writing 10,000 trials takes minutes. The search loop with 512
+simulated workers is `WORKERS=512 TRIALS=10000 python -m benchmarks overhead`.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from pathlib import Path
 import numpy as np
 
 N_QUERIES, N_WANTED = 256, 10_000_000
-PIXELS, FEATURES = (3072, (10_000, 30_000, 100_000)), (2048, (10_000, 30_000, 100_000))  # 32 x 32 pixels; Inception's features
+# 32 x 32 pixels; Inception's features
+PIXELS, FEATURES = (3072, (10_000, 30_000, 100_000)), (2048, (10_000, 30_000, 100_000))
 TRIALS, N_LISTED = tuple(map(int, os.environ.get("TRIALS", "100,1000,10000").split(","))), 1_000_000
 
 
@@ -46,31 +49,61 @@ def neighbours() -> list[dict]:
         queries, references = rng.random((N_QUERIES, d), np.float32), rng.random((sizes[-1], d), np.float32)
         for n in sizes:
             spent = seconds_of(lambda q=queries, r=references[:n]: nearest(q, r))
-            rows.append(row(f"nearest training image of {N_QUERIES} samples, {name}", f"{n:,} images", spent, "s"))
-        rows.append(row(f"the same, by the last one's time for each image, {name}", f"{N_WANTED:,} images", spent * N_WANTED / sizes[-1], "s"))
-        rows.append(row(f"descriptors in memory, {name}", f"{N_WANTED:,} images", 4 * d * N_WANTED / 2**30, "GiB"))
+            rows.append(
+                row(f"nearest training image of {N_QUERIES} samples, {name}", f"{n:,} images", spent, "s")
+            )
+        rows.append(
+            row(
+                f"the same, by the last one's time for each image, {name}",
+                f"{N_WANTED:,} images",
+                spent * N_WANTED / sizes[-1],
+                "s",
+            )
+        )
+        rows.append(
+            row(f"descriptors in memory, {name}", f"{N_WANTED:,} images", 4 * d * N_WANTED / 2**30, "GiB")
+        )
     return rows
 
 
 def caches() -> list[dict]:
-    """Of Stable Diffusion 1.5 at 512 pixels, from shapes: mean and deviation of the latents, and encodings, where every caption differs; and
-    what is done with the list of images."""
+    """Of Stable Diffusion 1.5 at 512 pixels, from shapes: mean and deviation of the latents, and encodings,
+    where every caption differs; and what is done with the list of images."""
     from memcontrol.data.images import ImageRecord, Images
     from memcontrol.data.split import dump_parts, parse_parts
     from memcontrol.training.loop import select_batch_rows, shuffle_rows
 
     latents, text = 2 * 4 * 64 * 64 * 4, 77 * 768 * 4
-    images = Images("x", 512, tuple(ImageRecord(f"{i:09}.png", f"an image of number {i}", f"{i:016x}") for i in range(N_LISTED)))
+    images = Images(
+        "x",
+        512,
+        tuple(ImageRecord(f"{i:09}.png", f"an image of number {i}", f"{i:016x}") for i in range(N_LISTED)),
+    )
     stored = dump_parts({"train": images})
     wanted, listed = f"{N_WANTED:,} images", f"{N_LISTED:,} images"
     return [
         row("latents, on disk, memory-mapped", wanted, latents * N_WANTED / 2**30, "GiB"),
         row("caption encodings, all different, the same", wanted, text * N_WANTED / 2**30, "GiB"),
         row("split.json", wanted, len(json.dumps(stored)) / N_LISTED * N_WANTED / 2**30, "GiB"),
-        row("reading it, once a worker", listed, seconds_of(lambda: parse_parts(json.loads(json.dumps(stored)), "x", 512), 1), "s"),
+        row(
+            "reading it, once a worker",
+            listed,
+            seconds_of(lambda: parse_parts(json.loads(json.dumps(stored)), "x", 512), 1),
+            "s",
+        ),
         row("the set's digest, once a worker", listed, seconds_of(lambda: images.digest, 1), "s"),
-        row("a step's batch, the first of a pass", wanted, seconds_of(lambda: (shuffle_rows.cache_clear(), select_batch_rows(N_WANTED, 32, 0, 0))), "s"),
-        row("a step's batch, any other", wanted, seconds_of(lambda: select_batch_rows(N_WANTED, 32, 0, 1)), "s"),
+        row(
+            "a step's batch, the first of a pass",
+            wanted,
+            seconds_of(lambda: (shuffle_rows.cache_clear(), select_batch_rows(N_WANTED, 32, 0, 0))),
+            "s",
+        ),
+        row(
+            "a step's batch, any other",
+            wanted,
+            seconds_of(lambda: select_batch_rows(N_WANTED, 32, 0, 1)),
+            "s",
+        ),
     ]
 
 
@@ -89,22 +122,39 @@ def studies() -> list[dict]:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             config = load_config({"name": "large", "data": "digits", "space": "sd15-blocks"})
-            study = open_study(config, folder, folder / "large.yaml", create=True, directions=["minimize", "minimize"])
+            study = open_study(
+                config, folder, folder / "large.yaml", create=True, directions=["minimize", "minimize"]
+            )
             spent = time.perf_counter()
             fill(study, space, n)
-            rows.append(row("writing the study, each trial", f"{n:,} trials", (time.perf_counter() - spent) / n, "s"))
+            rows.append(
+                row("writing the study, each trial", f"{n:,} trials", (time.perf_counter() - spent) / n, "s")
+            )
             spent = time.perf_counter()
             again = open_study(config, folder, folder / "large.yaml", create=False)
             rows.append(row("reading the study", f"{n:,} trials", time.perf_counter() - spent, "s"))
             records = again.records()
             reference = find_reference_point(records)
             parts = {
-                "the front": lambda records=records: select_front(records), "ties with it": lambda records=records: select_ties(records), "the pick": lambda records=records: choose_trial(records),
-                "the hypervolume": lambda records=records, reference=reference: estimate_hypervolume(records, reference),
-                "a draw by multivariate TPE": lambda records=records: Sampler(space, 0, 2, (), "tpe").draw(records),
-            }  # fmt: skip
+                "the front": lambda records=records: select_front(records),
+                "ties with it": lambda records=records: select_ties(records),
+                "the pick": lambda records=records: choose_trial(records),
+                "the hypervolume": lambda records=records, reference=reference: estimate_hypervolume(
+                    records, reference
+                ),
+                "a draw by multivariate TPE": lambda records=records: Sampler(space, 0, 2, (), "tpe").draw(
+                    records
+                ),
+            }
             rows += [row(what, f"{n:,} trials", seconds_of(call, 1), "s") for what, call in parts.items()]
-            rows.append(row("all notes and plots", f"{n:,} trials", seconds_of(Publisher(again, space, folder).publish, 1), "s"))
+            rows.append(
+                row(
+                    "all notes and plots",
+                    f"{n:,} trials",
+                    seconds_of(Publisher(again, space, folder).publish, 1),
+                    "s",
+                )
+            )
             rows.append(row("database", f"{n:,} trials", (folder / "study.db").stat().st_size / 2**20, "MiB"))
             study.close()
             again.close()
@@ -117,11 +167,29 @@ def fill(study, space, n: int) -> None:
     for anchor, candidates in space.anchors().items():
         tell(study, study.begin(candidates[:1], space, anchor), candidates[0], rng)
     for _ in range(n - 3):
-        choice = space.choice_at({name: rng.choice(list(values)) for name, values in options.items()} | {"rate": rng.random()})
+        choice = space.choice_at(
+            {name: rng.choice(list(values)) for name, values in options.items()} | {"rate": rng.random()}
+        )
         tell(study, study.begin([choice], space), choice, rng)
 
 
 def tell(study, number: int, choice, rng: random.Random) -> None:
     share = len(choice.groups) / 13 + 0.3 * rng.random()
-    rewards = {"fid": 30 - 10 * share + rng.random(), "fid_error": 0.5, "memorization": share + 0.1 * rng.random(), "memorization_error": 0.02}
-    study.finish(number, [{"state": "COMPLETE", "choice": choice.as_dict(), "rewards": rewards, "seconds": 60.0, "measured_with": {"figures": 1}}])
+    rewards = {
+        "fid": 30 - 10 * share + rng.random(),
+        "fid_error": 0.5,
+        "memorization": share + 0.1 * rng.random(),
+        "memorization_error": 0.02,
+    }
+    study.finish(
+        number,
+        [
+            {
+                "state": "COMPLETE",
+                "choice": choice.as_dict(),
+                "rewards": rewards,
+                "seconds": 60.0,
+                "measured_with": {"figures": 1},
+            }
+        ],
+    )

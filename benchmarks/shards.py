@@ -1,5 +1,5 @@
-"""Time and peak memory of ten shards against one at the same number of steps, ours and as deep copies of the model (IET-AGC's): LoRA on a
-U-Net of 35 million random parameters."""
+"""Time and peak memory of ten shards against one at the same number of steps, ours and as deep copies of the
+model (IET-AGC's): LoRA on a U-Net of 35 million random parameters."""
 
 from __future__ import annotations
 
@@ -22,15 +22,20 @@ def run(device: str) -> list[dict]:
     one = found["1"]
     return [
         {
-            "shards": shards, "parameters": int(row["parameters"]), "seconds": row["seconds"], "peak MiB": row["mib"],
-            "time / one shard": row["seconds"] / one["seconds"], "memory / one shard": row["mib"] / one["mib"],
+            "shards": shards,
+            "parameters": int(row["parameters"]),
+            "seconds": row["seconds"],
+            "peak MiB": row["mib"],
+            "time / one shard": row["seconds"] / one["seconds"],
+            "memory / one shard": row["mib"] / one["mib"],
         }
         for shards, row in found.items()
-    ]  # fmt: skip
+    ]
 
 
 def copied(n: int, device: str) -> dict:
-    """Each shard a copy of the model with an optimizer of its own, trained in turn, the adapters' mean given to all after each round."""
+    """Each shard a copy of the model with an optimizer of its own, trained in turn, the adapters' mean given
+    to all after each round."""
     import copy
 
     import torch
@@ -39,8 +44,15 @@ def copied(n: int, device: str) -> dict:
     from memcontrol.core.space_yaml import load_space
     from memcontrol.model.adapter import inject_adapter
 
-    first, space, data = base_of(unet(WIDTHS, SIDE), device), load_space("sd15-sites-complete"), random_material(N_IMAGES, SIDE).data
-    choice, parameters = space.choice(space.groups_for("lora"), "lora", 0.5), sum(parameter.numel() for parameter in first.denoiser.parameters())
+    first, space, data = (
+        base_of(unet(WIDTHS, SIDE), device),
+        load_space("sd15-sites-complete"),
+        random_material(N_IMAGES, SIDE).data,
+    )
+    choice, parameters = (
+        space.choice(space.groups_for("lora"), "lora", 0.5),
+        sum(parameter.numel() for parameter in first.denoiser.parameters()),
+    )
     bases = [first, *(base_of(copy.deepcopy(first.denoiser), device) for _ in range(n - 1))]
     trained = [inject_adapter(base.denoiser, space, choice, 0).parameters() for base in bases]
     optimizers = [torch.optim.AdamW(mine, lr=choice.learning_rate) for mine in trained]
@@ -49,7 +61,9 @@ def copied(n: int, device: str) -> dict:
         for base, mine, optimizer in zip(bases, trained, optimizers):
             for _ in range(N_STEPS // N_ROUNDS // n):
                 rows = torch.randint(N_IMAGES, (BATCH,), generator=generator)
-                text = {name: tensor.to(device) for name, tensor in data.texts(data.caption_rows[rows]).items()}
+                text = {
+                    name: tensor.to(device) for name, tensor in data.texts(data.caption_rows[rows]).items()
+                }
                 loss, _ = base.losses(data.mean[rows].to(device), text, generator)
                 loss.mean().backward()
                 torch.nn.utils.clip_grad_norm_(mine, 1.0)
@@ -73,12 +87,27 @@ def measure(shards: str, device: str) -> dict:
     from memcontrol.training.rounds import train_rounds
 
     base, space = base_of(unet(WIDTHS, SIDE), device), load_space("sd15-sites-complete")
-    adapter = inject_adapter(base.denoiser, space, space.choice(space.groups_for("lora"), "lora", 0.5), 0, shared_a=shards != "1")
-    inner = InnerConfig(budget_images=N_STEPS * BATCH, batch_size=BATCH, rounds=N_ROUNDS, ensemble={"shards": int(shards)})
+    adapter = inject_adapter(
+        base.denoiser, space, space.choice(space.groups_for("lora"), "lora", 0.5), 0, shared_a=shards != "1"
+    )
+    inner = InnerConfig(
+        budget_images=N_STEPS * BATCH, batch_size=BATCH, rounds=N_ROUNDS, ensemble={"shards": int(shards)}
+    )
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        train_rounds(base, adapter, random_material(N_IMAGES, SIDE), inner, seed=0, folder=Path(folder), progress=lambda *_, **said: None)
-    seconds, n = time.perf_counter() - started, sum(parameter.numel() for parameter in base.denoiser.parameters())
+        train_rounds(
+            base,
+            adapter,
+            random_material(N_IMAGES, SIDE),
+            inner,
+            seed=0,
+            folder=Path(folder),
+            progress=lambda *_, **said: None,
+        )
+    seconds, n = (
+        time.perf_counter() - started,
+        sum(parameter.numel() for parameter in base.denoiser.parameters()),
+    )
     return {"seconds": seconds, "mib": peak_mib(device), "parameters": n}
 
 

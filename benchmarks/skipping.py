@@ -1,6 +1,8 @@
-"""What judging, counting and remembering every image's loss adds to a training step: both loops in turn, in one process.
+"""What judging, counting and remembering every image's loss adds to a training step: both loops in turn, in
+one process.
 
-Nothing is skipped (ratio 10^9), so both do the same forward and backward. `bookkeeping / step` times the added calls alone.
+Nothing is skipped (ratio 10^9), so both do the same forward and backward. `bookkeeping / step` times the
+added calls alone.
 """
 
 from __future__ import annotations
@@ -10,7 +12,10 @@ import time
 from functools import partial
 
 N_STEPS = 60
-SIZES = {"tiny widths, batch 32 of 8 x 8": ((24, 40, 56, 56), 8, 32), "35 M parameters, batch 8 of 16 x 16": ((64, 128, 256, 256), 16, 8)}
+SIZES = {
+    "tiny widths, batch 32 of 8 x 8": ((24, 40, 56, 56), 8, 32),
+    "35 M parameters, batch 8 of 16 x 16": ((64, 128, 256, 256), 16, 8),
+}
 
 
 def run(device: str) -> list[dict]:
@@ -36,13 +41,22 @@ def measure(name: str, widths: tuple, side: int, batch: int, device: str) -> dic
     adapter = inject_adapter(base.denoiser, space, space.choice(space.groups_for("lora"), "lora", 0.5), 0)
     loops = {}
     for skip in (None, SkipConfig(ratio=1e9)):
-        shard = Shard(0, rows, *torch.zeros(2, 200, dtype=torch.long), LossMemory.empty(skip, base.device) if skip else None)
+        shard = Shard(
+            0,
+            rows,
+            *torch.zeros(2, 200, dtype=torch.long),
+            LossMemory.empty(skip, base.device) if skip else None,
+        )
         loops[bool(skip)] = Loop(base, adapter, material, InnerConfig(batch_size=batch, skip=skip), shard, 0)
     times: dict[bool, list[float]] = {False: [], True: []}
     for _ in range(N_STEPS):
         for on, loop in loops.items():
             times[on].append(seconds(partial(loop.slot, 0.5), device))
-    losses, timesteps, loop = torch.rand(batch, device=device), torch.randint(1000, (batch,), device=device), loops[True]
+    losses, timesteps, loop = (
+        torch.rand(batch, device=device),
+        torch.randint(1000, (batch,), device=device),
+        loops[True],
+    )
 
     def bookkeeping() -> None:
         known = loop.shard.memory.keeps(losses, timesteps)
@@ -51,7 +65,12 @@ def measure(name: str, widths: tuple, side: int, batch: int, device: str) -> dic
 
     alone = statistics.median(seconds(bookkeeping, device) for _ in range(200))
     plain, skipping = (statistics.median(times[on][5:]) for on in (False, True))
-    return {"model": name, "s per step": plain, "with skipping / plain": skipping / plain, "bookkeeping / step": alone / plain}
+    return {
+        "model": name,
+        "s per step": plain,
+        "with skipping / plain": skipping / plain,
+        "bookkeeping / step": alone / plain,
+    }
 
 
 def seconds(call, device: str) -> float:

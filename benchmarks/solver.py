@@ -1,5 +1,6 @@
-"""Whether few steps of DPM-Solver++(2M), which a search samples with, rank fine-tunings as 50 steps of DDIM do: the runs of a demo's search (or of
-FOLDER, a study's), each sampled with both from the same captions and noise."""
+"""Whether few steps of DPM-Solver++(2M), which a search samples with, rank fine-tunings as 50 steps of DDIM
+do: the runs of a demo's search (or of FOLDER, a study's), each sampled with both from the same captions and
+noise."""
 
 from __future__ import annotations
 
@@ -18,7 +19,12 @@ def run(device: str) -> list[dict]:
     if given := os.environ.get("FOLDER"):
         return ranked(Path(given))
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([sys.executable, "-m", "memcontrol.cli", "demo", "--out", f"{folder}/demo"], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        subprocess.run(
+            [sys.executable, "-m", "memcontrol.cli", "demo", "--out", f"{folder}/demo"],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         return ranked(Path(folder) / "demo")
 
 
@@ -32,17 +38,32 @@ def ranked(folder: Path) -> list[dict]:
     from memcontrol.trial.loaded import LoadedModels
 
     loaded = LoadedModels()
-    runs = [path.parent for path in sorted(folder.glob(f"*/{RESULT}")) if read_json(path)["state"] == "COMPLETE"]
-    found = {steps: [figures(run, loaded, steps, ddim=steps == REFERENCE) for run in runs] for steps in (*STEPS, REFERENCE)}
+    runs = [
+        path.parent for path in sorted(folder.glob(f"*/{RESULT}")) if read_json(path)["state"] == "COMPLETE"
+    ]
+    found = {
+        steps: [figures(run, loaded, steps, ddim=steps == REFERENCE) for run in runs]
+        for steps in (*STEPS, REFERENCE)
+    }
     rows = []
     for steps in STEPS:
         for name in FIGURES:
             few, many = ([one[name] for one in found[key]] for key in (steps, REFERENCE))
             ranks = spearman(few, many)
-            rows.append({
-                "figure": name, "steps": steps, "runs": len(runs), "rank correlation": float(ranks), "low": ranks.low, "high": ranks.high,
-                f"median difference from {REFERENCE} steps": float(np.median(np.subtract(few, many))), "median error of measuring": float(np.median([one[f"{name}_error"] for one in found[REFERENCE]])),
-            })  # fmt: skip
+            rows.append(
+                {
+                    "figure": name,
+                    "steps": steps,
+                    "runs": len(runs),
+                    "rank correlation": float(ranks),
+                    "low": ranks.low,
+                    "high": ranks.high,
+                    f"median difference from {REFERENCE} steps": float(np.median(np.subtract(few, many))),
+                    "median error of measuring": float(
+                        np.median([one[f"{name}_error"] for one in found[REFERENCE]])
+                    ),
+                }
+            )
     return rows
 
 
@@ -56,7 +77,12 @@ def figures(run: Path, loaded, steps: int, ddim: bool) -> dict[str, float]:
     from memcontrol.trial.samples import gather_evidence, sample_images, score_samples
 
     spec = read_spec(run)
-    spec = replace(spec, config=spec.config.model_copy(update={"rewards": spec.config.rewards.model_copy(update={"sampling_steps": steps})}))
+    spec = replace(
+        spec,
+        config=spec.config.model_copy(
+            update={"rewards": spec.config.rewards.model_copy(update={"sampling_steps": steps})}
+        ),
+    )
     base, material = loaded.base(spec.config), loaded.material(spec)
     adapter, solver = inject_choice(base.denoiser, spec), base.pipeline.scheduler
     try:

@@ -1,5 +1,5 @@
-"""Where a trial's time goes on a warm worker, by what is trained: the share inside the denoiser's forward and backward, in training and in
-sampling, what the rest is, and how long it takes to the first trained step."""
+"""Where a trial's time goes on a warm worker, by what is trained: the share inside the denoiser's forward and
+backward, in training and in sampling, what the rest is, and how long it takes to the first trained step."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ def run(device: str) -> list[dict]:
             for i in range(1 + N_REPEATS):
                 path = Path(folder) / f"{mask}-{i}"
                 spec.as_job(path)
-                found.append(timed(clock, base, lambda path=path, progress=None: run_trial(path, loaded, progress)))
+                found.append(
+                    timed(clock, base, lambda path=path, progress=None: run_trial(path, loaded, progress))
+                )
             row = {name: statistics.median(one[name] for one in found[1:]) for name in found[0]}
             rows.append({"trained": ", ".join(spec.choice.groups), **row})
     return rows
@@ -66,13 +68,22 @@ def timed(clock: Clock, base, call) -> dict[str, float]:
 
     clock.seconds.clear()
     vae, first = base.pipeline.vae, []
-    patched = [(base.denoiser, "forward", "denoiser, forward"), (torch.Tensor, "backward", "denoiser, backward"), (vae, "decode", "decoding"), (AdamW, "step", "optimizer")]
+    patched = [
+        (base.denoiser, "forward", "denoiser, forward"),
+        (torch.Tensor, "backward", "denoiser, backward"),
+        (vae, "decode", "decoding"),
+        (AdamW, "step", "optimizer"),
+    ]
     before = [getattr(owner, name) for owner, name, _ in patched]
     started = clock.now()
     try:
         for (owner, name, what), original in zip(patched, before):
             setattr(owner, name, clock.timing(what, original))
-        result = call(progress=lambda stage, done, total, **said: first.append(clock.now()) if not first and stage == "train" else None)
+        result = call(
+            progress=lambda stage, done, total, **said: (
+                first.append(clock.now()) if not first and stage == "train" else None
+            )
+        )
     finally:
         for (owner, name, _), original in zip(patched, before):
             if owner in (base.denoiser, vae):
@@ -81,8 +92,15 @@ def timed(clock: Clock, base, call) -> dict[str, float]:
                 setattr(owner, name, original)
     seconds = clock.now() - started
     inside = clock.seconds["denoiser, forward"] + clock.seconds["denoiser, backward"]
-    parts = {name: clock.seconds[name] for name in ("denoiser, forward", "denoiser, backward", "optimizer", "decoding")}
+    parts = {
+        name: clock.seconds[name]
+        for name in ("denoiser, forward", "denoiser, backward", "optimizer", "decoding")
+    }
     return {
-        "seconds": seconds, "share in the denoiser": inside / seconds, "to the first step": first[0] - started, **parts,
-        "scoring": result["scoring_seconds"], "rest": seconds - sum(parts.values()) - result["scoring_seconds"],
-    }  # fmt: skip
+        "seconds": seconds,
+        "share in the denoiser": inside / seconds,
+        "to the first step": first[0] - started,
+        **parts,
+        "scoring": result["scoring_seconds"],
+        "rest": seconds - sum(parts.values()) - result["scoring_seconds"],
+    }

@@ -1,5 +1,6 @@
-"""How much of the machine's matrix arithmetic a training step uses: its counted operations a second over those of a large matrix product, by
-how the denoiser is laid out. With `--device cuda`: Stable Diffusion 1.5's U-Net with random weights, bf16, batch 32 at 512 pixels."""
+"""How much of the machine's matrix arithmetic a training step uses: its counted operations a second over
+those of a large matrix product, by how the denoiser is laid out. With `--device cuda`: Stable Diffusion 1.5's
+U-Net with random weights, bf16, batch 32 at 512 pixels."""
 
 from __future__ import annotations
 
@@ -7,15 +8,25 @@ import statistics
 import time
 
 N_STEPS, N_WARM = 10, 3
-SIZES = {"cuda": ((320, 640, 1280, 1280), 64, 32, "bfloat16", 8192), "cpu": ((32, 64, 128, 128), 16, 8, "float32", 1024)}  # widths, side, batch, precision, matrix
-LAYOUTS = {"cuda": ("as loaded", "channels_last", "channels_last, compiled"), "cpu": ("as loaded", "channels_last")}
+# widths, side, batch, precision, matrix
+SIZES = {
+    "cuda": ((320, 640, 1280, 1280), 64, 32, "bfloat16", 8192),
+    "cpu": ((32, 64, 128, 128), 16, 8, "float32", 1024),
+}
+LAYOUTS = {
+    "cuda": ("as loaded", "channels_last", "channels_last, compiled"),
+    "cpu": ("as loaded", "channels_last"),
+}
 METHODS = ("lora", "full")
 
 
 def run(device: str) -> list[dict]:
     rate = matrix_rate(device)
     rows = [measured(method, layout, device) for method in METHODS for layout in LAYOUTS[device]]
-    return [{**row, "share of the matrix rate": row["TFLOP/s"] / rate, "matrix product, TFLOP/s": rate} for row in rows]
+    return [
+        {**row, "share of the matrix rate": row["TFLOP/s"] / rate, "matrix product, TFLOP/s": rate}
+        for row in rows
+    ]
 
 
 def seconds_each(call, device: str) -> float:
@@ -48,15 +59,26 @@ def measured(method: str, layout: str, device: str) -> dict:
     from memcontrol.model.adapter import inject_adapter
 
     widths, side, batch, precision, _ = SIZES[device]
-    base, space, data = base_of(unet(widths, side), device), load_space("sd15-sites-complete"), random_material(batch, side).data
-    choice = space.choice(space.groups_for("lora"), "lora", 0.5) if method == "lora" else space.anchors()["full"][1]
+    base, space, data = (
+        base_of(unet(widths, side), device),
+        load_space("sd15-sites-complete"),
+        random_material(batch, side).data,
+    )
+    choice = (
+        space.choice(space.groups_for("lora"), "lora", 0.5)
+        if method == "lora"
+        else space.anchors()["full"][1]
+    )
     adapter = inject_adapter(base.denoiser, space, choice, 0)
     optimizer = torch.optim.AdamW(adapter.groups(), fused=True)
     if "channels_last" in layout:
         base.denoiser.to(memory_format=torch.channels_last)
     if "compiled" in layout:
         base.denoiser.compile()
-    clean, text = data.mean.to(device), {name: tensor.to(device) for name, tensor in data.texts(data.caption_rows).items()}
+    clean, text = (
+        data.mean.to(device),
+        {name: tensor.to(device) for name, tensor in data.texts(data.caption_rows).items()},
+    )
     generator = torch.Generator().manual_seed(0)
 
     def step() -> None:
@@ -69,4 +91,10 @@ def measured(method: str, layout: str, device: str) -> dict:
     with FlopCounterMode(display=False) as counter:
         step()
     seconds = seconds_each(step, device)
-    return {"trained": method, "layout": layout, "s per step": seconds, "TFLOP a step": counter.get_total_flops() / 1e12, "TFLOP/s": counter.get_total_flops() / 1e12 / seconds}
+    return {
+        "trained": method,
+        "layout": layout,
+        "s per step": seconds,
+        "TFLOP a step": counter.get_total_flops() / 1e12,
+        "TFLOP/s": counter.get_total_flops() / 1e12 / seconds,
+    }

@@ -1,6 +1,8 @@
-"""MemControl: search which parameters of a diffusion model to fine-tune, so that quality stays and memorization goes.
+"""MemControl: search which parameters of a diffusion model to fine-tune, so that quality stays and
+memorization goes.
 
-The commands are functions of the same names: `memcontrol.search("xrays.yaml")`, `memcontrol.front("xrays.yaml")`; see memcontrol.commands.
+The commands are functions of the same names: `memcontrol.search("xrays.yaml")`,
+`memcontrol.front("xrays.yaml")`; see memcontrol.commands.
 """
 
 import sys
@@ -11,19 +13,49 @@ from typing import TYPE_CHECKING
 from memcontrol.core.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from memcontrol.commands.api import audit, compare, dashboard, export, front, importance, init, load_adapter, pick, report, retrain, search, status
+    from memcontrol.commands.api import (
+        audit,
+        compare,
+        dashboard,
+        export,
+        front,
+        importance,
+        init,
+        load_adapter,
+        pick,
+        report,
+        retrain,
+        search,
+        status,
+    )
     from memcontrol.scoring.own_rewards import reward
 
 __all__ = [
-    "audit", "compare", "dashboard", "export", "front", "importance", "init", "load_adapter", "pick", "report", "retrain", "reward", "search", "status",
-]  # fmt: skip
+    "audit",
+    "compare",
+    "dashboard",
+    "export",
+    "front",
+    "importance",
+    "init",
+    "load_adapter",
+    "pick",
+    "report",
+    "retrain",
+    "reward",
+    "search",
+    "status",
+]
 
 
 def __getattr__(name: str):
     """Imported when asked for: `memcontrol --help` must be instant, and a reward brings numpy and torch."""
     if name not in __all__:
         raise AttributeError(f"module 'memcontrol' has no attribute '{name}'")
-    return getattr(import_module("memcontrol.scoring.own_rewards" if name == "reward" else "memcontrol.commands.api"), name)
+    return getattr(
+        import_module("memcontrol.scoring.own_rewards" if name == "reward" else "memcontrol.commands.api"),
+        name,
+    )
 
 
 def __dir__() -> list[str]:
@@ -31,7 +63,8 @@ def __dir__() -> list[str]:
 
 
 class _Face(ModuleType):
-    """Keeps `memcontrol.search` the command: importing the package of that name would put itself in its place."""
+    """Keeps `memcontrol.search` the command: importing the package of that name would put itself in its
+    place."""
 
     def __setattr__(self, name: str, value: object) -> None:
         if not (name in __all__ and isinstance(value, ModuleType)):

@@ -1,7 +1,9 @@
-"""The chaos suite: a search on a real PostgreSQL while its workers are killed and frozen, its orchestrator is killed and the database is
-stopped; then the invariants, over the database and the run folders, and an undisturbed search to compare with.
+"""The chaos suite: a search on a real PostgreSQL while its workers are killed and frozen, its orchestrator is
+killed and the database is stopped; then the invariants, over the database and the run folders, and an
+undisturbed search to compare with.
 
-`python tests/chaos.py [--trials N] [--seed S]` (make chaos) runs it in full and prints what happened; tests/test_chaos.py a short one.
+`python tests/chaos.py [--trials N] [--seed S]` (make chaos) runs it in full and prints what happened;
+tests/test_chaos.py a short one.
 """
 
 import argparse
@@ -23,7 +25,14 @@ from postgres import Postgres
 
 from memcontrol.core.attempts import read_attempts, read_failures
 from memcontrol.core.config import load_config
-from memcontrol.core.run_folder import CONFIRMED, PAIRS_PICTURE, RESULT, SAMPLES, SAMPLES_PICTURE, locate_study_folder
+from memcontrol.core.run_folder import (
+    CONFIRMED,
+    PAIRS_PICTURE,
+    RESULT,
+    SAMPLES,
+    SAMPLES_PICTURE,
+    locate_study_folder,
+)
 from memcontrol.execution.job_queue import N_TRIES
 from memcontrol.study.artifacts import ARTIFACTS_FOLDER
 from memcontrol.study.pareto import find_front
@@ -32,17 +41,42 @@ from memcontrol.study.store import open_study
 SEARCH = [sys.executable, "-m", "memcontrol.cli", "search"]
 TIME_LIMIT_SECONDS = 45
 OUTAGE_SECONDS = 20
-FAULTS = Counter({"kill worker": 4, "freeze worker": 2, "kill orchestrator": 5, "stop database": 3, "cut connections": 2, "exhaust connections": 1})
+FAULTS = Counter(
+    {
+        "kill worker": 4,
+        "freeze worker": 2,
+        "kill orchestrator": 5,
+        "stop database": 3,
+        "cut connections": 2,
+        "exhaust connections": 1,
+    }
+)
 
 
 def study_of(folder: Path, name: str, url: str, trials: int, executor: str = "local", **keys) -> Path:
-    """Short trials; choices that do not depend on the order in which others end, so that any two runs ask for the same."""
+    """Short trials; choices that do not depend on the order in which others end, so that any two runs ask for
+    the same."""
     study = {
-        "name": name, "storage": url, "data": {"path": "digits", "train": 32, "holdout": 64, "test": 64}, "space": "digits",
+        "name": name,
+        "storage": url,
+        "data": {"path": "digits", "train": 32, "holdout": 64, "test": 64},
+        "space": "digits",
         "inner": {"budget_images": 192, "batch_size": 16, "rounds": 4},
-        "rewards": {"objectives": ["kid", "memorization"], "n_samples": 32, "sampling_steps": 2, "confirm": 1},
-        "search": {"trials": trials - 3, "workers": 2, "sampler": "random", "executor": executor, "time_limit_minutes": TIME_LIMIT_SECONDS / 60}, **keys,
-    }  # fmt: skip
+        "rewards": {
+            "objectives": ["kid", "memorization"],
+            "n_samples": 32,
+            "sampling_steps": 2,
+            "confirm": 1,
+        },
+        "search": {
+            "trials": trials - 3,
+            "workers": 2,
+            "sampler": "random",
+            "executor": executor,
+            "time_limit_minutes": TIME_LIMIT_SECONDS / 60,
+        },
+        **keys,
+    }
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(study))
     return path
@@ -51,7 +85,9 @@ def study_of(folder: Path, name: str, url: str, trials: int, executor: str = "lo
 class Chaos:
     """One disturbed search: faults in a seeded order, each when another part of the trials has ended."""
 
-    def __init__(self, study: Path, server: Postgres, trials: int, faults: Counter, seed: int, say=lambda line: None):
+    def __init__(
+        self, study: Path, server: Postgres, trials: int, faults: Counter, seed: int, say=lambda line: None
+    ):
         self.study, self.server, self.trials, self.say = study, server, trials, say
         self.folder = locate_study_folder(study, load_config(study).name)
         self.plan = [fault for fault, n in faults.items() for _ in range(n)]
@@ -76,7 +112,8 @@ class Chaos:
         self.search = subprocess.Popen([*SEARCH, self.study], stdout=self.log, stderr=self.log)
 
     def until(self, condition) -> None:
-        """Waits, with a search running: one that ended badly is begun again, as a user or a service manager would."""
+        """Waits, with a search running: one that ended badly is begun again, as a user or a service manager
+        would."""
         deadline = time.monotonic() + 600
         while True:
             if self.search is None or self.search.poll() not in (None, 0):
@@ -91,16 +128,24 @@ class Chaos:
         return len(list(self.folder.glob(f"*/{RESULT}")))
 
     def worker(self) -> psutil.Process | None:
-        """One at work on a run, told by the attempts in the run folders; never one whose third failure it would be, which ends a run.
-        None where all work is done."""
+        """One at work on a run, told by the attempts in the run folders; never one whose third failure it
+        would be, which ends a run. None where all work is done."""
         while self.search.poll() != 0:
             if self.search.poll() is not None:
                 self.begin()
             try:
-                workers = [child for child in psutil.Process(self.search.pid).children() if "memcontrol.execution.worker" in " ".join(child.cmdline())]
+                workers = [
+                    child
+                    for child in psutil.Process(self.search.pid).children()
+                    if "memcontrol.execution.worker" in " ".join(child.cmdline())
+                ]
             except psutil.Error:  # one of them ended just now
                 continue
-            runs = [path.parent for path in self.folder.glob("*/attempts.jsonl") if not (path.parent / RESULT).exists()]
+            runs = [
+                path.parent
+                for path in self.folder.glob("*/attempts.jsonl")
+                if not (path.parent / RESULT).exists()
+            ]
             busy = {read_attempts(run)[-1]["pid"] for run in runs if len(read_failures(run)) < N_TRIES - 1}
             found = [worker for worker in workers if worker.pid in busy]
             if found:
@@ -155,34 +200,61 @@ def violations(study_file: Path, trials: int, n_kills: int) -> list[str]:
             found.append(words)
 
     claim(len(records) == trials, f"{len(records)} trials, not {trials}")
-    claim({record.state for record in records} == {"COMPLETE"}, f"states {Counter(record.state for record in records)}")
+    claim(
+        {record.state for record in records} == {"COMPLETE"},
+        f"states {Counter(record.state for record in records)}",
+    )
     claim([record.number for record in records] == list(range(len(records))), "numbers are not dense")
     candidates = [choice for record in records for choice in record.candidates]
     claim(len(set(candidates)) == len(candidates), "a choice was asked for twice")
     for record, trial in zip(records, optuna_trials):
         results = [json.loads((folder / choice.key / RESULT).read_text()) for choice in record.candidates]
         own = json.loads((folder / record.choice.key / RESULT).read_text())
-        claim(record.searched == own["rewards"], f"trial {record.number}: rewards differ from its result file")
-        claim(trial.values == [own["rewards"][name] for name in config.rewards.names], f"trial {record.number}: values differ from its result file")
+        claim(
+            record.searched == own["rewards"], f"trial {record.number}: rewards differ from its result file"
+        )
+        claim(
+            trial.values == [own["rewards"][name] for name in config.rewards.names],
+            f"trial {record.number}: values differ from its result file",
+        )
         for choice in record.candidates:
             run = folder / choice.key
-            claim((run / SAMPLES).is_file() and (run / "adapter.safetensors").is_file(), f"{run}: no samples or no adapter")
+            claim(
+                (run / SAMPLES).is_file() and (run / "adapter.safetensors").is_file(),
+                f"{run}: no samples or no adapter",
+            )
             claim(not (run / "rounds").exists(), f"{run}: rounds were left behind")
         if record.anchor is None:
             off = set(trial.params) - {"method", "rank", "learning_rate"}
-            claim(off >= set(record.choice.groups) and len(trial.params) >= 3, f"trial {record.number}: its parameters are not whole")
+            claim(
+                off >= set(record.choice.groups) and len(trial.params) >= 3,
+                f"trial {record.number}: its parameters are not whole",
+            )
         if record.confirmed:
-            claim(record.confirmed == json.loads((folder / record.choice.key / CONFIRMED).read_text())["rewards"], f"trial {record.number}: confirmed rewards differ")
+            claim(
+                record.confirmed
+                == json.loads((folder / record.choice.key / CONFIRMED).read_text())["rewards"],
+                f"trial {record.number}: confirmed rewards differ",
+            )
         run, metas = folder / record.choice.key, get_all_artifact_meta(trial, storage=study.storage)
         blobs = {meta.filename: (folder / ARTIFACTS_FOLDER / meta.artifact_id).read_bytes() for meta in metas}
-        claim(blobs == {name: (run / name).read_bytes() for name in (SAMPLES_PICTURE, PAIRS_PICTURE)}, f"trial {record.number}: its artifacts are not its run's pictures")
+        claim(
+            blobs == {name: (run / name).read_bytes() for name in (SAMPLES_PICTURE, PAIRS_PICTURE)},
+            f"trial {record.number}: its artifacts are not its run's pictures",
+        )
         study.finish(record.number, results)
     claim(study.inner.get_trials() == optuna_trials, "telling the results again changed something")
     n_attempts = sum(len(read_attempts(folder / choice.key)) for choice in candidates)
-    claim(len(candidates) <= n_attempts <= len(candidates) + n_kills, f"{n_attempts} attempts at {len(candidates)} choices with {n_kills} kills")
+    claim(
+        len(candidates) <= n_attempts <= len(candidates) + n_kills,
+        f"{n_attempts} attempts at {len(candidates)} choices with {n_kills} kills",
+    )
     strays = {path.parent.name for path in folder.glob(f"*/{RESULT}")} - {choice.key for choice in candidates}
     claim(not strays, f"runs of no trial: {strays}")
-    claim(len(list((folder / ARTIFACTS_FOLDER).iterdir())) == 2 * len(records), "artifacts of no trial, or halves of some")
+    claim(
+        len(list((folder / ARTIFACTS_FOLDER).iterdir())) == 2 * len(records),
+        "artifacts of no trial, or halves of some",
+    )
     study.close()
     return found
 
@@ -208,7 +280,8 @@ def disturbed_and_not(folder: Path, trials: int, faults: Counter, seed: int, say
     try:
         chaos = Chaos(study_of(folder, "disturbed", server.url, trials), server, trials, faults, seed, say)
         chaos.run()
-        n_kills = 2 * faults["kill orchestrator"] + faults["kill worker"] + faults["freeze worker"]  # an orchestrator's two workers go with it
+        # an orchestrator's two workers go with it
+        n_kills = 2 * faults["kill orchestrator"] + faults["kill worker"] + faults["freeze worker"]
         found = violations(chaos.study, trials, n_kills)
         if chaos.n_late:
             found.append(f"{chaos.n_late} faults came when all work was done; give it more trials")
@@ -219,7 +292,10 @@ def disturbed_and_not(folder: Path, trials: int, faults: Counter, seed: int, say
         a, b = front_of(chaos.study), front_of(quiet)
         say(f"hypervolume {a[1]:.6g} disturbed, {b[1]:.6g} undisturbed")
         if a != b:
-            found.append(f"the disturbed run differs from the undisturbed one: hypervolume {a[1]} and {b[1]}, {len(a[0] ^ b[0])} choices of one only")
+            found.append(
+                f"the disturbed run differs from the undisturbed one: hypervolume {a[1]} and "
+                f"{b[1]}, {len(a[0] ^ b[0])} choices of one only"
+            )
         return found
     finally:
         server.stop("immediate")
@@ -233,7 +309,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir="/tmp") as name:
         folder = Path(name)
         folder.chmod(0o755)
-        found = disturbed_and_not(folder, args.trials, FAULTS, args.seed, lambda line: print(line, flush=True))
+        found = disturbed_and_not(
+            folder, args.trials, FAULTS, args.seed, lambda line: print(line, flush=True)
+        )
         if found:
             print((folder / "search.log").read_text()[-3000:])
     print("\n".join(found) or f"all invariants hold after {FAULTS.total()} faults")

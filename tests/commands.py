@@ -1,5 +1,5 @@
-"""memcontrol's commands as a user runs them, each in a process of its own: forked from one that has imported what they import, which takes a new
-process seconds."""
+"""memcontrol's commands as a user runs them, each in a process of its own: forked from one that has imported
+what they import, which takes a new process seconds."""
 
 import atexit
 import multiprocessing
@@ -11,21 +11,38 @@ from pathlib import Path
 
 NEW_PROCESS = [sys.executable, "-m", "memcontrol.cli"]
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload([
-    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion", "diffusers.training_utils", "matplotlib.pyplot", "memcontrol.cli.commands", "memcontrol.search.orchestrator", "memcontrol.execution.worker",
-    "optuna_dashboard", "peft", "rich.table", "scipy.stats", "sklearn.datasets", "transformers.models.clip.modeling_clip",
-])  # fmt: skip
+FORKS.set_forkserver_preload(
+    [
+        "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
+        "diffusers.training_utils",
+        "matplotlib.pyplot",
+        "memcontrol.cli.commands",
+        "memcontrol.search.orchestrator",
+        "memcontrol.execution.worker",
+        "optuna_dashboard",
+        "peft",
+        "rich.table",
+        "scipy.stats",
+        "sklearn.datasets",
+        "transformers.models.clip.modeling_clip",
+    ]
+)
 
 
 def run(*args, cwd=None, check=False, before=None):
-    """The finished process of a command; `before` is called in it first. Where `check` is set, it must have succeeded."""
+    """The finished process of a command; `before` is called in it first. Where `check` is set, it must have
+    succeeded."""
     words = [*map(str, args)]
     with tempfile.TemporaryDirectory() as folder:
         said = [Path(folder, name) for name in ("stdout", "stderr")]
-        process = FORKS.Process(target=command, args=(words, said, cwd or os.getcwd(), dict(os.environ), before))
+        process = FORKS.Process(
+            target=command, args=(words, said, cwd or os.getcwd(), dict(os.environ), before)
+        )
         process.start()
         process.join()
-        done = subprocess.CompletedProcess([*NEW_PROCESS, *words], process.exitcode, *(path.read_text() for path in said))
+        done = subprocess.CompletedProcess(
+            [*NEW_PROCESS, *words], process.exitcode, *(path.read_text() for path in said)
+        )
     assert not check or done.returncode == 0, done
     return done
 
@@ -35,7 +52,11 @@ def command(words, said, cwd, environment, before):
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for number, path in enumerate(said, 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
-    sys.stdin, sys.stdout, sys.stderr = open(0, closefd=False), open(1, "w", closefd=False), open(2, "w", closefd=False, buffering=1)
+    sys.stdin, sys.stdout, sys.stderr = (
+        open(0, closefd=False),
+        open(1, "w", closefd=False),
+        open(2, "w", closefd=False, buffering=1),
+    )
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)

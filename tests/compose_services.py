@@ -1,4 +1,5 @@
-"""The processes of docker-compose.yml without containers: its own commands, all on this machine, with free ports and a folder for the hosts."""
+"""The processes of docker-compose.yml without containers: its own commands, all on this machine, with free
+ports and a folder for the hosts."""
 
 import os
 import signal
@@ -20,22 +21,43 @@ class Services:
     """`environment` is what a user exports; WORK is the folder of the study."""
 
     def __init__(self, work: Path, environment: dict[str, str]):
-        self.work, self.given, self.port, self.dashboard_port = work, {**environment, "RAY_AUTH_TOKEN": TOKEN}, free_port(), free_port()
+        self.work, self.given, self.port, self.dashboard_port = (
+            work,
+            {**environment, "RAY_AUTH_TOKEN": TOKEN},
+            free_port(),
+            free_port(),
+        )
         self.running: dict[str, subprocess.Popen] = {}
         self.log = open(work / "services.log", "a")
 
     def command(self, name: str) -> list[str]:
         service = COMPOSE["services"][name]
-        words = [self.expanded(word) for word in [*service.get("entrypoint", ["memcontrol"]), *service["command"]]]
-        here = {"ray-head:6379": f"127.0.0.1:{self.port}", "=6379": f"={self.port}", "=8080": f"={self.dashboard_port}", "@postgres/": "@127.0.0.1/", "$$": "$"}
+        words = [
+            self.expanded(word) for word in [*service.get("entrypoint", ["memcontrol"]), *service["command"]]
+        ]
+        here = {
+            "ray-head:6379": f"127.0.0.1:{self.port}",
+            "=6379": f"={self.port}",
+            "=8080": f"={self.dashboard_port}",
+            "@postgres/": "@127.0.0.1/",
+            "$$": "$",
+        }
         for there, own in here.items():
             words = [word.replace(there, own) for word in words]
         return words
 
     def environment(self, name: str) -> dict[str, str]:
         """As compose gives it, and where commands, threads and Ray's own files are found here."""
-        given = {key: self.expanded(str(value)) for key, value in COMPOSE["services"][name].get("environment", {}).items()}
-        own = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "RAY_TMPDIR": str(self.work / "ray"), "SERVICE": f"{self.work}/{name}", "RAY_ADDRESS": f"127.0.0.1:{self.port}"}
+        given = {
+            key: self.expanded(str(value))
+            for key, value in COMPOSE["services"][name].get("environment", {}).items()
+        }
+        own = {
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "RAY_TMPDIR": str(self.work / "ray"),
+            "SERVICE": f"{self.work}/{name}",
+            "RAY_ADDRESS": f"127.0.0.1:{self.port}",
+        }
         head = {} if name != "ray-head" else {"RAY_ADDRESS": ""}
         return {**os.environ, "PGPORT": self.given.get("PGPORT", ""), **given, **own, **head}
 
@@ -47,7 +69,12 @@ class Services:
 
     def start(self, name: str) -> None:
         self.running[name] = subprocess.Popen(
-            self.command(name), cwd=self.work, env=self.environment(name), stdout=self.log, stderr=self.log, start_new_session=True
+            self.command(name),
+            cwd=self.work,
+            env=self.environment(name),
+            stdout=self.log,
+            stderr=self.log,
+            start_new_session=True,
         )
 
     def up(self) -> None:
@@ -62,8 +89,12 @@ class Services:
         check = COMPOSE["services"][name]["healthcheck"]["test"]
         command = [word.replace(":6379", f":{self.port}") for word in check[1:]]
         deadline = time.monotonic() + 260  # as long as its start_period, interval, timeout and retries allow
-        while subprocess.run(command, env=self.environment(name), stdout=self.log, stderr=self.log).returncode:
-            assert time.monotonic() < deadline, f"{name} does not become healthy: {Path(self.log.name).read_text()[-3000:]}"
+        while subprocess.run(
+            command, env=self.environment(name), stdout=self.log, stderr=self.log
+        ).returncode:
+            assert time.monotonic() < deadline, (
+                f"{name} does not become healthy: {Path(self.log.name).read_text()[-3000:]}"
+            )
             self.keep_running()
             time.sleep(1)
 
@@ -71,7 +102,12 @@ class Services:
         """Two nodes that join at the same moment on one machine get in each other's way."""
         deadline = time.monotonic() + 260
         command = ["ray", "status", f"--address=127.0.0.1:{self.port}"]
-        while subprocess.run(command, env=self.environment("worker"), capture_output=True, text=True).stdout.count(" node_") < n_nodes:
+        while (
+            subprocess.run(
+                command, env=self.environment("worker"), capture_output=True, text=True
+            ).stdout.count(" node_")
+            < n_nodes
+        ):
             assert time.monotonic() < deadline, "the worker does not join"
             time.sleep(1)
 

@@ -47,17 +47,28 @@ def study_file(tmp_path):
 
 @pytest.fixture(scope="session")
 def shown(tmp_path_factory):
-    """A finished study to look at, with skipped images and a confirmed front: its file. Searched once for all test processes."""
+    """A finished study to look at, with skipped images and a confirmed front: its file. Searched once for all
+    test processes."""
     from commands import run
     from filelock import FileLock
 
-    folder = tmp_path_factory.getbasetemp().parent / "shown" if "PYTEST_XDIST_WORKER" in os.environ else tmp_path_factory.mktemp("shown")
+    folder = (
+        tmp_path_factory.getbasetemp().parent / "shown"
+        if "PYTEST_XDIST_WORKER" in os.environ
+        else tmp_path_factory.mktemp("shown")
+    )
     folder.mkdir(exist_ok=True)
     path = folder / "seen.yaml"
     with FileLock(folder / "lock"):
         if not path.exists():
             inner = {"budget_images": 64, "batch_size": 16, "rounds": 2, "skip": {"ratio": 1.1, "bins": 1}}
-            study = {**SMALL, "name": "seen", "inner": inner, "rewards": {**SMALL["rewards"], "n_samples": 64, "force": True, "confirm": 1}, "search": {"trials": 4, "workers": 1, "executor": "inline"}}
+            study = {
+                **SMALL,
+                "name": "seen",
+                "inner": inner,
+                "rewards": {**SMALL["rewards"], "n_samples": 64, "force": True, "confirm": 1},
+                "search": {"trials": 4, "workers": 1, "executor": "inline"},
+            }
             part = folder / "part.yaml"
             part.write_text(yaml.safe_dump(study))
             run("search", part, check=True)
@@ -71,10 +82,20 @@ def chromium():
     import shutil
 
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+    found = next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None
+    )
     if found is None:
         pytest.skip("no Chromium is installed (Debian: apt-get install chromium)")
-    options = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync")
+    options = (
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+    )
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=found, args=list(options))
         yield browser
@@ -90,7 +111,9 @@ def photographs(tmp_path):
         root.mkdir(parents=True, exist_ok=True)
         for i in range(n):
             cells = np.random.default_rng(i).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-            Image.fromarray(cells).resize(size, Image.Resampling.BICUBIC).convert(mode).save(root / f"{i:03}.png")
+            Image.fromarray(cells).resize(size, Image.Resampling.BICUBIC).convert(mode).save(
+                root / f"{i:03}.png"
+            )
         return root
 
     return make
@@ -103,11 +126,16 @@ def material(base, tmp_path_factory):
     from memcontrol.data.split import load_parts
     from memcontrol.training.shard import Material
 
-    config, cache = load_config({"name": "a", "data": {"path": "digits", "train": N_IMAGES, "holdout": 20, "test": 20}}), tmp_path_factory.mktemp("cache")
+    config, cache = (
+        load_config({"name": "a", "data": {"path": "digits", "train": N_IMAGES, "holdout": 20, "test": 20}}),
+        tmp_path_factory.mktemp("cache"),
+    )
     parts = load_parts(config.data, 32, 0)
     encoded = {part: base.encoded(images, cache, "tiny") for part, images in parts.items()}
     images = parts["train"]
-    return Material(encoded["train"], images.captions, lambda rows: images.take(rows).pixels(), lambda: encoded["holdout"])
+    return Material(
+        encoded["train"], images.captions, lambda rows: images.take(rows).pixels(), lambda: encoded["holdout"]
+    )
 
 
 @pytest.fixture
@@ -121,9 +149,24 @@ def trained(base, material, tmp_path):
 
     def run(choice=None, seed=3, folder="rounds", space="digits", progress=lambda *_, **said: None, **inner):
         settings = InnerConfig(**{"budget_images": 24, "batch_size": 8, **inner})
-        adapter = inject_adapter(base.denoiser, load_space(space) if isinstance(space, str) else space, choice or Choice(**CHOICE), seed, shared_a=settings.ensemble.shares_a)
+        adapter = inject_adapter(
+            base.denoiser,
+            load_space(space) if isinstance(space, str) else space,
+            choice or Choice(**CHOICE),
+            seed,
+            shared_a=settings.ensemble.shares_a,
+        )
         try:
-            log = train_rounds(base, adapter, material, settings, seed=seed, folder=tmp_path / folder, identity=str(inner), progress=progress)
+            log = train_rounds(
+                base,
+                adapter,
+                material,
+                settings,
+                seed=seed,
+                folder=tmp_path / folder,
+                identity=str(inner),
+                progress=progress,
+            )
             return log, adapter.state()
         finally:
             adapter.remove()

@@ -1,4 +1,5 @@
-"""A real PostgreSQL server of its own for tests and the chaos suite, over TCP on a free port: started, stopped and restarted at will."""
+"""A real PostgreSQL server of its own for tests and the chaos suite, over TCP on a free port: started,
+stopped and restarted at will."""
 
 import contextlib
 import os
@@ -31,8 +32,8 @@ def system_user():
 
 
 def free_port():
-    """Below the ports that the system gives to outgoing connections, and above those of Ray's workers (10002 to 19999): one of these could
-    take it before its server is up, or while it is down."""
+    """Below the ports that the system gives to outgoing connections, and above those of Ray's workers (10002
+    to 19999): one of these could take it before its server is up, or while it is down."""
     while True:
         port = random.SystemRandom().randrange(20_000, 32_000)
         with socket.socket() as found, contextlib.suppress(OSError):
@@ -51,7 +52,16 @@ class Postgres:
         if self.user:
             for path in (self.folder, self.folder / "password"):
                 shutil.chown(path, self.user)
-        self.run("initdb", "-D", self.data, "-U", "owner", "--auth=scram-sha-256", f"--pwfile={self.folder / 'password'}", "--no-sync")
+        self.run(
+            "initdb",
+            "-D",
+            self.data,
+            "-U",
+            "owner",
+            "--auth=scram-sha-256",
+            f"--pwfile={self.folder / 'password'}",
+            "--no-sync",
+        )
         self.start()
 
     @property
@@ -62,7 +72,9 @@ class Postgres:
         return f"postgresql+{driver}://{user}:{password}@127.0.0.1:{self.port}/{database}"
 
     def run(self, program, *args):
-        subprocess.run([BIN / program, *map(str, args)], check=True, stdout=subprocess.DEVNULL, user=self.user, cwd="/")
+        subprocess.run(
+            [BIN / program, *map(str, args)], check=True, stdout=subprocess.DEVNULL, user=self.user, cwd="/"
+        )
 
     def start(self):
         options = f"-p {self.port} -c listen_addresses=127.0.0.1 -c unix_socket_directories='' -c fsync=off"
@@ -92,7 +104,10 @@ class Postgres:
 
     def cut_connections(self):
         """All but the one that asks for it."""
-        self.sql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND backend_type = 'client backend'")
+        self.sql(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid() "
+            "AND backend_type = 'client backend'"
+        )
 
     @contextlib.contextmanager
     def exhausted(self):

@@ -1,4 +1,5 @@
-"""Trials that only pretend: an executor whose places are busy for a while and then hold a result, for the search loop itself."""
+"""Trials that only pretend: an executor whose places are busy for a while and then hold a result, for the
+search loop itself."""
 
 import random
 import time
@@ -33,7 +34,11 @@ class Simulated(Executor):
     def submit(self, job):
         now = time.monotonic()
         self.first = self.first or now
-        length = 0.0 if "prepare" in job else self.seconds * random.Random(str(job["choice"])).choice([1.0] * 9 + [1.1])
+        length = (
+            0.0
+            if "prepare" in job
+            else self.seconds * random.Random(str(job["choice"])).choice([1.0] * 9 + [1.1])
+        )
         if "trial" in job:
             begin_attempt(Path(job["trial"]))
         self.running.append((now, now + length, job))
@@ -51,11 +56,24 @@ class Simulated(Executor):
         self.busy, self.last, self.n_ended = self.busy + end - begun, time.monotonic(), self.n_ended + 1
         run, rewards = Path(job["trial"]), self.rewards(job["choice"])
         if job["rung"]:  # FID is still higher, M still lower
-            early = {"fid": rewards["fid"] + 10 * (1 - job["rung"]), "memorization": rewards["memorization"] * job["rung"]}
-            write_json(run / name_rung_file(job["rung"]), {"rung": job["rung"], "n_steps": round(100 * job["rung"]), "rewards": early, "seconds": 0})
+            early = {
+                "fid": rewards["fid"] + 10 * (1 - job["rung"]),
+                "memorization": rewards["memorization"] * job["rung"],
+            }
+            write_json(
+                run / name_rung_file(job["rung"]),
+                {"rung": job["rung"], "n_steps": round(100 * job["rung"]), "rewards": early, "seconds": 0},
+            )
             return Event(job, "done")
         rungs = read_rungs(run, read_spec(run).config)
-        result = {"state": "COMPLETE", "choice": job["choice"], "rewards": rewards, "rungs": rungs, "n_steps": 100, "seconds": self.seconds}
+        result = {
+            "state": "COMPLETE",
+            "choice": job["choice"],
+            "rewards": rewards,
+            "rungs": rungs,
+            "n_steps": 100,
+            "seconds": self.seconds,
+        }
         write_json(run / RESULT, {**result, "measured_with": {"figures": 1}})
         return Event(job, "done")
 
@@ -67,4 +85,6 @@ class Simulated(Executor):
 def search(study_file, executor, show=lambda event: None):
     """A whole search over simulated trials. Returns the study, which is open."""
     config = load_config(study_file)
-    return orchestrate.search_study(config, study_file, locate_study_folder(study_file, config.name), executor, show, lambda study: None)
+    return orchestrate.search_study(
+        config, study_file, locate_study_folder(study_file, config.name), executor, show, lambda study: None
+    )

@@ -19,10 +19,16 @@ def test_functions_give_what_commands_print(shown):
     folder = Path(printed("status", shown)["trials"][0]["run"]).parent
     assert [record.as_dict() for record in memcontrol.front(shown)] == printed("front", shown)
     assert memcontrol.pick(str(shown)).as_dict() == printed("pick", shown)
-    assert [record.number for record in memcontrol.status(shown)] == [trial["trial"] for trial in printed("status", shown)["trials"]]
+    assert [record.number for record in memcontrol.status(shown)] == [
+        trial["trial"] for trial in printed("status", shown)["trials"]
+    ]
     assert {**memcontrol.report(shown), "written": ""} == {**printed("report", shown), "written": ""}
-    a, b = (folder / record.chosen.key for record in memcontrol.front(shown)[:1] + memcontrol.status(shown)[1:2])
-    assert {name: float(value) for name, value in memcontrol.compare(a, b).items()} == {name: row["difference"] for name, row in printed("compare", a, b).items()}
+    a, b = (
+        folder / record.chosen.key for record in memcontrol.front(shown)[:1] + memcontrol.status(shown)[1:2]
+    )
+    assert {name: float(value) for name, value in memcontrol.compare(a, b).items()} == {
+        name: row["difference"] for name, row in printed("compare", a, b).items()
+    }
 
 
 def test_a_search_from_python_continues_and_says_nothing_when_quiet(shown, capfd):
@@ -41,11 +47,18 @@ def test_a_lost_database_is_rebuilt_from_runs_of_the_same_config_only(shown, tmp
         memcontrol.search(study, "inner.max_grad_norm=2.0", quiet=True)
     assert not list(study.parent.rglob("study.db"))  # restoring the key is all it takes
     found = memcontrol.search(study, quiet=True)
-    assert [(record.choice, record.searched) for record in found] == [(record.choice, record.searched) for record in before]
+    assert [(record.choice, record.searched) for record in found] == [
+        (record.choice, record.searched) for record in before
+    ]
 
 
 def test_mistakes_are_one_kind_of_error(shown, tmp_path):
-    for mistake in (lambda: memcontrol.front(tmp_path / "none.yaml"), lambda: memcontrol.pick(shown, limits=["fid<=0"]), lambda: memcontrol.search(shown, "nonsense=1"), lambda: memcontrol.init(tmp_path)):
+    for mistake in (
+        lambda: memcontrol.front(tmp_path / "none.yaml"),
+        lambda: memcontrol.pick(shown, limits=["fid<=0"]),
+        lambda: memcontrol.search(shown, "nonsense=1"),
+        lambda: memcontrol.init(tmp_path),
+    ):
         with pytest.raises(MemControlError):
             mistake()
 
@@ -67,7 +80,12 @@ def test_quiet_and_verbose(shown):
     assert " INFO " in loud or " DEBUG " in loud
     log = next(shown.parent.rglob("search.log")).read_text()
     assert "lora" in log and " INFO " in log
-    assert "begins: search of" in log and '"max_grad' not in log and '"budget_images": 64' in log and log.rstrip().endswith("INFO ended")
+    assert (
+        "begins: search of" in log
+        and '"max_grad' not in log
+        and '"budget_images": 64' in log
+        and log.rstrip().endswith("INFO ended")
+    )
     assert "trial 0 COMPLETE: fid " in log
 
 
@@ -86,12 +104,22 @@ def test_tables_fit_their_terminal_and_keep_what_a_row_is(shown, width):
     Console(width=width, file=out).print(make_study_table(records, 6, "trials", find_pick(records, study)))
     lines = out.getvalue().splitlines()
     assert all(len(line) <= width for line in lines) and lines[1][-1] == "┓"
-    assert all(word in out.getvalue() for word in (">", "full", "none", "no training", "FID", "memorization")) and ("KID" in out.getvalue()) == (width == 200)
+    assert all(
+        word in out.getvalue() for word in (">", "full", "none", "no training", "FID", "memorization")
+    ) and ("KID" in out.getvalue()) == (width == 200)
 
 
 def test_a_run_and_a_folder_are_audited_as_the_command_does(shown, tmp_path):
     full = next(record for record in memcontrol.status(shown) if record.anchor == "full")
-    assert memcontrol.audit(model=full.run) == printed("audit", "--model", full.run, "--out", tmp_path / "audit")
-    for wrong in ({}, {"images": tmp_path, "model": full.run}, {"model": "tiny"}, {"model": full.run, "steps": 3}, {"images": tmp_path, "train": tmp_path, "holdout": tmp_path, "sample": 3}):
+    assert memcontrol.audit(model=full.run) == printed(
+        "audit", "--model", full.run, "--out", tmp_path / "audit"
+    )
+    for wrong in (
+        {},
+        {"images": tmp_path, "model": full.run},
+        {"model": "tiny"},
+        {"model": full.run, "steps": 3},
+        {"images": tmp_path, "train": tmp_path, "holdout": tmp_path, "sample": 3},
+    ):
         with pytest.raises(MemControlError):
             memcontrol.audit(**wrong)

@@ -1,4 +1,5 @@
-"""The audit: planted copies are found, ranked first and shown; what cannot be judged is named; a run and a pipeline are audited too."""
+"""The audit: planted copies are found, ranked first and shown; what cannot be judged is named; a run and a
+pipeline are audited too."""
 
 import json
 import re
@@ -15,14 +16,19 @@ from memcontrol.data.pictures import read_folder_pictures
 
 @pytest.fixture
 def folders(tmp_path):
-    """150 training and 150 held-out images, 200 generated, of which n are training images with a little noise."""
+    """150 training and 150 held-out images, 200 generated, of which n are training images with a little
+    noise."""
 
     def picture(seed):
         cells = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
         return Image.fromarray(cells).resize((80, 60), Image.Resampling.BICUBIC)
 
     def make(n_copies):
-        for part, seeds in (("train", range(150)), ("holdout", range(1000, 1150)), ("generated", range(2000, 2200 - n_copies))):
+        for part, seeds in (
+            ("train", range(150)),
+            ("holdout", range(1000, 1150)),
+            ("generated", range(2000, 2200 - n_copies)),
+        ):
             (tmp_path / part).mkdir(exist_ok=True)
             for seed in seeds:
                 picture(seed).save(tmp_path / part / f"{seed}.png")
@@ -43,13 +49,29 @@ def test_planted_copies_are_found_first_and_shown(folders):
     root = folders(7)
     picture = Image.open(root / "train" / "3.png")
     picture.resize((82, 61)).save(root / "train" / "twin.png")
-    done = run("audit", "--images", root / "generated", "--train", root / "train", "--holdout", root / "holdout", "--out", root / "out", "--json")
+    done = run(
+        "audit",
+        "--images",
+        root / "generated",
+        "--train",
+        root / "train",
+        "--holdout",
+        root / "holdout",
+        "--out",
+        root / "out",
+        "--json",
+    )
     assert done.returncode == 0 and done.stderr.count("Copying is visible") == 1
     found = json.loads((root / "out" / "audit.json").read_text())
     assert json.loads(done.stdout) == found
     first = found["copies"][:7]
-    assert {(one["generated"], one["training"]) for one in first} == {(f"copy{i}.png", f"{9 * i}.png") for i in range(7)}
-    assert all(one["copy"] and one["of_holdout"] < 0.1 for one in first) and found["copies"][7]["of_holdout"] > 0.5
+    assert {(one["generated"], one["training"]) for one in first} == {
+        (f"copy{i}.png", f"{9 * i}.png") for i in range(7)
+    }
+    assert (
+        all(one["copy"] and one["of_holdout"] < 0.1 for one in first)
+        and found["copies"][7]["of_holdout"] > 0.5
+    )
     assert found["rewards"]["copy_rate_low"] <= 0.035 <= found["rewards"]["copy_rate_high"]
     assert [pair["images"] for pair in found["duplicates"]] == [["3.png", "twin.png"]]
     page = (root / "out" / "audit.html").read_text()
@@ -59,7 +81,10 @@ def test_planted_copies_are_found_first_and_shown(folders):
 
 def test_without_copies_none_are_seen(folders):
     found = found_in(folders(0))
-    assert found["verdict"].startswith("No copying is visible at this sample size") and found["rewards"]["copy_rate_low"] < 0.01
+    assert (
+        found["verdict"].startswith("No copying is visible at this sample size")
+        and found["rewards"]["copy_rate_low"] < 0.01
+    )
 
 
 @pytest.mark.parametrize("n, share", [(10, 0.05), (40, 0.2), (200, 1.0)])
@@ -79,10 +104,17 @@ def test_what_cannot_be_judged_is_named(folders, tmp_path):
         found_in(root)
     (tmp_path / "few").mkdir()
     with pytest.raises(MemControlError, match="few: .* holds no images"):
-        judge_images(read_folder_pictures("few", tmp_path / "few", print), *(read_folder_pictures("x", root / "train", print),) * 2, "tiny", print)
+        judge_images(
+            read_folder_pictures("few", tmp_path / "few", print),
+            *(read_folder_pictures("x", root / "train", print),) * 2,
+            "tiny",
+            print,
+        )
     assert "give --train DIR and --holdout DIR" in run("audit", "--images", root / "generated").stderr
     (root / "train" / "broken.png").write_bytes(b"")
-    refused = run("audit", "--images", root / "generated", "--train", root / "train", "--holdout", root / "train")
+    refused = run(
+        "audit", "--images", root / "generated", "--train", root / "train", "--holdout", root / "train"
+    )
     assert refused.returncode == 1 and "broken.png cannot be decoded" in refused.stderr
 
 
@@ -91,11 +123,29 @@ def test_a_pipeline_is_sampled_and_audited(folders, tmp_path):
 
     root = folders(0)
     (root / "train" / "metadata.csv").write_text("file_name,text\n5.png,a printed digit 3\n")
-    done = run("audit", "--model", TINY, "--train", root / "train", "--holdout", root / "holdout", "--out", tmp_path / "out", "--samples", 16, "--steps", 2, "--attacked", 1)
+    done = run(
+        "audit",
+        "--model",
+        TINY,
+        "--train",
+        root / "train",
+        "--holdout",
+        root / "holdout",
+        "--out",
+        tmp_path / "out",
+        "--samples",
+        16,
+        "--steps",
+        2,
+        "--attacked",
+        1,
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out" / "audit.json").read_text())
     assert 0 <= found["rewards"]["extraction_clique"] <= found["rewards"]["extraction_component"] <= 1
-    assert found["sizes"] == {"generated": 16, "train": 150, "holdout": 150} and "sample 0" in {one["generated"] for one in found["copies"]}
+    assert found["sizes"] == {"generated": 16, "train": 150, "holdout": 150} and "sample 0" in {
+        one["generated"] for one in found["copies"]
+    }
 
 
 def test_a_clean_model_is_not_accused_because_held_out_images_are_few(folders):
@@ -109,7 +159,10 @@ def test_a_clean_model_is_not_accused_because_held_out_images_are_few(folders):
             (few / path.name).write_bytes(path.read_bytes())
         parts = [read_folder_pictures(part, root / part, print) for part in ("generated", "train", few.name)]
         found = judge_images(*parts, "tiny", lambda *_: None)
-        assert "Copying is visible" not in found["verdict"] and "4.8% is expected without copying" in found["verdict"]
+        assert (
+            "Copying is visible" not in found["verdict"]
+            and "4.8% is expected without copying" in found["verdict"]
+        )
 
 
 def test_held_out_images_that_are_audited_themselves_are_refused(folders):

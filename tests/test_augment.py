@@ -1,4 +1,5 @@
-"""RandAugment: nothing at magnitude 0, more at more, any whole or broken magnitude, the same for the same seed."""
+"""RandAugment: nothing at magnitude 0, more at more, any whole or broken magnitude, the same for the same
+seed."""
 
 import numpy as np
 import pytest
@@ -9,7 +10,9 @@ from memcontrol.training.augment import OPERATIONS, augment_images
 @pytest.fixture
 def pixels():
     steps = np.linspace(0, 255, 32).astype(np.uint8)
-    picture = np.stack([np.tile(steps, (32, 1)), np.tile(steps[:, None], (1, 32)), np.full((32, 32), 90, np.uint8)])
+    picture = np.stack(
+        [np.tile(steps, (32, 1)), np.tile(steps[:, None], (1, 32)), np.full((32, 32), 90, np.uint8)]
+    )
     return np.stack([np.roll(picture, i, axis=2) for i in range(40)])
 
 
@@ -18,12 +21,19 @@ def test_magnitude_zero_changes_nothing(pixels):
 
 
 def test_change_grows_with_the_magnitude(pixels):
-    changes = [np.abs(augment_images(pixels, magnitude, 1).astype(int) - pixels).mean() for magnitude in (0.7, 3, 5, 15, 30)]
+    changes = [
+        np.abs(augment_images(pixels, magnitude, 1).astype(int) - pixels).mean()
+        for magnitude in (0.7, 3, 5, 15, 30)
+    ]
     assert changes == sorted(changes) and changes[0] > 0.1
 
 
 def test_the_seed_decides(pixels):
-    one, again, other = augment_images(pixels, 9, 1), augment_images(pixels, 9, 1), augment_images(pixels, 9, 2)
+    one, again, other = (
+        augment_images(pixels, 9, 1),
+        augment_images(pixels, 9, 1),
+        augment_images(pixels, 9, 2),
+    )
     assert np.array_equal(one, again) and not np.array_equal(one, other)
     assert one.dtype == np.uint8 and one.shape == pixels.shape
 

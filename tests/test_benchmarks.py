@@ -1,4 +1,5 @@
-"""Benchmarks that compare with what people run today, at sizes that take seconds: they run, and peers are given what our trials are given."""
+"""Benchmarks that compare with what people run today, at sizes that take seconds: they run, and peers are
+given what our trials are given."""
 
 import importlib
 
@@ -28,11 +29,17 @@ def test_a_gpu_that_is_not_there_is_said_in_one_line(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["benchmarks", "trial", "--device", "cuda"])
     with pytest.raises(SystemExit) as left:
         main()
-    assert left.value.code == 2 and capsys.readouterr().err.splitlines()[-1].endswith("torch finds no GPU here; leave it out to run on the CPU")
+    assert left.value.code == 2 and capsys.readouterr().err.splitlines()[-1].endswith(
+        "torch finds no GPU here; leave it out to run on the CPU"
+    )
 
 
 def test_peers_losses_are_ours_for_the_same_noise(tmp_path, monkeypatch):
-    monkeypatch.setattr(_peers, "RECIPES", {name: _peers.Recipe(recipe.whole_graph, 2, 64) for name, recipe in _peers.RECIPES.items()})
+    monkeypatch.setattr(
+        _peers,
+        "RECIPES",
+        {name: _peers.Recipe(recipe.whole_graph, 2, 64) for name, recipe in _peers.RECIPES.items()},
+    )
     seconds, (mine,), _ = peers.ours(peers.OURS[0], tmp_path / "ours", "cpu")
     assert len(mine) == 4 and len(seconds) == 1
     for name in peers.PEERS:
@@ -44,7 +51,9 @@ def test_where_a_trials_time_goes_adds_up(monkeypatch):
     monkeypatch.setattr(trial, "N_REPEATS", 1)
     (row,) = trial.run("cpu")
     parts = ("denoiser, forward", "denoiser, backward", "optimizer", "decoding", "scoring", "rest")
-    assert sum(row[name] for name in parts) == pytest.approx(row["seconds"]) and all(row[name] > 0 for name in parts)
+    assert sum(row[name] for name in parts) == pytest.approx(row["seconds"]) and all(
+        row[name] > 0 for name in parts
+    )
     assert 0 < row["to the first step"] < row["seconds"] and row["share in the denoiser"] < 1
 
 
@@ -54,7 +63,12 @@ def test_solvers_are_compared_over_a_studys_runs(shown, monkeypatch):
     rows = solver.ranked(shown.parent / "runs" / "seen")
     assert [row["figure"] for row in rows] == list(solver.FIGURES)
     for row in rows:
-        assert row["runs"] >= 4 and -1 <= row["rank correlation"] <= 1 and row["low"] < row["high"] and row["median error of measuring"] >= 0, row
+        assert (
+            row["runs"] >= 4
+            and -1 <= row["rank correlation"] <= 1
+            and row["low"] < row["high"]
+            and row["median error of measuring"] >= 0
+        ), row
 
 
 def test_scale_is_measured_at_several_sizes(monkeypatch):
@@ -78,22 +92,37 @@ def test_the_outer_loop_is_measured_on_a_database_of_its_own(monkeypatch):
 
 
 def test_arms_of_the_inner_loop_are_trained_once_and_set_side_by_side(tmp_path, monkeypatch):
-    small = {"inner": {"budget_images": 32, "batch_size": 16}, "rewards": {"n_samples": 16, "force": True, "sampling_steps": 1, "confirm": 0}, "data": {"path": "digits", "train": 20, "holdout": 20, "test": 20}}
+    small = {
+        "inner": {"budget_images": 32, "batch_size": 16},
+        "rewards": {"n_samples": 16, "force": True, "sampling_steps": 1, "confirm": 0},
+        "data": {"path": "digits", "train": 20, "holdout": 20, "test": 20},
+    }
     monkeypatch.setattr(inner_loop, "STUDY", {**inner_loop.STUDY, **small})
-    monkeypatch.setattr(inner_loop, "ARMS", {"plain training": {}, "skipping": {"skip": {"ratio": 1.1, "bins": 1}}})
+    monkeypatch.setattr(
+        inner_loop, "ARMS", {"plain training": {}, "skipping": {"skip": {"ratio": 1.1, "bins": 1}}}
+    )
     ends = []
     for _ in range(2):
         inner_loop.run_seed(0, tmp_path, JobQueue(Inline(), lambda event: ends.append(event.kind)))
     rows = [inner_loop.row(arm, 0, tmp_path) for arm in inner_loop.ARMS]
-    assert ends.count("done") == 2 and [row["steps"] for row in rows] == [2, 2] and [row["seen"] for row in rows][0] == 32
+    assert (
+        ends.count("done") == 2
+        and [row["steps"] for row in rows] == [2, 2]
+        and [row["seen"] for row in rows][0] == 32
+    )
     inner_loop.picture(rows, tmp_path / "arms.png")
-    assert inner_loop.table(rows).count("| plain training |") == 1 and (tmp_path / "arms.png").stat().st_size > 10_000
+    assert (
+        inner_loop.table(rows).count("| plain training |") == 1
+        and (tmp_path / "arms.png").stat().st_size > 10_000
+    )
 
 
 def test_utilisation_counts_each_layout(monkeypatch):
     monkeypatch.setitem(utilisation.SIZES, "cpu", ((8, 8, 8, 8), 8, 2, "float32", 64))
     rows = utilisation.run("cpu")
-    assert {row["layout"] for row in rows} == set(utilisation.LAYOUTS["cpu"]) and all(row["share of the matrix rate"] > 0 for row in rows)
+    assert {row["layout"] for row in rows} == set(utilisation.LAYOUTS["cpu"]) and all(
+        row["share of the matrix rate"] > 0 for row in rows
+    )
 
 
 @pytest.mark.parametrize("variant", ["1", "10", shards.COPIES])

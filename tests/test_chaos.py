@@ -13,5 +13,11 @@ def test_a_search_survives_each_fault_once(tmp_path_factory, monkeypatch):
     with tempfile.TemporaryDirectory(dir="/tmp") as name:
         Path(name).chmod(0o755)
         said = []
-        found = chaos.disturbed_and_not(Path(name), 6, Counter(dict.fromkeys(("kill worker", "kill orchestrator", "stop database"), 1)), 1, said.append)
+        found = chaos.disturbed_and_not(
+            Path(name),
+            6,
+            Counter(dict.fromkeys(("kill worker", "kill orchestrator", "stop database"), 1)),
+            1,
+            said.append,
+        )
         assert not found, (found, said, (Path(name) / "search.log").read_text()[-2000:])

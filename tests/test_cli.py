@@ -1,4 +1,5 @@
-"""The command line: every command has help and stands in the README, --json is pure, mistakes end in one line."""
+"""The command line: every command has help and stands in the README, --json is pure, mistakes end in one
+line."""
 
 import json
 import re
@@ -50,28 +51,57 @@ def test_dry_run_prints_the_resolved_config_and_makes_nothing(study_file):
     done = run("search", study, "inner.batch_size=8", "--trials", 5, "--workers", 1, "--dry-run")
     values = yaml.safe_load(done.stdout)
     assert (values["inner"]["batch_size"], values["search"]["trials"], values["base"]) == (8, 5, "tiny")
-    assert re.search(r"# predicted time: \d.* with 1 worker\(s\), 12 runs", done.stdout) and "# predicted memory of a worker: " in done.stdout and "# predicted disk: " in done.stdout
+    assert (
+        re.search(r"# predicted time: \d.* with 1 worker\(s\), 12 runs", done.stdout)
+        and "# predicted memory of a worker: " in done.stdout
+        and "# predicted disk: " in done.stdout
+    )
     assert sorted(path.name for path in study.parent.iterdir()) == [study.name]
 
 
 def test_a_dry_run_refuses_what_a_search_refuses(study_file):
     study = study_file()
-    assert "rewards.n_samples is 64: fid over 64 features needs at least 256" in refused("search", study, "rewards.force=false")
+    assert "rewards.n_samples is 64: fid over 64 features needs at least 256" in refused(
+        "search", study, "rewards.force=false"
+    )
     assert not list(study.parent.glob("runs/*/study.db"))
     done = run("search", study, "rewards.force=false", "--dry-run")
-    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("memcontrol: rewards.n_samples is 64: fid") and "predicted" not in done.stdout
+    assert (
+        done.returncode == 1
+        and done.stderr.splitlines()[-1].startswith("memcontrol: rewards.n_samples is 64: fid")
+        and "predicted" not in done.stdout
+    )
 
 
 def test_spaces(tmp_path):
     listed = run("spaces", "list").stdout
     assert "digits" in listed and "sd15-sites" in listed
     assert yaml.safe_load(run("spaces", "show", "sd15-blocks").stdout)["groups"]
-    checked = [line for line in run("spaces", "check", "sd15-sites", "--base", "tiny").stdout.splitlines() if not line.startswith(" ")]
-    assert len(checked) == 16 + 3 and "8 modules" in checked[0] and "parameters in all" in checked[16] and " 0.119 GFLOP" in checked[17]
+    checked = [
+        line
+        for line in run("spaces", "check", "sd15-sites", "--base", "tiny").stdout.splitlines()
+        if not line.startswith(" ")
+    ]
+    assert (
+        len(checked) == 16 + 3
+        and "8 modules" in checked[0]
+        and "parameters in all" in checked[16]
+        and " 0.119 GFLOP" in checked[17]
+    )
     derived = tmp_path / "derived.yaml"
     derived.write_text(run("spaces", "show", "auto", "--base", "tiny").stdout)
     found = json.loads(run("spaces", "check", derived, "--base", "tiny", "--json").stdout)
-    assert [group["name"] for group in found["groups"]] == ["down_0", "down_1", "down_2", "down_3", "mid_block", "up_0", "up_1", "up_2", "up_3"]
+    assert [group["name"] for group in found["groups"]] == [
+        "down_0",
+        "down_1",
+        "down_2",
+        "down_3",
+        "mid_block",
+        "up_0",
+        "up_1",
+        "up_2",
+        "up_3",
+    ]
     assert found["methods"]["lora"]["all_off"] == 0 < found["methods"]["lora"]["all_on"] < found["total"]
     (tmp_path / "bad.yaml").write_text("groups: {a: nothing}\nlearning_rate: {lora: [1, 2], full: [1, 2]}\n")
     assert "pattern 'nothing' of group 'a' matches no" in refused("spaces", "check", tmp_path / "bad.yaml")
@@ -88,7 +118,10 @@ def test_spaces(tmp_path):
         ({"rewards": {"objectives": ["beauty"]}}, "'beauty' is unknown"),
         ({"rewards": {"extractor": "beauty"}}, "'beauty' is unknown; allowed: tiny, pixels"),
         ({"data": {"path": "digits", "train": 4, "holdout": 64, "test": 64}}, "train has 4 images"),
-        ({"data": {"path": "digits", "train": 64, "holdout": 64, "test": 64, "resolution": 20}}, "multiple of"),
+        (
+            {"data": {"path": "digits", "train": 64, "holdout": 64, "test": 64, "resolution": 20}},
+            "multiple of",
+        ),
     ],
 )
 def test_a_study_that_cannot_work_is_refused_in_preparation(base, study_file, keys, words):
@@ -117,11 +150,18 @@ def test_a_refused_study_is_one_line_and_makes_nothing(study_file, keys, words):
 
 def test_data_that_changed_since_the_study_began_is_refused(base, study_file, photographs):
     photographs(40)
-    study, loaded = study_file(data={"path": str(photographs(0)), "train": 16, "holdout": 12, "test": 12}), LoadedModels()
+    study, loaded = (
+        study_file(data={"path": str(photographs(0)), "train": 16, "holdout": 12, "test": 12}),
+        LoadedModels(),
+    )
     loaded.kept["base", "tiny", None] = base
     values = yaml.safe_load(study.read_text())
     for _ in range(2):
-        assert prepare_study(values, study.parent / "runs", loaded, lambda line: None)["sizes"] == {"train": 16, "holdout": 12, "test": 12}
+        assert prepare_study(values, study.parent / "runs", loaded, lambda line: None)["sizes"] == {
+            "train": 16,
+            "holdout": 12,
+            "test": 12,
+        }
     (photographs(0) / "000.png").write_bytes((photographs(0) / "001.png").read_bytes())
     with pytest.raises(MemControlError, match="not those that study 'small' began with"):
         prepare_study(values, study.parent / "runs", loaded, lambda line: None)
@@ -137,4 +177,3 @@ def test_commands_before_the_search_say_what_to_run(study_file):
     nowhere = refused("search", study, "--executor", "ray", "ray.address=127.0.0.1:1")
     assert "ray.address is 127.0.0.1:1" in nowhere and "start a cluster with" in nowhere
     refused("search", study, "--trials", "-1")
-

@@ -1,4 +1,5 @@
-"""docker-compose.yml and the Dockerfile: read, held against the specification, and their commands run without containers."""
+"""docker-compose.yml and the Dockerfile: read, held against the specification, and their commands run without
+containers."""
 
 import json
 import re
@@ -33,7 +34,9 @@ def values(node):
 def test_it_keeps_to_the_compose_specification(tmp_path):
     check = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec"]
     assert subprocess.run([*check, ROOT / "docker-compose.yml"], capture_output=True).returncode == 0
-    (tmp_path / "wrong.yml").write_text((ROOT / "docker-compose.yml").read_text().replace("start_period", "start_periode"))
+    (tmp_path / "wrong.yml").write_text(
+        (ROOT / "docker-compose.yml").read_text().replace("start_period", "start_periode")
+    )
     assert subprocess.run([*check, tmp_path / "wrong.yml"], capture_output=True).returncode == 1
 
 
@@ -57,7 +60,9 @@ def test_images_are_pinned_and_services_wait_for_health(name):
 
 def test_passwords_come_from_the_environment_or_nothing_starts():
     secrets = [value for value in values(SERVICES) if "PASSWORD" in value or "TOKEN" in value]
-    assert len(secrets) == 9 and all(re.fullmatch(r"\$\{\w+_(PASSWORD|TOKEN):\?[^}]+\}", value) for value in secrets)
+    assert len(secrets) == 9 and all(
+        re.fullmatch(r"\$\{\w+_(PASSWORD|TOKEN):\?[^}]+\}", value) for value in secrets
+    )
     assert not re.findall(r"://[^@\s]*:[^@\s]*@", " ".join(values(SERVICES)))
 
 
@@ -75,7 +80,10 @@ def test_the_first_start_makes_the_roles_with_the_passwords_that_compose_gives()
     given = SERVICES["postgres"]["environment"]
     assert set(re.findall(r"\$(\w+_PASSWORD)", script)) == set(given) - {"POSTGRES_PASSWORD"}
     mounted = {volume.split(":")[1] for volume in SERVICES["postgres"]["volumes"]}
-    assert {"/storage/roles.sql", "/docker-entrypoint-initdb.d/init.sh"} <= mounted and "/storage/roles.sql" in script
+    assert {
+        "/storage/roles.sql",
+        "/docker-entrypoint-initdb.d/init.sh",
+    } <= mounted and "/storage/roles.sql" in script
 
 
 @pytest.fixture
@@ -100,25 +108,68 @@ def looked_at(services):
 
 
 def test_its_commands_search_a_study_without_containers(own_folder):
-    """PostgreSQL with the roles of storage/, a Ray head without cores, a worker that joins it, and the orchestrator."""
+    """PostgreSQL with the roles of storage/, a Ray head without cores, a worker that joins it, and the
+    orchestrator."""
     folder = own_folder
     server = Postgres(folder / "pg")
-    tool(server, "psql", "-v", "owner_password=of the owner", "-v", "reader_password=of the reader", "-f", ROOT / "storage" / "roles.sql")
+    tool(
+        server,
+        "psql",
+        "-v",
+        "owner_password=of the owner",
+        "-v",
+        "reader_password=of the reader",
+        "-f",
+        ROOT / "storage" / "roles.sql",
+    )
     study = folder / "study.yaml"
-    study.write_text(yaml.safe_dump({
-        "name": "composed", "storage": f"postgresql+psycopg2://memcontrol@127.0.0.1:{server.port}/memcontrol",
-        "data": {"path": "digits", "train": 32, "holdout": 64, "test": 64}, "space": "digits", "ray": {"address": "auto"},
-        "inner": {"budget_images": 64, "batch_size": 16, "rounds": 2}, "rewards": {"objectives": ["kid", "memorization"], "n_samples": 32, "sampling_steps": 2, "confirm": 0},
-        "search": {"trials": 1, "executor": "ray", "workers": 2},
-    }))  # fmt: skip
-    services = Services(folder, {"OWNER_PASSWORD": "of the owner", "READER_PASSWORD": "of the reader", "DASHBOARD_TOKEN": TOKEN, "STUDY": "study.yaml", "PGPORT": str(server.port)})
+    study.write_text(
+        yaml.safe_dump(
+            {
+                "name": "composed",
+                "storage": f"postgresql+psycopg2://memcontrol@127.0.0.1:{server.port}/memcontrol",
+                "data": {"path": "digits", "train": 32, "holdout": 64, "test": 64},
+                "space": "digits",
+                "ray": {"address": "auto"},
+                "inner": {"budget_images": 64, "batch_size": 16, "rounds": 2},
+                "rewards": {
+                    "objectives": ["kid", "memorization"],
+                    "n_samples": 32,
+                    "sampling_steps": 2,
+                    "confirm": 0,
+                },
+                "search": {"trials": 1, "executor": "ray", "workers": 2},
+            }
+        )
+    )
+    services = Services(
+        folder,
+        {
+            "OWNER_PASSWORD": "of the owner",
+            "READER_PASSWORD": "of the reader",
+            "DASHBOARD_TOKEN": TOKEN,
+            "STUDY": "study.yaml",
+            "PGPORT": str(server.port),
+        },
+    )
     try:
         services.up()
-        assert services.running["orchestrator"].wait(timeout=300) == 0, (folder / "services.log").read_text()[-3000:]
+        assert services.running["orchestrator"].wait(timeout=300) == 0, (folder / "services.log").read_text()[
+            -3000:
+        ]
         services.start("dashboard")
         assert b'"composed"' in looked_at(services)
-        found = tool(server, "psql", "-At", "-c", "SELECT state, count(*) FROM trials GROUP BY state", database="memcontrol").stdout
+        found = tool(
+            server,
+            "psql",
+            "-At",
+            "-c",
+            "SELECT state, count(*) FROM trials GROUP BY state",
+            database="memcontrol",
+        ).stdout
     finally:
         services.close()
         server.stop("immediate")
-    assert found == "COMPLETE|4\n" and {json.loads(path.read_text())["state"] for path in folder.glob("runs/composed/*/result.json")} == {"COMPLETE"}
+    assert found == "COMPLETE|4\n" and {
+        json.loads(path.read_text())["state"] for path in folder.glob("runs/composed/*/result.json")
+    } == {"COMPLETE"}

@@ -21,7 +21,15 @@ def test_short_and_long_forms_mean_the_same():
 
 
 def test_overrides_win_and_take_exponents_and_lists():
-    config = load_config(GOOD, ["inner.weight_decay=1e-3", "data.train=128", "rewards.objectives=[kid, memorization]", "search.seed=3"])
+    config = load_config(
+        GOOD,
+        [
+            "inner.weight_decay=1e-3",
+            "data.train=128",
+            "rewards.objectives=[kid, memorization]",
+            "search.seed=3",
+        ],
+    )
     assert (config.inner.weight_decay, config.data.train, config.data.path) == (1e-3, 128, "digits")
     assert config.rewards.objectives == ("kid", "memorization")
 
@@ -29,25 +37,53 @@ def test_overrides_win_and_take_exponents_and_lists():
 @pytest.mark.parametrize(
     "values, overrides, words",
     [
-        ({**GOOD, "colour": 1}, [], ["unknown key 'colour'", "name, storage, base, data, space, inner, rewards, search"]),
+        (
+            {**GOOD, "colour": 1},
+            [],
+            ["unknown key 'colour'", "name, storage, base, data, space, inner, rewards, search"],
+        ),
         ({**GOOD, "inner": {"batchsize": 1}}, [], ["unknown key 'inner.batchsize'", "batch_size"]),
         ({**GOOD, "inner": {"batch_size": "big"}}, [], ["'inner.batch_size' is 'big'"]),
         ({**GOOD, "inner": {"batch_size": 0}}, [], ["'inner.batch_size' is 0"]),
         ({**GOOD, "inner": 3}, [], ["'inner' is 3"]),
-        ({**GOOD, "inner": {"skip": {"ratios": 2}}}, [], ["unknown key 'inner.skip.ratios'", "ratio, decay, start"]),
+        (
+            {**GOOD, "inner": {"skip": {"ratios": 2}}},
+            [],
+            ["unknown key 'inner.skip.ratios'", "ratio, decay, start"],
+        ),
         ({**GOOD, "inner": {"skip": {"ratio": 0.5}}}, [], ["'inner.skip.ratio' is 0.5"]),
-        ({**GOOD, "inner": {"ensemble": {"split": "fair"}}}, [], ["'inner.ensemble.split' is 'fair'", "'random', 'balanced'"]),
-        ({**GOOD, "inner": {"redistribution": {}}}, [], ["inner.redistribution moves skipped images", "needs inner.skip"]),
+        (
+            {**GOOD, "inner": {"ensemble": {"split": "fair"}}},
+            [],
+            ["'inner.ensemble.split' is 'fair'", "'random', 'balanced'"],
+        ),
+        (
+            {**GOOD, "inner": {"redistribution": {}}},
+            [],
+            ["inner.redistribution moves skipped images", "needs inner.skip"],
+        ),
         ({**GOOD, "inner": {"augmentation": {}}}, [], ["inner.augmentation looks at the skip threshold"]),
         ({**GOOD, "inner": {"norm_threshold": "decile", "batch_size": 4}}, [], ["batches of 10 or more"]),
-        (GOOD, ["inner.ensemble.shards=4", "inner.budget_images=128"], ["gives 8 steps, fewer than 4 shards x 5 rounds"]),
+        (
+            GOOD,
+            ["inner.ensemble.shards=4", "inner.budget_images=128"],
+            ["gives 8 steps, fewer than 4 shards x 5 rounds"],
+        ),
         (GOOD, ["inner.micro_batch_size=32"], ["32 > 16"]),
         ({"data": "digits"}, [], ["'name' is missing"]),
         ({"name": "a"}, [], ["'data' is missing"]),
         ({**GOOD, "name": "a/b"}, [], ["'name' is 'a/b'"]),
         ({**GOOD, "data": {"path": "digits", "train": -1}}, [], ["'data.train' is -1"]),
-        ({**GOOD, "data": {"path": "digits", "train": 1.5}}, [], ["'data.train' is 1.5; it should be less than 1, or should be a valid integer"]),
-        (GOOD, ["rewards.objectives={}"], ["'rewards.objectives' is {}; give a list, such as [fid, memorization]"]),
+        (
+            {**GOOD, "data": {"path": "digits", "train": 1.5}},
+            [],
+            ["'data.train' is 1.5; it should be less than 1, or should be a valid integer"],
+        ),
+        (
+            GOOD,
+            ["rewards.objectives={}"],
+            ["'rewards.objectives' is {}; give a list, such as [fid, memorization]"],
+        ),
         (GOOD, ["inner.batch_size"], ["key=value"]),
         (GOOD, ["inner.batch_size=[1"], ["not valid YAML"]),
         (GOOD, ["nonsense=1"], ["unknown key 'nonsense'"]),
@@ -59,7 +95,16 @@ def test_mistakes_are_named(values, overrides, words):
         assert word in message
 
 
-@pytest.mark.parametrize("text, word", [("- 1\n", "holds list, not keys"), ("", "is empty; a study file has name"), ("a: [", "not valid YAML"), ("name: a\nname: b\n", "key 'name' is given twice"), ("!!python/object/apply:os.getcwd []", "not valid YAML")])
+@pytest.mark.parametrize(
+    "text, word",
+    [
+        ("- 1\n", "holds list, not keys"),
+        ("", "is empty; a study file has name"),
+        ("a: [", "not valid YAML"),
+        ("name: a\nname: b\n", "key 'name' is given twice"),
+        ("!!python/object/apply:os.getcwd []", "not valid YAML"),
+    ],
+)
 def test_files_that_are_no_studies(tmp_path, text, word):
     path = tmp_path / "study.yaml"
     path.write_text(text)
@@ -77,15 +122,28 @@ def test_numbers_with_exponents_are_numbers(tmp_path):
 
 
 def test_settings_within_settings_can_be_overridden():
-    config = load_config(GOOD, ["inner.skip.ratio=1.25", "inner.ensemble.shards=4", "inner.augmentation.rule=kept"])
-    assert (config.inner.skip.ratio, config.inner.ensemble.shards, config.inner.augmentation.rule) == (1.25, 4, "kept")
+    config = load_config(
+        GOOD, ["inner.skip.ratio=1.25", "inner.ensemble.shards=4", "inner.augmentation.rule=kept"]
+    )
+    assert (config.inner.skip.ratio, config.inner.ensemble.shards, config.inner.augmentation.rule) == (
+        1.25,
+        4,
+        "kept",
+    )
     assert load_config(config.model_dump(mode="json")) == config
 
 
 def test_what_may_change_between_two_runs():
     config = load_config(GOOD)
-    assert find_differing_keys(config, load_config(GOOD, ["search.trials=7", "search.workers=1", "search.executor=inline"])) == []
-    assert find_differing_keys(config, load_config(GOOD, ["inner.batch_size=8"])) == ["inner.batch_size (16 there, 8 here)"]
+    assert (
+        find_differing_keys(
+            config, load_config(GOOD, ["search.trials=7", "search.workers=1", "search.executor=inline"])
+        )
+        == []
+    )
+    assert find_differing_keys(config, load_config(GOOD, ["inner.batch_size=8"])) == [
+        "inner.batch_size (16 there, 8 here)"
+    ]
 
 
 def test_where_results_go(tmp_path):

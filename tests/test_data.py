@@ -53,9 +53,13 @@ def test_a_folder_is_split_by_share_and_the_same_again(photographs):
 def test_captions_come_from_metadata(photographs, kind):
     root = photographs(32)
     if kind == "jsonl":
-        (root / "metadata.jsonl").write_text("".join(json.dumps({"file_name": f"{i:03}.png", "text": f"número {i}"}) + "\n" for i in range(32)))
+        (root / "metadata.jsonl").write_text(
+            "".join(json.dumps({"file_name": f"{i:03}.png", "text": f"número {i}"}) + "\n" for i in range(32))
+        )
     else:
-        (root / "metadata.csv").write_text("file_name,text\n" + "".join(f'{i:03}.png,"número {i}"\n' for i in range(32)))
+        (root / "metadata.csv").write_text(
+            "file_name,text\n" + "".join(f'{i:03}.png,"número {i}"\n' for i in range(32))
+        )
     for images in load(root).values():
         assert all(record.caption == f"número {int(record.name[:3])}" for record in images.records)
 
@@ -135,7 +139,9 @@ def test_too_few_images_and_no_folder(photographs, tmp_path):
 
 
 def test_images_are_upright_rgb(tmp_path):
-    wide = Image.fromarray(np.concatenate([np.zeros((20, 20, 3), np.uint8), np.full((20, 20, 3), 255, np.uint8)], 1))
+    wide = Image.fromarray(
+        np.concatenate([np.zeros((20, 20, 3), np.uint8), np.full((20, 20, 3), 255, np.uint8)], 1)
+    )
     exif = Image.Exif()
     exif[0x0112] = 6  # rotate by 90 degrees clockwise to view
     wide.save(tmp_path / "turned.jpg", exif=exif)

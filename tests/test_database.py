@@ -1,4 +1,5 @@
-"""The database: one contract for studies on SQLite and PostgreSQL, by both drivers; outages, locks, passwords, and errors that say what to do."""
+"""The database: one contract for studies on SQLite and PostgreSQL, by both drivers; outages, locks,
+passwords, and errors that say what to do."""
 
 import subprocess
 import sys
@@ -63,7 +64,14 @@ def choice(i, method="lora"):
 
 def result(one, fid, **rest):
     rewards = {"fid": fid, "memorization": 0.1}
-    return {"state": "COMPLETE", "choice": one.as_dict(), "rewards": rewards, "seconds": 1.0, "measured_with": {"figures": 1}, **rest}
+    return {
+        "state": "COMPLETE",
+        "choice": one.as_dict(),
+        "rewards": rewards,
+        "seconds": 1.0,
+        "measured_with": {"figures": 1},
+        **rest,
+    }
 
 
 class TestContract:
@@ -78,7 +86,9 @@ class TestContract:
         again = opened(tmp_path, storage, name, create=False)
         assert again.records() == study.records()
         assert [record.state for record in again.records()] == ["COMPLETE", "FAIL", "RUNNING", "RUNNING"]
-        assert again.records()[0].values == {"fid": 9.5, "memorization": 0.2} and again.records()[2].candidates == (choice(2),)
+        assert again.records()[0].values == {"fid": 9.5, "memorization": 0.2} and again.records()[
+            2
+        ].candidates == (choice(2),)
 
     def test_telling_a_result_again_changes_nothing(self, storage, tmp_path):
         study = opened(tmp_path, storage, new_name())
@@ -91,7 +101,12 @@ class TestContract:
 
     def test_no_password_is_kept(self, storage, tmp_path):
         study = opened(tmp_path, storage, new_name())
-        assert PASSWORD not in str(study.inner.user_attrs) + str(study.storage.get_study_system_attrs(study.inner._study_id)) + study.config.model_dump_json()
+        assert (
+            PASSWORD
+            not in str(study.inner.user_attrs)
+            + str(study.storage.get_study_system_attrs(study.inner._study_id))
+            + study.config.model_dump_json()
+        )
 
 
 def test_outages_are_waited_for_and_every_write_happens_once(postgres, tmp_path, monkeypatch):
@@ -110,7 +125,9 @@ def test_outages_are_waited_for_and_every_write_happens_once(postgres, tmp_path,
     assert sum("is away" in line for line in said) == sum("is back" in line for line in said) >= 2
     assert PASSWORD not in " ".join(said)
     records = opened(tmp_path, postgres.url, name, create=False).records()
-    assert [record.number for record in records] == list(range(9)) and {record.state for record in records} == {"COMPLETE"}
+    assert [record.number for record in records] == list(range(9)) and {
+        record.state for record in records
+    } == {"COMPLETE"}
     assert [record.values["fid"] for record in records] == [10.0 * i + k for i in range(3) for k in range(3)]
 
 
@@ -128,17 +145,27 @@ def test_a_write_that_was_done_though_its_answer_was_lost_is_not_done_twice(post
             found = real(*args, **keys)
             if name not in lost:
                 lost.append(name)
-                raise sqlalchemy.exc.OperationalError("x", {}, Exception("server closed the connection unexpectedly"))
+                raise sqlalchemy.exc.OperationalError(
+                    "x", {}, Exception("server closed the connection unexpectedly")
+                )
             return found
 
         monkeypatch.setattr(storage, name, call)
 
-    names = ["create_new_trial", "get_trial_number_from_id", "set_trial_system_attr", "set_trial_state_values"]
+    names = [
+        "create_new_trial",
+        "get_trial_number_from_id",
+        "set_trial_system_attr",
+        "set_trial_state_values",
+    ]
     for name in names:
         once(name)
     study.finish(study.begin([choice(0)], SPACE), [result(choice(0), 9.0)])
     assert lost == names
-    assert [(record.state, record.values["fid"]) for record in opened(tmp_path, postgres.url, study.config.name).records()] == [("COMPLETE", 9.0)]
+    assert [
+        (record.state, record.values["fid"])
+        for record in opened(tmp_path, postgres.url, study.config.name).records()
+    ] == [("COMPLETE", 9.0)]
 
 
 def test_patience_ends_with_one_line(postgres, tmp_path, monkeypatch):
@@ -155,7 +182,13 @@ def test_patience_ends_with_one_line(postgres, tmp_path, monkeypatch):
 
 
 def test_a_second_orchestrator_is_told_who_holds_the_study(postgres):
-    with hold_study_lock(postgres.url, "held"), pytest.raises(MemControlError, match=r"being searched by another process \(memcontrol on .*, process \d+, .*address"):
+    with (
+        hold_study_lock(postgres.url, "held"),
+        pytest.raises(
+            MemControlError,
+            match=r"being searched by another process \(memcontrol on .*, process \d+, .*address",
+        ),
+    ):
         with hold_study_lock(postgres.url, "held"):
             pass
     with hold_study_lock(postgres.url, "held"), hold_study_lock(postgres.url, "another"):
@@ -163,8 +196,13 @@ def test_a_second_orchestrator_is_told_who_holds_the_study(postgres):
 
 
 def test_the_lock_goes_with_its_process_and_is_taken_again_after_an_outage(postgres):
-    code = f"from memcontrol.database import only_orchestrator\nwith only_orchestrator({postgres.url!r}, 'killed'):\n    print('held', flush=True); input()"
-    holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    code = (
+        "from memcontrol.database import only_orchestrator\nwith "
+        f"only_orchestrator({postgres.url!r}, 'killed'):\n    print('held', flush=True); input()"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     with holder:
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(MemControlError), hold_study_lock(postgres.url, "killed"):
@@ -200,16 +238,26 @@ def test_a_lock_is_taken_back_from_ones_own_lost_connection(postgres):
         ("owner", PASSWORD, "none-such", "database .none-such. does not exist; create the database"),
     ],
 )
-def test_mistakes_in_a_url_say_what_to_do_and_show_no_password(postgres, tmp_path, user, password, name, words):
+def test_mistakes_in_a_url_say_what_to_do_and_show_no_password(
+    postgres, tmp_path, user, password, name, words
+):
     with pytest.raises(MemControlError, match=words) as caught:
         opened(tmp_path, postgres.url_of(user, password, name), new_name())
     assert password not in str(caught.value) and "***" in str(caught.value)
 
 
-@pytest.mark.parametrize("place", ["127.0.0.1:5432:memcontrol", "127.0.0.1:5432O/memcontrol", "tail@x:y@127.0.0.1:5432/memcontrol"])
+@pytest.mark.parametrize(
+    "place", ["127.0.0.1:5432:memcontrol", "127.0.0.1:5432O/memcontrol", "tail@x:y@127.0.0.1:5432/memcontrol"]
+)
 def test_what_is_no_url_is_refused_without_its_password(tmp_path, place):
     with pytest.raises(MemControlError, match="is no database URL; write it as .* percent-encoded") as caught:
-        opened(tmp_path, f"postgresql+psycopg2://memcontrol:s3cret{place}" if place.startswith("tail") else f"postgresql://memcontrol:s3cret@{place}", "s")
+        opened(
+            tmp_path,
+            f"postgresql+psycopg2://memcontrol:s3cret{place}"
+            if place.startswith("tail")
+            else f"postgresql://memcontrol:s3cret@{place}",
+            "s",
+        )
     assert "s3cret" not in str(caught.value) and "tail" not in str(caught.value)
 
 
@@ -218,7 +266,10 @@ def test_what_is_no_url_is_refused_without_its_password(tmp_path, place):
     [
         ("Can't load plugin: sqlalchemy.dialects:postgresql.psycopg9", r"write postgresql\+psycopg2://"),
         ("cannot execute CREATE TYPE in a read-only transaction", "this role may only read"),
-        ("Failed to import DB access module for the specified storage URL.", "install memcontrol\\[postgresql\\]"),
+        (
+            "Failed to import DB access module for the specified storage URL.",
+            "install memcontrol\\[postgresql\\]",
+        ),
     ],
 )
 def test_each_mistake_has_its_own_cure(said, cure):
@@ -268,25 +319,58 @@ STORAGE = Path(__file__).parent.parent / "storage"
 def tool(postgres, program, *args, user="owner", password=PASSWORD, database="postgres", check=True):
     """One of PostgreSQL's own programs, or a script of storage/, connected through the environment."""
     environment = {
-        "PATH": f"{BIN}:/usr/bin:/bin", "PGHOST": "127.0.0.1", "PGPORT": str(postgres.port), "PGUSER": user, "PGPASSWORD": password, "PGDATABASE": database
-    }  # fmt: skip
-    return subprocess.run([program, *map(str, args)], env=environment, capture_output=True, text=True, check=check)
+        "PATH": f"{BIN}:/usr/bin:/bin",
+        "PGHOST": "127.0.0.1",
+        "PGPORT": str(postgres.port),
+        "PGUSER": user,
+        "PGPASSWORD": password,
+        "PGDATABASE": database,
+    }
+    return subprocess.run(
+        [program, *map(str, args)], env=environment, capture_output=True, text=True, check=check
+    )
 
 
 @pytest.fixture(scope="module")
 def roles(postgres):
-    tool(postgres, "psql", "-v", "owner_password=own'er", "-v", "reader_password=reader", "-f", STORAGE / "roles.sql")
+    tool(
+        postgres,
+        "psql",
+        "-v",
+        "owner_password=own'er",
+        "-v",
+        "reader_password=reader",
+        "-f",
+        STORAGE / "roles.sql",
+    )
     return postgres
 
 
 def test_the_reader_may_read_what_the_owner_writes_and_nothing_else(roles, tmp_path):
     study = opened(tmp_path, roles.url_of("memcontrol", "own%27er", "memcontrol"), "roles")
     study.begin([choice(0)], SPACE)
-    read = lambda query, **rest: tool(roles, "psql", "-At", "-c", query, user="memcontrol_reader", password="reader", database="memcontrol", **rest)
+    read = lambda query, **rest: tool(
+        roles,
+        "psql",
+        "-At",
+        "-c",
+        query,
+        user="memcontrol_reader",
+        password="reader",
+        database="memcontrol",
+        **rest,
+    )
     assert read("SELECT count(*) FROM trials").stdout == "1\n"
-    for query in ("DELETE FROM trials", "CREATE TABLE x (y int)", "UPDATE studies SET study_name = 'x'", "SET default_transaction_read_only = off; DELETE FROM trials"):
+    for query in (
+        "DELETE FROM trials",
+        "CREATE TABLE x (y int)",
+        "UPDATE studies SET study_name = 'x'",
+        "SET default_transaction_read_only = off; DELETE FROM trials",
+    ):
         refused = read(query, check=False)
-        assert refused.returncode and ("permission denied" in refused.stderr or "read-only transaction" in refused.stderr)
+        assert refused.returncode and (
+            "permission denied" in refused.stderr or "read-only transaction" in refused.stderr
+        )
     assert read("SELECT count(*) FROM trials").stdout == "1\n"
 
 
@@ -303,7 +387,9 @@ def test_a_backup_comes_back_whole_and_never_over_studies(roles, tmp_path):
     assert "studies" in restored.stdout
     again = opened(tmp_path, roles.url_of("memcontrol", "own%27er", "second"), "kept", create=False)
     assert again.records() == study.records()
-    failed = tool(roles, STORAGE / "backup.sh", tmp_path / "b.dump", check=False, **{**owner, "password": "wrong"})
+    failed = tool(
+        roles, STORAGE / "backup.sh", tmp_path / "b.dump", check=False, **{**owner, "password": "wrong"}
+    )
     assert failed.returncode and not list(tmp_path.glob("b.dump*"))
 
 
@@ -311,19 +397,32 @@ def test_a_dashboard_by_the_reader_shows_the_study_and_changes_nothing(roles, tm
     """With a role that only reads, and with the owner's: its connection is told to refuse changes."""
     from memcontrol.view.dashboard import find_study_id, make_application
 
-    owner, reader = roles.url_of("memcontrol", "own%27er", "memcontrol"), roles.url_of("memcontrol_reader", "reader", "memcontrol")
+    owner, reader = (
+        roles.url_of("memcontrol", "own%27er", "memcontrol"),
+        roles.url_of("memcontrol_reader", "reader", "memcontrol"),
+    )
     study = opened(tmp_path, owner, "looked-at")
     study.finish(study.begin([choice(0)], SPACE), [result(choice(0), 9.0)])
-    assert [record.state for record in opened(tmp_path, reader, "looked-at", create=False).records()] == ["COMPLETE"]
+    assert [record.state for record in opened(tmp_path, reader, "looked-at", create=False).records()] == [
+        "COMPLETE"
+    ]
     for url in (reader, owner):
         app = make_application(url, tmp_path, False, None)
         number = find_study_id(url, "looked-at")
-        assert asked(app, "GET", f"/api/studies/{number}")[0] == 200 and b'"fid"' in asked(app, "GET", f"/api/studies/{number}")[1]
+        assert (
+            asked(app, "GET", f"/api/studies/{number}")[0] == 200
+            and b'"fid"' in asked(app, "GET", f"/api/studies/{number}")[1]
+        )
         assert asked(app, "DELETE", f"/api/studies/{number}")[0] == 405
         unguarded = next(cell.cell_contents for cell in app.__closure__ if callable(cell.cell_contents))
-        assert asked(unguarded, "DELETE", f"/api/studies/{number}")[0] == 500  # what lies behind the guard refuses by itself
-        assert asked(unguarded, "PUT", f"/api/studies/{number}/note", b'{"version": 1, "body": "x"}')[0] == 500
-    assert [record.state for record in opened(tmp_path, owner, "looked-at", create=False).records()] == ["COMPLETE"]
+        # what lies behind the guard refuses by itself
+        assert asked(unguarded, "DELETE", f"/api/studies/{number}")[0] == 500
+        assert (
+            asked(unguarded, "PUT", f"/api/studies/{number}/note", b'{"version": 1, "body": "x"}')[0] == 500
+        )
+    assert [record.state for record in opened(tmp_path, owner, "looked-at", create=False).records()] == [
+        "COMPLETE"
+    ]
 
 
 def asked(app, method, path, body=b"{}"):
@@ -331,9 +430,18 @@ def asked(app, method, path, body=b"{}"):
     import io
 
     environ = {
-        "REQUEST_METHOD": method, "PATH_INFO": path, "QUERY_STRING": "", "HTTP_HOST": "127.0.0.1:8080", "SERVER_NAME": "127.0.0.1", "SERVER_PORT": "8080",
-        "CONTENT_TYPE": "application/json", "CONTENT_LENGTH": str(len(body)), "wsgi.input": io.BytesIO(body), "wsgi.errors": io.StringIO(), "wsgi.url_scheme": "http",
-    }  # fmt: skip
+        "REQUEST_METHOD": method,
+        "PATH_INFO": path,
+        "QUERY_STRING": "",
+        "HTTP_HOST": "127.0.0.1:8080",
+        "SERVER_NAME": "127.0.0.1",
+        "SERVER_PORT": "8080",
+        "CONTENT_TYPE": "application/json",
+        "CONTENT_LENGTH": str(len(body)),
+        "wsgi.input": io.BytesIO(body),
+        "wsgi.errors": io.StringIO(),
+        "wsgi.url_scheme": "http",
+    }
     answers = []
     parts = app(environ, lambda status, headers, *rest: answers.append(int(status[:3])))
     return answers[0], b"".join(parts)

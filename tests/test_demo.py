@@ -1,4 +1,5 @@
-"""The demo's study: valid, named after its folder, so that everything lies in it. The demo itself runs by `make demo`."""
+"""The demo's study: valid, named after its folder, so that everything lies in it. The demo itself runs by
+`make demo`."""
 
 import pytest
 

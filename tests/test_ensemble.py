@@ -1,4 +1,5 @@
-"""Rounds over shards: averaging and exchange against the same written out, resuming to the bit, several processes."""
+"""Rounds over shards: averaging and exchange against the same written out, resuming to the bit, several
+processes."""
 
 import json
 import os
@@ -27,11 +28,14 @@ SHARDED = {"ensemble": {"shards": 3, "moments": "reset"}, "rounds": 2, "budget_i
 
 
 def same(one, other, tolerance=0.0):
-    return one.keys() == other.keys() and all(torch.allclose(one[name], other[name], rtol=0, atol=tolerance) for name in one)
+    return one.keys() == other.keys() and all(
+        torch.allclose(one[name], other[name], rtol=0, atol=tolerance) for name in one
+    )
 
 
 def by_hand(base, material, choice, n_shards, n_rounds, n_steps, **inner):
-    """Iterative ensemble training of weights that average as they are, written out: moments reset, shards of equal steps."""
+    """Iterative ensemble training of weights that average as they are, written out: moments reset, shards of
+    equal steps."""
     settings = InnerConfig(**{"batch_size": 8, "budget_images": 8 * n_steps, **inner})
     adapter = inject_adapter(base.denoiser, load_space("digits"), choice, 3, shared_a=True)
     data = material.data
@@ -52,11 +56,19 @@ def by_hand(base, material, choice, n_shards, n_rounds, n_steps, **inner):
     return shared
 
 
-# Adam divides its first gradients by themselves, and so makes steps of rounding where LoRA's are smallest: 3e-6 on some CPUs.
-@pytest.mark.parametrize("choice, optimizer", [(Choice(**{**CHOICE, "learning_rate": 30.0}), "sgd"), (FULL, "adamw")], ids=("lora", "full"))
+# Adam divides its first gradients by themselves, and so makes steps of rounding where LoRA's are smallest:
+# 3e-6 on some CPUs.
+@pytest.mark.parametrize(
+    "choice, optimizer",
+    [(Choice(**{**CHOICE, "learning_rate": 30.0}), "sgd"), (FULL, "adamw")],
+    ids=("lora", "full"),
+)
 def test_shards_are_trained_apart_and_averaged_by_size(base, material, trained, choice, optimizer):
     log, found = trained(choice, **SHARDED, optimizer=optimizer)
-    hand, once = by_hand(base, material, choice, 3, 2, 12, optimizer=optimizer), by_hand(base, material, choice, 3, 1, 12, optimizer=optimizer)
+    hand, once = (
+        by_hand(base, material, choice, 3, 2, 12, optimizer=optimizer),
+        by_hand(base, material, choice, 3, 1, 12, optimizer=optimizer),
+    )
     assert same(found, hand, 1e-6) and not same(found, once, 1e-5)  # averaged once is another model
     assert log.n_steps == 12 and log.images_seen == 96
     assert [row["images"] for row in log.record["shards"][:3]] == [7, 7, 6]
@@ -75,7 +87,10 @@ def test_divergence_by_hand(base, material, trained):
     kept, plain = {}, Rounds.divergence
 
     def watched(self, number):
-        kept[number] = [(len(one.shard.rows), one.weights) for one in (self.files.read_shard(number, shard, ("weights",)) for shard in range(2))]
+        kept[number] = [
+            (len(one.shard.rows), one.weights)
+            for one in (self.files.read_shard(number, shard, ("weights",)) for shard in range(2))
+        ]
         kept["start"] = self.initial
         return plain(self, number)
 
@@ -84,16 +99,28 @@ def test_divergence_by_hand(base, material, trained):
         log, _ = trained(FULL, ensemble={"shards": 2, "split": "contiguous"}, rounds=1, budget_images=8 * 6)
     finally:
         Rounds.divergence = plain
-    flat = [(n, torch.cat([weights[name].flatten() for name in sorted(weights)]).double()) for n, weights in kept[0]]
+    flat = [
+        (n, torch.cat([weights[name].flatten() for name in sorted(weights)]).double())
+        for n, weights in kept[0]
+    ]
     start = torch.cat([kept["start"][name].flatten() for name in sorted(kept["start"])]).double()
     mean = sum(n * each for n, each in flat) / N_IMAGES
-    apart, moved = (sum(n * float((each - point).square().sum()) for n, each in flat) for point in (mean, start))
+    apart, moved = (
+        sum(n * float((each - point).square().sum()) for n, each in flat) for point in (mean, start)
+    )
     assert log.record["rounds"][0]["divergence"] == pytest.approx((apart / moved) ** 0.5, rel=1e-4)
 
 
 def test_a_shared_a_is_never_trained(trained):
     _, found = trained(**SHARDED)
-    _, start = trained(budget_images=8, max_grad_norm=1e-12, weight_decay=0.0, warmup=0.5, ensemble={"shards": 1}, folder="start")
+    _, start = trained(
+        budget_images=8,
+        max_grad_norm=1e-12,
+        weight_decay=0.0,
+        warmup=0.5,
+        ensemble={"shards": 1},
+        folder="start",
+    )
     down = [name for name in found if ".lora_A." in name]
     assert down and all(torch.allclose(found[name], start[name], atol=1e-4) for name in down)
     assert any(found[name].abs().max() > 0 for name in found if ".lora_B." in name)
@@ -109,11 +136,21 @@ def test_what_is_kept_is_the_mean_of_the_shards_changes(base, trained, method, m
     kept, plain = {}, Rounds.average
 
     def watched(self, number):
-        kept["shards"] = [(len(one.shard.rows), one.weights) for one in (self.files.read_shard(number, shard, ("weights",)) for shard in range(3))]
+        kept["shards"] = [
+            (len(one.shard.rows), one.weights)
+            for one in (self.files.read_shard(number, shard, ("weights",)) for shard in range(3))
+        ]
         return plain(self, number)
 
     monkeypatch.setattr(Rounds, "average", watched)
-    _, found = trained(choice, space=space, ensemble={"shards": 3, "average": "refactored"}, rounds=1, budget_images=8 * 6, weight_decay=0.0)
+    _, found = trained(
+        choice,
+        space=space,
+        ensemble={"shards": 3, "average": "refactored"},
+        rounds=1,
+        budget_images=8 * 6,
+        weight_decay=0.0,
+    )
     before = fused_weights(base, space, choice, inject_and_state(base, space, choice))
     each = [(n, fused_weights(base, space, choice, state)) for n, state in kept["shards"]]
     expected = {name: sum(n * weights[name] for n, weights in each) / N_IMAGES for name in before}
@@ -130,7 +167,8 @@ def inject_and_state(base, space, choice):
 
 
 def test_refactored_rounds_go_on_from_their_offset(trained):
-    """Two rounds of both factors: a shard's second round begins at the mean, so the loss does not jump back."""
+    """Two rounds of both factors: a shard's second round begins at the mean, so the loss does not jump
+    back."""
     log, found = trained(ensemble={"shards": 2, "average": "refactored"}, rounds=3, budget_images=8 * 24)
     assert any(name.endswith(".offset") for name in found)
     again, resumed = trained(ensemble={"shards": 2, "average": "refactored"}, rounds=3, budget_images=8 * 24)
@@ -141,7 +179,11 @@ def test_refactored_rounds_go_on_from_their_offset(trained):
 def test_moments_after_an_averaging(trained, moments, tmp_path):
     trained(FULL, ensemble={"shards": 2, "moments": moments}, rounds=2, budget_images=8 * 8, folder=moments)
     files = sorted((tmp_path / moments).glob("*.safetensors"))
-    assert [file.name for file in files] == ["0001-00.safetensors", "0001-01.safetensors", "0001-mean.safetensors"]
+    assert [file.name for file in files] == [
+        "0001-00.safetensors",
+        "0001-01.safetensors",
+        "0001-mean.safetensors",
+    ]
 
 
 def test_averaged_moments_are_the_mean_of_the_shards_moments(trained, tmp_path, monkeypatch):
@@ -150,7 +192,10 @@ def test_averaged_moments_are_the_mean_of_the_shards_moments(trained, tmp_path, 
     kept, plain = {}, Rounds.average
 
     def watched(self, number):
-        kept[number] = [(len(one.shard.rows), one.moments) for one in (self.files.read_shard(number, shard, ("moments",)) for shard in range(3))]
+        kept[number] = [
+            (len(one.shard.rows), one.moments)
+            for one in (self.files.read_shard(number, shard, ("moments",)) for shard in range(3))
+        ]
         found = plain(self, number)
         kept[f"mean {number}"] = select_tensors(self.files.mean(number), "moments")
         return found
@@ -164,9 +209,16 @@ def test_averaged_moments_are_the_mean_of_the_shards_moments(trained, tmp_path, 
 
 
 def test_the_ways_of_moments_differ(trained):
-    found = {way: trained(FULL, ensemble={"shards": 2, "moments": way}, rounds=2, budget_images=8 * 8, folder=way)[1] for way in ("reset", "averaged", "kept")}
+    found = {
+        way: trained(FULL, ensemble={"shards": 2, "moments": way}, rounds=2, budget_images=8 * 8, folder=way)[
+            1
+        ]
+        for way in ("reset", "averaged", "kept")
+    }
     name = "conv_in.weight"
-    assert not torch.equal(found["reset"][name], found["kept"][name]) and not torch.equal(found["averaged"][name], found["kept"][name])
+    assert not torch.equal(found["reset"][name], found["kept"][name]) and not torch.equal(
+        found["averaged"][name], found["kept"][name]
+    )
 
 
 def test_a_moving_average_is_averaged_too(trained):
@@ -177,33 +229,54 @@ def test_a_moving_average_is_averaged_too(trained):
     name = "conv_in.weight"
     assert 0 < (slow[name] - start[name]).norm() < (plain[name] - start[name]).norm()
     files = load_file(next(iter_mean(trained)))
-    assert torch.equal(files[f"ema {name}"], slow[name]) and torch.equal(files[f"weights {name}"], plain[name])
+    assert torch.equal(files[f"ema {name}"], slow[name]) and torch.equal(
+        files[f"weights {name}"], plain[name]
+    )
 
 
 def iter_mean(trained):
     """The last round's mean of the run in folder `slow`."""
-    folder = trained.__closure__[[cell for cell in trained.__code__.co_freevars].index("tmp_path")].cell_contents
+    folder = trained.__closure__[
+        [cell for cell in trained.__code__.co_freevars].index("tmp_path")
+    ].cell_contents
     return (folder / "slow").glob("*-mean.safetensors")
 
 
 def test_alternate_rounds_exchange_and_average(trained, monkeypatch):
-    """Odd rounds move images and keep the proxies' own weights, even ones average; the last always averages."""
+    """Odd rounds move images and keep the proxies' own weights, even ones average; the last always
+    averages."""
     averaged, plain = dict.fromkeys(range(5), False), Rounds.average
-    monkeypatch.setattr(Rounds, "average", lambda self, number: (averaged.update({number: True}), plain(self, number)))
+    monkeypatch.setattr(
+        Rounds, "average", lambda self, number: (averaged.update({number: True}), plain(self, number))
+    )
     log, _ = trained(
-        skip={"ratio": 1.0, "bins": 20}, redistribution={"share": 0.5}, ensemble={"shards": 2, "split": "contiguous"}, rounds=5, budget_images=8 * 40
+        skip={"ratio": 1.0, "bins": 20},
+        redistribution={"share": 0.5},
+        ensemble={"shards": 2, "split": "contiguous"},
+        rounds=5,
+        budget_images=8 * 40,
     )
     assert [number for number in range(5) if averaged[number]] == [1, 3, 4]
     assert all(0 < one["divergence"] <= 1 for one in log.record["rounds"])
     assert sorted(sum(log.record["images"], [])) == list(range(N_IMAGES))
-    assert set(log.record["images"][0]) & set(range(10, 20)) and all(len(rows) == 10 for rows in log.record["images"])
+    assert set(log.record["images"][0]) & set(range(10, 20)) and all(
+        len(rows) == 10 for rows in log.record["images"]
+    )
     assert sum(row["skipped"] for row in log.record["shards"]) == sum(log.record["skips_by_image"]) > 0
 
 
 def test_every_round_can_do_both(trained):
-    log, _ = trained(skip={"ratio": 1.0, "bins": 5}, redistribution={"rounds": "every"}, ensemble={"shards": 2}, rounds=3, budget_images=8 * 12)
+    log, _ = trained(
+        skip={"ratio": 1.0, "bins": 5},
+        redistribution={"rounds": "every"},
+        ensemble={"shards": 2},
+        rounds=3,
+        budget_images=8 * 12,
+    )
 
-    assert sorted(sum(log.record["images"], [])) == list(range(N_IMAGES)) and sum(log.record["skips_by_image"])
+    assert sorted(sum(log.record["images"], [])) == list(range(N_IMAGES)) and sum(
+        log.record["skips_by_image"]
+    )
 
 
 def test_training_stops_when_held_out_images_fall_behind(trained):
@@ -227,9 +300,15 @@ def test_another_plan_in_the_folder_is_begun_anew(trained):
 
 
 INNER = {
-    "budget_images": 96, "batch_size": 8, "rounds": 4, "ema": 0.9, "skip": {"ratio": 1.25}, "redistribution": {},
-    "augmentation": {}, "ensemble": {"shards": 2, "moments": "kept"},
-}  # fmt: skip
+    "budget_images": 96,
+    "batch_size": 8,
+    "rounds": 4,
+    "ema": 0.9,
+    "skip": {"ratio": 1.25},
+    "redistribution": {},
+    "augmentation": {},
+    "ensemble": {"shards": 2, "moments": "kept"},
+}
 
 
 def folder_of_trial(tmp_path, name, inner=INNER, processes=1):
@@ -239,9 +318,13 @@ def folder_of_trial(tmp_path, name, inner=INNER, processes=1):
     from memcontrol.trial.prepare import prepare_study
 
     values = {
-        "name": "a", "space": "digits", "inner": inner, "data": {"path": "digits", "train": 20, "holdout": 20, "test": 20},
-        "rewards": {"n_samples": 32, "force": True, "sampling_steps": 1}, "search": {"processes": processes},
-    }  # fmt: skip
+        "name": "a",
+        "space": "digits",
+        "inner": inner,
+        "data": {"path": "digits", "train": 20, "holdout": 20, "test": 20},
+        "rewards": {"n_samples": 32, "force": True, "sampling_steps": 1},
+        "search": {"processes": processes},
+    }
     study, config = tmp_path / "study", load_config(values)
     if not (study / "split.json").exists():
         prepare_study(values, study, LoadedModels(), lambda line: None)
@@ -286,7 +369,9 @@ def test_a_killed_trial_ends_as_if_it_had_never_stopped(tmp_path):
         assert killed.exitcode == -signal.SIGKILL
     resumed, other = run_trial(folder)
     assert resumed == whole
-    assert without_times(record) == without_times(other) and record["skips_by_image"] == other["skips_by_image"]
+    assert (
+        without_times(record) == without_times(other) and record["skips_by_image"] == other["skips_by_image"]
+    )
 
 
 def test_processes_that_share_a_trials_shards_change_no_number(tmp_path):
@@ -299,7 +384,10 @@ def test_processes_that_share_a_trials_shards_change_no_number(tmp_path):
 
 def test_a_helper_that_dies_is_done_without(tmp_path, monkeypatch):
     run_trial(folder_of_trial(tmp_path, "alone"))
-    monkeypatch.setattr("memcontrol.loaded.Bench.team", lambda self, folder, spec, rung=None: ProcessGroup(0, 2, lambda rank: rank == 0))
+    monkeypatch.setattr(
+        "memcontrol.loaded.Bench.team",
+        lambda self, folder, spec, rung=None: ProcessGroup(0, 2, lambda rank: rank == 0),
+    )
     run_trial(folder_of_trial(tmp_path, "left", processes=2))
     assert same(*(load_file(tmp_path / name / "adapter.safetensors") for name in ("alone", "left")))
 
@@ -318,5 +406,8 @@ def test_a_trial_that_diverges_leaves_no_helper_behind_that_waits(tmp_path):
     with pytest.raises(Diverged):
         run_trial(first, loaded, lambda *_, **said: None)
     assert all(process.poll() is not None for process in loaded.helpers.values()) and loaded.helpers
-    assert run_trial(folder_of_trial(tmp_path, "next", processes=2), loaded, lambda *_, **said: None)["state"] == "COMPLETE"
+    assert (
+        run_trial(folder_of_trial(tmp_path, "next", processes=2), loaded, lambda *_, **said: None)["state"]
+        == "COMPLETE"
+    )
     loaded.close()

@@ -27,7 +27,9 @@ REAL = drawn(4000, 0)
 @pytest.mark.parametrize("metric, tolerance", [(fid, 0.35), (kid, 0.25)])
 def test_errors_are_the_spread_of_fresh_samples(metric, tolerance):
     found = [metric(REAL, drawn(400, seed, 1.3, 0.2)) for seed in range(1, 61)]
-    assert np.mean([one.error for one in found]) == pytest.approx(np.std([float(one) for one in found]), rel=tolerance)
+    assert np.mean([one.error for one in found]) == pytest.approx(
+        np.std([float(one) for one in found]), rel=tolerance
+    )
 
 
 @pytest.mark.parametrize("metric", [fid, kid])
@@ -44,22 +46,34 @@ def test_means_of_images_have_their_own_contributions():
     train, holdout, generated = drawn(80, 1), drawn(80, 2), drawn(50, 3)
     generated[:10] = train[:10]
     for value in (memorization(generated, train, holdout), copy_rate(generated, train, holdout)):
-        assert value.contributions.shape == (50,) and value.contributions.mean() == pytest.approx(float(value))
+        assert value.contributions.shape == (50,) and value.contributions.mean() == pytest.approx(
+            float(value)
+        )
     assert copy_rate(generated, train, holdout).contributions[:10].all()
 
 
 def test_pairs_cancel_what_models_share():
-    """Two models that differ by a constant on every image differ by it exactly, however much images differ."""
+    """Two models that differ by a constant on every image differ by it exactly, however much images
+    differ."""
     values = np.random.default_rng(0).standard_normal(200)
-    a, b = Estimate(values.mean() + 0.1, contributions=values + 0.1), Estimate(values.mean(), contributions=values)
+    a, b = (
+        Estimate(values.mean() + 0.1, contributions=values + 0.1),
+        Estimate(values.mean(), contributions=values),
+    )
     apart = paired_difference(a, b)
-    assert apart == pytest.approx(0.1) and apart.error == pytest.approx(0.0, abs=1e-12) and apart.low == pytest.approx(0.1)
+    assert (
+        apart == pytest.approx(0.1)
+        and apart.error == pytest.approx(0.0, abs=1e-12)
+        and apart.low == pytest.approx(0.1)
+    )
 
 
 def test_pairs_have_the_error_of_the_mean_difference():
     rng = np.random.default_rng(1)
     x, y = rng.standard_normal(400), rng.standard_normal(400)
-    apart = paired_difference(*(Estimate(values.mean(), contributions=values) for values in (x, y)), n_draws=4000)
+    apart = paired_difference(
+        *(Estimate(values.mean(), contributions=values) for values in (x, y)), n_draws=4000
+    )
     assert apart == pytest.approx(x.mean() - y.mean())
     assert apart.error == pytest.approx((x - y).std(ddof=1) / 20, rel=0.05)
     assert apart.low == pytest.approx(apart - 1.96 * apart.error, abs=0.02)
@@ -91,16 +105,23 @@ def test_rank_correlation_equals_scipys_with_ties(seed):
 
 
 def test_intervals_of_shares_in_per_cent_are_pooled_too():
-    """By MOVER; Newcombe's hybrid interval, the same rule for a difference, is the reference: of a and -b, halved."""
-    a, b = (Estimate(value, low=low, high=high) for value, low, high in ((90.0, 80.0, 95.0), (70.0, 60.0, 78.0)))
+    """By MOVER; Newcombe's hybrid interval, the same rule for a difference, is the reference: of a and -b,
+    halved."""
+    a, b = (
+        Estimate(value, low=low, high=high) for value, low, high in ((90.0, 80.0, 95.0), (70.0, 60.0, 78.0))
+    )
     found = pool_estimates([a, b])
-    assert (found, found.low, found.high) == pytest.approx((80, 80 - np.hypot(10, 10) / 2, 80 + np.hypot(5, 8) / 2))
+    assert (found, found.low, found.high) == pytest.approx(
+        (80, 80 - np.hypot(10, 10) / 2, 80 + np.hypot(5, 8) / 2)
+    )
 
 
 def test_draws_of_one_size_are_pooled_into_a_mean_with_a_smaller_error():
     draws = [fid(REAL, drawn(100, seed, 1.2)) for seed in range(1, 5)]
     found = pool_estimates(draws)
-    assert found == pytest.approx(np.mean(draws)) and found.error == pytest.approx(math.sqrt(sum(one.error**2 for one in draws)) / 4)
+    assert found == pytest.approx(np.mean(draws)) and found.error == pytest.approx(
+        math.sqrt(sum(one.error**2 for one in draws)) / 4
+    )
     shares = [estimate_share(np.arange(50) < n) for n in (5, 10)]
     both, exact = pool_estimates(shares), scipy.stats.binomtest(15, 100).proportion_ci(method="wilson")
     assert (float(both), both.low, both.high) == pytest.approx((0.15, exact.low, exact.high))
@@ -108,9 +129,25 @@ def test_draws_of_one_size_are_pooled_into_a_mean_with_a_smaller_error():
 
 
 def test_figures_are_written_with_their_error():
-    rewards = {"fid": 22.6, "fid_error": 0.8, "copy_rate": 0.012, "copy_rate_low": 0.004, "copy_rate_high": 0.028, "amd_train": 2.0}
-    assert [format_reward(name, rewards) for name in ("fid", "copy_rate", "amd_train", "kid")] == ["22.60 ± 0.80", "1.2% (0.4%-2.8%)", "2.00", ""]
-    assert read_error("fid", rewards) == 0.8 and read_error("copy_rate", rewards) == pytest.approx(0.024 / 3.92) and read_error("amd_train", rewards) == 0
+    rewards = {
+        "fid": 22.6,
+        "fid_error": 0.8,
+        "copy_rate": 0.012,
+        "copy_rate_low": 0.004,
+        "copy_rate_high": 0.028,
+        "amd_train": 2.0,
+    }
+    assert [format_reward(name, rewards) for name in ("fid", "copy_rate", "amd_train", "kid")] == [
+        "22.60 ± 0.80",
+        "1.2% (0.4%-2.8%)",
+        "2.00",
+        "",
+    ]
+    assert (
+        read_error("fid", rewards) == 0.8
+        and read_error("copy_rate", rewards) == pytest.approx(0.024 / 3.92)
+        and read_error("amd_train", rewards) == 0
+    )
     assert all(figure.interval and figure.cost and figure.meaning for figure in REWARDS.values())
 
 

@@ -45,7 +45,10 @@ EVIDENCE = Evidence(views(40, 0), views(20, 1), views(30, 2))
 
 def test_short_forms_name_the_objectives(own):
     study = own.parent / "s.yaml"
-    for written, names in (("my_rewards.py:brightness", ("brightness",)), (["kid", "my_rewards.py:brightness"], ("kid", "brightness"))):
+    for written, names in (
+        ("my_rewards.py:brightness", ("brightness",)),
+        (["kid", "my_rewards.py:brightness"], ("kid", "brightness")),
+    ):
         study.write_text(yaml.safe_dump({"name": "s", "data": "digits", "rewards": written}))
         rewards = load_config(study).rewards
         assert rewards.names == names and rewards.functions == {"brightness": f"{own}:brightness"}
@@ -55,7 +58,9 @@ def test_short_forms_name_the_objectives(own):
 
 def test_a_users_reward_is_a_number_of_the_evidence(own):
     expected = abs(EVIDENCE.generated.pixels.mean() - EVIDENCE.holdout.pixels.mean())
-    assert score_evidence(EVIDENCE, {"brightness": f"{own}:brightness"})["brightness"] == pytest.approx(float(expected))
+    assert score_evidence(EVIDENCE, {"brightness": f"{own}:brightness"})["brightness"] == pytest.approx(
+        float(expected)
+    )
     with pytest.raises(MemControlError, match="gave 'very good'; it must give a finite number"):
         score_evidence(EVIDENCE, {"broken": f"{own}:broken"})
 
@@ -69,11 +74,26 @@ def small_clip(folder):
 
     tokenizer = AutoTokenizer.from_pretrained(TINY / "tokenizer")
     small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    ends = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    text = {**small, **ends, "vocab_size": len(tokenizer), "max_position_embeddings": tokenizer.model_max_length}
+    ends = {
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    text = {
+        **small,
+        **ends,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": tokenizer.model_max_length,
+    }
     torch.manual_seed(0)
-    CLIPModel(CLIPConfig(text_config=text, vision_config={**small, "image_size": 28, "patch_size": 14}, projection_dim=12)).save_pretrained(folder)
-    CLIPProcessor(CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}), tokenizer).save_pretrained(folder)
+    CLIPModel(
+        CLIPConfig(
+            text_config=text, vision_config={**small, "image_size": 28, "patch_size": 14}, projection_dim=12
+        )
+    ).save_pretrained(folder)
+    CLIPProcessor(
+        CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}), tokenizer
+    ).save_pretrained(folder)
     return folder
 
 
@@ -83,25 +103,36 @@ def test_clip_score_is_that_of_the_model_itself(tmp_path):
 
     from memcontrol.scoring.extractors import load_clip
 
-    images, captions = np.random.default_rng(0).integers(0, 256, (70, 3, 40, 40), dtype=np.uint8), ["one", "two three"] * 35
+    images, captions = (
+        np.random.default_rng(0).integers(0, 256, (70, 3, 40, 40), dtype=np.uint8),
+        ["one", "two three"] * 35,
+    )
     folder = small_clip(tmp_path / "clip")
     pictures, texts = load_clip(str(folder))(images, captions)
     with torch.no_grad():
-        processed = AutoProcessor.from_pretrained(folder)(images=list(images), text=captions, return_tensors="pt", padding=True, truncation=True)
+        processed = AutoProcessor.from_pretrained(folder)(
+            images=list(images), text=captions, return_tensors="pt", padding=True, truncation=True
+        )
         model = CLIPModel.from_pretrained(folder).eval()
         cosines = model(**processed).logits_per_image.diagonal() / model.logit_scale.exp()
-    assert float(score_evidence(replace(EVIDENCE, clip=(pictures, texts)))["clip_score"]) == pytest.approx(100 * float(cosines.clamp(min=0).mean()), abs=1e-3)
+    assert float(score_evidence(replace(EVIDENCE, clip=(pictures, texts)))["clip_score"]) == pytest.approx(
+        100 * float(cosines.clamp(min=0).mean()), abs=1e-3
+    )
 
 
 def test_the_extraction_attack_is_calibrated_on_held_out_pairs():
-    """Two prompts whose images agree, one whose do so in a chain only, and five whose images are like any others."""
+    """Two prompts whose images agree, one whose do so in a chain only, and five whose images are like any
+    others."""
     rng = np.random.default_rng(0)
     holdout = rng.integers(0, 256, (60, 3, 16, 16), dtype=np.uint8)
     apart = rng.integers(0, 256, (8, 4, 3, 16, 16), dtype=np.uint8)
     for prompt in (0, 1):
         apart[prompt] = apart[prompt, :1]
     found = measure_extraction(apart, holdout)
-    assert found["extraction_clique"] == found["extraction_component"] == 0.25 and found["extraction_clique"].high < 0.65
+    assert (
+        found["extraction_clique"] == found["extraction_component"] == 0.25
+        and found["extraction_clique"].high < 0.65
+    )
     assert 0 < found["extraction_threshold"] < 1
 
 
@@ -119,35 +150,61 @@ def test_features_of_the_data_are_kept_on_disk_by_content(study_file):
     prepare_study(config.model_dump(mode="json"), folder, LoadedModels(), print)
     space = load_space(config.space)
     spec = Spec(config, space, space.anchors()["none"][0], folder, "search", "holdout", 32)
-    samples = {"images": np.random.default_rng(0).integers(0, 256, (8, 3, 32, 32), dtype=np.uint8), "rows": np.arange(8)}
+    samples = {
+        "images": np.random.default_rng(0).integers(0, 256, (8, 3, 32, 32), dtype=np.uint8),
+        "rows": np.arange(8),
+    }
     first = gather_evidence(samples, spec, LoadedModels())
     files = sorted(folder.glob("cache/features-*.safetensors"))
     assert len(files) == 2
     written = [path.stat().st_mtime_ns for path in files]
     again = gather_evidence(samples, spec, LoadedModels())
     assert [path.stat().st_mtime_ns for path in files] == written
-    assert all(np.array_equal(getattr(getattr(first, part), key), getattr(getattr(again, part), key)) for part in ("train", "holdout") for key in ("pixels", "features"))
-    assert first.captions == tuple(LoadedModels().train_images(spec).captions[:8]) and first.images is samples["images"]
+    assert all(
+        np.array_equal(getattr(getattr(first, part), key), getattr(getattr(again, part), key))
+        for part in ("train", "holdout")
+        for key in ("pixels", "features")
+    )
+    assert (
+        first.captions == tuple(LoadedModels().train_images(spec).captions[:8])
+        and first.images is samples["images"]
+    )
 
 
 def test_a_reward_may_be_better_the_more(own, study_file):
-    """A user's, of images and captions as they are, beside CLIP's and the extraction attack's; with a lower bound."""
+    """A user's, of images and captions as they are, beside CLIP's and the extraction attack's; with a lower
+    bound."""
     import optuna
 
     own.write_text(
         "from memcontrol import reward\n\n@reward(direction='maximize')\ndef contrast(evidence):\n"
-        "    assert len(evidence.captions) == len(evidence.images) and evidence.images.dtype == 'uint8'\n    return evidence.images.std()\n"
+        "    assert len(evidence.captions) == len(evidence.images) and evidence.images.dtype == "
+        "'uint8'\n    return evidence.images.std()\n"
     )
     rewards = {
-        "objectives": ["kid", "extraction_clique", "clip_score", "my_rewards.py:contrast"], "limits": {"contrast": 1.0, "recall": 2.0}, "n_samples": 16,
-        "sampling_steps": 1, "confirm": 1, "clip": str(small_clip(own.parent / "clip")), "extraction": {"prompts": 3, "images": 3},
-    }  # fmt: skip
+        "objectives": ["kid", "extraction_clique", "clip_score", "my_rewards.py:contrast"],
+        "limits": {"contrast": 1.0, "recall": 2.0},
+        "n_samples": 16,
+        "sampling_steps": 1,
+        "confirm": 1,
+        "clip": str(small_clip(own.parent / "clip")),
+        "extraction": {"prompts": 3, "images": 3},
+    }
     study = study_file(rewards=rewards, search={"trials": 0, "workers": 1, "executor": "inline"})
     assert run("search", study).returncode == 0
     inner = optuna.load_study(study_name="small", storage=f"sqlite:///{study.parent}/runs/small/study.db")
-    assert [direction.name for direction in inner.directions] == ["MINIMIZE", "MINIMIZE", "MAXIMIZE", "MAXIMIZE"]
+    assert [direction.name for direction in inner.directions] == [
+        "MINIMIZE",
+        "MINIMIZE",
+        "MAXIMIZE",
+        "MAXIMIZE",
+    ]
     for trial in inner.trials:
-        assert trial.values[3] > 0 and trial.constraints["contrast"] == pytest.approx(1.0 - trial.values[3]) and trial.constraints["recall"] > 0.9
+        assert (
+            trial.values[3] > 0
+            and trial.constraints["contrast"] == pytest.approx(1.0 - trial.values[3])
+            and trial.constraints["recall"] > 0.9
+        )
     table = run("front", study).stdout
     assert "contrast" in table and "CLIP score" in table and "extracted, cliques" in table
 
@@ -174,16 +231,26 @@ def test_a_model_that_makes_flat_images_is_pruned_by_name(study_file, monkeypatc
     space = load_space(config.space)
     spec = Spec(config, space, space.anchors()["none"][0], folder, "search", "holdout", 32)
     spec.as_job(folder / "flat")
-    monkeypatch.setattr(type(loaded.base(config)), "sample", lambda self, *args, seeds, **rest: np.full((len(seeds), 3, 32, 32), 7, np.uint8))
+    monkeypatch.setattr(
+        type(loaded.base(config)),
+        "sample",
+        lambda self, *args, seeds, **rest: np.full((len(seeds), 3, 32, 32), 7, np.uint8),
+    )
     attempt_trial(folder / "flat", loaded, lambda said: None)
     result = json.loads((folder / "flat" / "result.json").read_text())
-    assert result["state"] == "PRUNED" and "100% of the generated images are one flat colour" in result["reason"]
+    assert (
+        result["state"] == "PRUNED" and "100% of the generated images are one flat colour" in result["reason"]
+    )
 
 
 def test_mistakes_in_a_users_file_are_named(own):
     other = own.with_suffix(".txt")
     other.touch()
-    for place, words in ((f"{own}:beauty", "has no function 'beauty'"), (f"{own}x:brightness", "no such file"), (f"{other}:brightness", "no Python file")):
+    for place, words in (
+        (f"{own}:beauty", "has no function 'beauty'"),
+        (f"{own}x:brightness", "no such file"),
+        (f"{other}:brightness", "no Python file"),
+    ):
         with pytest.raises(MemControlError, match=words):
             load_own_reward(place)
     own.write_text("1 / 0")
@@ -195,20 +262,33 @@ def test_mistakes_in_a_users_file_are_named(own):
 
 
 def test_a_search_with_a_users_reward_and_a_limit(own, study_file):
-    """Three objectives, one the user's, and a limit that every trial of so short a training breaks or keeps."""
+    """Three objectives, one the user's, and a limit that every trial of so short a training breaks or
+    keeps."""
     import optuna
 
     rewards = {
-        "objectives": ["fid", "memorization", "my_rewards.py:brightness"], "limits": {"fid": 1e-3, "copy_rate": 1.0}, "n_samples": 256, "sampling_steps": 1, "confirm": 0
-    }  # fmt: skip
+        "objectives": ["fid", "memorization", "my_rewards.py:brightness"],
+        "limits": {"fid": 1e-3, "copy_rate": 1.0},
+        "n_samples": 256,
+        "sampling_steps": 1,
+        "confirm": 0,
+    }
     study = study_file(rewards=rewards)
     done = run("search", study)
     assert done.returncode == 0, done.stderr
     trials = json.loads(run("status", study, "--json").stdout)["trials"]
-    assert all(list(trial["values"]) == ["fid", "memorization", "brightness"] and trial["values"]["brightness"] > 0 for trial in trials)
-    stored = optuna.load_study(study_name="small", storage=f"sqlite:///{study.parent}/runs/small/study.db").trials
+    assert all(
+        list(trial["values"]) == ["fid", "memorization", "brightness"] and trial["values"]["brightness"] > 0
+        for trial in trials
+    )
+    stored = optuna.load_study(
+        study_name="small", storage=f"sqlite:///{study.parent}/runs/small/study.db"
+    ).trials
     for trial in stored:
-        assert trial.constraints == {"fid": pytest.approx(trial.values[0] - 1e-3), "copy_rate": pytest.approx(trial.system_attrs["memcontrol:result"]["rewards"]["copy_rate"] - 1.0)}
+        assert trial.constraints == {
+            "fid": pytest.approx(trial.values[0] - 1e-3),
+            "copy_rate": pytest.approx(trial.system_attrs["memcontrol:result"]["rewards"]["copy_rate"] - 1.0),
+        }
     assert json.loads(run("pick", study, "--json").stdout)["values"]["brightness"] > 0
 
 
@@ -216,43 +296,81 @@ def digit_images():
     from sklearn.datasets import load_digits
 
     order = np.random.default_rng(0).permutation(1797)
-    pictures = (Image.fromarray((x * 255 / 16).astype(np.uint8)).resize((32, 32), Image.Resampling.BICUBIC).convert("RGB") for x in load_digits().images[order])
+    pictures = (
+        Image.fromarray((x * 255 / 16).astype(np.uint8))
+        .resize((32, 32), Image.Resampling.BICUBIC)
+        .convert("RGB")
+        for x in load_digits().images[order]
+    )
     return np.stack([np.asarray(picture) for picture in pictures]).transpose(0, 3, 1, 2)
 
 
 def blurred(images, radius):
-    return np.stack([np.asarray(Image.fromarray(image.transpose(1, 2, 0)).filter(ImageFilter.GaussianBlur(radius))) for image in images]).transpose(0, 3, 1, 2)
+    return np.stack(
+        [
+            np.asarray(Image.fromarray(image.transpose(1, 2, 0)).filter(ImageFilter.GaussianBlur(radius)))
+            for image in images
+        ]
+    ).transpose(0, 3, 1, 2)
 
 
 def test_real_images_blur_collapse_and_noise_do_not_count_as_copies():
-    """And copies do, among real digits: M grows with their share, the copy rate's interval holds it, swapped labels change M's sign."""
+    """And copies do, among real digits: M grows with their share, the copy rate's interval holds it, swapped
+    labels change M's sign."""
     extract, images, rng = load_extractor("tiny").extract, digit_images(), np.random.default_rng(1)
     train, holdout, fresh = images[:300], images[300:600], images[600:850]
 
     def scored(generated, train=train, holdout=holdout):
-        return score_evidence(Evidence(*(Descriptors(pixel_features(part), extract(part)) for part in (generated, train, holdout))))
+        return score_evidence(
+            Evidence(
+                *(Descriptors(pixel_features(part), extract(part)) for part in (generated, train, holdout))
+            )
+        )
 
-    flat, noise = rng.integers(0, 256, (250, 3, 1, 1), dtype=np.uint8).repeat(32, 2).repeat(32, 3), rng.integers(0, 256, fresh.shape, dtype=np.uint8)
+    flat, noise = (
+        rng.integers(0, 256, (250, 3, 1, 1), dtype=np.uint8).repeat(32, 2).repeat(32, 3),
+        rng.integers(0, 256, fresh.shape, dtype=np.uint8),
+    )
     for generated in (fresh, blurred(fresh, 1), blurred(fresh, 3), flat, noise):
         found = scored(generated)
-        assert all(abs(found[name]) < 3 * found[name].error for name in ("memorization_pixels", "memorization_features"))
+        assert all(
+            abs(found[name]) < 3 * found[name].error
+            for name in ("memorization_pixels", "memorization_features")
+        )
         assert found["copy_rate"].low < 0.01
     last = 0.0
     for n in (12, 50, 250):
         copied = np.concatenate([train[:n], fresh[n:]])
         found = scored(copied)
-        assert found["memorization"] > max(last, 3 * found["memorization"].error) and found["memorization"].p < 0.01
+        assert (
+            found["memorization"] > max(last, 3 * found["memorization"].error)
+            and found["memorization"].p < 0.01
+        )
         assert found["copy_rate"].low <= n / 250 <= found["copy_rate"].high
         last = found["memorization"]
     swapped = scored(copied, holdout, train)
-    assert all(swapped[name] == pytest.approx(-found[name], abs=1e-9) for name in ("memorization_pixels", "memorization_features"))
-    shuffled = scored(copied[rng.permutation(250)], train[rng.permutation(300)], holdout[rng.permutation(300)])
-    assert all(shuffled[name] == pytest.approx(found[name], abs=1e-9) for name in ("memorization", "copy_rate", "fid", "kid", "mq", "authpct"))
+    assert all(
+        swapped[name] == pytest.approx(-found[name], abs=1e-9)
+        for name in ("memorization_pixels", "memorization_features")
+    )
+    shuffled = scored(
+        copied[rng.permutation(250)], train[rng.permutation(300)], holdout[rng.permutation(300)]
+    )
+    assert all(
+        shuffled[name] == pytest.approx(found[name], abs=1e-9)
+        for name in ("memorization", "copy_rate", "fid", "kid", "mq", "authpct")
+    )
 
 
 def test_a_reward_that_breaks_is_named_before_anything_is_trained(own, study_file):
     own.write_text("def mine(evidence):\n    return 1 / 0\n")
-    study = study_file(rewards={"objectives": ["kid", "my_rewards.py:mine"], "n_samples": 16, "sampling_steps": 1})
+    study = study_file(
+        rewards={"objectives": ["kid", "my_rewards.py:mine"], "n_samples": 16, "sampling_steps": 1}
+    )
     done = run("search", study)
-    assert done.returncode == 1 and "my_rewards.py:mine failed: ZeroDivisionError: division by zero" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 1
+        and "my_rewards.py:mine failed: ZeroDivisionError: division by zero" in done.stderr
+        and "Traceback" not in done.stderr
+    )
     assert not list((study.parent / "runs" / "small").glob("*/spec.json"))

@@ -1,11 +1,19 @@
-"""One contract for every executor: a job ends exactly once, progress on the way; and what local adds: workers may die."""
+"""One contract for every executor: a job ends exactly once, progress on the way; and what local adds: workers
+may die."""
 
 import os
 import signal
 
 import pytest
 
-from memcontrol.core.attempts import Superseded, begin_attempt, note_failure, read_attempts, read_failures, read_progress
+from memcontrol.core.attempts import (
+    Superseded,
+    begin_attempt,
+    note_failure,
+    read_attempts,
+    read_failures,
+    read_progress,
+)
 from memcontrol.core.choice import Choice
 from memcontrol.core.config import load_config
 from memcontrol.core.errors import MemControlError
@@ -37,7 +45,9 @@ def ray_cluster():
 @pytest.fixture(params=["inline", "local", "ray"])
 def executor(request, tmp_path):
     address = request.getfixturevalue("ray_cluster").address if request.param == "ray" else None
-    made = make_executor(small(search={"executor": request.param, "workers": 1}, ray={"address": address}), tmp_path)
+    made = make_executor(
+        small(search={"executor": request.param, "workers": 1}, ray={"address": address}), tmp_path
+    )
     yield made
     made.close()
 
@@ -70,7 +80,11 @@ class TestContract:
         executor.submit(prepare_job(tmp_path))
         assert executor.free() == 0
         end = until_end(executor)
-        assert end.kind == "prepared" and end.detail["sizes"] == {"train": 32, "holdout": 40, "test": 48} and executor.free() == 1
+        assert (
+            end.kind == "prepared"
+            and end.detail["sizes"] == {"train": 32, "holdout": 40, "test": 48}
+            and executor.free() == 1
+        )
         choice, kinds = Choice(("mid_attention",), "lora", 1e-3, 2), []
         spec = Spec(small(), load_space("digits"), choice, tmp_path, "search", "holdout", 32)
         job = spec.as_job(tmp_path / choice.key) | {"number": 7}
@@ -79,10 +93,17 @@ class TestContract:
         assert end.kind == "done" and end.job == job and "progress" in kinds
         assert (tmp_path / choice.key / RESULT).is_file()
         (attempt,) = read_attempts(tmp_path / choice.key)
-        assert attempt["host"] and attempt["started"] and (attempt["pid"] == os.getpid()) == isinstance(executor, Inline)
+        assert (
+            attempt["host"]
+            and attempt["started"]
+            and (attempt["pid"] == os.getpid()) == isinstance(executor, Inline)
+        )
 
     def test_a_trial_goes_to_its_rung_and_then_on(self, executor, tmp_path):
-        rules = {"search": {"early_stopping": {"rungs": [0.4], "n_samples": 16}}, "inner": {"budget_images": 80, "batch_size": 8}}
+        rules = {
+            "search": {"early_stopping": {"rungs": [0.4], "n_samples": 16}},
+            "inner": {"budget_images": 80, "batch_size": 8},
+        }
         config, choice = small(**rules), Choice(("mid_attention",), "lora", 1e-3, 2)
         executor.submit(prepare_job(tmp_path))
         until_end(executor)
@@ -95,7 +116,8 @@ class TestContract:
         assert until_end(executor).kind == "done"
         result = read_json(run / RESULT)
         assert result["rungs"] == [at_rung] and (at_rung["n_steps"], result["n_steps"]) == (4, 10)
-        assert [row["steps"] for row in read_json(run / TRAINING)["shards"]] == [2] * 5  # none was taken twice
+        # none was taken twice
+        assert [row["steps"] for row in read_json(run / TRAINING)["shards"]] == [2] * 5
 
     def test_what_breaks_is_a_failed_attempt_with_its_traceback(self, executor, tmp_path):
         executor.submit({"confirm": str(tmp_path / "none")})
@@ -103,7 +125,12 @@ class TestContract:
         assert end.kind == "stop" and "is no run folder" in end.detail["reason"]
         executor.submit({"prepare": str(tmp_path), "config": 7})
         end = until_end(executor)
-        assert end.kind == "failed" and "Traceback" in end.detail["traceback"] and "log.txt" in end.detail["reason"] and executor.free() == 1
+        assert (
+            end.kind == "failed"
+            and "Traceback" in end.detail["traceback"]
+            and "log.txt" in end.detail["reason"]
+            and executor.free() == 1
+        )
 
     def test_a_users_error_ends_the_job_with_its_line(self, executor, tmp_path):
         executor.submit(prepare_job(tmp_path, base="./none-such"))
@@ -122,7 +149,11 @@ def test_a_worker_that_dies_loses_its_job_and_is_started_again(local, tmp_path):
     local.submit(prepare_job(tmp_path))
     os.kill(local.workers[0].process.pid, signal.SIGKILL)
     end = until_end(local)
-    assert end.kind == "lost" and end.detail["reason"] == "its worker process died (signal 9)" and local.free() == 1
+    assert (
+        end.kind == "lost"
+        and end.detail["reason"] == "its worker process died (signal 9)"
+        and local.free() == 1
+    )
     local.submit(prepare_job(tmp_path))
     assert until_end(local).kind == "prepared"
 
@@ -221,7 +252,15 @@ def test_out_of_memory_goes_on_with_smaller_forwards(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "fine_tuned", fine_tuned)
     for allowed, kind in ((True, "done"), (False, "failed")):
         sizes.clear()
-        spec = Spec(small(search={"accumulate_on_oom": allowed}), load_space("digits"), Choice(("mid_attention",), "lora", 1e-3, 2), tmp_path, "search", "holdout", 32)
+        spec = Spec(
+            small(search={"accumulate_on_oom": allowed}),
+            load_space("digits"),
+            Choice(("mid_attention",), "lora", 1e-3, 2),
+            tmp_path,
+            "search",
+            "holdout",
+            32,
+        )
         said = []
         run_job(spec.as_job(tmp_path / str(allowed)), LoadedModels(), said.append)
         assert said[-1]["event"] == kind and sizes == ([None, 8] if allowed else [None])
@@ -236,13 +275,25 @@ def test_a_job_of_which_nothing_is_known_yet_is_no_error(tmp_path):
 
     begin_attempt(tmp_path).progress("train", 1, 2)
     begin_attempt(tmp_path)
-    for executor, one in ((object.__new__(Ray), Place(job={"trial": str(tmp_path)}, told={"done": 1}, began=0.0)), (object.__new__(Slurm), Running({"trial": str(tmp_path)}, None, 0.0, told={"done": 1}))):
+    for executor, one in (
+        (object.__new__(Ray), Place(job={"trial": str(tmp_path)}, told={"done": 1}, began=0.0)),
+        (object.__new__(Slurm), Running({"trial": str(tmp_path)}, None, 0.0, told={"done": 1})),
+    ):
         executor.time_limit_seconds = None
-        assert list(executor.watched(one, one.job) if isinstance(one, Place) else executor.watched(one, "PENDING")) == []
+        assert (
+            list(
+                executor.watched(one, one.job) if isinstance(one, Place) else executor.watched(one, "PENDING")
+            )
+            == []
+        )
 
 
 def test_preparing_has_no_time_limit():
-    assert pick_time_limit({"trial": "x"}, 3.0) == 3.0 and pick_time_limit({"prepare": "x"}, 3.0) is None and pick_time_limit({"trial": "x"}, None) is None
+    assert (
+        pick_time_limit({"trial": "x"}, 3.0) == 3.0
+        and pick_time_limit({"prepare": "x"}, 3.0) is None
+        and pick_time_limit({"trial": "x"}, None) is None
+    )
 
 
 def test_what_sbatch_refuses_is_the_users_to_mend():
@@ -256,5 +307,7 @@ def test_what_sbatch_refuses_is_the_users_to_mend():
 
     slurm = object.__new__(Slurm)
     slurm.running, slurm.submitter = [], Refusing()
-    with pytest.raises(MemControlError, match="sbatch refuses the job: .*Invalid partition.*; check the slurm keys"):
+    with pytest.raises(
+        MemControlError, match="sbatch refuses the job: .*Invalid partition.*; check the slurm keys"
+    ):
         slurm.submit({"trial": "x"})

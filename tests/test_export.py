@@ -1,4 +1,5 @@
-"""What leaves MemControl: plain diffusers, in a process where memcontrol cannot be imported, gives the same outputs."""
+"""What leaves MemControl: plain diffusers, in a process where memcontrol cannot be imported, gives the same
+outputs."""
 
 import json
 import subprocess
@@ -46,13 +47,28 @@ pipe = DiffusionPipeline.from_pretrained(sys.argv[1])
 pipe.set_progress_bar_config(disable=True)
 load_adapter(pipe, sys.argv[2])
 generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
-np.save(sys.argv[3], pipe(prompt=["a digit"] * 2, height=32, width=32, generator=generators, num_inference_steps=2, output_type="np").images)
+settings = {"height": 32, "width": 32, "num_inference_steps": 2, "output_type": "np"}
+np.save(sys.argv[3], pipe(prompt=["a digit"] * 2, generator=generators, **settings).images)
 """
 REWARDS = {
-    "fid": 21.5, "fid_error": 1.2, "memorization": 0.04, "memorization_error": 0.02, "memorization_p": 0.2, "copy_rate": 0.0117, "copy_rate_low": 0.004,
-    "copy_rate_high": 0.034, "copy_rate_line": 0.01, "copy_rate_p": 0.48, "clear_copy_rate": 0.0, "trained_fraction": 0.034,
-}  # fmt: skip
-CALLS = {"ddpm": None, "pixart": {"height": 32, "width": 32, "use_resolution_binning": False}, "sana": {"height": 32, "width": 32, "use_resolution_binning": False}}
+    "fid": 21.5,
+    "fid_error": 1.2,
+    "memorization": 0.04,
+    "memorization_error": 0.02,
+    "memorization_p": 0.2,
+    "copy_rate": 0.0117,
+    "copy_rate_low": 0.004,
+    "copy_rate_high": 0.034,
+    "copy_rate_line": 0.01,
+    "copy_rate_p": 0.48,
+    "clear_copy_rate": 0.0,
+    "trained_fraction": 0.034,
+}
+CALLS = {
+    "ddpm": None,
+    "pixart": {"height": 32, "width": 32, "use_resolution_binning": False},
+    "sana": {"height": 32, "width": 32, "use_resolution_binning": False},
+}
 CALL = {"height": 32, "width": 32}
 
 
@@ -72,7 +88,10 @@ def finished_run(folder, base_name, method, mix=()):
     disturbed(adapter, 1)
     adapter.save(folder, spec.description())
     adapter.fuse()
-    write_json(folder / RESULT, {"state": "COMPLETE", "n_samples": 256, "rewards": REWARDS, "measured_with": MEASURED})
+    write_json(
+        folder / RESULT,
+        {"state": "COMPLETE", "n_samples": 256, "rewards": REWARDS, "measured_with": MEASURED},
+    )
     return pipeline
 
 
@@ -89,18 +108,43 @@ def in_plain_diffusers(jobs):
 
 def test_fused_pipelines_of_every_family_and_lora_files_load_in_plain_diffusers(tmp_path):
     jobs, expected = [], []
-    fused = {"tiny": "difffit", "sd-v": "svdiff", "sdxl": "loha", "sd3": "svdiff", "flux": "attention", "pixart": "bias", "sana": "lokr", "ddpm": "difffit"}
+    fused = {
+        "tiny": "difffit",
+        "sd-v": "svdiff",
+        "sdxl": "loha",
+        "sd3": "svdiff",
+        "flux": "attention",
+        "pixart": "bias",
+        "sana": "lokr",
+        "ddpm": "difffit",
+    }
     for family, method in fused.items():
         base = "tiny" if family == "tiny" else str(build(family, tmp_path / family))
         call = CALLS.get(family, CALL)
         expected.append(images_of(finished_run(tmp_path / f"{family}-run", base, method), call))
         out = export(tmp_path / f"{family}-run", tmp_path / f"{family}-out", "pipeline")
-        jobs.append({"pipeline": str(out), "lora": None, "call": call, "out": str(tmp_path / f"{len(jobs)}.npy")})
-    for family, method in {"tiny": "lora", "sdxl": "lora", "sd3": "lora", "flux": "lora", "sd-v": "dora"}.items():
+        jobs.append(
+            {"pipeline": str(out), "lora": None, "call": call, "out": str(tmp_path / f"{len(jobs)}.npy")}
+        )
+    for family, method in {
+        "tiny": "lora",
+        "sdxl": "lora",
+        "sd3": "lora",
+        "flux": "lora",
+        "sd-v": "dora",
+    }.items():
         base = "tiny" if family == "tiny" else str(tmp_path / family)
         expected.append(images_of(finished_run(tmp_path / f"{family}-lora-run", base, method), CALL))
-        out = export(tmp_path / f"{family}-lora-run", tmp_path / f"{family}-lora")  # ranks and alphas differ by group
-        jobs.append({"pipeline": find_base_path(base), "lora": str(out), "call": CALL, "out": str(tmp_path / f"{len(jobs)}.npy")})
+        # ranks and alphas differ by group
+        out = export(tmp_path / f"{family}-lora-run", tmp_path / f"{family}-lora")
+        jobs.append(
+            {
+                "pipeline": find_base_path(base),
+                "lora": str(out),
+                "call": CALL,
+                "out": str(tmp_path / f"{len(jobs)}.npy"),
+            }
+        )
     in_plain_diffusers(jobs)
     for job, images in zip(jobs, expected):
         assert np.abs(np.load(job["out"]) - images).max() < 2 / 255, job
@@ -121,7 +165,14 @@ def test_an_exported_adapter_loads_by_memcontrol(tmp_path, method, mix):
 def test_an_exported_adapter_loads_in_a_new_process(tmp_path):
     expected = images_of(finished_run(tmp_path / "run", "tiny", "difffit", ("svdiff",)), CALL)
     out = export(tmp_path / "run", tmp_path / "out", "adapter")
-    command = [sys.executable, "-c", BY_MEMCONTROL, find_base_path("tiny"), str(out), str(tmp_path / "images.npy")]
+    command = [
+        sys.executable,
+        "-c",
+        BY_MEMCONTROL,
+        find_base_path("tiny"),
+        str(out),
+        str(tmp_path / "images.npy"),
+    ]
     subprocess.run(command, check=True, capture_output=True)
     assert np.abs(np.load(tmp_path / "images.npy") - expected).max() < 2 / 255
 
@@ -141,7 +192,9 @@ def test_the_denoiser_alone(tmp_path):
 
     fused = finished_run(tmp_path / "run", "tiny", "svdiff")
     loaded = UNet2DConditionModel.from_pretrained(export(tmp_path / "run", tmp_path / "out", "denoiser"))
-    assert all(torch.equal(tensor, fused.unet.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+    assert all(
+        torch.equal(tensor, fused.unet.state_dict()[name]) for name, tensor in loaded.state_dict().items()
+    )
 
 
 def test_the_files_describe_themselves(tmp_path):
@@ -150,15 +203,21 @@ def test_the_files_describe_themselves(tmp_path):
     finished_run(tmp_path / "run", "tiny", "lora")
     out = export(tmp_path / "run", tmp_path / "out")
     with safe_open(out / LORA_FILE, "pt") as file:
-        described, settings = (json.loads(file.metadata()[key]) for key in ("memcontrol", "lora_adapter_metadata"))
+        described, settings = (
+            json.loads(file.metadata()[key]) for key in ("memcontrol", "lora_adapter_metadata")
+        )
     assert described["choice"]["groups"] == ["first", "second"] and described["config"]["name"] == "test"
     assert parse_space(described["space"], "test").groups["second"].alpha == 2.0
     assert settings["unet.rank_pattern"] and settings["unet.alpha_pattern"]
     with safe_open(out / COMFYUI_FILE, "pt") as file:
         names = [name for name in file.keys() if "mid_block" in name and "to_q" in name]
         by_end = {name.partition(".")[2]: file.get_tensor(name) for name in names if "attn1" in name}
-    assert set(by_end) == {"lora_down.weight", "lora_up.weight", "alpha"} and names[0].startswith("lora_unet_mid_block_attentions_0_")
-    assert float(by_end["alpha"]) == len(by_end["lora_down.weight"]) * (2.0 if len(by_end["lora_down.weight"]) == 2 else 1.0)
+    assert set(by_end) == {"lora_down.weight", "lora_up.weight", "alpha"} and names[0].startswith(
+        "lora_unet_mid_block_attentions_0_"
+    )
+    assert float(by_end["alpha"]) == len(by_end["lora_down.weight"]) * (
+        2.0 if len(by_end["lora_down.weight"]) == 2 else 1.0
+    )
 
 
 def test_refusals(tmp_path):
@@ -176,7 +235,9 @@ def test_refusals(tmp_path):
         export(tmp_path / "run", tmp_path / "out")
 
 
-@pytest.mark.parametrize("method, format", [("lora", None), ("svdiff", None), ("difffit", "adapter"), ("bias", "denoiser")])
+@pytest.mark.parametrize(
+    "method, format", [("lora", None), ("svdiff", None), ("difffit", "adapter"), ("bias", "denoiser")]
+)
 def test_the_model_card_tells_what_was_measured_and_its_code_runs(tmp_path, method, format):
     from huggingface_hub import ModelCard
 
@@ -184,10 +245,24 @@ def test_the_model_card_tells_what_was_measured_and_its_code_runs(tmp_path, meth
     export(tmp_path / "run", tmp_path / "my-model", format)
     text = (tmp_path / "my-model" / "README.md").read_text()
     data = ModelCard(text).data.to_dict()
-    assert data["library_name"] == "diffusers" and data["pipeline_tag"] == "text-to-image" and "memcontrol" in data["tags"]
+    assert (
+        data["library_name"] == "diffusers"
+        and data["pipeline_tag"] == "text-to-image"
+        and "memcontrol" in data["tags"]
+    )
     assert ("lora" in data["tags"]) == (method == "lora") and "base_model" not in data
-    assert "32 pixels" in text and "20 steps, guidance 1" in text and "`tiny 0123`" in text and "full fine-tuning |" not in text
-    assert "| FID | 21.50 ± 1.20 |" in text and "1.2% (0.4%-3.4%)" in text and "No copying is visible" in text and "not parts of images" in text
+    assert (
+        "32 pixels" in text
+        and "20 steps, guidance 1" in text
+        and "`tiny 0123`" in text
+        and "full fine-tuning |" not in text
+    )
+    assert (
+        "| FID | 21.50 ± 1.20 |" in text
+        and "1.2% (0.4%-3.4%)" in text
+        and "No copying is visible" in text
+        and "not parts of images" in text
+    )
     assert str(tmp_path) not in text  # a path of this machine is nobody's business
     code = text.partition("```python\n")[2].partition("```")[0]
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
@@ -203,7 +278,10 @@ def test_the_card_sets_full_fine_tuning_beside_the_pick(tmp_path):
     full = {**result, "choice": {"method": "full"}, "rewards": {**REWARDS, "fid": 33.0}}
     write_json(tmp_path / "retrain" / "b" / RESULT, full)
     text = compose_body(spec, result, "")
-    assert "| FID | 21.50 ± 1.20 | 33.00 ± 1.20 | minimize | Frechet distance to test images" in text and "held-out" not in text
+    assert (
+        "| FID | 21.50 ± 1.20 | 33.00 ± 1.20 | minimize | Frechet distance to test images" in text
+        and "held-out" not in text
+    )
     write_json(tmp_path / "retrain" / "b" / RESULT, {**full, "measured_with": {}})
     assert "33.00" not in compose_body(spec, result, "")
 
@@ -213,6 +291,18 @@ def test_the_card_names_a_base_of_the_hub_and_no_folder(tmp_path):
     from memcontrol.view.model_card import make_metadata
 
     space = load_space("digits")
-    for base, known in (("stable-diffusion-v1-5/stable-diffusion-v1-5", True), (str(tmp_path), False), ("tiny", False)):
-        spec = Spec(load_config({"name": "a", "base": base, "data": "digits"}), space, space.choice(("mid_attention",), "lora", 0.5), tmp_path, "retrain", "test", 10)
+    for base, known in (
+        ("stable-diffusion-v1-5/stable-diffusion-v1-5", True),
+        (str(tmp_path), False),
+        ("tiny", False),
+    ):
+        spec = Spec(
+            load_config({"name": "a", "base": base, "data": "digits"}),
+            space,
+            space.choice(("mid_attention",), "lora", 0.5),
+            tmp_path,
+            "retrain",
+            "test",
+            10,
+        )
         assert make_metadata(spec, True, True).get("base_model") == (base if known else None)

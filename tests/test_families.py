@@ -1,4 +1,5 @@
-"""Every family of pipelines, from its on-disk format through a whole trial: losses by hand, samples against plain diffusers."""
+"""Every family of pipelines, from its on-disk format through a whole trial: losses by hand, samples against
+plain diffusers."""
 
 import numpy as np
 import pytest
@@ -24,9 +25,17 @@ def family(request, tmp_path_factory):
 
 
 ALL_AT_ONCE = {
-    "ensemble": {"shards": 2}, "rounds": 2, "skip": {}, "redistribution": {}, "augmentation": {"rule": "kept", "retest": False}, "ema": 0.9,
-    "gradient_checkpointing": True, "noise_offset": 0.1, "input_perturbation": 0.1, "micro_batch_size": 2,
-}  # fmt: skip
+    "ensemble": {"shards": 2},
+    "rounds": 2,
+    "skip": {},
+    "redistribution": {},
+    "augmentation": {"rule": "kept", "retest": False},
+    "ema": 0.9,
+    "gradient_checkpointing": True,
+    "noise_offset": 0.1,
+    "input_perturbation": 0.1,
+    "micro_batch_size": 2,
+}
 ON_TEXT = {"captions": {"add_words": 0.5, "repeat_word": 0.5}, "embedding_noise": 0.1, "norm_threshold": 1e6}
 
 
@@ -35,19 +44,50 @@ def test_a_trial_runs_on_every_family(family, inner, tmp_path, photographs):
     name, base = family
     settings = {} if inner == "plain" else ALL_AT_ONCE if name == "ddpm" else ALL_AT_ONCE | ON_TEXT
     space = tmp_path / "space.yaml"
-    groups = "{a: '(down_blocks|transformer_blocks)\\..*', b: '(up_blocks|single_transformer_blocks|proj_out|norm_out)\\.?.*'}"
-    space.write_text(f"groups: {groups}\nmethods: [svdiff]\nlearning_rate: {{svdiff: [1.0e-3, 1.0e-2], full: [1.0e-5, 1.0e-4]}}\n")
-    config = load_config({
-        "name": "t", "base": base, "space": str(space), "inner": {"budget_images": 16, "batch_size": 4, **settings},
-        "data": {"path": str(photographs(30)), "train": 10, "holdout": 10, "test": 10, "resolution": RESOLUTION.get(name, 32)},
-        "rewards": {"n_samples": 8, "sampling_steps": 2, "objectives": ["kid", "memorization", "step_gflops"]},
-    })  # fmt: skip
+    groups = (
+        "{a: '(down_blocks|transformer_blocks)\\..*', b: "
+        "'(up_blocks|single_transformer_blocks|proj_out|norm_out)\\.?.*'}"
+    )
+    space.write_text(
+        f"groups: {groups}\nmethods: [svdiff]\nlearning_rate: {{svdiff: [1.0e-3, 1.0e-2], full: "
+        f"[1.0e-5, 1.0e-4]}}\n"
+    )
+    config = load_config(
+        {
+            "name": "t",
+            "base": base,
+            "space": str(space),
+            "inner": {"budget_images": 16, "batch_size": 4, **settings},
+            "data": {
+                "path": str(photographs(30)),
+                "train": 10,
+                "holdout": 10,
+                "test": 10,
+                "resolution": RESOLUTION.get(name, 32),
+            },
+            "rewards": {
+                "n_samples": 8,
+                "sampling_steps": 2,
+                "objectives": ["kid", "memorization", "step_gflops"],
+            },
+        }
+    )
     loaded = LoadedModels()
-    assert prepare_study(config.model_dump(mode="json"), tmp_path, loaded, lambda text: None)["sizes"] == {"train": 10, "holdout": 10, "test": 10}
-    spec = Spec(config, load_space(str(space)), Choice(("a",), "svdiff", 5e-3), tmp_path, "search", "holdout", 10)
+    assert prepare_study(config.model_dump(mode="json"), tmp_path, loaded, lambda text: None)["sizes"] == {
+        "train": 10,
+        "holdout": 10,
+        "test": 10,
+    }
+    spec = Spec(
+        config, load_space(str(space)), Choice(("a",), "svdiff", 5e-3), tmp_path, "search", "holdout", 10
+    )
     spec.as_job(tmp_path / "run")
     found = run_trial(tmp_path / "run", loaded, lambda *_, **said: None)
-    assert found["state"] == "COMPLETE" and found["n_steps"] == 4 and all(np.isfinite(value) for value in found["rewards"].values())
+    assert (
+        found["state"] == "COMPLETE"
+        and found["n_steps"] == 4
+        and all(np.isfinite(value) for value in found["rewards"].values())
+    )
     assert found["rewards"]["step_gflops"] > 0 and found["rewards"]["memory_mib"] > 0
 
 
@@ -75,7 +115,16 @@ def test_settings_that_mean_nothing_for_a_base_are_refused(name, key, value, wor
         check_mitigations(config, base)
         text, empty = base.encode_captions(["a red face"]), base.encode_captions([""])
         late, always, never = (
-            base.sample(text, empty, seeds=[1], steps=4, guidance=guidance, resolution=32, progress=lambda *_: None, guidance_from=share)
+            base.sample(
+                text,
+                empty,
+                seeds=[1],
+                steps=4,
+                guidance=guidance,
+                resolution=32,
+                progress=lambda *_: None,
+                guidance_from=share,
+            )
             for guidance, share in ((9.0, 0.5), (9.0, 0.0), (1.0, 0.0))
         )
         assert not np.array_equal(late, always) and not np.array_equal(late, never)
@@ -90,7 +139,9 @@ def test_samples_are_those_of_the_plain_pipeline(family):
     side, seeds = RESOLUTION.get(name, 32), [3, 4]
     text = base.encode_captions(["a red face", "a digit"])
     empty = base.encode_captions([""])
-    images = base.sample(text, empty, seeds=seeds, steps=2, guidance=1.0, resolution=side, progress=lambda *_: None)
+    images = base.sample(
+        text, empty, seeds=seeds, steps=2, guidance=1.0, resolution=side, progress=lambda *_: None
+    )
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     if name == "ddpm":
         from diffusers import DDIMPipeline
@@ -102,9 +153,16 @@ def test_samples_are_those_of_the_plain_pipeline(family):
         binned = {"use_resolution_binning": False} if name in ("pixart", "sana") else {}
         human = {"complex_human_instruction": None} if name == "sana" else {}
         expected = plain(
-            ["a red face", "a digit"], generator=generators, num_inference_steps=2, guidance_scale=1.0, height=side, width=side, output_type="np",
-            **binned, **human,
-        ).images  # fmt: skip
+            ["a red face", "a digit"],
+            generator=generators,
+            num_inference_steps=2,
+            guidance_scale=1.0,
+            height=side,
+            width=side,
+            output_type="np",
+            **binned,
+            **human,
+        ).images
     assert np.abs(images.transpose(0, 2, 3, 1) / 255 - expected).max() < 1.01 / 255
 
 
@@ -114,9 +172,16 @@ def test_the_loss_of_velocity_prediction_by_hand(tmp_path):
     with torch.no_grad():
         losses, _ = base.losses(clean, text, torch.Generator().manual_seed(1))
         generator = torch.Generator().manual_seed(1)
-        noise, times = torch.randn(clean.shape, generator=generator), torch.randint(1000, (2,), generator=generator)
-        kept = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0)[times].view(2, 1, 1, 1)
-        predicted = base.denoiser(kept.sqrt() * clean + (1 - kept).sqrt() * noise, times, text["prompt_embeds"]).sample
+        noise, times = (
+            torch.randn(clean.shape, generator=generator),
+            torch.randint(1000, (2,), generator=generator),
+        )
+        kept = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0)[times].view(
+            2, 1, 1, 1
+        )
+        predicted = base.denoiser(
+            kept.sqrt() * clean + (1 - kept).sqrt() * noise, times, text["prompt_embeds"]
+        ).sample
     velocity = kept.sqrt() * noise - (1 - kept).sqrt() * clean  # Salimans and Ho 2022, appendix D
     assert torch.allclose(losses, ((predicted - velocity) ** 2).flatten(1).mean(1), atol=1e-5)
 
@@ -132,16 +197,23 @@ def test_the_loss_of_a_flow_by_hand(tmp_path):
         level = 3 * level / (1 + 2 * level)  # the schedule's shift of 3
         noisy = (1 - level.view(3, 1, 1, 1)) * clean + level.view(3, 1, 1, 1) * noise
         predicted = base.denoiser(
-            hidden_states=noisy, timestep=1000 * level, encoder_hidden_states=text["prompt_embeds"],
+            hidden_states=noisy,
+            timestep=1000 * level,
+            encoder_hidden_states=text["prompt_embeds"],
             pooled_projections=text["pooled_prompt_embeds"],
-        ).sample  # fmt: skip
+        ).sample
     assert torch.allclose(losses, ((predicted - (noise - clean)) ** 2).flatten(1).mean(1), atol=1e-5)
     assert timesteps.tolist() == [int(1000 * share) for share in level]
 
 
 def test_a_pipeline_that_no_family_knows_is_named(tmp_path):
-    (tmp_path / "model_index.json").write_text('{"_class_name": "KandinskyPipeline", "_diffusers_version": "0.42.1"}')
-    with pytest.raises(MemControlError, match="is a KandinskyPipeline, which MemControl cannot train; it can train StableDiffusionPipeline"):
+    (tmp_path / "model_index.json").write_text(
+        '{"_class_name": "KandinskyPipeline", "_diffusers_version": "0.42.1"}'
+    )
+    with pytest.raises(
+        MemControlError,
+        match="is a KandinskyPipeline, which MemControl cannot train; it can train StableDiffusionPipeline",
+    ):
         open_pipeline(str(tmp_path))
     with pytest.raises(MemControlError, match="no unet/config.json"):
         make_empty_denoiser(str(tmp_path))
@@ -154,5 +226,7 @@ def test_the_shapes_of_a_denoiser_come_from_its_config_alone(family, tmp_path):
     real = getattr(real, "unet", None) or real.transformer
     empty = make_empty_denoiser(path)
     assert config["_class_name"] == type(real).__name__
-    assert {key: tensor.shape for key, tensor in empty.state_dict().items()} == {key: tensor.shape for key, tensor in real.state_dict().items()}
+    assert {key: tensor.shape for key, tensor in empty.state_dict().items()} == {
+        key: tensor.shape for key, tensor in real.state_dict().items()
+    }
     assert all(tensor.is_meta for tensor in empty.parameters())

@@ -23,29 +23,57 @@ def records_of(space, n, rewards, seed=0):
             fid, memorization = rewards(choice, points.row(choice))
             searched = {"fid": fid + rng.normal(0, 0.05), "memorization": memorization, "fid_error": 0.05}
             record = Record(len(found), "RUNNING", (choice,)).as_running()
-            found.append(replace(record, state="COMPLETE", objectives={"fid": "minimize", "memorization": "minimize"}, searched=searched))
+            found.append(
+                replace(
+                    record,
+                    state="COMPLETE",
+                    objectives={"fid": "minimize", "memorization": "minimize"},
+                    searched=searched,
+                )
+            )
     return found
 
 
 def test_known_effects_are_found_within_their_errors():
     def rewards(choice, row):
-        return 10 - 2 * ("up_attention" in choice.groups) - 1 * row[-1], 0.1 * ("down_attention" in choice.groups)
+        return 10 - 2 * ("up_attention" in choice.groups) - 1 * row[-1], 0.1 * (
+            "down_attention" in choice.groups
+        )
 
-    effects = {effect.coordinate: effect for effect in measure_importance(records_of(SPACE, 60, rewards), SPACE)}
-    true = {"up_attention": (-2, 0), "down_attention": (0, 0.1), "mid_attention": (0, 0), "rate": (-1, 0), "rank": (0, 0)}
+    effects = {
+        effect.coordinate: effect for effect in measure_importance(records_of(SPACE, 60, rewards), SPACE)
+    }
+    true = {
+        "up_attention": (-2, 0),
+        "down_attention": (0, 0.1),
+        "mid_attention": (0, 0),
+        "rate": (-1, 0),
+        "rank": (0, 0),
+    }
     for name, (fid, memorization) in true.items():
         for objective, expected in (("fid", fid), ("memorization", memorization)):
             found = effects[name].effects[objective]
-            assert abs(found - expected) < max(3 * found.error, 0.02 if objective == "fid" else 0.002), (name, objective, found, found.error)
+            assert abs(found - expected) < max(3 * found.error, 0.02 if objective == "fid" else 0.002), (
+                name,
+                objective,
+                found,
+                found.error,
+            )
     assert abs(effects["up_attention"].effects["fid"]) > 5 * effects["up_attention"].effects["fid"].error
     assert effects["up_attention"].as_dict()["to"] is True
 
 
 def test_only_changes_that_a_choice_can_have_count():
     """c knows difffit alone, so what its method changes to is no contrast; a has three methods."""
-    effects = measure_importance(records_of(MIXED, 50, lambda choice, row: (float(len(choice.groups)), 0.1)), MIXED)
-    assert {effect.coordinate for effect in effects} >= {"a", "b", "c", "a.method", "rate"} and all(effect.n_choices > 0 for effect in effects)
-    assert next(effect for effect in effects if effect.coordinate == "a").effects["fid"] == pytest.approx(1, abs=0.2)
+    effects = measure_importance(
+        records_of(MIXED, 50, lambda choice, row: (float(len(choice.groups)), 0.1)), MIXED
+    )
+    assert {effect.coordinate for effect in effects} >= {"a", "b", "c", "a.method", "rate"} and all(
+        effect.n_choices > 0 for effect in effects
+    )
+    assert next(effect for effect in effects if effect.coordinate == "a").effects["fid"] == pytest.approx(
+        1, abs=0.2
+    )
 
 
 def test_too_few_trials_are_named():

@@ -1,4 +1,5 @@
-"""The packages and their rule: a package imports only those named before it; study, search and view import nothing from data to trial."""
+"""The packages and their rule: a package imports only those named before it; study, search and view import
+nothing from data to trial."""
 
 import ast
 import subprocess
@@ -49,15 +50,34 @@ def test_every_module_opens_with_what_it_owns_and_no_folder_is_crowded():
 
 
 def test_few_modules_import_optuna():
-    users = {f"{path.parent.name}.{path.stem}" for path in MODULES for line in path.read_text().splitlines() if line.strip().startswith(("import optuna", "from optuna"))}
-    assert users == {"study.store", "study.artifacts", "search.optuna_samplers", "view.dashboard", "view.dashboard_notes"}
+    users = {
+        f"{path.parent.name}.{path.stem}"
+        for path in MODULES
+        for line in path.read_text().splitlines()
+        if line.strip().startswith(("import optuna", "from optuna"))
+    }
+    assert users == {
+        "study.store",
+        "study.artifacts",
+        "search.optuna_samplers",
+        "view.dashboard",
+        "view.dashboard_notes",
+    }
 
 
 def test_the_orchestrating_process_needs_no_torch():
-    code = "import sys, memcontrol.cli.parser, memcontrol.search.orchestrator, memcontrol.commands.retrain, memcontrol.view.live, memcontrol.study.pick; sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys, memcontrol.cli.parser, memcontrol.search.orchestrator, "
+        "memcontrol.commands.retrain, memcontrol.view.live, memcontrol.study.pick; "
+        "sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_help_imports_next_to_nothing():
-    code = "import sys; sys.argv=['memcontrol','--help']\ntry:\n from memcontrol.cli import main; main()\nexcept SystemExit: pass\nsys.exit(bool({'torch', 'numpy', 'optuna', 'yaml', 'pydantic'} & set(sys.modules)))"
+    code = (
+        "import sys; sys.argv=['memcontrol','--help']\ntry:\n from memcontrol.cli import main; "
+        "main()\nexcept SystemExit: pass\nsys.exit(bool({'torch', 'numpy', 'optuna', 'yaml', "
+        "'pydantic'} & set(sys.modules)))"
+    )
     assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0

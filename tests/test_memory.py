@@ -15,7 +15,10 @@ def test_the_published_rule_by_hand():
     losses = torch.tensor([1, 0.2, 0.5, 0.1])
     assert memory.keeps(losses, timesteps).all()
     memory.update(losses, timesteps)
-    assert memory.bank[[5, 7, 9]].tolist() == pytest.approx([0.2, 0.1, 0.02]) and memory.bank.count_nonzero() == 3
+    assert (
+        memory.bank[[5, 7, 9]].tolist() == pytest.approx([0.2, 0.1, 0.02])
+        and memory.bank.count_nonzero() == 3
+    )
     losses = torch.tensor([0.09, 0.11, 0.04, 0.02])
     keep = memory.keeps(losses, timesteps)
     assert keep.tolist() == [False, True, False, True]
@@ -23,7 +26,8 @@ def test_the_published_rule_by_hand():
 
 
 def sequential(bank, timesteps, losses, ratio, decay):
-    """The published loop: every image judged by the bank before the batch, then taken in one after the other."""
+    """The published loop: every image judged by the bank before the batch, then taken in one after the
+    other."""
     keep = [loss * ratio >= bank[t] for t, loss in zip(timesteps, losses)]
     for t, loss in zip(timesteps, losses):
         bank[t] = decay * bank[t] + (1 - decay) * loss
@@ -56,7 +60,10 @@ def test_a_corrected_start_knows_the_mean_from_the_first_visit():
         weights = [decay ** (visit - 1 - i) for i in range(visit)]
         mean = sum(w * v for w, v in zip(weights, values)) / sum(weights)
         assert memory.usual(at).item() == pytest.approx(mean)
-    assert memory.keeps(torch.tensor([mean / 2 + 1e-6]), at).all() and not memory.keeps(torch.tensor([mean / 2 - 1e-6]), at).any()
+    assert (
+        memory.keeps(torch.tensor([mean / 2 + 1e-6]), at).all()
+        and not memory.keeps(torch.tensor([mean / 2 - 1e-6]), at).any()
+    )
 
 
 def test_closeness_is_one_at_the_threshold():
@@ -68,4 +75,7 @@ def test_closeness_is_one_at_the_threshold():
 def test_bins_share_a_memory():
     memory = LossMemory.empty(SkipConfig(bins=50))
     memory.update(torch.tensor([1.0, 1.0]), torch.tensor([0, 19]))
-    assert memory.usual(torch.tensor([0, 10, 19, 20, 999])).tolist() == pytest.approx([0.36, 0.36, 0.36, 0, 0]) and len(memory.bank) == 50
+    assert (
+        memory.usual(torch.tensor([0, 10, 19, 20, 999])).tolist() == pytest.approx([0.36, 0.36, 0.36, 0, 0])
+        and len(memory.bank) == 50
+    )

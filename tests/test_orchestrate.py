@@ -16,9 +16,13 @@ from memcontrol.search import orchestrator as orchestrate
 from memcontrol.study.store import Study, open_study
 
 STEPS = {
-    "begin": (Study, "begin"), "keep in memory": (Study, "keep"), "finish": (Study, "finish"), "submit": (Simulated, "submit"),
-    "end of a trial": (Simulated, "ended"), "collect": (orchestrate.Search, "collect"),
-}  # fmt: skip
+    "begin": (Study, "begin"),
+    "keep in memory": (Study, "keep"),
+    "finish": (Study, "finish"),
+    "submit": (Simulated, "submit"),
+    "end of a trial": (Simulated, "ended"),
+    "collect": (orchestrate.Search, "collect"),
+}
 STORAGE = ("create_new_trial", "set_trial_system_attr", "set_trial_state_values")
 N_SAMPLED = 9  # more than the sampler spreads before it models anything
 
@@ -46,7 +50,17 @@ def dying(function, at, when):
 def study_in(folder, **keys):
     path = folder / "study.yaml"
     rewards = {"confirm": 0, "limits": {"memorization": 0.2}}
-    path.write_text(yaml.safe_dump({"name": "s", "data": "digits", "space": "digits", "rewards": rewards, "search": {"trials": N_SAMPLED, "workers": 1, **keys}}))
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "name": "s",
+                "data": "digits",
+                "space": "digits",
+                "rewards": rewards,
+                "search": {"trials": N_SAMPLED, "workers": 1, **keys},
+            }
+        )
+    )
     return path
 
 
@@ -56,7 +70,9 @@ def assert_whole(study_file, n_deaths):
     study = open_study(config, folder, study_file, create=False)
     records, trials = study.records(), study.inner.get_trials()
     study.close()
-    assert [record.state for record in records] == ["COMPLETE"] * (N_SAMPLED + 3) and [trial.number for trial in trials] == list(range(N_SAMPLED + 3))
+    assert [record.state for record in records] == ["COMPLETE"] * (N_SAMPLED + 3) and [
+        trial.number for trial in trials
+    ] == list(range(N_SAMPLED + 3))
     choices = [choice for record in records for choice in record.candidates]
     assert len(set(choices)) == len(choices)
     for record, trial in zip(records, trials):
@@ -77,7 +93,8 @@ def undisturbed(tmp_path_factory):
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("step", [*STEPS, *STORAGE])
 def test_dying_at_any_step_loses_and_repeats_nothing(step, when, tmp_path, monkeypatch, undisturbed):
-    """Of the searches that are begun over the same study, each dies at a later call; the last one runs to its end."""
+    """Of the searches that are begun over the same study, each dies at a later call; the last one runs to its
+    end."""
     study, n_deaths = study_in(tmp_path), 0
     for at in range(3, 16, 3):
         with monkeypatch.context() as patch, contextlib.suppress(Dead):
@@ -109,6 +126,8 @@ class Failing(Simulated):
 def test_an_anchor_whose_choices_all_fail_is_one_failure_and_the_search_goes_on(tmp_path):
     study = search(study_in(tmp_path), Failing())
     states = {record.anchor: (record.state, record.reason) for record in study.records() if record.anchor}
-    assert states["full"] == ("FAIL", "3 attempts failed, the last: made up") and states["all"][0] == "COMPLETE"
+    assert (
+        states["full"] == ("FAIL", "3 attempts failed, the last: made up") and states["all"][0] == "COMPLETE"
+    )
     assert sum(record.finished for record in study.records()) == N_SAMPLED + 2
     study.close()

@@ -35,4 +35,6 @@ def test_limits():
 
 
 def test_what_was_not_measured_keeps_no_limit():
-    assert parse_limit("fid<=1", ["fid"]).holds({"fid": 1.0}) and not parse_limit("fid<=1", ["fid"]).holds({"kid": 0.0})
+    assert parse_limit("fid<=1", ["fid"]).holds({"fid": 1.0}) and not parse_limit("fid<=1", ["fid"]).holds(
+        {"kid": 0.0}
+    )

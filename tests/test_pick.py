@@ -13,7 +13,15 @@ from memcontrol.study.record import Record
 
 def record(number, fid, memorization, anchor=None, low=0.0, state="COMPLETE"):
     rewards = {"fid": fid, "memorization": memorization, "copy_rate_low": low, "copy_rate_line": 0.01}
-    return Record(number, state, (), anchor, Choice((), "full", 1e-3), {"fid": "minimize", "memorization": "minimize"}, rewards)
+    return Record(
+        number,
+        state,
+        (),
+        anchor,
+        Choice((), "full", 1e-3),
+        {"fid": "minimize", "memorization": "minimize"},
+        rewards,
+    )
 
 
 NONE, FULL = record(0, 60, 0.0, "none"), record(2, 16, 0.25, "full", low=0.1)
@@ -21,7 +29,14 @@ NONE, FULL = record(0, 60, 0.0, "none"), record(2, 16, 0.25, "full", low=0.1)
 
 def test_the_knee_is_about_as_good_as_full_fine_tuning_and_does_not_copy():
     good = record(4, 15.0, 0.09)
-    trials = [NONE, record(1, 14.0, 0.12, "all", low=0.02), FULL, record(3, 17.0, 0.03), good, record(5, 20.0, 0.02)]
+    trials = [
+        NONE,
+        record(1, 14.0, 0.12, "all", low=0.02),
+        FULL,
+        record(3, 17.0, 0.03),
+        good,
+        record(5, 20.0, 0.02),
+    ]
     assert choose_trial(trials) is good
     assert choose_trial(trials, "quality").number == 1 and choose_trial(trials, "memorization").number == 5
     assert choose_trial(trials, limits=["memorization<=0.025"]).number == 5
@@ -30,7 +45,10 @@ def test_the_knee_is_about_as_good_as_full_fine_tuning_and_does_not_copy():
 def test_conditions_that_no_trial_meets_are_dropped():
     assert choose_trial([NONE, FULL, record(3, 17.0, 0.03)]).number == 2
     assert choose_trial([NONE, FULL, record(3, 16.7, 0.03)]).number == 3
-    assert choose_trial([FULL, record(3, 15.0, 0.03, low=0.5), record(4, 15.5, 0.02, low=0.5)]).number in (3, 4)
+    assert choose_trial([FULL, record(3, 15.0, 0.03, low=0.5), record(4, 15.5, 0.02, low=0.5)]).number in (
+        3,
+        4,
+    )
     assert choose_trial([record(3, 15.0, 0.03)]).number == 3
 
 
@@ -62,8 +80,15 @@ def test_what_is_confirmed_until_the_front_stands():
     lucky, second, far = record(3, 12.0, 0.1), record(4, 13.0, 0.1), record(5, 30.0, 0.3)
     trials = [NONE, FULL, lucky, second, far]
     assert [r.number for r in select_to_confirm(trials)] == [0, 2, 3]
-    again = [replace(r, confirmed={**r.searched, "fid": 15.0 if r is lucky else r.searched["fid"]}) if r in (NONE, FULL, lucky) else r for r in trials]
-    assert [r.number for r in select_front(again)] == [4, 0] and [r.number for r in select_to_confirm(again)] == [4]
+    again = [
+        replace(r, confirmed={**r.searched, "fid": 15.0 if r is lucky else r.searched["fid"]})
+        if r in (NONE, FULL, lucky)
+        else r
+        for r in trials
+    ]
+    assert [r.number for r in select_front(again)] == [4, 0] and [
+        r.number for r in select_to_confirm(again)
+    ] == [4]
     again[3] = replace(second, confirmed=second.searched)
     assert select_to_confirm(again) == []
     limited = [record(3, 12.0, 0.1, low=0.2), record(4, 13.0, 0.2), record(5, 14.0, 0.3)]
@@ -82,8 +107,16 @@ def test_ties_are_those_whose_place_the_errors_leave_open():
         return replace(one, searched={**one.searched, "fid_error": error, "memorization_error": 0.01})
 
     best, near, clear = measured(1, 10.0, 1.0), measured(2, 12.0, 1.0), measured(3, 13.0, 1.0)
-    assert select_front([best, near, clear]) == [best] and select_ties([best, near, clear]) == [near]  # 2 sqrt(1 + 1) = 2.83
-    assert select_ties([best, measured(2, 12.0, 0.1)]) == [measured(2, 12.0, 0.1)] and select_ties([measured(1, 10.0, 0.1), measured(2, 12.0, 0.1)]) == []
+    # 2 sqrt(1 + 1) = 2.83
+    assert select_front([best, near, clear]) == [best] and select_ties([best, near, clear]) == [near]
+    assert (
+        select_ties([best, measured(2, 12.0, 0.1)]) == [measured(2, 12.0, 0.1)]
+        and select_ties([measured(1, 10.0, 0.1), measured(2, 12.0, 0.1)]) == []
+    )
     lucky = measured(4, 20.0, 1.0, 0.099)  # on the front by less than its error, and clearly worse otherwise
     firm = measured(5, 20.0, 1.0, 0.02)
-    assert select_front([best, lucky]) == [best, lucky] and select_ties([best, lucky]) == [lucky] and select_ties([best, firm]) == []
+    assert (
+        select_front([best, lucky]) == [best, lucky]
+        and select_ties([best, lucky]) == [lucky]
+        and select_ties([best, firm]) == []
+    )

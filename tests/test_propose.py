@@ -12,7 +12,16 @@ from sklearn.datasets import load_digits
 from memcontrol import search
 from memcontrol.core.errors import MemControlError
 
-FASTER = ("inner.budget_images=32", "inner.rounds=2", "rewards.n_samples=16", "rewards.force=true", "rewards.sampling_steps=1", "rewards.confirm=0", "search.workers=1", "search.executor=inline")
+FASTER = (
+    "inner.budget_images=32",
+    "inner.rounds=2",
+    "rewards.n_samples=16",
+    "rewards.force=true",
+    "rewards.sampling_steps=1",
+    "rewards.confirm=0",
+    "search.workers=1",
+    "search.executor=inline",
+)
 
 
 def digit(i, side=48):
@@ -52,9 +61,18 @@ def copied(folder):
 
 
 FOLDERS = {
-    captioned: ["captions for 30 of 30, 10 different, from metadata", "48 pixels; squares", "greyscale"], plain: ["no captions", "64 pixels; squares", "resolution, 32", "colour"],
-    grey: ["greyscale, read as RGB", "train: 8"], copied: ["5 exact copies", "skip_unreadable: true", "the same pixels, which stay in one part: 0.png, copy 0.png", "1 pairs that are nearly the same", "nearly the same: 7.png and near.png", "broken.png cannot be decoded"],
-}  # fmt: skip
+    captioned: ["captions for 30 of 30, 10 different, from metadata", "48 pixels; squares", "greyscale"],
+    plain: ["no captions", "64 pixels; squares", "resolution, 32", "colour"],
+    grey: ["greyscale, read as RGB", "train: 8"],
+    copied: [
+        "5 exact copies",
+        "skip_unreadable: true",
+        "the same pixels, which stay in one part: 0.png, copy 0.png",
+        "1 pairs that are nearly the same",
+        "nearly the same: 7.png and near.png",
+        "broken.png cannot be decoded",
+    ],
+}
 
 
 @pytest.mark.parametrize("fill", FOLDERS, ids=lambda fill: fill.__name__)
@@ -71,7 +89,12 @@ def test_a_proposed_study_is_searched_without_an_edit(fill, tmp_path):
     assert values["name"] == "my-images" and values["data"]["path"] == "my images"
     assert len(search(tmp_path / "my-images.yaml", *FASTER, trials=2, quiet=True)) == 5
     split = json.loads((tmp_path / "runs/my-images/split.json").read_text())["parts"]
-    said = {part: int(line.split("# ")[1].split()[0]) for part in split for line in done.stderr.splitlines() if line.strip().startswith(f"{part}:")}
+    said = {
+        part: int(line.split("# ")[1].split()[0])
+        for part in split
+        for line in done.stderr.splitlines()
+        if line.strip().startswith(f"{part}:")
+    }
     assert {part: len(rows) for part, rows in split.items()} == said
 
 
@@ -82,7 +105,12 @@ def test_parts_that_are_there_are_kept(tmp_path):
             digit(i + 20 * n).save(tmp_path / "data" / part / f"{i}.png")
     done = run("init", "data", "--out", "mine.yaml", "--name", "other", cwd=tmp_path)
     values = yaml.safe_load((tmp_path / "mine.yaml").read_text())
-    assert done.returncode == 0 and values["name"] == "other" and set(values["data"]) == {"path"} and values["inner"]["batch_size"] == 12
+    assert (
+        done.returncode == 0
+        and values["name"] == "other"
+        and set(values["data"]) == {"path"}
+        and values["inner"]["batch_size"] == 12
+    )
 
 
 @pytest.mark.parametrize("n, words", [(0, "holds no images"), (23, "23 different images are too few")])
@@ -91,7 +119,12 @@ def test_too_few_images_are_refused(tmp_path, n, words):
     for i in range(n):
         digit(i).save(tmp_path / "few" / f"{i}.png")
     done = run("init", "few", cwd=tmp_path)
-    assert done.returncode == 1 and words in done.stderr and done.stdout == "" and not (tmp_path / "few.yaml").exists()
+    assert (
+        done.returncode == 1
+        and words in done.stderr
+        and done.stdout == ""
+        and not (tmp_path / "few.yaml").exists()
+    )
 
 
 def test_nothing_is_written_over(tmp_path):
@@ -99,12 +132,20 @@ def test_nothing_is_written_over(tmp_path):
     grey(tmp_path / "images")
     (tmp_path / "images.yaml").write_text("mine")
     done = run("init", "images", cwd=tmp_path)
-    assert done.returncode == 1 and "exists" in done.stderr and (tmp_path / "images.yaml").read_text() == "mine"
+    assert (
+        done.returncode == 1 and "exists" in done.stderr and (tmp_path / "images.yaml").read_text() == "mine"
+    )
     assert run("init", "none-such", cwd=tmp_path).returncode == 1
 
 
 @pytest.mark.parametrize(
-    "options, words", [(["--base", "."], "base '.' is a folder without model_index.json"), (["--base", "sd15"], "base 'sd15': no such folder"), (["--name", "a b"], "--name is 'a b'; use letters, digits"), (["--out", "few/x.yaml"], "among the images")]
+    "options, words",
+    [
+        (["--base", "."], "base '.' is a folder without model_index.json"),
+        (["--base", "sd15"], "base 'sd15': no such folder"),
+        (["--name", "a b"], "--name is 'a b'; use letters, digits"),
+        (["--out", "few/x.yaml"], "among the images"),
+    ],
 )
 def test_what_cannot_be_is_refused_before_the_images_are_read(tmp_path, options, words):
     (tmp_path / "few").mkdir()
@@ -128,7 +169,14 @@ def test_a_study_moves_with_its_images_and_never_searches_among_them(tmp_path):
         search(among, *quick, "data.path=.", quiet=True)
 
 
-@pytest.mark.parametrize("pipeline, space", [("StableDiffusionXLPipeline", "sdxl-blocks"), ("FluxPipeline", "flux-blocks"), ("DDPMPipeline", "ddpm-cifar10")])
+@pytest.mark.parametrize(
+    "pipeline, space",
+    [
+        ("StableDiffusionXLPipeline", "sdxl-blocks"),
+        ("FluxPipeline", "flux-blocks"),
+        ("DDPMPipeline", "ddpm-cifar10"),
+    ],
+)
 def test_the_space_follows_the_base(tmp_path, pipeline, space):
     from memcontrol.commands.init import choose_space
 

@@ -1,4 +1,5 @@
-"""What a search leaves in the study for dashboards: pictures before a trial ends, notes, plots; and what a person wrote is kept."""
+"""What a search leaves in the study for dashboards: pictures before a trial ends, notes, plots; and what a
+person wrote is kept."""
 
 import json
 import sqlite3
@@ -36,7 +37,17 @@ class Drawing(Simulated):
 @pytest.fixture
 def study_path(tmp_path):
     path = tmp_path / "s.yaml"
-    path.write_text(yaml.safe_dump({"name": "s", "data": "digits", "space": "digits", "rewards": {"confirm": 0}, "search": {"trials": 5, "workers": 2}}))
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "name": "s",
+                "data": "digits",
+                "space": "digits",
+                "rewards": {"confirm": 0},
+                "search": {"trials": 5, "workers": 2},
+            }
+        )
+    )
     return path
 
 
@@ -59,7 +70,9 @@ def test_every_finished_trial_has_the_pictures_of_its_run(study_path):
     assert len(found) == 8
     for record in study.records():
         run = study.folder / record.choice.key
-        assert found[record.number] == {name: (run / name).read_bytes() for name in ("samples.png", "pairs.png")}
+        assert found[record.number] == {
+            name: (run / name).read_bytes() for name in ("samples.png", "pairs.png")
+        }
 
 
 def test_pictures_are_there_before_the_trial_is_told_and_a_repetition_adds_none(study_path, monkeypatch):
@@ -69,7 +82,13 @@ def test_pictures_are_there_before_the_trial_is_told_and_a_repetition_adds_none(
     def told(storage, trial_id, state, values=None):
         if state.is_finished():
             attributes = storage.get_trial(trial_id).system_attrs
-            seen.append(sorted(json.loads(value)["filename"] for name, value in attributes.items() if name.startswith("artifacts:")))
+            seen.append(
+                sorted(
+                    json.loads(value)["filename"]
+                    for name, value in attributes.items()
+                    if name.startswith("artifacts:")
+                )
+            )
         return real(storage, trial_id, state, values)
 
     monkeypatch.setattr(optuna.storages._CachedStorage, "set_trial_state_values", told)
@@ -78,7 +97,9 @@ def test_pictures_are_there_before_the_trial_is_told_and_a_repetition_adds_none(
     record = study.records()[3]
     open_trial = study.begin([record.chosen], load_space("digits"))
     for _ in range(2):
-        artifacts.attach_pictures(study.storage, study.ids[open_trial], study.folder / record.chosen.key, study.folder)
+        artifacts.attach_pictures(
+            study.storage, study.ids[open_trial], study.folder / record.chosen.key, study.folder
+        )
     assert len(dict(shown(study))[open_trial]) == 2
     assert len(list((study.folder / "artifacts").iterdir())) == 16
 
@@ -122,21 +143,32 @@ def test_plots_hold_every_finished_trial_and_the_pick(study_path):
     attributes = study.storage.get_study_system_attrs(study.inner._study_id)
 
     def plot(name):
-        parts = {key: value for key, value in attributes.items() if key.startswith(f"dashboard:plot_data:{name}:")}
-        return json.loads("".join(parts[key] for key in sorted(parts, key=lambda key: int(key.rpartition(":")[2]))))
+        parts = {
+            key: value for key, value in attributes.items() if key.startswith(f"dashboard:plot_data:{name}:")
+        }
+        return json.loads(
+            "".join(parts[key] for key in sorted(parts, key=lambda key: int(key.rpartition(":")[2])))
+        )
 
     markers = [trace for trace in plot("front")["data"] if trace["mode"] == "markers"]
     shown = {(x, y) for trace in markers if trace["name"] != "pick" for x, y in zip(trace["x"], trace["y"])}
     assert shown == {tuple(record.values.values()) for record in study.records()}
     assert [len(trace["x"]) for trace in markers if trace["name"] == "pick"] == [1]
     volumes = plot("hypervolume")["data"][-1]["y"]
-    assert volumes[-1] == pytest.approx(hypervolume([record.losses for record in study.records()], study.attributes["reference"]))
+    assert volumes[-1] == pytest.approx(
+        hypervolume([record.losses for record in study.records()], study.attributes["reference"])
+    )
 
 
 def test_the_history_of_the_hypervolume_is_that_of_each_beginning(study_path, monkeypatch):
     study = search(study_path, Drawing(1))
-    ordered, reference = sorted(study.records(), key=lambda record: (record.ended, record.number)), study.attributes["reference"]
-    expected = [hypervolume([record.losses for record in ordered[: n + 1]], reference) for n in range(len(ordered))]
+    ordered, reference = (
+        sorted(study.records(), key=lambda record: (record.ended, record.number)),
+        study.attributes["reference"],
+    )
+    expected = [
+        hypervolume([record.losses for record in ordered[: n + 1]], reference) for n in range(len(ordered))
+    ]
     found = trace_hypervolume(study.records(), reference)
     assert list(found) == list(range(1, len(ordered) + 1)) and np.allclose(list(found.values()), expected)
     monkeypatch.setattr(growth, "N_PLACES", 3)
@@ -146,7 +178,9 @@ def test_the_history_of_the_hypervolume_is_that_of_each_beginning(study_path, mo
 
 def test_a_publisher_writes_nothing_twice(study_path, monkeypatch):
     study = search(study_path, Drawing(1))
-    monkeypatch.setattr("memcontrol.publish.save_note", lambda *_: pytest.fail("a note that is there was written again"))
+    monkeypatch.setattr(
+        "memcontrol.publish.save_note", lambda *_: pytest.fail("a note that is there was written again")
+    )
     publisher = Publisher(study, load_space("digits"), study.folder)
     publisher.publish()
     with sqlite3.connect(locate_study_folder(study_path, "s") / "study.db") as database:

@@ -13,16 +13,32 @@ import yaml
 from commands import NEW_PROCESS, run
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("*/README.md")), ROOT / "benchmarks/evidence/README.md"]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    *sorted(ROOT.glob("docs/*.md")),
+    *sorted(ROOT.glob("*/README.md")),
+    ROOT / "benchmarks/evidence/README.md",
+]
 ELSEWHERE = {  # other tests run these, each with what it needs
-    "make demo": "test_demo", "make test": "this", "make check": ".ci/run", "make chaos": "test_chaos", "memcontrol audit --model my-pipeline": "test_audit, sampling takes minutes",
-}  # fmt: skip
-BUDGET = {"inner": {"budget_images": 32, "batch_size": 16, "rounds": 2}, "rewards": {"n_samples": 16, "force": True, "sampling_steps": 1, "confirm": 0}}
+    "make demo": "test_demo",
+    "make test": "this",
+    "make check": ".ci/run",
+    "make chaos": "test_chaos",
+    "memcontrol audit --model my-pipeline": "test_audit, sampling takes minutes",
+}
+BUDGET = {
+    "inner": {"budget_images": 32, "batch_size": 16, "rounds": 2},
+    "rewards": {"n_samples": 16, "force": True, "sampling_steps": 1, "confirm": 0},
+}
 
 
 def blocks(language=""):
     text = (ROOT / "README.md").read_text()
-    return [block for kind, block in re.findall(r"^```(\w*)\n(.*?)^```", text, re.S | re.M) if kind == language]
+    return [
+        block for kind, block in re.findall(r"^```(\w*)\n(.*?)^```", text, re.S | re.M) if kind == language
+    ]
 
 
 def commands():
@@ -33,7 +49,8 @@ def commands():
 
 @pytest.fixture
 def folder(tmp_path, photographs):
-    """What a reader of the README has: images, some generated ones, and patience for none but the smallest budget."""
+    """What a reader of the README has: images, some generated ones, and patience for none but the smallest
+    budget."""
     photographs(40, "images/xrays")
     for i, part in enumerate(("images/train", "images/holdout", "generated")):
         root = photographs(12 * (i + 1), part)
@@ -48,7 +65,9 @@ def test_every_command_of_the_readme_runs_in_its_order(folder):
         if any(command.startswith(known) for known in ELSEWHERE) or "other.yaml" in command:
             continue
         if "KEY" in command:
-            key = key or next(path.parent.name for path in (folder / "runs/xrays/retrain").glob("*/pairs.png"))
+            key = key or next(
+                path.parent.name for path in (folder / "runs/xrays/retrain").glob("*/pairs.png")
+            )
             command = command.replace("KEY", key)
         if command.startswith("memcontrol dashboard"):
             serve(command + " --port 0", folder)
@@ -58,7 +77,18 @@ def test_every_command_of_the_readme_runs_in_its_order(folder):
         seen.append(command.split()[1])
         if seen[-1] == "init":
             with_small_budget(folder / "xrays.yaml")
-    assert {"init", "search", "status", "dashboard", "front", "report", "pick", "retrain", "export", "audit"} <= set(seen)
+    assert {
+        "init",
+        "search",
+        "status",
+        "dashboard",
+        "front",
+        "report",
+        "pick",
+        "retrain",
+        "export",
+        "audit",
+    } <= set(seen)
     assert (folder / "xrays.html").stat().st_size > 10_000
     for exported in ("my-lora", "my-pipeline", "my-adapter"):
         if (folder / exported).is_dir():
@@ -67,7 +97,9 @@ def test_every_command_of_the_readme_runs_in_its_order(folder):
 
 def with_small_budget(study):
     values = yaml.safe_load(study.read_text())
-    study.write_text(yaml.safe_dump({**values, **BUDGET, "search": {"trials": 1, "workers": 1, "executor": "inline"}}))
+    study.write_text(
+        yaml.safe_dump({**values, **BUDGET, "search": {"trials": 1, "workers": 1, "executor": "inline"}})
+    )
 
 
 def restore_interrupts():
@@ -80,7 +112,14 @@ def serve(command, folder):
     import urllib.request
 
     arguments = [*NEW_PROCESS, *shlex.split(command)[1:]]
-    process = subprocess.Popen(arguments, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=restore_interrupts)
+    process = subprocess.Popen(
+        arguments,
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=restore_interrupts,
+    )
     address = process.stdout.readline().strip()
     with urllib.request.urlopen(address) as response:
         assert response.status == 200
@@ -121,7 +160,9 @@ def test_every_link_leads_somewhere(page):
         there = (page.parent / path) if path else page
         assert there.exists(), f"{page.name}: {path}"
         if anchor:
-            assert anchor in {slug(heading) for heading in re.findall(r"^#+ (.*)$", there.read_text(), re.M)}, f"{page.name}: #{anchor}"
+            assert anchor in {
+                slug(heading) for heading in re.findall(r"^#+ (.*)$", there.read_text(), re.M)
+            }, f"{page.name}: #{anchor}"
 
 
 def slug(heading):
@@ -130,7 +171,12 @@ def slug(heading):
 
 def test_the_file_tree_names_every_file_and_no_other():
     tree = blocks()[-1]
-    names = {name for line in tree.splitlines() if line.startswith("  ") for name in re.findall(r"[a-z_0-9]+\.py", line.split("   ")[0] + " ")}
+    names = {
+        name
+        for line in tree.splitlines()
+        if line.startswith("  ")
+        for name in re.findall(r"[a-z_0-9]+\.py", line.split("   ")[0] + " ")
+    }
     assert names == {path.name for path in (ROOT / "memcontrol").glob("*.py") if path.name != "__init__.py"}
     for line in tree.splitlines():
         if re.match(r"\w+/", line):

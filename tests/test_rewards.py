@@ -28,7 +28,7 @@ from memcontrol.scoring.copying import (
 )
 from memcontrol.scoring.evidence import Descriptors, Evidence
 from memcontrol.scoring.own_rewards import check_rewards
-from memcontrol.scoring.quality import clip_score, fd_pca, fid, fit_gaussian, kid, mifid, prdc  # fmt: skip
+from memcontrol.scoring.quality import clip_score, fd_pca, fid, fit_gaussian, kid, mifid, prdc
 from memcontrol.scoring.score import score_evidence
 
 
@@ -45,7 +45,9 @@ def test_frechet_distance_equals_scipys(n, m, d):
     expected = np.square(x.mean(0) - y.mean(0)).sum() + np.trace(s) + np.trace(t) - 2 * roots
     assert fid(x, y) == pytest.approx(expected, rel=1e-6)
     if n > d and m > d:
-        by_root = np.square(x.mean(0) - y.mean(0)).sum() + np.trace(s + t - 2 * scipy.linalg.sqrtm(s @ t).real)
+        by_root = np.square(x.mean(0) - y.mean(0)).sum() + np.trace(
+            s + t - 2 * scipy.linalg.sqrtm(s @ t).real
+        )
         assert fid(x, y) == pytest.approx(by_root, rel=1e-6)
 
 
@@ -147,7 +149,9 @@ def images(n, seed):
 def test_mirrored_copies_are_seen_in_pixels():
     train, holdout, generated = images(60, 1), images(60, 2), images(100, 3)
     generated[:50] = train[:50].reshape(50, 3, 32, 32)[..., ::-1].reshape(50, -1)
-    evidence = Evidence(views(generated, generated[:, :16]), views(train, train[:, :16]), views(holdout, holdout[:, :16]))
+    evidence = Evidence(
+        views(generated, generated[:, :16]), views(train, train[:, :16]), views(holdout, holdout[:, :16])
+    )
     rewards = score_evidence(evidence)
     assert rewards["copy_rate"] == pytest.approx(0.5, abs=0.03)
     assert rewards["memorization"] > 0.5
@@ -159,7 +163,11 @@ def test_rewards_that_cannot_mean_anything_are_refused():
     check_rewards(RewardsConfig(), 64)
     check_rewards(RewardsConfig(objectives=("kid", "memorization"), n_samples=50), 64)
     check_rewards(RewardsConfig(n_samples=50, force=True), 64)
-    for keys, words in [({"n_samples": 255}, "at least 256 .*use kid or fd_pca"), ({"objectives": ("fod",)}, "unknown"), ({"objectives": ("kid", "kid")}, "twice")]:
+    for keys, words in [
+        ({"n_samples": 255}, "at least 256 .*use kid or fd_pca"),
+        ({"objectives": ("fod",)}, "unknown"),
+        ({"objectives": ("kid", "kid")}, "twice"),
+    ]:
         with pytest.raises(MemControlError, match=words):
             check_rewards(RewardsConfig(**keys), 64)
 
@@ -188,7 +196,10 @@ def test_fid_and_mifid_equal_torchmetrics(n, d):
         num_features = d
 
     real, generated = normal(n, d, 0) @ normal(d, d, 9) + 0.5, normal(n + 7, d, 1) @ normal(d, d, 9) * 1.2
-    for kind, ours in ((FrechetInceptionDistance, fid), (MemorizationInformedFrechetInceptionDistance, lambda x, y: mifid(x, y, "torchmetrics"))):
+    for kind, ours in (
+        (FrechetInceptionDistance, fid),
+        (MemorizationInformedFrechetInceptionDistance, lambda x, y: mifid(x, y, "torchmetrics")),
+    ):
         metric = kind(feature=AsTheyAre(), normalize=True).set_dtype(torch.float64)
         metric.update(torch.from_numpy(real), real=True)
         metric.update(torch.from_numpy(generated), real=False)
@@ -196,11 +207,14 @@ def test_fid_and_mifid_equal_torchmetrics(n, d):
 
 
 def test_fid_of_commuting_covariances_is_analytic():
-    """|dmu|^2 + sum (sqrt a - sqrt b)^2 for diagonal covariances; a^2 FD under scaling; the same under rotation."""
+    """|dmu|^2 + sum (sqrt a - sqrt b)^2 for diagonal covariances; a^2 FD under scaling; the same under
+    rotation."""
     x = np.concatenate([np.eye(4) * [1, 2, 3, 4], -np.eye(4) * [1, 2, 3, 4]])
     y = 1.5 * x + 0.5
     spread = np.diag(np.cov(x.T))
-    assert fid(x, y) == pytest.approx(4 * 0.25 + np.sum((np.sqrt(spread) - 1.5 * np.sqrt(spread)) ** 2), rel=1e-9)
+    assert fid(x, y) == pytest.approx(
+        4 * 0.25 + np.sum((np.sqrt(spread) - 1.5 * np.sqrt(spread)) ** 2), rel=1e-9
+    )
     turn = np.linalg.qr(normal(4, 4, 0))[0]
     assert fid(3 * x @ turn, 3 * y @ turn) == pytest.approx(9 * fid(x, y), rel=1e-9)
 
@@ -214,7 +228,10 @@ def test_a_references_gaussian_can_be_kept():
 
 
 def balls(points, k):
-    return [sorted(np.linalg.norm(points[i] - points[j]) for j in range(len(points)) if j != i)[k - 1] for i in range(len(points))]
+    return [
+        sorted(np.linalg.norm(points[i] - points[j]) for j in range(len(points)) if j != i)[k - 1]
+        for i in range(len(points))
+    ]
 
 
 @pytest.mark.parametrize("k", (1, 5))
@@ -256,10 +273,14 @@ def test_carlinis_rate_equals_the_loop():
 
 def test_mifid_in_both_directions():
     real, generated = normal(40, 5, 0) + 2, normal(30, 5, 1) + 2
-    cosines = np.array([[1 - abs(a @ b) / np.linalg.norm(a) / np.linalg.norm(b) for b in real] for a in generated])
+    cosines = np.array(
+        [[1 - abs(a @ b) / np.linalg.norm(a) / np.linalg.norm(b) for b in real] for a in generated]
+    )
     for direction, axis in (("kaggle", 1), ("torchmetrics", 0)):
         distance = cosines.min(axis).mean()
-        assert mifid(real, generated, direction, threshold=1.0) == pytest.approx(fid(real, generated) / (distance + 1e-14), rel=1e-9)
+        assert mifid(real, generated, direction, threshold=1.0) == pytest.approx(
+            fid(real, generated) / (distance + 1e-14), rel=1e-9
+        )
         assert mifid(real, generated, direction, threshold=0.0) == fid(real, generated)
     assert mifid(real, real, "torchmetrics") == 0
     with pytest.raises(MemControlError, match="allowed: kaggle, torchmetrics"):
@@ -270,29 +291,50 @@ def test_mifid_in_both_directions():
 def test_copy_rate_with_calibration_images_of_their_own(n_copies):
     space, calibration = world(n_copies), normal(400, 24, 9)
     found = copy_rate(space.generated[0], space.train, space.holdout, calibration)
-    to_train, to_holdout = (np.linalg.norm(calibration[:, None] - x[None], axis=2).min(1) for x in (space.train, space.holdout))
+    to_train, to_holdout = (
+        np.linalg.norm(calibration[:, None] - x[None], axis=2).min(1) for x in (space.train, space.holdout)
+    )
     limit = np.quantile(to_train / to_holdout, 0.01, method="lower")
-    own = [np.linalg.norm(space.generated[0][:, None] - x[None], axis=2).min(1) for x in (space.train, space.holdout)]
-    assert found == pytest.approx((own[0] / own[1] < limit).mean()) and found.low - 0.01 <= n_copies / 300 <= found.high + 1e-9
+    own = [
+        np.linalg.norm(space.generated[0][:, None] - x[None], axis=2).min(1)
+        for x in (space.train, space.holdout)
+    ]
+    assert (
+        found == pytest.approx((own[0] / own[1] < limit).mean())
+        and found.low - 0.01 <= n_copies / 300 <= found.high + 1e-9
+    )
 
 
 def test_order_and_chunks_change_nothing():
     space = world(30)
     g, order = space.generated[0], np.random.default_rng(0).permutation(300)
-    for metric in (lambda x: copy_rate(x, space.train, space.holdout), lambda x: authpct(x, space.train), lambda x: carlini_rate(x, space.train)):
+    for metric in (
+        lambda x: copy_rate(x, space.train, space.holdout),
+        lambda x: authpct(x, space.train),
+        lambda x: carlini_rate(x, space.train),
+    ):
         assert metric(g) == metric(g[order])
-    assert memorization(g[order], space.train, space.holdout) == pytest.approx(memorization(g, space.train, space.holdout), abs=1e-12)
+    assert memorization(g[order], space.train, space.holdout) == pytest.approx(
+        memorization(g, space.train, space.holdout), abs=1e-12
+    )
     one, other = nearest(g, space.train, 3, chunk=7), nearest(g, space.train, 3, chunk=1000)
     assert np.array_equal(one[0], other[0]) and np.array_equal(one[1], other[1])
 
 
 def test_an_estimate_is_a_number_that_knows_its_error():
     value = Estimate(2.0, 0.5)
-    assert value == 2.0 and value + 1 == 3.0 and (value.low, value.high) == (pytest.approx(1.02, abs=1e-3), pytest.approx(2.98, abs=1e-3))
+    assert (
+        value == 2.0
+        and value + 1 == 3.0
+        and (value.low, value.high) == (pytest.approx(1.02, abs=1e-3), pytest.approx(2.98, abs=1e-3))
+    )
     assert Estimate(0.1, low=0.0, high=0.2).error is None
 
 
-@pytest.mark.parametrize("bad, words", [(np.zeros(5), "has shape [5]"), (np.full((5, 2), np.nan), "not finite"), (np.zeros((1, 2)), "at least")])
+@pytest.mark.parametrize(
+    "bad, words",
+    [(np.zeros(5), "has shape [5]"), (np.full((5, 2), np.nan), "not finite"), (np.zeros((1, 2)), "at least")],
+)
 def test_what_is_no_feature_matrix_is_named(bad, words):
     with pytest.raises(MemControlError) as caught:
         fid(bad, normal(5, 2, 0))
@@ -305,7 +347,9 @@ def test_clip_score_is_the_mean_cosine():
     images, texts = normal(20, 8, 0), normal(20, 8, 1)
     cosines = [max(a @ b / np.linalg.norm(a) / np.linalg.norm(b), 0) for a, b in zip(images, texts)]
     found = clip_score(images, texts)
-    assert found == pytest.approx(100 * np.mean(cosines)) and found.error == pytest.approx(100 * np.std(cosines, ddof=1) / math.sqrt(20))
+    assert found == pytest.approx(100 * np.mean(cosines)) and found.error == pytest.approx(
+        100 * np.std(cosines, ddof=1) / math.sqrt(20)
+    )
     with pytest.raises(MemControlError, match="row by row"):
         clip_score(images, texts[:5])
 
@@ -315,14 +359,21 @@ def test_tile_distances_by_hand():
     for i in range(3):
         for j in range(3):
             difference = images[i] - images[j]
-            worst = max(np.sqrt(np.mean(difference[:, 2 * a : 2 * a + 2, 3 * b : 3 * b + 3] ** 2)) for a in range(4) for b in range(4))
+            worst = max(
+                np.sqrt(np.mean(difference[:, 2 * a : 2 * a + 2, 3 * b : 3 * b + 3] ** 2))
+                for a in range(4)
+                for b in range(4)
+            )
             assert tile_distances(images)[i, j] == pytest.approx(worst, abs=1e-7)
 
 
 def test_extraction_tells_chains_from_cliques():
     """Prompt 0: three alike. Prompt 1: a chain, its ends apart. Prompt 2: all different."""
     base = np.zeros((3, 8, 8))
-    alike, chain = np.stack([base, base + 0.01, base + 0.02, base + 0.9]), np.stack([base, base + 0.05, base + 0.1, base + 0.9])
+    alike, chain = (
+        np.stack([base, base + 0.01, base + 0.02, base + 0.9]),
+        np.stack([base, base + 0.05, base + 0.1, base + 0.9]),
+    )
     different = np.stack([base + i / 4 for i in range(4)])
     found = extraction(np.stack([alike, chain, different]), threshold=0.06)
     assert found["component"] == pytest.approx(2 / 3) and found["clique"] == pytest.approx(1 / 3)
@@ -331,8 +382,13 @@ def test_extraction_tells_chains_from_cliques():
 
 def test_a_clean_model_is_rarely_told_to_copy_however_few_images_are_held_out():
     """p is below 0.05 about that often, also where Wilson's interval alone lies above 1 % in most runs."""
-    found = [copy_rate(normal(200, 12, 3 * s), normal(150, 12, 3 * s + 1), normal(20, 12, 3 * s + 2)) for s in range(100)]
-    assert np.mean([one.low > 0.01 for one in found]) > 0.3 and np.mean([one.p < 0.05 for one in found]) <= 0.12
+    found = [
+        copy_rate(normal(200, 12, 3 * s), normal(150, 12, 3 * s + 1), normal(20, 12, 3 * s + 2))
+        for s in range(100)
+    ]
+    assert (
+        np.mean([one.low > 0.01 for one in found]) > 0.3 and np.mean([one.p < 0.05 for one in found]) <= 0.12
+    )
     assert np.mean(found) == pytest.approx(1 / 21, abs=0.02)
 
 
@@ -340,12 +396,18 @@ def test_the_chance_of_hits_equals_scipys_beta_binomial():
     from memcontrol.core.estimate import beta_binomial_p
 
     for hits, n, rank, n_real in ((5, 200, 2, 150), (0, 20, 1, 20), (9, 256, 9, 881)):
-        assert beta_binomial_p(hits, n, rank, n_real) == pytest.approx(scipy.stats.betabinom(n, rank, n_real + 1 - rank).sf(hits - 1))
+        assert beta_binomial_p(hits, n, rank, n_real) == pytest.approx(
+            scipy.stats.betabinom(n, rank, n_real + 1 - rank).sf(hits - 1)
+        )
 
 
-@pytest.mark.parametrize("metric", [fid, kid, prdc, authpct, mq, carlini_rate, mifid, memorization, copy_rate])
+@pytest.mark.parametrize(
+    "metric", [fid, kid, prdc, authpct, mq, carlini_rate, mifid, memorization, copy_rate]
+)
 def test_sets_of_different_width_are_named(metric):
-    sets = [normal(60, 8, 1), normal(60, 9, 2), normal(60, 8, 3)][: 3 if metric in (memorization, copy_rate) else 2]
+    sets = [normal(60, 8, 1), normal(60, 9, 2), normal(60, 8, 3)][
+        : 3 if metric in (memorization, copy_rate) else 2
+    ]
     with pytest.raises(MemControlError, match="8.*9|9.*8"):
         metric(*sets)
 
@@ -354,7 +416,9 @@ def test_sets_of_different_width_are_named(metric):
 def test_clear_copies_are_found_with_few_held_out_images_and_rarely_without_copying(n_train, n_holdout):
     false_alarms, found = 0, []
     for seed in range(40):
-        generated, train, holdout = (normal(n, 30, 3 * seed + i) for i, n in enumerate((200, n_train, n_holdout)))
+        generated, train, holdout = (
+            normal(n, 30, 3 * seed + i) for i, n in enumerate((200, n_train, n_holdout))
+        )
         false_alarms += measure_clear_copies(DistanceSpace((generated,), train, holdout, (holdout,))) > 0
         generated[:7] = train[:7] + 0.05 * normal(7, 30, seed + 1000)
         copied = measure_clear_copies(DistanceSpace((generated,), train, holdout, (holdout,))).contributions

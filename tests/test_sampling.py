@@ -34,7 +34,11 @@ def test_suggestions_never_repeat_and_depend_on_records_and_seed_alone(kind, tmp
         records = study.records()
         choice = suggest(records, kind=kind)
         assert choice == suggest(records, kind=kind)
-        assert choice.groups and set(choice.groups) <= set(SPACE.groups_for(choice.method)) and not any(choice.same_as(other) for other in seen)
+        assert (
+            choice.groups
+            and set(choice.groups) <= set(SPACE.groups_for(choice.method))
+            and not any(choice.same_as(other) for other in seen)
+        )
         seen.append(choice)
         number = study.begin([choice], SPACE)
         if i % 3:
@@ -43,7 +47,11 @@ def test_suggestions_never_repeat_and_depend_on_records_and_seed_alone(kind, tmp
 
 
 def test_a_space_that_holds_nothing_new_says_so(tmp_path):
-    values = {"groups": {"a": "a"}, "learning_rate": {"lora": [1e-3, 1.05e-3], "full": [1e-3, 1e-2]}, "rank": [4]}
+    values = {
+        "groups": {"a": "a"},
+        "learning_rate": {"lora": [1e-3, 1.05e-3], "full": [1e-3, 1e-2]},
+        "rank": [4],
+    }
     space, study = parse_space(values, "one"), opened(tmp_path)
     study.begin([suggest(study.records(), space)], space)
     with pytest.raises(MemControlError, match="exhausted"):
@@ -52,8 +60,13 @@ def test_a_space_that_holds_nothing_new_says_so(tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_small_space_is_tried_to_its_last_choice(kind):
-    """Three groups under one method and one learning rate hold seven choices, and a sampler repeats itself long before the last."""
-    values = {"groups": {"a": "a", "b": "b", "c": "c"}, "learning_rate": {"lora": [1e-3, 1.05e-3], "full": [1e-3, 1e-2]}, "rank": [4]}
+    """Three groups under one method and one learning rate hold seven choices, and a sampler repeats itself
+    long before the last."""
+    values = {
+        "groups": {"a": "a", "b": "b", "c": "c"},
+        "learning_rate": {"lora": [1e-3, 1.05e-3], "full": [1e-3, 1e-2]},
+        "rank": [4],
+    }
     space, records = parse_space(values, "three"), []
     for i in range(7):
         records.append(ended(Record(i, "RUNNING", (suggest(records, space, kind=kind),)).as_running(), i))
@@ -67,7 +80,9 @@ def test_the_samplers_coordinates_give_the_choice_back(tmp_path):
     choice = Choice(("down_attention", "up_resnet"), "lora", 2.5e-3, 8)
     study.begin([choice], SPACE)
     frozen = mirror_record(study.records()[0], SPACE)
-    assert frozen.params.keys() == make_distributions(SPACE).keys() and SPACE.choice_at(frozen.params) == choice
+    assert (
+        frozen.params.keys() == make_distributions(SPACE).keys() and SPACE.choice_at(frozen.params) == choice
+    )
     low, high = SPACE.learning_rate["lora"]
     assert math.isclose(frozen.params["rate"], math.log(2.5e-3 / low) / math.log(high / low))
 
@@ -78,12 +93,15 @@ def test_mixed_suggestions_are_recorded_as_they_are(tmp_path):
         choice = suggest(study.records(), MIXED)
         number = study.begin([choice], MIXED)
         record = study.records()[number]
-        assert record.choice == choice and MIXED.choice_at(mirror_record(record, MIXED).params).same_as(choice)
+        assert record.choice == choice and MIXED.choice_at(mirror_record(record, MIXED).params).same_as(
+            choice
+        )
         study.finish(number, [result(choice, 10 - len(choice.groups))])
 
 
 def test_limits_steer_the_sampler_away(tmp_path):
-    """Among many trials of two methods, of which one always breaks a limit, the sampler asks for the other."""
+    """Among many trials of two methods, of which one always breaks a limit, the sampler asks for the
+    other."""
     study = opened(tmp_path, rewards={"limits": {"copy_rate": 0.02}})
     rng = random.Random(0)
     for i in range(24):
@@ -98,12 +116,18 @@ def test_limits_steer_the_sampler_away(tmp_path):
 
 
 def ended(record, i):
-    return replace(record, state="COMPLETE", objectives={"fid": "minimize", "memorization": "minimize"}, searched={"fid": float(i * 7 % 5), "memorization": float(i * 3 % 4)})
+    return replace(
+        record,
+        state="COMPLETE",
+        objectives={"fid": "minimize", "memorization": "minimize"},
+        searched={"fid": float(i * 7 % 5), "memorization": float(i * 3 % 4)},
+    )
 
 
 @pytest.mark.parametrize("kind", ["auto", "tpe", "random"])
 def test_a_sampler_that_lives_on_draws_what_a_new_one_does(kind):
-    """Trials end in another order than they began in, some fail; the last counts as running whether it has ended or not."""
+    """Trials end in another order than they began in, some fail; the last counts as running whether it has
+    ended or not."""
     living, records = Sampler(SPACE, 3, 2, (), kind), []
     for i in range(16):
         choice = living.draw(records)
@@ -112,7 +136,10 @@ def test_a_sampler_that_lives_on_draws_what_a_new_one_does(kind):
             assert choice == Sampler(SPACE, 3, 2, (), kind).draw([*records[:-1], ended(records[-1], 1)])
         records.append(Record(i, "RUNNING", (choice,), choice=choice))
         if i % 3 == 2:
-            records[i - 2 : i] = [replace(records[i - 2], state="FAIL") if i == 5 else ended(records[i - 2], i), ended(records[i - 1], i)]
+            records[i - 2 : i] = [
+                replace(records[i - 2], state="FAIL") if i == 5 else ended(records[i - 2], i),
+                ended(records[i - 1], i),
+            ]
 
 
 class Slow:
@@ -156,19 +183,24 @@ def test_choices_are_drawn_while_trials_run():
 
 @pytest.mark.parametrize("kind, least", [("auto", 0.95), ("tpe", 0.85)])
 def test_the_front_of_a_mask_problem_is_found_in_fifty_trials(kind, least):
-    """13 groups whose gains fade together against what they cost; the true front by brute force, four workers."""
+    """13 groups whose gains fade together against what they cost; the true front by brute force, four
+    workers."""
     found = [measured(("mask", kind, seed)) for seed in (0, 1)]
     assert sum(one["ratios"][49] for one in found) / 2 >= least and not any(one["twice"] for one in found)
 
 
 def test_a_sampler_that_learns_beats_one_that_does_not():
     """NSGA-II needs its generations: after a hundred trials it is above chance."""
-    ratios = {kind: sum(measured(("mubqp", kind, seed))["ratios"][99] for seed in range(3)) for kind in ("tpe", "nsga2", "random")}
+    ratios = {
+        kind: sum(measured(("mubqp", kind, seed))["ratios"][99] for seed in range(3))
+        for kind in ("tpe", "nsga2", "random")
+    }
     assert ratios["tpe"] > ratios["nsga2"] > ratios["random"]
 
 
 def test_what_cannot_keep_up_gives_way_to_what_can():
-    """A model that takes longer for a choice than four workers for a trial is used now and then only; the rest is drawn in a hurry."""
+    """A model that takes longer for a choice than four workers for a trial is used now and then only; the
+    rest is drawn in a hurry."""
     hurried = []
 
     class Tardy:
@@ -196,5 +228,6 @@ def test_the_gaussian_process_wants_two_objectives():
 
 
 def test_what_is_far_from_the_front_is_cut_and_nothing_else():
-    values = np.array([[1.0, 4], [2, 3], [3, 2], [100, 1]])  # medians 2.5 and 2.5, so cut at 2.5 + 3 x 1.5 = 7
+    # medians 2.5 and 2.5, so cut at 2.5 + 3 x 1.5 = 7
+    values = np.array([[1.0, 4], [2, 3], [3, 2], [100, 1]])
     assert winsorize(values).tolist() == [[1, 4], [2, 3], [3, 2], [7, 1]]

@@ -1,4 +1,5 @@
-"""The way of a search from end to end, in real processes: results, resuming after kill -9, retraining, export."""
+"""The way of a search from end to end, in real processes: results, resuming after kill -9, retraining,
+export."""
 
 import json
 import os
@@ -53,12 +54,17 @@ def test_a_search_ends_with_anchors_and_sampled_trials(searched):
     assert_sound(trials, 2)
     for trial in trials:
         stored = json.loads(Path(trial["run"], "result.json").read_text())
-        assert stored["rewards"] == trial["searched"] == trial["rewards"] and trial["values"] == {name: stored["rewards"][name] for name in ("fid", "memorization")}
+        assert stored["rewards"] == trial["searched"] == trial["rewards"] and trial["values"] == {
+            name: stored["rewards"][name] for name in ("fid", "memorization")
+        }
     assert (locate_study_folder(searched, "small") / "front.png").stat().st_size > 10_000
 
 
 def test_a_study_begun_with_other_keys_is_refused_by_their_names(searched):
-    for override, words in (("search.seed=5", "search.seed (0 there, 5 here)"), ("data.holdout=33", "data.holdout (40 there, 33 here)")):
+    for override, words in (
+        ("search.seed=5", "search.seed (0 there, 5 here)"),
+        ("data.holdout=33", "data.holdout (40 there, 33 here)"),
+    ):
         refused = memcontrol("search", searched, "--workers", 1, override, check=False)
         assert refused.returncode == 1 and words in refused.stderr
 
@@ -76,7 +82,11 @@ def test_searching_again_repeats_nothing_and_more_trials_continue(searched):
 def test_front_and_pick_agree_with_brute_force(searched):
     trials = [trial for trial in trials_of(searched) if trial["values"]]
     points = {trial["trial"]: tuple(trial["values"].values()) for trial in trials}
-    best = {i for i, p in points.items() if not any(all(a <= b for a, b in zip(q, p)) and q != p for q in points.values())}
+    best = {
+        i
+        for i, p in points.items()
+        if not any(all(a <= b for a, b in zip(q, p)) and q != p for q in points.values())
+    }
     front = json.loads(memcontrol("front", searched, "--json").stdout)
     assert {points[trial["trial"]] for trial in front} == {points[i] for i in best}
     assert all({"trial", "values", "choice", "run", "anchor"} <= set(trial) for trial in front)
@@ -112,7 +122,8 @@ stored = np.load(samples)
 captions = open(captions).read().split("\\n")
 n = 16
 generators = [torch.Generator().manual_seed(int(seed)) for seed in stored["seeds"][:n]]
-images = pipe([captions[row] for row in stored["rows"][:n]], generator=generators, num_inference_steps=int(steps), guidance_scale=1.0, output_type="np").images
+settings = {"num_inference_steps": int(steps), "guidance_scale": 1.0, "output_type": "np"}
+images = pipe([captions[row] for row in stored["rows"][:n]], generator=generators, **settings).images
 np.save(out, np.abs(images.transpose(0, 3, 1, 2) - stored["images"][:n] / 255).max())
 """
 
@@ -129,8 +140,20 @@ def test_exports_give_the_runs_images_in_plain_diffusers(searched, method, tmp_p
         runs.append(("adapter", str(TINY), str(tmp_path / "lora")))
     for format, pipeline, lora in runs:
         memcontrol("export", trial["run"], lora or pipeline, "--format", format)
-        arguments = [pipeline, lora, f"{trial['run']}/samples.npz", str(tmp_path / "captions"), "1", str(tmp_path / "off.npy")]
-        subprocess.run([sys.executable, "-c", SAMPLE_PLAINLY, *arguments], check=True, capture_output=True, env={**os.environ, "PYTHONPATH": ""})
+        arguments = [
+            pipeline,
+            lora,
+            f"{trial['run']}/samples.npz",
+            str(tmp_path / "captions"),
+            "1",
+            str(tmp_path / "off.npy"),
+        ]
+        subprocess.run(
+            [sys.executable, "-c", SAMPLE_PLAINLY, *arguments],
+            check=True,
+            capture_output=True,
+            env={**os.environ, "PYTHONPATH": ""},
+        )
         assert np.load(tmp_path / "off.npy") < 2 / 255
     again = memcontrol("export", trial["run"], runs[0][1], check=False)
     assert again.returncode == 1 and "not an empty folder" in again.stderr
@@ -149,33 +172,63 @@ def test_retraining_scores_on_test_data_beside_full_fine_tuning(searched, tmp_pa
     assert json.loads((tmp_path / "out" / "result.json").read_text())["choice"] == trial["choice"]
     assert (tmp_path / "out" / "pairs.png").stat().st_size > 10_000
     said = memcontrol("export", tmp_path / "out", tmp_path / "lora")
-    assert sorted(os.listdir(tmp_path / "lora")) == ["README.md", "comfyui", "pytorch_lora_weights.safetensors"]
-    assert said.stdout == f"{tmp_path / 'lora'}\n" and f'assets/tiny").load_lora_weights("{tmp_path / "lora"}")' in said.stderr
+    assert sorted(os.listdir(tmp_path / "lora")) == [
+        "README.md",
+        "comfyui",
+        "pytorch_lora_weights.safetensors",
+    ]
+    assert (
+        said.stdout == f"{tmp_path / 'lora'}\n"
+        and f'assets/tiny").load_lora_weights("{tmp_path / "lora"}")' in said.stderr
+    )
     trained_at = (baseline / "result.json").stat().st_mtime_ns
-    done = memcontrol("retrain", searched, "--trial", full["trial"])  # the baseline itself: nothing is trained twice
-    assert "the pick is full fine-tuning itself" in done.stderr and (baseline / "result.json").stat().st_mtime_ns == trained_at
+    # the baseline itself: nothing is trained twice
+    done = memcontrol("retrain", searched, "--trial", full["trial"])
+    assert (
+        "the pick is full fine-tuning itself" in done.stderr
+        and (baseline / "result.json").stat().st_mtime_ns == trained_at
+    )
 
 
-def test_a_choice_is_transferred_to_a_study_that_was_never_searched(searched, study_file, photographs, tmp_path):
+def test_a_choice_is_transferred_to_a_study_that_was_never_searched(
+    searched, study_file, photographs, tmp_path
+):
     """As in the paper: a mask found on one dataset, applied to another; what cannot be mapped is named."""
     trial = next(trial for trial in trials_of(searched) if trial["choice"]["method"] == "lora")
     (tmp_path / "choice.json").write_text(json.dumps(trial))
     data = {"path": str(photographs(96)), "train": 32, "holdout": 32, "test": 32}
-    other = study_file("other", data=data, rewards={"n_samples": 16, "sampling_steps": 1, "objectives": ["kid", "memorization"]})
+    other = study_file(
+        "other",
+        data=data,
+        rewards={"n_samples": 16, "sampling_steps": 1, "objectives": ["kid", "memorization"]},
+    )
     done = memcontrol("retrain", other, "--choice", tmp_path / "choice.json", "--out", tmp_path / "out")
     assert "full fine-tuning is at the middle of its learning rates" in done.stderr
     assert json.loads((tmp_path / "out" / "result.json").read_text())["choice"] == trial["choice"]
     trial["choice"]["groups"] = ["down_1_0"]
     (tmp_path / "choice.json").write_text(json.dumps(trial))
-    refused = memcontrol("retrain", other, "--choice", tmp_path / "choice.json", "--out", tmp_path / "out2", check=False)
-    assert refused.returncode == 1 and "unknown group 'down_1_0'; space 'digits' has down_attention" in refused.stderr
+    refused = memcontrol(
+        "retrain", other, "--choice", tmp_path / "choice.json", "--out", tmp_path / "out2", check=False
+    )
+    assert (
+        refused.returncode == 1
+        and "unknown group 'down_1_0'; space 'digits' has down_attention" in refused.stderr
+    )
 
 
 def killed_after(study, seconds, at_work):
-    """Runs the search in a process group of its own and kills all of it, some seconds after its start or, `at_work`, after it has begun or ended
-    a run; whether it had ended by itself."""
+    """Runs the search in a process group of its own and kills all of it, some seconds after its start or,
+    `at_work`, after it has begun or ended a run; whether it had ended by itself."""
     runs = lambda: len(list(locate_study_folder(study, "small").glob("*/*.json")))
-    process, n_before = subprocess.Popen([*NEW_PROCESS, "search", str(study)], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), runs()
+    process, n_before = (
+        subprocess.Popen(
+            [*NEW_PROCESS, "search", str(study)],
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        ),
+        runs(),
+    )
     while at_work and process.poll() is None and runs() == n_before:
         time.sleep(0.05)
     try:
@@ -203,9 +256,14 @@ def test_kill_9_loses_and_repeats_nothing(study_file):
 def test_ctrl_c_ends_within_seconds_and_says_how_to_go_on(study_file):
     study = study_file(search={"trials": 1000, "workers": 2})
     process = subprocess.Popen(
-        [*NEW_PROCESS, "search", str(study)], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background inherit that it is ignored
-    )  # fmt: skip
+        [*NEW_PROCESS, "search", str(study)],
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        # tests in the background inherit that it is ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     while process.poll() is None and not list(locate_study_folder(study, "small").glob("*/result.json")):
         time.sleep(0.2)
     os.killpg(process.pid, signal.SIGINT)
@@ -221,26 +279,36 @@ def test_ctrl_c_ends_within_seconds_and_says_how_to_go_on(study_file):
     assert time.monotonic() - started < 10
 
 
-@pytest.mark.parametrize("n_bytes", [150_000, 1_500_000])  # too few for samples; for the rounds of full fine-tuning
+# too few for samples; for the rounds of full fine-tuning
+@pytest.mark.parametrize("n_bytes", [150_000, 1_500_000])
 def test_a_full_disk_is_named_and_what_was_done_is_kept(study_file, n_bytes):
-    """A limit on the size of files stands for the disk: what is written beyond it meets the system's own error, in every process."""
+    """A limit on the size of files stands for the disk: what is written beyond it meets the system's own
+    error, in every process."""
     study = study_file(**FAST)
     small_files = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (n_bytes, n_bytes))
     done = memcontrol("search", study, check=False, before=small_files)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "no space left to write" in done.stderr.splitlines()[-1] and done.stderr.rstrip().endswith("then run the same command again")
+    assert "no space left to write" in done.stderr.splitlines()[-1] and done.stderr.rstrip().endswith(
+        "then run the same command again"
+    )
     memcontrol("search", study)
     assert_sound(trials_of(study), 2)
 
 
 def test_a_swallowed_ctrl_c_ends_the_search_all_the_same():
-    """A library that catches KeyboardInterrupt in a callback of its own, as it happens now and then, must not keep a search alive."""
+    """A library that catches KeyboardInterrupt in a callback of its own, as it happens now and then, must not
+    keep a search alive."""
     code = (
         "import os, signal\nfrom memcontrol import interrupt\ninterrupt.remember()\n"
         "try:\n os.kill(os.getpid(), signal.SIGINT)\n while True: pass\nexcept KeyboardInterrupt: pass\n"
         "try:\n interrupt.check()\nexcept KeyboardInterrupt: print('remembered')"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert done.stdout == "remembered\n"
 
 
@@ -261,7 +329,8 @@ def test_a_diverging_loss_prunes_the_trial_and_the_study_goes_on(study_file, tmp
 
 
 def test_the_front_is_measured_again_before_it_is_reported(study_file):
-    """Interrupted halfway, the next search goes on with it and repeats nothing; then every trial on the front was confirmed."""
+    """Interrupted halfway, the next search goes on with it and repeats nothing; then every trial on the front
+    was confirmed."""
     rewards = {"n_samples": 64, "sampling_steps": 1, "confirm": 2, "objectives": ["kid", "memorization"]}
     study = study_file(rewards=rewards, search={"trials": 0, "workers": 2})
     memcontrol("search", study)
@@ -270,15 +339,20 @@ def test_the_front_is_measured_again_before_it_is_reported(study_file):
     for trial in front:
         stored, run = json.loads(Path(trial["run"], "confirmed.json").read_text()), Path(trial["run"])
         assert stored["rewards"] == trial["rewards"] and (stored["n_draws"], stored["n_samples"]) == (2, 128)
-        assert trial["searched"] == json.loads((run / "result.json").read_text())["rewards"] != trial["rewards"]
+        assert (
+            trial["searched"] == json.loads((run / "result.json").read_text())["rewards"] != trial["rewards"]
+        )
         assert trial["values"] == {name: trial["rewards"][name] for name in ("kid", "memorization")}
         assert trial["rewards"]["kid_error"] < trial["searched"]["kid_error"]
     run = Path(front[0]["run"])
     before = (run / "confirmed.json").read_text()
     (run / "confirmed.json").unlink()
-    with sqlite3.connect(locate_study_folder(study, "small") / "study.db") as database:  # as after a crash before the first of them was recorded
+    # as after a crash before the first of them was recorded
+    with sqlite3.connect(locate_study_folder(study, "small") / "study.db") as database:
         database.execute("DELETE FROM study_system_attributes WHERE key LIKE 'memcontrol:confirmed:%'")
-    others = {path: path.stat().st_mtime_ns for path in locate_study_folder(study, "small").glob("*/confirmed.json")}
+    others = {
+        path: path.stat().st_mtime_ns for path in locate_study_folder(study, "small").glob("*/confirmed.json")
+    }
     memcontrol("search", study)
     assert (run / "confirmed.json").read_text() == before
     assert all(path.stat().st_mtime_ns == when for path, when in others.items())
@@ -291,11 +365,23 @@ def test_runs_are_compared_in_pairs_and_only_if_measured_alike(searched, tmp_pat
     first, second = (json.loads((run / "result.json").read_text())["rewards"] for run in (a, b))
     assert {"fid", "kid", "copy_rate", "memorization_pixels"} <= set(apart)
     for name, found in apart.items():
-        assert (found["first"], found["second"]) == (first[name], second[name]) and found["difference"] == pytest.approx(first[name] - second[name]) and found["low"] <= found["difference"] <= found["high"]
+        assert (
+            (found["first"], found["second"]) == (first[name], second[name])
+            and found["difference"] == pytest.approx(first[name] - second[name])
+            and found["low"] <= found["difference"] <= found["high"]
+        )
     assert apart["fid"]["error"] > 0 and "paired over prompts" in memcontrol("compare", a, b).stdout
     other = tmp_path / "other.yaml"
-    other.write_text(searched.read_text().replace("n_samples: 64", "n_samples: 32").replace("sampling_steps: 1", "sampling_steps: 2"))
+    other.write_text(
+        searched.read_text()
+        .replace("n_samples: 64", "n_samples: 32")
+        .replace("sampling_steps: 1", "sampling_steps: 2")
+    )
     (tmp_path / "choice.json").write_text(json.dumps(trials_of(searched)[0]))
     memcontrol("retrain", other, "--choice", tmp_path / "choice.json", "--out", tmp_path / "apart")
     refused = memcontrol("compare", a, tmp_path / "apart", check=False)
-    assert refused.returncode == 1 and "measured with different n_samples (64 and 32)" in refused.stderr and "sampling_steps (1 and 2)" in refused.stderr
+    assert (
+        refused.returncode == 1
+        and "measured with different n_samples (64 and 32)" in refused.stderr
+        and "sampling_steps (1 and 2)" in refused.stderr
+    )

@@ -18,7 +18,12 @@ from memcontrol.core.run_folder import locate_study_folder
 @contextlib.contextmanager
 def served(study, *options):
     """The dashboard's address, while it runs."""
-    process = subprocess.Popen([*NEW_PROCESS, "dashboard", str(study), "--port", "0", *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*NEW_PROCESS, "dashboard", str(study), "--port", "0", *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     try:
         yield process.stdout.readline().strip()
     finally:
@@ -48,7 +53,9 @@ def page(chromium):
 def asked(address, path, method="GET", body=None):
     """(status, body) of a request to the server of an address."""
     root = address.partition("/dashboard")[0]
-    request = urllib.request.Request(f"{root}{path}", method=method, data=body, headers={"Content-Type": "application/json"})
+    request = urllib.request.Request(
+        f"{root}{path}", method=method, data=body, headers={"Content-Type": "application/json"}
+    )
     try:
         with urllib.request.urlopen(request) as response:
             return response.status, response.read()
@@ -83,8 +90,15 @@ def test_a_trial_shows_its_note_and_its_images(dashboard, page):
     images = page.locator("img[src*='/artifacts/']")
     images.nth(1).wait_for()
     assert images.count() == 2
-    assert all(page.evaluate("image => image.decode().then(() => image.naturalWidth)", images.nth(i).element_handle()) > 500 for i in range(2))
-    assert page.evaluate("document.documentElement.scrollWidth") <= 1280  # no line of raw JSON stretches the page
+    assert all(
+        page.evaluate(
+            "image => image.decode().then(() => image.naturalWidth)", images.nth(i).element_handle()
+        )
+        > 500
+        for i in range(2)
+    )
+    # no line of raw JSON stretches the page
+    assert page.evaluate("document.documentElement.scrollWidth") <= 1280
     assert page.errors == []
 
 
@@ -101,12 +115,28 @@ def test_what_would_write_is_refused_and_changes_nothing(dashboard, shown):
     trial = study["trials"][0]
     artifact = trial["artifacts"][0]["artifact_id"]
     attempts = [
-        ("DELETE", "/api/studies/1"), ("POST", "/api/studies"), ("POST", "/api/studies/1/rename"), ("PUT", "/api/studies/1/note"),
-        ("POST", f"/api/trials/{trial['trial_id']}/tell"), ("PUT", f"/api/studies/1/{trial['trial_id']}/note"), ("PATCH", "/api/studies/1"),
-        ("DELETE", f"/api/artifacts/1/{trial['trial_id']}/{artifact}"), ("POST", f"/api/artifacts/1/{trial['trial_id']}"), ("POST", "/incompatible-rdb-schema"),
-    ]  # fmt: skip
+        ("DELETE", "/api/studies/1"),
+        ("POST", "/api/studies"),
+        ("POST", "/api/studies/1/rename"),
+        ("PUT", "/api/studies/1/note"),
+        ("POST", f"/api/trials/{trial['trial_id']}/tell"),
+        ("PUT", f"/api/studies/1/{trial['trial_id']}/note"),
+        ("PATCH", "/api/studies/1"),
+        ("DELETE", f"/api/artifacts/1/{trial['trial_id']}/{artifact}"),
+        ("POST", f"/api/artifacts/1/{trial['trial_id']}"),
+        ("POST", "/incompatible-rdb-schema"),
+    ]
     for method, path in attempts:
-        body = json.dumps({"study_name": "x", "directions": ["minimize"], "state": "Fail", "body": "x", "version": 99, "file": "data:text/plain;base64,AA=="}).encode()
+        body = json.dumps(
+            {
+                "study_name": "x",
+                "directions": ["minimize"],
+                "state": "Fail",
+                "body": "x",
+                "version": 99,
+                "file": "data:text/plain;base64,AA==",
+            }
+        ).encode()
         status, answer = asked(dashboard, path, method, body)
         assert status == 405 and b"read-only" in answer, (method, path)
     assert contents(shown) == before
@@ -129,7 +159,15 @@ def test_a_writable_dashboard_takes_a_note(shown, tmp_path):
     shutil.copytree(shown.parent, copy)
     with served(copy / shown.name, "--writable") as address:
         version = json.loads(asked(address, "/api/studies/1")[1])["note"]["version"]
-        assert asked(address, "/api/studies/1/note", "PUT", json.dumps({"body": "mine", "version": version + 1}).encode())[0] == 204
+        assert (
+            asked(
+                address,
+                "/api/studies/1/note",
+                "PUT",
+                json.dumps({"body": "mine", "version": version + 1}).encode(),
+            )[0]
+            == 204
+        )
         assert json.loads(asked(address, "/api/studies/1")[1])["note"]["body"] == "mine"
 
 
@@ -151,13 +189,25 @@ def test_the_report_opens_from_a_file_and_asks_for_nothing(report, page, width, 
     assert page.errors == []
     assert [url for url in page.asked if not url.startswith("data:")] == [report.as_uri()]
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    for heading in ("Quality and copying", "Front and anchors", "Which layers", "What drives what", "Images", "Cost and versions", "How to reproduce it"):
+    for heading in (
+        "Quality and copying",
+        "Front and anchors",
+        "Which layers",
+        "What drives what",
+        "Images",
+        "Cost and versions",
+        "How to reproduce it",
+    ):
         assert page.get_by_role("heading", name=heading, exact=True).count() == 1, heading
-    paper, ink = (page.evaluate(f"getComputedStyle(document.body).{name}") for name in ("backgroundColor", "color"))
+    paper, ink = (
+        page.evaluate(f"getComputedStyle(document.body).{name}") for name in ("backgroundColor", "color")
+    )
     dark = sum(map(int, re.findall(r"\d+", paper)[:3])) < 200
     assert dark == (scheme == "dark") != (sum(map(int, re.findall(r"\d+", ink)[:3])) < 200)
     images = page.locator("img")
-    assert images.count() >= 1 and all(images.nth(i).evaluate("image => image.naturalWidth") > 500 for i in range(images.count()))
+    assert images.count() >= 1 and all(
+        images.nth(i).evaluate("image => image.naturalWidth") > 500 for i in range(images.count())
+    )
 
 
 def test_a_point_of_the_front_tells_what_it_is_and_marks_its_rows(report, page):

@@ -12,7 +12,10 @@ from memcontrol.core.errors import MemControlError
 from memcontrol.core.space import interpolate_rate
 from memcontrol.core.space_yaml import dump_space, list_shipped_spaces, load_space, parse_space
 
-GOOD = {"groups": {"a": r"a\..*", "b": [r"b\.x", r"b\.y"]}, "learning_rate": {"lora": [1e-4, 1e-2], "full": [1e-5, 1e-3]}}
+GOOD = {
+    "groups": {"a": r"a\..*", "b": [r"b\.x", r"b\.y"]},
+    "learning_rate": {"lora": [1e-4, 1e-2], "full": [1e-5, 1e-3]},
+}
 NAMES = ["a.x", "a.y", "b.x", "b.y", "c"]
 
 
@@ -37,12 +40,16 @@ def test_a_pattern_that_matches_nothing_and_a_shared_module_are_named():
 
 def test_a_group_may_name_its_methods():
     values = {
-        "groups": {"a": r"a\..*", "b": {"patterns": r"b\..", "methods": ["lora"]}}, "methods": ["lora", "attention"],
+        "groups": {"a": r"a\..*", "b": {"patterns": r"b\..", "methods": ["lora"]}},
+        "methods": ["lora", "attention"],
         "learning_rate": {"lora": [1e-4, 1e-2], "attention": [1e-5, 1e-3], "full": [1e-5, 1e-3]},
-    }  # fmt: skip
+    }
     space = parse_space(values, "mine")
     assert space.groups_for("lora") == ("a", "b") and space.groups_for("attention") == ("a",)
-    refused({**values, "groups": {"a": {"patterns": "a", "method": ["lora"]}}}, "allowed: patterns, methods, rank, alpha")
+    refused(
+        {**values, "groups": {"a": {"patterns": "a", "method": ["lora"]}}},
+        "allowed: patterns, methods, rank, alpha",
+    )
     refused({**values, "groups": {"a": {"patterns": "a", "methods": ["full"]}}}, "'methods' is")
 
 
@@ -69,7 +76,9 @@ def test_mistakes_are_named(change, words):
     refused({**GOOD, **change}, words)
 
 
-@pytest.mark.parametrize("name", [name for name in list_shipped_spaces() if name.startswith(("digits", "sd15", "memcontrol"))])
+@pytest.mark.parametrize(
+    "name", [name for name in list_shipped_spaces() if name.startswith(("digits", "sd15", "memcontrol"))]
+)
 def test_spaces_of_stable_diffusion_fit_the_embedded_base(name, base):
     from memcontrol.model.adapter import list_trainable_modules
 
@@ -89,14 +98,21 @@ def test_sites_are_the_sixteen_of_stable_diffusion(base):
 def test_what_counts_as_the_same_choice():
     choice = Choice(("a", "b"), "lora", 1e-3, 4)
     assert choice.same_as(Choice(("b", "a"), "lora", 1.09e-3, 4))
-    for other in (("a",), "lora", 1e-3, 4), (("a", "b"), "lora", 1.2e-3, 4), (("a", "b"), "lora", 1e-3, 2), (("a", "b"), "attention", 1e-3, None):
+    for other in (
+        (("a",), "lora", 1e-3, 4),
+        (("a", "b"), "lora", 1.2e-3, 4),
+        (("a", "b"), "lora", 1e-3, 2),
+        (("a", "b"), "attention", 1e-3, None),
+    ):
         assert not choice.same_as(Choice(*other))
     assert Choice((), "none", 0.0).same_as(Choice((), "none", 0.0))
 
 
 def test_choices_survive_json_and_refuse_nonsense():
     choice = Choice(("a",), "lora", 1e-3, 4)
-    assert Choice.from_dict(choice.as_dict()) == choice and Choice.from_dict(choice.as_dict()).key == choice.key
+    assert (
+        Choice.from_dict(choice.as_dict()) == choice and Choice.from_dict(choice.as_dict()).key == choice.key
+    )
     for values, words in [
         ({"groups": []}, "not complete"),
         ({**choice.as_dict(), "method": "x"}, "unknown"),
@@ -117,27 +133,68 @@ def test_anchors_are_tried_at_the_middles_of_the_thirds():
 def test_anchors():
     anchors = parse_space(GOOD, "mine").anchors()
     assert [choice.method for choice in anchors["none"]] == ["none"]
-    assert {choice.groups for choice in anchors["all"]} == {("a", "b")} and len(anchors["all"]) == len(anchors["full"]) == 3
+    assert {choice.groups for choice in anchors["all"]} == {("a", "b")} and len(anchors["all"]) == len(
+        anchors["full"]
+    ) == 3
 
 
 MIXED = {
-    "groups": {"a": "a", "b": {"patterns": "b", "methods": ["lora", "svdiff"], "rank": [8, 16], "alpha": 2}, "c": {"patterns": "c", "methods": ["difffit"]}},
-    "methods": ["lora", "svdiff", "difffit"], "mix": True, "always": [{"method": "bias", "patterns": "d"}], "rank": [2, 4],
-    "learning_rate": {"lora": [1e-4, 1e-2], "svdiff": [1e-5, 1e-3], "difffit": [1e-3, 1e-1], "full": [1e-6, 1e-4]},
-}  # fmt: skip
+    "groups": {
+        "a": "a",
+        "b": {"patterns": "b", "methods": ["lora", "svdiff"], "rank": [8, 16], "alpha": 2},
+        "c": {"patterns": "c", "methods": ["difffit"]},
+    },
+    "methods": ["lora", "svdiff", "difffit"],
+    "mix": True,
+    "always": [{"method": "bias", "patterns": "d"}],
+    "rank": [2, 4],
+    "learning_rate": {
+        "lora": [1e-4, 1e-2],
+        "svdiff": [1e-5, 1e-3],
+        "difffit": [1e-3, 1e-1],
+        "full": [1e-6, 1e-4],
+    },
+}
 
 
 def test_a_mixed_choice_by_hand():
     space = parse_space(MIXED, "mixed")
     assert space.coordinates() == {
-        "a": (False, True), "b": (False, True), "c": (False, True), "a.method": ("lora", "svdiff", "difffit"),
-        "b.method": ("lora", "svdiff"), "rank": (2, 4), "b.rank": (8, 16),
-    }  # fmt: skip
-    choice = space.choice_at({"a": True, "b": True, "c": True, "a.method": "svdiff", "b.method": "lora", "rank": 2, "b.rank": 16, "rate": 0.5})
+        "a": (False, True),
+        "b": (False, True),
+        "c": (False, True),
+        "a.method": ("lora", "svdiff", "difffit"),
+        "b.method": ("lora", "svdiff"),
+        "rank": (2, 4),
+        "b.rank": (8, 16),
+    }
+    choice = space.choice_at(
+        {
+            "a": True,
+            "b": True,
+            "c": True,
+            "a.method": "svdiff",
+            "b.method": "lora",
+            "rank": 2,
+            "b.rank": 16,
+            "rate": 0.5,
+        }
+    )
     assert choice.methods == ("svdiff", "lora", "difffit")
     assert choice.setting("a") == Setting("svdiff", 1e-4) and choice.setting("b") == Setting("lora", 1e-3, 16)
     assert choice.setting("c") == Setting("difffit", 1e-2)
-    other = space.choice_at({"a": True, "b": True, "c": True, "a.method": "svdiff", "b.method": "lora", "rank": 4, "b.rank": 8, "rate": 0.5})
+    other = space.choice_at(
+        {
+            "a": True,
+            "b": True,
+            "c": True,
+            "a.method": "svdiff",
+            "b.method": "lora",
+            "rank": 4,
+            "b.rank": 8,
+            "rate": 0.5,
+        }
+    )
     assert not choice.same_as(other) and choice.same_as(choice)
 
 
@@ -145,7 +202,9 @@ def test_a_mixed_choice_by_hand():
 def test_a_thousand_random_choices_survive_json_and_the_samplers_coordinates(values):
     space, rng = parse_space(values, "mine"), random.Random(0)
     for _ in range(1000):
-        point = {name: rng.choice(options) for name, options in space.coordinates().items()} | {"rate": rng.random()}
+        point = {name: rng.choice(options) for name, options in space.coordinates().items()} | {
+            "rate": rng.random()
+        }
         choice = space.choice_at(point)
         assert Choice.from_dict(json.loads(json.dumps(choice.as_dict()))) == choice
         back = space.choice_at(space.point_of(choice))

@@ -23,31 +23,48 @@ RULE = EarlyStopping(rungs=(0.5,), beaten_by=0.4, beyond=1.0, min_peers=3)
 
 def test_one_beats_another_only_in_every_objective_and_beyond_error():
     own = RungResult(0, (10.0, 0.5), (0.3, 0.03))
-    assert own.beaten_by(RungResult(1, (9.0, 0.4), (0.4, 0.04)), 1.0)  # by 1 and 0.1, with errors of 0.5 and 0.05
+    # by 1 and 0.1, with errors of 0.5 and 0.05
+    assert own.beaten_by(RungResult(1, (9.0, 0.4), (0.4, 0.04)), 1.0)
     assert not own.beaten_by(RungResult(1, (9.6, 0.4), (0.4, 0.04)), 1.0)
     assert not own.beaten_by(RungResult(1, (1.0, 0.6), (0.4, 0.04)), 1.0)
 
 
 def test_in_pairs_what_all_samples_share_cancels():
-    """The second model is a little better on every sample, whose values spread widely: told in pairs, hidden by each one's own error."""
+    """The second model is a little better on every sample, whose values spread widely: told in pairs, hidden
+    by each one's own error."""
     rng = np.random.default_rng(0)
     first = rng.normal(10, 5, 64)
     second = first - 0.5 + rng.normal(0, 0.5, 64)
     errors = tuple(values.std(ddof=1) / 8 for values in (first, second))
-    alone = [RungResult(i, (values.mean(),), (error,)) for i, (values, error) in enumerate(zip((first, second), errors))]
-    paired = [RungResult(i, (values.mean(),), (error,), (values,)) for i, (values, error) in enumerate(zip((first, second), errors))]
+    alone = [
+        RungResult(i, (values.mean(),), (error,))
+        for i, (values, error) in enumerate(zip((first, second), errors))
+    ]
+    paired = [
+        RungResult(i, (values.mean(),), (error,), (values,))
+        for i, (values, error) in enumerate(zip((first, second), errors))
+    ]
     assert not alone[0].beaten_by(alone[1], 1.0) and paired[0].beaten_by(paired[1], 1.0)
     assert paired[0].error_of_difference(paired[1], 0) == pytest.approx((first - second).std(ddof=1) / 8)
 
 
 def test_a_maximised_objective_is_a_loss_with_its_sign_turned():
-    shown = RungResult.of(3, {"fid": 9.0, "recall": 0.7, "fid_error": 0.1}, {"fid": "minimize", "recall": "maximize"}, {"recall": np.array([0.6, 0.8])})
+    shown = RungResult.of(
+        3,
+        {"fid": 9.0, "recall": 0.7, "fid_error": 0.1},
+        {"fid": "minimize", "recall": "maximize"},
+        {"recall": np.array([0.6, 0.8])},
+    )
     assert shown.losses == (9.0, -0.7) and shown.errors == (0.1, 0.0)
     assert shown.contributions[0] is None and shown.contributions[1].tolist() == [-0.6, -0.8]
 
 
 def test_it_stops_when_enough_peers_beat_it_and_the_decision_stays(tmp_path):
-    own, better, worse = RungResult(0, (5.0, 5.0), (0, 0)), RungResult(1, (4.0, 4.0), (0, 0)), RungResult(2, (4.0, 6.0), (0, 0))
+    own, better, worse = (
+        RungResult(0, (5.0, 5.0), (0, 0)),
+        RungResult(1, (4.0, 4.0), (0, 0)),
+        RungResult(2, (4.0, 6.0), (0, 0)),
+    )
     assert judge_trial(tmp_path / "few", 0.5, own, [better, better], RULE)["goes_on"]  # two peers are too few
     assert judge_trial(tmp_path / "a", 0.5, own, [better, worse, worse], RULE)["goes_on"]  # one of three
     stopped = judge_trial(tmp_path / "b", 0.5, own, [better, better, worse], RULE)
@@ -59,16 +76,25 @@ def test_it_stops_when_enough_peers_beat_it_and_the_decision_stays(tmp_path):
 def test_rungs_fall_on_rounds_that_leave_one_model():
     assert [InnerConfig(rounds=8).rounds_to(rung) for rung in (0.25, 0.26, 0.5)] == [2, 3, 4]
     averaged = InnerConfig(rounds=8, ensemble={"shards": 2}, redistribution={"rounds": "alternate"}, skip={})
-    assert [averaged.rounds_to(rung) for rung in (0.25, 0.3)] == [2, 4]  # odd rounds exchange images and average nothing
+    # odd rounds exchange images and average nothing
+    assert [averaged.rounds_to(rung) for rung in (0.25, 0.3)] == [2, 4]
 
 
 def study_in(folder, **rule):
     path = folder / "study.yaml"
     early = {"rungs": [0.25, 0.5], "beaten_by": 0.1, "beyond": 1.0, "min_peers": 4, **rule}
-    path.write_text(yaml.safe_dump({
-        "name": "s", "data": "digits", "space": "digits", "inner": {"rounds": 8}, "rewards": {"confirm": 0},
-        "search": {"trials": 14, "workers": 1, "sampler": "tpe", "early_stopping": early},
-    }))  # fmt: skip
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "name": "s",
+                "data": "digits",
+                "space": "digits",
+                "inner": {"rounds": 8},
+                "rewards": {"confirm": 0},
+                "search": {"trials": 14, "workers": 1, "sampler": "tpe", "early_stopping": early},
+            }
+        )
+    )
     return path
 
 
@@ -87,18 +113,28 @@ def test_stopped_trials_are_kept_with_their_values_and_anchors_never_stop(tmp_pa
     records, runs = state_of(study)
     stopped = [record for record in records if record.state == "PRUNED"]
     assert stopped and {record.state for record in records} == {"COMPLETE", "PRUNED"} and len(records) == 17
-    assert all(record.anchor is None for record in stopped) and not any(read_judgements(runs[record.number]) for record in records if record.anchor)
+    assert all(record.anchor is None for record in stopped) and not any(
+        read_judgements(runs[record.number]) for record in records if record.anchor
+    )
     for record in stopped:
         last = read_judgements(runs[record.number])[-1]
-        assert record.rungs[-1]["rung"] == last["rung"] and set(record.rungs[-1]["rewards"]) == {"fid", "memorization"}
-        assert record.reason.startswith(f"stopped at {last['rung']:.0%} of its budget: beaten in every objective by {len(last['beaten_by'])} of ")
+        assert record.rungs[-1]["rung"] == last["rung"] and set(record.rungs[-1]["rewards"]) == {
+            "fid",
+            "memorization",
+        }
+        assert record.reason.startswith(
+            f"stopped at {last['rung']:.0%} of its budget: beaten in every objective by "
+            f"{len(last['beaten_by'])} of "
+        )
         assert json.loads((runs[record.number] / RESULT).read_text())["rungs"] == list(record.rungs)
     evidence = gather_training_set(records, SpaceEncoding(load_space("digits")), ())
-    assert len(evidence.values) == sum(record.anchor not in ("none", "full") for record in records)  # stopped ones teach the sampler too
+    # stopped ones teach the sampler too
+    assert len(evidence.values) == sum(record.anchor not in ("none", "full") for record in records)
     ended = [record for record in records if record.finished and record.anchor is None]
     if stopped[0].rungs[-1]["rung"] == 0.25:
         promised, _ = extrapolate_losses(stopped[0], ended)
-        assert promised[0] == pytest.approx(stopped[0].rungs[-1]["rewards"]["fid"] - 7.5)  # as much as it fell for the others
+        # as much as it fell for the others
+        assert promised[0] == pytest.approx(stopped[0].rungs[-1]["rewards"]["fid"] - 7.5)
 
 
 @pytest.mark.parametrize("step", [*STEPS, *STORAGE])
@@ -120,15 +156,26 @@ def test_a_restart_changes_no_decision(step, tmp_path, monkeypatch):
             decided[path] = known
     search(study, Simulated()).close()
     records, runs = state_of(study)
-    assert decided and all(json.loads(path.read_text())[: len(known)] == known for path, known in decided.items())
+    assert decided and all(
+        json.loads(path.read_text())[: len(known)] == known for path, known in decided.items()
+    )
     assert len(records) == 17 and {record.state for record in records} <= {"COMPLETE", "PRUNED"}
     for number, run in runs.items():
         goes_on = all(judgement["goes_on"] for judgement in read_judgements(run))
-        assert records[number].finished == goes_on and len(read_rungs(run, load_config(study))) == len(read_judgements(run))
+        assert records[number].finished == goes_on and len(read_rungs(run, load_config(study))) == len(
+            read_judgements(run)
+        )
 
 
 def test_rungs_that_no_study_can_have_are_refused(tmp_path):
     with pytest.raises(MemControlError, match="rising shares"):
         load_config({"name": "s", "data": "digits", "search": {"early_stopping": {"rungs": [0.5, 0.25]}}})
     with pytest.raises(MemControlError, match="each rung needs a round of its own"):
-        load_config({"name": "s", "data": "digits", "search": {"early_stopping": {"rungs": [0.5]}}, "inner": {"rounds": 1}})
+        load_config(
+            {
+                "name": "s",
+                "data": "digits",
+                "search": {"early_stopping": {"rungs": [0.5]}},
+                "inner": {"rounds": 1},
+            }
+        )

@@ -29,14 +29,27 @@ def result(choice, fid, memorization=0.1, state="COMPLETE"):
     if state != "COMPLETE":
         return {"state": state, "choice": choice.as_dict(), "reason": "why"}
     rewards = {"fid": fid, "memorization": memorization, "copy_rate": 0.0}
-    return {"state": state, "choice": choice.as_dict(), "rewards": rewards, "seconds": 1.0, "measured_with": {"extractor": "tiny", "n_samples": 256}}
+    return {
+        "state": state,
+        "choice": choice.as_dict(),
+        "rewards": rewards,
+        "seconds": 1.0,
+        "measured_with": {"extractor": "tiny", "n_samples": 256},
+    }
 
 
 def test_an_anchor_stands_for_the_best_of_its_candidates(tmp_path):
     study, candidates = opened(tmp_path), SPACE.anchors()["full"]
     number = study.begin(candidates, SPACE, "full")
     assert [(r.state, r.anchor, r.choice) for r in study.records()] == [("RUNNING", "full", None)]
-    study.finish(number, [result(candidates[0], 9.0), result(candidates[1], 7.0, 0.3), result(candidates[2], 0, state="PRUNED")])
+    study.finish(
+        number,
+        [
+            result(candidates[0], 9.0),
+            result(candidates[1], 7.0, 0.3),
+            result(candidates[2], 0, state="PRUNED"),
+        ],
+    )
     record = opened(tmp_path).records()[0]
     assert (record.choice, record.values) == (candidates[1], {"fid": 7.0, "memorization": 0.3})
     assert record.as_dict()["run"] == str(tmp_path / candidates[1].key)
@@ -51,22 +64,35 @@ def test_a_trial_that_failed_keeps_its_reason(tmp_path):
 
 MIXED = parse_space(
     {
-        "groups": {"a": "a", "b": {"patterns": "b", "methods": ["lora", "svdiff"], "rank": [8, 16]}, "c": {"patterns": "c", "methods": ["difffit"]}},
-        "methods": ["lora", "svdiff", "difffit"], "mix": True, "rank": [2, 4],
+        "groups": {
+            "a": "a",
+            "b": {"patterns": "b", "methods": ["lora", "svdiff"], "rank": [8, 16]},
+            "c": {"patterns": "c", "methods": ["difffit"]},
+        },
+        "methods": ["lora", "svdiff", "difffit"],
+        "mix": True,
+        "rank": [2, 4],
         "learning_rate": dict.fromkeys(["lora", "svdiff", "difffit", "full"], [1e-4, 1e-2]),
     },
     "mixed",
-)  # fmt: skip
+)
 
 
 def test_a_thousand_random_choices_survive_the_database_and_safetensors(tmp_path):
     rng, study = random.Random(0), opened(tmp_path)
-    points = [{name: rng.choice(options) for name, options in MIXED.coordinates().items()} | {"rate": rng.random()} for _ in range(1000)]
+    points = [
+        {name: rng.choice(options) for name, options in MIXED.coordinates().items()} | {"rate": rng.random()}
+        for _ in range(1000)
+    ]
     choices = [MIXED.choice_at(point) for point in points]
     study.begin(choices, MIXED, "all")
     assert list(opened(tmp_path).records()[0].candidates) == choices
     for choice in choices:
-        save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors", {"memcontrol": format_header({"choice": choice.as_dict()})})
+        save_file(
+            {"x": torch.zeros(1)},
+            tmp_path / "x.safetensors",
+            {"memcontrol": format_header({"choice": choice.as_dict()})},
+        )
         with safe_open(tmp_path / "x.safetensors", "pt") as file:
             assert Choice.from_dict(json.loads(file.metadata()["memcontrol"])["choice"]) == choice
 
@@ -74,7 +100,9 @@ def test_a_thousand_random_choices_survive_the_database_and_safetensors(tmp_path
 def test_a_study_keeps_its_config(tmp_path):
     opened(tmp_path)
     assert opened(tmp_path, search={"trials": 99, "workers": 1}).config.search.trials == 99
-    with pytest.raises(MemControlError, match="begun with another config: inner.batch_size \\(16 there, 8 here\\)"):
+    with pytest.raises(
+        MemControlError, match="begun with another config: inner.batch_size \\(16 there, 8 here\\)"
+    ):
         opened(tmp_path, inner={"batch_size": 8})
     assert opened(tmp_path, create=False, inner={"batch_size": 8}).config.inner.batch_size == 16
 
@@ -92,18 +120,33 @@ def test_studies_and_storages_that_are_not_there(tmp_path):
 
 def test_results_measured_with_other_things_are_refused(tmp_path):
     study, told = opened(tmp_path), result(Choice(("up_resnet",), "lora", 2e-3, 2), 9.0)
-    other = {**result(Choice(("up_resnet",), "lora", 1e-3, 2), 8.0), "measured_with": {"extractor": "pixels", "n_samples": 256}}
+    other = {
+        **result(Choice(("up_resnet",), "lora", 1e-3, 2), 8.0),
+        "measured_with": {"extractor": "pixels", "n_samples": 256},
+    }
     study.finish(study.begin([Choice.from_dict(told["choice"])], SPACE), [told])
     number = study.begin([Choice.from_dict(other["choice"])], SPACE)
-    with pytest.raises(MemControlError, match=r"cannot be compared; measured with different extractor \(tiny and pixels\)"):
+    with pytest.raises(
+        MemControlError, match=r"cannot be compared; measured with different extractor \(tiny and pixels\)"
+    ):
         study.finish(number, [other])
     assert [record.state for record in study.records()] == ["COMPLETE", "RUNNING"]
 
 
 def test_an_objective_may_be_maximised(tmp_path):
-    """Its values stay as they are in the database; the sampler and fronts see them negated; its limit is a lower bound."""
-    config = load_config({"name": "s", "data": "digits", "space": "digits", "rewards": {"objectives": ["fid", "recall"], "limits": {"recall": 0.5}}})
-    study = open_study(config, tmp_path, tmp_path / "s.yaml", create=True, directions=["minimize", "maximize"])
+    """Its values stay as they are in the database; the sampler and fronts see them negated; its limit is a
+    lower bound."""
+    config = load_config(
+        {
+            "name": "s",
+            "data": "digits",
+            "space": "digits",
+            "rewards": {"objectives": ["fid", "recall"], "limits": {"recall": 0.5}},
+        }
+    )
+    study = open_study(
+        config, tmp_path, tmp_path / "s.yaml", create=True, directions=["minimize", "maximize"]
+    )
     for i, (fid, recall) in enumerate(((9.0, 0.4), (8.0, 0.6), (7.0, 0.1))):
         told = result(SPACE.choice(SPACE.groups_for("lora")[: 1 + i], "lora", 0.5), fid)
         told["rewards"]["recall"] = recall

@@ -1,4 +1,5 @@
-"""One shard's inner loop: batches, schedule, and each rule of a step against a plain loop written from its formula."""
+"""One shard's inner loop: batches, schedule, and each rule of a step against a plain loop written from its
+formula."""
 
 import math
 
@@ -19,7 +20,6 @@ from memcontrol.training.loss_memory import LossMemory
 from memcontrol.training.shard import Shard
 
 CHOICE = Choice(**KEYS)
-
 
 
 @pytest.fixture
@@ -44,7 +44,9 @@ def loop(base, material):
 
 
 def same(one, other, tolerance=0.0):
-    return one.keys() == other.keys() and all(torch.allclose(one[name], other[name], rtol=0, atol=tolerance) for name in one)
+    return one.keys() == other.keys() and all(
+        torch.allclose(one[name], other[name], rtol=0, atol=tolerance) for name in one
+    )
 
 
 def gradients(loop):
@@ -63,7 +65,9 @@ def test_batches_larger_than_the_data_repeat_it():
 def test_the_schedule():
     constant, cosine = (InnerConfig(schedule=name, warmup=0.1) for name in ("constant", "cosine"))
     assert [learning_rate_factor(share, constant) for share in (0.05, 0.1, 1.0)] == pytest.approx([0.5, 1, 1])
-    assert [learning_rate_factor(share, cosine) for share in (0.05, 0.1, 0.55, 1.0)] == pytest.approx([0.5, 1, 0.5, 0])
+    assert [learning_rate_factor(share, cosine) for share in (0.05, 0.1, 0.55, 1.0)] == pytest.approx(
+        [0.5, 1, 0.5, 0]
+    )
     assert learning_rate_factor(0.01, InnerConfig(schedule="constant", warmup=0.0)) == 1
 
 
@@ -73,7 +77,10 @@ def test_the_same_seed_gives_the_same_numbers(trained):
     torch.manual_seed(2)
     again_log, again = trained(folder="b")
     other_log, _ = trained(seed=4, folder="c")
-    assert first_log.last_loss == again_log.last_loss != other_log.last_loss and (first_log.n_steps, first_log.images_seen) == (3, 24)
+    assert first_log.last_loss == again_log.last_loss != other_log.last_loss and (
+        first_log.n_steps,
+        first_log.images_seen,
+    ) == (3, 24)
     assert same(first, again)
 
 
@@ -100,17 +107,23 @@ def test_a_run_is_plain_adamw_on_the_batches_mean_loss(base, material, trained):
     optimizer = torch.optim.AdamW(parameters, lr=3e-3, weight_decay=0.1)
     for step in range(5):
         done = (step + 1) / 5
-        optimizer.param_groups[0]["lr"] = 3e-3 * (done / 0.4 if done < 0.4 else 0.5 + 0.5 * math.cos(math.pi * (done - 0.4) / 0.6))
+        optimizer.param_groups[0]["lr"] = 3e-3 * (
+            done / 0.4 if done < 0.4 else 0.5 + 0.5 * math.cos(math.pi * (done - 0.4) / 0.6)
+        )
         generator = torch.Generator().manual_seed(derive_seed(3, "step", step))
         rows = select_batch_rows(N_IMAGES, 8, 3, step)
-        clean = data.mean[rows] + data.deviation[rows] * torch.randn(data.mean[rows].shape, generator=generator)
+        clean = data.mean[rows] + data.deviation[rows] * torch.randn(
+            data.mean[rows].shape, generator=generator
+        )
         captions = torch.where(torch.rand(8, generator=generator) < 0.1, 0, data.caption_rows[rows])
         losses, _ = base.losses(clean, data.texts(captions), generator)
         optimizer.zero_grad()
         losses.mean().backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-    assert same(adapter.state(), found, 1e-6) and log.last_loss == pytest.approx(losses.mean().item(), rel=1e-4)
+    assert same(adapter.state(), found, 1e-6) and log.last_loss == pytest.approx(
+        losses.mean().item(), rel=1e-4
+    )
     adapter.remove()
 
 
@@ -137,8 +150,12 @@ def test_the_step_is_on_the_mean_gradient_of_the_images_kept(base, loop):
     one.optimizer.step = lambda: None
     one.step(n_kept)
     assert n_kept == keep.sum() == one.shard.counts["trained"] and one.shard.counts["skipped"] == 8 - n_kept
-    assert all(torch.allclose(found, wanted, atol=1e-7) for found, wanted in zip(gradients(one).values(), expected))
-    assert one.shard.skips[batch.rows].tolist() == (~keep).int().tolist() and one.shard.skips.sum() == 8 - n_kept
+    assert all(
+        torch.allclose(found, wanted, atol=1e-7) for found, wanted in zip(gradients(one).values(), expected)
+    )
+    assert (
+        one.shard.skips[batch.rows].tolist() == (~keep).int().tolist() and one.shard.skips.sum() == 8 - n_kept
+    )
     bank = torch.full((1000,), 0.3, dtype=torch.float64)
     for t, loss in zip(batch.noised.timesteps.tolist(), losses.tolist()):
         bank[t] = 0.8 * bank[t] + 0.2 * loss
@@ -150,7 +167,10 @@ def test_a_batch_that_is_skipped_whole_takes_no_step(loop):
     before = {name: parameter.detach().clone() for name, parameter in one.trained.items()}
     one.slot(0.5)
     assert one.shard.counts["steps"] == 0 and one.shard.counts["skipped"] == 8 and one.shard.losses[0] > 0
-    assert same(before, {name: parameter.detach() for name, parameter in one.trained.items()}) and not one.optimizer.state
+    assert (
+        same(before, {name: parameter.detach() for name, parameter in one.trained.items()})
+        and not one.optimizer.state
+    )
 
 
 def test_a_refilled_step_is_whole(loop):
@@ -169,7 +189,9 @@ def test_min_snr_weighs_each_loss(base, loop):
     expected = torch.autograd.grad((losses * weights).mean(), one.parameters)
     one.shard.counts.clear()
     one.plain_part([])
-    assert all(torch.allclose(found, wanted, atol=1e-6) for found, wanted in zip(gradients(one).values(), expected))
+    assert all(
+        torch.allclose(found, wanted, atol=1e-6) for found, wanted in zip(gradients(one).values(), expected)
+    )
 
 
 def test_images_with_a_large_noise_norm_are_dropped(base, loop):
@@ -189,22 +211,31 @@ def test_images_with_a_large_noise_norm_are_dropped(base, loop):
 def test_input_perturbation_and_noise_offset_by_hand(base):
     clean, generator = torch.randn(4, 4, 8, 8), torch.Generator().manual_seed(5)
     found = base.noised(clean, torch.Generator().manual_seed(5), offset=0.1, perturbation=0.2)
-    noise, timesteps = torch.randn(clean.shape, generator=generator), torch.randint(1000, (4,), generator=generator)
+    noise, timesteps = (
+        torch.randn(clean.shape, generator=generator),
+        torch.randint(1000, (4,), generator=generator),
+    )
     noise = noise + 0.1 * torch.randn(4, 4, 1, 1, generator=generator)
     shown = noise + 0.2 * torch.randn(clean.shape, generator=generator)
     kept = base.schedule.alphas_cumprod[timesteps].view(4, 1, 1, 1)
-    assert torch.equal(found.target, noise) and torch.allclose(found.noisy, kept.sqrt() * clean + (1 - kept).sqrt() * shown, atol=1e-6)
+    assert torch.equal(found.target, noise) and torch.allclose(
+        found.noisy, kept.sqrt() * clean + (1 - kept).sqrt() * shown, atol=1e-6
+    )
 
 
 def test_zones_train_queue_and_skip(base, loop):
-    """u >= bar trains, 1 <= u < bar waits for augmentation, u < 1 is skipped; the queue is trained when it holds a batch."""
+    """u >= bar trains, 1 <= u < bar waits for augmentation, u < 1 is skipped; the queue is trained when it
+    holds a batch."""
     one = loop(skip=SkipConfig(ratio=2.0), augmentation=AugmentationConfig(bar=2.0), bank=0.2)
     batch = one.draw()
     with torch.no_grad():
         u = 2 * base.denoised(batch.noised, batch.text)[0] / 0.2
     one.shard.counts.clear()
     assert one.plain_part([]) == (u >= 2).sum()
-    assert one.shard.queue.tolist() == batch.rows[(u >= 1) & (u < 2)].tolist() and one.shard.counts["skipped"] == (u < 1).sum()
+    assert (
+        one.shard.queue.tolist() == batch.rows[(u >= 1) & (u < 2)].tolist()
+        and one.shard.counts["skipped"] == (u < 1).sum()
+    )
     assert torch.allclose(one.shard.queue_closeness, u[(u >= 1) & (u < 2)].double())
     for _ in range(20):
         if one.queue_is_full():
@@ -218,53 +249,84 @@ def test_zones_train_queue_and_skip(base, loop):
 def test_the_rule_kept_trains_nothing_but_augmented_images(loop):
     one = loop(skip=SkipConfig(), augmentation=AugmentationConfig(rule="kept", retest=False))
     one.slot(0.5)
-    assert one.shard.counts["steps"] == one.shard.counts["augmented_batches"] == 1 and len(one.shard.queue) == 0
+    assert (
+        one.shard.counts["steps"] == one.shard.counts["augmented_batches"] == 1 and len(one.shard.queue) == 0
+    )
     full = loop(skip=SkipConfig(), augmentation=AugmentationConfig(rule="kept"), bank=1e6)
     full.slot(0.5)
-    assert full.shard.counts["steps"] == 0 and full.shard.counts["skipped"] == 8 * 8 and len(full.shard.queue) == 0
+    assert (
+        full.shard.counts["steps"] == 0
+        and full.shard.counts["skipped"] == 8 * 8
+        and len(full.shard.queue) == 0
+    )
 
 
 @pytest.mark.parametrize(
     "inner",
     [
-        {"skip": {"refill": 3}}, {"skip": {}, "augmentation": {}}, {"skip": {}, "augmentation": {"rule": "kept"}},
-        {"skip": {"refill": 2}, "augmentation": {"retest": False}, "norm_threshold": "decile", "batch_size": 10}, {"norm_threshold": 0.5},
+        {"skip": {"refill": 3}},
+        {"skip": {}, "augmentation": {}},
+        {"skip": {}, "augmentation": {"rule": "kept"}},
+        {
+            "skip": {"refill": 2},
+            "augmentation": {"retest": False},
+            "norm_threshold": "decile",
+            "batch_size": 10,
+        },
+        {"norm_threshold": 0.5},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_every_image_that_was_seen_is_accounted_for(loop, inner):
     one = loop(**inner, bank=0.2 if "skip" in inner else None)
     for _ in range(6):
         one.slot(0.5)
     counts = one.shard.counts
-    assert counts["seen"] == sum(counts[name] for name in ("trained", "skipped", "dropped", "queued", "surplus"))
+    assert counts["seen"] == sum(
+        counts[name] for name in ("trained", "skipped", "dropped", "queued", "surplus")
+    )
     assert counts["trained"] and counts["skipped"] == one.shard.skipped.sum()
 
 
 def test_the_strength_of_augmentation_follows_the_closeness(loop, monkeypatch):
     """magnitude = base * mean exp(-5 |u - 1|), not cut to a whole number."""
     given = []
-    monkeypatch.setattr("memcontrol.train.augmented", lambda pixels, magnitude, seed: given.append((pixels, magnitude)) or pixels)
+    monkeypatch.setattr(
+        "memcontrol.train.augmented",
+        lambda pixels, magnitude, seed: given.append((pixels, magnitude)) or pixels,
+    )
     one = loop(skip=SkipConfig(), augmentation=AugmentationConfig(base=5.0))
     closeness = torch.tensor([1.0, 1.1, 1.2, 1.4, 1.05, 1.3, 1.0, 1.01, 1.49], dtype=torch.float64)
     one.enqueue(torch.arange(9), closeness)
     batch = one.from_queue(one.inner.augmentation.base)
     pixels, magnitude = given[0]
     assert magnitude == pytest.approx(5 * np.exp(-5 * np.abs(closeness[:8].numpy() - 1)).mean())
-    assert batch.rows.tolist() == list(range(8)) and one.shard.queue.tolist() == [8] and np.array_equal(pixels, one.material.pixels(range(8)))
+    assert (
+        batch.rows.tolist() == list(range(8))
+        and one.shard.queue.tolist() == [8]
+        and np.array_equal(pixels, one.material.pixels(range(8)))
+    )
 
 
 def test_edited_captions_are_encoded_anew(base, loop):
     one = loop(captions={"add_words": 1.0}, caption_dropout=0.5)
     rows, dropped = torch.arange(4), torch.tensor([True, False, False, True])
-    text, plain = one.texts(rows, dropped, 1), one.material.data.texts(torch.where(dropped, 0, one.material.data.caption_rows[rows]))
+    text, plain = (
+        one.texts(rows, dropped, 1),
+        one.material.data.texts(torch.where(dropped, 0, one.material.data.caption_rows[rows])),
+    )
     changed = (text["prompt_embeds"] - plain["prompt_embeds"]).flatten(1).abs().amax(1) > 1e-3
     assert changed.tolist() == [False, True, True, False]
     from memcontrol.training.mitigations import edit_captions
 
     captions = edit_captions(["", *one.material.captions[1:3], ""], one.inner.captions, one.words, 1)
-    assert torch.allclose(text["prompt_embeds"][1:3], base.encode_captions(captions[1:3])["prompt_embeds"], atol=1e-6)
-    assert torch.equal(one.material.data.texts(torch.tensor([0]))["prompt_embeds"], base.encode_captions([""])["prompt_embeds"])
+    assert torch.allclose(
+        text["prompt_embeds"][1:3], base.encode_captions(captions[1:3])["prompt_embeds"], atol=1e-6
+    )
+    assert torch.equal(
+        one.material.data.texts(torch.tensor([0]))["prompt_embeds"],
+        base.encode_captions([""])["prompt_embeds"],
+    )
 
 
 def test_the_moving_average_by_hand(loop):
@@ -273,8 +335,13 @@ def test_the_moving_average_by_hand(loop):
     for step in range(1, 4):
         one.slot(0.5)
         decay = min(0.5, (1 + step) / (10 + step))
-        shadow = {name: decay * shadow[name] + (1 - decay) * parameter.detach() for name, parameter in one.trained.items()}
-    assert all(torch.allclose(found, wanted, atol=1e-7) for found, wanted in zip(one.shadows, shadow.values()))
+        shadow = {
+            name: decay * shadow[name] + (1 - decay) * parameter.detach()
+            for name, parameter in one.trained.items()
+        }
+    assert all(
+        torch.allclose(found, wanted, atol=1e-7) for found, wanted in zip(one.shadows, shadow.values())
+    )
 
 
 @pytest.mark.parametrize("optimizer", ("adamw", "adam", "nadam", "radam", "adafactor", "sgd"))
@@ -290,7 +357,9 @@ def test_half_precision_learns_nearly_the_same(trained, precision):
     _, full = trained(folder="a")
     log, half = trained(precision=precision, folder="b")
     assert log.n_steps == 3 and not same(full, half)
-    before = trained(budget_images=8, batch_size=8, warmup=0.9, max_grad_norm=1e-9, weight_decay=0.0, folder="c")[1]
+    before = trained(
+        budget_images=8, batch_size=8, warmup=0.9, max_grad_norm=1e-9, weight_decay=0.0, folder="c"
+    )[1]
     moved = torch.cat([(full[name] - before[name]).flatten() for name in full])
     other = torch.cat([(half[name] - before[name]).flatten() for name in full])
     assert torch.nn.functional.cosine_similarity(moved, other, 0) > 0.9

@@ -25,12 +25,21 @@ def test_a_run_says_who_works_on_it_and_how_far(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     begin_attempt(tmp_path).progress("train", 120, 230)
     found = inspect_run(tmp_path)
-    assert (found["attempts"], found["host"], found["pid"], found["gpu"]) == (2, socket.gethostname(), os.getpid(), "3")
+    assert (found["attempts"], found["host"], found["pid"], found["gpu"]) == (
+        2,
+        socket.gethostname(),
+        os.getpid(),
+        "3",
+    )
     assert found["failures"] == ["its worker process died (signal 9)"] and found["progress"]["done"] == 120
     said = describe_run(found)
-    assert said.startswith(f"attempt 2 on {socket.gethostname()}, process {os.getpid()}, GPU 3, since ") and said.endswith("UTC, train 120/230")
+    assert said.startswith(
+        f"attempt 2 on {socket.gethostname()}, process {os.getpid()}, GPU 3, since "
+    ) and said.endswith("UTC, train 120/230")
     for name in (ATTEMPTS, PROGRESS):
-        (tmp_path / name).write_text(re.sub(r"20\d\d-(\d\d-\d\dT)", r"2001-\1", (tmp_path / name).read_text()))
+        (tmp_path / name).write_text(
+            re.sub(r"20\d\d-(\d\d-\d\dT)", r"2001-\1", (tmp_path / name).read_text())
+        )
     assert re.search(r"silent for \d+ minutes$", describe_run(inspect_run(tmp_path)))
     (tmp_path / "result.json").write_text("{}")
     assert describe_run(inspect_run(tmp_path)) == "finished"
@@ -46,11 +55,22 @@ def test_status_of_an_interrupted_search_shows_its_runs(study_file):
     begin_attempt(folder / candidates[0].key).progress("train", 1, 2)
     text = run("status", study).stdout
     assert "interrupted: 1" in text and "trial 0 interrupted (all) (the next search goes on with it)" in text
-    assert f"attempt 1 on {socket.gethostname()}" in text and text.count("waits for a place") == len(candidates) - 1
+    assert (
+        f"attempt 1 on {socket.gethostname()}" in text
+        and text.count("waits for a place") == len(candidates) - 1
+    )
     said = json.loads(run("status", study, "--json").stdout)
     (trial,) = said["trials"]
-    assert not said["searching"] and said["study"] == "small" and [one["choice"] for one in trial["runs"]] == [choice.as_dict() for choice in candidates]
-    assert [one["attempts"] for one in trial["runs"]] == [1, 0, 0] and trial["begun"] and trial["runs"][0]["progress"]["total"] == 2
+    assert (
+        not said["searching"]
+        and said["study"] == "small"
+        and [one["choice"] for one in trial["runs"]] == [choice.as_dict() for choice in candidates]
+    )
+    assert (
+        [one["attempts"] for one in trial["runs"]] == [1, 0, 0]
+        and trial["begun"]
+        and trial["runs"][0]["progress"]["total"] == 2
+    )
 
 
 def test_pace_counts_what_is_left(study_file):
@@ -63,7 +83,8 @@ def test_pace_counts_what_is_left(study_file):
     written.close()
     assert estimate_pace([record], config) == {}
     finished = replace(record, number=1, state="COMPLETE", seconds=120.0)
-    assert estimate_pace([record, finished], config) == {"runs_per_hour": 60, "minutes_left": 10}  # nine to come and one that runs, by two workers
+    # nine to come and one that runs, by two workers
+    assert estimate_pace([record, finished], config) == {"runs_per_hour": 60, "minutes_left": 10}
 
 
 def test_looking_at_a_search_leaves_no_holder_behind(tmp_path):

@@ -1,8 +1,10 @@
-"""What ensemble training, skipping, redistribution and augmentation do to copying and quality, at one budget, on the digits.
+"""What ensemble training, skipping, redistribution and augmentation do to copying and quality, at one budget,
+on the digits.
 
-`python -m benchmarks.evidence.inner_loop [--seeds 0 1 2] [--workers 2]` fine-tunes every parameter of the embedded base on 35
-digits, as the demo's baseline does, once for each arm and seed; scores 256 samples on test images; writes inner_loop.json,
-inner_loop.md and inner_loop.png beside this file. Runs are kept in runs/evidence, so a second call goes on.
+`python -m benchmarks.evidence.inner_loop [--seeds 0 1 2] [--workers 2]` fine-tunes every parameter of the
+embedded base on 35 digits, as the demo's baseline does, once for each arm and seed; scores 256 samples on
+test images; writes inner_loop.json, inner_loop.md and inner_loop.png beside this file. Runs are kept in
+runs/evidence, so a second call goes on.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ RATE = 4.4e-4  # where the demo's search puts full fine-tuning on every seed
 IET = {"ensemble": {"shards": 4, "moments": "reset"}, "rounds": 8}
 AGC = {"skip": {"ratio": 1.25, "start": "corrected", "bins": 50}}
 MSR, TAA = {"redistribution": {}}, {"augmentation": {}}
-LONG = {"budget_images": 4 * DEMO_STUDY["inner"]["budget_images"]}  # so that each of four shards is trained as long as plain training is
+# so that each of four shards is trained as long as plain training is
+LONG = {"budget_images": 4 * DEMO_STUDY["inner"]["budget_images"]}
 ARMS: dict[str, dict] = {
     "plain training": {},
     "plain, a quarter of the steps": {"budget_images": DEMO_STUDY["inner"]["budget_images"] // 4},
@@ -47,17 +50,33 @@ ARMS: dict[str, dict] = {
 
 
 def config_of(arm: str, seed: int) -> Config:
-    return load_config({**DEMO_STUDY, "name": "evidence", "inner": {**DEMO_STUDY["inner"], **ARMS[arm]}, "search": {"seed": seed}})
+    return load_config(
+        {
+            **DEMO_STUDY,
+            "name": "evidence",
+            "inner": {**DEMO_STUDY["inner"], **ARMS[arm]},
+            "search": {"seed": seed},
+        }
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--runs", type=Path, default=Path("runs/evidence"))
     args = parser.parse_args()
     executor = Local(args.workers)
-    jobs = JobQueue(executor, lambda event: print(event.job["trial"], event.kind) if event.kind in END_KINDS and "trial" in event.job else None)
+    jobs = JobQueue(
+        executor,
+        lambda event: (
+            print(event.job["trial"], event.kind)
+            if event.kind in END_KINDS and "trial" in event.job
+            else None
+        ),
+    )
     try:
         for seed in args.seeds:
             run_seed(seed, args.runs.resolve() / str(seed), jobs)
@@ -75,7 +94,11 @@ def run_seed(seed: int, folder: Path, jobs: JobQueue) -> None:
     space, choice, todo = load_space(DEMO_STUDY["space"]), Choice((EVERYTHING,), "full", RATE), []
     for i, arm in enumerate(ARMS):
         if not (folder / str(i) / "result.json").exists():
-            todo.append(Spec(config_of(arm, seed), space, choice, folder, "evidence", "test", n_train).as_job(folder / str(i)))
+            todo.append(
+                Spec(config_of(arm, seed), space, choice, folder, "evidence", "test", n_train).as_job(
+                    folder / str(i)
+                )
+            )
     for event in jobs.run(todo):
         if event.kind == "given up":
             raise SystemExit(f"{event.job['trial']}: {event.detail['reason']}")
@@ -95,10 +118,15 @@ def row(arm: str, seed: int, folder: Path) -> dict:
     train = pixel_features(LoadedModels().train_images(read_spec(run)).pixels())
     seen = sum(shard["seen"] for shard in training["shards"])
     return {
-        "arm": arm, "seed": seed, **{name: result["rewards"][name] for name in ("fid", "memorization", "copy_rate")},
-        "mq": mq(pixel_features(read_samples(run)["images"]), train), "steps": training["n_steps"], "seen": seen,
-        "skipped": sum(shard["skipped"] for shard in training["shards"]) / max(seen, 1), "seconds": result["seconds"],
-    }  # fmt: skip
+        "arm": arm,
+        "seed": seed,
+        **{name: result["rewards"][name] for name in ("fid", "memorization", "copy_rate")},
+        "mq": mq(pixel_features(read_samples(run)["images"]), train),
+        "steps": training["n_steps"],
+        "seen": seen,
+        "skipped": sum(shard["skipped"] for shard in training["shards"]) / max(seen, 1),
+        "seconds": result["seconds"],
+    }
 
 
 def means(rows: list[dict], arm: str) -> dict[str, float]:
@@ -108,11 +136,15 @@ def means(rows: list[dict], arm: str) -> dict[str, float]:
 
 def table(rows: list[dict]) -> str:
     """Means over the seeds, copy rates also one by one."""
-    lines = ["| arm | FID | copied | by seed | MQ of 256 | M | skipped | steps | images seen |", "|---|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| arm | FID | copied | by seed | MQ of 256 | M | skipped | steps | images seen |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
     for arm in ARMS:
         one, each = means(rows, arm), " ".join(f"{row['copy_rate']:.1%}" for row in rows if row["arm"] == arm)
         lines.append(
-            f"| {arm} | {one['fid']:.1f} | {one['copy_rate']:.1%} | {each} | {one['mq']:.0f} | {one['memorization']:.2f} "
+            f"| {arm} | {one['fid']:.1f} | {one['copy_rate']:.1%} | {each} | {one['mq']:.0f} | "
+            f"{one['memorization']:.2f} "
             f"| {one['skipped']:.1%} | {one['steps']:.0f} | {one['seen']:.0f} |"
         )
     return "\n".join(lines) + "\n"
@@ -127,11 +159,19 @@ def picture(rows: list[dict], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(9, 5.5), dpi=130, layout="constrained")
     for i, arm in enumerate(ARMS):
         own, colour = [row for row in rows if row["arm"] == arm], pyplot.get_cmap("tab20")(i)
-        axes.scatter([row["fid"] for row in own], [row["copy_rate"] for row in own], color=colour, s=18, alpha=0.6)
+        axes.scatter(
+            [row["fid"] for row in own], [row["copy_rate"] for row in own], color=colour, s=18, alpha=0.6
+        )
         one = means(rows, arm)
-        axes.scatter(one["fid"], one["copy_rate"], color=colour, s=90, marker="D", edgecolors="black", label=arm)
+        axes.scatter(
+            one["fid"], one["copy_rate"], color=colour, s=90, marker="D", edgecolors="black", label=arm
+        )
     axes.axhline(0.01, color="grey", linestyle=":", linewidth=1)
-    axes.set(xlabel="FID on test images (lower is better)", ylabel="copy rate (dotted: false positives)", title="Full fine-tuning on 35 digits, three seeds and their means")
+    axes.set(
+        xlabel="FID on test images (lower is better)",
+        ylabel="copy rate (dotted: false positives)",
+        title="Full fine-tuning on 35 digits, three seeds and their means",
+    )
     axes.legend(fontsize=7)
     figure.savefig(path)
     pyplot.close(figure)

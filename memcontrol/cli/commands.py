@@ -1,4 +1,5 @@
-"""Owns the commands that work: demo, search, retrain, export, audit. What they import, they import when they run: --help must be instant."""
+"""Owns the commands that work: demo, search, retrain, export, audit. What they import, they import when they
+run: --help must be instant."""
 
 from __future__ import annotations
 
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from memcontrol.study.store import Study
 
 
-
 def run_demo(args: argparse.Namespace) -> int:
     from memcontrol.commands.demo import write_demo_study
     from memcontrol.core.config import load_config
@@ -41,7 +41,8 @@ def run_demo(args: argparse.Namespace) -> int:
 
     study_file = write_demo_study(args.out, args.seed, args.trials, args.workers)
     config = load_config(study_file)
-    with executor_of(config, locate_study_folder(study_file, config.name)) as executor:  # the same for both parts: the base stays loaded
+    # the same for both parts: the base stays loaded
+    with executor_of(config, locate_study_folder(study_file, config.name)) as executor:
         search_and_show(study_file, config, executor)
         retrain_and_show(study_file, executor)
     return 0
@@ -60,13 +61,19 @@ def run_search(args: argparse.Namespace) -> int:
 
         load_space(config.space)
         storage = {"storage": hide_password(validate_url(config.storage))} if config.storage else {}
-        yaml.safe_dump({**config.model_dump(mode="json"), **storage}, sys.stdout, sort_keys=False, allow_unicode=True)
+        yaml.safe_dump(
+            {**config.model_dump(mode="json"), **storage}, sys.stdout, sort_keys=False, allow_unicode=True
+        )
         sys.stdout.flush()
         print_prediction(config, locate_study_folder(args.study, config.name))
         return 0
     with executor_of(config, locate_study_folder(args.study, config.name)) as executor:
         search_and_show(args.study, config, executor)
-    make_console().print(f"next: memcontrol retrain {args.study} (the pick, on test images); look: dashboard, report", highlight=False, soft_wrap=True)
+    make_console().print(
+        f"next: memcontrol retrain {args.study} (the pick, on test images); look: dashboard, report",
+        highlight=False,
+        soft_wrap=True,
+    )
     return 0
 
 
@@ -82,7 +89,9 @@ def print_prediction(config: Config, folder: Path) -> None:
             if event.kind == "progress":
                 steps.show("calibrating with short trials", event.detail["done"], event.detail["total"])
 
-        found = predict_search(config, space_of(config).anchors(), run_calibrations(config, folder, JobQueue(executor, show)))
+        found = predict_search(
+            config, space_of(config).anchors(), run_calibrations(config, folder, JobQueue(executor, show))
+        )
     for line in describe_prediction(found):
         sys.stdout.write(f"# {line}\n")
 
@@ -120,9 +129,14 @@ def run_retrain(args: argparse.Namespace) -> int:
 
 
 def retrain_and_show(
-    study_file: Path, executor: Executor, trial: int | None = None, rule: str | None = None, limits: Sequence[str] = (),
-    choice_file: Path | None = None, out: Path | None = None,
-) -> None:  # fmt: skip
+    study_file: Path,
+    executor: Executor,
+    trial: int | None = None,
+    rule: str | None = None,
+    limits: Sequence[str] = (),
+    choice_file: Path | None = None,
+    out: Path | None = None,
+) -> None:
     from memcontrol.commands.compare import measure_differences
     from memcontrol.commands.retrain import BASELINE, run_retraining
     from memcontrol.view.live import Display, shorten_path
@@ -135,7 +149,11 @@ def retrain_and_show(
         full = transferred(config, folder, choice, executor, screen)
     else:
         study = opened(study_file)
-        config, choice, full = study.config, choice or picked_record(study, trial, rule, limits).chosen, full_of(study)
+        config, choice, full = (
+            study.config,
+            choice or picked_record(study, trial, rule, limits).chosen,
+            full_of(study),
+        )
     space = space_of(config)
     space.check_choice(choice)
     out, n_groups = out or run_folder(study_file, choice), len(space.groups)
@@ -155,13 +173,22 @@ def retrain_and_show(
     rows += [("pick", describe_choice(choice, n_groups), rewards["pick"])] if choice != full else []
     screen.print(RewardsTable(rows, "retrained on the full training set, scored on test data"))
     show_pairs({"baseline": baseline, "pick": out}, out / "pairs.png", rows, screen)
-    screen.print(f"model: {shorten_path(out)} (memcontrol export {shorten_path(out)} OUT)", highlight=False, soft_wrap=True)
-    for line in describe_gains(rewards[BASELINE], rewards["pick"], measure_differences(out, baseline)) if choice != full else ():
+    screen.print(
+        f"model: {shorten_path(out)} (memcontrol export {shorten_path(out)} OUT)",
+        highlight=False,
+        soft_wrap=True,
+    )
+    for line in (
+        describe_gains(rewards[BASELINE], rewards["pick"], measure_differences(out, baseline))
+        if choice != full
+        else ()
+    ):
         screen.print(line, highlight=False, soft_wrap=True)
 
 
 def transferred(config: Config, folder: Path, choice, executor: Executor, screen):
-    """Makes a study that was never searched ready for a choice from another one. Returns full fine-tuning to compare with."""
+    """Makes a study that was never searched ready for a choice from another one. Returns full fine-tuning to
+    compare with."""
     from memcontrol.core.run_folder import refuse_results_among
     from memcontrol.execution.job_queue import JobQueue
     from memcontrol.search.locks import hold_folder_lock
@@ -171,9 +198,18 @@ def transferred(config: Config, folder: Path, choice, executor: Executor, screen
     space = space_of(config)
     space.check_choice(choice)
     refuse_results_among(config.data.path, folder)
-    with hold_folder_lock(folder), Display(screen, 0, len(space.groups), 2, "reading the images of a study that was not searched") as display:
+    with (
+        hold_folder_lock(folder),
+        Display(
+            screen, 0, len(space.groups), 2, "reading the images of a study that was not searched"
+        ) as display,
+    ):
         run_preparation(config, folder, JobQueue(executor, display.on_event))
-    screen.print("this study was not searched: full fine-tuning is at the middle of its learning rates", highlight=False, soft_wrap=True)
+    screen.print(
+        "this study was not searched: full fine-tuning is at the middle of its learning rates",
+        highlight=False,
+        soft_wrap=True,
+    )
     return space.anchors()["full"][1]
 
 
@@ -191,11 +227,17 @@ def show_pairs(folders: dict[str, Path], path: Path, rows, screen) -> None:
 
     loaded = LoadedModels()
     strips = [
-        load_nearest_pairs(folders[name], f"{name}: {text}: {rewards['copy_rate']:.1%} copied; nearest to a training image first", loaded)
+        load_nearest_pairs(
+            folders[name],
+            f"{name}: {text}: {rewards['copy_rate']:.1%} copied; nearest to a training image first",
+            loaded,
+        )
         for name, text, rewards in rows
     ]
     save_png(draw_pairs(strips), path)
-    screen.print(f"images beside their nearest training images: {shorten_path(path)}", highlight=False, soft_wrap=True)
+    screen.print(
+        f"images beside their nearest training images: {shorten_path(path)}", highlight=False, soft_wrap=True
+    )
 
 
 def read_choice(path: Path):
@@ -204,7 +246,9 @@ def read_choice(path: Path):
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise MemControlError(f"{path} cannot be read as JSON: {error}; give what `memcontrol pick --json` prints") from None
+        raise MemControlError(
+            f"{path} cannot be read as JSON: {error}; give what `memcontrol pick --json` prints"
+        ) from None
     values = values.get("choice", values) if isinstance(values, dict) else values
     if not isinstance(values, dict):
         raise MemControlError(f"{path} holds no choice; give what `memcontrol pick --json` prints")
@@ -230,7 +274,9 @@ def run_audit(args: argparse.Namespace) -> int:
         source = Source(args.images, args.train, args.holdout, args.model, args.skip_unreadable, sampling)
         found, generated, train = audit_source(source, args.extractor, steps.show, steps.warn)
         shown = [one["rows"] for one in found["copies"][:N_SHOWN]]
-        write_audit(found, zip(generated.read([i for i, _ in shown]), train.read([i for _, i in shown])), args.out)
+        write_audit(
+            found, zip(generated.read([i for i, _ in shown]), train.read([i for _, i in shown])), args.out
+        )
     if args.json:
         print_json(found)
     (sys.stderr if args.json else sys.stdout).write(f"{found['verdict']}\n")

@@ -1,5 +1,5 @@
-"""Owns the commands that only look: status, front, pick, importance, compare, rewards, spaces. What they import, they import when they
-run: --help must be instant."""
+"""Owns the commands that only look: status, front, pick, importance, compare, rewards, spaces. What they
+import, they import when they run: --help must be instant."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from memcontrol.core.errors import MemControlError
 
 N_WARNINGS = 12
 ONCE = (
-    "warning: some of these were measured once only, as the search chose them, and may look better than they are; the end of the search "
+    "warning: some of these were measured once only, as the search chose them, and may look better "
+    "than they are; the end of the search "
     "measures them again"
 )
 
@@ -32,33 +33,64 @@ def run_status(args: argparse.Namespace) -> int:
     from memcontrol.view.words import describe_choice
 
     study, folder = opened(args.study), folder_of(args.study)
-    records, n_groups, searching = study.records(), len(load_space(study.config.space).groups), is_searching(folder, study.url, study.config.name)
-    runs, speed = {record.number: list_runs(record, folder) for record in records}, estimate_pace(records, config_of(args.study))
+    records, n_groups, searching = (
+        study.records(),
+        len(load_space(study.config.space).groups),
+        is_searching(folder, study.url, study.config.name),
+    )
+    runs, speed = (
+        {record.number: list_runs(record, folder) for record in records},
+        estimate_pace(records, config_of(args.study)),
+    )
     flat = is_over(study, config_of(args.study).search.stop_when_flat)
     if flat:
         speed |= {"minutes_left": 0.0}
     if args.json:
         trials = [record.as_dict() | {"runs": runs[record.number]} for record in records]
-        print_json({"study": study.config.name, "searching": searching, "flat": flat, **speed, "hypervolume": summarize_hypervolume(study), "trials": trials})
+        print_json(
+            {
+                "study": study.config.name,
+                "searching": searching,
+                "flat": flat,
+                **speed,
+                "hypervolume": summarize_hypervolume(study),
+                "trials": trials,
+            }
+        )
         return 0
-    said = {"COMPLETE": "complete", "RUNNING": "running" if searching else "interrupted", "PRUNED": "pruned", "FAIL": "failed"}
+    said = {
+        "COMPLETE": "complete",
+        "RUNNING": "running" if searching else "interrupted",
+        "PRUNED": "pruned",
+        "FAIL": "failed",
+    }
     for state, word in said.items():
         sys.stdout.write(f"{word}: {sum(record.state == state for record in records)}\n")
     if grown := summarize_hypervolume(study):
         point = ", ".join(f"{name} {value:.4g}" for name, value in grown["reference"].items())
         sys.stdout.write(f"hypervolume: {grown['value']:.4g} ± {grown['error']:.2g}, from {point}\n")
     if flat:
-        sys.stdout.write("the hypervolume has not grown beyond its noise, which ends the search (search.stop_when_flat)\n")
+        sys.stdout.write(
+            "the hypervolume has not grown beyond its noise, which ends the search (search.stop_when_flat)\n"
+        )
     elif searching and speed:
-        sys.stdout.write(f"about {speed['runs_per_hour']:.0f} runs an hour, about {speed['minutes_left']:.1f} minutes left\n")
+        sys.stdout.write(
+            f"about {speed['runs_per_hour']:.0f} runs an hour, about {speed['minutes_left']:.1f} "
+            "minutes left\n"
+        )
     for record in records:
         if record.reason:
             sys.stdout.write(f"trial {record.number} {said[record.state]}: {record.reason}\n")
         if record.state == "RUNNING":
             goes_on = "" if searching else " (the next search goes on with it)"
-            sys.stdout.write(f"trial {record.number} {said['RUNNING']} ({record.anchor or 'sampled'}){goes_on}\n")
+            sys.stdout.write(
+                f"trial {record.number} {said['RUNNING']} ({record.anchor or 'sampled'}){goes_on}\n"
+            )
             for choice, run in zip(record.candidates, runs[record.number]):
-                sys.stdout.write(f"  {describe_choice(choice, n_groups)}: {'' if searching else 'was: '}{describe_run(run, folder.is_dir())}\n")
+                sys.stdout.write(
+                    f"  {describe_choice(choice, n_groups)}: "
+                    f"{'' if searching else 'was: '}{describe_run(run, folder.is_dir())}\n"
+                )
     printed(make_study_table(records, n_groups, f"{study.config.name}: finished trials"))
     return 0
 
@@ -97,7 +129,11 @@ def run_front(args: argparse.Namespace) -> int:
         print_json([record.as_dict() for record in records])
         return 0
     shown = records + [record for record in select_ties(complete) if record not in records]
-    printed(make_study_table(shown, len(load_space(study.config.space).groups), f"{study.config.name}: front", None, complete))
+    printed(
+        make_study_table(
+            shown, len(load_space(study.config.space).groups), f"{study.config.name}: front", None, complete
+        )
+    )
     if said := describe_spread(complete):
         make_console().print(said, highlight=False, soft_wrap=True)
     if study.config.rewards.confirm and select_to_confirm(complete):
@@ -114,7 +150,15 @@ def run_pick(args: argparse.Namespace) -> int:
     if args.json:
         print_json(record.as_dict())
     else:
-        printed(make_study_table([record], len(load_space(study.config.space).groups), f"{study.config.name}: pick", record, study.records()))
+        printed(
+            make_study_table(
+                [record],
+                len(load_space(study.config.space).groups),
+                f"{study.config.name}: pick",
+                record,
+                study.records(),
+            )
+        )
         if args.trial is None:
             warn_of_full(record, make_console())
             warn_of_limits(study, record, make_console())
@@ -128,18 +172,31 @@ def warn_of_limits(study, picked, screen) -> None:
     from memcontrol.study.pick import keeps_limits
 
     if picked and not keeps_limits(picked, study.limits):
-        bounds = ", ".join(f"{limit.reward}{limit.sign}{limit.bound:g} (the pick has {format_reward(limit.reward, picked.rewards) or 'none'})" for limit in study.limits)
-        screen.print(f"warning: no trial keeps the study's limits, {bounds}; the pick leaves them aside", style="yellow", highlight=False, soft_wrap=True)
+        bounds = ", ".join(
+            f"{limit.reward}{limit.sign}{limit.bound:g} (the pick has "
+            f"{format_reward(limit.reward, picked.rewards) or 'none'})"
+            for limit in study.limits
+        )
+        screen.print(
+            f"warning: no trial keeps the study's limits, {bounds}; the pick leaves them aside",
+            style="yellow",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def warn_of_full(picked, screen) -> None:
     """A pick that is the baseline itself must not pass for a mask."""
     if picked and picked.anchor == "full":
         screen.print(
-            "warning: no mask on the front comes within 5 % of full fine-tuning's first objective, so the pick is full fine-tuning itself; search on "
-            "with more trials, or pick one that `memcontrol front` lists: memcontrol pick ... --trial N",
-            style="yellow", highlight=False, soft_wrap=True,
-        )  # fmt: skip
+            "warning: no mask on the front comes within 5 % of full fine-tuning's first objective, "
+            "so the pick is full fine-tuning itself; search on "
+            "with more trials, or pick one that `memcontrol front` lists: memcontrol pick ... "
+            "--trial N",
+            style="yellow",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def run_compare(args: argparse.Namespace) -> int:
@@ -149,12 +206,23 @@ def run_compare(args: argparse.Namespace) -> int:
     apart = measure_differences(args.run_a, args.run_b)
     first, second = (read_finished_result(run)["rewards"] for run in (args.run_a, args.run_b))
     if args.json:
-        print_json({
-            name: {"first": first[name], "second": second[name], "difference": float(value), "error": value.error, "low": value.low, "high": value.high}
-            for name, value in apart.items()
-        })  # fmt: skip
+        print_json(
+            {
+                name: {
+                    "first": first[name],
+                    "second": second[name],
+                    "difference": float(value),
+                    "error": value.error,
+                    "low": value.low,
+                    "high": value.high,
+                }
+                for name, value in apart.items()
+            }
+        )
     else:
-        printed(make_differences_table(apart, first, second, f"{args.run_a} (first) and {args.run_b} (second)"))
+        printed(
+            make_differences_table(apart, first, second, f"{args.run_a} (first) and {args.run_b} (second)")
+        )
     return 0
 
 
@@ -250,7 +318,10 @@ def shown_space(name: str, base: str) -> str:
 
         return derive_space(make_empty_denoiser(base), base)
     if name not in list_shipped_spaces():
-        raise MemControlError(f"space '{name}' is not shipped; shipped are {', '.join(list_shipped_spaces())}; 'auto' derives one from --base")
+        raise MemControlError(
+            f"space '{name}' is not shipped; shipped are {', '.join(list_shipped_spaces())}; 'auto' "
+            "derives one from --base"
+        )
     return list_shipped_spaces()[name].read_text(encoding="utf-8")
 
 
@@ -263,8 +334,16 @@ def print_survey(found: dict) -> None:
     write(f"{total:,} parameters in all\n")
     for method, counts in found["methods"].items():
         cost = counts["cost"]
-        write(f"{method:12} all groups on {counts['all_on']:13,} ({counts['all_on'] / total:8.4%})   off {counts['all_off']:13,}")
-        write(f"   {figure(cost['step_gflops'])} GFLOP and {figure(cost['memory_mib'])} MiB for a step of one image\n" if cost else "\n")
+        write(
+            f"{method:12} all groups on {counts['all_on']:13,} ({counts['all_on'] / total:8.4%})   "
+            f"off {counts['all_off']:13,}"
+        )
+        write(
+            f"   {figure(cost['step_gflops'])} GFLOP and {figure(cost['memory_mib'])} MiB for a "
+            "step of one image\n"
+            if cost
+            else "\n"
+        )
 
 
 def figure(value: float) -> str:

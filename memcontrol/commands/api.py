@@ -1,5 +1,5 @@
-"""Owns the commands as Python functions, for notebooks and scripts: `import memcontrol; memcontrol.front("xrays.yaml")`. What they import,
-they import when they are called."""
+"""Owns the commands as Python functions, for notebooks and scripts: `import memcontrol;
+memcontrol.front("xrays.yaml")`. What they import, they import when they are called."""
 
 from __future__ import annotations
 
@@ -24,15 +24,20 @@ if TYPE_CHECKING:
     from memcontrol.study.store import Study
 
 
-
 StudyFile = str | Path
 LOG_FILE = "search.log"
 
 
 def search(
-    study: StudyFile, *overrides: str, trials: int | None = None, workers: int | None = None, executor: str | None = None, quiet: bool = False
+    study: StudyFile,
+    *overrides: str,
+    trials: int | None = None,
+    workers: int | None = None,
+    executor: str | None = None,
+    quiet: bool = False,
 ) -> list[Record]:
-    """Runs or continues a study; `overrides` are values such as "inner.batch_size=8". Returns its finished trials.
+    """Runs or continues a study; `overrides` are values such as "inner.batch_size=8". Returns its finished
+    trials.
 
     Interrupted, it is continued by the same call. Raises MemControlError.
     """
@@ -53,20 +58,25 @@ def status(study: StudyFile) -> list[Record]:
 
 
 def front(study: StudyFile) -> list[Record]:
-    """The trials that no other beats in every objective, best in the first one first. Raises MemControlError."""
+    """The trials that no other beats in every objective, best in the first one first. Raises
+    MemControlError."""
     from memcontrol.study.pick import require_finished, select_front
 
     return select_front(require_finished(status(study)))
 
 
-def pick(study: StudyFile, rule: str | None = None, *, trial: int | None = None, limits: Sequence[str] = ()) -> Record:
-    """One trial: by rule (knee, quality or memorization) under limits such as "copy_rate<=0.02", or by its number. Raises MemControlError."""
+def pick(
+    study: StudyFile, rule: str | None = None, *, trial: int | None = None, limits: Sequence[str] = ()
+) -> Record:
+    """One trial: by rule (knee, quality or memorization) under limits such as "copy_rate<=0.02", or by its
+    number. Raises MemControlError."""
     with contextlib.closing(opened(study)) as found:
         return picked_record(found, trial, rule, limits)
 
 
 def importance(study: StudyFile) -> list[Effect]:
-    """Which groups, methods, ranks and learning rates drive which objective, with error. Raises MemControlError where too few trials ended."""
+    """Which groups, methods, ranks and learning rates drive which objective, with error. Raises
+    MemControlError where too few trials ended."""
     from memcontrol.search.importance import measure_importance as measured
 
     with contextlib.closing(opened(study)) as found:
@@ -74,10 +84,15 @@ def importance(study: StudyFile) -> list[Effect]:
 
 
 def retrain(
-    study: StudyFile, rule: str | None = None, *, trial: int | None = None, limits: Sequence[str] = (), out: StudyFile | None = None
+    study: StudyFile,
+    rule: str | None = None,
+    *,
+    trial: int | None = None,
+    limits: Sequence[str] = (),
+    out: StudyFile | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Trains the pick and full fine-tuning on the whole training set, scored on test data. Returns the results of `pick` and `baseline`,
-    each with its rewards and its folder, `run`. Raises MemControlError."""
+    """Trains the pick and full fine-tuning on the whole training set, scored on test data. Returns the
+    results of `pick` and `baseline`, each with its rewards and its folder, `run`. Raises MemControlError."""
     from memcontrol.commands.retrain import run_retraining as trained
 
     with contextlib.closing(opened(study)) as found:
@@ -91,26 +106,34 @@ def retrain(
 
 
 def compare(run_a: str | Path, run_b: str | Path) -> dict[str, Estimate]:
-    """Run a's figures less run b's, each with the interval that resampling their common prompts gives. Raises MemControlError."""
+    """Run a's figures less run b's, each with the interval that resampling their common prompts gives. Raises
+    MemControlError."""
     from memcontrol.commands.compare import measure_differences
 
     return measure_differences(Path(run_a), Path(run_b))
 
 
 def export(run: str | Path, out: str | Path, format: str | None = None) -> Path:
-    """Writes a run's model for plain diffusers: as an adapter, a pipeline or a denoiser. Returns the folder. Raises MemControlError."""
+    """Writes a run's model for plain diffusers: as an adapter, a pipeline or a denoiser. Returns the folder.
+    Raises MemControlError."""
     from memcontrol.commands.export import export as exported
 
     return exported(Path(run), Path(out), format)
 
 
 def audit(
-    images: str | Path | None = None, train: str | Path | None = None, holdout: str | Path | None = None, *, model: str | Path | None = None,
-    extractor: str = "tiny", skip_unreadable: bool = False, **sampling: Any,
-) -> dict[str, Any]:  # fmt: skip
-    """How much a model (a run folder, or a pipeline to sample from) or a folder of images copies a training set, judged against held-out
-    images: what audit.json holds. A run knows its own images. `sampling` of a pipeline: samples, attacked, steps, guidance, seed.
-    Raises MemControlError."""
+    images: str | Path | None = None,
+    train: str | Path | None = None,
+    holdout: str | Path | None = None,
+    *,
+    model: str | Path | None = None,
+    extractor: str = "tiny",
+    skip_unreadable: bool = False,
+    **sampling: Any,
+) -> dict[str, Any]:
+    """How much a model (a run folder, or a pipeline to sample from) or a folder of images copies a training
+    set, judged against held-out images: what audit.json holds. A run knows its own images. `sampling` of a
+    pipeline: samples, attacked, steps, guidance, seed. Raises MemControlError."""
     from memcontrol.commands.audit import Source, audit_source
 
     generated, known, held = (Path(path) if path else None for path in (images, train, holdout))
@@ -119,7 +142,8 @@ def audit(
 
 
 def report(study: StudyFile, out: str | Path | None = None, *, images: bool = True) -> dict[str, Any]:
-    """Writes one page about the study, where `out` names it. Returns what it says as data. Raises MemControlError."""
+    """Writes one page about the study, where `out` names it. Returns what it says as data. Raises
+    MemControlError."""
     from memcontrol.view.report import write_report
     from memcontrol.view.report_data import collect_report_data
 
@@ -130,17 +154,29 @@ def report(study: StudyFile, out: str | Path | None = None, *, images: bool = Tr
     return facts
 
 
-def init(images: str | Path, out: str | Path | None = None, *, name: str | None = None, base: str | None = None) -> Path:
-    """Looks at a folder of images and writes a study for it, with the reason beside each value. Returns the file. Raises MemControlError."""
+def init(
+    images: str | Path, out: str | Path | None = None, *, name: str | None = None, base: str | None = None
+) -> Path:
+    """Looks at a folder of images and writes a study for it, with the reason beside each value. Returns the
+    file. Raises MemControlError."""
     from memcontrol.commands.init import propose_study
 
-    return propose_study(Path(images), Path(out) if out else None, name, base, lambda title, done, total: None).path
+    return propose_study(
+        Path(images), Path(out) if out else None, name, base, lambda title, done, total: None
+    ).path
 
 
 def dashboard(
-    study: StudyFile, *, storage: str | None = None, host: str = "127.0.0.1", port: int = 0, token: str | None = None, writable: bool = False
+    study: StudyFile,
+    *,
+    storage: str | None = None,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    token: str | None = None,
+    writable: bool = False,
 ) -> str:
-    """Serves the study in optuna-dashboard from a thread, until the process ends. Returns the address. Raises MemControlError."""
+    """Serves the study in optuna-dashboard from a thread, until the process ends. Returns the address. Raises
+    MemControlError."""
     import threading
 
     server, address = dashboard_of(study, storage, host, port, token, writable)
@@ -155,7 +191,9 @@ def load_adapter(pipeline: Any, path: str | Path) -> Any:
     return load(pipeline, path)
 
 
-def overridden(overrides: Sequence[str], trials: int | None, workers: int | None, executor: str | None) -> list[str]:
+def overridden(
+    overrides: Sequence[str], trials: int | None, workers: int | None, executor: str | None
+) -> list[str]:
     options = {"search.trials": trials, "search.workers": workers, "search.executor": executor}
     return [*overrides, *(f"{key}={value}" for key, value in options.items() if value is not None)]
 
@@ -173,11 +211,21 @@ def searched(study_file: Path, config: Config, executor: Executor, quiet: bool =
         if not quiet:
             display.on_event(event)
 
-    with log_to_file(folder / LOG_FILE, f"search of {study_file}: {given(config)}"), contextlib.ExitStack() as shown:
+    with (
+        log_to_file(folder / LOG_FILE, f"search of {study_file}: {given(config)}"),
+        contextlib.ExitStack() as shown,
+    ):
         display = Display(make_console(), config.search.trials, n_groups, config.search.workers)
         if not quiet:
             shown.enter_context(display)
-        run(config, study_file, folder, executor, show, lambda study: None if quiet else display.on_study(study)).close()
+        run(
+            config,
+            study_file,
+            folder,
+            executor,
+            show,
+            lambda study: None if quiet else display.on_study(study),
+        ).close()
 
 
 @contextlib.contextmanager
@@ -197,7 +245,9 @@ def given(config: Config) -> str:
     return json.dumps(config.model_dump(mode="json", exclude_defaults=True), ensure_ascii=False)
 
 
-def dashboard_of(study: StudyFile, storage: str | None, host: str, port: int, token: str | None, writable: bool) -> tuple[WSGIServer, str]:
+def dashboard_of(
+    study: StudyFile, storage: str | None, host: str, port: int, token: str | None, writable: bool
+) -> tuple[WSGIServer, str]:
     from memcontrol.view.dashboard import start_server
 
     with contextlib.closing(opened(study, [f"storage={storage}"] if storage else [])) as found:
@@ -229,7 +279,9 @@ def opened_as(config: Config, study_file: StudyFile) -> Study:
     from memcontrol.core.run_folder import locate_study_folder
     from memcontrol.study.store import open_study
 
-    return open_study(config, locate_study_folder(Path(study_file), config.name), Path(study_file), create=False)
+    return open_study(
+        config, locate_study_folder(Path(study_file), config.name), Path(study_file), create=False
+    )
 
 
 def config_of(study_file: StudyFile) -> Config:
@@ -260,7 +312,9 @@ def full_of(study: Study) -> Choice:
     for record in study.records():
         if record.anchor == "full" and record.finished:
             return record.chosen
-    raise MemControlError("the anchor 'full' has not finished, so there is no baseline to compare with; let the search run on")
+    raise MemControlError(
+        "the anchor 'full' has not finished, so there is no baseline to compare with; let the search run on"
+    )
 
 
 def picked_record(study: Study, trial: int | None, rule: str | None, limits: Sequence[str]) -> Record:

@@ -1,4 +1,5 @@
-"""Owns the audit: how much images, or a model's samples, copy a training set, judged against held-out images; audit.json and audit.html."""
+"""Owns the audit: how much images, or a model's samples, copy a training set, judged against held-out images;
+audit.json and audit.html."""
 
 from __future__ import annotations
 
@@ -16,7 +17,14 @@ from memcontrol.core.seeds import derive_seed
 from memcontrol.core.spec import read_spec
 from memcontrol.data.features import nearest, pixel_features
 from memcontrol.data.images import read_captions
-from memcontrol.data.pictures import PICTURES_CHUNK, PICTURES_SIDE, Pictures, make_pictures, read_folder_pictures, wrap_samples
+from memcontrol.data.pictures import (
+    PICTURES_CHUNK,
+    PICTURES_SIDE,
+    Pictures,
+    make_pictures,
+    read_folder_pictures,
+    wrap_samples,
+)
 from memcontrol.model.base import load_base
 from memcontrol.scoring.copying import DistanceSpace, line_ratio, ratio, real_ratios
 from memcontrol.scoring.evidence import Descriptors, Evidence, describe_broken_images
@@ -31,35 +39,66 @@ from memcontrol.view.words import write_verdict
 FEWEST = 8
 MOST_SAME = 0.05
 N_ATTACK = 10  # images of each attacked caption
-SAMPLING: dict[str, Any] = {"samples": 256, "attacked": 0, "steps": 20, "guidance": 1.0, "seed": 0}  # of an audited pipeline
+# of an audited pipeline
+SAMPLING: dict[str, Any] = {"samples": 256, "attacked": 0, "steps": 20, "guidance": 1.0, "seed": 0}
 ShowProgress = Callable[[str, int, int], None]
 
 
 def sample_pipeline(
-    model: str, captions: list[str], samples: int, attacked: int, steps: int, guidance: float, seed: int, progress: ShowProgress
+    model: str,
+    captions: list[str],
+    samples: int,
+    attacked: int,
+    steps: int,
+    guidance: float,
+    seed: int,
+    progress: ShowProgress,
 ) -> tuple[Pictures, np.ndarray | None]:
-    """`samples` images of a pipeline (a folder or Hub id in diffusers' format), from captions drawn at random; and N_ATTACK of each of
-    `attacked` captions, [P, N_ATTACK, 3, H, W], None where there are no captions. Raises MemControlError."""
+    """`samples` images of a pipeline (a folder or Hub id in diffusers' format), from captions drawn at
+    random; and N_ATTACK of each of `attacked` captions, [P, N_ATTACK, 3, H, W], None where there are no
+    captions. Raises MemControlError."""
     base = load_base(model)
 
     def sampled(title: str, drawn: list[str]) -> np.ndarray:
         return base.sample(
-            base.encode_captions(drawn), base.encode_captions([""]), seeds=[derive_seed(seed, title, i) for i in range(len(drawn))], steps=steps,
-            guidance=guidance, resolution=base.resolution, progress=lambda done, total: progress(title, done, total),
-        )  # fmt: skip
+            base.encode_captions(drawn),
+            base.encode_captions([""]),
+            seeds=[derive_seed(seed, title, i) for i in range(len(drawn))],
+            steps=steps,
+            guidance=guidance,
+            resolution=base.resolution,
+            progress=lambda done, total: progress(title, done, total),
+        )
 
-    pixels = sampled("sampling", np.random.default_rng(derive_seed(seed, "captions")).choice(captions or [""], size=samples).tolist())
+    pixels = sampled(
+        "sampling",
+        np.random.default_rng(derive_seed(seed, "captions")).choice(captions or [""], size=samples).tolist(),
+    )
     if attacked and not any(captions):
-        raise MemControlError("--attacked samples many images of a training caption, and --train has no captions; give them in metadata.csv, or leave it out")
-    prompts = np.random.default_rng(derive_seed(seed, "attacked")).permutation(sorted(set(captions)))[:attacked].tolist()
-    attack = sampled("extraction attack", [prompt for prompt in prompts for _ in range(N_ATTACK)]) if prompts else None
-    return wrap_samples(pixels), None if attack is None else attack.reshape(len(prompts), N_ATTACK, *attack.shape[1:])
+        raise MemControlError(
+            "--attacked samples many images of a training caption, and --train has no captions; "
+            "give them in metadata.csv, or leave it out"
+        )
+    prompts = (
+        np.random.default_rng(derive_seed(seed, "attacked"))
+        .permutation(sorted(set(captions)))[:attacked]
+        .tolist()
+    )
+    attack = (
+        sampled("extraction attack", [prompt for prompt in prompts for _ in range(N_ATTACK)])
+        if prompts
+        else None
+    )
+    return wrap_samples(pixels), None if attack is None else attack.reshape(
+        len(prompts), N_ATTACK, *attack.shape[1:]
+    )
 
 
 @dataclass(frozen=True)
 class Source:
-    """What is audited and with what it is compared, as a person names it: images or a model (a run folder, or a pipeline, folder or Hub id); a run
-    knows its own training and held-out images. `sampling` of a pipeline: some of SAMPLING's keys."""
+    """What is audited and with what it is compared, as a person names it: images or a model (a run folder, or
+    a pipeline, folder or Hub id); a run knows its own training and held-out images. `sampling` of a pipeline:
+    some of SAMPLING's keys."""
 
     images: Path | None
     train: Path | None
@@ -75,21 +114,36 @@ class Source:
     def check(self) -> None:
         """Raises MemControlError."""
         if (self.images is None) == (self.model is None):
-            raise MemControlError("audit judges images or a model; give one of --images DIR and --model PIPELINE_OR_RUN")
+            raise MemControlError(
+                "audit judges images or a model; give one of --images DIR and --model PIPELINE_OR_RUN"
+            )
         if not self.run and not (self.train and self.holdout):
-            raise MemControlError("audit compares with training and held-out images; give --train DIR and --holdout DIR")
+            raise MemControlError(
+                "audit compares with training and held-out images; give --train DIR and --holdout DIR"
+            )
         if unknown := set(self.sampling) - set(SAMPLING):
-            raise MemControlError(f"{', '.join(sorted(unknown))}: no such setting of sampling; allowed: {', '.join(SAMPLING)}")
+            raise MemControlError(
+                f"{', '.join(sorted(unknown))}: no such setting of sampling; allowed: {', '.join(SAMPLING)}"
+            )
         if self.sampling and (self.run or self.images):
             given = ", ".join(f"--{name}" for name in self.sampling)
-            raise MemControlError(f"{given} say how a pipeline is sampled, and these images are there already; leave them out, or give --model a pipeline")
+            raise MemControlError(
+                f"{given} say how a pipeline is sampled, and these images are there already; leave "
+                "them out, or give --model a pipeline"
+            )
 
 
-def audit_source(source: Source, extractor: str, progress: ShowProgress, warn: Callable[[str], None]) -> tuple[dict, Pictures, Pictures]:
+def audit_source(
+    source: Source, extractor: str, progress: ShowProgress, warn: Callable[[str], None]
+) -> tuple[dict, Pictures, Pictures]:
     """The audit, and the generated and training images that it tells of. Raises MemControlError."""
     source.check()
     given = {"train": source.train, "holdout": source.holdout}
-    parts = {name: read_folder_pictures(name, folder, warn, source.skip_unreadable) for name, folder in given.items() if folder}
+    parts = {
+        name: read_folder_pictures(name, folder, warn, source.skip_unreadable)
+        for name, folder in given.items()
+        if folder
+    }
     attack = None
     if source.run:
         spec, loaded, samples = read_spec(source.run), LoadedModels(), read_samples(source.run)
@@ -100,18 +154,31 @@ def audit_source(source: Source, extractor: str, progress: ShowProgress, warn: C
         generated = read_folder_pictures("generated", source.images, warn, source.skip_unreadable)
     else:
         captions = sorted(read_captions(source.train).values()) if source.train else []
-        generated, attack = sample_pipeline(str(source.model), captions, **{**SAMPLING, **source.sampling}, progress=progress)
-    return judge_images(generated, parts["train"], parts["holdout"], extractor, progress, attack), generated, parts["train"]
+        generated, attack = sample_pipeline(
+            str(source.model), captions, **{**SAMPLING, **source.sampling}, progress=progress
+        )
+    return (
+        judge_images(generated, parts["train"], parts["holdout"], extractor, progress, attack),
+        generated,
+        parts["train"],
+    )
 
 
 def judge_images(
-    generated: Pictures, train: Pictures, holdout: Pictures, extractor: str, progress: ShowProgress, attack: np.ndarray | None = None
+    generated: Pictures,
+    train: Pictures,
+    holdout: Pictures,
+    extractor: str,
+    progress: ShowProgress,
+    attack: np.ndarray | None = None,
 ) -> dict:
-    """Every figure of the audit, as audit.json holds it; `attack` is what an extraction attack sampled, uint8 [P, m, 3, H, W].
-    Raises MemControlError where the images cannot be judged."""
+    """Every figure of the audit, as audit.json holds it; `attack` is what an extraction attack sampled, uint8
+    [P, m, 3, H, W]. Raises MemControlError where the images cannot be judged."""
     check_pictures(generated, train, holdout)
     network = load_extractor(extractor)
-    made, known, held = (describe_pictures(pictures, network.extract, progress) for pictures in (generated, train, holdout))
+    made, known, held = (
+        describe_pictures(pictures, network.extract, progress) for pictures in (generated, train, holdout)
+    )
     if broken := describe_broken_images(made.pixels):
         raise MemControlError(f"{broken}, so nothing can be judged")
     evidence = Evidence(made, known, held)
@@ -121,39 +188,62 @@ def judge_images(
     space = evidence.space("pixels")
     same = float((space.to_holdout < 1e-6).mean())
     if same > MOST_SAME:
-        raise MemControlError(f"{same:.0%} of the generated images are held-out images themselves; hold out images that the model never saw and that are not audited, since copying could not be seen")
+        raise MemControlError(
+            f"{same:.0%} of the generated images are held-out images themselves; hold out images "
+            "that the model never saw and that are not audited, since copying could not be seen"
+        )
     suspicion, limit = ratio(space.to_train[0], space.to_holdout), line_ratio(real_ratios(space))
     order = np.argsort(suspicion, kind="stable")
     copies = [
         {
-            "generated": generated.names[i], "training": train.names[space.to_train[1][i]], "distance": float(space.to_train[0][i]),
-            "of_holdout": float(suspicion[i]), "copy": bool(suspicion[i] < limit), "rows": [int(i), int(space.to_train[1][i])],
+            "generated": generated.names[i],
+            "training": train.names[space.to_train[1][i]],
+            "distance": float(space.to_train[0][i]),
+            "of_holdout": float(suspicion[i]),
+            "copy": bool(suspicion[i] < limit),
+            "rows": [int(i), int(space.to_train[1][i])],
         }
         for i in order[: max(N_SHOWN, int((suspicion < limit).sum()))]
-    ]  # fmt: skip
+    ]
     return {
-        "verdict": write_verdict(rewards, len(generated)), "sizes": {part.title: len(part) for part in (generated, train, holdout)},
-        "extractor": network.id, "side": PICTURES_SIDE, "threshold": float(limit), "rewards": rewards, "copies": copies,
-        "duplicates": find_duplicates(space, train, progress), "cannot_see": list(BLIND_SPOTS),
-    }  # fmt: skip
+        "verdict": write_verdict(rewards, len(generated)),
+        "sizes": {part.title: len(part) for part in (generated, train, holdout)},
+        "extractor": network.id,
+        "side": PICTURES_SIDE,
+        "threshold": float(limit),
+        "rewards": rewards,
+        "copies": copies,
+        "duplicates": find_duplicates(space, train, progress),
+        "cannot_see": list(BLIND_SPOTS),
+    }
 
 
 def judge_attack(attack: np.ndarray | None, holdout: Pictures) -> dict[str, float]:
     """What the extraction attack found, all images brought to one size."""
     if attack is None:
         return {}
-    small = wrap_samples(attack.reshape(-1, *attack.shape[2:])).read(list(range(attack.shape[0] * attack.shape[1])))
-    return measure_extraction(small.reshape(*attack.shape[:2], *small.shape[1:]), holdout.read(list(range(len(holdout))[:N_PAIRED])))
+    small = wrap_samples(attack.reshape(-1, *attack.shape[2:])).read(
+        list(range(attack.shape[0] * attack.shape[1]))
+    )
+    return measure_extraction(
+        small.reshape(*attack.shape[:2], *small.shape[1:]), holdout.read(list(range(len(holdout))[:N_PAIRED]))
+    )
 
 
 def check_pictures(generated: Pictures, train: Pictures, holdout: Pictures) -> None:
     for part in (generated, train, holdout):
         if len(part) < FEWEST:
-            raise MemControlError(f"{part.title} has {len(part)} images; an audit needs at least {FEWEST} of each, and some hundred to say much")
+            raise MemControlError(
+                f"{part.title} has {len(part)} images; an audit needs at least {FEWEST} of each, "
+                "and some hundred to say much"
+            )
     held = dict(zip(holdout.digests, holdout.names))
     for digest, name in zip(train.digests, train.names):
         if digest in held:
-            raise MemControlError(f"train and holdout share an image: '{name}' and '{held[digest]}' have the same pixels; remove one, since copying could not be told from chance")
+            raise MemControlError(
+                f"train and holdout share an image: '{name}' and '{held[digest]}' have the same "
+                "pixels; remove one, since copying could not be told from chance"
+            )
 
 
 def describe_pictures(pictures: Pictures, extract: Callable, progress: ShowProgress) -> Descriptors:
@@ -163,7 +253,9 @@ def describe_pictures(pictures: Pictures, extract: Callable, progress: ShowProgr
         rows = list(range(start, min(start + PICTURES_CHUNK, len(pictures))))
         pixels = pictures.read(rows)
         found = Descriptors(pixel_features(pixels), extract(pixels))
-        views = views or Descriptors(*(np.empty((len(pictures), rows.shape[1]), np.float32) for rows in (found.pixels, found.features)))
+        views = views or Descriptors(
+            *(np.empty((len(pictures), rows.shape[1]), np.float32) for rows in (found.pixels, found.features))
+        )
         views.pixels[rows], views.features[rows] = found.pixels, found.features
         progress(pictures.title, rows[-1] + 1, len(pictures))
     assert views is not None  # `check` refuses an empty set
@@ -171,9 +263,11 @@ def describe_pictures(pictures: Pictures, extract: Callable, progress: ShowProgr
 
 
 def find_duplicates(space: DistanceSpace, train: Pictures, progress: ShowProgress) -> list[dict]:
-    """Pairs of training images at less than half the distance that 99 % of held-out images keep from their nearest training image.
+    """Pairs of training images at less than half the distance that 99 % of held-out images keep from their
+    nearest training image.
 
-    8 x 8 thumbnails are compared first: block means times 4 are an orthogonal projection, so no pair is nearer than its thumbnails.
+    8 x 8 thumbnails are compared first: block means times 4 are an orthogonal projection, so no pair is
+    nearer than its thumbnails.
     """
     limit = 0.5 * np.quantile(space.held_to_train, FALSE_POSITIVES)
     pairs: dict[tuple[int, ...], float] = {}
@@ -181,8 +275,19 @@ def find_duplicates(space: DistanceSpace, train: Pictures, progress: ShowProgres
     for start in range(0, len(small), PICTURES_CHUNK):
         rows = np.arange(start, min(start + PICTURES_CHUNK, len(small)))
         near = rows[nearest(small[rows], small, 2)[0][:, 1] < limit]
-        distances, indices = nearest(space.train[near], space.train, 2) if len(near) else (np.empty((0, 2)), np.empty((0, 2), int))
+        distances, indices = (
+            nearest(space.train[near], space.train, 2)
+            if len(near)
+            else (np.empty((0, 2)), np.empty((0, 2), int))
+        )
         other = np.where(indices[:, 0] == near, indices[:, 1], indices[:, 0])
-        pairs |= {tuple(sorted((int(i), int(j)))): float(d) for i, j, d in zip(near, other, distances[:, 1]) if d < limit}
+        pairs |= {
+            tuple(sorted((int(i), int(j)))): float(d)
+            for i, j, d in zip(near, other, distances[:, 1])
+            if d < limit
+        }
         progress("duplicates", int(rows[-1]) + 1, len(small))
-    return [{"images": [train.names[i], train.names[j]], "distance": d} for (i, j), d in sorted(pairs.items(), key=lambda pair: pair[1])]
+    return [
+        {"images": [train.names[i], train.names[j]], "distance": d}
+        for (i, j), d in sorted(pairs.items(), key=lambda pair: pair[1])
+    ]

@@ -1,5 +1,5 @@
-"""Owns comparisons of runs: two models figure by figure, in pairs over prompts, and a run's images beside their nearest training
-images."""
+"""Owns comparisons of runs: two models figure by figure, in pairs over prompts, and a run's images beside
+their nearest training images."""
 
 from __future__ import annotations
 
@@ -34,7 +34,10 @@ def measure_differences(a: Path, b: Path) -> dict[str, Estimate]:
     prompts, found = first["prompts"], {}
     for name in first:
         if name != "prompts" and name in second:
-            one, other = (Estimate(result["rewards"][name], contributions=rows[name]) for result, rows in zip(results, (first, second)))
+            one, other = (
+                Estimate(result["rewards"][name], contributions=rows[name])
+                for result, rows in zip(results, (first, second))
+            )
             found[name] = paired_difference(one, other, prompts, seed=derive_seed(0, "paired", name))
     return found
 

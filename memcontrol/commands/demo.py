@@ -17,7 +17,13 @@ DEMO_STUDY: dict[str, Any] = {
     "data": {"path": "digits", "train": 35, "holdout": 881, "test": 881},
     "space": "digits",
     "inner": {"budget_images": 7360, "batch_size": 32, "caption_dropout": 0.0},
-    "rewards": {"objectives": ["fid", "memorization"], "n_samples": 256, "confirm": 2, "sampling_steps": 8, "guidance": 2.0},
+    "rewards": {
+        "objectives": ["fid", "memorization"],
+        "n_samples": 256,
+        "confirm": 2,
+        "sampling_steps": 8,
+        "guidance": 2.0,
+    },
     "search": {"trials": 4, "workers": 2, "seed": 0},
 }
 
@@ -25,7 +31,11 @@ DEMO_STUDY: dict[str, Any] = {
 def write_demo_study(out: Path, seed: int, trials: int | None, workers: int | None) -> Path:
     """Writes out/study.yaml. Returns its path. Raises MemControlError."""
     name = out.resolve().name  # a study named after its folder keeps everything in it
-    study = {**DEMO_STUDY, "name": name if re.fullmatch(NAME, name) else DEMO_STUDY["name"], "search": {**DEMO_STUDY["search"], "seed": seed}}
+    study = {
+        **DEMO_STUDY,
+        "name": name if re.fullmatch(NAME, name) else DEMO_STUDY["name"],
+        "search": {**DEMO_STUDY["search"], "seed": seed},
+    }
     for key, value in (("trials", trials), ("workers", workers)):
         if value is not None:
             study["search"][key] = value

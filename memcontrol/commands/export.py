@@ -1,4 +1,5 @@
-"""Owns what leaves MemControl: a run's fine-tuning as an adapter file, as a fused denoiser, or as a fused pipeline."""
+"""Owns what leaves MemControl: a run's fine-tuning as an adapter file, as a fused denoiser, or as a fused
+pipeline."""
 
 from __future__ import annotations
 
@@ -27,10 +28,12 @@ COMFYUI_FILE = "comfyui/lora.safetensors"
 
 
 def export(run: Path, out: Path, format: str | None = None) -> Path:
-    """Writes the run's model to the new folder `out`. By default a LoRA as an adapter, anything else as a pipeline.
+    """Writes the run's model to the new folder `out`. By default a LoRA as an adapter, anything else as a
+    pipeline.
 
-    adapter: a LoRA or DoRA as diffusers' and ComfyUI's LoRA files, other adapters of peft in peft's format, and whatever is
-    no LoRA as a file for `memcontrol.load_adapter`. Raises MemControlError: no finished run, or `out` in use.
+    adapter: a LoRA or DoRA as diffusers' and ComfyUI's LoRA files, other adapters of peft in peft's format,
+    and whatever is no LoRA as a file for `memcontrol.load_adapter`. Raises MemControlError: no finished run,
+    or `out` in use.
     """
     spec = read_spec(run)
     if not (run / RESULT).is_file() or read_json(run / RESULT)["state"] != "COMPLETE":
@@ -38,7 +41,10 @@ def export(run: Path, out: Path, format: str | None = None) -> Path:
     if format not in (None, *FORMATS):
         raise MemControlError(f"format '{format}' is unknown; allowed: {', '.join(FORMATS)}")
     if spec.config.inner.from_scratch and format == "adapter":
-        raise MemControlError("this run trained a denoiser that was drawn anew, which no adapter holds; export it with --format pipeline")
+        raise MemControlError(
+            "this run trained a denoiser that was drawn anew, which no adapter holds; export it "
+            "with --format pipeline"
+        )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise MemControlError(f"{out} exists and is not an empty folder; give another one")
     with name_full_disk(out):
@@ -51,7 +57,9 @@ def export(run: Path, out: Path, format: str | None = None) -> Path:
         config = find_lone_config(adapter)
         is_lora = config is not None and config.peft_type == "LORA"
         out.mkdir(parents=True, exist_ok=True)
-        if (format or ("adapter" if is_lora and not spec.config.inner.from_scratch else "pipeline")) == "adapter":
+        if (
+            format or ("adapter" if is_lora and not spec.config.inner.from_scratch else "pipeline")
+        ) == "adapter":
             if is_lora:
                 write_lora(adapter, name_denoiser(pipeline), out, spec)
             else:
@@ -61,25 +69,38 @@ def export(run: Path, out: Path, format: str | None = None) -> Path:
             adapter.fuse()
             (denoiser if format == "denoiser" else pipeline).save_pretrained(out)
         is_conditional = getattr(pipeline, "tokenizer", None) is not None
-        write_card(out, spec, read_json(run / RESULT), write_loading_code(out, spec, type(denoiser).__name__, name_denoiser(pipeline)), (out / LORA_FILE).is_file(), is_conditional)
+        write_card(
+            out,
+            spec,
+            read_json(run / RESULT),
+            write_loading_code(out, spec, type(denoiser).__name__, name_denoiser(pipeline)),
+            (out / LORA_FILE).is_file(),
+            is_conditional,
+        )
     return out
 
 
 def write_loading_code(out: Path, spec: Spec, denoiser_class: str, part: str) -> str:
-    """What a reader of the folder's card types, with the folder's name and, but for a Hub id, the base's in place of paths; `part` is what the
-    pipeline calls its denoiser."""
+    """What a reader of the folder's card types, with the folder's name and, but for a Hub id, the base's in
+    place of paths; `part` is what the pipeline calls its denoiser."""
     base = spec.config.base if not Path(spec.config.base).exists() else Path(spec.config.base).name
     place = "TINY" if base == "tiny" else f'"{base}"'
     opened = f"DiffusionPipeline.from_pretrained({place})"
-    imports = "from diffusers import DiffusionPipeline\n" + ("from memcontrol.models import TINY\n" if base == "tiny" else "")
+    imports = "from diffusers import DiffusionPipeline\n" + (
+        "from memcontrol.models import TINY\n" if base == "tiny" else ""
+    )
     if (out / LORA_FILE).is_file():
         return f'{imports}\npipe = {opened}\npipe.load_lora_weights("{out.name}")'
     if (out / ADAPTER_FILE).is_file():
         return f'import memcontrol\n{imports}\npipe = {opened}\nmemcontrol.load_adapter(pipe, "{out.name}")'
     if (out / "model_index.json").is_file():
-        return f'from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained("{out.name}")'
+        return (
+            "from diffusers import DiffusionPipeline\n\npipe = "
+            f'DiffusionPipeline.from_pretrained("{out.name}")'
+        )
     return (
-        f'from diffusers import {denoiser_class}\n{imports}\n{part} = {denoiser_class}.from_pretrained("{out.name}")\n'
+        f"from diffusers import {denoiser_class}\n{imports}\n{part} = "
+        f'{denoiser_class}.from_pretrained("{out.name}")\n'
         f"pipe = DiffusionPipeline.from_pretrained({place}, {part}={part})"
     )
 
@@ -88,11 +109,18 @@ def describe_loading(run: Path, out: Path) -> str:
     """One line that says what an exported folder is and how it is loaded."""
     base = find_base_path(read_spec(run).config.base)
     if (out / LORA_FILE).is_file():
-        return f'a LoRA: DiffusionPipeline.from_pretrained("{base}").load_lora_weights("{out}"); comfyui/ has it for ComfyUI'
+        return (
+            f'a LoRA: DiffusionPipeline.from_pretrained("{base}").load_lora_weights("{out}"); '
+            "comfyui/ has it for ComfyUI"
+        )
     if (out / ADAPTER_FILE).is_file():
         return f'an adapter: memcontrol.load_adapter(DiffusionPipeline.from_pretrained("{base}"), "{out}")'
     kind = "pipeline" if (out / "model_index.json").is_file() else "denoiser"
-    return f'a fused {kind}: {"DiffusionPipeline" if kind == "pipeline" else "its class"}.from_pretrained("{out}"); --format adapter gives a small file instead'
+    return (
+        f"a fused {kind}: "
+        f'{"DiffusionPipeline" if kind == "pipeline" else "its class"}.from_pretrained("{out}"); '
+        "--format adapter gives a small file instead"
+    )
 
 
 def find_lone_config(adapter: Adapter):
@@ -105,11 +133,15 @@ def find_lone_config(adapter: Adapter):
 def collect_peft_state(adapter: Adapter) -> dict[str, torch.Tensor]:
     from peft import get_peft_model_state_dict
 
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in get_peft_model_state_dict(adapter.denoiser).items()}
+    return {
+        name: tensor.detach().cpu().contiguous()
+        for name, tensor in get_peft_model_state_dict(adapter.denoiser).items()
+    }
 
 
 def write_lora(adapter: Adapter, prefix: str, out: Path, spec: Spec) -> None:
-    """The standard LoRA file, its configuration in the header (without it a reader guesses alpha), and one for ComfyUI."""
+    """The standard LoRA file, its configuration in the header (without it a reader guesses alpha), and one
+    for ComfyUI."""
     from safetensors.torch import save_file
 
     config, state = find_lone_config(adapter), collect_peft_state(adapter)
@@ -117,15 +149,31 @@ def write_lora(adapter: Adapter, prefix: str, out: Path, spec: Spec) -> None:
     metadata = {"format": "pt", "memcontrol": format_header(spec.description())}
     (out / COMFYUI_FILE).parent.mkdir()
     with replace_file(out / LORA_FILE) as part:
-        save_file({f"{prefix}.{name}": tensor for name, tensor in state.items()}, part, metadata | {"lora_adapter_metadata": format_header(settings)})
+        save_file(
+            {f"{prefix}.{name}": tensor for name, tensor in state.items()},
+            part,
+            metadata | {"lora_adapter_metadata": format_header(settings)},
+        )
     with replace_file(out / COMFYUI_FILE) as part:
         save_file(make_comfyui_state(adapter, prefix, state), part, metadata)
 
 
-def make_comfyui_state(adapter: Adapter, prefix: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """ComfyUI reads a U-Net's LoRA under kohya's names and a transformer's under diffusers' ones; alpha is a tensor beside each."""
-    ends = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight", "lora_magnitude_vector": "dora_scale"}
-    layers = {module: layer for part in adapter.parts if isinstance(part, Peft) for module, layer in part.layers.items()}
+def make_comfyui_state(
+    adapter: Adapter, prefix: str, state: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """ComfyUI reads a U-Net's LoRA under kohya's names and a transformer's under diffusers' ones; alpha is a
+    tensor beside each."""
+    ends = {
+        "lora_A.weight": "lora_down.weight",
+        "lora_B.weight": "lora_up.weight",
+        "lora_magnitude_vector": "dora_scale",
+    }
+    layers = {
+        module: layer
+        for part in adapter.parts
+        if isinstance(part, Peft)
+        for module, layer in part.layers.items()
+    }
     found = {}
     for module, layer in layers.items():
         name = f"lora_unet_{module.replace('.', '_')}" if prefix == "unet" else f"{prefix}.{module}"
@@ -137,14 +185,19 @@ def make_comfyui_state(adapter: Adapter, prefix: str, state: dict[str, torch.Ten
 
 
 def write_peft(adapter: Adapter, out: Path) -> None:
-    """adapter_config.json and adapter_model.safetensors, as PeftModel.from_pretrained reads them, where all is of one peft method."""
+    """adapter_config.json and adapter_model.safetensors, as PeftModel.from_pretrained reads them, where all
+    is of one peft method."""
     from safetensors.torch import save_file
 
     config = find_lone_config(adapter)
     if config is not None:
         config.save_pretrained(out)
         with replace_file(out / "adapter_model.safetensors") as part:
-            save_file({f"base_model.model.{name}": tensor for name, tensor in collect_peft_state(adapter).items()}, part, {"format": "pt"})
+            save_file(
+                {f"base_model.model.{name}": tensor for name, tensor in collect_peft_state(adapter).items()},
+                part,
+                {"format": "pt"},
+            )
 
 
 def convert_sets(settings: dict) -> dict:
@@ -153,9 +206,11 @@ def convert_sets(settings: dict) -> dict:
 
 
 def load_adapter(pipeline, path: str | Path) -> Adapter:
-    """Puts an exported adapter into a pipeline: a file, or the folder that `export --format adapter` or a run wrote.
+    """Puts an exported adapter into a pipeline: a file, or the folder that `export --format adapter` or a run
+    wrote.
 
-    The result can `fuse()` or `remove()` itself. Raises MemControlError where the file is not MemControl's or does not fit.
+    The result can `fuse()` or `remove()` itself. Raises MemControlError where the file is not MemControl's or
+    does not fit.
     """
     from safetensors import safe_open
     from safetensors.torch import load_file
@@ -164,14 +219,23 @@ def load_adapter(pipeline, path: str | Path) -> Adapter:
     if path.is_dir():
         path = next((path / name for name in (ADAPTER_FILE, LORA_FILE) if (path / name).is_file()), path)
     if not path.is_file():
-        raise MemControlError(f"{path} holds no adapter; give a run folder, or what `memcontrol export --format adapter` wrote")
+        raise MemControlError(
+            f"{path} holds no adapter; give a run folder, or what `memcontrol export --format adapter` wrote"
+        )
     with safe_open(path, "pt") as opened:
         described = (opened.metadata() or {}).get("memcontrol")
     if described is None:
-        raise MemControlError(f"{path} was not written by memcontrol; load it with the library that it came from")
+        raise MemControlError(
+            f"{path} was not written by memcontrol; load it with the library that it came from"
+        )
     values, prefix = json.loads(described), name_denoiser(pipeline)
     space = parse_space(values["space"], values["config"]["space"])
     adapter = inject_adapter(getattr(pipeline, prefix), space, Choice.from_dict(values["choice"]), 0)
     state = {name.removeprefix(f"{prefix}."): tensor for name, tensor in load_file(path).items()}
-    adapter.load_state({f"{name}.weight" if name.endswith("lora_magnitude_vector") else name: tensor for name, tensor in state.items()})
+    adapter.load_state(
+        {
+            f"{name}.weight" if name.endswith("lora_magnitude_vector") else name: tensor
+            for name, tensor in state.items()
+        }
+    )
     return adapter

@@ -1,4 +1,5 @@
-"""Owns `memcontrol init`: looks at a folder of images and writes a study for it, with the reason beside each value."""
+"""Owns `memcontrol init`: looks at a folder of images and writes a study for it, with the reason beside each
+value."""
 
 from __future__ import annotations
 
@@ -20,10 +21,15 @@ from memcontrol.data.split import FEWEST_IMAGES, split_records
 
 STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 SPACES = {  # of bases that lie on this machine, by the class of their pipeline
-    "StableDiffusionPipeline": "sd15-blocks", "StableDiffusionXLPipeline": "sdxl-blocks", "StableDiffusion3Pipeline": "sd3-blocks",
-    "FluxPipeline": "flux-blocks", "PixArtAlphaPipeline": "pixart-blocks", "PixArtSigmaPipeline": "pixart-blocks", "SanaPipeline": "sana-blocks",
+    "StableDiffusionPipeline": "sd15-blocks",
+    "StableDiffusionXLPipeline": "sdxl-blocks",
+    "StableDiffusion3Pipeline": "sd3-blocks",
+    "FluxPipeline": "flux-blocks",
+    "PixArtAlphaPipeline": "pixart-blocks",
+    "PixArtSigmaPipeline": "pixart-blocks",
+    "SanaPipeline": "sana-blocks",
     "DDPMPipeline": "ddpm-cifar10",
-}  # fmt: skip
+}
 TINY_SIDE = 32  # pixels of the embedded base
 SEED = 0
 FEW = 256  # held-out images below which FID is coarse: four for each feature of the smallest network
@@ -36,8 +42,15 @@ class Proposal:
     seen: FolderSummary
 
 
-def propose_study(folder: Path, out: Path | None, name: str | None, base: str | None, progress: Callable[[str, int, int], None]) -> Proposal:
-    """Looks at the images and writes a study for them. Raises MemControlError: what `out`, `name` or `base` is, or too few images."""
+def propose_study(
+    folder: Path,
+    out: Path | None,
+    name: str | None,
+    base: str | None,
+    progress: Callable[[str, int, int], None],
+) -> Proposal:
+    """Looks at the images and writes a study for them. Raises MemControlError: what `out`, `name` or `base`
+    is, or too few images."""
     name = name or derive_name(folder)
     path = out or Path(f"{name}.yaml")
     if not re.fullmatch(NAME, name):
@@ -58,8 +71,14 @@ def check_base(base: str | None) -> None:
     """Raises MemControlError for what is no pipeline, as far as can be told without loading it."""
     from memcontrol.model.base import check_base_path
 
-    if base and Path(check_base_path(base)).is_dir() and not (Path(check_base_path(base)) / "model_index.json").is_file():
-        raise MemControlError(f"base '{base}' is a folder without model_index.json; give one in diffusers' format")
+    if (
+        base
+        and Path(check_base_path(base)).is_dir()
+        and not (Path(check_base_path(base)) / "model_index.json").is_file()
+    ):
+        raise MemControlError(
+            f"base '{base}' is a folder without model_index.json; give one in diffusers' format"
+        )
 
 
 def write_proposal(folder: Path, seen: FolderSummary, name: str, base: str | None, path: Path) -> str:
@@ -70,25 +89,54 @@ def write_proposal(folder: Path, seen: FolderSummary, name: str, base: str | Non
     sizes = count_split(seen, shares) if shares else count_given(seen)
     n_train = sizes["train"]
     budget = min(max(100 * n_train, 2_000), max(10_000, 10 * n_train))
-    text = "\n".join([
-        f"# Proposed by memcontrol init, after a look at {seen.n} images. Change what you know better; docs/study.md has every key.",
-        f"name: {name}",
-        format_line("base", json.dumps(base), explain_base(base, n_gpus)),
-        "data:",
-        format_line("  path", json.dumps(express_path(path, folder), ensure_ascii=False), explain_data(seen, base)),
-        *(format_line(f"  {part}", str(share), f"{sizes[part]} images, {USES[part]}") for part, share in shares.items()),
-        *([format_line("  skip_unreadable", "true", f"{len(seen.unreadable)} cannot be decoded")] if seen.unreadable else []),
-        format_line("space", choose_space(base), "which layers may be trained: memcontrol spaces show, or check with --base"),
-        "inner:",
-        format_line("  budget_images", str(budget), f"each fine-tuning sees every one of the {n_train} training images {budget / n_train:.0f} times: enough to see copying"),
-        format_line("  batch_size", str(min(16, n_train)), "less where the GPU's memory does not suffice"),
-        "rewards:",
-        format_line("  objectives", "[fid, memorization]", explain_objectives(sizes["holdout"])),
-        "search:",
-        format_line("  trials", "20", "beside the three anchors: no training, plain PEFT, full fine-tuning"),
-        format_line("  workers", str(n_gpus or min(os.cpu_count() or 1, 8)), "one for each GPU" if n_gpus else "one for each core, at most 8"),
-        format_line("  seed", str(SEED), "of everything that is drawn"),
-    ])  # fmt: skip
+    text = "\n".join(
+        [
+            f"# Proposed by memcontrol init, after a look at {seen.n} images. Change what you know "
+            "better; docs/study.md has every key.",
+            f"name: {name}",
+            format_line("base", json.dumps(base), explain_base(base, n_gpus)),
+            "data:",
+            format_line(
+                "  path", json.dumps(express_path(path, folder), ensure_ascii=False), explain_data(seen, base)
+            ),
+            *(
+                format_line(f"  {part}", str(share), f"{sizes[part]} images, {USES[part]}")
+                for part, share in shares.items()
+            ),
+            *(
+                [format_line("  skip_unreadable", "true", f"{len(seen.unreadable)} cannot be decoded")]
+                if seen.unreadable
+                else []
+            ),
+            format_line(
+                "space",
+                choose_space(base),
+                "which layers may be trained: memcontrol spaces show, or check with --base",
+            ),
+            "inner:",
+            format_line(
+                "  budget_images",
+                str(budget),
+                f"each fine-tuning sees every one of the {n_train} training images "
+                f"{budget / n_train:.0f} times: enough to see copying",
+            ),
+            format_line(
+                "  batch_size", str(min(16, n_train)), "less where the GPU's memory does not suffice"
+            ),
+            "rewards:",
+            format_line("  objectives", "[fid, memorization]", explain_objectives(sizes["holdout"])),
+            "search:",
+            format_line(
+                "  trials", "20", "beside the three anchors: no training, plain PEFT, full fine-tuning"
+            ),
+            format_line(
+                "  workers",
+                str(n_gpus or min(os.cpu_count() or 1, 8)),
+                "one for each GPU" if n_gpus else "one for each core, at most 8",
+            ),
+            format_line("  seed", str(SEED), "of everything that is drawn"),
+        ]
+    )
     return f"{text}\n"
 
 
@@ -106,54 +154,90 @@ def count_gpus() -> int:
 
 
 def derive_name(folder: Path) -> str:
-    plain = unicodedata.normalize("NFKD", folder.resolve().name).encode("ascii", "ignore").decode()  # accents go, their letters stay
+    # accents go, their letters stay
+    plain = unicodedata.normalize("NFKD", folder.resolve().name).encode("ascii", "ignore").decode()
     return re.sub(r"[^A-Za-z0-9._-]+", "-", plain).strip("-._") or "study"
 
 
 def express_path(study_file: Path, folder: Path) -> str:
-    """The images' path in the study file: relative where they lie beside or below it, so that both may move together."""
+    """The images' path in the study file: relative where they lie beside or below it, so that both may move
+    together."""
     images, home = folder.resolve(), study_file.resolve().parent
     return images.relative_to(home).as_posix() if images.is_relative_to(home) else str(images)
 
 
 def choose_shares(seen: FolderSummary) -> dict[str, float | int]:
-    """Half is trained on; where a quarter is too few to hold out, as many as it takes. Copies of an image stay together, and count once."""
+    """Half is trained on; where a quarter is too few to hold out, as many as it takes. Copies of an image
+    stay together, and count once."""
     n = seen.n - sum(len(names) - 1 for names in seen.copies)
     if n < 3 * FEWEST_IMAGES:
-        raise MemControlError(f"{n} different images are too few: training, held-out and test images must be {FEWEST_IMAGES} each at least, and some hundred to say much; add images")
+        raise MemControlError(
+            f"{n} different images are too few: training, held-out and test images must be "
+            f"{FEWEST_IMAGES} each at least, and some hundred to say much; add images"
+        )
     halves: dict[str, float | int] = {"train": 0.5, "holdout": 0.25, "test": 0.25}
     enough = min(count_split(seen, halves).values()) >= FEWEST_IMAGES
-    return halves if enough else {"train": n - 2 * FEWEST_IMAGES, "holdout": FEWEST_IMAGES, "test": FEWEST_IMAGES}
+    return (
+        halves
+        if enough
+        else {"train": n - 2 * FEWEST_IMAGES, "holdout": FEWEST_IMAGES, "test": FEWEST_IMAGES}
+    )
 
 
 def count_split(seen: FolderSummary, shares: dict[str, float | int]) -> dict[str, int]:
     """How many images each part will have, by the split that a search with this seed makes."""
-    return {part: len(records) for part, records in split_records(list(seen.records), DataConfig.model_validate({"path": "-", **shares}), SEED).items()}
+    return {
+        part: len(records)
+        for part, records in split_records(
+            list(seen.records), DataConfig.model_validate({"path": "-", **shares}), SEED
+        ).items()
+    }
 
 
 def count_given(seen: FolderSummary) -> dict[str, int]:
     missing = [part for part in PARTS if not seen.parts.get(part)]
     if missing:
-        raise MemControlError(f"there is a folder {next(iter(seen.parts))}/, and no images in {', '.join(f'{part}/' for part in missing)}; add them, or put all images in one folder to be split")
+        raise MemControlError(
+            f"there is a folder {next(iter(seen.parts))}/, and no images in "
+            f"{', '.join(f'{part}/' for part in missing)}; add them, or put all images in one "
+            "folder to be split"
+        )
     return seen.parts
 
 
 def explain_base(base: str, n_gpus: int) -> str:
     if base == "tiny":
-        return "embedded, knows printed characters: to try the whole way; for photographs give a real one, such as " + STABLE_DIFFUSION
-    return "a folder in diffusers' format, or a Hub id" if n_gpus else "without a GPU each fine-tuning will take very long"
+        return (
+            "embedded, knows printed characters: to try the whole way; for photographs give a real "
+            "one, such as " + STABLE_DIFFUSION
+        )
+    return (
+        "a folder in diffusers' format, or a Hub id"
+        if n_gpus
+        else "without a GPU each fine-tuning will take very long"
+    )
 
 
 def explain_data(seen: FolderSummary, base: str) -> str:
     least, median, most = seen.sides
-    said = [f"shorter sides {least} to {most} pixels, median {median}" if least != most else f"{least} pixels"]
-    said[0] += "; squares are cut and resized to the base's own resolution" + (f", {TINY_SIDE}" if base == "tiny" else "") + " (data.resolution: another)"
+    said = [
+        f"shorter sides {least} to {most} pixels, median {median}" if least != most else f"{least} pixels"
+    ]
+    said[0] += (
+        "; squares are cut and resized to the base's own resolution"
+        + (f", {TINY_SIDE}" if base == "tiny" else "")
+        + " (data.resolution: another)"
+    )
     if seen.parts:
         said.append(f"split by its folders into {', '.join(f'{n} {part}' for part, n in seen.parts.items())}")
     said.append("greyscale, read as RGB" if seen.is_grey else "colour")
     n_captioned = seen.n - seen.captions[""]
     source = "from metadata" if seen.has_metadata else "named by their folders"
-    said.append(f"captions for {n_captioned} of {seen.n}, {len(set(seen.captions) - {''})} different, {source}" if n_captioned else "no captions: every prompt is the empty one")
+    said.append(
+        f"captions for {n_captioned} of {seen.n}, {len(set(seen.captions) - {''})} different, {source}"
+        if n_captioned
+        else "no captions: every prompt is the empty one"
+    )
     if seen.near:
         said.append(f"{len(seen.near)} pairs that are nearly the same, which may come into two parts")
     if seen.copies:
@@ -162,7 +246,11 @@ def explain_data(seen: FolderSummary, base: str) -> str:
 
 
 def explain_objectives(n_holdout: int) -> str:
-    return "quality, then copying" + (f"; FID against {n_holdout} held-out images is coarse: read it with its error" if n_holdout < FEW else "")
+    return "quality, then copying" + (
+        f"; FID against {n_holdout} held-out images is coarse: read it with its error"
+        if n_holdout < FEW
+        else ""
+    )
 
 
 def choose_space(base: str) -> str:
@@ -174,9 +262,15 @@ def choose_space(base: str) -> str:
 
 def list_warnings(seen: FolderSummary) -> list[str]:
     """What a person should know before anything is trained."""
-    found = [f"nearly the same: {a} and {b}; in two parts they would hide copying: remove one, or put both into train/" for a, b in seen.near]
+    found = [
+        f"nearly the same: {a} and {b}; in two parts they would hide copying: remove one, or put "
+        "both into train/"
+        for a, b in seen.near
+    ]
     found += [f"not decoded: {name}" for name in seen.unreadable]
     found += [f"the same pixels, which stay in one part: {', '.join(names)}" for names in seen.copies]
     if seen.captions[""] and len(seen.captions) > 1:
-        found.append(f"{seen.captions['']} images have no caption and the others have; their prompt is the empty one")
+        found.append(
+            f"{seen.captions['']} images have no caption and the others have; their prompt is the empty one"
+        )
     return found

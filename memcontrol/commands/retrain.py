@@ -1,4 +1,5 @@
-"""Owns retraining: the same trial on the whole training set, scored on test data, beside full fine-tuning at the same budget."""
+"""Owns retraining: the same trial on the whole training set, scored on test data, beside full fine-tuning at
+the same budget."""
 
 from __future__ import annotations
 
@@ -18,22 +19,34 @@ BASELINE = "baseline"
 
 
 def run_retraining(
-    config: Config, choice: Choice, full: Choice, folder: Path, out: Path, baseline: Path, executor: Executor, show: Show
+    config: Config,
+    choice: Choice,
+    full: Choice,
+    folder: Path,
+    out: Path,
+    baseline: Path,
+    executor: Executor,
+    show: Show,
 ) -> dict[str, dict]:
-    """Runs the choice in `out` and full fine-tuning in `baseline`, once where both are the same; what is finished there is kept.
+    """Runs the choice in `out` and full fine-tuning in `baseline`, once where both are the same; what is
+    finished there is kept.
 
-    As many passes over the data as in the search, so the budget grows with the training set. Returns both results.
-    Raises MemControlError.
+    As many passes over the data as in the search, so the budget grows with the training set. Returns both
+    results. Raises MemControlError.
     """
     n_train = len(read_json(folder / "split.json")["parts"]["train"])
     budget = round(config.inner.budget_images / config.search.train_fraction)
     larger = config.model_copy(update={"inner": config.inner.model_copy(update={"budget_images": budget})})
     space, runs = load_space(config.space), {"pick": (choice, out), BASELINE: (full, baseline)}
-    specs = {run: Spec(larger, space, wanted, folder, "retrain", "test", n_train) for wanted, run in runs.values()}
+    specs = {
+        run: Spec(larger, space, wanted, folder, "retrain", "test", n_train) for wanted, run in runs.values()
+    }
     jobs = [spec.as_job(run) for run, spec in specs.items() if not has_result(run, spec)]
     for event in JobQueue(executor, show).run(jobs):
         if event.kind == "given up":
-            raise MemControlError(f"retraining in {event.job['trial']} failed {N_TRIES} times: {event.detail['reason']}")
+            raise MemControlError(
+                f"retraining in {event.job['trial']} failed {N_TRIES} times: {event.detail['reason']}"
+            )
     return {name: read_complete_result(run) for name, (_, run) in runs.items()}
 
 

@@ -1,1 +1,2 @@
-"""Owns the common vocabulary: errors, config, choices and spaces, estimates, the files of a run; needs neither torch nor a database."""
+"""Owns the common vocabulary: errors, config, choices and spaces, estimates, the files of a run; needs
+neither torch nor a database."""

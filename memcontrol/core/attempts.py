@@ -1,4 +1,5 @@
-"""Owns what a trial's folder says of its attempts: which process works on it, where and how far, and which attempts failed."""
+"""Owns what a trial's folder says of its attempts: which process works on it, where and how far, and which
+attempts failed."""
 
 from __future__ import annotations
 
@@ -18,12 +19,14 @@ PROGRESS_SECONDS = 1.0
 
 
 class Superseded(Exception):
-    """Another attempt at the same trial has begun: this process was thought dead, and must write nothing more."""
+    """Another attempt at the same trial has begun: this process was thought dead, and must write nothing
+    more."""
 
 
 @dataclass
 class Attempt:
-    """One process at work on a trial's folder. Its line is the last of attempts.jsonl as long as no other has taken over."""
+    """One process at work on a trial's folder. Its line is the last of attempts.jsonl as long as no other has
+    taken over."""
 
     folder: Path
     identity: str
@@ -43,21 +46,31 @@ class Attempt:
             return
         self.written_at = time.monotonic()
         self.check()
-        write_json(self.folder / PROGRESS, {"stage": stage, "done": done, "total": total, "at": format_now(), "identity": self.identity})
+        write_json(
+            self.folder / PROGRESS,
+            {"stage": stage, "done": done, "total": total, "at": format_now(), "identity": self.identity},
+        )
 
 
 def begin_attempt(folder: Path) -> Attempt:
     """Takes the folder over: whoever worked on it before stops at its next step."""
     folder.mkdir(parents=True, exist_ok=True)
     host, pid = socket.gethostname(), os.getpid()
-    line: dict[str, Any] = {"identity": f"{host}-{pid}-{time.time_ns()}", "host": host, "pid": pid, "gpu": os.environ.get("CUDA_VISIBLE_DEVICES") or None, "started": format_now()}
+    line: dict[str, Any] = {
+        "identity": f"{host}-{pid}-{time.time_ns()}",
+        "host": host,
+        "pid": pid,
+        "gpu": os.environ.get("CUDA_VISIBLE_DEVICES") or None,
+        "started": format_now(),
+    }
     with open(folder / ATTEMPTS, "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
     return Attempt(folder, line["identity"])
 
 
 def read_attempts(folder: Path) -> list[dict]:
-    """One entry for each attempt, the first first: identity, host, pid, gpu, started. A line cut short by a crash counts for nothing."""
+    """One entry for each attempt, the first first: identity, host, pid, gpu, started. A line cut short by a
+    crash counts for nothing."""
     if not (folder / ATTEMPTS).is_file():
         return []
     found = []

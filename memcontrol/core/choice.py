@@ -29,14 +29,18 @@ class Setting:
         """The same method and rank, at a learning rate within 10 %."""
         if (self.method, self.rank) != (other.method, other.rank):
             return False
-        return self.learning_rate == other.learning_rate or abs(math.log(self.learning_rate / other.learning_rate)) <= SAME_RATE
+        return (
+            self.learning_rate == other.learning_rate
+            or abs(math.log(self.learning_rate / other.learning_rate)) <= SAME_RATE
+        )
 
 
 @dataclass(frozen=True)
 class Choice:
     """Which groups are trained, how, and how fast; `per_group` holds the groups that differ from the rest.
 
-    Without groups only what the space always trains is trained; `none` trains nothing; the group * is the whole denoiser.
+    Without groups only what the space always trains is trained; `none` trains nothing; the group * is the
+    whole denoiser.
     """
 
     groups: tuple[str, ...]
@@ -66,11 +70,22 @@ class Choice:
         """The same groups, each with the same method and rank, at learning rates within 10 %."""
         if set(self.groups) != set(other.groups) or "none" in (self.method, other.method):
             return self.method == other.method == "none"
-        return self.default.same_as(other.default) and all(self.setting(group).same_as(other.setting(group)) for group in self.groups)
+        return self.default.same_as(other.default) and all(
+            self.setting(group).same_as(other.setting(group)) for group in self.groups
+        )
 
     def as_dict(self) -> dict[str, Any]:
-        values = {"groups": list(self.groups), "learning_rate": self.learning_rate, "method": self.method, "rank": self.rank}
-        return {**values, "per_group": {group: asdict(setting) for group, setting in self.per_group}} if self.per_group else values
+        values = {
+            "groups": list(self.groups),
+            "learning_rate": self.learning_rate,
+            "method": self.method,
+            "rank": self.rank,
+        }
+        return (
+            {**values, "per_group": {group: asdict(setting) for group, setting in self.per_group}}
+            if self.per_group
+            else values
+        )
 
     @classmethod
     def from_dict(cls, values: dict) -> Choice:
@@ -81,10 +96,13 @@ class Choice:
                 for group, setting in values.get("per_group", {}).items()
             )
             rate = float(values["learning_rate"])
-            choice = cls(**{**values, "groups": tuple(values["groups"]), "learning_rate": rate, "per_group": differing})
+            choice = cls(
+                **{**values, "groups": tuple(values["groups"]), "learning_rate": rate, "per_group": differing}
+            )
         except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise MemControlError(
-                f"choice {values!r} is not complete ({error}); it needs groups, method, learning_rate and, for lora, rank"
+                f"choice {values!r} is not complete ({error}); it needs groups, method, "
+                "learning_rate and, for lora, rank"
             ) from None
         for setting in (choice.default, *(setting for _, setting in choice.per_group)):
             check_setting(setting)

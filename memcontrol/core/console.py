@@ -1,4 +1,5 @@
-"""Owns how much is said, and where: the console on stderr, --quiet and --verbose, JSON on stdout, and a search's log file."""
+"""Owns how much is said, and where: the console on stderr, --quiet and --verbose, JSON on stdout, and a
+search's log file."""
 
 from __future__ import annotations
 
@@ -33,12 +34,15 @@ def print_json(value: object) -> None:
 
 @contextlib.contextmanager
 def log_to_file(path: Path, what: str) -> Iterator[None]:
-    """What is logged in the block goes to the end of the file, between lines that say what begins and how it ended; to stderr as well, with
-    every detail, when verbose, less warnings, which are shown there anyway."""
+    """What is logged in the block goes to the end of the file, between lines that say what begins and how it
+    ended; to stderr as well, with every detail, when verbose, less warnings, which are shown there anyway."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aloud = logging.StreamHandler()
     aloud.addFilter(lambda record: record.levelno < logging.WARNING)
-    handlers: list[logging.Handler] = [logging.FileHandler(path, encoding="utf-8"), *([aloud] if level == VERBOSE else [])]
+    handlers: list[logging.Handler] = [
+        logging.FileHandler(path, encoding="utf-8"),
+        *([aloud] if level == VERBOSE else []),
+    ]
     LOG.setLevel(logging.DEBUG if level == VERBOSE else logging.INFO)
     LOG.propagate = False
     for handler in handlers:
@@ -49,7 +53,11 @@ def log_to_file(path: Path, what: str) -> Iterator[None]:
         yield
         LOG.info("ended")
     except BaseException as error:
-        LOG.info("ended by %s: %s", "Ctrl-C" if isinstance(error, KeyboardInterrupt) else type(error).__name__, error)
+        LOG.info(
+            "ended by %s: %s",
+            "Ctrl-C" if isinstance(error, KeyboardInterrupt) else type(error).__name__,
+            error,
+        )
         raise
     finally:
         for handler in handlers:

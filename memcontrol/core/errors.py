@@ -12,7 +12,8 @@ class Diverged(MemControlError):
 
 
 class DiskFull(MemControlError):
-    """Nothing more can be written: the search stops, everything finished is kept, the same command goes on."""
+    """Nothing more can be written: the search stops, everything finished is kept, the same command goes
+    on."""
 
 
 class SpaceExhausted(MemControlError):

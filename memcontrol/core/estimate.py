@@ -1,4 +1,5 @@
-"""Owns numbers that know their error: estimates, intervals of shares, comparisons in pairs, rank correlation."""
+"""Owns numbers that know their error: estimates, intervals of shares, comparisons in pairs, rank
+correlation."""
 
 from __future__ import annotations
 
@@ -13,10 +14,12 @@ NORMAL_95 = 1.959963984540054
 
 
 class Estimate(float):
-    """A value with its standard error, its 95 % interval, or the p-value of what it says, as far as they are known.
+    """A value with its standard error, its 95 % interval, or the p-value of what it says, as far as they are
+    known.
 
-    `contributions` [N], where there are any: what each generated image adds, with the value as their mean; for a value that
-    is no mean of images, its first-order part (its influence function). They make two models comparable image by image.
+    `contributions` [N], where there are any: what each generated image adds, with the value as their mean;
+    for a value that is no mean of images, its first-order part (its influence function). They make two models
+    comparable image by image.
     """
 
     error: float | None
@@ -26,9 +29,14 @@ class Estimate(float):
     contributions: np.ndarray | None
 
     def __new__(
-        cls, value: float, error: float | None = None, low: float | None = None, high: float | None = None, p: float | None = None,
+        cls,
+        value: float,
+        error: float | None = None,
+        low: float | None = None,
+        high: float | None = None,
+        p: float | None = None,
         contributions: np.ndarray | None = None,
-    ):  # fmt: skip
+    ):
         estimate = super().__new__(cls, value)
         estimate.error, estimate.p, estimate.contributions = error, p, contributions
         estimate.low = value - NORMAL_95 * error if low is None and error is not None else low
@@ -43,7 +51,9 @@ class Estimate(float):
 
 def estimate_from_contributions(value: float, added: np.ndarray) -> Estimate:
     """The value, with its first-order part by image [N] and the standard error that follows from it."""
-    return Estimate(value, float(added.std(ddof=1) / math.sqrt(len(added))), contributions=value + added - added.mean())
+    return Estimate(
+        value, float(added.std(ddof=1) / math.sqrt(len(added))), contributions=value + added - added.mean()
+    )
 
 
 def estimate_share(hits: np.ndarray) -> Estimate:
@@ -63,40 +73,57 @@ def wilson_interval(share: float, n: int) -> tuple[float, float]:
     centre = share + NORMAL_95**2 / (2 * n)
     half = NORMAL_95 * math.sqrt(share * (1 - share) / n + NORMAL_95**2 / (4 * n * n))
     total = 1 + NORMAL_95**2 / n
-    return min(share, max(0.0, (centre - half) / total)), max(share, min(1.0, (centre + half) / total))  # rounding must not shut out 0 or 1
+    # rounding must not shut out 0 or 1
+    return min(share, max(0.0, (centre - half) / total)), max(share, min(1.0, (centre + half) / total))
 
 
 def beta_binomial_p(hits: int, n: int, rank: int, n_real: int) -> float:
-    """The chance of at least `hits` of n images below the `rank`-th smallest of n_real values, all drawn alike.
+    """The chance of at least `hits` of n images below the `rank`-th smallest of n_real values, all drawn
+    alike.
 
-    The share below such a value is Beta(rank, n_real + 1 - rank) distributed, so the number of hits is beta-binomial: with few real
-    images the line itself errs, however many images are held against it.
+    The share below such a value is Beta(rank, n_real + 1 - rank) distributed, so the number of hits is
+    beta-binomial: with few real images the line itself errs, however many images are held against it.
     """
     a, b = rank, n_real + 1 - rank
 
     def log_beta(x: float, y: float) -> float:
         return math.lgamma(x) + math.lgamma(y) - math.lgamma(x + y)
 
-    terms = (math.exp(log_beta(j + a, n - j + b) - log_beta(a, b) - log_beta(j + 1, n - j + 1) - math.log(n + 1)) for j in range(hits, n + 1))
+    terms = (
+        math.exp(log_beta(j + a, n - j + b) - log_beta(a, b) - log_beta(j + 1, n - j + 1) - math.log(n + 1))
+        for j in range(hits, n + 1)
+    )
     return min(1.0, sum(terms))
 
 
 def paired_difference(a: Estimate, b: Estimate, prompts=None, n_draws: int = 1000, seed: int = 0) -> Estimate:
-    """a - b for two models that were given the same prompts and noise, image by image, with its error and 95 % interval.
+    """a - b for two models that were given the same prompts and noise, image by image, with its error and 95
+    % interval.
 
-    Prompts are drawn with replacement, and all images of a prompt with them (`prompts` [N] names each image's; without it
-    every image has its own): what both models share, such as a prompt that is easily copied, cancels.
-    Raises MemControlError where the estimates have no contributions, or of different numbers of images.
+    Prompts are drawn with replacement, and all images of a prompt with them (`prompts` [N] names each
+    image's; without it every image has its own): what both models share, such as a prompt that is easily
+    copied, cancels. Raises MemControlError where the estimates have no contributions, or of different numbers
+    of images.
     """
     mine, theirs = (getattr(estimate, "contributions", None) for estimate in (a, b))
     if mine is None or theirs is None:
-        raise MemControlError("only estimates with a contribution of each image can be compared in pairs; compare errors instead")
+        raise MemControlError(
+            "only estimates with a contribution of each image can be compared in pairs; compare "
+            "errors instead"
+        )
     if len(mine) != len(theirs) or (prompts is not None and len(prompts) != len(mine)):
-        raise MemControlError("models compared in pairs need the same prompts and noise, and so equal numbers of images")
+        raise MemControlError(
+            "models compared in pairs need the same prompts and noise, and so equal numbers of images"
+        )
     apart = mine - theirs
-    _, groups = np.unique(np.arange(len(apart)) if prompts is None else np.asarray(prompts), return_inverse=True)
+    _, groups = np.unique(
+        np.arange(len(apart)) if prompts is None else np.asarray(prompts), return_inverse=True
+    )
     sums, counts = np.bincount(groups, apart), np.bincount(groups)
-    drawn = np.random.default_rng(seed).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=n_draws)  # [draws, prompts]
+    # [draws, prompts]
+    drawn = np.random.default_rng(seed).multinomial(
+        len(sums), np.full(len(sums), 1 / len(sums)), size=n_draws
+    )
     spread = drawn @ sums / (drawn @ counts) - apart.mean()
     low, high = np.quantile(spread, (0.025, 0.975))
     value = float(a) - float(b)
@@ -104,8 +131,12 @@ def paired_difference(a: Estimate, b: Estimate, prompts=None, n_draws: int = 100
 
 
 def spearman(x: Sequence[float], y: Sequence[float]) -> Estimate:
-    """Rank correlation, ties at their mean rank, with the 95 % interval of Fisher's z and Bonett and Wright's variance (2000)."""
-    ranks = [np.array([np.mean(np.flatnonzero(np.sort(values) == value)) for value in values]) for values in map(np.asarray, (x, y))]
+    """Rank correlation, ties at their mean rank, with the 95 % interval of Fisher's z and Bonett and Wright's
+    variance (2000)."""
+    ranks = [
+        np.array([np.mean(np.flatnonzero(np.sort(values) == value)) for value in values])
+        for values in map(np.asarray, (x, y))
+    ]
     if any(rank.std() == 0 for rank in ranks):
         return Estimate(0.0, low=-1.0, high=1.0)
     found = float(np.clip(np.corrcoef(ranks[0], ranks[1])[0, 1], -1, 1))
@@ -115,9 +146,14 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> Estimate:
 
 
 def pool_estimates(draws: Sequence[Estimate]) -> Estimate:
-    """The mean of one reward over independent draws of the same number of images: as biased as each, with a smaller error."""
+    """The mean of one reward over independent draws of the same number of images: as biased as each, with a
+    smaller error."""
     value = float(np.mean(draws))
-    contributions = np.concatenate([draw.contributions for draw in draws]) if all(draw.contributions is not None for draw in draws) else None
+    contributions = (
+        np.concatenate([draw.contributions for draw in draws])
+        if all(draw.contributions is not None for draw in draws)
+        else None
+    )
     errors = [draw.error for draw in draws if draw.error is not None]
     if len(errors) == len(draws):
         error = math.sqrt(sum(error**2 for error in errors)) / len(draws)
@@ -126,7 +162,11 @@ def pool_estimates(draws: Sequence[Estimate]) -> Estimate:
     if draws[0].low is not None and contributions is not None:  # a share
         low, high = wilson_interval(value, len(contributions))
         return Estimate(value, low=low, high=high, contributions=contributions)
-    reaches = [(draw - draw.low, draw.high - draw) for draw in draws if draw.low is not None and draw.high is not None]
+    reaches = [
+        (draw - draw.low, draw.high - draw)
+        for draw in draws
+        if draw.low is not None and draw.high is not None
+    ]
     if len(reaches) == len(draws):
         below, above = map(pooled_reach, zip(*reaches))
         return Estimate(value, low=value - below, high=value + above, contributions=contributions)
@@ -134,5 +174,6 @@ def pool_estimates(draws: Sequence[Estimate]) -> Estimate:
 
 
 def pooled_reach(reaches: Sequence[float]) -> float:
-    """How far a mean's interval goes to one side, from those of its independent parts (MOVER: Zou and Donner, Statistics in Medicine 2008)."""
+    """How far a mean's interval goes to one side, from those of its independent parts (MOVER: Zou and Donner,
+    Statistics in Medicine 2008)."""
     return math.sqrt(sum(reach**2 for reach in reaches)) / len(reaches)

@@ -13,12 +13,14 @@ from memcontrol.core.errors import DiskFull
 
 PACKAGE = Path(__file__).parent.parent  # where assets and, in a wheel, search spaces lie
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-NO_SPACE_WORDS = ("No space left", "File too large", "Disk quota exceeded", "database or disk is full")  # the system's and SQLite's, wrapped by others
+# the system's and SQLite's, wrapped by others
+NO_SPACE_WORDS = ("No space left", "File too large", "Disk quota exceeded", "database or disk is full")
 
 
 @contextlib.contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
-    """Yields a temporary neighbour of `path`; it takes the path's place if the block ends well. Raises DiskFull."""
+    """Yields a temporary neighbour of `path`; it takes the path's place if the block ends well. Raises
+    DiskFull."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -42,7 +44,9 @@ def name_full_disk(path: Path) -> Iterator[None]:
         yield
     except Exception as error:
         if getattr(error, "errno", None) in NO_SPACE or any(words in str(error) for words in NO_SPACE_WORDS):
-            raise DiskFull(f"no space left to write {path}: free some space, then run the same command again") from error
+            raise DiskFull(
+                f"no space left to write {path}: free some space, then run the same command again"
+            ) from error
         raise
 
 

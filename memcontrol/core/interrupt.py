@@ -1,4 +1,5 @@
-"""Owns Ctrl-C: it is remembered, since a library in whose callback Python raises KeyboardInterrupt may swallow it."""
+"""Owns Ctrl-C: it is remembered, since a library in whose callback Python raises KeyboardInterrupt may
+swallow it."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ pressed = False
 
 
 def remember() -> None:
-    """From now on Ctrl-C is raised as always, and remembered; where it is ignored (a job in the background) it stays so."""
+    """From now on Ctrl-C is raised as always, and remembered; where it is ignored (a job in the background)
+    it stays so."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, on_interrupt)
 

@@ -23,7 +23,8 @@ def interpolate_rate(limits: tuple[float, float], share: float) -> float:
 
 @dataclass(frozen=True)
 class Group:
-    """Modules that are turned on together: patterns on their names, the methods that may train them, ranks and alpha / rank."""
+    """Modules that are turned on together: patterns on their names, the methods that may train them, ranks
+    and alpha / rank."""
 
     patterns: tuple[str, ...]
     methods: tuple[str, ...]
@@ -33,9 +34,11 @@ class Group:
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """Groups of modules, methods, learning-rate ranges; `always` is trained in every choice but `none` and `full`.
+    """Groups of modules, methods, learning-rate ranges; `always` is trained in every choice but `none` and
+    `full`.
 
-    Where `mix` is set, each group has a method of its own; otherwise one method trains all groups of a choice.
+    Where `mix` is set, each group has a method of its own; otherwise one method trains all groups of a
+    choice.
     """
 
     name: str
@@ -48,17 +51,26 @@ class SearchSpace:
     description: str = ""
 
     def anchors(self) -> dict[str, list[Choice]]:
-        """No training; plain PEFT with every group on; full fine-tuning: the last two at three learning rates each."""
+        """No training; plain PEFT with every group on; full fine-tuning: the last two at three learning rates
+        each."""
         plain = self.methods[0]
         return {
             "none": [Choice((), "none", 0.0)],
             "all": [self.choice(self.groups_for(plain), plain, share) for share in THIRDS],
-            "full": [Choice((EVERYTHING,), "full", interpolate_rate(self.learning_rate["full"], share)) for share in THIRDS],
+            "full": [
+                Choice((EVERYTHING,), "full", interpolate_rate(self.learning_rate["full"], share))
+                for share in THIRDS
+            ],
         }
 
     def choice(
-        self, groups: Sequence[str], method: str, share: float, rank: int | None = None,
-        methods: dict[str, str] | None = None, ranks: dict[str, int] | None = None,
+        self,
+        groups: Sequence[str],
+        method: str,
+        share: float,
+        rank: int | None = None,
+        methods: dict[str, str] | None = None,
+        ranks: dict[str, int] | None = None,
     ) -> Choice:
         """A choice whose learning rates lie at `share` (0..1, log scale) of each method's range.
 
@@ -69,7 +81,11 @@ class SearchSpace:
             allowed = self.groups[group].rank if group else self.rank
             chosen = (ranks or {}).get(group) if group and allowed != self.rank else rank
             middle = allowed[len(allowed) // 2]
-            return Setting(method, interpolate_rate(self.learning_rate[method], share), (chosen or middle) if method in RANKED else None)
+            return Setting(
+                method,
+                interpolate_rate(self.learning_rate[method], share),
+                (chosen or middle) if method in RANKED else None,
+            )
 
         each = {group: setting(group, (methods or {}).get(group, method)) for group in groups}
         default = Counter(each.values()).most_common(1)[0][0] if each else setting(None, method)
@@ -77,22 +93,35 @@ class SearchSpace:
         return Choice(tuple(groups), default.method, default.learning_rate, default.rank, differing)
 
     def coordinates(self) -> dict[str, tuple]:
-        """Name to options of every categorical coordinate that a choice is sampled in; beside them stands `rate`, in 0..1."""
+        """Name to options of every categorical coordinate that a choice is sampled in; beside them stands
+        `rate`, in 0..1."""
         found: dict[str, tuple] = {group: (False, True) for group in self.groups}
         if self.mix:
-            found |= {f"{name}.method": group.methods for name, group in self.groups.items() if len(group.methods) > 1}
+            found |= {
+                f"{name}.method": group.methods
+                for name, group in self.groups.items()
+                if len(group.methods) > 1
+            }
         else:
             found["method"] = self.methods
         found["rank"] = self.rank
-        return found | {f"{name}.rank": group.rank for name, group in self.groups.items() if group.rank != self.rank}
+        return found | {
+            f"{name}.rank": group.rank for name, group in self.groups.items() if group.rank != self.rank
+        }
 
     def choice_at(self, params: dict[str, Any]) -> Choice:
         """The choice at a point: a value for each of `coordinates` and for `rate`."""
         method = params.get("method", self.methods[0])
-        methods = {name: params.get(f"{name}.method", group.methods[0]) for name, group in self.groups.items()} if self.mix else None
+        methods = (
+            {name: params.get(f"{name}.method", group.methods[0]) for name, group in self.groups.items()}
+            if self.mix
+            else None
+        )
         allowed = self.groups if self.mix else self.groups_for(method)
         ranks = {name: params[f"{name}.rank"] for name in self.groups if f"{name}.rank" in params}
-        return self.choice([name for name in allowed if params[name]], method, params["rate"], params["rank"], methods, ranks)
+        return self.choice(
+            [name for name in allowed if params[name]], method, params["rate"], params["rank"], methods, ranks
+        )
 
     def point_of(self, choice: Choice) -> dict[str, Any]:
         """Where a choice lies in `coordinates` and `rate`; what it leaves open is at the first option."""
@@ -103,15 +132,22 @@ class SearchSpace:
         for group in choice.groups:
             setting = choice.setting(group)
             own |= {f"{group}.method": setting.method, f"{group}.rank": setting.rank}
-        point |= {name: value for name, value in own.items() if value is not None and value in coordinates.get(name, ())}
+        point |= {
+            name: value
+            for name, value in own.items()
+            if value is not None and value in coordinates.get(name, ())
+        }
         low, high = self.learning_rate[choice.method]
-        return point | {"rate": min(max(math.log(choice.learning_rate / low) / math.log(high / low), 0.0), 1.0)}
+        return point | {
+            "rate": min(max(math.log(choice.learning_rate / low) / math.log(high / low), 0.0), 1.0)
+        }
 
     def groups_for(self, method: str) -> tuple[str, ...]:
         return tuple(group for group in self.groups if method in self.groups[group].methods)
 
     def module_names(self, names: Sequence[str]) -> dict[str, list[str]]:
-        """Group to the module names that its patterns match. Raises MemControlError: nothing matched, or shared modules."""
+        """Group to the module names that its patterns match. Raises MemControlError: nothing matched, or
+        shared modules."""
         found: dict[str, list[str]] = {}
         owner: dict[str, str] = {}
         for group in self.groups:
@@ -132,7 +168,8 @@ class SearchSpace:
             modules = [name for name in names if re.fullmatch(pattern, name)]
             if not modules:
                 raise MemControlError(
-                    f"space '{self.name}': pattern '{pattern}' of {owner} matches no module of the base that can be trained; "
+                    f"space '{self.name}': pattern '{pattern}' of {owner} matches no module of the "
+                    "base that can be trained; "
                     f"names look like '{names[len(names) // 2]}'"
                 )
             found += modules
@@ -143,7 +180,10 @@ class SearchSpace:
         return [(method, self.matched("'always'", patterns, names)) for method, patterns in self.always]
 
     def check_choice(self, choice: Choice) -> None:
-        """Raises MemControlError where the choice names a group or a method that this space does not have for it."""
+        """Raises MemControlError where the choice names a group or a method that this space does not have for
+        it."""
         for group in choice.groups:
             if group not in (*self.groups, EVERYTHING):
-                raise MemControlError(f"choice: unknown group '{group}'; space '{self.name}' has {', '.join(self.groups)}")
+                raise MemControlError(
+                    f"choice: unknown group '{group}'; space '{self.name}' has {', '.join(self.groups)}"
+                )

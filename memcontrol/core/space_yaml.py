@@ -31,7 +31,9 @@ def load_space(name_or_file: str) -> SearchSpace:
     shipped = list_shipped_spaces()
     path = shipped.get(name_or_file, Path(name_or_file))
     if not path.is_file():
-        raise MemControlError(f"space '{name_or_file}': no such file and not shipped; shipped are {', '.join(shipped)}")
+        raise MemControlError(
+            f"space '{name_or_file}': no such file and not shipped; shipped are {', '.join(shipped)}"
+        )
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -40,7 +42,8 @@ def load_space(name_or_file: str) -> SearchSpace:
 
 
 def parse_space(values: Any, name: str) -> SearchSpace:
-    """The space that a YAML's values describe; the grammar is in search_spaces/README.md. Raises MemControlError."""
+    """The space that a YAML's values describe; the grammar is in search_spaces/README.md. Raises
+    MemControlError."""
 
     def refuse(text: str):
         raise MemControlError(f"space '{name}': {text}")
@@ -59,10 +62,16 @@ def parse_space(values: Any, name: str) -> SearchSpace:
     if not isinstance(mix, bool):
         refuse(f"'mix' is {mix!r}; allowed: true or false")
     methods = parse_methods("'methods'", values.get("methods", ["lora"]), SEARCHED_METHODS, refuse)
-    rank, alpha = parse_ranks("'rank'", values.get("rank", [4]), refuse), parse_alpha("'alpha'", values.get("alpha", 1.0), refuse)
+    rank, alpha = (
+        parse_ranks("'rank'", values.get("rank", [4]), refuse),
+        parse_alpha("'alpha'", values.get("alpha", 1.0), refuse),
+    )
     return SearchSpace(
         name=name,
-        groups={str(group): parse_group(str(group), entry, Group((), methods, rank, alpha), refuse) for group, entry in groups.items()},
+        groups={
+            str(group): parse_group(str(group), entry, Group((), methods, rank, alpha), refuse)
+            for group, entry in groups.items()
+        },
         methods=methods,
         learning_rate=parse_rates(values.get("learning_rate"), dict.fromkeys([*methods, "full"]), refuse),
         rank=rank,
@@ -82,7 +91,9 @@ def parse_group(name: str, entry: Any, default: Group, refuse) -> Group:
     where = f"group '{name}'"
     return Group(
         parse_patterns(where, entry["patterns"], refuse),
-        parse_methods(f"{where}: 'methods'", entry["methods"], default.methods, refuse) if "methods" in entry else default.methods,
+        parse_methods(f"{where}: 'methods'", entry["methods"], default.methods, refuse)
+        if "methods" in entry
+        else default.methods,
         parse_ranks(f"{where}: 'rank'", entry["rank"], refuse) if "rank" in entry else default.rank,
         parse_alpha(f"{where}: 'alpha'", entry["alpha"], refuse) if "alpha" in entry else default.alpha,
     )
@@ -95,17 +106,25 @@ def parse_methods(where: str, methods: Any, allowed: Sequence[str], refuse) -> t
 
 
 def parse_always(entries: Any, refuse) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) and set(entry) == {"method", "patterns"} for entry in entries):
+    if not isinstance(entries, list) or not all(
+        isinstance(entry, dict) and set(entry) == {"method", "patterns"} for entry in entries
+    ):
         refuse(f"'always' is {entries!r}; allowed: a list of {{method: ..., patterns: ...}}")
     allowed = [method for method in SEARCHED_METHODS if method not in RANKED]
     for entry in entries:
         parse_methods("'always': method", [entry["method"]], allowed, refuse)
-    return tuple((entry["method"], parse_patterns("'always'", entry["patterns"], refuse)) for entry in entries)
+    return tuple(
+        (entry["method"], parse_patterns("'always'", entry["patterns"], refuse)) for entry in entries
+    )
 
 
 def parse_patterns(where: str, patterns: Any, refuse) -> tuple[str, ...]:
     patterns = [patterns] if isinstance(patterns, str) else patterns
-    if not isinstance(patterns, list) or not patterns or not all(isinstance(pattern, str) for pattern in patterns):
+    if (
+        not isinstance(patterns, list)
+        or not patterns
+        or not all(isinstance(pattern, str) for pattern in patterns)
+    ):
         refuse(f"{where} is {patterns!r}; allowed: a regular expression or a list of them")
     for pattern in patterns:
         try:
@@ -148,7 +167,12 @@ def dump_space(space: SearchSpace) -> dict[str, Any]:
     return {
         "description": space.description,
         "groups": {
-            name: {"patterns": list(group.patterns), "methods": list(group.methods), "rank": list(group.rank), "alpha": group.alpha}
+            name: {
+                "patterns": list(group.patterns),
+                "methods": list(group.methods),
+                "rank": list(group.rank),
+                "alpha": group.alpha,
+            }
             for name, group in space.groups.items()
         },
         "always": [{"method": method, "patterns": list(patterns)} for method, patterns in space.always],

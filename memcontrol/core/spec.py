@@ -1,4 +1,5 @@
-"""Owns a trial's specification: the file that names everything a trial depends on, written before it and read by it."""
+"""Owns a trial's specification: the file that names everything a trial depends on, written before it and read
+by it."""
 
 from __future__ import annotations
 
@@ -16,14 +17,22 @@ from memcontrol.core.space import SearchSpace
 from memcontrol.core.space_yaml import dump_space, parse_space
 from memcontrol.core.version import __version__
 
-OF_STUDY = (  # keys that say which trials there are and how they are chosen: a run is the same whatever they are
-    "name", "space", "rewards.objectives", "rewards.limits", "rewards.force", "search.sampler", "search.warm_start",
-)  # fmt: skip
+# keys that say which trials there are and how they are chosen: a run is the same whatever they are
+OF_STUDY = (
+    "name",
+    "space",
+    "rewards.objectives",
+    "rewards.limits",
+    "rewards.force",
+    "search.sampler",
+    "search.warm_start",
+)
 
 
 @dataclass(frozen=True)
 class Spec:
-    """All that a trial depends on. `reference` names the part that rewards compare with: holdout in a search, test after it."""
+    """All that a trial depends on. `reference` names the part that rewards compare with: holdout in a search,
+    test after it."""
 
     config: Config
     space: SearchSpace
@@ -45,28 +54,48 @@ class Spec:
     def description(self) -> dict[str, Any]:
         """What a saved adapter says of itself."""
         config = self.config.model_dump(mode="json")
-        return {"version": __version__, "config": config, "choice": self.choice.as_dict(), "space": dump_space(self.space)}
+        return {
+            "version": __version__,
+            "config": config,
+            "choice": self.choice.as_dict(),
+            "space": dump_space(self.space),
+        }
 
     def as_job(self, folder: Path) -> dict[str, Any]:
-        """Writes the spec into the trial's folder. Returns the job that runs it. Raises MemControlError where the folder is another one's."""
+        """Writes the spec into the trial's folder. Returns the job that runs it. Raises MemControlError where
+        the folder is another one's."""
         self.check_folder(folder)
-        rest = {"study_folder": str(self.study_folder), "purpose": self.purpose, "reference": self.reference, "n_train": self.n_train}
+        rest = {
+            "study_folder": str(self.study_folder),
+            "purpose": self.purpose,
+            "reference": self.reference,
+            "n_train": self.n_train,
+        }
         write_json(folder / SPEC, self.description() | rest)
         return {"trial": str(folder), "choice": self.choice.as_dict()}
 
     def check_folder(self, folder: Path) -> None:
-        """Raises MemControlError where the folder holds a run that another config or space made: its figures are not this one's."""
+        """Raises MemControlError where the folder holds a run that another config or space made: its figures
+        are not this one's."""
         if not (folder / SPEC).is_file():
             return
         there = read_spec(folder)
         stopped = (folder / JUDGED).is_file()
-        differing = find_differing_keys(there.config, self.config, OF_STUDY if stopped else (*OF_STUDY, "search.early_stopping"))
-        functions = [{Path(place).name for place in config.rewards.functions.values()} for config in (there.config, self.config)]
+        differing = find_differing_keys(
+            there.config, self.config, OF_STUDY if stopped else (*OF_STUDY, "search.early_stopping")
+        )
+        functions = [
+            {Path(place).name for place in config.rewards.functions.values()}
+            for config in (there.config, self.config)
+        ]
         differing += ["rewards.objectives (other functions)"] if functions[0] != functions[1] else []
-        differing += ["what the space's groups hold"] if dump_space(there.space) != dump_space(self.space) else []
+        differing += (
+            ["what the space's groups hold"] if dump_space(there.space) != dump_space(self.space) else []
+        )
         if differing:
             raise MemControlError(
-                f"{folder} holds a run of study '{there.config.name}' with another config: {'; '.join(differing)}; restore these keys, choose another "
+                f"{folder} holds a run of study '{there.config.name}' with another config: "
+                f"{'; '.join(differing)}; restore these keys, choose another "
                 "name, or remove that folder"
             )
 
@@ -74,10 +103,17 @@ class Spec:
 def read_spec(folder: Path) -> Spec:
     """Raises MemControlError where the folder is no trial's."""
     if not (folder / SPEC).is_file():
-        raise MemControlError(f"{folder} is no run folder: it has no {SPEC}; `front --json` and `retrain` name run folders")
+        raise MemControlError(
+            f"{folder} is no run folder: it has no {SPEC}; `front --json` and `retrain` name run folders"
+        )
     values = read_json(folder / SPEC)
     config = load_config(values["config"])
     return Spec(
-        config, parse_space(values["space"], config.space), Choice.from_dict(values["choice"]), Path(values["study_folder"]),
-        values["purpose"], values["reference"], values["n_train"],
-    )  # fmt: skip
+        config,
+        parse_space(values["space"], config.space),
+        Choice.from_dict(values["choice"]),
+        Path(values["study_folder"]),
+        values["purpose"],
+        values["reference"],
+        values["n_train"],
+    )

@@ -28,10 +28,20 @@ def read_yaml(path: Path, keys: Sequence[str]) -> dict:
     try:
         values = convert_exponents(yaml.load(path.read_text(encoding="utf-8"), Loader=EachKeyOnce))
     except FileNotFoundError:
-        raise MemControlError(f"{path}: no such file; give a study file in YAML, see the README for an example") from None
+        raise MemControlError(
+            f"{path}: no such file; give a study file in YAML, see the README for an example"
+        ) from None
     except IsADirectoryError:
-        places = (path / "study.yaml", *sorted(path.glob("*.yaml")), path.resolve().parent.parent / f"{path.resolve().name}.yaml")  # the last: of runs/NAME
-        raise MemControlError(f"{path}: is a folder; give the study file, such as {next((place for place in places if place.is_file()), places[0])}") from None
+        # the last: of runs/NAME
+        places = (
+            path / "study.yaml",
+            *sorted(path.glob("*.yaml")),
+            path.resolve().parent.parent / f"{path.resolve().name}.yaml",
+        )
+        raise MemControlError(
+            f"{path}: is a folder; give the study file, such as "
+            f"{next((place for place in places if place.is_file()), places[0])}"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise MemControlError(f"{path}: cannot be read ({error}); give a text file in YAML") from None
     except yaml.YAMLError as error:

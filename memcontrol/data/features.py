@@ -1,4 +1,5 @@
-"""Owns feature matrices [n, d]: their checks, the pixel descriptor, distances and exact nearest neighbours."""
+"""Owns feature matrices [n, d]: their checks, the pixel descriptor, distances and exact nearest
+neighbours."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ from torch import Tensor, nn
 
 from memcontrol.core.errors import MemControlError
 
-N_SPARE = 32  # candidates beyond those asked for: float32 products may rank neighbours of equal distance wrongly
+# candidates beyond those asked for: float32 products may rank neighbours of equal distance wrongly
+N_SPARE = 32
 REFERENCE_BLOCK = 16384
 
 
@@ -17,7 +19,9 @@ def check_matrix(features, name: str, least: int = 1, dtype=np.float64) -> np.nd
 
     Raises MemControlError: another shape, too few rows, not finite.
     """
-    found = np.asarray(features.detach().cpu().to(widen_type(features.dtype)) if hasattr(features, "detach") else features)
+    found = np.asarray(
+        features.detach().cpu().to(widen_type(features.dtype)) if hasattr(features, "detach") else features
+    )
     try:
         found = found.astype(dtype or (np.float32 if found.dtype == np.float32 else np.float64), copy=False)
     except (TypeError, ValueError):
@@ -27,7 +31,10 @@ def check_matrix(features, name: str, least: int = 1, dtype=np.float64) -> np.nd
     if len(found) < least:
         raise MemControlError(f"{name} needs at least {least} images and has {len(found)}")
     if not np.isfinite(found).all():
-        raise MemControlError(f"{name} holds values that are not finite; look for broken images or an extractor in half precision")
+        raise MemControlError(
+            f"{name} holds values that are not finite; look for broken images or an extractor in "
+            "half precision"
+        )
     return found
 
 
@@ -40,7 +47,10 @@ def refuse_unlike_widths(*sets: np.ndarray) -> None:
     """Raises MemControlError where feature matrices differ in width."""
     widths = [rows.shape[1] for rows in sets]
     if len(set(widths)) > 1:
-        raise MemControlError(f"the feature sets have {', '.join(map(str, widths))} dimensions; use one extractor for all of them")
+        raise MemControlError(
+            f"the feature sets have {', '.join(map(str, widths))} dimensions; use one extractor for "
+            "all of them"
+        )
 
 
 def unit_rows(rows: np.ndarray) -> np.ndarray:
@@ -52,7 +62,9 @@ def shrink_images(images: np.ndarray, size: int = 32) -> Tensor:
     pixels = torch.from_numpy(np.ascontiguousarray(images)).float() / 255
     if pixels.shape[-2:] == (size, size):
         return pixels
-    return nn.functional.interpolate(pixels, (size, size), mode="bilinear", antialias=True, align_corners=False)
+    return nn.functional.interpolate(
+        pixels, (size, size), mode="bilinear", antialias=True, align_corners=False
+    )
 
 
 def pixel_features(images: np.ndarray) -> np.ndarray:
@@ -60,22 +72,27 @@ def pixel_features(images: np.ndarray) -> np.ndarray:
     return shrink_images(images).flatten(1).numpy()
 
 
-def nearest(queries: np.ndarray, references: np.ndarray, k: int = 1, chunk: int = 1024) -> tuple[np.ndarray, np.ndarray]:
+def nearest(
+    queries: np.ndarray, references: np.ndarray, k: int = 1, chunk: int = 1024
+) -> tuple[np.ndarray, np.ndarray]:
     """The k nearest references of each query: Euclidean distances [N, k] and indices [N, k], nearest first.
 
-    A float32 product, block by block, finds candidates; the distances of the k + N_SPARE nearest are then computed again as
-    float64 differences, since the product form loses digits exactly for near-copies. Ties go to the lower index. Memory
-    beyond the inputs does not grow with their number.
+    A float32 product, block by block, finds candidates; the distances of the k + N_SPARE nearest are then
+    computed again as float64 differences, since the product form loses digits exactly for near-copies. Ties
+    go to the lower index. Memory beyond the inputs does not grow with their number.
     """
     k = min(k, len(references))
     n_candidates = min(k + N_SPARE, len(references))
-    centre = blockwise_mean(references[:REFERENCE_BLOCK])  # anywhere among them will do: products of small numbers lose fewer digits
+    # anywhere among them will do: products of small numbers lose fewer digits
+    centre = blockwise_mean(references[:REFERENCE_BLOCK])
     found = []
     for rows in np.array_split(queries, max(1, -(-len(queries) // chunk))):
         if 4 * n_candidates > len(references):  # nearly all of them: one product gives every distance
             found.append(nearest_among_all(rows, references, centre, k))
         else:
-            found.append(nearest_among(rows, references, nearest_candidates(rows, references, centre, n_candidates), k))
+            found.append(
+                nearest_among(rows, references, nearest_candidates(rows, references, centre, n_candidates), k)
+            )
     distances, indices = zip(*found)
     return np.concatenate(distances), np.concatenate(indices)
 
@@ -96,27 +113,36 @@ def nearest_candidates(queries: np.ndarray, references: np.ndarray, centre: np.n
     best = torch.empty(len(left), 0), torch.empty(len(left), 0, dtype=torch.long)
     for number, block in enumerate(split_blocks(references)):
         right = torch.from_numpy(block.astype(np.float32, copy=False) - centre)
-        scores = torch.addmm(torch.linalg.vector_norm(right, dim=1).square(), left, right.T, alpha=-2)  # squared distances less the query's own square
+        # squared distances less the query's own square
+        scores = torch.addmm(torch.linalg.vector_norm(right, dim=1).square(), left, right.T, alpha=-2)
         values, places = least_columns(scores, n)
-        values, places = torch.cat([best[0], values], 1), torch.cat([best[1], places + number * REFERENCE_BLOCK], 1)
+        values, places = (
+            torch.cat([best[0], values], 1),
+            torch.cat([best[1], places + number * REFERENCE_BLOCK], 1),
+        )
         order = values.topk(min(n, values.shape[1]), dim=1, largest=False, sorted=False).indices
         best = values.gather(1, order), places.gather(1, order)
     return best[1].numpy()
 
 
 def least_columns(scores: Tensor, n: int, depth: int = 16) -> tuple[Tensor, Tensor]:
-    """The n least of each row [N, M] and their columns [N, n]. Columns go in groups of `depth` first: the n least are in the n
-    groups whose minima are least, and a minimum is ten times as fast as a selection."""
+    """The n least of each row [N, M] and their columns [N, n]. Columns go in groups of `depth` first: the n
+    least are in the n groups whose minima are least, and a minimum is ten times as fast as a selection."""
     width = scores.shape[1] // depth
     if width <= n or scores.shape[1] % depth:
         return scores.topk(min(n, scores.shape[1]), dim=1, largest=False, sorted=False)
-    groups = scores.view(len(scores), depth, width).amin(1).topk(n, dim=1, largest=False, sorted=False).indices  # [N, n]
+    # [N, n]
+    groups = (
+        scores.view(len(scores), depth, width).amin(1).topk(n, dim=1, largest=False, sorted=False).indices
+    )
     columns = (groups[:, None, :] + width * torch.arange(depth)[:, None]).flatten(1)  # [N, depth n]
     values, places = scores.gather(1, columns).topk(n, dim=1, largest=False, sorted=False)
     return values, columns.gather(1, places)
 
 
-def nearest_among(queries: np.ndarray, references: np.ndarray, chosen: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+def nearest_among(
+    queries: np.ndarray, references: np.ndarray, chosen: np.ndarray, k: int
+) -> tuple[np.ndarray, np.ndarray]:
     """The k nearest of each query's candidates [N, n], by float64 differences."""
     apart = (np.subtract(references[rows], query, dtype=np.float64) for query, rows in zip(queries, chosen))
     distances = np.sqrt([np.einsum("nd,nd->n", difference, difference) for difference in apart])
@@ -124,7 +150,9 @@ def nearest_among(queries: np.ndarray, references: np.ndarray, chosen: np.ndarra
     return np.take_along_axis(distances, order, 1), np.take_along_axis(chosen, order, 1)
 
 
-def nearest_among_all(queries: np.ndarray, references: np.ndarray, centre: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+def nearest_among_all(
+    queries: np.ndarray, references: np.ndarray, centre: np.ndarray, k: int
+) -> tuple[np.ndarray, np.ndarray]:
     """The k nearest of all references, by a float64 product; the nearest N_SPARE by differences."""
     left, right = (np.asarray(x, np.float64) - centre for x in (queries, references))
     squares = np.square(left).sum(1)[:, None] + np.square(right).sum(1) - 2 * left @ right.T  # [N, M]
@@ -147,5 +175,6 @@ def nearest_others(points: np.ndarray, k: int, rows: np.ndarray | None = None) -
     rows = np.arange(len(points)) if rows is None else rows
     distances, indices = nearest(points[rows], points, k + 1)
     own = indices == rows[:, None]
-    own[~own.any(1), -1] = True  # among many equal points its own may not be listed: any of them stands for it
+    # among many equal points its own may not be listed: any of them stands for it
+    own[~own.any(1), -1] = True
     return distances[~own].reshape(len(rows), k)

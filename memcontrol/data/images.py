@@ -25,7 +25,8 @@ DIGIT_WORDS = "zero one two three four five six seven eight nine".split()
 
 @dataclass(frozen=True)
 class ImageRecord:
-    """One image: its path inside the data folder (or its index among the digits), caption, and hash of its pixels."""
+    """One image: its path inside the data folder (or its index among the digits), caption, and hash of its
+    pixels."""
 
     name: str
     caption: str
@@ -49,7 +50,8 @@ class Images:
 
     @cached_property
     def digest(self) -> str:
-        """Names the content: the same images with the same captions at the same resolution, in the same order."""
+        """Names the content: the same images with the same captions at the same resolution, in the same
+        order."""
         lines = [f"{record.digest} {record.caption}" for record in self.records]
         return hashlib.sha256("\n".join([str(self.resolution), *lines]).encode()).hexdigest()[:16]
 
@@ -64,7 +66,8 @@ class Images:
 
 
 def make_digit_reader():
-    """Reads scikit-learn's handwritten digits (UCI optdigits test set) as dark ink on white paper, 8 x 8 pixels."""
+    """Reads scikit-learn's handwritten digits (UCI optdigits test set) as dark ink on white paper, 8 x 8
+    pixels."""
     from sklearn.datasets import load_digits
 
     ink = load_digits().images  # [1797, 8, 8] in 0..16
@@ -77,17 +80,22 @@ def make_folder_reader(folder: Path):
 
 
 def decode_image(path: Path) -> Image.Image:
-    """An image file as upright RGB: EXIF rotation applied, transparency on white, 16-bit grey scaled. Raises MemControlError."""
+    """An image file as upright RGB: EXIF rotation applied, transparency on white, 16-bit grey scaled. Raises
+    MemControlError."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd but readable files: palettes, EXIF blocks, huge pictures
             with Image.open(path) as image:
                 return convert_to_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError:
-        raise MemControlError(f"image {path} is not there any more; restore it, or where the images have moved, set data.path and run the search once more") from None
+        raise MemControlError(
+            f"image {path} is not there any more; restore it, or where the images have moved, set "
+            "data.path and run the search once more"
+        ) from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise MemControlError(
-            f"image {path} cannot be decoded ({type(error).__name__}); mend or remove it, or set data.skip_unreadable=true (audit: --skip-unreadable)"
+            f"image {path} cannot be decoded ({type(error).__name__}); mend or remove it, or set "
+            "data.skip_unreadable=true (audit: --skip-unreadable)"
         ) from None
 
 
@@ -111,7 +119,9 @@ def list_digit_records() -> list[ImageRecord]:
 
     digits = load_digits()
     return [
-        ImageRecord(str(i), f"a blurred handwritten digit {label}", hashlib.sha256(pixels.tobytes()).hexdigest()[:16])
+        ImageRecord(
+            str(i), f"a blurred handwritten digit {label}", hashlib.sha256(pixels.tobytes()).hexdigest()[:16]
+        )
         for i, (label, pixels) in enumerate(zip(digits.target, digits.images))
     ]
 
@@ -123,11 +133,17 @@ def read_captions(folder: Path) -> dict[str, str]:
         for number, row in enumerate(read_metadata_rows(file), start=1):
             name = row.get("file_name")
             if not isinstance(name, str) or not name:
-                raise MemControlError(f"{file}, row {number}: no 'file_name'; each row needs file_name and text")
+                raise MemControlError(
+                    f"{file}, row {number}: no 'file_name'; each row needs file_name and text"
+                )
             path = file.parent / name
             if not path.is_file():
-                raise MemControlError(f"{file}, row {number}: names '{name}', and there is no such image in {file.parent}")
-            captions[Path(os.path.normpath(path)).relative_to(os.path.normpath(folder)).as_posix()] = str(row.get("text") or "")
+                raise MemControlError(
+                    f"{file}, row {number}: names '{name}', and there is no such image in {file.parent}"
+                )
+            captions[Path(os.path.normpath(path)).relative_to(os.path.normpath(folder)).as_posix()] = str(
+                row.get("text") or ""
+            )
     return captions
 
 
@@ -140,13 +156,19 @@ def read_metadata_rows(file: Path) -> list[dict]:
     except (OSError, ValueError, csv.Error) as error:
         raise MemControlError(f"{file} cannot be read: {error}") from None
     if not all(isinstance(row, dict) for row in rows):
-        raise MemControlError(f'{file}: each line must be an object such as {{"file_name": "a.png", "text": "a cat"}}')
+        raise MemControlError(
+            f'{file}: each line must be an object such as {{"file_name": "a.png", "text": "a cat"}}'
+        )
     return rows
 
 
 def read_records(folder: Path, captions: dict[str, str], skip_unreadable: bool, warn) -> list[ImageRecord]:
     """A record for each image of the folder, decoded once to see that it can be and to hash its pixels."""
-    names = sorted(name for name in (path.relative_to(folder).as_posix() for path in folder.rglob("*")) if is_image(folder, name, captions))
+    names = sorted(
+        name
+        for name in (path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+        if is_image(folder, name, captions)
+    )
     records = []
     for name in names:
         try:
@@ -157,13 +179,19 @@ def read_records(folder: Path, captions: dict[str, str], skip_unreadable: bool, 
             warn(f"skipped: {error}".split(";")[0])
             continue
         digest = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()[:16]
-        records.append(ImageRecord(name, captions.get(name, "" if captions else derive_caption(name)), digest))
+        records.append(
+            ImageRecord(name, captions.get(name, "" if captions else derive_caption(name)), digest)
+        )
     return records
 
 
 def is_image(folder: Path, name: str, captions: dict[str, str]) -> bool:
     hidden = any(part.startswith(".") for part in Path(name).parts)
-    return not hidden and (name in captions or Path(name).suffix.lower() in SUFFIXES) and (folder / name).is_file()
+    return (
+        not hidden
+        and (name in captions or Path(name).suffix.lower() in SUFFIXES)
+        and (folder / name).is_file()
+    )
 
 
 def derive_caption(name: str) -> str:

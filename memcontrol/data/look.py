@@ -18,13 +18,15 @@ from memcontrol.data.images import ImageRecord, Images, decode_image, read_capti
 from memcontrol.data.split import FEWEST_IMAGES
 
 N_COMPARED, N_GREY = 4_000, 200  # images that are looked at for near copies, and for colour
-NEAR = 0.25  # of the median distance between an image and the third nearest other one: the nearest may be a twin of each
+# of the median distance between an image and the third nearest other one: the nearest may be a twin of each
+NEAR = 0.25
 
 
 @dataclass(frozen=True)
 class FolderSummary:
-    """What a folder of images holds: its images; how many in each part, where the folder has parts; sides in pixels; groups of images with
-    the same pixels, and pairs that are nearly the same; what cannot be decoded, and why."""
+    """What a folder of images holds: its images; how many in each part, where the folder has parts; sides in
+    pixels; groups of images with the same pixels, and pairs that are nearly the same; what cannot be decoded,
+    and why."""
 
     records: tuple[ImageRecord, ...]
     parts: dict[str, int]
@@ -53,14 +55,26 @@ def summarize_folder(folder: Path, progress: Callable[[str, int, int], None]) ->
     captions = read_captions(folder)
     records = read_records(folder, captions, True, unreadable.append)
     if not records:
-        raise MemControlError(f"{folder} holds no images that can be decoded; give a folder of images, with metadata.jsonl or metadata.csv for captions")
+        raise MemControlError(
+            f"{folder} holds no images that can be decoded; give a folder of images, with "
+            "metadata.jsonl or metadata.csv for captions"
+        )
     progress("reading images", 1, 3)
     given = [part for part in PARTS if (folder / part).is_dir()]
     parts = {part: sum(record.name.startswith(f"{part}/") for record in records) for part in given}
     near = find_near_pairs(folder, records)
     progress("reading images", 3, 3)
     unread = tuple(text.removeprefix("skipped: image ") for text in unreadable)
-    return FolderSummary(tuple(records), parts, measure_sides(folder, records), are_grey(folder, records), group_copies(records), near, unread, bool(captions))
+    return FolderSummary(
+        tuple(records),
+        parts,
+        measure_sides(folder, records),
+        are_grey(folder, records),
+        group_copies(records),
+        near,
+        unread,
+        bool(captions),
+    )
 
 
 def measure_sides(folder: Path, records: list[ImageRecord]) -> tuple[int, int, int]:
@@ -74,7 +88,9 @@ def measure_sides(folder: Path, records: list[ImageRecord]) -> tuple[int, int, i
 def are_grey(folder: Path, records: list[ImageRecord]) -> bool:
     """Whether the first images have no colour, however they are stored."""
     pixels = (np.asarray(decode_image(folder / record.name)) for record in records[:N_GREY])
-    return all((image[..., 0] == image[..., 1]).all() and (image[..., 1] == image[..., 2]).all() for image in pixels)
+    return all(
+        (image[..., 0] == image[..., 1]).all() and (image[..., 1] == image[..., 2]).all() for image in pixels
+    )
 
 
 def group_copies(records: list[ImageRecord]) -> tuple[tuple[str, ...], ...]:
@@ -93,5 +109,10 @@ def find_near_pairs(folder: Path, records: list[ImageRecord]) -> tuple[tuple[str
     distances, indices = nearest(features, features, 4)
     own = indices[:, 0] == np.arange(len(indices))
     other, apart = np.where(own, indices[:, 1], indices[:, 0]), distances[:, 1]
-    found = {tuple(sorted((i, int(other[i])))): float(apart[i]) for i in np.flatnonzero(apart < NEAR * np.median(distances[:, 3])).tolist()}
-    return tuple((different[i].name, different[j].name) for i, j in sorted(found, key=lambda pair: found[pair]))
+    found = {
+        tuple(sorted((i, int(other[i])))): float(apart[i])
+        for i in np.flatnonzero(apart < NEAR * np.median(distances[:, 3])).tolist()
+    }
+    return tuple(
+        (different[i].name, different[j].name) for i, j in sorted(found, key=lambda pair: found[pair])
+    )

@@ -13,12 +13,14 @@ from memcontrol.core.errors import MemControlError
 from memcontrol.data.images import Images, crop_square, read_captions, read_records
 
 PICTURES_CHUNK = 512
-PICTURES_SIDE = 64  # pixels of a side, to which every image is brought: descriptors use 32, the report shows this
+# pixels of a side, to which every image is brought: descriptors use 32, the report shows this
+PICTURES_SIDE = 64
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """A named set of images: where they came from, their names, and how to read some of them as uint8 [B, 3, SIDE, SIDE]."""
+    """A named set of images: where they came from, their names, and how to read some of them as uint8 [B, 3,
+    SIDE, SIDE]."""
 
     title: str
     names: tuple[str, ...]
@@ -29,8 +31,11 @@ class Pictures:
         return len(self.names)
 
 
-def read_folder_pictures(title: str, folder: Path, warn: Callable[[str], None], skip_unreadable: bool = False) -> Pictures:
-    """The images of a folder and its sub-folders. Raises MemControlError: none, or one that cannot be decoded."""
+def read_folder_pictures(
+    title: str, folder: Path, warn: Callable[[str], None], skip_unreadable: bool = False
+) -> Pictures:
+    """The images of a folder and its sub-folders. Raises MemControlError: none, or one that cannot be
+    decoded."""
     if not folder.is_dir():
         raise MemControlError(f"{title}: {folder} is no folder; give a folder of images")
     records = read_records(folder, read_captions(folder), skip_unreadable, warn)

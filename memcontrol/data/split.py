@@ -9,13 +9,21 @@ import numpy as np
 from memcontrol.core.config import DIGITS, PARTS, DataConfig
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.seeds import derive_seed
-from memcontrol.data.images import SUFFIXES, ImageRecord, Images, list_digit_records, read_captions, read_records
+from memcontrol.data.images import (
+    SUFFIXES,
+    ImageRecord,
+    Images,
+    list_digit_records,
+    read_captions,
+    read_records,
+)
 
 FEWEST_IMAGES = 8  # per part; below it no interval says anything
 
 
 def load_parts(config: DataConfig, resolution: int, seed: int, warn=lambda line: None) -> dict[str, Images]:
-    """Reads and checks every image and splits them into train, holdout and test, disjoint by content. Raises MemControlError."""
+    """Reads and checks every image and splits them into train, holdout and test, disjoint by content. Raises
+    MemControlError."""
     if config.path == DIGITS:
         parts = split_records(list_digit_records(), config, seed)
     else:
@@ -30,17 +38,25 @@ def load_parts(config: DataConfig, resolution: int, seed: int, warn=lambda line:
 
 
 def list_folder_parts(folder: Path, config: DataConfig, seed: int, warn) -> dict[str, list[ImageRecord]]:
-    """The parts of an image folder: its sub-folders train, holdout and test, or one pool split by the config."""
+    """The parts of an image folder: its sub-folders train, holdout and test, or one pool split by the
+    config."""
     if not folder.is_dir():
-        raise MemControlError(f"data.path is '{config.path}': no such folder; give 'digits' or a folder of images")
+        raise MemControlError(
+            f"data.path is '{config.path}': no such folder; give 'digits' or a folder of images"
+        )
     given = [part for part in PARTS if (folder / part).is_dir()]
     if given and len(given) < len(PARTS):
         missing = ", ".join(f"{part}/" for part in PARTS if part not in given)
-        raise MemControlError(f"data: {folder} has {given[0]}/ but no {missing}; add it, or put all images in one folder to be split")
+        raise MemControlError(
+            f"data: {folder} has {given[0]}/ but no {missing}; add it, or put all images in one "
+            "folder to be split"
+        )
     captions = read_captions(folder)
     records = read_records(folder, captions, config.skip_unreadable, warn)
     if not records:
-        raise MemControlError(f"data: {folder} holds no images; known endings are {', '.join(sorted(SUFFIXES))}")
+        raise MemControlError(
+            f"data: {folder} holds no images; known endings are {', '.join(sorted(SUFFIXES))}"
+        )
     if not given:
         return split_records(records, config, seed)
     parts = {part: [record for record in records if record.name.startswith(f"{part}/")] for part in PARTS}
@@ -55,7 +71,8 @@ def refuse_shared_images(parts: dict[str, list[ImageRecord]]) -> None:
             other, name = seen.setdefault(record.digest, (part, record.name))
             if other != part:
                 raise MemControlError(
-                    f"data: {other} and {part} share an image: '{name}' and '{record.name}' have the same pixels; "
+                    f"data: {other} and {part} share an image: '{name}' and '{record.name}' have "
+                    "the same pixels; "
                     "remove one, since copying could not be told from chance"
                 )
 
@@ -81,17 +98,25 @@ def count_parts(n: int, config: DataConfig) -> dict[str, int]:
     sizes = {part: size if isinstance(size, int) else round(n * size) for part, size in given.items()}
     if sum(sizes.values()) > n + len(PARTS) - 1:
         asked = ", ".join(f"{part} {size}" for part, size in given.items())
-        raise MemControlError(f"data: {asked} asks for {sum(sizes.values())} images and there are {n}; ask for fewer")
+        raise MemControlError(
+            f"data: {asked} asks for {sum(sizes.values())} images and there are {n}; ask for fewer"
+        )
     return sizes
 
 
 def dump_parts(parts: dict[str, Images]) -> dict:
     """What split.json records."""
     return {
-        part: [{"name": record.name, "caption": record.caption, "digest": record.digest} for record in images.records]
+        part: [
+            {"name": record.name, "caption": record.caption, "digest": record.digest}
+            for record in images.records
+        ]
         for part, images in parts.items()
     }
 
 
 def parse_parts(values: dict, source: str, resolution: int) -> dict[str, Images]:
-    return {part: Images(source, resolution, tuple(ImageRecord(**row) for row in rows)) for part, rows in values.items()}
+    return {
+        part: Images(source, resolution, tuple(ImageRecord(**row) for row in rows))
+        for part, rows in values.items()
+    }

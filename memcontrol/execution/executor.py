@@ -21,9 +21,11 @@ class Event:
 
 
 class Executor(ABC):
-    """Takes jobs while it has free places and says what becomes of them; every job ends in exactly one of ENDS.
+    """Takes jobs while it has free places and says what becomes of them; every job ends in exactly one of
+    ENDS.
 
-    A job that runs longer than its `time_limit_seconds` is ended and counts as lost. Nothing is tried again here.
+    A job that runs longer than its `time_limit_seconds` is ended and counts as lost. Nothing is tried again
+    here.
     """
 
     @abstractmethod

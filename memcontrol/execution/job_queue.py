@@ -1,4 +1,5 @@
-"""Owns how jobs are carried through: handed to free places, tried again where an attempt fails, given up after three."""
+"""Owns how jobs are carried through: handed to free places, tried again where an attempt fails, given up
+after three."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ class JobQueue:
             self.executor.submit(self.waiting.popleft())
 
     def ends(self, timeout_seconds: float = 1.0) -> Iterator[Event]:
-        """Ends so far, waiting up to the timeout for the first: `prepared`, `done`, or `given up` with the reason.
+        """Ends so far, waiting up to the timeout for the first: `prepared`, `done`, or `given up` with the
+        reason.
 
         Raises MemControlError for what only the user can mend.
         """

@@ -12,7 +12,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from memcontrol.execution.executor import END_KINDS, Event, Executor, describe_overrun, make_event, pick_time_limit
+from memcontrol.execution.executor import (
+    END_KINDS,
+    Event,
+    Executor,
+    describe_overrun,
+    make_event,
+    pick_time_limit,
+)
 from memcontrol.execution.worker import COMMAND
 
 
@@ -51,12 +58,14 @@ class Inline(Executor):
 
 
 class Local(Executor):
-    """A worker process for each place, which keeps the base loaded; one that dies is started again for the next job."""
+    """A worker process for each place, which keeps the base loaded; one that dies is started again for the
+    next job."""
 
     def __init__(self, n_workers: int, n_processes: int = 1, time_limit_seconds: float | None = None):
         self.said: queue.Queue = queue.Queue()
         self.time_limit_seconds = time_limit_seconds
-        threads = max(1, (os.cpu_count() or 1) // n_workers)  # whatever n_processes: sums round by the number of threads
+        # whatever n_processes: sums round by the number of threads
+        threads = max(1, (os.cpu_count() or 1) // n_workers)
         self.workers = [Worker(i, threads, self.said, n_processes) for i in range(n_workers)]
 
     def free(self) -> int:
@@ -96,7 +105,11 @@ class Local(Executor):
             yield event
         else:
             code = process.wait()
-            yield self.lost(worker, worker.job, f"its worker process died ({f'signal {-code}' if code < 0 else f'exit code {code}'})")
+            yield self.lost(
+                worker,
+                worker.job,
+                f"its worker process died ({f'signal {-code}' if code < 0 else f'exit code {code}'})",
+            )
 
     def close(self) -> None:
         for worker in self.workers:
@@ -113,12 +126,21 @@ class Worker:
         self.spawn()
 
     def spawn(self) -> None:
-        # Torch reads these when it is imported; threads that spin for two cores make each other up to 30 times slower.
-        threads = {"OMP_NUM_THREADS": str(self.n_threads), "MKL_NUM_THREADS": str(self.n_threads), "OMP_WAIT_POLICY": "passive"}
+        # Torch reads these when it is imported; threads that spin for two cores make each other up to 30
+        # times slower.
+        threads = {
+            "OMP_NUM_THREADS": str(self.n_threads),
+            "MKL_NUM_THREADS": str(self.n_threads),
+            "OMP_WAIT_POLICY": "passive",
+        }
         self.process = subprocess.Popen(
-            COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            text=True, env={**os.environ, **threads, **choose_gpus(self.index, self.n_processes)},
-        )  # fmt: skip
+            COMMAND,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env={**os.environ, **threads, **choose_gpus(self.index, self.n_processes)},
+        )
         self.listener = threading.Thread(target=self.listen, args=(self.process,), daemon=True)
         self.listener.start()
 
@@ -142,8 +164,13 @@ class Worker:
 
 
 def choose_gpus(index: int, n_processes: int = 1) -> dict[str, str]:
-    """The GPUs that worker `index` sees, one for each process of its trials, where there are any: they are dealt out in turn."""
+    """The GPUs that worker `index` sees, one for each process of its trials, where there are any: they are
+    dealt out in turn."""
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = listed.split(",") if listed else [str(i) for i in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
-    own = dict.fromkeys(gpus[(index * n_processes + i) % len(gpus)] for i in range(n_processes)) if gpus else {}
+    gpus = (
+        listed.split(",") if listed else [str(i) for i in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
+    )
+    own = (
+        dict.fromkeys(gpus[(index * n_processes + i) % len(gpus)] for i in range(n_processes)) if gpus else {}
+    )
     return {"CUDA_VISIBLE_DEVICES": ",".join(own)} if own else {}

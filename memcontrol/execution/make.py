@@ -10,7 +10,8 @@ from memcontrol.execution.local import Inline, Local
 
 
 def make_executor(config: Config, folder: Path) -> Executor:
-    """The executor that the config's `search` names; `folder` is the study's. Raises MemControlError where its library is missing."""
+    """The executor that the config's `search` names; `folder` is the study's. Raises MemControlError where
+    its library is missing."""
     search = config.search
     limit = search.time_limit_minutes and 60 * search.time_limit_minutes
     if search.executor == "inline":

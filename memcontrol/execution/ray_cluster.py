@@ -1,4 +1,5 @@
-"""Owns running jobs on a Ray cluster: an actor for each place, which keeps the base loaded and moves to another node when its own is lost."""
+"""Owns running jobs on a Ray cluster: an actor for each place, which keeps the base loaded and moves to
+another node when its own is lost."""
 
 from __future__ import annotations
 
@@ -12,12 +13,21 @@ from typing import Any
 from memcontrol.core.attempts import read_progress
 from memcontrol.core.config import RayConfig
 from memcontrol.core.errors import MemControlError
-from memcontrol.execution.executor import END_KINDS, Event, Executor, describe_overrun, find_job_folder, make_event, pick_time_limit
+from memcontrol.execution.executor import (
+    END_KINDS,
+    Event,
+    Executor,
+    describe_overrun,
+    find_job_folder,
+    make_event,
+    pick_time_limit,
+)
 from memcontrol.execution.worker import COMMAND
 
 
 class RayWorker:
-    """What an actor is: jobs one after another with one set of loaded models, as in `memcontrol.execution.worker`."""
+    """What an actor is: jobs one after another with one set of loaded models, as in
+    `memcontrol.execution.worker`."""
 
     def __init__(self):
         from memcontrol.trial.loaded import LoadedModels
@@ -65,7 +75,13 @@ class Ray(Executor):
         if place.actor is None:
             place.actor = self.started()
             place.ready = place.actor.ready.remote()
-        place.job, place.answer, place.began, place.reason, place.told = job, place.actor.run.remote(job), None, "", None
+        place.job, place.answer, place.began, place.reason, place.told = (
+            job,
+            place.actor.run.remote(job),
+            None,
+            "",
+            None,
+        )
 
     def started(self):
         threads = str(max(1, int(self.settings.cpus)))
@@ -73,7 +89,9 @@ class Ray(Executor):
         if gpus is None:
             gpus = 1 if self.ray.cluster_resources().get("GPU") else 0
         environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive"}
-        remote = self.ray.remote(num_cpus=self.settings.cpus, num_gpus=gpus, max_restarts=0, runtime_env={"env_vars": environment})(RayWorker)
+        remote = self.ray.remote(
+            num_cpus=self.settings.cpus, num_gpus=gpus, max_restarts=0, runtime_env={"env_vars": environment}
+        )(RayWorker)
         return remote.remote()
 
     def events(self, timeout_seconds: float) -> Iterator[Event]:
@@ -133,20 +151,31 @@ def try_connection(address: str | None) -> None:
 
 
 def connect_ray(settings: RayConfig):
-    """The ray module, connected. Raises MemControlError where it is missing or the cluster cannot be reached."""
+    """The ray module, connected. Raises MemControlError where it is missing or the cluster cannot be
+    reached."""
     try:
         import ray
     except ImportError:
-        raise MemControlError("search.executor is ray, which is not installed; install memcontrol[ray]") from None
+        raise MemControlError(
+            "search.executor is ray, which is not installed; install memcontrol[ray]"
+        ) from None
     if not ray.is_initialized():
         local: dict[str, Any] = {} if settings.address else {"include_dashboard": False}
         try:
             try_connection(settings.address)
-            ray.init(address=settings.address, namespace="memcontrol", log_to_driver=False, logging_level=logging.ERROR, **local)
+            ray.init(
+                address=settings.address,
+                namespace="memcontrol",
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                **local,
+            )
         except (OSError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise MemControlError(
-                f"ray.address is {settings.address}: {reason}; if a cluster runs there, it may ask for a token: set RAY_AUTH_MODE=token and its own "
-                "RAY_AUTH_TOKEN here too (`ray get-auth-token` on its head shows it); otherwise start a cluster with `ray start --head`, or leave the address out"
+                f"ray.address is {settings.address}: {reason}; if a cluster runs there, it may ask "
+                "for a token: set RAY_AUTH_MODE=token and its own "
+                "RAY_AUTH_TOKEN here too (`ray get-auth-token` on its head shows it); otherwise "
+                "start a cluster with `ray start --head`, or leave the address out"
             ) from None
     return ray

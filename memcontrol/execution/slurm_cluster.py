@@ -1,4 +1,5 @@
-"""Owns running jobs on a Slurm cluster through submitit: one Slurm job for each, requeued where its node is lost or it is preempted."""
+"""Owns running jobs on a Slurm cluster through submitit: one Slurm job for each, requeued where its node is
+lost or it is preempted."""
 
 from __future__ import annotations
 
@@ -13,11 +14,28 @@ from typing import Any
 from memcontrol.core.attempts import read_progress
 from memcontrol.core.config import SlurmConfig
 from memcontrol.core.errors import MemControlError
-from memcontrol.execution.executor import Event, Executor, describe_overrun, find_job_folder, make_event, pick_time_limit
+from memcontrol.execution.executor import (
+    Event,
+    Executor,
+    describe_overrun,
+    find_job_folder,
+    make_event,
+    pick_time_limit,
+)
 from memcontrol.execution.worker import COMMAND
 
 SLURM_POLL_SECONDS = 2.0
-GONE = ("BOOT_FAIL", "CANCELLED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT", "")
+GONE = (
+    "BOOT_FAIL",
+    "CANCELLED",
+    "DEADLINE",
+    "FAILED",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "PREEMPTED",
+    "TIMEOUT",
+    "",
+)
 
 
 class SlurmTask:
@@ -29,7 +47,11 @@ class SlurmTask:
 
         redirect_output(find_job_folder(job) / "log.txt")
         said: list[dict] = []
-        run_job(job, LoadedModels(COMMAND), lambda event: said.append(event) if event["event"] != "progress" else None)
+        run_job(
+            job,
+            LoadedModels(COMMAND),
+            lambda event: said.append(event) if event["event"] != "progress" else None,
+        )
         return said
 
     def checkpoint(self, job: dict):
@@ -50,7 +72,8 @@ class Running:
 
 
 class Slurm(Executor):
-    """Up to `n_workers` Slurm jobs in flight; scripts, logs and results of submitit are in the study's folder, under slurm/."""
+    """Up to `n_workers` Slurm jobs in flight; scripts, logs and results of submitit are in the study's
+    folder, under slurm/."""
 
     def __init__(self, settings: SlurmConfig, n_workers: int, time_limit_seconds: float | None, folder: Path):
         self.n_workers, self.time_limit_seconds = n_workers, time_limit_seconds
@@ -67,7 +90,10 @@ class Slurm(Executor):
             self.running.append(Running(job, self.submitter.submit(SlurmTask(), job)))
         except FailedJobError as error:
             reason = " ".join(str(error).split())[-300:]
-            raise MemControlError(f"search.executor is slurm, and sbatch refuses the job: {reason}; check the slurm keys, and that `sinfo` works here") from None
+            raise MemControlError(
+                f"search.executor is slurm, and sbatch refuses the job: {reason}; check the slurm "
+                "keys, and that `sinfo` works here"
+            ) from None
 
     def events(self, timeout_seconds: float) -> Iterator[Event]:
         if not self.running:
@@ -91,7 +117,11 @@ class Slurm(Executor):
     def ended(self, one: Running, state: str) -> Iterator[Event]:
         if one.reason or not self.has_result(one):
             tail = (one.submitted.stderr() or "").strip().splitlines()[-20:]
-            reason = one.reason or f"Slurm job {one.submitted.job_id} ended as {state or 'unknown'} without a result (see {one.submitted.paths.stderr})"
+            reason = (
+                one.reason
+                or f"Slurm job {one.submitted.job_id} ended as {state or 'unknown'} without a result "
+                f"(see {one.submitted.paths.stderr})"
+            )
             yield Event(one.job, "lost", {"reason": reason, "traceback": "\n".join(tail)})
             return
         from submitit.core.utils import FailedJobError
@@ -99,7 +129,9 @@ class Slurm(Executor):
         try:
             said = one.submitted.result()
         except FailedJobError as error:
-            said = [{"event": "failed", "reason": str(error).strip().splitlines()[-1], "traceback": str(error)}]
+            said = [
+                {"event": "failed", "reason": str(error).strip().splitlines()[-1], "traceback": str(error)}
+            ]
         for line in said:
             yield make_event(one.job, line)
 
@@ -129,7 +161,11 @@ class Slurm(Executor):
 
 def query_states(ids: list[str]) -> dict[str, str]:
     """Slurm's word for each job that it still knows; needs no accounting database."""
-    done = subprocess.run(["squeue", "--noheader", "--states=all", "--format=%A %T", f"--jobs={','.join(ids)}"], capture_output=True, text=True)
+    done = subprocess.run(
+        ["squeue", "--noheader", "--states=all", "--format=%A %T", f"--jobs={','.join(ids)}"],
+        capture_output=True,
+        text=True,
+    )
     if done.returncode:
         return {} if "Invalid job id" in done.stderr else dict.fromkeys(ids, "UNREACHABLE")
     return dict(line.split() for line in done.stdout.splitlines())
@@ -140,19 +176,28 @@ def make_submitter(settings: SlurmConfig, folder: Path):
     try:
         import submitit
     except ImportError:
-        raise MemControlError("search.executor is slurm, which needs submitit; install memcontrol[slurm]") from None
+        raise MemControlError(
+            "search.executor is slurm, which needs submitit; install memcontrol[slurm]"
+        ) from None
     try:
         made = submitit.AutoExecutor(folder=folder, cluster="slurm", slurm_python=sys.executable)
     except RuntimeError as error:
-        raise MemControlError(f"search.executor is slurm and no Slurm is here ({error}); run the search on a login node") from None
+        raise MemControlError(
+            f"search.executor is slurm and no Slurm is here ({error}); run the search on a login node"
+        ) from None
     threads = settings.cpus
     given = {
-        "slurm_partition": settings.partition, "slurm_gres": settings.gres, "mem_gb": settings.memory_gb, "slurm_account": settings.account,
+        "slurm_partition": settings.partition,
+        "slurm_gres": settings.gres,
+        "mem_gb": settings.memory_gb,
+        "slurm_account": settings.account,
         "slurm_additional_parameters": dict(settings.extra) or None,
-    }  # fmt: skip
+    }
     made.update_parameters(
-        name="memcontrol", timeout_min=settings.time_minutes, cpus_per_task=threads,
+        name="memcontrol",
+        timeout_min=settings.time_minutes,
+        cpus_per_task=threads,
         slurm_setup=[f"export OMP_NUM_THREADS={threads} MKL_NUM_THREADS={threads} OMP_WAIT_POLICY=passive"],
         **{key: value for key, value in given.items() if value is not None},
-    )  # fmt: skip
+    )
     return made

@@ -1,7 +1,7 @@
 """Owns a worker: runs jobs with one set of loaded models and says what became of each; knows no database.
 
-`python -m memcontrol.execution.worker` reads jobs as JSON lines; the local executor starts it with its thread counts set before torch is
-imported. Ray's actors and Slurm's jobs call `run_job` themselves.
+`python -m memcontrol.execution.worker` reads jobs as JSON lines; the local executor starts it with its thread
+counts set before torch is imported. Ray's actors and Slurm's jobs call `run_job` themselves.
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ SendEvent = Callable[[dict], None]
 
 
 def run_job(job: dict, loaded, say: SendEvent) -> None:
-    """One job: {"prepare": folder, "config": ..., "calibrate": whether short trials are run in it}, {"trial": folder, "rung": share or none}, {"confirm": folder}, or {"help": folder, "rank": ..., "size":
-    ..., "rung": ...}, a share of another process's trial. Says progress, then exactly one end: prepared, done, failed (an attempt that may be
-    tried again, with its traceback) or stop (what only the user can mend)."""
-    if "help" in job:  # what goes wrong here ends the process, and the one that leads the trial meets it itself
+    """One job: {"prepare": folder, "config": ..., "calibrate": whether short trials are run in it}, {"trial":
+    folder, "rung": share or none}, {"confirm": folder}, or {"help": folder, "rank": ..., "size": ..., "rung":
+    ...}, a share of another process's trial. Says progress, then exactly one end: prepared, done, failed (an
+    attempt that may be tried again, with its traceback) or stop (what only the user can mend)."""
+    # what goes wrong here ends the process, and the one that leads the trial meets it itself
+    if "help" in job:
         from memcontrol.trial.run import help_train
 
         return help_train(Path(job["help"]), job["rank"], job["size"], loaded, job["rung"])
@@ -41,9 +43,26 @@ def run_job(job: dict, loaded, say: SendEvent) -> None:
             if job.get("calibrate"):
                 from memcontrol.trial.calibrate import calibrate
 
-                say({"event": "prepared", **calibrate(job["config"], Path(job["prepare"]), loaded, lambda line: None, make_progress(say))})
+                say(
+                    {
+                        "event": "prepared",
+                        **calibrate(
+                            job["config"], Path(job["prepare"]), loaded, lambda line: None, make_progress(say)
+                        ),
+                    }
+                )
                 return
-            say({"event": "prepared", **prepare_study(job["config"], Path(job["prepare"]), loaded, lambda line: say({"event": "warning", "text": line}))})
+            say(
+                {
+                    "event": "prepared",
+                    **prepare_study(
+                        job["config"],
+                        Path(job["prepare"]),
+                        loaded,
+                        lambda line: say({"event": "warning", "text": line}),
+                    ),
+                }
+            )
         elif "confirm" in job:
             run_confirm(Path(job["confirm"]), loaded, say)
         else:
@@ -61,10 +80,14 @@ def describe_failure(error: Exception, job: dict) -> str:
     import torch
 
     kind = "out of memory on the GPU" if isinstance(error, torch.OutOfMemoryError) else type(error).__name__
-    return f"{kind}: {str(error).splitlines()[0] if str(error) else ''} (see {find_job_folder(job) / 'log.txt'})"
+    return (
+        f"{kind}: {str(error).splitlines()[0] if str(error) else ''} (see {find_job_folder(job) / 'log.txt'})"
+    )
 
 
-def make_progress(say: SendEvent, tell: Callable[[str, int, int], None] = lambda *_: None) -> Callable[..., None]:
+def make_progress(
+    say: SendEvent, tell: Callable[[str, int, int], None] = lambda *_: None
+) -> Callable[..., None]:
     def progress(stage: str, done: int, total: int, **said) -> None:
         tell(stage, done, total)
         say({"event": "progress", "stage": stage, "done": done, "total": total, **said})
@@ -80,8 +103,8 @@ def run_confirm(folder: Path, loaded, say: SendEvent) -> None:
 
 
 def attempt_trial(folder: Path, loaded, say: SendEvent, rung: float | None = None) -> None:
-    """One attempt at a trial, or at its way to a rung, in a folder that it takes over. One that diverges is pruned: its choice, not its
-    process, is at fault."""
+    """One attempt at a trial, or at its way to a rung, in a folder that it takes over. One that diverges is
+    pruned: its choice, not its process, is at fault."""
     from memcontrol.core.run_folder import RESULT, ROUNDS
     from memcontrol.core.spec import read_spec
     from memcontrol.trial.run import run_trial
@@ -91,7 +114,10 @@ def attempt_trial(folder: Path, loaded, say: SendEvent, rung: float | None = Non
         run_trial(folder, loaded, make_progress(say, attempt.progress), rung)
     except Diverged as error:
         attempt.check()
-        write_json(folder / RESULT, {"state": "PRUNED", "choice": read_spec(folder).choice.as_dict(), "reason": str(error)})
+        write_json(
+            folder / RESULT,
+            {"state": "PRUNED", "choice": read_spec(folder).choice.as_dict(), "reason": str(error)},
+        )
     attempt.check()
     if (folder / RESULT).exists():
         shutil.rmtree(folder / ROUNDS, ignore_errors=True)  # nothing will go on from the rounds

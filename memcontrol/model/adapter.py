@@ -1,4 +1,5 @@
-"""Owns what a choice trains in one denoiser: injects it, and saves, loads, averages, fuses and removes it as a whole."""
+"""Owns what a choice trains in one denoiser: injects it, and saves, loads, averages, fuses and removes it as
+a whole."""
 
 from __future__ import annotations
 
@@ -17,14 +18,26 @@ from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import replace_file
 from memcontrol.core.seeds import derive_seed
 from memcontrol.core.space import SearchSpace
-from memcontrol.model.parts import DiffFit, State, SvDiff, Target, Tuner, Weights, find_last_linear, find_output_layer, is_norm, suits
+from memcontrol.model.parts import (
+    DiffFit,
+    State,
+    SvDiff,
+    Target,
+    Tuner,
+    Weights,
+    find_last_linear,
+    find_output_layer,
+    is_norm,
+    suits,
+)
 from memcontrol.model.peft_parts import PEFT, Peft
 
 ADAPTER_FILE = "adapter.safetensors"
 
 
 def list_trainable_modules(denoiser: nn.Module) -> list[str]:
-    """Names that a space's patterns are matched against: modules with parameters of their own, attention and feed-forward blocks."""
+    """Names that a space's patterns are matched against: modules with parameters of their own, attention and
+    feed-forward blocks."""
     return [
         name
         for name, module in denoiser.named_modules()
@@ -45,34 +58,54 @@ def find_targets(denoiser: nn.Module, space: SearchSpace, choice: Choice) -> lis
     def suited(modules: Sequence[str], method: str) -> list[str]:
         return [name for name in modules if suits(method, denoiser.get_submodule(name))]
 
-    found = [Target(name, method, choice.learning_rate) for method, always in space.always_names(names) for name in suited(always, method)]
+    found = [
+        Target(name, method, choice.learning_rate)
+        for method, always in space.always_names(names)
+        for name in suited(always, method)
+    ]
     modules = space.module_names(names)
     for group in choice.groups:
         setting = choice.setting(group)
         own = suited(modules[group], setting.method)
         if not own:
-            raise MemControlError(f"space '{space.name}': method {setting.method} finds nothing to train in group '{group}'")
-        found += [Target(name, setting.method, setting.learning_rate, setting.rank or 0, space.groups[group].alpha) for name in own]
+            raise MemControlError(
+                f"space '{space.name}': method {setting.method} finds nothing to train in group '{group}'"
+            )
+        found += [
+            Target(name, setting.method, setting.learning_rate, setting.rank or 0, space.groups[group].alpha)
+            for name in own
+        ]
     return found
 
 
 def check_space(denoiser: nn.Module, space: SearchSpace) -> None:
-    """Raises MemControlError where a pattern matches nothing, groups share a module, or a method suits no module of its group."""
+    """Raises MemControlError where a pattern matches nothing, groups share a module, or a method suits no
+    module of its group."""
     for method in space.methods:
         targets = find_targets(denoiser, space, space.choice(space.groups_for(method), method, 0.5))
         check_ownership(denoiser, targets, space)
 
 
 def check_ownership(denoiser: nn.Module, targets: Sequence[Target], space: SearchSpace) -> None:
-    """Raises MemControlError where two mechanisms would change one weight, whose changes could then not be told apart."""
+    """Raises MemControlError where two mechanisms would change one weight, whose changes could then not be
+    told apart."""
     owners: dict[str, str] = {}
     for target in targets:
         scaled = target.method == "difffit" and not is_norm(denoiser.get_submodule(target.module))
-        mechanism = None if target.method == "bias" else "scales" if scaled else target.method if target.method in WRAPPING else "weights"
+        mechanism = (
+            None
+            if target.method == "bias"
+            else "scales"
+            if scaled
+            else target.method
+            if target.method in WRAPPING
+            else "weights"
+        )
         name = find_output_layer(denoiser, target.module) if scaled else target.module
         if mechanism and owners.setdefault(name, mechanism) != mechanism:
             raise MemControlError(
-                f"space '{space.name}': module '{name}' is trained as {owners[name]} and as {mechanism} in one choice; "
+                f"space '{space.name}': module '{name}' is trained as {owners[name]} and as "
+                f"{mechanism} in one choice; "
                 "take it out of one group or of 'always'"
             )
 
@@ -92,7 +125,8 @@ WRAPPING = (*PEFT, "svdiff")
 
 
 class Adapter:
-    """What a choice trains in one denoiser. Injecting changes no output; removing restores the base bit for bit."""
+    """What a choice trains in one denoiser. Injecting changes no output; removing restores the base bit for
+    bit."""
 
     def __init__(self, denoiser: nn.Module, parts: Sequence[Tuner]):
         self.denoiser, self.parts = denoiser, list(parts)
@@ -100,7 +134,11 @@ class Adapter:
         for parameter in self.parameters():
             parameter.requires_grad_(True)
         norms = [module for module in denoiser.modules() if isinstance(module, nn.GroupNorm)]
-        self.hooks = [norm.register_forward_pre_hook(make_input_contiguous) for norm in norms if any(p.requires_grad for p in norm.parameters())]
+        self.hooks = [
+            norm.register_forward_pre_hook(make_input_contiguous)
+            for norm in norms
+            if any(p.requires_grad for p in norm.parameters())
+        ]
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """All that a state holds by name, parameters that stay fixed included."""
@@ -129,11 +167,18 @@ class Adapter:
 
     def state(self) -> State:
         """Copies of all that was learned; the base is not part of it."""
-        return {name: parameter.detach().clone() for name, parameter in self.named_parameters().items()} | self.offsets()
+        return {
+            name: parameter.detach().clone() for name, parameter in self.named_parameters().items()
+        } | self.offsets()
 
     def offsets(self) -> State:
         """Dense changes of weights under factors that could not hold a mean."""
-        return {name: offset for part in self.parts if isinstance(part, Peft) for name, offset in part.offsets().items()}
+        return {
+            name: offset
+            for part in self.parts
+            if isinstance(part, Peft)
+            for name, offset in part.offsets().items()
+        }
 
     @torch.no_grad()
     def load_state(self, state: State) -> None:
@@ -143,22 +188,29 @@ class Adapter:
         wrong = [name for name in held.keys() ^ learned.keys()]
         wrong += [name for name in held.keys() & learned.keys() if held[name].shape != learned[name].shape]
         if wrong:
-            raise MemControlError(f"the saved adapter does not fit this choice (for one, '{min(wrong)}'); it belongs to another base or space")
+            raise MemControlError(
+                f"the saved adapter does not fit this choice (for one, '{min(wrong)}'); it belongs "
+                "to another base or space"
+            )
         for name, parameter in held.items():
             parameter.copy_(learned[name])
         for part in self.parts:
             part.load(state)
 
     def average(self, states: Sequence[State], weights: Sequence[float]) -> State:
-        """The state whose change of every weight is the weighted mean of the states' changes; weights are normalised.
+        """The state whose change of every weight is the weighted mean of the states' changes; weights are
+        normalised.
 
-        Exact for every method (to rounding): where parameters do not average, the mean change is kept as an offset or folded
-        into factors. Spectral shifts average the singular values after relu.
+        Exact for every method (to rounding): where parameters do not average, the mean change is kept as an
+        offset or folded into factors. Spectral shifts average the singular values after relu.
         """
         total = sum(weights)
         weights = [weight / total for weight in weights]
         names = {name for state in states for name in state}
-        mean: dict[str, Any] = {name: sum(w * state[name] for w, state in zip(weights, states) if name in state) for name in sorted(names)}
+        mean: dict[str, Any] = {
+            name: sum(w * state[name] for w, state in zip(weights, states) if name in state)
+            for name in sorted(names)
+        }
         for part in self.parts:
             mean |= part.average(mean, states, weights)
         return mean
@@ -169,7 +221,8 @@ class Adapter:
 
         with replace_file(folder / ADAPTER_FILE) as part:
             tensors = {name: tensor.cpu().contiguous() for name, tensor in self.state().items()}
-            save_file(tensors, part, {"memcontrol": format_header(description)})  # one entry: several are written in any order
+            # one entry: several are written in any order
+            save_file(tensors, part, {"memcontrol": format_header(description)})
 
     def load(self, folder: Path) -> None:
         from safetensors.torch import load_file
@@ -178,8 +231,8 @@ class Adapter:
 
     @contextlib.contextmanager
     def folded(self) -> Iterator[None]:
-        """For many forward passes without training: every changed weight is computed once. Outputs change by rounding; the weights
-        come back bit for bit."""
+        """For many forward passes without training: every changed weight is computed once. Outputs change by
+        rounding; the weights come back bit for bit."""
         with contextlib.ExitStack() as stack, torch.no_grad(), parametrize.cached():
             for part in self.parts:
                 stack.enter_context(part.folded())
@@ -197,13 +250,15 @@ class Adapter:
         self.end()
 
     def end(self) -> None:
-        self.denoiser.requires_grad_(False).zero_grad()  # weights trained as they are would keep their gradients in memory
+        # weights trained as they are would keep their gradients in memory
+        self.denoiser.requires_grad_(False).zero_grad()
         for hook in self.hooks:
             hook.remove()
 
 
 def make_input_contiguous(norm: nn.GroupNorm, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor] | None:
-    """Torch's CPU backward of a GroupNorm crashes where only its weight or bias is trained and the input is in channels-last order."""
+    """Torch's CPU backward of a GroupNorm crashes where only its weight or bias is trained and the input is
+    in channels-last order."""
     (hidden,) = inputs
     return (hidden.contiguous(),) if torch.is_grad_enabled() and not hidden.requires_grad else None
 
@@ -213,13 +268,19 @@ def format_header(description: dict) -> str:
 
 
 def inject_adapter(
-    denoiser: nn.Module, space: SearchSpace, choice: Choice, seed: int, *,
-    cache: Path | None = None, norm_shift_rate: float | None = None, shared_a: bool = False,
-) -> Adapter:  # fmt: skip
+    denoiser: nn.Module,
+    space: SearchSpace,
+    choice: Choice,
+    seed: int,
+    *,
+    cache: Path | None = None,
+    norm_shift_rate: float | None = None,
+    shared_a: bool = False,
+) -> Adapter:
     """Freezes the denoiser and makes trainable what the choice names.
 
-    `norm_shift_rate` is the learning rate of SV-Diff's shifts of norm layers, None for the choice's own. `cache` keeps
-    singular value decompositions. `shared_a` trains only B of a LoRA. Raises MemControlError.
+    `norm_shift_rate` is the learning rate of SV-Diff's shifts of norm layers, None for the choice's own.
+    `cache` keeps singular value decompositions. `shared_a` trains only B of a LoRA. Raises MemControlError.
     """
     if EVERYTHING in choice.groups:
         whole = dict(denoiser.named_parameters())
@@ -233,8 +294,14 @@ def inject_adapter(
         plain |= found
         rates |= dict.fromkeys(found, target.rate)
     parts: list[Tuner] = [Weights(plain, rates)] if plain else []
-    for method, size in dict.fromkeys((target.method, target.rank if target.method == "oft" else None) for target in targets):
-        own = [target for target in targets if target.method == method and (method != "oft" or target.rank == size)]
+    for method, size in dict.fromkeys(
+        (target.method, target.rank if target.method == "oft" else None) for target in targets
+    ):
+        own = [
+            target
+            for target in targets
+            if target.method == method and (method != "oft" or target.rank == size)
+        ]
         own = list({target.module: target for target in own}.values())
         if method in PEFT:
             parts.append(Peft(denoiser, method, own, derive_seed(seed, method), shared_a))

@@ -1,4 +1,5 @@
-"""Owns the base: a diffusers pipeline behind losses() and sample(), and its cached latents and caption encodings."""
+"""Owns the base: a diffusers pipeline behind losses() and sample(), and its cached latents and caption
+encodings."""
 
 from __future__ import annotations
 
@@ -27,10 +28,14 @@ def find_base_path(name: str) -> str:
 
 
 def check_base_path(name: str) -> str:
-    """Raises MemControlError for what is neither a folder nor looks like a Hub id: libraries would look for it on the Hub for half a minute."""
+    """Raises MemControlError for what is neither a folder nor looks like a Hub id: libraries would look for
+    it on the Hub for half a minute."""
     path = find_base_path(name)
     if not os.path.isdir(path) and (path.startswith((".", "/")) or path.count("/") != 1):
-        raise MemControlError(f"base '{name}': no such folder; give 'tiny', a folder in diffusers' format, or a Hub id (owner/name)")
+        raise MemControlError(
+            f"base '{name}': no such folder; give 'tiny', a folder in diffusers' format, or a Hub "
+            "id (owner/name)"
+        )
     return path
 
 
@@ -44,7 +49,8 @@ def load_base(name: str) -> Base:
     settings = pipeline.scheduler.config
     schedule = pipeline.scheduler if family.flow else DDPMScheduler.from_config(settings)
     if isinstance(family, Unconditional):
-        pipeline = DDIMPipeline(pipeline.unet, pipeline.scheduler)  # eta = 0: an image depends on its first noise alone
+        # eta = 0: an image depends on its first noise alone
+        pipeline = DDIMPipeline(pipeline.unet, pipeline.scheduler)
     elif not family.flow:
         pipeline.scheduler = DPMSolverMultistepScheduler.from_config(settings)
     pipeline.set_progress_bar_config(disable=True)
@@ -65,7 +71,9 @@ def open_pipeline(name: str):
         kind = DiffusionPipeline.load_config(path).get("_class_name", "")
         find_family(kind, name)
         unneeded = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-        return DiffusionPipeline.from_pretrained(path, **(unneeded if kind == "StableDiffusionPipeline" else {}))
+        return DiffusionPipeline.from_pretrained(
+            path, **(unneeded if kind == "StableDiffusionPipeline" else {})
+        )
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise MemControlError(f"base '{name}' cannot be loaded as a diffusers pipeline: {reason}") from None
@@ -77,7 +85,8 @@ def name_denoiser(pipeline) -> str:
 
 
 def quiet_libraries() -> None:
-    """Keeps the chatter of transformers and diffusers off the user's screen; must come before diffusers is imported."""
+    """Keeps the chatter of transformers and diffusers off the user's screen; must come before diffusers is
+    imported."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
@@ -90,7 +99,8 @@ def quiet_libraries() -> None:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A data set as the denoiser sees it: the latent posterior of each image and the encodings of each distinct caption."""
+    """A data set as the denoiser sees it: the latent posterior of each image and the encodings of each
+    distinct caption."""
 
     mean: Tensor  # [N, C, h, w], scaled
     deviation: Tensor  # [N, C, h, w], scaled
@@ -140,25 +150,40 @@ class Base:
 
     @property
     def side_multiple(self) -> int:
-        """Image sides must be a multiple of this many pixels: the autoencoder's factor times the denoiser's."""
+        """Image sides must be a multiple of this many pixels: the autoencoder's factor times the
+        denoiser's."""
         config = self.denoiser.config
-        inner = 2 ** (len(config.block_out_channels) - 1) if "block_out_channels" in config else max(2, config.get("patch_size", 1))
+        inner = (
+            2 ** (len(config.block_out_channels) - 1)
+            if "block_out_channels" in config
+            else max(2, config.get("patch_size", 1))
+        )
         return self.pixels_per_latent * inner
 
     def noised(
-        self, clean: Tensor, generator: torch.Generator, offset: float = 0.0, perturbation: float = 0.0, quantile: float | None = None
+        self,
+        clean: Tensor,
+        generator: torch.Generator,
+        offset: float = 0.0,
+        perturbation: float = 0.0,
+        quantile: float | None = None,
     ) -> Noised:
         """Latents [B, C, h, w] with noise and times from the generator, and the target of each.
 
-        Diffusion: uniform timesteps (DDPM, Ho et al. 2020). Flow: logit-normal times under the schedule's shift
-        (Esser et al. 2024, arXiv 2403.03206, section 3.1). `offset` adds noise that is equal all over a channel, this many
-        times as strong; `perturbation` noises with noise + perturbation * noise' where the target keeps noise (Ning et al.
-        2023, arXiv 2301.11706, eq. 7). `quantile`, in 0..1, gives all latents this quantile of the times instead of a draw.
+        Diffusion: uniform timesteps (DDPM, Ho et al. 2020). Flow: logit-normal times under the schedule's
+        shift (Esser et al. 2024, arXiv 2403.03206, section 3.1). `offset` adds noise that is equal all over a
+        channel, this many times as strong; `perturbation` noises with noise + perturbation * noise' where the
+        target keeps noise (Ning et al. 2023, arXiv 2301.11706, eq. 7). `quantile`, in 0..1, gives all latents
+        this quantile of the times instead of a draw.
         """
         noise = torch.randn(clean.shape, generator=generator)
         n_times = self.schedule.config.num_train_timesteps
         if self.family.flow:
-            normal = torch.randn(len(clean), generator=generator) if quantile is None else torch.special.ndtri(torch.full((len(clean),), quantile))
+            normal = (
+                torch.randn(len(clean), generator=generator)
+                if quantile is None
+                else torch.special.ndtri(torch.full((len(clean),), quantile))
+            )
             share = torch.sigmoid(normal).to(self.device)
         elif quantile is None:
             timesteps = torch.randint(n_times, (len(clean),), generator=generator).to(self.device)
@@ -166,7 +191,9 @@ class Base:
             timesteps = torch.full((len(clean),), int(quantile * n_times), device=self.device)
         if offset:
             noise = noise + offset * torch.randn(*clean.shape[:2], 1, 1, generator=generator)
-        shown = noise + perturbation * torch.randn(clean.shape, generator=generator) if perturbation else noise
+        shown = (
+            noise + perturbation * torch.randn(clean.shape, generator=generator) if perturbation else noise
+        )
         noise, shown = noise.to(self.device), shown.to(self.device)
         if not self.family.flow:
             velocity = self.schedule.config.prediction_type == "v_prediction"
@@ -175,7 +202,12 @@ class Base:
         shift = self.schedule.config.get("shift") or self.schedule.config.get("flow_shift") or 1.0
         share = shift * share / (1 + (shift - 1) * share)
         level = share.view(-1, 1, 1, 1)
-        return Noised((1 - level) * clean + level * shown, noise - clean, 1000 * share, (1000 * share).long().clamp(max=999))
+        return Noised(
+            (1 - level) * clean + level * shown,
+            noise - clean,
+            1000 * share,
+            (1000 * share).long().clamp(max=999),
+        )
 
     def denoised(self, noised: Noised, text: Text) -> tuple[Tensor, Tensor]:
         """The denoising loss of each latent, unreduced [B], and the prediction [B, C, h, w]."""
@@ -190,10 +222,16 @@ class Base:
     @torch.no_grad()
     def encode_images(self, images: Images) -> tuple[Tensor, Tensor]:
         """Mean and deviation of the latent posterior, scaled as the denoiser expects: each [N, C, h, w]."""
-        means, deviations = zip(*(
-            self.posterior(torch.from_numpy(images.take(range(start, min(start + ENCODE_BATCH, len(images)))).pixels()))
-            for start in range(0, len(images), ENCODE_BATCH)
-        ))  # fmt: skip
+        means, deviations = zip(
+            *(
+                self.posterior(
+                    torch.from_numpy(
+                        images.take(range(start, min(start + ENCODE_BATCH, len(images)))).pixels()
+                    )
+                )
+                for start in range(0, len(images), ENCODE_BATCH)
+            )
+        )
         return torch.cat(means), torch.cat(deviations)
 
     def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -210,37 +248,68 @@ class Base:
     @torch.no_grad()
     def encode_captions(self, captions: Sequence[str]) -> Text:
         """Encodings by name, each [N, ...]."""
-        chunks = [self.family.encode(self.pipeline, captions[start : start + ENCODE_BATCH]) for start in range(0, len(captions), ENCODE_BATCH)]
+        chunks = [
+            self.family.encode(self.pipeline, captions[start : start + ENCODE_BATCH])
+            for start in range(0, len(captions), ENCODE_BATCH)
+        ]
         return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
 
     @torch.no_grad()
     def sample(
-        self, text: Text, empty: Text, *, seeds: Sequence[int], steps: int, guidance: float, resolution: int, progress: Callable,
+        self,
+        text: Text,
+        empty: Text,
+        *,
+        seeds: Sequence[int],
+        steps: int,
+        guidance: float,
+        resolution: int,
+        progress: Callable,
         guidance_from: float = 0.0,
-    ) -> np.ndarray:  # fmt: skip
-        """One image for each seed, from encodings [N, ...] and those of the empty caption [1, ...]. uint8 [N, 3, H, W].
+    ) -> np.ndarray:
+        """One image for each seed, from encodings [N, ...] and those of the empty caption [1, ...]. uint8 [N,
+        3, H, W].
 
-        The noise of an image follows from its own seed. Diffusion: DPM-Solver++(2M), without captions DDIM; flow: the
-        pipeline's own solver. Guidance acts after the share `guidance_from` of the steps (Jain et al. 2024, arXiv 2411.16738).
+        The noise of an image follows from its own seed. Diffusion: DPM-Solver++(2M), without captions DDIM;
+        flow: the pipeline's own solver. Guidance acts after the share `guidance_from` of the steps (Jain et
+        al. 2024, arXiv 2411.16738).
         """
         images = []
         for start in range(0, len(seeds), ENCODE_BATCH):
             generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + ENCODE_BATCH]]
-            own = {name: tensor[start : start + ENCODE_BATCH].to(self.device) for name, tensor in text.items()}
-            none = {name: tensor.expand(len(generators), *tensor.shape[1:]).to(self.device) for name, tensor in empty.items()}
-            call = self.unconditional(generators) if not text else self.conditional(generators, own, none, guidance, resolution)
+            own = {
+                name: tensor[start : start + ENCODE_BATCH].to(self.device) for name, tensor in text.items()
+            }
+            none = {
+                name: tensor.expand(len(generators), *tensor.shape[1:]).to(self.device)
+                for name, tensor in empty.items()
+            }
+            call = (
+                self.unconditional(generators)
+                if not text
+                else self.conditional(generators, own, none, guidance, resolution)
+            )
             if guidance_from and guidance > 1:
                 call |= delay_guidance(guidance, round(guidance_from * steps))
             images.append(self.pipeline(**call, num_inference_steps=steps, output_type="np").images)
             progress(start + len(generators), len(seeds))
         return (np.concatenate(images).transpose(0, 3, 1, 2) * 255 + 0.5).astype(np.uint8)
 
-    def conditional(self, generators: Sequence[torch.Generator], text: Text, empty: Text, guidance: float, resolution: int) -> dict:
+    def conditional(
+        self, generators: Sequence[torch.Generator], text: Text, empty: Text, guidance: float, resolution: int
+    ) -> dict:
         side = resolution // self.pixels_per_latent
         channels = self.denoiser.config.in_channels // self.family.packing
-        noise = torch.stack([torch.randn(channels, side, side, generator=generator) for generator in generators])
+        noise = torch.stack(
+            [torch.randn(channels, side, side, generator=generator) for generator in generators]
+        )
         call = self.family.sampled(self.pipeline, text, empty, guidance)
-        return {**call, "latents": self.family.latents(noise).to(self.device), "height": resolution, "width": resolution}
+        return {
+            **call,
+            "latents": self.family.latents(noise).to(self.device),
+            "height": resolution,
+            "width": resolution,
+        }
 
     def unconditional(self, generators: Sequence[torch.Generator]) -> dict:
         return {"batch_size": len(generators), "generator": list(generators)}
@@ -263,7 +332,9 @@ class Base:
                 with replace_file(path) as part:
                     save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, part)
         stored = load_file(path)
-        text = {name.removeprefix("text."): stored.pop(name) for name in list(stored) if name.startswith("text.")}
+        text = {
+            name.removeprefix("text."): stored.pop(name) for name in list(stored) if name.startswith("text.")
+        }
         return Encoded(text=text, **stored)
 
 
@@ -275,7 +346,8 @@ def delay_guidance(guidance: float, n_without: int) -> dict:
             pipeline._guidance_scale = guidance
         return tensors
 
-    # Just above 1: at 1 the pipeline would not evaluate the empty caption at all, and could not begin to later.
+    # Just above 1: at 1 the pipeline would not evaluate the empty caption at all, and could not begin to
+    # later.
     return {"guidance_scale": guidance if n_without == 0 else 1 + 1e-6, "callback_on_step_end": after}
 
 
@@ -299,9 +371,11 @@ def digest_base(name: str) -> str:
 
 
 def make_empty_denoiser(name: str) -> torch.nn.Module:
-    """The base's denoiser without its weights, on the meta device: names and shapes only. Raises MemControlError.
+    """The base's denoiser without its weights, on the meta device: names and shapes only. Raises
+    MemControlError.
 
-    A folder with nothing but config.json files will do: those of a pipeline (unet/ or transformer/), or the denoiser's own.
+    A folder with nothing but config.json files will do: those of a pipeline (unet/ or transformer/), or the
+    denoiser's own.
     """
     quiet_libraries()
     import diffusers
@@ -309,7 +383,10 @@ def make_empty_denoiser(name: str) -> torch.nn.Module:
     config = read_denoiser_config(name)
     kind = config.get("_class_name", "")
     if not hasattr(diffusers, kind):
-        raise MemControlError(f"base '{name}': its denoiser is a '{kind}', which this diffusers ({diffusers.__version__}) does not know")
+        raise MemControlError(
+            f"base '{name}': its denoiser is a '{kind}', which this diffusers "
+            f"({diffusers.__version__}) does not know"
+        )
     with torch.device("meta"):
         return getattr(diffusers, kind).from_config(config)
 
@@ -326,4 +403,9 @@ def read_denoiser_config(name: str) -> dict:
             return UNet2DConditionModel.load_config(path, subfolder=place)
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
-    raise MemControlError(f"base '{name}': no unet/config.json, transformer/config.json or config.json can be read. {reason}".strip())
+    raise MemControlError(
+        (
+            f"base '{name}': no unet/config.json, transformer/config.json or config.json can be read. "
+            f"{reason}"
+        ).strip()
+    )

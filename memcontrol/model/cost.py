@@ -1,4 +1,5 @@
-"""Owns what a choice costs: parameters, FLOPs and memory of a training step, counted in one pass of one image; on the meta device from shapes alone."""
+"""Owns what a choice costs: parameters, FLOPs and memory of a training step, counted in one pass of one
+image; on the meta device from shapes alone."""
 
 from __future__ import annotations
 
@@ -20,12 +21,14 @@ from memcontrol.model.families import FAMILIES_BY_DENOISER, Family, Text
 
 aten = torch.ops.aten
 BYTES = 4  # of a float32
-LATE = {"mid_block": 1, "up_blocks": 2, "conv_norm_out": 3, "conv_out": 3}  # diffusers' U-Nets register the middle block last
+# diffusers' U-Nets register the middle block last
+LATE = {"mid_block": 1, "up_blocks": 2, "conv_norm_out": 3, "conv_out": 3}
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Trained parameters, 10^9 floating-point operations of a training step per image, and MiB that the step holds."""
+    """Trained parameters, 10^9 floating-point operations of a training step per image, and MiB that the step
+    holds."""
 
     parameters: int
     step_gflops: float
@@ -33,9 +36,15 @@ class Cost:
 
 
 def measure_cost(
-    denoiser: nn.Module, space: SearchSpace, choice: Choice, family: Family, latents: Sequence[int], text: Mapping[str, Sequence[int]],
-    batch: int = 1, shared_a: bool = False,
-) -> Cost:  # fmt: skip
+    denoiser: nn.Module,
+    space: SearchSpace,
+    choice: Choice,
+    family: Family,
+    latents: Sequence[int],
+    text: Mapping[str, Sequence[int]],
+    batch: int = 1,
+    shared_a: bool = False,
+) -> Cost:
     """The cost of a choice on a denoiser without an adapter; see `step_cost`."""
     adapter = inject_adapter(denoiser, space, choice, 0, shared_a=shared_a)
     try:
@@ -45,14 +54,25 @@ def measure_cost(
 
 
 def measure_step_cost(
-    denoiser: nn.Module, adapter: Adapter, family: Family, latents: Sequence[int], text: Mapping[str, Sequence[int]], batch: int = 1
-) -> Cost:  # fmt: skip
-    """The cost of a step of `batch` images with an injected adapter, from one image's latents [C, h, w] and encodings.
+    denoiser: nn.Module,
+    adapter: Adapter,
+    family: Family,
+    latents: Sequence[int],
+    text: Mapping[str, Sequence[int]],
+    batch: int = 1,
+) -> Cost:
+    """The cost of a step of `batch` images with an injected adapter, from one image's latents [C, h, w] and
+    encodings.
 
-    Backward stops at the first trained module, so a choice that begins late is cheaper. Memory counts the weights, for
-    trained ones gradient and two moments of AdamW, and what forward keeps for backward.
+    Backward stops at the first trained module, so a choice that begins late is cheaper. Memory counts the
+    weights, for trained ones gradient and two moments of AdamW, and what forward keeps for backward.
     """
-    n_trained, n_base, counter, kept = adapter.n_trained(), sum(parameter.numel() for parameter in denoiser.parameters()), FlopCounter(), KeptBytes(denoiser)
+    n_trained, n_base, counter, kept = (
+        adapter.n_trained(),
+        sum(parameter.numel() for parameter in denoiser.parameters()),
+        FlopCounter(),
+        KeptBytes(denoiser),
+    )
     if n_trained:
         device = next(denoiser.parameters()).device
         noisy, time = torch.zeros(1, *latents, device=device), torch.zeros(1, device=device)
@@ -72,13 +92,14 @@ def count_attention(query: Tensor, key: Tensor, value: Tensor, *args, **kwargs) 
 
 
 def count_attention_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *args, **kwargs) -> int:
-    """Twice forward, as the mathematics has it: what a kernel computes again to save memory is no work done."""
+    """Twice forward, as the mathematics has it: what a kernel computes again to save memory is no work
+    done."""
     return 2 * count_attention(query, key, value)
 
 
 class FlopCounter(TorchDispatchMode):
-    """Adds up the FLOPs of matrix products, convolutions and attention by torch's formulas. Torch's own counter takes every other
-    operation apart too, for ten times the time."""
+    """Adds up the FLOPs of matrix products, convolutions and attention by torch's formulas. Torch's own
+    counter takes every other operation apart too, for ten times the time."""
 
     formulas: Mapping[Any, Any] = flop_registry | {
         aten._scaled_dot_product_flash_attention_for_cpu: count_attention,
@@ -101,7 +122,8 @@ class FlopCounter(TorchDispatchMode):
 
 
 class FusedAttention(TorchFunctionMode):
-    """On the meta device attention as real devices have it: there it would keep [heads, n, n] for backward."""
+    """On the meta device attention as real devices have it: there it would keep [heads, n, n] for
+    backward."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -110,12 +132,22 @@ class FusedAttention(TorchFunctionMode):
 
 
 def attend_fused(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False,
-    scale: float | None = None, enable_gqa: bool = False,
-) -> Tensor:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
     if query.device.type != "meta" or enable_gqa:
-        return nn.functional.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-    return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+        return nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    return aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
+    )[0]
 
 
 class KeptBytes:
@@ -136,16 +168,20 @@ class KeptBytes:
 
 
 def survey_space(denoiser: nn.Module, space: SearchSpace) -> dict:
-    """What `spaces check` prints: the denoiser's parameters, each method's with all groups on and off, each group's by method.
+    """What `spaces check` prints: the denoiser's parameters, each method's with all groups on and off, each
+    group's by method.
 
-    A group's count is what it adds to what the space always trains. Raises MemControlError where the space does not fit.
+    A group's count is what it adds to what the space always trains. Raises MemControlError where the space
+    does not fit.
     """
     modules = space.module_names(list_trainable_modules(denoiser))
     owner = {name: group for group, names in modules.items() for name in names}
     found: dict[str, Any] = {
-        "space": space.name, "total": sum(parameter.numel() for parameter in denoiser.parameters()), "methods": {},
+        "space": space.name,
+        "total": sum(parameter.numel() for parameter in denoiser.parameters()),
+        "methods": {},
         "groups": [{"name": group, "modules": names, "parameters": {}} for group, names in modules.items()],
-    }  # fmt: skip
+    }
     for method in space.methods:
         groups = space.groups_for(method)
         always = count_parameters(denoiser, space, space.choice((), method, 0.5))
@@ -154,7 +190,9 @@ def survey_space(denoiser: nn.Module, space: SearchSpace) -> dict:
         for group in found["groups"]:
             if group["name"] in groups:
                 group["parameters"][method] = sum(
-                    n for name, n in everything.items() if name not in always and find_owner(name, owner) == group["name"]
+                    n
+                    for name, n in everything.items()
+                    if name not in always and find_owner(name, owner) == group["name"]
                 )
         cost = measure_typical_cost(denoiser, space, space.choice(groups, method, 0.5))
         found["methods"][method] |= {"cost": cost and asdict(cost)}
@@ -162,11 +200,18 @@ def survey_space(denoiser: nn.Module, space: SearchSpace) -> dict:
 
 
 def list_blocks(denoiser: nn.Module, space: SearchSpace) -> list[dict]:
-    """The denoiser's blocks in the order of a forward pass: their parameters, and how many of these lie in each group's modules."""
-    owner = {name: group for group, names in space.module_names(list_trainable_modules(denoiser)).items() for name in names}
+    """The denoiser's blocks in the order of a forward pass: their parameters, and how many of these lie in
+    each group's modules."""
+    owner = {
+        name: group
+        for group, names in space.module_names(list_trainable_modules(denoiser)).items()
+        for name in names
+    }
     found: dict[str, dict] = {}
     for name, parameter in denoiser.named_parameters():
-        block = found.setdefault(name_block(name), {"name": name_block(name), "parameters": 0, "groups": Counter()})
+        block = found.setdefault(
+            name_block(name), {"name": name_block(name), "parameters": 0, "groups": Counter()}
+        )
         block["parameters"] += parameter.numel()
         if group := find_owner(name, owner):
             block["groups"][group] += parameter.numel()

@@ -18,7 +18,8 @@ LOW, HIGH = 1e-5, 1e-3
 def derive_space(denoiser: nn.Module, base: str) -> str:
     """YAML of a space with a group for each block, or for each run of blocks where there are many of a kind.
 
-    A block is a numbered child of a list ("up_blocks.2"), or a child of the denoiser that holds layers of its own.
+    A block is a numbered child of a list ("up_blocks.2"), or a child of the denoiser that holds layers of its
+    own.
     """
     blocks: dict[str, list[int]] = {}  # list name: numbers of its members; none for a single block
     for name in list_trainable_modules(denoiser):
@@ -30,7 +31,10 @@ def derive_space(denoiser: nn.Module, base: str) -> str:
                     blocks[parts[0]].append(int(parts[1]))
     way = ("down_blocks", "mid_block", "up_blocks")  # a U-Net registers its middle last
     kept = [name for name in blocks if blocks[name] or name.endswith("block")]
-    blocks = {name: blocks[name] for name in sorted(kept, key=lambda name: way.index(name) if name in way else len(way))}
+    blocks = {
+        name: blocks[name]
+        for name in sorted(kept, key=lambda name: way.index(name) if name in way else len(way))
+    }
     length = -(-sum(max(1, len(numbers)) for numbers in blocks.values()) // N_GROUPS)
     groups = {}
     for name, numbers in blocks.items():
@@ -38,13 +42,17 @@ def derive_space(denoiser: nn.Module, base: str) -> str:
             groups[name] = rf"{name}\..*"
         for start in range(0, len(numbers), length):
             run = numbers[start : start + length]
-            groups[name_group(name, run)] = rf"{name}\.({'|'.join(map(str, run))})\..*" if len(run) > 1 else rf"{name}\.{run[0]}\..*"
+            groups[name_group(name, run)] = (
+                rf"{name}\.({'|'.join(map(str, run))})\..*" if len(run) > 1 else rf"{name}\.{run[0]}\..*"
+            )
     lower = [float(f"{rate / 10:.3g}") for rate in (LOW, HIGH)]
     values = {
-        "description": f"Derived from the blocks of {base} ({type(denoiser).__name__}).", "groups": groups, "methods": list(DERIVED_METHODS),
+        "description": f"Derived from the blocks of {base} ({type(denoiser).__name__}).",
+        "groups": groups,
+        "methods": list(DERIVED_METHODS),
         "learning_rate": {**dict.fromkeys(DERIVED_METHODS, [LOW, HIGH]), "attention": lower, "full": lower},
         "rank": [2, 4, 8, 16],
-    }  # fmt: skip
+    }
     return yaml.dump(values, Dumper=PlainDumper, sort_keys=False, width=1000)
 
 

@@ -1,4 +1,5 @@
-"""Owns how pipelines differ: for each family, how captions are encoded, what the denoiser is called with, and how it samples."""
+"""Owns how pipelines differ: for each family, how captions are encoded, what the denoiser is called with, and
+how it samples."""
 
 from __future__ import annotations
 
@@ -25,12 +26,17 @@ class Family:
         return {"prompt_embeds": embeddings}
 
     def predict(self, denoiser, noisy: Tensor, time: Tensor, text: Text) -> Tensor:
-        """What the denoiser makes of latents [B, C, h, w] at times [B]: schedule steps 0..999, for a flow 1000 s."""
+        """What the denoiser makes of latents [B, C, h, w] at times [B]: schedule steps 0..999, for a flow
+        1000 s."""
         return denoiser(noisy, time, text["prompt_embeds"]).sample
 
     def sampled(self, pipeline, text: Text, empty: Text, guidance: float) -> dict:
         """Arguments of the pipeline's call; `empty` are encodings of the empty caption, as many."""
-        return {**text, **{f"negative_{name}": tensor for name, tensor in empty.items()}, "guidance_scale": guidance}
+        return {
+            **text,
+            **{f"negative_{name}": tensor for name, tensor in empty.items()},
+            "guidance_scale": guidance,
+        }
 
     def latents(self, noise: Tensor) -> Tensor:
         """Noise [N, C, h, w] in the form in which the pipeline takes it."""
@@ -47,13 +53,16 @@ class StableDiffusionXL(Family):
     pixels_per_latent = 8
 
     def encode(self, pipeline, captions: Sequence[str]) -> Text:
-        embeddings, _, pooled, _ = pipeline.encode_prompt(list(captions), device=pipeline.device, do_classifier_free_guidance=False)
+        embeddings, _, pooled, _ = pipeline.encode_prompt(
+            list(captions), device=pipeline.device, do_classifier_free_guidance=False
+        )
         return {"prompt_embeds": embeddings, "pooled_prompt_embeds": pooled}
 
     def predict(self, denoiser, noisy: Tensor, time: Tensor, text: Text) -> Tensor:
         factor = self.pixels_per_latent
         height, width = noisy.shape[2] * factor, noisy.shape[3] * factor
-        sizes = noisy.new_tensor([height, width, 0, 0, height, width]).expand(len(noisy), -1)  # original, crop, target
+        # original, crop, target
+        sizes = noisy.new_tensor([height, width, 0, 0, height, width]).expand(len(noisy), -1)
         added = {"text_embeds": text["pooled_prompt_embeds"], "time_ids": sizes}
         return denoiser(noisy, time, text["prompt_embeds"], added_cond_kwargs=added).sample
 
@@ -69,20 +78,29 @@ class StableDiffusion3(Family):
 
     def encode(self, pipeline, captions: Sequence[str]) -> Text:
         captions = list(captions)
-        embeddings, _, pooled, _ = pipeline.encode_prompt(captions, None, None, device=pipeline.device, do_classifier_free_guidance=False)
+        embeddings, _, pooled, _ = pipeline.encode_prompt(
+            captions, None, None, device=pipeline.device, do_classifier_free_guidance=False
+        )
         return {"prompt_embeds": embeddings, "pooled_prompt_embeds": pooled}
 
     def predict(self, denoiser, noisy: Tensor, time: Tensor, text: Text) -> Tensor:
         return denoiser(
-            hidden_states=noisy, timestep=time, encoder_hidden_states=text["prompt_embeds"], pooled_projections=text["pooled_prompt_embeds"]
+            hidden_states=noisy,
+            timestep=time,
+            encoder_hidden_states=text["prompt_embeds"],
+            pooled_projections=text["pooled_prompt_embeds"],
         ).sample
 
     def text_shapes(self, config) -> dict[str, tuple[int, ...]]:
-        return {"prompt_embeds": (77 + 256, config.joint_attention_dim), "pooled_prompt_embeds": (config.pooled_projection_dim,)}
+        return {
+            "prompt_embeds": (77 + 256, config.joint_attention_dim),
+            "pooled_prompt_embeds": (config.pooled_projection_dim,),
+        }
 
 
 class Flux(Family):
-    """A flow transformer on packed 2 x 2 latents; the guidance of distilled models is an input, as in sampling."""
+    """A flow transformer on packed 2 x 2 latents; the guidance of distilled models is an input, as in
+    sampling."""
 
     denoiser, flow, packing, guides_late = "transformer", True, 4, False
     trained_guidance = 1.0  # as in diffusers' own fine-tuning of distilled models
@@ -93,15 +111,25 @@ class Flux(Family):
 
     def predict(self, denoiser, noisy: Tensor, time: Tensor, text: Text) -> Tensor:
         height, width = noisy.shape[2:]
-        places = torch.stack(torch.meshgrid(torch.arange(height // 2), torch.arange(width // 2), indexing="ij"), -1).reshape(-1, 2)
+        places = torch.stack(
+            torch.meshgrid(torch.arange(height // 2), torch.arange(width // 2), indexing="ij"), -1
+        ).reshape(-1, 2)
         image_ids = torch.nn.functional.pad(places, (1, 0)).to(noisy)  # [h w / 4, 3]
         text_ids = noisy.new_zeros(text["prompt_embeds"].shape[1], 3)
-        guidance = noisy.new_full((len(noisy),), self.trained_guidance) if denoiser.config.guidance_embeds else None
+        guidance = (
+            noisy.new_full((len(noisy),), self.trained_guidance) if denoiser.config.guidance_embeds else None
+        )
         packed = denoiser(
-            hidden_states=self.latents(noisy), timestep=time / 1000, guidance=guidance, pooled_projections=text["pooled_prompt_embeds"],
-            encoder_hidden_states=text["prompt_embeds"], txt_ids=text_ids, img_ids=image_ids,
-        ).sample  # [B, h w / 4, 4 C]  # fmt: skip
-        tiles = packed.unflatten(1, (height // 2, width // 2)).unflatten(3, (-1, 2, 2))  # [B, h/2, w/2, C, 2, 2]
+            hidden_states=self.latents(noisy),
+            timestep=time / 1000,
+            guidance=guidance,
+            pooled_projections=text["pooled_prompt_embeds"],
+            encoder_hidden_states=text["prompt_embeds"],
+            txt_ids=text_ids,
+            img_ids=image_ids,
+        ).sample  # [B, h w / 4, 4 C]
+        # [B, h/2, w/2, C, 2, 2]
+        tiles = packed.unflatten(1, (height // 2, width // 2)).unflatten(3, (-1, 2, 2))
         return tiles.permute(0, 3, 1, 4, 2, 5).reshape(noisy.shape)
 
     def sampled(self, pipeline, text: Text, empty: Text, guidance: float) -> dict:
@@ -114,16 +142,22 @@ class Flux(Family):
         return tiles.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # [N, h w / 4, 4 C]
 
     def text_shapes(self, config) -> dict[str, tuple[int, ...]]:
-        return {"prompt_embeds": (512, config.joint_attention_dim), "pooled_prompt_embeds": (config.pooled_projection_dim,)}
+        return {
+            "prompt_embeds": (512, config.joint_attention_dim),
+            "pooled_prompt_embeds": (config.pooled_projection_dim,),
+        }
 
 
 class PixArt(Family):
-    """A diffusion transformer with a masked T5 caption; half of its output may be a learned variance (arXiv 2310.00426)."""
+    """A diffusion transformer with a masked T5 caption; half of its output may be a learned variance (arXiv
+    2310.00426)."""
 
     denoiser, guides_late = "transformer", False
 
     def encode(self, pipeline, captions: Sequence[str]) -> Text:
-        embeddings, mask, _, _ = pipeline.encode_prompt(list(captions), do_classifier_free_guidance=False, device=pipeline.device)
+        embeddings, mask, _, _ = pipeline.encode_prompt(
+            list(captions), do_classifier_free_guidance=False, device=pipeline.device
+        )
         return {"prompt_embeds": embeddings, "prompt_attention_mask": mask}
 
     def predict(self, denoiser, noisy: Tensor, time: Tensor, text: Text) -> Tensor:
@@ -133,26 +167,36 @@ class PixArt(Family):
             sizes = noisy.new_tensor([8 * height, 8 * width]).expand(len(noisy), -1)
             added = {"resolution": sizes, "aspect_ratio": noisy.new_full((len(noisy), 1), height / width)}
         predicted = denoiser(
-            noisy, encoder_hidden_states=text["prompt_embeds"], encoder_attention_mask=text["prompt_attention_mask"], timestep=time,
+            noisy,
+            encoder_hidden_states=text["prompt_embeds"],
+            encoder_attention_mask=text["prompt_attention_mask"],
+            timestep=time,
             added_cond_kwargs=added,
-        ).sample  # fmt: skip
+        ).sample
         return predicted[:, : noisy.shape[1]]
 
     def sampled(self, pipeline, text: Text, empty: Text, guidance: float) -> dict:
-        return {**super().sampled(pipeline, text, empty, guidance), "negative_prompt": None, "use_resolution_binning": False}
+        return {
+            **super().sampled(pipeline, text, empty, guidance),
+            "negative_prompt": None,
+            "use_resolution_binning": False,
+        }
 
     def text_shapes(self, config) -> dict[str, tuple[int, ...]]:
         return {"prompt_embeds": (300, config.caption_channels), "prompt_attention_mask": (300,)}
 
 
 class Sana(PixArt):
-    """A linear-attention flow transformer over a 32-fold autoencoder, captions by a language model (arXiv 2410.10629)."""
+    """A linear-attention flow transformer over a 32-fold autoencoder, captions by a language model (arXiv
+    2410.10629)."""
 
     flow = True
 
     def predict(self, denoiser, noisy: Tensor, time: Tensor, text: Text) -> Tensor:
         mask, scaled = text["prompt_attention_mask"], time * denoiser.config.timestep_scale
-        return denoiser(noisy, encoder_hidden_states=text["prompt_embeds"], encoder_attention_mask=mask, timestep=scaled).sample
+        return denoiser(
+            noisy, encoder_hidden_states=text["prompt_embeds"], encoder_attention_mask=mask, timestep=scaled
+        ).sample
 
 
 class Unconditional(Family):
@@ -186,12 +230,17 @@ FAMILIES: dict[str, type[Family]] = {
 def find_family(pipeline_class: str, base: str) -> Family:
     """Raises MemControlError for a pipeline that no family knows."""
     if pipeline_class not in FAMILIES:
-        raise MemControlError(f"base '{base}' is a {pipeline_class}, which MemControl cannot train; it can train {', '.join(FAMILIES)}")
+        raise MemControlError(
+            f"base '{base}' is a {pipeline_class}, which MemControl cannot train; it can train "
+            f"{', '.join(FAMILIES)}"
+        )
     return FAMILIES[pipeline_class]()
 
 
 FAMILIES_BY_DENOISER = {
-    "UNet2DConditionModel": lambda config: StableDiffusionXL() if config.addition_embed_type == "text_time" else Family(),
+    "UNet2DConditionModel": lambda config: (
+        StableDiffusionXL() if config.addition_embed_type == "text_time" else Family()
+    ),
     "SD3Transformer2DModel": lambda config: StableDiffusion3(),
     "FluxTransformer2DModel": lambda config: Flux(),
     "PixArtTransformer2DModel": lambda config: PixArt(),

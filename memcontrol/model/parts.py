@@ -1,4 +1,5 @@
-"""Owns how single modules are trained: plain weights, SV-Diff's spectral shifts and DiffFit's scales; peft's are in peft_tuners."""
+"""Owns how single modules are trained: plain weights, SV-Diff's spectral shifts and DiffFit's scales; peft's
+are in peft_tuners."""
 
 from __future__ import annotations
 
@@ -43,10 +44,18 @@ def is_layer(module: nn.Module) -> bool:
 
 def find_last_linear(module: nn.Module) -> str | None:
     """For an attention or feed-forward block, the name inside it of the Linear that gives its output."""
-    inside = "to_out" if hasattr(module, "to_out") and hasattr(module, "to_q") else "net" if type(module).__name__ == "FeedForward" else None
+    inside = (
+        "to_out"
+        if hasattr(module, "to_out") and hasattr(module, "to_q")
+        else "net"
+        if type(module).__name__ == "FeedForward"
+        else None
+    )
     if inside is None:
         return None
-    names = [name for name, part in module.get_submodule(inside).named_modules() if isinstance(part, nn.Linear)]
+    names = [
+        name for name, part in module.get_submodule(inside).named_modules() if isinstance(part, nn.Linear)
+    ]
     return f"{inside}.{names[-1]}" if names and names[-1] else None
 
 
@@ -69,13 +78,15 @@ def suits(method: str, module: nn.Module) -> bool:
 
 
 def find_output_layer(denoiser: nn.Module, name: str) -> str:
-    """The module itself, or the last Linear of an attention or feed-forward block: the layer whose weight a scale acts on."""
+    """The module itself, or the last Linear of an attention or feed-forward block: the layer whose weight a
+    scale acts on."""
     inner = find_last_linear(denoiser.get_submodule(name))
     return f"{name}.{inner}" if inner else name
 
 
 class Tuner(ABC):
-    """Targets of one mechanism in one denoiser: its parameters and their learning rates by name. Injected, it changes no output."""
+    """Targets of one mechanism in one denoiser: its parameters and their learning rates by name. Injected, it
+    changes no output."""
 
     learned: dict[str, nn.Parameter]
     rates: dict[str, float]
@@ -93,7 +104,8 @@ class Tuner(ABC):
         """Restores the base bit for bit."""
 
     def average(self, mean: State, states: Sequence[State], weights: Sequence[float]) -> State:
-        """What must differ from the plain mean of the states so that the change of every weight is the mean of theirs."""
+        """What must differ from the plain mean of the states so that the change of every weight is the mean
+        of theirs."""
         return {}
 
     def load(self, state: State) -> None:
@@ -121,25 +133,32 @@ class Weights(Tuner):
 
 
 class SpectralShift(nn.Module):
-    """W + U diag(relu(s + delta) - s) V', exactly W at delta = 0 (SV-Diff: Han et al. 2023, arXiv 2303.11305, eq. 2-3).
+    """W + U diag(relu(s + delta) - s) V', exactly W at delta = 0 (SV-Diff: Han et al. 2023, arXiv 2303.11305,
+    eq. 2-3).
 
-    The decomposition is made at first use, or read from `cache`, where it is kept by the content of the weight.
+    The decomposition is made at first use, or read from `cache`, where it is kept by the content of the
+    weight.
     """
 
     def __init__(self, weight: Tensor, cache: Path | None):
         super().__init__()
         self.cache = cache
         self.factors: tuple[Tensor, ...] = ()
-        self.delta = nn.Parameter(torch.zeros(min(flatten_weight(weight).shape), dtype=weight.dtype, device=weight.device))
+        self.delta = nn.Parameter(
+            torch.zeros(min(flatten_weight(weight).shape), dtype=weight.dtype, device=weight.device)
+        )
 
     def forward(self, weight: Tensor) -> Tensor:
         if not self.factors:
-            self.factors = tuple(factor.to(weight) for factor in decompose_weight(weight.detach(), self.cache))
+            self.factors = tuple(
+                factor.to(weight) for factor in decompose_weight(weight.detach(), self.cache)
+            )
         left, values, right = self.factors
         return weight + ((left * (torch.relu(values + self.delta) - values)) @ right).view_as(weight)
 
     def mean(self, deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-        """The shift whose singular values are the mean of the shifted ones, after relu: exact, since a mean of them is never negative."""
+        """The shift whose singular values are the mean of the shifted ones, after relu: exact, since a mean
+        of them is never negative."""
         values = self.factors[1].to(deltas[0])
         return sum(w * torch.relu(values + delta) for w, delta in zip(weights, deltas)) - values
 
@@ -170,20 +189,26 @@ def decompose_weight(weight: Tensor, cache: Path | None) -> tuple[Tensor, Tensor
 class SvDiff(Tuner):
     """Spectral shifts of Linear, Conv2d and norm weights; a norm has one value."""
 
-    def __init__(self, denoiser: nn.Module, targets: Sequence[Target], norm_rate: float | None, cache: Path | None):
+    def __init__(
+        self, denoiser: nn.Module, targets: Sequence[Target], norm_rate: float | None, cache: Path | None
+    ):
         self.modules: list[Any] = [denoiser.get_submodule(target.module) for target in targets]
         self.shifts, self.rates = {}, {}
         for target, module in zip(targets, self.modules):
             name = f"{target.module}.delta"
             self.rates[name] = norm_rate if is_norm(module) and norm_rate is not None else target.rate
             self.shifts[name] = SpectralShift(module.weight, cache)
-            parametrize.register_parametrization(module, "weight", self.shifts[name], unsafe=True)  # unsafe: no trial run, it would decompose
+            # unsafe: no trial run, it would decompose
+            parametrize.register_parametrization(module, "weight", self.shifts[name], unsafe=True)
         self.learned = {name: shift.delta for name, shift in self.shifts.items()}
 
     def average(self, mean: State, states: Sequence[State], weights: Sequence[float]) -> State:
         for module in self.modules:
             _ = module.weight  # its first use decomposes it
-        return {name: shift.mean([state[name] for state in states], weights) for name, shift in self.shifts.items()}
+        return {
+            name: shift.mean([state[name] for state in states], weights)
+            for name, shift in self.shifts.items()
+        }
 
     def fuse(self) -> None:
         self.end(leave_parametrized=True)
@@ -197,7 +222,8 @@ class SvDiff(Tuner):
 
 
 class OutputScale(nn.Module):
-    """Multiplies a layer's output by gamma = 1 + shift, as rows of its weight or bias; weight decay then pulls gamma to 1."""
+    """Multiplies a layer's output by gamma = 1 + shift, as rows of its weight or bias; weight decay then
+    pulls gamma to 1."""
 
     def __init__(self, weight: Tensor):
         super().__init__()
@@ -208,9 +234,11 @@ class OutputScale(nn.Module):
 
 
 class DiffFit(Tuner):
-    """Scales gamma on the outputs of layers and of attention and feed-forward blocks (Xie et al. 2023, arXiv 2304.06648).
+    """Scales gamma on the outputs of layers and of attention and feed-forward blocks (Xie et al. 2023, arXiv
+    2304.06648).
 
-    A block's scale acts on its last Linear, which gives the same function. Biases and norms are trained as plain weights.
+    A block's scale acts on its last Linear, which gives the same function. Biases and norms are trained as
+    plain weights.
     """
 
     def __init__(self, denoiser: nn.Module, targets: Sequence[Target]):
@@ -227,7 +255,8 @@ class DiffFit(Tuner):
             self.learned[scales[-1]], self.rates[scales[-1]] = scale.shift, target.rate
 
     def average(self, mean: State, states: Sequence[State], weights: Sequence[float]) -> State:
-        """The product of a layer's scales, and scale times bias, are what must be averaged; the last scale carries the rest."""
+        """The product of a layer's scales, and scale times bias, are what must be averaged; the last scale
+        carries the rest."""
         found: State = {}
         for name, (_, scales) in self.layers.items():
             totals = [math.prod(1 + state[scale] for scale in scales) for state in states]
@@ -236,7 +265,9 @@ class DiffFit(Tuner):
             found[scales[-1]] = total / others - 1
             bias = f"{name}.bias"
             if bias in mean:
-                found[bias] = sum(w * each * state[bias] for w, each, state in zip(weights, totals, states)) / total
+                found[bias] = (
+                    sum(w * each * state[bias] for w, each, state in zip(weights, totals, states)) / total
+                )
         return found
 
     def fuse(self) -> None:

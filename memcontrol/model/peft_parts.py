@@ -1,4 +1,5 @@
-"""Owns the methods that the peft library implements: their configs, their places in a denoiser, and exact means of them."""
+"""Owns the methods that the peft library implements: their configs, their places in a denoiser, and exact
+means of them."""
 
 from __future__ import annotations
 
@@ -55,32 +56,44 @@ def make_ln_tuning_config(targets: Sequence[Target]):
 
 
 def match_targets(targets: Sequence[Target]) -> dict[str, Any]:
-    return {"target_modules": "|".join(re.escape(target.module) for target in targets)}  # a string: peft shortens long lists to suffixes
+    # a string: peft shortens long lists to suffixes
+    return {"target_modules": "|".join(re.escape(target.module) for target in targets)}
 
 
 def match_sizes(targets: Sequence[Target], rank: str, alpha: str) -> dict[str, Any]:
     """The most frequent rank and alpha, and patterns for the targets that have others."""
     sizes = [(target.rank, target.rank * target.alpha) for target in targets]
     usual = max(sizes, key=sizes.count)
-    differing = [(f"^{re.escape(target.module)}", size) for target, size in zip(targets, sizes) if size != usual]
+    differing = [
+        (f"^{re.escape(target.module)}", size) for target, size in zip(targets, sizes) if size != usual
+    ]
     return {
-        rank: usual[0], alpha: usual[1],
-        "rank_pattern": {name: size[0] for name, size in differing}, "alpha_pattern": {name: size[1] for name, size in differing},
-    }  # fmt: skip
+        rank: usual[0],
+        alpha: usual[1],
+        "rank_pattern": {name: size[0] for name, size in differing},
+        "alpha_pattern": {name: size[1] for name, size in differing},
+    }
 
 
 PEFT = {
-    "lora": make_lora_config, "dora": make_dora_config, "loha": make_loha_config, "lokr": make_lokr_config, "oft": make_oft_config,
-    "ia3": make_ia3_config, "ln_tuning": make_ln_tuning_config,
-}  # fmt: skip
+    "lora": make_lora_config,
+    "dora": make_dora_config,
+    "loha": make_loha_config,
+    "lokr": make_lokr_config,
+    "oft": make_oft_config,
+    "ia3": make_ia3_config,
+    "ln_tuning": make_ln_tuning_config,
+}
 LINEAR = ("ia3", "ln_tuning")  # the weight is linear in the parameters, so their mean is exact
 
 
 class Peft(Tuner):
-    """Adapters of the peft library: LoRA (arXiv 2106.09685), DoRA (2402.09353), LoHa and LoKr (LyCORIS, 2309.14859),
-    OFT (2306.07280), IA3 (2205.05638) and LN tuning (2312.11420)."""
+    """Adapters of the peft library: LoRA (arXiv 2106.09685), DoRA (2402.09353), LoHa and LoKr (LyCORIS,
+    2309.14859), OFT (2306.07280), IA3 (2205.05638) and LN tuning (2312.11420)."""
 
-    def __init__(self, denoiser: nn.Module, method: str, targets: Sequence[Target], seed: int, shared_a: bool = False):
+    def __init__(
+        self, denoiser: nn.Module, method: str, targets: Sequence[Target], seed: int, shared_a: bool = False
+    ):
         from peft import inject_adapter_in_model
 
         self.denoiser, self.method, self.shared_a = denoiser, method, shared_a and method == "lora"
@@ -88,10 +101,13 @@ class Peft(Tuner):
         if hasattr(denoiser, "peft_config"):
             del denoiser.peft_config  # another method's, on other modules; its layers stay
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of norms for LN tuning, of block sizes that must divide a width
+            # of norms for LN tuning, of block sizes that must divide a width
+            warnings.simplefilter("ignore", UserWarning)
             torch.manual_seed(seed)  # peft draws its start from the global generator
             inject_adapter_in_model(self.config, denoiser)
-        self.layers: dict[str, Any] = {target.module: denoiser.get_submodule(target.module) for target in targets}
+        self.layers: dict[str, Any] = {
+            target.module: denoiser.get_submodule(target.module) for target in targets
+        }
         self.learned = {
             f"{name}.{inside.replace('.default', '')}": parameter
             for name, layer in self.layers.items()
@@ -100,25 +116,37 @@ class Peft(Tuner):
         }
         rates = {target.module: target.rate for target in targets}
         self.rates = {
-            name: next(rates[module] for module in self.layers if name.startswith(f"{module}.")) for name in self.learned
+            name: next(rates[module] for module in self.layers if name.startswith(f"{module}."))
+            for name in self.learned
         }
-        self.start = {} if method in LINEAR else {name: parameter.detach().clone() for name, parameter in self.learned.items()}
+        self.start = (
+            {}
+            if method in LINEAR
+            else {name: parameter.detach().clone() for name, parameter in self.learned.items()}
+        )
         self.original: dict[str, Tensor] = {}  # weights of the base that an offset has been added to
         self.added: State = {}  # the offsets
 
     def trained(self) -> dict[str, nn.Parameter]:
-        return {name: parameter for name, parameter in self.learned.items() if not (self.shared_a and ".lora_A." in name)}
+        return {
+            name: parameter
+            for name, parameter in self.learned.items()
+            if not (self.shared_a and ".lora_A." in name)
+        }
 
     @torch.no_grad()
     def load(self, state: State) -> None:
-        """Adds the state's offsets, dense changes of weights that the adapters cannot hold, to the base's weights."""
+        """Adds the state's offsets, dense changes of weights that the adapters cannot hold, to the base's
+        weights."""
         for name, layer in self.layers.items():
             offset, weight = state.get(f"{name}.offset"), layer.get_base_layer().weight
             if offset is not None:
                 weight.copy_(self.original.setdefault(name, weight.clone()) + offset.to(weight))
             elif name in self.original:
                 weight.copy_(self.original.pop(name))
-        self.added = {key: offset for key, offset in state.items() if key.removesuffix(".offset") in self.original}
+        self.added = {
+            key: offset for key, offset in state.items() if key.removesuffix(".offset") in self.original
+        }
 
     def offsets(self) -> State:
         return self.added
@@ -131,18 +159,24 @@ class Peft(Tuner):
         for name, layer in self.layers.items():
             own = [key for key in self.learned if key.startswith(f"{name}.")]
             if self.method == "lora":
-                found |= self.refactored(name, layer, [{key: state[key] for key in own} for state in states], mean, weights)
+                found |= self.refactored(
+                    name, layer, [{key: state[key] for key in own} for state in states], mean, weights
+                )
             else:
                 found |= self.restarted(name, layer, own, states, weights)
         return found
 
-    def refactored(self, name: str, layer: Any, states: Sequence[State], mean: State, weights: Sequence[float]) -> State:
-        """The mean of the products BA: its best factors of the same rank, and what they leave over as an offset."""
+    def refactored(
+        self, name: str, layer: Any, states: Sequence[State], mean: State, weights: Sequence[float]
+    ) -> State:
+        """The mean of the products BA: its best factors of the same rank, and what they leave over as an
+        offset."""
         down, up = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
         if all(torch.equal(state[down], states[0][down]) for state in states):
             return {down: states[0][down]}  # a shared A: the mean of B is exact
         scaling, rank = layer.scaling["default"], len(mean[down])
-        tall = torch.cat([w * state[up].flatten(1) for w, state in zip(weights, states)], 1).double()  # [out, K r]
+        # [out, K r]
+        tall = torch.cat([w * state[up].flatten(1) for w, state in zip(weights, states)], 1).double()
         wide = torch.cat([state[down].flatten(1) for state in states]).double()  # [K r, in]
         (q_tall, r_tall), (q_wide, r_wide) = torch.linalg.qr(tall), torch.linalg.qr(wide.T)
         left, values, right = torch.linalg.svd(r_tall @ r_wide.T)
@@ -155,10 +189,14 @@ class Peft(Tuner):
             f"{name}.offset": offset,
         }
 
-    def restarted(self, name: str, layer: Any, own: Sequence[str], states: Sequence[State], weights: Sequence[float]) -> State:
-        """The mean change of the weight as an offset, under an adapter that starts anew: no factors of this kind hold a mean."""
+    def restarted(
+        self, name: str, layer: Any, own: Sequence[str], states: Sequence[State], weights: Sequence[float]
+    ) -> State:
+        """The mean change of the weight as an offset, under an adapter that starts anew: no factors of this
+        kind hold a mean."""
         kept, base = {key: self.learned[key].clone() for key in own}, layer.get_base_layer().weight
-        home, before = base.data, base.detach().clone()  # merging may move the weight, and results depend on where it lies
+        # merging may move the weight, and results depend on where it lies
+        home, before = base.data, base.detach().clone()
         original = self.original.get(name, before)
         total = torch.zeros_like(before)
         for state, weight in zip(states, weights):
@@ -175,12 +213,18 @@ class Peft(Tuner):
         found = {key: self.start[key] for key in own} | {f"{name}.offset": total}
         magnitude = f"{name}.lora_magnitude_vector.weight"
         if magnitude in own:
-            found[magnitude] = torch.linalg.norm((original + total).flatten(1), dim=1).view_as(self.start[magnitude])
+            found[magnitude] = torch.linalg.norm((original + total).flatten(1), dim=1).view_as(
+                self.start[magnitude]
+            )
         return found
 
     @contextlib.contextmanager
     def folded(self) -> Iterator[None]:
-        layers = [] if self.method in LINEAR else [(layer, layer.get_base_layer().weight) for layer in self.layers.values()]
+        layers = (
+            []
+            if self.method in LINEAR
+            else [(layer, layer.get_base_layer().weight) for layer in self.layers.values()]
+        )
         before = [(weight.data, weight.detach().clone()) for _, weight in layers]
         try:
             for layer, _ in layers:

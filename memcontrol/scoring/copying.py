@@ -1,6 +1,7 @@
 """Owns the figures of memorization and copying: pure functions of feature matrices [n, d], numpy or torch.
 
-Every value is an Estimate: a float that knows its error or interval. Distances are Euclidean, sums are float64.
+Every value is an Estimate: a float that knows its error or interval. Distances are Euclidean, sums are
+float64.
 """
 
 from __future__ import annotations
@@ -17,14 +18,21 @@ import numpy as np
 from memcontrol.core.estimate import Estimate, beta_binomial_p, convert_to_percent, estimate_share
 from memcontrol.core.reward_table import CLIP, FALSE_POSITIVES
 from memcontrol.core.seeds import derive_seed
-from memcontrol.data.features import check_matrix, nearest, nearest_others, pairwise_distances, refuse_unlike_widths
+from memcontrol.data.features import (
+    check_matrix,
+    nearest,
+    nearest_others,
+    pairwise_distances,
+    refuse_unlike_widths,
+)
 
 N_PERMUTATIONS = 400
 N_NEIGHBOURS = 96
 N_REFERENCE_DRAWS = 5
 TRAIN, HOLDOUT = 1, 2
 
-# Thresholds as published: MQ's of squared distances, Carlini's alpha, the extraction attack's tile distance (224 pixels, 0..1).
+# Thresholds as published: MQ's of squared distances, Carlini's alpha, the extraction attack's tile distance
+# (224 pixels, 0..1).
 PRESETS: dict[str, dict[str, Any]] = {
     "iet-agc": {"mq": 0.5, "mq_neighbours": 50},
     "carlini2023": {"alpha": 0.5, "neighbours": 50},
@@ -33,8 +41,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def authpct(generated, train) -> Estimate:
-    """Per cent of generated points that are farther from their nearest training point than that one from its own nearest other
-    (Alaa et al. 2022, arXiv 2102.08921). Real images reach some 70, not 100: read it beside the held-out images' value."""
+    """Per cent of generated points that are farther from their nearest training point than that one from its
+    own nearest other (Alaa et al. 2022, arXiv 2102.08921). Real images reach some 70, not 100: read it beside
+    the held-out images' value."""
     g, t = check_matrix(generated, "generated", dtype=None), check_matrix(train, "train", 2, dtype=None)
     refuse_unlike_widths(g, t)
     distances, indices = nearest(g, t)
@@ -42,48 +51,68 @@ def authpct(generated, train) -> Estimate:
     return convert_to_percent(estimate_share(nearest_others(t, 1, rows)[places, 0] < distances[:, 0]))
 
 
-def mq(generated, train, threshold: float = PRESETS["iet-agc"]["mq"], k: int = PRESETS["iet-agc"]["mq_neighbours"]) -> int:
-    """IET-AGC's MQ: how many generated images have d1 / mean(d1 .. dk) below the threshold (arXiv 2407.15328).
+def mq(
+    generated,
+    train,
+    threshold: float = PRESETS["iet-agc"]["mq"],
+    k: int = PRESETS["iet-agc"]["mq_neighbours"],
+) -> int:
+    """IET-AGC's MQ: how many generated images have d1 / mean(d1 .. dk) below the threshold (arXiv
+    2407.15328).
 
-    d1 .. dk are squared distances of an image to its k nearest training images, the nearest included; in pixels of 0..1 as
-    published. Squares make 0.5 an ordinary distance ratio of some 0.7.
+    d1 .. dk are squared distances of an image to its k nearest training images, the nearest included; in
+    pixels of 0..1 as published. Squares make 0.5 an ordinary distance ratio of some 0.7.
     """
     squares = measure_distances(generated, train, k) ** 2
     return int((squares[:, 0] / np.maximum(squares.mean(1), 1e-300) < threshold).sum())
 
 
 def measure_distances(generated, train, k: int) -> np.ndarray:
-    """Of each generated image to its k nearest training images, or to all of them where there are fewer: [N, k]."""
+    """Of each generated image to its k nearest training images, or to all of them where there are fewer: [N,
+    k]."""
     g, t = check_matrix(generated, "generated", dtype=None), check_matrix(train, "train", 2, dtype=None)
     refuse_unlike_widths(g, t)
     return nearest(g, t, k)[0]
 
 
-def carlini_rate(generated, train, k: int = PRESETS["carlini2023"]["neighbours"], alpha: float = PRESETS["carlini2023"]["alpha"]) -> Estimate:
-    """The share of images with d1 < alpha mean(d1 .. dk), distances to the k nearest training images (Carlini et al. 2023,
-    arXiv 2301.13188, section 5). Needs many more training images than k."""
+def carlini_rate(
+    generated,
+    train,
+    k: int = PRESETS["carlini2023"]["neighbours"],
+    alpha: float = PRESETS["carlini2023"]["alpha"],
+) -> Estimate:
+    """The share of images with d1 < alpha mean(d1 .. dk), distances to the k nearest training images (Carlini
+    et al. 2023, arXiv 2301.13188, section 5). Needs many more training images than k."""
     distances = measure_distances(generated, train, k)
     return estimate_share(distances[:, 0] < alpha * distances.mean(1))
 
 
 def tile_distances(images, n_tiles: int = 4) -> np.ndarray:
-    """For images [m, C, H, W] in 0..1, the largest root mean square difference of a tile, of n_tiles x n_tiles: [m, m].
+    """For images [m, C, H, W] in 0..1, the largest root mean square difference of a tile, of n_tiles x
+    n_tiles: [m, m].
 
-    Carlini et al. 2023 (arXiv 2301.13188, section 4.2), in root mean squares so that a threshold holds at any size.
+    Carlini et al. 2023 (arXiv 2301.13188, section 4.2), in root mean squares so that a threshold holds at any
+    size.
     """
     pixels = np.asarray(images, np.float64)
     m, channels, height, width = pixels.shape
     high, wide = height // n_tiles, width // n_tiles
-    tiles = pixels[:, :, : high * n_tiles, : wide * n_tiles].reshape(m, channels, n_tiles, high, n_tiles, wide)
+    tiles = pixels[:, :, : high * n_tiles, : wide * n_tiles].reshape(
+        m, channels, n_tiles, high, n_tiles, wide
+    )
     rows = tiles.transpose(2, 4, 0, 1, 3, 5).reshape(n_tiles**2, m, -1)
     return np.max([pairwise_distances(tile, tile) for tile in rows], axis=0) / math.sqrt(rows.shape[2])
 
 
-def extraction(generations, threshold: float, least: int = PRESETS["memcontrol2025"]["component"]) -> dict[str, Estimate]:
-    """The share of prompts whose generations [P, m, C, H, W] agree: `component` by `least` images joined by pairs below the
-    threshold (what MemControl's code counts), `clique` by `least` images that all lie below it pairwise (Carlini et al. 2023).
+def extraction(
+    generations, threshold: float, least: int = PRESETS["memcontrol2025"]["component"]
+) -> dict[str, Estimate]:
+    """The share of prompts whose generations [P, m, C, H, W] agree: `component` by `least` images joined by
+    pairs below the threshold (what MemControl's code counts), `clique` by `least` images that all lie below
+    it pairwise (Carlini et al. 2023).
 
-    Calibrate the threshold, the 1 % quantile of `tile_distances` of held-out images: a fixed one passes half of all X-ray pairs.
+    Calibrate the threshold, the 1 % quantile of `tile_distances` of held-out images: a fixed one passes half
+    of all X-ray pairs.
     """
     import networkx
 
@@ -97,14 +126,16 @@ def extraction(generations, threshold: float, least: int = PRESETS["memcontrol20
 
 @dataclass(frozen=True)
 class DistanceSpace:
-    """Points to measure distances between: generated [N, D], train [T, D], holdout [H, D]; queries also as mirror images."""
+    """Points to measure distances between: generated [N, D], train [T, D], holdout [H, D]; queries also as
+    mirror images."""
 
     generated: tuple[np.ndarray, ...]
     train: np.ndarray
     holdout: np.ndarray
     held_queries: tuple[np.ndarray, ...]
     seed: int = 0
-    known: dict[str, Any] = field(default_factory=dict, compare=False)  # what follows from the references alone, whatever is generated
+    # what follows from the references alone, whatever is generated
+    known: dict[str, Any] = field(default_factory=dict, compare=False)
 
     @cached_property
     def to_train(self) -> tuple[np.ndarray, np.ndarray]:
@@ -122,17 +153,25 @@ class DistanceSpace:
 
     @property
     def held_to_train(self) -> np.ndarray:
-        return remember_once(self.known, "held to train", lambda: take_first(*nearest_versions(self.held_queries, self.train, 1))[0])
+        return remember_once(
+            self.known,
+            "held to train",
+            lambda: take_first(*nearest_versions(self.held_queries, self.train, 1))[0],
+        )
 
     @property
     def held_to_others(self) -> np.ndarray:
         """Each held-out image's distance to its nearest other held-out image: [H]."""
-        return remember_once(self.known, "held to others", lambda: distances_to_others(self.held_queries, self.holdout))
+        return remember_once(
+            self.known, "held to others", lambda: distances_to_others(self.held_queries, self.holdout)
+        )
 
     @property
     def orders(self) -> tuple[np.ndarray, np.ndarray]:
         """Canonical orders of the training and held-out rows."""
-        return remember_once(self.known, "orders", lambda: (canonical_order(self.train), canonical_order(self.holdout)))
+        return remember_once(
+            self.known, "orders", lambda: (canonical_order(self.train), canonical_order(self.holdout))
+        )
 
 
 def remember_once(known: dict[str, Any], name: str, make: Callable[[], Any]) -> Any:
@@ -152,8 +191,11 @@ def take_first(distances: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, 
     return distances[:, 0], indices[:, 0]
 
 
-def nearest_versions(queries: tuple[np.ndarray, ...], references: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Nearest references over all versions of each query (as it is, mirrored): each reference counted once, at its nearer one."""
+def nearest_versions(
+    queries: tuple[np.ndarray, ...], references: np.ndarray, k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Nearest references over all versions of each query (as it is, mirrored): each reference counted once,
+    at its nearer one."""
     found = [nearest(version, references, k) for version in queries]
     if len(found) == 1:
         return found[0]
@@ -174,12 +216,14 @@ def ratio(to_train: np.ndarray, to_holdout: np.ndarray) -> np.ndarray:
 
 
 def copy_rate(generated, train, holdout, calibration=None) -> Estimate:
-    """The share of generated images nearer to a training image, relative to held-out ones, than 99 % of real images are.
+    """The share of generated images nearer to a training image, relative to held-out ones, than 99 % of real
+    images are.
 
-    The threshold is the 1 % quantile of d(train) / d(holdout) for `calibration`, real images of neither set; without them,
-    for the held-out images, each left out of its own reference. A model that copies nothing has about 0.01, or `chance_rate` of
-    the number of real images where they are few. The interval is Wilson's, of the share below this line; `p` is the chance of as
-    many hits without copying, which knows that the line itself errs.
+    The threshold is the 1 % quantile of d(train) / d(holdout) for `calibration`, real images of neither set;
+    without them, for the held-out images, each left out of its own reference. A model that copies nothing has
+    about 0.01, or `chance_rate` of the number of real images where they are few. The interval is Wilson's, of
+    the share below this line; `p` is the chance of as many hits without copying, which knows that the line
+    itself errs.
     """
     space = make_space(generated, train, holdout)
     if calibration is None:
@@ -219,8 +263,9 @@ def share_below_line(space: DistanceSpace, real: np.ndarray) -> Estimate:
 
 
 def measure_clear_copies(space: DistanceSpace) -> Estimate:
-    """The share of images so near to a training image, relative to held-out ones, that without copying one such among all of them has
-    a chance of 1 %. Few held-out images suffice for it, since it goes by how far below the line an image lies."""
+    """The share of images so near to a training image, relative to held-out ones, that without copying one
+    such among all of them has a chance of 1 %. Few held-out images suffice for it, since it goes by how far
+    below the line an image lies."""
     made = ratio(space.to_train[0], space.to_holdout)
     return estimate_share(tail_chances(real_ratios(space), made) * len(made) < 0.01)
 
@@ -228,8 +273,9 @@ def measure_clear_copies(space: DistanceSpace) -> Estimate:
 def tail_chances(real: np.ndarray, made: np.ndarray) -> np.ndarray:
     """Of each ratio in `made` [N], the chance that a real image's is as low.
 
-    Near 0, P(ratio < r) goes as r to the power of the data's dimension, so the logarithm has an exponential lower tail. Its rate is
-    the mean excess of the tenth of the real ratios that is lowest (Hill 1975); that this is an estimate makes the tail a Lomax.
+    Near 0, P(ratio < r) goes as r to the power of the data's dimension, so the logarithm has an exponential
+    lower tail. Its rate is the mean excess of the tenth of the real ratios that is lowest (Hill 1975); that
+    this is an estimate makes the tail a Lomax.
     """
     logs = np.sort(np.log(np.maximum(real, 1e-12)))
     k = min(max(5, len(logs) // 10), len(logs) - 1)
@@ -246,7 +292,11 @@ def hits_p_value(share: Estimate, n_real: int) -> float:
 
 
 def make_space(generated, train, holdout, seed: int = 0) -> DistanceSpace:
-    made, known, held = check_matrix(generated, "generated", dtype=None), check_matrix(train, "train", dtype=None), check_matrix(holdout, "holdout", 2, dtype=None)
+    made, known, held = (
+        check_matrix(generated, "generated", dtype=None),
+        check_matrix(train, "train", dtype=None),
+        check_matrix(holdout, "holdout", 2, dtype=None),
+    )
     refuse_unlike_widths(made, known, held)
     return DistanceSpace((made,), known, held, (held,), seed)
 
@@ -254,9 +304,9 @@ def make_space(generated, train, holdout, seed: int = 0) -> DistanceSpace:
 def memorization(generated, train, holdout, seed: int = 0) -> Estimate:
     """M, its standard deviation under permuted labels, and the p-value of M > 0.
 
-    M is the mean over generated images of log(d(holdout) / d(train)), clipped to +-log 4, with references of equal size:
-    the larger one is drawn down, five times. 0 where training images are no nearer than held-out ones, positive for
-    copying. The null keeps the pooled reference and permutes which half is called train.
+    M is the mean over generated images of log(d(holdout) / d(train)), clipped to +-log 4, with references of
+    equal size: the larger one is drawn down, five times. 0 where training images are no nearer than held-out
+    ones, positive for copying. The null keeps the pooled reference and permutes which half is called train.
     """
     return measure_memorization(make_space(generated, train, holdout, seed))
 
@@ -266,11 +316,18 @@ def measure_memorization(space: DistanceSpace) -> Estimate:
     sets = list(zip((space.train, space.holdout), space.orders))
     m = min(len(space.train), len(space.holdout))
     n_draws = 1 if len(space.train) == len(space.holdout) else N_REFERENCE_DRAWS
-    whole = [nearest_versions(space.generated, rows[order], N_NEIGHBOURS) if len(rows) == m else None for rows, order in sets]
+    whole = [
+        nearest_versions(space.generated, rows[order], N_NEIGHBOURS) if len(rows) == m else None
+        for rows, order in sets
+    ]
     ratios, null = [], []
     for draw in range(n_draws):
         rng = np.random.default_rng(derive_seed(space.seed, "memorization", draw))
-        found = [known or nearest_versions(space.generated, rows[order[rng.permutation(len(rows))[:m]]], N_NEIGHBOURS) for known, (rows, order) in zip(whole, sets)]
+        found = [
+            known
+            or nearest_versions(space.generated, rows[order[rng.permutation(len(rows))[:m]]], N_NEIGHBOURS)
+            for known, (rows, order) in zip(whole, sets)
+        ]
         distances, indices = merge_neighbours(found, m)
         distances = np.maximum(distances, floor)
         sides = np.repeat(np.array([TRAIN, HOLDOUT], np.int8), m)
@@ -279,16 +336,26 @@ def measure_memorization(space: DistanceSpace) -> Estimate:
             null.append(float(log_ratios(distances, rng.permutation(sides)[indices]).mean()))
     contributions = np.mean(ratios, axis=0)
     value = float(contributions.mean())
-    return Estimate(value, float(np.std(null)), p=(1 + sum(x >= value for x in null)) / (1 + len(null)), contributions=contributions)
+    return Estimate(
+        value,
+        float(np.std(null)),
+        p=(1 + sum(x >= value for x in null)) / (1 + len(null)),
+        contributions=contributions,
+    )
 
 
 def canonical_order(rows: np.ndarray) -> np.ndarray:
     """An order of the rows by their content, so that draws do not depend on how a folder was listed: [N]."""
-    return np.array(sorted(range(len(rows)), key=lambda row: hashlib.blake2b(rows[row].tobytes(), digest_size=16).digest()))
+    return np.array(
+        sorted(
+            range(len(rows)), key=lambda row: hashlib.blake2b(rows[row].tobytes(), digest_size=16).digest()
+        )
+    )
 
 
 def merge_neighbours(found: Sequence[tuple[np.ndarray, np.ndarray]], m: int) -> tuple[np.ndarray, np.ndarray]:
-    """Neighbours in several sets of m rows, as one sorted list: distances, and rows in the sets laid end to end. [N, K] both."""
+    """Neighbours in several sets of m rows, as one sorted list: distances, and rows in the sets laid end to
+    end. [N, K] both."""
     distances = np.concatenate([distances for distances, _ in found], axis=1)
     indices = np.concatenate([indices + i * m for i, (_, indices) in enumerate(found)], axis=1)
     order = distances.argsort(axis=1, kind="stable")
@@ -296,12 +363,14 @@ def merge_neighbours(found: Sequence[tuple[np.ndarray, np.ndarray]], m: int) -> 
 
 
 def log_ratios(distances: np.ndarray, sides: np.ndarray) -> np.ndarray:
-    """Clipped log ratios [N], from each image's sorted neighbours [N, K] and the side that each is on [N, K]."""
+    """Clipped log ratios [N], from each image's sorted neighbours [N, K] and the side that each is on [N,
+    K]."""
     to_train, to_holdout = (first_distance(distances, sides == side) for side in (TRAIN, HOLDOUT))
     return np.clip(np.log(to_holdout / to_train), -CLIP, CLIP)
 
 
 def first_distance(distances: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """The distance of the first chosen neighbour of each row, or of the last neighbour where none is chosen: [N]."""
+    """The distance of the first chosen neighbour of each row, or of the last neighbour where none is chosen:
+    [N]."""
     column = np.where(chosen.any(1), chosen.argmax(1), -1)
     return distances[np.arange(len(distances)), column]

@@ -17,7 +17,8 @@ from memcontrol.scoring.quality import Gaussian, fit_gaussian
 
 @dataclass(frozen=True)
 class Descriptors:
-    """One set of images under the two descriptors: pixels [N, 3072], 32 x 32 in 0..1, and extractor features [N, D]."""
+    """One set of images under the two descriptors: pixels [N, 3072], 32 x 32 in 0..1, and extractor features
+    [N, D]."""
 
     pixels: np.ndarray
     features: np.ndarray
@@ -35,7 +36,8 @@ class Descriptors:
 
 @dataclass(frozen=True)
 class Evidence:
-    """All that rewards may look at: generated images, the training set, and as references images never trained on."""
+    """All that rewards may look at: generated images, the training set, and as references images never
+    trained on."""
 
     generated: Descriptors
     train: Descriptors
@@ -43,8 +45,10 @@ class Evidence:
     seed: int = 0
     images: np.ndarray | None = None  # uint8 [N, 3, H, W], the generated ones as they are
     captions: tuple[str, ...] = ()  # that they were generated from
-    clip: tuple[np.ndarray, np.ndarray] | None = None  # a CLIP model's embeddings of images and captions, [N, D] each
-    known: dict[str, dict] = field(default_factory=lambda: {"pixels": {}, "features": {}}, compare=False)  # of each space, what depends on references alone
+    # a CLIP model's embeddings of images and captions, [N, D] each
+    clip: tuple[np.ndarray, np.ndarray] | None = None
+    # of each space, what depends on references alone
+    known: dict[str, dict] = field(default_factory=lambda: {"pixels": {}, "features": {}}, compare=False)
     cache: dict = field(default_factory=dict, compare=False)
 
     def space(self, name: str) -> DistanceSpace:
@@ -56,19 +60,34 @@ class Evidence:
 def make_pixel_space(evidence: Evidence) -> DistanceSpace:
     generated, held = evidence.generated, evidence.holdout
     return DistanceSpace(
-        (generated.pixels, generated.mirrored), evidence.train.pixels, held.pixels, (held.pixels, held.mirrored), evidence.seed, evidence.known["pixels"]
-    )  # fmt: skip
+        (generated.pixels, generated.mirrored),
+        evidence.train.pixels,
+        held.pixels,
+        (held.pixels, held.mirrored),
+        evidence.seed,
+        evidence.known["pixels"],
+    )
 
 
 def make_feature_space(evidence: Evidence) -> DistanceSpace:
     """Features centred on the mean of both references and scaled to unit length (cosine geometry)."""
     known, references = evidence.known["features"], (evidence.train.features, evidence.holdout.features)
     centre = remember_once(known, "centre", lambda: (references[0].mean(0) + references[1].mean(0)) / 2)
-    train, held = remember_once(known, "on the sphere", lambda: [unit_rows(rows - centre) for rows in references])
-    return DistanceSpace((unit_rows(evidence.generated.features - centre),), train, held, (held,), evidence.seed, known)
+    train, held = remember_once(
+        known, "on the sphere", lambda: [unit_rows(rows - centre) for rows in references]
+    )
+    return DistanceSpace(
+        (unit_rows(evidence.generated.features - centre),), train, held, (held,), evidence.seed, known
+    )
 
 
 def describe_broken_images(pixels: np.ndarray) -> str:
-    """Why images of pixels [N, 3 S], in 0..1, cannot be judged: a model that makes flat ones is broken. Empty if they can."""
+    """Why images of pixels [N, 3 S], in 0..1, cannot be judged: a model that makes flat ones is broken. Empty
+    if they can."""
     flat_share = float((pixels.reshape(len(pixels), 3, -1).std(axis=2).max(axis=1) < 1e-3).mean())
-    return f"{flat_share:.0%} of the generated images are one flat colour; the model is broken (NaN, wrong precision or scaling)" if flat_share > 0.5 else ""
+    return (
+        f"{flat_share:.0%} of the generated images are one flat colour; the model is broken (NaN, "
+        "wrong precision or scaling)"
+        if flat_share > 0.5
+        else ""
+    )

@@ -1,4 +1,5 @@
-"""Owns feature extractors: networks that turn images into rows of features, each pinned by what it is and a sha256 of its weights."""
+"""Owns feature extractors: networks that turn images into rows of features, each pinned by what it is and a
+sha256 of its weights."""
 
 from __future__ import annotations
 
@@ -19,8 +20,15 @@ from memcontrol.data.features import pixel_features, shrink_images
 
 TINY_FEATURES = PACKAGE / "assets" / "features.safetensors"
 EXTRACT_BATCH = 64
-NORMALIZE = {"imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), "half": ((0.5,) * 3, (0.5,) * 3), "unit": ((0.0,) * 3, (1.0,) * 3)}
-EXTRACTOR_KINDS = "tiny, pixels, inception[:WEIGHTS], transformers:MODEL, torchscript:PATH[,side=224][,normalize=imagenet|half|unit]"
+NORMALIZE = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "half": ((0.5,) * 3, (0.5,) * 3),
+    "unit": ((0.0,) * 3, (1.0,) * 3),
+}
+EXTRACTOR_KINDS = (
+    "tiny, pixels, inception[:WEIGHTS], transformers:MODEL, "
+    "torchscript:PATH[,side=224][,normalize=imagenet|half|unit]"
+)
 
 
 @dataclass(frozen=True)
@@ -45,7 +53,9 @@ class TinyFeatures(nn.Module):
             layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GroupNorm(8, after), nn.SiLU()]
             layers += [nn.Conv2d(after, after, 3, padding=1), nn.GroupNorm(8, after), nn.SiLU()]
         self.body = nn.Sequential(*layers)
-        self.head = nn.Sequential(nn.Flatten(), nn.Linear(96 * 4 * 4, self.n_features), nn.LayerNorm(self.n_features))
+        self.head = nn.Sequential(
+            nn.Flatten(), nn.Linear(96 * 4 * 4, self.n_features), nn.LayerNorm(self.n_features)
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.body(images))
@@ -58,7 +68,11 @@ def load_tiny() -> Extractor:
     network = TinyFeatures().eval()
     network.load_state_dict(load_file(TINY_FEATURES))
     digest = hashlib.sha256(TINY_FEATURES.read_bytes()).hexdigest()[:16]
-    return Extractor(f"tiny-sha256:{digest}", TinyFeatures.n_features, make_batched(lambda pixels: network(shrink_images(pixels) * 2 - 1), torch.device("cpu"), 256))
+    return Extractor(
+        f"tiny-sha256:{digest}",
+        TinyFeatures.n_features,
+        make_batched(lambda pixels: network(shrink_images(pixels) * 2 - 1), torch.device("cpu"), 256),
+    )
 
 
 def make_pixel_extractor() -> Extractor:
@@ -67,7 +81,8 @@ def make_pixel_extractor() -> Extractor:
 
 
 def load_transformers(name: str) -> Extractor:
-    """A vision model of the transformers library: its pooled output, or its image embedding (CLIP); brought to size by its own processor."""
+    """A vision model of the transformers library: its pooled output, or its image embedding (CLIP); brought
+    to size by its own processor."""
     from memcontrol.model.base import quiet_libraries
 
     quiet_libraries()
@@ -76,7 +91,9 @@ def load_transformers(name: str) -> Extractor:
     try:
         processor, model = AutoImageProcessor.from_pretrained(name), AutoModel.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
-        raise MemControlError(f"rewards.extractor 'transformers:{name}' cannot be loaded: {' '.join(str(error).split())[:200]}") from None
+        raise MemControlError(
+            f"rewards.extractor 'transformers:{name}' cannot be loaded: {' '.join(str(error).split())[:200]}"
+        ) from None
     model, device = place_network(model)
 
     def features(images: np.ndarray) -> Tensor:
@@ -92,26 +109,38 @@ def load_transformers(name: str) -> Extractor:
 
 
 def load_clip(name: str) -> Callable[[np.ndarray, Sequence[str]], tuple[np.ndarray, np.ndarray]]:
-    """A CLIP model of the transformers library: uint8 [N, 3, H, W] and N captions to their embeddings [N, D] each."""
+    """A CLIP model of the transformers library: uint8 [N, 3, H, W] and N captions to their embeddings [N, D]
+    each."""
     from memcontrol.model.base import quiet_libraries
 
     quiet_libraries()
     from transformers import AutoProcessor, CLIPModel
 
     try:
-        processor, (model, device) = AutoProcessor.from_pretrained(name), place_network(CLIPModel.from_pretrained(name))
+        processor, (model, device) = (
+            AutoProcessor.from_pretrained(name),
+            place_network(CLIPModel.from_pretrained(name)),
+        )
     except (OSError, ValueError, KeyError) as error:
-        raise MemControlError(f"rewards.clip '{name}' cannot be loaded as a CLIP model: {' '.join(str(error).split())[:200]}") from None
+        raise MemControlError(
+            f"rewards.clip '{name}' cannot be loaded as a CLIP model: {' '.join(str(error).split())[:200]}"
+        ) from None
 
     @torch.no_grad()
     def embed(images: np.ndarray, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         found = []
         for start in range(0, len(images), EXTRACT_BATCH):
             batch = processor(
-                images=list(images[start : start + EXTRACT_BATCH]), text=list(captions[start : start + EXTRACT_BATCH]), return_tensors="pt", padding=True, truncation=True
-            )  # fmt: skip
+                images=list(images[start : start + EXTRACT_BATCH]),
+                text=list(captions[start : start + EXTRACT_BATCH]),
+                return_tensors="pt",
+                padding=True,
+                truncation=True,
+            )
             output = model(**batch.to(device))
-            found.append((output.image_embeds.float().cpu().numpy(), output.text_embeds.float().cpu().numpy()))
+            found.append(
+                (output.image_embeds.float().cpu().numpy(), output.text_embeds.float().cpu().numpy())
+            )
         seen, read = (np.concatenate(rows) for rows in zip(*found))
         return seen, read
 
@@ -119,40 +148,70 @@ def load_clip(name: str) -> Callable[[np.ndarray, Sequence[str]], tuple[np.ndarr
 
 
 def load_torchscript(text: str) -> Extractor:
-    """A TorchScript file that takes float [N, 3, side, side] and gives [N, D], such as SSCD's; options follow the path after commas."""
+    """A TorchScript file that takes float [N, 3, side, side] and gives [N, D], such as SSCD's; options follow
+    the path after commas."""
     path, *options = text.split(",")
-    values = {"side": "224", "normalize": "imagenet"} | dict(option.split("=", 1) for option in options if "=" in option)
-    if not values["side"].isdigit() or values["normalize"] not in NORMALIZE or len(values) > 2 or any("=" not in option for option in options):
-        raise MemControlError(f"rewards.extractor 'torchscript:{text}': allowed after the path are side=NUMBER and normalize={'|'.join(NORMALIZE)}")
+    values = {"side": "224", "normalize": "imagenet"} | dict(
+        option.split("=", 1) for option in options if "=" in option
+    )
+    if (
+        not values["side"].isdigit()
+        or values["normalize"] not in NORMALIZE
+        or len(values) > 2
+        or any("=" not in option for option in options)
+    ):
+        raise MemControlError(
+            f"rewards.extractor 'torchscript:{text}': allowed after the path are side=NUMBER and "
+            f"normalize={'|'.join(NORMALIZE)}"
+        )
     if not Path(path).is_file():
-        raise MemControlError(f"rewards.extractor 'torchscript:{text}': no such file; give a TorchScript file")
+        raise MemControlError(
+            f"rewards.extractor 'torchscript:{text}': no such file; give a TorchScript file"
+        )
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # torch.jit is old, and what descriptors are published in
+            # torch.jit is old, and what descriptors are published in
+            warnings.simplefilter("ignore", DeprecationWarning)
             network, device = place_network(torch.jit.load(path, map_location="cpu"))
     except RuntimeError as error:
-        raise MemControlError(f"rewards.extractor '{path}' is no TorchScript file: {str(error).splitlines()[0][:150]}") from None
+        raise MemControlError(
+            f"rewards.extractor '{path}' is no TorchScript file: {str(error).splitlines()[0][:150]}"
+        ) from None
     side, (mean, deviation) = int(values["side"]), NORMALIZE[values["normalize"]]
 
     def features(images: np.ndarray) -> Tensor:
-        scaled = (shrink_images(images, side) - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(deviation).view(3, 1, 1)
+        scaled = (shrink_images(images, side) - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(
+            deviation
+        ).view(3, 1, 1)
         return network(scaled.to(device)).flatten(1)
 
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
-    return probe_width(f"torchscript:{Path(path).name}-{side}-{values['normalize']}-sha256:{digest}", make_batched(features, device))
+    return probe_width(
+        f"torchscript:{Path(path).name}-{side}-{values['normalize']}-sha256:{digest}",
+        make_batched(features, device),
+    )
 
 
 def load_inception(weights: str) -> Extractor:
-    """Inception's 2,048 pooled features as torch-fidelity computes them for FID; from its own download, or a local weights file."""
+    """Inception's 2,048 pooled features as torch-fidelity computes them for FID; from its own download, or a
+    local weights file."""
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except (ImportError, RuntimeError) as error:
         raise MemControlError(
-            f"rewards.extractor 'inception' needs torch-fidelity and a matching torchvision, which cannot be imported ({type(error).__name__}); "
+            "rewards.extractor 'inception' needs torch-fidelity and a matching torchvision, which "
+            f"cannot be imported ({type(error).__name__}); "
             "install memcontrol[inception], or use another extractor"
         ) from None
-    network, device = place_network(FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=weights or None))
-    return probe_width(f"inception-2048-sha256:{digest_network(network)}", make_batched(lambda images: network(torch.from_numpy(images).to(device))[0], device))
+    network, device = place_network(
+        FeatureExtractorInceptionV3(
+            "inception-v3-compat", ["2048"], feature_extractor_weights_path=weights or None
+        )
+    )
+    return probe_width(
+        f"inception-2048-sha256:{digest_network(network)}",
+        make_batched(lambda images: network(torch.from_numpy(images).to(device))[0], device),
+    )
 
 
 def place_network(network: nn.Module) -> tuple[Any, torch.device]:
@@ -160,15 +219,22 @@ def place_network(network: nn.Module) -> tuple[Any, torch.device]:
     return network.eval().to(device), device
 
 
-def make_batched(features: Callable[[np.ndarray], Tensor], device: torch.device, size: int = EXTRACT_BATCH) -> Callable[[np.ndarray], np.ndarray]:
-    """The function over images in batches, without gradients. Raises MemControlError where a feature is not finite."""
+def make_batched(
+    features: Callable[[np.ndarray], Tensor], device: torch.device, size: int = EXTRACT_BATCH
+) -> Callable[[np.ndarray], np.ndarray]:
+    """The function over images in batches, without gradients. Raises MemControlError where a feature is not
+    finite."""
 
     @torch.no_grad()
     def extract(images: np.ndarray) -> np.ndarray:
-        chunks = [features(images[start : start + size]).float().cpu() for start in range(0, len(images), size)]
+        chunks = [
+            features(images[start : start + size]).float().cpu() for start in range(0, len(images), size)
+        ]
         found = torch.cat(chunks).numpy()
         if not np.isfinite(found).all():
-            raise MemControlError("the feature network gave values that are not finite; look for broken images or weights")
+            raise MemControlError(
+                "the feature network gave values that are not finite; look for broken images or weights"
+            )
         return found
 
     return extract
@@ -182,7 +248,10 @@ def probe_width(pinned: str, extract: Callable[[np.ndarray], np.ndarray]) -> Ext
 def digest_network(network: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):
-        digest.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8 if tensor.ndim else tensor.dtype).numpy().tobytes())
+        digest.update(
+            name.encode()
+            + tensor.cpu().contiguous().view(torch.uint8 if tensor.ndim else tensor.dtype).numpy().tobytes()
+        )
     return digest.hexdigest()[:16]
 
 

@@ -45,8 +45,11 @@ def measure_frechet(evidence: Evidence) -> dict[str, float]:
     k = max(1, min(64, len(made) // 4, len(held) // 4, held.shape[1]))
     reference = evidence.holdout.gaussian
     return {
-        "fid": fid(reference, made), "fid_samples_per_feature": len(made) / made.shape[1], "fd_pca": fd_pca(reference, made, k), "fd_pca_components": k
-    }  # fmt: skip
+        "fid": fid(reference, made),
+        "fid_samples_per_feature": len(made) / made.shape[1],
+        "fd_pca": fd_pca(reference, made, k),
+        "fd_pca_components": k,
+    }
 
 
 @register_measure
@@ -68,33 +71,62 @@ def measure_text_fit(evidence: Evidence) -> dict[str, float]:
 
 @register_measure
 def measure_memorization_distance(evidence: Evidence) -> dict[str, float]:
-    return add_worst({f"memorization_{name}": measure_memorization(evidence.space(name)) for name in ("pixels", "features")})
+    return add_worst(
+        {
+            f"memorization_{name}": measure_memorization(evidence.space(name))
+            for name in ("pixels", "features")
+        }
+    )
 
 
 def add_worst(found: dict[str, Any]) -> dict[str, Any]:
-    """Adds `memorization`, the larger M of pixels and features, and at least 0: below 0 is noise, never "better"."""
+    """Adds `memorization`, the larger M of pixels and features, and at least 0: below 0 is noise, never
+    "better"."""
     worst = max((found["memorization_pixels"], found["memorization_features"]))
-    return found | {"memorization": Estimate(max(worst, 0.0), worst.error, p=worst.p, contributions=worst.contributions)}
+    return found | {
+        "memorization": Estimate(max(worst, 0.0), worst.error, p=worst.p, contributions=worst.contributions)
+    }
 
 
 @register_measure
 def measure_copies(evidence: Evidence) -> dict[str, float]:
-    found = {"copy_rate": measure_copy_rate(evidence.space("pixels")), "copy_rate_features": measure_copy_rate(evidence.space("features"))}
-    found |= {"clear_copy_rate": max((measure_clear_copies(evidence.space(name)) for name in ("pixels", "features")), key=float)}
-    return found | {"copy_rate_line": chance_rate(len(evidence.holdout.pixels)), "copy_rate_n_real": len(evidence.holdout.pixels)}
+    found = {
+        "copy_rate": measure_copy_rate(evidence.space("pixels")),
+        "copy_rate_features": measure_copy_rate(evidence.space("features")),
+    }
+    found |= {
+        "clear_copy_rate": max(
+            (measure_clear_copies(evidence.space(name)) for name in ("pixels", "features")), key=float
+        )
+    }
+    return found | {
+        "copy_rate_line": chance_rate(len(evidence.holdout.pixels)),
+        "copy_rate_n_real": len(evidence.holdout.pixels),
+    }
 
 
 @register_measure
 def measure_published(evidence: Evidence) -> dict[str, float]:
-    """Figures of other papers, for continuity: MQ and Carlini's rate in pixels, MIFID and AuthPct in features, the last also of
-    held-out images, whose value is what a model that copies nothing reaches."""
-    pixels, features = (evidence.generated.pixels, evidence.train.pixels), (evidence.generated.features, evidence.train.features)
+    """Figures of other papers, for continuity: MQ and Carlini's rate in pixels, MIFID and AuthPct in
+    features, the last also of held-out images, whose value is what a model that copies nothing reaches."""
+    pixels, features = (
+        (evidence.generated.pixels, evidence.train.pixels),
+        (evidence.generated.features, evidence.train.features),
+    )
     to_train = fid(evidence.train.gaussian, features[0])
     both = {way: mifid(features[1], features[0], way, frechet=to_train) for way in ("kaggle", "torchmetrics")}
     return {
-        "mq": float(mq(*pixels)), "carlini_rate": carlini_rate(*pixels), "mifid": both["kaggle"], "mifid_torchmetrics": both["torchmetrics"],
-        "authpct": authpct(*features), "authpct_holdout": remember_once(evidence.known["features"], "authpct of held-out", lambda: authpct(evidence.holdout.features, features[1])),
-    }  # fmt: skip
+        "mq": float(mq(*pixels)),
+        "carlini_rate": carlini_rate(*pixels),
+        "mifid": both["kaggle"],
+        "mifid_torchmetrics": both["torchmetrics"],
+        "authpct": authpct(*features),
+        "authpct_holdout": remember_once(
+            evidence.known["features"],
+            "authpct of held-out",
+            lambda: authpct(evidence.holdout.features, features[1]),
+        ),
+    }
 
 
 @register_measure
@@ -102,19 +134,22 @@ def measure_nearest_distances(evidence: Evidence) -> dict[str, float]:
     """Average minimum pixel distances, for the eye only: no objective, since noise has the largest."""
     space = evidence.space("pixels")
     return {
-        "amd_train": float(space.to_train[0].mean()), "amd_holdout": float(space.to_holdout.mean()),
+        "amd_train": float(space.to_train[0].mean()),
+        "amd_holdout": float(space.to_holdout.mean()),
         "amd_holdout_train": float(space.held_to_train.mean()),
-    }  # fmt: skip
+    }
 
 
 def measure_extraction(generations: np.ndarray, holdout: np.ndarray) -> dict[str, float]:
-    """The extraction attack on prompts' generations, uint8 [P, m, 3, H, W], its threshold the distance that 1 % of pairs of
-    held-out images, uint8 [N, 3, H, W], lie below."""
+    """The extraction attack on prompts' generations, uint8 [P, m, 3, H, W], its threshold the distance that 1
+    % of pairs of held-out images, uint8 [N, 3, H, W], lie below."""
     apart = tile_distances(holdout / 255)
     threshold = float(np.quantile(apart[np.triu_indices(len(apart), 1)], FALSE_POSITIVES))
     found = {f"extraction_{name}": share for name, share in extraction(generations / 255, threshold).items()}
     n_groups = len(holdout) // generations.shape[1]
     if n_groups:  # what images that have nothing to do with each other get
         groups = holdout[: n_groups * generations.shape[1]].reshape(n_groups, -1, *holdout.shape[1:])
-        found |= {f"extraction_{name}_holdout": share for name, share in extraction(groups / 255, threshold).items()}
+        found |= {
+            f"extraction_{name}_holdout": share for name, share in extraction(groups / 255, threshold).items()
+        }
     return found | {"extraction_threshold": threshold, "extraction_prompts": len(generations)}

@@ -15,7 +15,8 @@ from memcontrol.scoring.evidence import Evidence
 
 
 def reward(direction: str = MINIMIZE):
-    """Says which way a reward of a user's own is better: @reward(direction="maximize"). Without it, less is better."""
+    """Says which way a reward of a user's own is better: @reward(direction="maximize"). Without it, less is
+    better."""
     if direction not in (MINIMIZE, MAXIMIZE):
         raise MemControlError(f"a reward's direction is '{direction}'; allowed: {MINIMIZE}, {MAXIMIZE}")
 
@@ -46,15 +47,22 @@ def load_own_reward(place: str) -> Callable[[Evidence], float]:
     """The function of FILE.py:FUNCTION. Raises MemControlError where there is none, or the file breaks."""
     path, _, name = place.rpartition(":")
     if not Path(path).is_file():
-        raise MemControlError(f"rewards.objectives: '{place}': no such file {path}; write FILE.py:FUNCTION, beside the study file")
+        raise MemControlError(
+            f"rewards.objectives: '{place}': no such file {path}; write FILE.py:FUNCTION, beside "
+            "the study file"
+        )
     spec = importlib.util.spec_from_file_location(f"memcontrol_reward_{Path(path).stem}", path)
     if spec is None or spec.loader is None:
-        raise MemControlError(f"rewards.objectives: '{place}': {path} is no Python file; write FILE.py:FUNCTION")
+        raise MemControlError(
+            f"rewards.objectives: '{place}': {path} is no Python file; write FILE.py:FUNCTION"
+        )
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise MemControlError(f"rewards.objectives: {path} cannot be imported: {type(error).__name__}: {error}") from error
+        raise MemControlError(
+            f"rewards.objectives: {path} cannot be imported: {type(error).__name__}: {error}"
+        ) from error
     if not callable(getattr(module, name, None)):
         raise MemControlError(f"rewards.objectives: {path} has no function '{name}'")
     return getattr(module, name)
@@ -63,29 +71,39 @@ def load_own_reward(place: str) -> Callable[[Evidence], float]:
 def find_directions(rewards: RewardsConfig) -> list[str]:
     """Which way each objective is better. Raises MemControlError where a user's function is not there."""
     return [
-        getattr(load_own_reward(objective), "direction", MINIMIZE) if ":" in objective else find_direction(objective)
+        getattr(load_own_reward(objective), "direction", MINIMIZE)
+        if ":" in objective
+        else find_direction(objective)
         for objective in rewards.objectives
     ]
 
 
 def check_rewards(rewards: RewardsConfig, n_features: int) -> None:
-    """Raises MemControlError for an unknown objective or limit, or too few samples for the FID to rank by anything but chance."""
+    """Raises MemControlError for an unknown objective or limit, or too few samples for the FID to rank by
+    anything but chance."""
     for name, objective in zip(rewards.names, rewards.objectives):
         if ":" in objective:
             load_own_reward(objective)
         elif name not in OBJECTIVES:
-            raise MemControlError(f"rewards.objectives: '{name}' is unknown; allowed: {', '.join(OBJECTIVES)}, or FILE.py:FUNCTION")
+            raise MemControlError(
+                f"rewards.objectives: '{name}' is unknown; allowed: {', '.join(OBJECTIVES)}, or "
+                "FILE.py:FUNCTION"
+            )
     if len(set(rewards.names)) < len(rewards.names):
         raise MemControlError(f"rewards.objectives: {', '.join(rewards.names)} names one twice")
     for name in rewards.limits:
         if name.removesuffix("_low").removesuffix("_high") not in (*DIRECTIONS, *rewards.names):
-            raise MemControlError(f"rewards.limits: '{name}' is unknown; allowed: {', '.join((*DIRECTIONS, *rewards.functions))}")
+            raise MemControlError(
+                f"rewards.limits: '{name}' is unknown; allowed: "
+                f"{', '.join((*DIRECTIONS, *rewards.functions))}"
+            )
     for name in ("clip_score", "extraction_component", "extraction_clique"):
         key = name.split("_")[0]
         if name in (*rewards.objectives, *rewards.limits) and not getattr(rewards, key):
             raise MemControlError(f"'{name}' is measured only where rewards.{key} says how; see the README")
     if "fid" in rewards.objectives and rewards.n_samples < 4 * n_features and not rewards.force:
         raise MemControlError(
-            f"rewards.n_samples is {rewards.n_samples}: fid over {n_features} features needs at least {4 * n_features} to rank by anything "
+            f"rewards.n_samples is {rewards.n_samples}: fid over {n_features} features needs at "
+            f"least {4 * n_features} to rank by anything "
             "but chance; raise it, use kid or fd_pca, or set rewards.force=true"
         )

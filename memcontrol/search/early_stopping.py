@@ -1,4 +1,5 @@
-"""Owns early stopping: what a trial showed at a rung, and whether it goes on, told by the trials that have come there."""
+"""Owns early stopping: what a trial showed at a rung, and whether it goes on, told by the trials that have
+come there."""
 
 from __future__ import annotations
 
@@ -17,8 +18,8 @@ from memcontrol.core.run_folder import JUDGED, read_judgements, read_rung_contri
 
 @dataclass(frozen=True)
 class RungResult:
-    """What a trial had reached at a rung: each objective as a loss (less is better), its standard error, and what each sample added
-    to it, where that is known. All trials have the same prompts and noise."""
+    """What a trial had reached at a rung: each objective as a loss (less is better), its standard error, and
+    what each sample added to it, where that is known. All trials have the same prompts and noise."""
 
     number: int
     losses: tuple[float, ...]
@@ -26,15 +27,29 @@ class RungResult:
     contributions: tuple[np.ndarray | None, ...] = ()
 
     @classmethod
-    def of(cls, number: int, rewards: dict[str, float], objectives: dict[str, str], images: Mapping[str, np.ndarray] = {}) -> RungResult:
+    def of(
+        cls,
+        number: int,
+        rewards: dict[str, float],
+        objectives: dict[str, str],
+        images: Mapping[str, np.ndarray] = {},
+    ) -> RungResult:
         signs = {name: -1.0 if direction == MAXIMIZE else 1.0 for name, direction in objectives.items()}
         added = tuple(sign * images[name] if name in images else None for name, sign in signs.items())
-        return cls(number, tuple(sign * rewards[name] for name, sign in signs.items()), tuple(read_error(name, rewards) for name in signs), added)
+        return cls(
+            number,
+            tuple(sign * rewards[name] for name, sign in signs.items()),
+            tuple(read_error(name, rewards) for name in signs),
+            added,
+        )
 
     def beaten_by(self, other: RungResult, beyond: float) -> bool:
-        """Whether the other one is better in every objective, by more than `beyond` standard errors of the difference: in pairs over
-        the samples where that is possible."""
-        return all(other.losses[i] + beyond * self.error_of_difference(other, i) < self.losses[i] for i in range(len(self.losses)))
+        """Whether the other one is better in every objective, by more than `beyond` standard errors of the
+        difference: in pairs over the samples where that is possible."""
+        return all(
+            other.losses[i] + beyond * self.error_of_difference(other, i) < self.losses[i]
+            for i in range(len(self.losses))
+        )
 
     def error_of_difference(self, other: RungResult, i: int) -> float:
         mine, theirs = (shown.contributions[i] if shown.contributions else None for shown in (self, other))
@@ -44,15 +59,18 @@ class RungResult:
 
 
 def weigh_peers(own: RungResult, peers: Sequence[RungResult], rule: EarlyStopping) -> tuple[list[int], bool]:
-    """Who beats a trial, and whether it stops: where at least `beaten_by` of its peers, of whom there are `min_peers` or more, beat it in
-    every objective. With two objectives no ranking by one number exists, and what few beat may still lie on the front."""
+    """Who beats a trial, and whether it stops: where at least `beaten_by` of its peers, of whom there are
+    `min_peers` or more, beat it in every objective. With two objectives no ranking by one number exists, and
+    what few beat may still lie on the front."""
     beaten = [peer.number for peer in peers if own.beaten_by(peer, rule.beyond)]
     return beaten, len(peers) >= rule.min_peers and len(beaten) >= rule.beaten_by * len(peers)
 
 
-def judge_trial(folder: Path, rung: float, own: RungResult, peers: Sequence[RungResult], rule: EarlyStopping) -> dict:
-    """Decides whether a trial goes on beyond a rung, and writes it down before anybody acts on it: what was decided once stays so,
-    whatever peers come later and whoever dies."""
+def judge_trial(
+    folder: Path, rung: float, own: RungResult, peers: Sequence[RungResult], rule: EarlyStopping
+) -> dict:
+    """Decides whether a trial goes on beyond a rung, and writes it down before anybody acts on it: what was
+    decided once stays so, whatever peers come later and whoever dies."""
     known = next((one for one in read_judgements(folder) if one["rung"] == rung), None)
     if known:
         return known
@@ -66,7 +84,12 @@ class EarlyStopper:
     """Who goes on in one search. `runs` are the folders of the trials that may be stopped, by number."""
 
     def __init__(self, config: Config, objectives: dict[str, str], runs: dict[int, Path]):
-        self.config, self.rule, self.objectives, self.runs = config, config.search.early_stopping, objectives, runs
+        self.config, self.rule, self.objectives, self.runs = (
+            config,
+            config.search.early_stopping,
+            objectives,
+            runs,
+        )
 
     def next_rung(self, number: int, run: Path) -> float | None:
         """The rung to train to; none: to the end."""
@@ -79,19 +102,29 @@ class EarlyStopper:
         """Judges the trial at each rung that it has come to."""
         if self.rule is None or number not in self.runs:
             return True
-        return all(judge_trial(run, *self.shown(number, run, one["rung"]), self.rule)["goes_on"] for one in read_rungs(run, self.config))
+        return all(
+            judge_trial(run, *self.shown(number, run, one["rung"]), self.rule)["goes_on"]
+            for one in read_rungs(run, self.config)
+        )
 
     def shown(self, number: int, run: Path, rung: float) -> tuple[float, RungResult, list[RungResult]]:
         """The rung, what the trial showed there, and what all others did."""
         found = {
-            other: RungResult.of(other, one["rewards"], self.objectives, read_rung_contributions(folder, rung))
-            for other, folder in self.runs.items() for one in read_rungs(folder, self.config) if one["rung"] == rung
-        }  # fmt: skip
+            other: RungResult.of(
+                other, one["rewards"], self.objectives, read_rung_contributions(folder, rung)
+            )
+            for other, folder in self.runs.items()
+            for one in read_rungs(folder, self.config)
+            if one["rung"] == rung
+        }
         return rung, found.pop(number), list(found.values())
 
     def said(self, run: Path) -> dict:
         """What the result of a trial that stopped says of it."""
         last, measured = read_judgements(run)[-1], read_rungs(run, self.config)
         beaten = ", ".join(map(str, last["beaten_by"]))
-        text = f"stopped at {last['rung']:.0%} of its budget: beaten in every objective by {len(last['beaten_by'])} of {last['n_peers']} trials ({beaten})"
+        text = (
+            f"stopped at {last['rung']:.0%} of its budget: beaten in every objective by "
+            f"{len(last['beaten_by'])} of {last['n_peers']} trials ({beaten})"
+        )
         return {"reason": text, "rungs": measured, "seconds": sum(one["seconds"] for one in measured)}

@@ -1,4 +1,5 @@
-"""Owns a search space as arrays: its choices as rows, what a model sees of them, random ones and neighbours."""
+"""Owns a search space as arrays: its choices as rows, what a model sees of them, random ones and
+neighbours."""
 
 from __future__ import annotations
 
@@ -20,12 +21,15 @@ def drop_repeated(rows: np.ndarray) -> np.ndarray:
 
 
 class SpaceEncoding:
-    """A row holds the option's index for each of the space's coordinates, and at its end the learning rate's place in 0..1."""
+    """A row holds the option's index for each of the space's coordinates, and at its end the learning rate's
+    place in 0..1."""
 
     def __init__(self, space: SearchSpace):
         self.space, self.options = space, space.coordinates()
         self.names = list(self.options)
-        self.rate_matters = any(math.log(high / low) > SAME_RATE for low, high in space.learning_rate.values())
+        self.rate_matters = any(
+            math.log(high / low) > SAME_RATE for low, high in space.learning_rate.values()
+        )
         self.columns, owners, coordinate = [], [], 0
         for i, options in enumerate(self.options.values()):
             if len(options) > 1:
@@ -37,22 +41,30 @@ class SpaceEncoding:
 
     @staticmethod
     def column(options: Sequence) -> np.ndarray:
-        """What a model sees of each option: [options, columns]. Numbers lie on a line by their order, names each in their own direction."""
+        """What a model sees of each option: [options, columns]. Numbers lie on a line by their order, names
+        each in their own direction."""
         if all(isinstance(option, (int, float)) for option in options):
             return np.linspace(0, 1, len(options))[:, None]
         return np.eye(len(options)) / math.sqrt(2)
 
     def row(self, choice: Choice) -> np.ndarray:
         point = self.space.point_of(choice)
-        return np.array([*(self.options[name].index(point[name]) for name in self.names), point["rate"]], dtype=float)
+        return np.array(
+            [*(self.options[name].index(point[name]) for name in self.names), point["rate"]], dtype=float
+        )
 
     def choice(self, row: np.ndarray) -> Choice:
         params = {name: options[int(i)] for (name, options), i in zip(self.options.items(), row)}
         return self.space.choice_at({**params, "rate": float(row[-1])})
 
     def canonical(self, rows: np.ndarray) -> np.ndarray:
-        """Each row as that of its own choice, once: what a method cannot train is off, what a choice leaves open is at its first option."""
-        return drop_repeated(np.array([self.row(self.choice(row)) for row in drop_repeated(rows)])) if len(rows) else rows
+        """Each row as that of its own choice, once: what a method cannot train is off, what a choice leaves
+        open is at its first option."""
+        return (
+            drop_repeated(np.array([self.row(self.choice(row)) for row in drop_repeated(rows)]))
+            if len(rows)
+            else rows
+        )
 
     def seen(self, rows: np.ndarray) -> np.ndarray:
         """What a model sees of rows [N, C + 1]: [N, F]."""
@@ -60,7 +72,13 @@ class SpaceEncoding:
         return np.concatenate([*found, rows[:, -1:]][: len(found) + self.rate_matters], axis=1)
 
     def random(self, n: int, rng: random.Random) -> np.ndarray:
-        return np.array([[*(rng.randrange(len(options)) for options in self.options.values()), rng.random()] for _ in range(n)], dtype=float)
+        return np.array(
+            [
+                [*(rng.randrange(len(options)) for options in self.options.values()), rng.random()]
+                for _ in range(n)
+            ],
+            dtype=float,
+        )
 
     def neighbours(self, row: np.ndarray) -> np.ndarray:
         """All rows that differ in one coordinate."""

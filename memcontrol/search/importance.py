@@ -1,4 +1,5 @@
-"""Owns which parts of a choice drive which reward: the effect of each group, method, rank and of the learning rate, with its error."""
+"""Owns which parts of a choice drive which reward: the effect of each group, method, rank and of the learning
+rate, with its error."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from memcontrol.study.record import Record
 
 @dataclass(frozen=True)
 class Effect:
-    """What changing one coordinate, and nothing else, adds to each objective (in its own units), on average over the trials' choices."""
+    """What changing one coordinate, and nothing else, adds to each objective (in its own units), on average
+    over the trials' choices."""
 
     coordinate: str
     low: object
@@ -27,13 +29,22 @@ class Effect:
     n_choices: int
 
     def as_dict(self) -> dict:
-        effects = {name: {"value": float(effect), "error": effect.error} for name, effect in self.effects.items()}
-        return {"coordinate": self.coordinate, "from": self.low, "to": self.high, "effects": effects, "n_choices": self.n_choices}
+        effects = {
+            name: {"value": float(effect), "error": effect.error} for name, effect in self.effects.items()
+        }
+        return {
+            "coordinate": self.coordinate,
+            "from": self.low,
+            "to": self.high,
+            "effects": effects,
+            "n_choices": self.n_choices,
+        }
 
 
 def measure_importance(records: Sequence[Record], space: SearchSpace) -> list[Effect]:
-    """Each coordinate's effects under the Gaussian process that sampling fits, their errors those of its posterior: a contrast of its values
-    at the trials' choices with the coordinate at one end and at the other. Only choices that the change leaves possible count.
+    """Each coordinate's effects under the Gaussian process that sampling fits, their errors those of its
+    posterior: a contrast of its values at the trials' choices with the coordinate at one end and at the
+    other. Only choices that the change leaves possible count.
 
     Raises MemControlError where too few trials have ended to fit anything.
     """
@@ -41,14 +52,31 @@ def measure_importance(records: Sequence[Record], space: SearchSpace) -> list[Ef
     evidence = gather_training_set(records, points, ())
     if evidence is None or len(evidence.rows) < N_SPREAD:
         n = 0 if evidence is None else len(evidence.rows)
-        raise MemControlError(f"importance needs {N_SPREAD} ended trials, not counting the anchors none and full, which no point of the space stands for; this study has {n}: search on, memcontrol search STUDY.yaml --trials {N_SPREAD}")
+        raise MemControlError(
+            f"importance needs {N_SPREAD} ended trials, not counting the anchors none and full, "
+            f"which no point of the space stands for; this study has {n}: search on, memcontrol "
+            f"search STUDY.yaml --trials {N_SPREAD}"
+        )
     seen, nothing = points.seen(evidence.rows), np.empty((0, len(points.owner)))
     objectives = next(record.objectives for record in records if record.finished)
-    processes = {name: fit_process(seen, evidence.values[:, i], evidence.errors[:, i], evidence.own_errors[:, i], nothing, points.owner) for i, name in enumerate(objectives)}
+    processes = {
+        name: fit_process(
+            seen,
+            evidence.values[:, i],
+            evidence.errors[:, i],
+            evidence.own_errors[:, i],
+            nothing,
+            points.owner,
+        )
+        for i, name in enumerate(objectives)
+    }
     signs = {name: -1.0 if direction == "maximize" else 1.0 for name, direction in objectives.items()}
     found = []
     for column, (name, low, high) in list_contrasts(points):
-        lows, highs = change_rows(points, evidence.rows, column, low), change_rows(points, evidence.rows, column, high)
+        lows, highs = (
+            change_rows(points, evidence.rows, column, low),
+            change_rows(points, evidence.rows, column, high),
+        )
         pairs = [(a, b) for a, b in zip(lows, highs) if a is not None and b is not None]
         if not pairs:
             continue
@@ -58,7 +86,9 @@ def measure_importance(records: Sequence[Record], space: SearchSpace) -> list[Ef
         for objective, process in processes.items():
             value, error = process.contrast(there, weights)
             effects[objective] = Estimate(signs[objective] * value, error)
-        first, last = [points.options[name][int(end)] for end in (low, high)] if name in points.options else [low, high]
+        first, last = (
+            [points.options[name][int(end)] for end in (low, high)] if name in points.options else [low, high]
+        )
         found.append(Effect(name, first, last, effects, len(pairs)))
     return found
 
@@ -69,11 +99,15 @@ def list_contrasts(points: SpaceEncoding) -> list[tuple[int, tuple[str, float, f
     for i, (name, options) in enumerate(points.options.items()):
         if len(options) > 1:
             ordered = all(isinstance(option, (int, float)) for option in options)
-            found += [(i, (name, 0, last)) for last in ([len(options) - 1] if ordered else range(1, len(options)))]
+            found += [
+                (i, (name, 0, last)) for last in ([len(options) - 1] if ordered else range(1, len(options)))
+            ]
     return found + [(len(points.options), ("rate", 0.0, 1.0))] * points.rate_matters
 
 
-def change_rows(points: SpaceEncoding, rows: np.ndarray, column: int, value: float) -> list[np.ndarray | None]:
+def change_rows(
+    points: SpaceEncoding, rows: np.ndarray, column: int, value: float
+) -> list[np.ndarray | None]:
     """Each row with that value there, where a choice can have it with all else unchanged."""
     found: list[np.ndarray | None] = []
     for row in rows:

@@ -26,12 +26,15 @@ def hold_folder_lock(folder: Path) -> Iterator[None]:
             yield
     except Timeout:
         held = read_json(holder) if holder.is_file() else {"holder": "it has just begun", "since": "now"}
-        raise MemControlError(f"another search is running in {folder} ({held['holder']}, since {held['since']}); wait for it or stop it first") from None
+        raise MemControlError(
+            f"another search is running in {folder} ({held['holder']}, since {held['since']}); wait "
+            "for it or stop it first"
+        ) from None
 
 
 def is_searching(folder: Path, url: str, name: str) -> bool:
-    """Whether a search holds the folder, or on whatever machine the study's lock in PostgreSQL. Looks only: it leaves no name of a
-    holder behind."""
+    """Whether a search holds the folder, or on whatever machine the study's lock in PostgreSQL. Looks only:
+    it leaves no name of a holder behind."""
     from filelock import FileLock, Timeout
 
     if is_postgresql(url) and find_lock_holder(url, name):

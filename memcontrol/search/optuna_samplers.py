@@ -1,4 +1,5 @@
-"""Owns the study in memory that Optuna's samplers draw from: a mirror of the records in the sampler's own coordinates."""
+"""Owns the study in memory that Optuna's samplers draw from: a mirror of the records in the sampler's own
+coordinates."""
 
 from __future__ import annotations
 
@@ -24,13 +25,15 @@ N_ASKS = 5  # draws of the sampler for one choice
 
 
 class InMemoryStudy:
-    """Position in the method's learning-rate range, rank for every method: so sampling costs no database reads and nothing is half
-    written. It lives as long as the search: copying a thousand trials into a new one would take longer than drawing."""
+    """Position in the method's learning-rate range, rank for every method: so sampling costs no database
+    reads and nothing is half written. It lives as long as the search: copying a thousand trials into a new
+    one would take longer than drawing."""
 
     def __init__(self, space: SearchSpace, n_objectives: int, limits: Sequence[Limit], kind: str):
         self.space, self.limits, self.kind = space, limits, kind
         self.study = optuna.create_study(directions=["minimize"] * n_objectives)
-        self.mirrored: dict[int, tuple[int | None, str]] = {}  # the study's trial id, where it has one, and the state it mirrors, by number
+        # the study's trial id, where it has one, and the state it mirrors, by number
+        self.mirrored: dict[int, tuple[int | None, str]] = {}
         self.n_mirrored = 0  # trials that ended well
 
     def show(self, records: Sequence[Record], seed: int) -> None:
@@ -76,23 +79,34 @@ class InMemoryStudy:
 
 
 def make_nsga2(seed: int) -> optuna.samplers.BaseSampler:
-    """NSGA-II (Deb et al. 2002); what generation a trial belongs to is told by the mirror, in the order of their ends."""
+    """NSGA-II (Deb et al. 2002); what generation a trial belongs to is told by the mirror, in the order of
+    their ends."""
     return optuna.samplers.NSGAIISampler(population_size=POPULATION, seed=seed)
 
 
 def make_tpe(seed: int) -> optuna.samplers.BaseSampler:
-    """Multivariate TPE with a constant liar for the trials still running (Watanabe 2023, arXiv 2304.11127)."""
+    """Multivariate TPE with a constant liar for the trials still running (Watanabe 2023, arXiv
+    2304.11127)."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return optuna.samplers.TPESampler(multivariate=True, constant_liar=True, n_startup_trials=N_SPREAD, seed=seed)
+        return optuna.samplers.TPESampler(
+            multivariate=True, constant_liar=True, n_startup_trials=N_SPREAD, seed=seed
+        )
 
 
-SAMPLERS = {"auto": make_tpe, "gp": make_tpe, "tpe": make_tpe, "nsga2": make_nsga2, "random": optuna.samplers.RandomSampler}
+SAMPLERS = {
+    "auto": make_tpe,
+    "gp": make_tpe,
+    "tpe": make_tpe,
+    "nsga2": make_nsga2,
+    "random": optuna.samplers.RandomSampler,
+}
 
 
 def draw_spread_point(i: int, space: SearchSpace, seed: int) -> dict[str, Any]:
-    """The i-th of the first choices: methods and ranks in turn, learning rates evenly over their range (golden-ratio
-    steps), each group on with probability 3/4, since a mask of few groups rarely learns enough to be compared."""
+    """The i-th of the first choices: methods and ranks in turn, learning rates evenly over their range
+    (golden-ratio steps), each group on with probability 3/4, since a mask of few groups rarely learns enough
+    to be compared."""
     turn, rng = i // len(space.methods), random.Random(derive_seed(seed, "spread", i))
     point = {}
     for name, options in space.coordinates().items():
@@ -107,15 +121,33 @@ def draw_spread_point(i: int, space: SearchSpace, seed: int) -> dict[str, Any]:
     return point | {"rate": (0.5 + turn * GOLDEN) % 1}
 
 
-def mirror_record(record: Record, space: SearchSpace, limits: Sequence[Limit] = (), ended: Sequence[Record] = ()) -> optuna.trial.FrozenTrial | None:
-    """The record in the sampler's coordinates, one that was stopped early with what it promised; None where it has none: the anchors
-    outside the space, failures."""
+def mirror_record(
+    record: Record, space: SearchSpace, limits: Sequence[Limit] = (), ended: Sequence[Record] = ()
+) -> optuna.trial.FrozenTrial | None:
+    """The record in the sampler's coordinates, one that was stopped early with what it promised; None where
+    it has none: the anchors outside the space, failures."""
     choice, is_stopped = record.choice, record.state == "PRUNED" and bool(record.rungs)
-    if choice is None or record.anchor in OUTSIDE or not (is_stopped or record.state in ("COMPLETE", "RUNNING")):
+    if (
+        choice is None
+        or record.anchor in OUTSIDE
+        or not (is_stopped or record.state in ("COMPLETE", "RUNNING"))
+    ):
         return None
-    values = extrapolate_losses(record, ended)[0].tolist() if is_stopped else record.losses if record.finished else None
-    constraints = {f"{CONSTRAINT}{name}": excess for name, excess in compute_excesses(record.rewards if record.finished else {}, limits).items()}
+    values = (
+        extrapolate_losses(record, ended)[0].tolist()
+        if is_stopped
+        else record.losses
+        if record.finished
+        else None
+    )
+    constraints = {
+        f"{CONSTRAINT}{name}": excess
+        for name, excess in compute_excesses(record.rewards if record.finished else {}, limits).items()
+    }
     return create_trial(
-        state=TrialState.RUNNING if values is None else TrialState.COMPLETE, params=space.point_of(choice), distributions=make_distributions(space),
-        values=values, system_attrs=constraints,
-    )  # fmt: skip
+        state=TrialState.RUNNING if values is None else TrialState.COMPLETE,
+        params=space.point_of(choice),
+        distributions=make_distributions(space),
+        values=values,
+        system_attrs=constraints,
+    )

@@ -1,4 +1,5 @@
-"""Owns what a search will take, told before it begins: time, memory and disk, from a calibration on the same machines."""
+"""Owns what a search will take, told before it begins: time, memory and disk, from a calibration on the same
+machines."""
 
 from __future__ import annotations
 
@@ -19,8 +20,9 @@ from memcontrol.execution.job_queue import JobQueue
 
 @dataclass(frozen=True)
 class Prediction:
-    """Seconds of the whole search and of a run by kind, and how many of these there are; in MiB a worker's memory, and the study folder's disk
-    at the end and beside it, while workers train, for their checkpoints."""
+    """Seconds of the whole search and of a run by kind, and how many of these there are; in MiB a worker's
+    memory, and the study folder's disk at the end and beside it, while workers train, for their
+    checkpoints."""
 
     seconds: float
     runs: dict[str, float]
@@ -34,11 +36,19 @@ class Prediction:
 
 
 def run_calibrations(config: Config, folder: Path, jobs: JobQueue) -> list[dict[str, Any]]:
-    """Short trials on every worker at once, as a search runs them, in a folder that is removed again. Raises MemControlError."""
+    """Short trials on every worker at once, as a search runs them, in a folder that is removed again. Raises
+    MemControlError."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     places = [folder / f"calibration-{i}" for i in range(jobs.room())]
     try:
-        found = list(jobs.run([{"prepare": str(place), "config": config.model_dump(mode="json"), "calibrate": True} for place in places]))
+        found = list(
+            jobs.run(
+                [
+                    {"prepare": str(place), "config": config.model_dump(mode="json"), "calibrate": True}
+                    for place in places
+                ]
+            )
+        )
     finally:
         for place in places:
             shutil.rmtree(place, ignore_errors=True)
@@ -51,10 +61,14 @@ def run_calibrations(config: Config, folder: Path, jobs: JobQueue) -> list[dict[
     return [end.detail for end in found]
 
 
-def predict_search(config: Config, anchors: Mapping[str, Sequence[Choice]], calibrations: Sequence[dict[str, Any]]) -> Prediction:
+def predict_search(
+    config: Config, anchors: Mapping[str, Sequence[Choice]], calibrations: Sequence[dict[str, Any]]
+) -> Prediction:
     """From one calibration of each worker, all made at the same time; `anchors` are those of the space."""
     attack = config.rewards.extraction
-    n_batches = (config.rewards.n_samples + (attack.prompts * attack.images if attack else 0)) / calibrations[0]["batch"]
+    n_batches = (config.rewards.n_samples + (attack.prompts * attack.images if attack else 0)) / calibrations[
+        0
+    ]["batch"]
     n_runs = {name: len(choices) for name, choices in anchors.items()} | {"sampled": config.search.trials}
 
     def mean(name: str, of: Callable[[dict[str, float]], float]) -> float:
@@ -62,14 +76,35 @@ def predict_search(config: Config, anchors: Mapping[str, Sequence[Choice]], cali
 
     once, twice = (mean(name, lambda part: part["after"]) for name in ("none", "twice"))
     longer = (once + (n_batches - 1) * (twice - once)) / once  # than sampling and scoring one batch takes
-    runs = {name: mean(name, lambda part: part["setup"] + config.inner.budget_steps * part["step"] + longer * part["after"]) for name in n_runs}
-    disk = calibrations[0]["shared_bytes"] + sum(n * mean(name, lambda part: part["rest_bytes"] + n_batches * part["samples_bytes"]) for name, n in n_runs.items())
+    runs = {
+        name: mean(
+            name,
+            lambda part: part["setup"] + config.inner.budget_steps * part["step"] + longer * part["after"],
+        )
+        for name in n_runs
+    }
+    disk = calibrations[0]["shared_bytes"] + sum(
+        n * mean(name, lambda part: part["rest_bytes"] + n_batches * part["samples_bytes"])
+        for name, n in n_runs.items()
+    )
     rounds = len(calibrations) * max(mean(name, lambda part: part["rounds_bytes"]) for name in n_runs)
     n_confirmed = expect_front_size(config.search.trials + len(anchors)) if config.rewards.confirm else 0
     again = config.rewards.confirm * longer * mean("sampled", lambda part: part["after"])
     seconds = statistics.mean(one["start"] for one in calibrations)
-    seconds += find_last_end([runs[name] for name, n in n_runs.items() for _ in range(n)], len(calibrations)) + find_last_end([again] * n_confirmed, len(calibrations))
-    return Prediction(seconds, runs, n_runs, max(one["peak_mib"] for one in calibrations), disk / 2**20, rounds / 2**20, n_confirmed, len(calibrations), config.search.early_stopping is not None)
+    seconds += find_last_end(
+        [runs[name] for name, n in n_runs.items() for _ in range(n)], len(calibrations)
+    ) + find_last_end([again] * n_confirmed, len(calibrations))
+    return Prediction(
+        seconds,
+        runs,
+        n_runs,
+        max(one["peak_mib"] for one in calibrations),
+        disk / 2**20,
+        rounds / 2**20,
+        n_confirmed,
+        len(calibrations),
+        config.search.early_stopping is not None,
+    )
 
 
 def find_last_end(jobs: Sequence[float], n_workers: int) -> float:
@@ -81,8 +116,8 @@ def find_last_end(jobs: Sequence[float], n_workers: int) -> float:
 
 
 def expect_front_size(n: int) -> int:
-    """How many trials will be measured again: the expected front of n points in the plane, 1 + 1/2 + ... + 1/n, taken twice, since others
-    move up as figures come in."""
+    """How many trials will be measured again: the expected front of n points in the plane, 1 + 1/2 + ... +
+    1/n, taken twice, since others move up as figures come in."""
     return min(n, round(2 * sum(1 / i for i in range(1, n + 1))))
 
 
@@ -99,9 +134,12 @@ def describe_prediction(found: Prediction) -> list[str]:
     runs = ", ".join(f"{name} {format_duration(seconds)}" for name, seconds in found.runs.items())
     hours = sum(n * found.runs[name] for name, n in found.n_runs.items()) / 3600
     return [
-        f"predicted time: {format_duration(found.seconds)} with {found.n_workers} worker(s), {sum(found.n_runs.values())} runs ({hours:.2g} hours of a worker), and {found.n_confirmed} trials measured again"
+        f"predicted time: {format_duration(found.seconds)} with {found.n_workers} worker(s), "
+        f"{sum(found.n_runs.values())} runs ({hours:.2g} hours of a worker), and "
+        f"{found.n_confirmed} trials measured again"
         + (", if none is stopped early" if found.stops_early else ""),
         f"predicted time of a run: {runs}",
         f"predicted memory of a worker: {found.memory_mib:.0f} MiB (the most that the calibration held)",
-        f"predicted disk: {found.disk_mib:.0f} MiB, and {found.checkpoints_mib:.0f} MiB for checkpoints while it trains",
-    ]  # fmt: skip
+        f"predicted disk: {found.disk_mib:.0f} MiB, and {found.checkpoints_mib:.0f} MiB for "
+        "checkpoints while it trains",
+    ]

@@ -1,4 +1,5 @@
-"""Owns what is tried next: choices drawn from a study's records by a model or one of Optuna's samplers, none of them twice."""
+"""Owns what is tried next: choices drawn from a study's records by a model or one of Optuna's samplers, none
+of them twice."""
 
 from __future__ import annotations
 
@@ -28,18 +29,34 @@ N_FLIPS, N_FLIPS_ALIKE = 1000, 50  # changes of choices on the front, where ever
 
 
 class Sampler:
-    """Draws choices, never one that was asked for before: a pure function of the records and the seed; for `random`, of how many
-    there are and the seed, whatever came of them.
+    """Draws choices, never one that was asked for before: a pure function of the records and the seed; for
+    `random`, of how many there are and the seed, whatever came of them.
 
-    `auto` is a Gaussian process with expected hypervolume improvement as long as there are two objectives, some N_GP trials and time
-    for it, and multivariate TPE otherwise. The last record always counts as running, so that with one worker the same is drawn
-    whether its trial had ended by then or not.
+    `auto` is a Gaussian process with expected hypervolume improvement as long as there are two objectives,
+    some N_GP trials and time for it, and multivariate TPE otherwise. The last record always counts as
+    running, so that with one worker the same is drawn whether its trial had ended by then or not.
     """
 
-    def __init__(self, space: SearchSpace, seed: int, n_objectives: int, limits: Sequence[Limit] = (), kind: str = "auto", first: Sequence[Choice] = ()):
+    def __init__(
+        self,
+        space: SearchSpace,
+        seed: int,
+        n_objectives: int,
+        limits: Sequence[Limit] = (),
+        kind: str = "auto",
+        first: Sequence[Choice] = (),
+    ):
         if kind == "gp" and n_objectives != 2:
-            raise MemControlError(f"search.sampler: gp models two objectives, and there are {n_objectives}; use auto or tpe")
-        self.space, self.seed, self.limits, self.kind, self.n_objectives = space, seed, limits, kind, n_objectives
+            raise MemControlError(
+                f"search.sampler: gp models two objectives, and there are {n_objectives}; use auto or tpe"
+            )
+        self.space, self.seed, self.limits, self.kind, self.n_objectives = (
+            space,
+            seed,
+            limits,
+            kind,
+            n_objectives,
+        )
         self.first = [choice for choice in map(self.within, first) if choice is not None]
         self.points, self.mirror = SpaceEncoding(space), InMemoryStudy(space, n_objectives, limits, kind)
 
@@ -55,34 +72,59 @@ class Sampler:
         for record in records:
             for choice in record.candidates:
                 known[frozenset(choice.groups)].append(choice)
-        if self.first and (new := next((choice for choice in self.first if not is_known(choice, known)), None)):
+        if self.first and (
+            new := next((choice for choice in self.first if not is_known(choice, known)), None)
+        ):
             return lambda: new
         n_sampled = sum(record.anchor is None for record in records)
-        if self.kind == "gp" or (self.kind == "auto" and self.n_objectives == 2 and len(records) <= N_GP and not hurried):
-            evidence = gather_training_set(records, self.points, self.limits) if n_sampled >= N_SPREAD else None
+        if self.kind == "gp" or (
+            self.kind == "auto" and self.n_objectives == 2 and len(records) <= N_GP and not hurried
+        ):
+            evidence = (
+                gather_training_set(records, self.points, self.limits) if n_sampled >= N_SPREAD else None
+            )
             if evidence and len(evidence.values) >= N_SPREAD:
-                return lambda: self.drawn(known, itertools.chain(propose_choices(evidence, self.points, seed), self.flipped(select_parents(records), seed)))
+                return lambda: self.drawn(
+                    known,
+                    itertools.chain(
+                        propose_choices(evidence, self.points, seed),
+                        self.flipped(select_parents(records), seed),
+                    ),
+                )
         self.mirror.show(records, seed)
-        return lambda: self.drawn(known, itertools.chain(self.mirror.asked(n_sampled, seed), self.flipped(select_parents(records), seed)))
+        return lambda: self.drawn(
+            known,
+            itertools.chain(self.mirror.asked(n_sampled, seed), self.flipped(select_parents(records), seed)),
+        )
 
     def drawn(self, known: dict[frozenset[str], list[Choice]], choices: Iterable[Choice]) -> Choice:
-        with threadpool_limits(1):  # matrices this small are done seven times sooner by one thread, which also leaves the cores to the workers
+        # matrices this small are done seven times sooner by one thread, which also leaves the cores to the
+        # workers
+        with threadpool_limits(1):
             for choice in choices:
                 if (choice.groups or self.space.always) and not is_known(choice, known):
                     return choice
-        raise SpaceExhausted(f"space '{self.space.name}': {N_FLIPS} draws gave no choice that was not tried before; the space is exhausted")
+        raise SpaceExhausted(
+            f"space '{self.space.name}': {N_FLIPS} draws gave no choice that was not tried before; "
+            "the space is exhausted"
+        )
 
     def within(self, choice: Choice) -> Choice | None:
-        """The choice of another study as this space has it, its learning rate within the range; None where it has not all of it."""
+        """The choice of another study as this space has it, its learning rate within the range; None where it
+        has not all of it."""
         try:
             own = self.space.choice_at(self.space.point_of(choice))
         except (KeyError, MemControlError):
             return None
-        return own if own.groups and set(own.groups) == set(choice.groups) and own.methods == choice.methods else None
+        return (
+            own
+            if own.groups and set(own.groups) == set(choice.groups) and own.methods == choice.methods
+            else None
+        )
 
     def flipped(self, parents: Sequence[Choice], seed: int) -> Iterator[Choice]:
-        """Choices on the front with one coordinate changed, then two and more: where a sampler repeats itself, it has come to
-        such a place."""
+        """Choices on the front with one coordinate changed, then two and more: where a sampler repeats
+        itself, it has come to such a place."""
         rng = random.Random(seed)
         options = {**self.space.coordinates(), "rate": ()}
         for attempt in range(N_FLIPS if parents else 0):
@@ -103,19 +145,27 @@ class PrefetchedChoices:
         self.takes: deque[tuple[float, float]] = deque(maxlen=N_TAKES)  # when, and how long it waited
 
     def prepare(self, records: Sequence[Record], n_wanted: int, may_hurry: bool = True) -> None:
-        """Begins a draw where fewer than `n_wanted` choices are ready; those that are count as running trials."""
+        """Begins a draw where fewer than `n_wanted` choices are ready; those that are count as running
+        trials."""
         self.gather()
         if self.drawing is None and len(self.ready) < n_wanted:
-            ahead = [Record(len(records) + i, "RUNNING", (choice,)).as_running() for i, choice in enumerate(self.ready)]
-            self.drawing = self.pool.submit(self.sampler.prepared([*records, *ahead], may_hurry and self.is_late()))
+            ahead = [
+                Record(len(records) + i, "RUNNING", (choice,)).as_running()
+                for i, choice in enumerate(self.ready)
+            ]
+            self.drawing = self.pool.submit(
+                self.sampler.prepared([*records, *ahead], may_hurry and self.is_late())
+            )
 
     def is_late(self) -> bool:
         """Whether workers have spent more than a tenth of the time waiting for choices."""
-        return len(self.takes) == N_TAKES and sum(waited for _, waited in self.takes) > 0.1 * (self.takes[-1][0] - self.takes[0][0])
+        return len(self.takes) == N_TAKES and sum(waited for _, waited in self.takes) > 0.1 * (
+            self.takes[-1][0] - self.takes[0][0]
+        )
 
     def take(self, records: Sequence[Record], may_hurry: bool = True) -> Choice:
-        """The next choice; waits for it where none is ready. With one worker nothing may be hurried, or what is drawn would depend on the
-        clock. Raises SpaceExhausted."""
+        """The next choice; waits for it where none is ready. With one worker nothing may be hurried, or what
+        is drawn would depend on the clock. Raises SpaceExhausted."""
         started = time.monotonic()
         while not self.ready:
             self.prepare(records, 1, may_hurry)
@@ -142,4 +192,7 @@ def select_parents(records: Sequence[Record]) -> list[Choice]:
     """Choices on the front, among those that the space holds; before there is one, all of these."""
     own = [record for record in records if record.choice is not None and record.anchor not in OUTSIDE]
     finished = [record for record in own if record.finished]
-    return [record.chosen for record in ([finished[i] for i in find_front([record.losses for record in finished])] or own)]
+    return [
+        record.chosen
+        for record in ([finished[i] for i in find_front([record.losses for record in finished])] or own)
+    ]

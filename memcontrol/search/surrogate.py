@@ -1,4 +1,5 @@
-"""Owns what a search has learned: the evidence of its trials, and the choices that a model of it promises most of."""
+"""Owns what a search has learned: the evidence of its trials, and the choices that a model of it promises
+most of."""
 
 from __future__ import annotations
 
@@ -27,8 +28,9 @@ OUTSIDE = ("none", "full")  # anchors that no point of the space stands for
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """What a model learns from: the rows of N trials that ended, their losses, these losses' errors of measuring and those of
-    fine-tuning by luck [N, 2]; by how much they exceed each limit [N, limits]; the rows of those that run."""
+    """What a model learns from: the rows of N trials that ended, their losses, these losses' errors of
+    measuring and those of fine-tuning by luck [N, 2]; by how much they exceed each limit [N, limits]; the
+    rows of those that run."""
 
     rows: np.ndarray
     values: np.ndarray
@@ -38,24 +40,47 @@ class TrainingSet:
     pending: np.ndarray
 
 
-def gather_training_set(records: Sequence[Record], points: SpaceEncoding, limits: Sequence[Limit]) -> TrainingSet | None:
-    """None before any trial ended well. A trial that was stopped early counts as what it promised, one that diverged as the worst that
-    was seen."""
+def gather_training_set(
+    records: Sequence[Record], points: SpaceEncoding, limits: Sequence[Limit]
+) -> TrainingSet | None:
+    """None before any trial ended well. A trial that was stopped early counts as what it promised, one that
+    diverged as the worst that was seen."""
     own = [record for record in records if record.choice is not None and record.anchor not in OUTSIDE]
     ended = [record for record in own if record.finished]
     if not ended:
         return None
     stopped = [record for record in own if record.state == "PRUNED" and record.rungs]
     diverged = [record for record in own if record.state == "PRUNED" and not record.rungs]
-    values, errors = np.array([average_fine_tunings(record) for record in ended]), np.array([collect_errors(record) for record in ended])
+    values, errors = (
+        np.array([average_fine_tunings(record) for record in ended]),
+        np.array([collect_errors(record) for record in ended]),
+    )
     over = np.array([list(compute_excesses(record.rewards, limits).values()) for record in ended])
     promises = [extrapolate_losses(record, ended) for record in stopped]
     return TrainingSet(
         rows=np.array([points.row(record.chosen) for record in ended + stopped + diverged]),
-        values=np.concatenate([values, *(promised[None] for promised, _ in promises), np.repeat(values.max(0)[None], len(diverged), 0)]),
-        errors=np.concatenate([errors, *(error[None] for _, error in promises), np.repeat(errors.max(0)[None], len(diverged), 0)]),
+        values=np.concatenate(
+            [
+                values,
+                *(promised[None] for promised, _ in promises),
+                np.repeat(values.max(0)[None], len(diverged), 0),
+            ]
+        ),
+        errors=np.concatenate(
+            [
+                errors,
+                *(error[None] for _, error in promises),
+                np.repeat(errors.max(0)[None], len(diverged), 0),
+            ]
+        ),
         own_errors=errors_by_luck(ended + stopped + diverged, estimate_spread(records)),
-        excesses=np.concatenate([over, np.repeat(over.mean(0)[None], len(stopped), 0), np.repeat(over.max(0)[None], len(diverged), 0)]),
+        excesses=np.concatenate(
+            [
+                over,
+                np.repeat(over.mean(0)[None], len(stopped), 0),
+                np.repeat(over.max(0)[None], len(diverged), 0),
+            ]
+        ),
         pending=np.array([points.row(record.chosen) for record in own if record.state == "RUNNING"]),
     )
 
@@ -65,37 +90,53 @@ def collect_errors(record: Record) -> list[float]:
 
 
 def extrapolate_losses(record: Record, ended: Sequence[Record]) -> tuple[np.ndarray, np.ndarray]:
-    """The losses that a trial would have reached, and their errors: those at its last rung, moved by as much as those moved from there to
-    their end that did end."""
+    """The losses that a trial would have reached, and their errors: those at its last rung, moved by as much
+    as those moved from there to their end that did end."""
     rung, objectives = record.rungs[-1]["rung"], record.objectives
     own = RungResult.of(record.number, record.rungs[-1]["rewards"], objectives)
     moves = [
         np.subtract(other.losses, RungResult.of(other.number, one["rewards"], objectives).losses)
-        for other in ended for one in other.rungs if one["rung"] == rung
-    ]  # fmt: skip
+        for other in ended
+        for one in other.rungs
+        if one["rung"] == rung
+    ]
     if not moves:
         return np.array(own.losses), np.array(own.errors)
     return np.add(own.losses, np.median(moves, axis=0)), np.hypot(own.errors, np.std(moves, axis=0))
 
 
 def winsorize(values: np.ndarray) -> np.ndarray:
-    """Losses [N, 2], the worst of them cut: what is far from the front need not be known in its distance, and would leave little of the
-    model's scale to what is near."""
+    """Losses [N, 2], the worst of them cut: what is far from the front need not be known in its distance, and
+    would leave little of the model's scale to what is near."""
     best, median = values.min(0), np.median(values, axis=0)
     return np.minimum(values, median + N_BEYOND * (median - best))
 
 
 def propose_choices(evidence: TrainingSet, points: SpaceEncoding, seed: int) -> Iterator[Choice]:
-    """Choices by how much hypervolume they promise, those that should keep the limits: random ones and the neighbours of the
-    front, then the neighbours of the best of these."""
+    """Choices by how much hypervolume they promise, those that should keep the limits: random ones and the
+    neighbours of the front, then the neighbours of the best of these."""
     rng, pending = random.Random(seed), evidence.pending.reshape(-1, len(points.names) + 1)
     seen, awaited, none = points.seen(evidence.rows), points.seen(pending), np.zeros(len(evidence.rows))
     values = winsorize(evidence.values)
-    processes = [fit_process(seen, values[:, i], evidence.errors[:, i], evidence.own_errors[:, i], awaited, points.owner) for i in (0, 1)]
-    guards = [fit_process(seen, column, none, none, awaited, points.owner) for column in evidence.excesses.T if np.ptp(column) > 0]
+    processes = [
+        fit_process(
+            seen, values[:, i], evidence.errors[:, i], evidence.own_errors[:, i], awaited, points.owner
+        )
+        for i in (0, 1)
+    ]
+    guards = [
+        fit_process(seen, column, none, none, awaited, points.owner)
+        for column in evidence.excesses.T
+        if np.ptp(column) > 0
+    ]
     there = np.concatenate([seen, awaited])
-    means = np.stack([process.predict(there)[0] for process in processes], 1)  # what the values would be without their noise
-    allowed = np.all([guard.predict(there)[0] <= 0 for guard in guards], axis=0) if guards else np.full(len(there), True)
+    # what the values would be without their noise
+    means = np.stack([process.predict(there)[0] for process in processes], 1)
+    allowed = (
+        np.all([guard.predict(there)[0] <= 0 for guard in guards], axis=0)
+        if guards
+        else np.full(len(there), True)
+    )
     reference = means.max(0) + 0.1 * np.ptp(means, 0)
     best = means[allowed][find_front(means[allowed].tolist())] if allowed.any() else reference[None]
 
@@ -107,11 +148,15 @@ def propose_choices(evidence: TrainingSet, points: SpaceEncoding, seed: int) -> 
         return expected_gain(means, sds, best, reference) * chance
 
     parents = np.concatenate([evidence.rows, pending])[find_front(means.tolist())]
-    rows = points.canonical(np.concatenate([points.random(N_RANDOM, rng), *(points.neighbours(row) for row in parents)]))
+    rows = points.canonical(
+        np.concatenate([points.random(N_RANDOM, rng), *(points.neighbours(row) for row in parents)])
+    )
     scores = score(rows)
     climbed: set[bytes] = set()
     for _ in range(N_CLIMBS):
-        top = [row for row in rows[np.argsort(-scores, kind="stable")[:N_BEST]] if row.tobytes() not in climbed]
+        top = [
+            row for row in rows[np.argsort(-scores, kind="stable")[:N_BEST]] if row.tobytes() not in climbed
+        ]
         if not top:
             break
         climbed |= {row.tobytes() for row in top}

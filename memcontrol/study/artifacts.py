@@ -20,8 +20,9 @@ PREFIX = "artifacts:"  # of the attributes that optuna.artifacts keeps
 
 
 def attach_pictures(storage: BaseStorage, trial_id: int, run: Path, folder: Path) -> None:
-    """Copies the run's pictures to the study's artifacts and names them in the trial, which is still running. Done again, it changes nothing:
-    optuna.artifacts.upload_artifact would draw a new name each time, and names the file before it is there."""
+    """Copies the run's pictures to the study's artifacts and names them in the trial, which is still running.
+    Done again, it changes nothing: optuna.artifacts.upload_artifact would draw a new name each time, and
+    names the file before it is there."""
     for picture in (run / SAMPLES_PICTURE, run / PAIRS_PICTURE):
         if picture.is_file():
             artifact_id = str(uuid.uuid5(uuid.NAMESPACE_URL, f"{run.name}/{picture.name}"))

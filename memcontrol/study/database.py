@@ -1,5 +1,5 @@
-"""Owns the connection to the study's database: settings that outlive a restart, waiting while it is away, errors a person can
-mend, and the lock that keeps a study to one orchestrator. Passwords never leave it."""
+"""Owns the connection to the study's database: settings that outlive a restart, waiting while it is away,
+errors a person can mend, and the lock that keeps a study to one orchestrator. Passwords never leave it."""
 
 from __future__ import annotations
 
@@ -23,9 +23,11 @@ NUMBERS = itertools.count(1)  # of locks in this process
 HOLDER_QUERY = """
 SELECT a.pid, a.application_name, coalesce(host(a.client_addr), 'local') AS address, a.backend_start
 FROM pg_locks l JOIN pg_stat_activity a USING (pid)
-WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 1 AND (l.classid::bigint << 32) + l.objid::bigint = :key
+WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 1
+    AND (l.classid::bigint << 32) + l.objid::bigint = :key
 """
-ASKED = " Is the server running on that host and accepting TCP/IP connections?"  # what libpq adds, and our cure answers
+# what libpq adds, and our cure answers
+ASKED = " Is the server running on that host and accepting TCP/IP connections?"
 Result = TypeVar("Result")
 Tell = Callable[[str], None]
 
@@ -35,19 +37,31 @@ def is_postgresql(url: str) -> bool:
 
 
 def make_engine_arguments(url: str) -> dict[str, Any]:
-    """For sqlalchemy.create_engine: few connections, each tried before it is used, none that hangs for long."""
+    """For sqlalchemy.create_engine: few connections, each tried before it is used, none that hangs for
+    long."""
     if not is_postgresql(url):
         return {}
-    return {"pool_size": 2, "max_overflow": 2, "pool_pre_ping": True, "pool_recycle": 600, "connect_args": make_connection_arguments("statement_timeout=60000")}
+    return {
+        "pool_size": 2,
+        "max_overflow": 2,
+        "pool_pre_ping": True,
+        "pool_recycle": 600,
+        "connect_args": make_connection_arguments("statement_timeout=60000"),
+    }
 
 
 def make_connection_arguments(*settings: str, name: str = "") -> dict[str, Any]:
     """Of libpq: both sides notice within half a minute that the other is gone."""
     alive = ("tcp_keepalives_idle=20", "tcp_keepalives_interval=5", "tcp_keepalives_count=3")
     return {
-        "connect_timeout": 5, "keepalives": 1, "keepalives_idle": 20, "keepalives_interval": 5, "keepalives_count": 3,
-        "application_name": name or name_process(), "options": " ".join(f"-c {setting}" for setting in (*alive, *settings)),
-    }  # fmt: skip
+        "connect_timeout": 5,
+        "keepalives": 1,
+        "keepalives_idle": 20,
+        "keepalives_interval": 5,
+        "keepalives_count": 3,
+        "application_name": name or name_process(),
+        "options": " ".join(f"-c {setting}" for setting in (*alive, *settings)),
+    }
 
 
 def name_process() -> str:
@@ -63,8 +77,10 @@ def validate_url(url: str) -> str:
         make_url(url)
     except (ValueError, ArgumentError):
         raise MemControlError(
-            f"storage {hide_password(url)} is no database URL; write it as postgresql+psycopg2://USER@HOST:PORT/DATABASE or sqlite:///FILE, with the "
-            "password in PGPASSWORD or, in the URL, its special characters percent-encoded (@ as %40, : as %3A)"
+            f"storage {hide_password(url)} is no database URL; write it as "
+            "postgresql+psycopg2://USER@HOST:PORT/DATABASE or sqlite:///FILE, with the "
+            "password in PGPASSWORD or, in the URL, its special characters percent-encoded (@ as "
+            "%40, : as %3A)"
         ) from None
     return url
 
@@ -81,11 +97,15 @@ CURES = {
     r"database .* does not exist": "create the database: see storage/README.md",
     "permission denied": "the role must own the tables or have been granted them: storage/roles.sql does",
     "Connection refused": "start PostgreSQL there, or correct host and port",
-    "Can't load plugin|NoSuchModule": "write postgresql+psycopg2://USER@HOST/DATABASE, postgresql+psycopg:// for psycopg 3, or sqlite:///FILE",
+    "Can't load plugin|NoSuchModule": "write postgresql+psycopg2://USER@HOST/DATABASE, "
+    "postgresql+psycopg:// for psycopg 3, or "
+    "sqlite:///FILE",
     "read-only transaction": "this role may only read; a search needs the one that owns the tables",
     "could not translate host name": "check the host's name",
     "Name or service not known": "check the host's name",
-    "no longer compatible|schema": "upgrade the tables after a backup: optuna storage upgrade --storage URL, see storage/README.md",
+    "no longer compatible|schema": "upgrade the tables after a backup: "
+    "optuna storage upgrade --storage URL, see "
+    "storage/README.md",
     "No module named 'psycopg2'": "install memcontrol[postgresql]",
     "No module named 'psycopg'": "install psycopg[binary], or write postgresql+psycopg2://",
 }
@@ -96,13 +116,19 @@ def explain_open_error(url: str, error: Exception) -> MemControlError:
     cause = find_database_error(error) or error
     reason = " ".join(str(getattr(cause, "orig", None) or cause).split())[:300].removesuffix(ASKED)
     if "Failed to import DB access module" in reason:
-        reason = f"the driver of {hide_password(url).partition(':')[0]} is not installed: No module named '{'psycopg' if '+psycopg:' in url else 'psycopg2'}'"
+        reason = (
+            f"the driver of {hide_password(url).partition(':')[0]} is not installed: No module "
+            f"named '{'psycopg' if '+psycopg:' in url else 'psycopg2'}'"
+        )
     with contextlib.suppress(Exception):
         from sqlalchemy import make_url
 
         password = make_url(url).password
         reason = reason.replace(str(password), "***") if password else reason
-    cure = next((cure for pattern, cure in CURES.items() if re.search(pattern, reason)), "give for example sqlite:///study.db")
+    cure = next(
+        (cure for pattern, cure in CURES.items() if re.search(pattern, reason)),
+        "give for example sqlite:///study.db",
+    )
     return MemControlError(f"storage {hide_password(url)} cannot be opened: {reason}; {cure}")
 
 
@@ -116,23 +142,32 @@ def find_database_error(error: BaseException | None) -> BaseException | None:
 
 
 def is_away(error: BaseException, url: str) -> bool:
-    """Whether it is the connection that failed, so that waiting may help; not a wrong statement, right or password."""
+    """Whether it is the connection that failed, so that waiting may help; not a wrong statement, right or
+    password."""
     import sqlalchemy.exc
 
     cause = find_database_error(error)
-    if not isinstance(cause, (sqlalchemy.exc.OperationalError, sqlalchemy.exc.InterfaceError, sqlalchemy.exc.TimeoutError)):
+    if not isinstance(
+        cause, (sqlalchemy.exc.OperationalError, sqlalchemy.exc.InterfaceError, sqlalchemy.exc.TimeoutError)
+    ):
         return bool(getattr(cause, "connection_invalidated", False))
     text = str(cause)
     if not is_postgresql(url):
         return "locked" in text
-    return not any(re.search(pattern, text) for pattern in ("password", "role .* does not exist", "database .* does not exist", "translate host"))
+    return not any(
+        re.search(pattern, text)
+        for pattern in ("password", "role .* does not exist", "database .* does not exist", "translate host")
+    )
 
 
-def retry_while_away(call: Callable[[], Result], url: str, say: Tell, again: Callable[[], None] = lambda: None) -> Result:
-    """The call's result; while the database is away, waits and tries again, at most PATIENCE_SECONDS, and says so.
+def retry_while_away(
+    call: Callable[[], Result], url: str, say: Tell, again: Callable[[], None] = lambda: None
+) -> Result:
+    """The call's result; while the database is away, waits and tries again, at most PATIENCE_SECONDS, and
+    says so.
 
-    The call must be one that may be repeated, since a lost connection does not tell whether the database had done it.
-    `again` runs before each repetition. Raises MemControlError when patience ends.
+    The call must be one that may be repeated, since a lost connection does not tell whether the database had
+    done it. `again` runs before each repetition. Raises MemControlError when patience ends.
     """
     away_since = None
     while True:
@@ -148,10 +183,14 @@ def retry_while_away(call: Callable[[], Result], url: str, say: Tell, again: Cal
                 raise
             if away_since is None:
                 away_since = time.monotonic()
-                say(f"the database {hide_password(url)} is away; trials run on, and the search waits for it up to {PATIENCE_SECONDS // 60} minutes")
+                say(
+                    f"the database {hide_password(url)} is away; trials run on, and the search "
+                    f"waits for it up to {PATIENCE_SECONDS // 60} minutes"
+                )
             if time.monotonic() - away_since > PATIENCE_SECONDS:
                 raise MemControlError(
-                    f"the database {hide_password(url)} has been away for {PATIENCE_SECONDS // 60} minutes; finished results are kept in their folders, and the "
+                    f"the database {hide_password(url)} has been away for {PATIENCE_SECONDS // 60} "
+                    "minutes; finished results are kept in their folders, and the "
                     "same command goes on when it is back"
                 ) from None
             for _ in range(int(RETRY_SECONDS / 0.1)):
@@ -169,13 +208,16 @@ def find_lock_holder(url: str, name: str) -> str | None:
     from sqlalchemy import create_engine, text
     from sqlalchemy.pool import NullPool
 
-    with create_engine(url, poolclass=NullPool, connect_args=make_connection_arguments()).connect() as connection:
+    with create_engine(
+        url, poolclass=NullPool, connect_args=make_connection_arguments()
+    ).connect() as connection:
         holder = connection.execute(text(HOLDER_QUERY), {"key": compute_lock_key(name)}).first()
     return holder.application_name if holder else None
 
 
 class StudyLock:
-    """PostgreSQL's advisory lock on a study's name: held by one connection, gone with it, however its process ends."""
+    """PostgreSQL's advisory lock on a study's name: held by one connection, gone with it, however its process
+    ends."""
 
     def __init__(self, url: str, name: str):
         from sqlalchemy import create_engine
@@ -183,7 +225,9 @@ class StudyLock:
 
         self.url, self.name = url, name
         self.label = f"{name_process()}, lock {next(NUMBERS)}"
-        self.engine = create_engine(url, poolclass=NullPool, connect_args=make_connection_arguments(name=self.label))
+        self.engine = create_engine(
+            url, poolclass=NullPool, connect_args=make_connection_arguments(name=self.label)
+        )
         self.key = compute_lock_key(name)
         self.connection: Any = None
 
@@ -202,8 +246,15 @@ class StudyLock:
             # The server has not noticed yet that our own lost connection is gone.
             self.connection.execute(text("SELECT pg_terminate_backend(:pid)"), {"pid": holder.pid})
             time.sleep(0.2)
-        said = f"{holder.application_name}, address {holder.address}, since {holder.backend_start:%Y-%m-%d %H:%M}" if holder else "it has just ended"
-        raise MemControlError(f"study '{self.name}' is being searched by another process ({said}); wait for it or stop it first")
+        said = (
+            f"{holder.application_name}, address {holder.address}, since "
+            f"{holder.backend_start:%Y-%m-%d %H:%M}"
+            if holder
+            else "it has just ended"
+        )
+        raise MemControlError(
+            f"study '{self.name}' is being searched by another process ({said}); wait for it or stop it first"
+        )
 
     def check(self) -> None:
         """Raises, as any lost connection does, where it is no longer held."""
@@ -221,7 +272,8 @@ class StudyLock:
 
 @contextlib.contextmanager
 def hold_study_lock(url: str, name: str) -> Iterator[StudyLock | None]:
-    """Holds the study's lock in the database, where it is PostgreSQL. Raises MemControlError where another process does."""
+    """Holds the study's lock in the database, where it is PostgreSQL. Raises MemControlError where another
+    process does."""
     if not is_postgresql(url):
         yield None
         return

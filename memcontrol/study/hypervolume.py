@@ -1,4 +1,5 @@
-"""Owns how far a search has come: the hypervolume of its front against a fixed reference point, its noise, and whether it still grows."""
+"""Owns how far a search has come: the hypervolume of its front against a fixed reference point, its noise,
+and whether it still grows."""
 
 from __future__ import annotations
 
@@ -18,8 +19,9 @@ MARGIN = 0.1
 
 
 def find_reference_point(records: Sequence[Record]) -> list[float] | None:
-    """The point that hypervolumes are measured from: the worst of the anchors in each objective, and a tenth of their range beyond it, so
-    that the worst of them count too. As losses; None before every anchor has ended, or where fewer than two ended well."""
+    """The point that hypervolumes are measured from: the worst of the anchors in each objective, and a tenth
+    of their range beyond it, so that the worst of them count too. As losses; None before every anchor has
+    ended, or where fewer than two ended well."""
     anchors = [record for record in records if record.anchor is not None]
     losses = np.array([record.losses for record in anchors if record.finished])
     if len(losses) < 2 or any(record.state == "RUNNING" for record in anchors):
@@ -28,27 +30,50 @@ def find_reference_point(records: Sequence[Record]) -> list[float] | None:
 
 
 def collect_measured(records: Sequence[Record]) -> tuple[list[list[float]], np.ndarray]:
-    """What the search measured (not what was measured again, which only the front is): losses, and their standard errors [N, M]."""
-    losses = [orient_values([record.searched[name] for name in record.objectives], record.objectives.values()) for record in records]
-    return losses, np.array([[read_error(name, record.searched) for name in record.objectives] for record in records]).reshape(len(losses), -1)
+    """What the search measured (not what was measured again, which only the front is): losses, and their
+    standard errors [N, M]."""
+    losses = [
+        orient_values([record.searched[name] for name in record.objectives], record.objectives.values())
+        for record in records
+    ]
+    return losses, np.array(
+        [[read_error(name, record.searched) for name in record.objectives] for record in records]
+    ).reshape(len(losses), -1)
 
 
 def estimate_hypervolume(records: Sequence[Record], reference: Sequence[float], seed: int = 0) -> Estimate:
-    """The hypervolume of what the search measured, with its standard error by redrawing every value from its own error."""
+    """The hypervolume of what the search measured, with its standard error by redrawing every value from its
+    own error."""
     losses, errors = collect_measured([record for record in records if record.finished])
     rng = np.random.default_rng(seed)
-    draws = [hypervolume(rng.normal(losses, errors), reference) for _ in range(N_REDRAWS)] if losses and errors.any() else [0.0]
+    draws = (
+        [hypervolume(rng.normal(losses, errors), reference) for _ in range(N_REDRAWS)]
+        if losses and errors.any()
+        else [0.0]
+    )
     return Estimate(hypervolume(losses, reference), float(np.std(draws)))
 
 
-def trace_hypervolume(records: Sequence[Record], reference: Sequence[float], seed: int = 0) -> dict[int, Estimate]:
-    """The hypervolume by the number of trials that had ended well, in the order of their ends, with its standard error: after each of them,
-    or after some N_PLACES numbers of them where there are more."""
-    losses, errors = collect_measured(sorted((record for record in records if record.finished), key=lambda record: (record.ended, record.number)))
-    places, rng = np.unique(np.linspace(1, len(losses), min(len(losses), N_PLACES), dtype=int)).tolist(), np.random.default_rng(seed)
+def trace_hypervolume(
+    records: Sequence[Record], reference: Sequence[float], seed: int = 0
+) -> dict[int, Estimate]:
+    """The hypervolume by the number of trials that had ended well, in the order of their ends, with its
+    standard error: after each of them, or after some N_PLACES numbers of them where there are more."""
+    losses, errors = collect_measured(
+        sorted(
+            (record for record in records if record.finished),
+            key=lambda record: (record.ended, record.number),
+        )
+    )
+    places, rng = (
+        np.unique(np.linspace(1, len(losses), min(len(losses), N_PLACES), dtype=int)).tolist(),
+        np.random.default_rng(seed),
+    )
     draws = zip(*(accumulate_volumes(rng.normal(losses, errors), places, reference) for _ in range(N_WALKS)))
     found = accumulate_volumes(np.asarray(losses), places, reference)
-    return {place: Estimate(volume, float(np.std(drawn))) for place, volume, drawn in zip(places, found, draws)}
+    return {
+        place: Estimate(volume, float(np.std(drawn))) for place, volume, drawn in zip(places, found, draws)
+    }
 
 
 def accumulate_volumes(losses: np.ndarray, places: Sequence[int], reference: Sequence[float]) -> list[float]:
@@ -63,9 +88,15 @@ def accumulate_volumes(losses: np.ndarray, places: Sequence[int], reference: Seq
 
 def is_flat(records: Sequence[Record], reference: Sequence[float], n: int) -> bool:
     """Whether the last n sampled trials to end have raised the hypervolume by no more than its noise."""
-    sampled = sorted((record for record in records if record.anchor is None and record.state in ("COMPLETE", "PRUNED")), key=lambda record: (record.ended, record.number))
+    sampled = sorted(
+        (record for record in records if record.anchor is None and record.state in ("COMPLETE", "PRUNED")),
+        key=lambda record: (record.ended, record.number),
+    )
     if len(sampled) < n:
         return False
     last = {record.number for record in sampled[-n:]}
-    now, before = estimate_hypervolume(records, reference), estimate_hypervolume([record for record in records if record.number not in last], reference)
+    now, before = (
+        estimate_hypervolume(records, reference),
+        estimate_hypervolume([record for record in records if record.number not in last], reference),
+    )
     return now - before <= (now.error or 0)

@@ -24,26 +24,31 @@ class Limit:
         return value - self.bound if self.sign == "<=" else self.bound - value
 
     def holds(self, rewards: dict[str, float]) -> bool:
-        """What was not measured, such as a caption's noise norm where there are no captions, keeps no limit."""
+        """What was not measured, such as a caption's noise norm where there are no captions, keeps no
+        limit."""
         return self.reward in rewards and self.excess(rewards[self.reward]) <= 0
 
 
 def parse_limit(text: str, known: Sequence[str]) -> Limit:
-    """"fid<=12" as a Limit on one of the `known` rewards. Raises MemControlError."""
+    """ "fid<=12" as a Limit on one of the `known` rewards. Raises MemControlError."""
     found = re.fullmatch(r"\s*(\w+)\s*(<=|>=)\s*(\S+)\s*", text)
     reward, sign, bound = found.groups() if found else ("", "", "")
     try:
         limit = Limit(reward, sign, float(bound))
     except ValueError:
-        raise MemControlError(f"limit '{text}': write it as REWARD<=NUMBER or REWARD>=NUMBER, for example fid<=12") from None
+        raise MemControlError(
+            f"limit '{text}': write it as REWARD<=NUMBER or REWARD>=NUMBER, for example fid<=12"
+        ) from None
     if limit.reward not in known:
-        raise MemControlError(f"limit '{text}': unknown reward '{limit.reward}'; this study has {', '.join(sorted(known))}")
+        raise MemControlError(
+            f"limit '{text}': unknown reward '{limit.reward}'; this study has {', '.join(sorted(known))}"
+        )
     return limit
 
 
 def find_front(points: Sequence[Sequence[float]] | np.ndarray) -> list[int]:
-    """Indices of the points that no other dominates (is as good in every value, all minimised, and better in one), in order of the first
-    value; of equal points the first stays."""
+    """Indices of the points that no other dominates (is as good in every value, all minimised, and better in
+    one), in order of the first value; of equal points the first stays."""
     if len(points) == 0:
         return []
     values = np.asarray(points, np.float64)
@@ -60,8 +65,8 @@ def find_front(points: Sequence[Sequence[float]] | np.ndarray) -> list[int]:
 
 
 def hypervolume(points: Sequence[Sequence[float]] | np.ndarray, reference: Sequence[float]) -> float:
-    """How much of the space below the reference the points dominate (all minimised): steps in the plane, beyond it slab by slab along the
-    last value."""
+    """How much of the space below the reference the points dominate (all minimised): steps in the plane,
+    beyond it slab by slab along the last value."""
     values = np.asarray(points, np.float64).reshape(-1, len(reference))
     inside = values[(values < np.asarray(reference)).all(1)]
     best = inside[find_front(inside)]
@@ -74,18 +79,25 @@ def hypervolume(points: Sequence[Sequence[float]] | np.ndarray, reference: Seque
         return float(((reference[0] - best[:, 0]) * (tops - best[:, 1])).sum())
     rising = best[np.argsort(best[:, -1], kind="stable")]
     tops = np.concatenate([rising[1:, -1], [reference[-1]]])
-    return sum((top - low) * hypervolume(rising[: i + 1, :-1], reference[:-1]) for i, (low, top) in enumerate(zip(rising[:, -1], tops)) if top > low)
+    return sum(
+        (top - low) * hypervolume(rising[: i + 1, :-1], reference[:-1])
+        for i, (low, top) in enumerate(zip(rising[:, -1], tops))
+        if top > low
+    )
 
 
 def find_knee(points: Sequence[Sequence[float]], reference: Sequence[float] | None = None) -> int:
     """The index of the point nearest to the ideal one, the best of each value (all minimised).
 
-    Each value is scaled to 0 at the ideal and 1 at the reference point; without a reference, at the worst of the points.
+    Each value is scaled to 0 at the ideal and 1 at the reference point; without a reference, at the worst of
+    the points.
     """
     lows = [min(column) for column in zip(*points)]
     highs = reference or [max(column) for column in zip(*points)]
 
     def distance(point: Sequence[float]) -> float:
-        return sum(((x - low) / (high - low if high > low else 1)) ** 2 for x, low, high in zip(point, lows, highs))
+        return sum(
+            ((x - low) / (high - low if high > low else 1)) ** 2 for x, low, high in zip(point, lows, highs)
+        )
 
     return min(range(len(points)), key=lambda i: (distance(points[i]), tuple(points[i])))

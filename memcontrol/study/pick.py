@@ -29,26 +29,34 @@ def select_front(records: Sequence[Record]) -> list[Record]:
 
 
 def select_to_confirm(records: Sequence[Record], limits: Sequence[Limit] = ()) -> list[Record]:
-    """What must be measured again before a front is reported: every trial on it, on the front of those that keep the study's
-    limits, and full fine-tuning, which they are compared with. As figures come in, others may move up; none left: done."""
+    """What must be measured again before a front is reported: every trial on it, on the front of those that
+    keep the study's limits, and full fine-tuning, which they are compared with. As figures come in, others
+    may move up; none left: done."""
     complete = [record for record in records if record.finished]
-    best = select_front(complete) + select_front([record for record in complete if keeps_limits(record, limits)])
-    return [record for record in complete if not record.confirmed and (record in best or record.anchor == "full")]
+    best = select_front(complete) + select_front(
+        [record for record in complete if keeps_limits(record, limits)]
+    )
+    return [
+        record for record in complete if not record.confirmed and (record in best or record.anchor == "full")
+    ]
 
 
 def select_ties(records: Sequence[Record]) -> list[Record]:
-    """Those whose place the errors leave open: on the front, but beaten beyond error in some objective by one that they beat in
-    none; or off the front, but not so beaten by any."""
+    """Those whose place the errors leave open: on the front, but beaten beyond error in some objective by one
+    that they beat in none; or off the front, but not so beaten by any."""
     if not records:
         return []
-    losses, errors = np.array([record.losses for record in records]), np.array([[read_error(name, record.rewards) for name in record.objectives] for record in records])
+    losses, errors = (
+        np.array([record.losses for record in records]),
+        np.array([[read_error(name, record.rewards) for name in record.objectives] for record in records]),
+    )
     best = set(find_front(losses))
     return [record for i, record in enumerate(records) if (i in best) == is_clearly_beaten(losses, errors, i)]
 
 
 def is_clearly_beaten(losses: np.ndarray, errors: np.ndarray, i: int) -> bool:
-    """Whether of all trials [N, M] one is better than the i-th in some objective by more than two standard errors of the difference, and
-    worse in none by as much."""
+    """Whether of all trials [N, M] one is better than the i-th in some objective by more than two standard
+    errors of the difference, and worse in none by as much."""
     beyond, gains = 2 * np.hypot(errors, errors[i]), losses[i] - losses
     return bool(((gains > beyond).any(1) & ~(-gains > beyond).any(1)).any())
 
@@ -61,29 +69,41 @@ def find_trial(records: Sequence[Record], number: int) -> Record:
     for record in records:
         if record.number == number and record.finished:
             return record
-    raise MemControlError(f"trial {number} is not among the finished ones: {', '.join(str(record.number) for record in records)}")
+    raise MemControlError(
+        f"trial {number} is not among the finished ones: "
+        f"{', '.join(str(record.number) for record in records)}"
+    )
 
 
-def choose_trial(records: Sequence[Record], rule: str = "knee", limits: Sequence[str] = (), wanted: Sequence[Limit] = ()) -> Record:
-    """One finished trial that fine-tunes and keeps the limits, and where any does the study's own, `wanted`. Where some were
-    measured again, one of those: what one measurement says of the best of many is too good.
+def choose_trial(
+    records: Sequence[Record], rule: str = "knee", limits: Sequence[str] = (), wanted: Sequence[Limit] = ()
+) -> Record:
+    """One finished trial that fine-tunes and keeps the limits, and where any does the study's own, `wanted`.
+    Where some were measured again, one of those: what one measurement says of the best of many is too good.
 
-    knee: of the front, the trials at most 5 % worse than full fine-tuning in the first objective (an FID of some hundred
-    images errs by more); of those, the ones whose copying cannot be told from chance (the interval of the copy rate reaches
-    what is expected without copying: strict, so that a pick is safe); of those, the one nearest to the ideal, on a scale where full fine-tuning is at 1. A condition
-    that no trial meets is dropped.
-    quality, memorization: the best in the first or the last objective.
-    Raises MemControlError.
+    knee: of the front, the trials at most 5 % worse than full fine-tuning in the first objective (an FID of
+    some hundred images errs by more); of those, the ones whose copying cannot be told from chance (the
+    interval of the copy rate reaches what is expected without copying: strict, so that a pick is safe); of
+    those, the one nearest to the ideal, on a scale where full fine-tuning is at 1. A condition that no trial
+    meets is dropped. quality, memorization: the best in the first or the last objective. Raises
+    MemControlError.
     """
     complete = require_finished(records)
     parsed = [parse_limit(text, list(complete[0].rewards)) for text in limits]
     allowed = [record for record in complete if record.anchor != "none" and keeps_limits(record, parsed)]
     if not allowed:
         best = {
-            limit.reward: (min if limit.sign == "<=" else max)(record.rewards[limit.reward] for record in complete) for limit in parsed
+            limit.reward: (min if limit.sign == "<=" else max)(
+                record.rewards[limit.reward] for record in complete
+            )
+            for limit in parsed
         }
         reached = ", ".join(f"{name} {value:.4g}" for name, value in best.items())
-        raise MemControlError(f"no finished trial keeps {' and '.join(limits)}; the best reached: {reached}" if limits else "of this study only the untrained base has finished; let the search run on")
+        raise MemControlError(
+            f"no finished trial keeps {' and '.join(limits)}; the best reached: {reached}"
+            if limits
+            else "of this study only the untrained base has finished; let the search run on"
+        )
     if any(record.confirmed for record in allowed):
         allowed = [record for record in allowed if record.confirmed]
     keeping = [record for record in allowed if keeps_limits(record, wanted)]
@@ -95,7 +115,10 @@ def choose_trial(records: Sequence[Record], rule: str = "knee", limits: Sequence
     if rule != "knee":
         raise MemControlError(f"rule '{rule}' is unknown; allowed: {', '.join(RULES)}")
     full = next((record.losses for record in complete if record.anchor == "full"), None)
-    for condition in (lambda record: not full or record.losses[0] <= full[0] + TOLERANCE * abs(full[0]), is_not_copying):
+    for condition in (
+        lambda record: not full or record.losses[0] <= full[0] + TOLERANCE * abs(full[0]),
+        is_not_copying,
+    ):
         points = [record for record in points if condition(record)] or points
     return points[find_knee([record.losses for record in points], full)]
 

@@ -13,7 +13,8 @@ from memcontrol.core.reward_table import MAXIMIZE
 
 @dataclass(frozen=True)
 class Record:
-    """One trial of the study. An anchor tries several choices and stands for the best; `choice` is None until it has one."""
+    """One trial of the study. An anchor tries several choices and stands for the best; `choice` is None until
+    it has one."""
 
     number: int
     state: str
@@ -64,16 +65,35 @@ class Record:
     def as_running(self) -> Record:
         """As it was before it ended."""
         choice = self.candidates[0] if len(self.candidates) == 1 else None
-        return Record(self.number, "RUNNING", self.candidates, self.anchor, choice, self.objectives, begun=self.begun, folder=self.folder)
+        return Record(
+            self.number,
+            "RUNNING",
+            self.candidates,
+            self.anchor,
+            choice,
+            self.objectives,
+            begun=self.begun,
+            folder=self.folder,
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """The form of every --json."""
         return {
-            "trial": self.number, "state": self.state, "values": self.values,
+            "trial": self.number,
+            "state": self.state,
+            "values": self.values,
             "choice": self.choice.as_dict() if self.choice else None,
             "run": str(self.run) if self.choice else None,
-            "anchor": self.anchor, "rewards": self.rewards, "confirmed": bool(self.confirmed), "searched": self.searched, "replicates": list(self.replicates), "reason": self.reason or None, "seconds": self.seconds, "begun": self.begun, "ended": self.ended or None,
-        }  # fmt: skip
+            "anchor": self.anchor,
+            "rewards": self.rewards,
+            "confirmed": bool(self.confirmed),
+            "searched": self.searched,
+            "replicates": list(self.replicates),
+            "reason": self.reason or None,
+            "seconds": self.seconds,
+            "begun": self.begun,
+            "ended": self.ended or None,
+        }
 
 
 def orient_values(values: Sequence[float], directions: Iterable[str]) -> list[float]:
@@ -83,9 +103,13 @@ def orient_values(values: Sequence[float], directions: Iterable[str]) -> list[fl
 def add_result(record: Record, result: dict) -> Record:
     choice = Choice.from_dict(result["choice"]) if "choice" in result else record.choice
     return replace(
-        record, choice=choice, searched=result.get("rewards", {}), rungs=tuple(result.get("rungs", ())), reason=result.get("reason", ""),
+        record,
+        choice=choice,
+        searched=result.get("rewards", {}),
+        rungs=tuple(result.get("rungs", ())),
+        reason=result.get("reason", ""),
         seconds=result.get("seconds", 0.0),
-    )  # fmt: skip
+    )
 
 
 def format_time(when) -> str:

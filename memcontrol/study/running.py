@@ -1,4 +1,5 @@
-"""Owns what is known of a search from outside, in its run folders: which process is at which trial since when, attempts, pace, time left."""
+"""Owns what is known of a search from outside, in its run folders: which process is at which trial since
+when, attempts, pace, time left."""
 
 from __future__ import annotations
 
@@ -17,32 +18,48 @@ QUIET_SECONDS = 120  # without a word for so long, a run is said to be silent
 
 
 def list_runs(record: Record, folder: Path) -> list[dict[str, Any]]:
-    """For each choice that the trial tries: whether it is finished, its attempts, and the present one's place and progress."""
+    """For each choice that the trial tries: whether it is finished, its attempts, and the present one's place
+    and progress."""
     return [{"choice": choice.as_dict(), **inspect_run(folder / choice.key)} for choice in record.candidates]
 
 
 def inspect_run(run: Path) -> dict[str, Any]:
     attempts, failures = read_attempts(run), read_failures(run)
     n_rungs = len(list(run.glob("rung-*.json")))  # the way to each was a job of its own
-    found = {"run": str(run), "finished": (run / RESULT).is_file(), "attempts": max(len(attempts) - n_rungs, 0), "failures": [failure["reason"] for failure in failures]}
+    found = {
+        "run": str(run),
+        "finished": (run / RESULT).is_file(),
+        "attempts": max(len(attempts) - n_rungs, 0),
+        "failures": [failure["reason"] for failure in failures],
+    }
     if not found["attempts"] or found["finished"]:
         return found
     last, progress = attempts[-1], read_progress(run)
     place = {key: last[key] for key in ("host", "pid", "gpu", "started")}
-    return found | place | {"progress": {key: progress[key] for key in ("stage", "done", "total", "at")} if progress else None}
+    return (
+        found
+        | place
+        | {"progress": {key: progress[key] for key in ("stage", "done", "total", "at")} if progress else None}
+    )
 
 
 def describe_run(run: dict[str, Any], is_here: bool = True) -> str:
-    """Such as "attempt 2 on node7, process 4711, GPU 0, since 12:31 UTC, train 120/230, silent for 5 minutes"."""
+    """Such as "attempt 2 on node7, process 4711, GPU 0, since 12:31 UTC, train 120/230, silent for 5
+    minutes"."""
     if run["finished"]:
         return "finished"
     if not run["attempts"]:
         return "waits for a place" if is_here else "its run folder is on another machine"
     gpu, progress = f", GPU {run['gpu']}" if run["gpu"] else "", run["progress"]
-    text = f"attempt {run['attempts']} on {run['host']}, process {run['pid']}{gpu}, since {run['started'][11:16]} UTC"
+    text = (
+        f"attempt {run['attempts']} on {run['host']}, process {run['pid']}{gpu}, since "
+        f"{run['started'][11:16]} UTC"
+    )
     if progress:
         text += f", {progress['stage']} {progress['done']}/{progress['total']}"
-    silent = (datetime.now(UTC) - datetime.fromisoformat((progress or {}).get("at") or run["started"])).total_seconds()
+    silent = (
+        datetime.now(UTC) - datetime.fromisoformat((progress or {}).get("at") or run["started"])
+    ).total_seconds()
     return text + (f", silent for {silent / 60:.0f} minutes" if silent > QUIET_SECONDS else "")
 
 
@@ -53,6 +70,8 @@ def estimate_pace(records: Sequence[Record], config: Config) -> dict[str, float]
         return {}
     mean = sum(lengths) / len(lengths)
     n_sampled = sum(record.anchor is None for record in records)
-    n_left = max(0, config.search.trials - n_sampled) + sum(len(record.candidates) for record in records if record.state == "RUNNING")
+    n_left = max(0, config.search.trials - n_sampled) + sum(
+        len(record.candidates) for record in records if record.state == "RUNNING"
+    )
     waves = math.ceil(n_left / config.search.workers)
     return {"runs_per_hour": 3600 * config.search.workers / mean, "minutes_left": waves * mean / 60}

@@ -23,24 +23,49 @@ from memcontrol.core.errors import MemControlError
 from memcontrol.core.reward_table import MAXIMIZE, MINIMIZE, find_direction
 from memcontrol.core.space import SearchSpace
 from memcontrol.study.artifacts import attach_pictures
-from memcontrol.study.database import StudyLock, Tell, explain_open_error, hide_password, make_engine_arguments, retry_while_away, validate_url
+from memcontrol.study.database import (
+    StudyLock,
+    Tell,
+    explain_open_error,
+    hide_password,
+    make_engine_arguments,
+    retry_while_away,
+    validate_url,
+)
 from memcontrol.study.pareto import Limit, find_knee
 from memcontrol.study.record import Record, add_result, format_time, orient_values
 
 Returned = TypeVar("Returned")
 CONFIRMED_KEY, REPLICATES_KEY = "confirmed:", "replicates:"  # and the trial's number
-OWN = "memcontrol:"  # before the names of our attributes: system attributes, since dashboards print user attributes whole
+# before the names of our attributes: system attributes, since dashboards print user attributes whole
+OWN = "memcontrol:"
 CONSTRAINT = "constraints:"  # and its name: as optuna's Trial.set_constraint keeps them
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 logging.getLogger("alembic").setLevel(logging.ERROR)
 
 
 class Study:
-    """A study that is open: `records()` reads it, `begin`, `finish` and `confirm` write it. One process writes, and so may keep
-    what it read and wrote; a write that the database did not acknowledge is repeated until it is, and happens once."""
+    """A study that is open: `records()` reads it, `begin`, `finish` and `confirm` write it. One process
+    writes, and so may keep what it read and wrote; a write that the database did not acknowledge is repeated
+    until it is, and happens once."""
 
-    def __init__(self, inner: optuna.Study, config: Config, folder: Path, url: str = "sqlite://", say: Tell = lambda line: None, lock: StudyLock | None = None):
-        self.inner, self.config, self.folder, self.url, self.say, self.lock = inner, config, folder, url, say, lock
+    def __init__(
+        self,
+        inner: optuna.Study,
+        config: Config,
+        folder: Path,
+        url: str = "sqlite://",
+        say: Tell = lambda line: None,
+        lock: StudyLock | None = None,
+    ):
+        self.inner, self.config, self.folder, self.url, self.say, self.lock = (
+            inner,
+            config,
+            folder,
+            url,
+            say,
+            lock,
+        )
         self.directions = [direction.name.lower() for direction in inner.directions]
         self.kept: dict[int, Record] = {}
         self.ids: dict[int, int] = {}  # Optuna's trial ids by number
@@ -62,7 +87,8 @@ class Study:
         directions = self.objectives
         signs = {MINIMIZE: "<=", MAXIMIZE: ">="}
         return [
-            Limit(name, signs[directions.get(name) or find_direction(name)], bound) for name, bound in self.config.rewards.limits.items()
+            Limit(name, signs[directions.get(name) or find_direction(name)], bound)
+            for name, bound in self.config.rewards.limits.items()
         ]
 
     def patiently(self, call: Callable[[], Returned]) -> Returned:
@@ -78,15 +104,23 @@ class Study:
 
     def keep(self, trial: optuna.trial.FrozenTrial) -> None:
         self.ids[trial.number] = trial._trial_id
-        confirmed, replicates = (self.attributes.get(f"{name}{trial.number}", ()) for name in (CONFIRMED_KEY, REPLICATES_KEY))
-        self.kept[trial.number] = replace(make_record(trial, self.objectives), confirmed=dict(confirmed), replicates=tuple(replicates), folder=self.folder)
+        confirmed, replicates = (
+            self.attributes.get(f"{name}{trial.number}", ()) for name in (CONFIRMED_KEY, REPLICATES_KEY)
+        )
+        self.kept[trial.number] = replace(
+            make_record(trial, self.objectives),
+            confirmed=dict(confirmed),
+            replicates=tuple(replicates),
+            folder=self.folder,
+        )
 
     def records(self) -> list[Record]:
         """All trials, as this process last read or wrote them."""
         return list(self.kept.values())
 
     def confirm(self, number: int, rewards: dict[str, float]) -> None:
-        """Records what a trial's fresh draws gave. Beside the trial: Optuna's finished trials are never changed."""
+        """Records what a trial's fresh draws gave. Beside the trial: Optuna's finished trials are never
+        changed."""
         self.write(f"{CONFIRMED_KEY}{number}", rewards)
         self.kept[number] = replace(self.kept[number], confirmed=rewards)
 
@@ -102,17 +136,23 @@ class Study:
         return self.attributes.get(name)
 
     def write(self, name: str, value: Any) -> None:
-        self.patiently(lambda: self.storage.set_study_system_attr(self.inner._study_id, f"{OWN}{name}", value))
+        self.patiently(
+            lambda: self.storage.set_study_system_attr(self.inner._study_id, f"{OWN}{name}", value)
+        )
         self.attributes[name] = value
 
     def begin(self, candidates: Sequence[Choice], space: SearchSpace, anchor: str | None = None) -> int:
-        """Records a running trial, complete in one transaction: a crash leaves all of it or nothing. Returns its number."""
+        """Records a running trial, complete in one transaction: a crash leaves all of it or nothing. Returns
+        its number."""
         params = make_readable_params(candidates[0], space) if anchor is None else {}
         wanted = [choice.as_dict() for choice in candidates]
         frozen = create_trial(
-            state=TrialState.RUNNING, params=params, distributions=make_readable_distributions(params, space),
-            user_attrs={"anchor": anchor} if anchor else {}, system_attrs={f"{OWN}candidates": wanted},
-        )  # fmt: skip
+            state=TrialState.RUNNING,
+            params=params,
+            distributions=make_readable_distributions(params, space),
+            user_attrs={"anchor": anchor} if anchor else {},
+            system_attrs={f"{OWN}candidates": wanted},
+        )
         tried = False
 
         def write() -> int:
@@ -132,10 +172,13 @@ class Study:
     def running(self, candidates: list[dict]) -> optuna.trial.FrozenTrial | None:
         """The running trial of these candidates, which no other ever has."""
         trials = self.inner.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        return next((trial for trial in trials if trial.system_attrs.get(f"{OWN}candidates") == candidates), None)
+        return next(
+            (trial for trial in trials if trial.system_attrs.get(f"{OWN}candidates") == candidates), None
+        )
 
     def finish(self, number: int, results: Sequence[dict]) -> None:
-        """Ends a trial with its candidates' results: the knee of the complete ones (the nearest to the ideal of them), or a failure.
+        """Ends a trial with its candidates' results: the knee of the complete ones (the nearest to the ideal
+        of them), or a failure.
 
         Told again, it changes nothing.
         """
@@ -146,11 +189,23 @@ class Study:
         for result in complete:
             self.check_measured(result)
         values = [[result["rewards"][name] for name in objectives] for result in complete]
-        best = complete[find_knee([orient_values(point, self.directions) for point in values])] if complete else results[0]
-        told: dict[str, Any] = {"result": {key: best[key] for key in ("choice", "rewards", "reason", "seconds", "rungs") if key in best}}
+        best = (
+            complete[find_knee([orient_values(point, self.directions) for point in values])]
+            if complete
+            else results[0]
+        )
+        told: dict[str, Any] = {
+            "result": {
+                key: best[key] for key in ("choice", "rewards", "reason", "seconds", "rungs") if key in best
+            }
+        }
         if len(results) > 1:
             told["tried"] = [{k: r.get(k) for k in ("choice", "state", "rewards", "reason")} for r in results]
-        trial_id, state, tried = self.ids[number], TrialState.COMPLETE if complete else TrialState[best["state"]], False
+        trial_id, state, tried = (
+            self.ids[number],
+            TrialState.COMPLETE if complete else TrialState[best["state"]],
+            False,
+        )
 
         def write() -> None:
             nonlocal tried
@@ -163,14 +218,21 @@ class Study:
                 self.storage.set_trial_system_attr(trial_id, f"{OWN}{key}", value)
             for name, excess in compute_excesses(best.get("rewards", {}), self.limits).items():
                 self.storage.set_trial_system_attr(trial_id, f"{CONSTRAINT}{name}", excess)
-            attach_pictures(self.storage, trial_id, self.folder / Choice.from_dict(best["choice"]).key, self.folder)
-            self.storage.set_trial_state_values(trial_id, state, [best["rewards"][name] for name in objectives] if complete else None)
+            attach_pictures(
+                self.storage, trial_id, self.folder / Choice.from_dict(best["choice"]).key, self.folder
+            )
+            self.storage.set_trial_state_values(
+                trial_id, state, [best["rewards"][name] for name in objectives] if complete else None
+            )
 
         self.patiently(write)
-        self.kept[number] = add_result(replace(self.kept[number], state=state.name, ended=format_time(datetime.now())), told["result"])
+        self.kept[number] = add_result(
+            replace(self.kept[number], state=state.name, ended=format_time(datetime.now())), told["result"]
+        )
 
     def check_measured(self, result: dict) -> None:
-        """Raises MemControlError for a result that was measured with other things than the study's first one."""
+        """Raises MemControlError for a result that was measured with other things than the study's first
+        one."""
         first = self.attributes.get("measured_with")
         if first is None:
             self.write("measured_with", result["measured_with"])
@@ -181,7 +243,9 @@ class Study:
 def refuse_incomparable(a: Mapping, b: Mapping, what: str) -> None:
     """Raises MemControlError where two figures were measured with different things."""
     a, b = flatten_keys(dict(a)), flatten_keys(dict(b))
-    differing = [f"{key} ({a.get(key)} and {b.get(key)})" for key in sorted({*a, *b}) if a.get(key) != b.get(key)]
+    differing = [
+        f"{key} ({a.get(key)} and {b.get(key)})" for key in sorted({*a, *b}) if a.get(key) != b.get(key)
+    ]
     if differing:
         raise MemControlError(f"{what} cannot be compared; measured with different {'; '.join(differing)}")
 
@@ -192,8 +256,8 @@ def compute_excesses(rewards: dict[str, float], limits: Sequence[Limit]) -> dict
 
 
 def resolve_storage_url(config: Config, folder: Path, study_file: Path) -> str:
-    """The database: SQLite in the study's folder unless the config names another; relative SQLite paths start at the study file.
-    Raises MemControlError where it is no URL."""
+    """The database: SQLite in the study's folder unless the config names another; relative SQLite paths start
+    at the study file. Raises MemControlError where it is no URL."""
     if config.storage is None:
         return f"sqlite:///{folder / 'study.db'}"
     prefix = "sqlite:///"
@@ -203,11 +267,18 @@ def resolve_storage_url(config: Config, folder: Path, study_file: Path) -> str:
 
 
 def open_study(
-    config: Config, folder: Path, study_file: Path, *, create: bool, directions: Sequence[str] = (), say: Tell = lambda line: None,
+    config: Config,
+    folder: Path,
+    study_file: Path,
+    *,
+    create: bool,
+    directions: Sequence[str] = (),
+    say: Tell = lambda line: None,
     lock: StudyLock | None = None,
-) -> Study:  # fmt: skip
-    """The config's study. Its stored config must agree with a given one in all that numbers depend on. A new one is given
-    its objectives' directions; without them each is minimised. `say` is told when the database is away. Raises MemControlError."""
+) -> Study:
+    """The config's study. Its stored config must agree with a given one in all that numbers depend on. A new
+    one is given its objectives' directions; without them each is minimised. `say` is told when the database
+    is away. Raises MemControlError."""
     known, url = is_searched(config, folder, study_file), resolve_storage_url(config, folder, study_file)
     if not known and not create:
         raise explain_no_study(config, study_file, folder)
@@ -215,12 +286,23 @@ def open_study(
     if known:
         inner = optuna.load_study(study_name=config.name, storage=storage)
         try:
-            return Study(inner, check_config_agrees(inner, config) if create else read_stored_config(inner), folder, url, say, lock)
+            return Study(
+                inner,
+                check_config_agrees(inner, config) if create else read_stored_config(inner),
+                folder,
+                url,
+                say,
+                lock,
+            )
         except MemControlError:
             close_storage(storage)
             raise
     objectives = list(config.rewards.names)
-    inner = optuna.create_study(study_name=config.name, storage=storage, directions=[StudyDirection[name.upper()] for name in directions or [MINIMIZE] * len(objectives)])
+    inner = optuna.create_study(
+        study_name=config.name,
+        storage=storage,
+        directions=[StudyDirection[name.upper()] for name in directions or [MINIMIZE] * len(objectives)],
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         inner.set_metric_names(objectives)
@@ -253,21 +335,38 @@ def open_storage(url: str) -> optuna.storages.BaseStorage:
     try:
         if url.startswith("sqlite:///"):
             Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-        return optuna.storages.get_storage(optuna.storages.RDBStorage(url, engine_kwargs=make_engine_arguments(url)))
-    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, ImportError, OSError, ValueError, RuntimeError) as error:
+        return optuna.storages.get_storage(
+            optuna.storages.RDBStorage(url, engine_kwargs=make_engine_arguments(url))
+        )
+    except (
+        sqlalchemy.exc.SQLAlchemyError,
+        optuna.exceptions.StorageInternalError,
+        ImportError,
+        OSError,
+        ValueError,
+        RuntimeError,
+    ) as error:
         raise explain_open_error(url, error) from None
 
 
 def explain_no_study(config: Config, study_file: Path, folder: Path) -> MemControlError:
     if config.storage:
-        return MemControlError(f"storage {hide_password(config.storage)} holds no study '{config.name}'; name the database that was searched, or run: memcontrol search {study_file}")
-    return MemControlError(f"study '{config.name}' has not been searched yet; run: memcontrol search {study_file} (there is no study.db in {folder})")
+        return MemControlError(
+            f"storage {hide_password(config.storage)} holds no study '{config.name}'; name the "
+            f"database that was searched, or run: memcontrol search {study_file}"
+        )
+    return MemControlError(
+        f"study '{config.name}' has not been searched yet; run: memcontrol search {study_file} "
+        f"(there is no study.db in {folder})"
+    )
 
 
 def read_stored_config(inner: optuna.Study) -> Config:
     stored = inner._storage.get_study_system_attrs(inner._study_id).get(f"{OWN}config")
     if stored is None:
-        raise MemControlError(f"study '{inner.study_name}' in this storage was not made by memcontrol; choose another name")
+        raise MemControlError(
+            f"study '{inner.study_name}' in this storage was not made by memcontrol; choose another name"
+        )
     return load_config(json.loads(stored))
 
 
@@ -275,7 +374,8 @@ def check_config_agrees(inner: optuna.Study, config: Config) -> Config:
     differing = find_differing_keys(read_stored_config(inner), config)
     if differing:
         raise MemControlError(
-            f"study '{config.name}' was begun with another config: {'; '.join(differing)}; restore these keys or choose another name"
+            f"study '{config.name}' was begun with another config: {'; '.join(differing)}; restore "
+            "these keys or choose another name"
         )
     return config
 
@@ -290,13 +390,26 @@ def make_record(trial: optuna.trial.FrozenTrial, objectives: dict[str, str]) -> 
     candidates = tuple(Choice.from_dict(values) for values in attributes.get("candidates", ()))
     result = attributes.get("result", {})
     if not result and trial.state == TrialState.COMPLETE:
-        raise MemControlError(f"trial {trial.number} has no result that this version of memcontrol knows; read the study with the version that searched it")
-    begun = Record(trial.number, "RUNNING", candidates, trial.user_attrs.get("anchor"), objectives=objectives, begun=format_time(trial.datetime_start)).as_running()
-    return add_result(replace(begun, state=trial.state.name, ended=format_time(trial.datetime_complete)), result)
+        raise MemControlError(
+            f"trial {trial.number} has no result that this version of memcontrol knows; read the "
+            "study with the version that searched it"
+        )
+    begun = Record(
+        trial.number,
+        "RUNNING",
+        candidates,
+        trial.user_attrs.get("anchor"),
+        objectives=objectives,
+        begun=format_time(trial.datetime_start),
+    ).as_running()
+    return add_result(
+        replace(begun, state=trial.state.name, ended=format_time(trial.datetime_complete)), result
+    )
 
 
 def make_readable_params(choice: Choice, space: SearchSpace) -> dict[str, Any]:
-    """The choice as the dashboard shows it: which groups are on, how they are trained, and the learning rate."""
+    """The choice as the dashboard shows it: which groups are on, how they are trained, and the learning
+    rate."""
     point = space.point_of(choice)
     del point["rate"]
     if choice.rank is None:
@@ -311,5 +424,7 @@ def make_readable_distributions(params: dict[str, Any], space: SearchSpace) -> d
 
 
 def make_distributions(space: SearchSpace) -> dict[str, BaseDistribution]:
-    found: dict[str, BaseDistribution] = {name: CategoricalDistribution(options) for name, options in space.coordinates().items()}
+    found: dict[str, BaseDistribution] = {
+        name: CategoricalDistribution(options) for name, options in space.coordinates().items()
+    }
     return found | {"rate": FloatDistribution(0, 1)}

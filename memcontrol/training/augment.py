@@ -20,7 +20,9 @@ def warp_image(image: Image.Image, matrix: tuple[float, ...]) -> Image.Image:
     x, y = (image.width - 1) / 2, (image.height - 1) / 2
     centred = (a, b, c + x - a * x - b * y, d, e, f + y - d * x - e * y)
     fill = tuple(np.median(border, axis=0).astype(int).tolist())
-    return image.transform(image.size, Image.Transform.AFFINE, centred, Image.Resampling.BILINEAR, fillcolor=fill)
+    return image.transform(
+        image.size, Image.Transform.AFFINE, centred, Image.Resampling.BILINEAR, fillcolor=fill
+    )
 
 
 def rotate_image(image: Image.Image, strength: float) -> Image.Image:
@@ -33,7 +35,8 @@ def make_enhancer(kind: type) -> Callable[[Image.Image, float], Image.Image]:
     return lambda image, strength: kind(image).enhance(1 + 0.9 * strength)
 
 
-# Operations and ranges of RandAugment (Cubuk et al. 2020, arXiv 1909.13719); strength is -1..1, 0 leaves the image as it is.
+# Operations and ranges of RandAugment (Cubuk et al. 2020, arXiv 1909.13719); strength is -1..1, 0 leaves the
+# image as it is.
 OPERATIONS: tuple[Callable[[Image.Image, float], Image.Image], ...] = (
     lambda image, strength: image,
     lambda image, strength: warp_image(image, (1, 0.3 * strength, 0, 0, 1, 0)),

@@ -1,4 +1,5 @@
-"""Owns the inner loop of one shard: draws batches, skips, augments, steps; what it knows between rounds is a Shard."""
+"""Owns the inner loop of one shard: draws batches, skips, augments, steps; what it knows between rounds is a
+Shard."""
 
 from __future__ import annotations
 
@@ -18,7 +19,14 @@ from memcontrol.model.adapter import Adapter
 from memcontrol.model.base import Base, Noised
 from memcontrol.model.families import Text
 from memcontrol.training.augment import augment_images
-from memcontrol.training.mitigations import add_text_noise, below_threshold, edit_captions, list_vocabulary, min_snr_weights, noise_norms
+from memcontrol.training.mitigations import (
+    add_text_noise,
+    below_threshold,
+    edit_captions,
+    list_vocabulary,
+    min_snr_weights,
+    noise_norms,
+)
 from memcontrol.training.shard import Material, Shard
 
 OPTIMIZERS: dict[str, Callable] = {
@@ -43,10 +51,20 @@ class Batch:
 
 
 class Loop:
-    """Takes the steps of one shard in one round, with the adapter's parameters, their optimizer and their moving average."""
+    """Takes the steps of one shard in one round, with the adapter's parameters, their optimizer and their
+    moving average."""
 
-    def __init__(self, base: Base, adapter: Adapter, material: Material, inner: InnerConfig, shard: Shard, seed: int):
-        self.base, self.adapter, self.material, self.inner, self.shard, self.seed = base, adapter, material, inner, shard, seed
+    def __init__(
+        self, base: Base, adapter: Adapter, material: Material, inner: InnerConfig, shard: Shard, seed: int
+    ):
+        self.base, self.adapter, self.material, self.inner, self.shard, self.seed = (
+            base,
+            adapter,
+            material,
+            inner,
+            shard,
+            seed,
+        )
         self.trained = adapter.trained()
         self.parameters: list[Tensor] = list(self.trained.values())
         self.optimizer = OPTIMIZERS[inner.optimizer](adapter.groups(), inner.weight_decay)
@@ -56,7 +74,8 @@ class Loop:
         self.words = list_vocabulary(base.pipeline.tokenizer) if edits else []
 
     def slot(self, share: float) -> None:
-        """One unit of the budget, `share` of the shard's units done with it: at most one optimizer step. Raises Diverged."""
+        """One unit of the budget, `share` of the shard's units done with it: at most one optimizer step.
+        Raises Diverged."""
         for group in self.optimizer.param_groups:
             group["lr"] = group["rate"] * learning_rate_factor(share, self.inner)
         self.optimizer.zero_grad()
@@ -70,7 +89,8 @@ class Loop:
             self.step(n_kept)
 
     def plain_part(self, losses: list[float]) -> int:
-        """Gradients of batches until as many images were kept as a batch has, or the draws are used up. How many were kept."""
+        """Gradients of batches until as many images were kept as a batch has, or the draws are used up. How
+        many were kept."""
         n_kept = 0
         for _ in range(self.n_draws):
             n_kept += self.learn(self.draw(), losses, self.inner.batch_size - n_kept)
@@ -79,7 +99,8 @@ class Loop:
         return n_kept
 
     def augmented_part(self, losses: list[float]) -> int:
-        """Gradients of a batch of augmented images, once the queue holds one; rule `kept` first scores batches to fill it."""
+        """Gradients of a batch of augmented images, once the queue holds one; rule `kept` first scores
+        batches to fill it."""
         rule = self.inner.augmentation
         if rule is None:
             return 0
@@ -103,27 +124,35 @@ class Loop:
         shard, number = self.shard, self.shard.counts["batches"]
         shard.counts["batches"] += 1
         seed = derive_seed(self.seed, "exchanged", shard.exchanged_at) if shard.exchanged_at else self.seed
-        rows = shard.rows[select_batch_rows(len(shard.rows), self.inner.batch_size, seed, number - shard.exchanged_at)]
+        rows = shard.rows[
+            select_batch_rows(len(shard.rows), self.inner.batch_size, seed, number - shard.exchanged_at)
+        ]
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "step", number))
         data = self.material.data
         return self.batch(rows, data.mean[rows], data.deviation[rows], generator, number)
 
     def from_queue(self, base: float) -> Batch:
-        """The queue's first images, augmented: RandAugment at base * mean exp(-5 d), d = |ratio loss - memory| / memory."""
+        """The queue's first images, augmented: RandAugment at base * mean exp(-5 d), d = |ratio loss -
+        memory| / memory."""
         shard, size = self.shard, self.inner.batch_size
         rows, closeness = shard.queue[:size], shard.queue_closeness[:size]
         shard.queue, shard.queue_closeness = shard.queue[size:], shard.queue_closeness[size:]
         number = shard.counts["augmented_batches"]
         shard.counts["augmented_batches"] += 1
         strength = float(torch.exp(-5 * (closeness - 1).abs()).mean())
-        pixels = augment_images(self.material.pixels(rows.tolist()), base * strength, derive_seed(self.seed, "augmented", number))
+        pixels = augment_images(
+            self.material.pixels(rows.tolist()), base * strength, derive_seed(self.seed, "augmented", number)
+        )
         with torch.no_grad():
             mean, deviation = (tensor.cpu() for tensor in self.base.posterior(torch.from_numpy(pixels)))
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "augmented step", number))
         return self.batch(rows, mean, deviation, generator, f"augmented {number}")
 
-    def batch(self, rows: Tensor, mean: Tensor, deviation: Tensor, generator: torch.Generator, number: object) -> Batch:
-        """Latents drawn from their posterior, noised; some captions replaced by the empty one, some edited."""
+    def batch(
+        self, rows: Tensor, mean: Tensor, deviation: Tensor, generator: torch.Generator, number: object
+    ) -> Batch:
+        """Latents drawn from their posterior, noised; some captions replaced by the empty one, some
+        edited."""
         inner, device = self.inner, self.base.device
         clean = mean + deviation * torch.randn(mean.shape, generator=generator)  # [B, C, h, w]
         dropped = torch.rand(len(rows), generator=generator) < inner.caption_dropout
@@ -135,7 +164,10 @@ class Loop:
         data, inner = self.material.data, self.inner
         text = data.texts(torch.where(dropped, 0, data.caption_rows[rows]))
         if self.words:
-            before = ["" if gone else self.material.captions[row] for row, gone in zip(rows.tolist(), dropped.tolist())]
+            before = [
+                "" if gone else self.material.captions[row]
+                for row, gone in zip(rows.tolist(), dropped.tolist())
+            ]
             after = edit_captions(before, inner.captions, self.words, seed)
             changed = [i for i, (old, new) in enumerate(zip(before, after)) if old != new and not dropped[i]]
             if changed:
@@ -144,10 +176,14 @@ class Loop:
         return add_text_noise(text, inner.embedding_noise, seed) if inner.embedding_noise and text else text
 
     def learn(self, batch: Batch, losses: list[float], room: int, from_queue: bool = False) -> int:
-        """Adds the gradients of the images that are kept, `room` at the most, each by 1 / batch_size. How many were kept."""
+        """Adds the gradients of the images that are kept, `room` at the most, each by 1 / batch_size. How
+        many were kept."""
         found, n_kept = [], 0
         for rows in iterate_slices(len(batch.rows), self.inner.micro_batch_size):
-            noised, text = batch.noised.part(rows), {name: tensor[rows] for name, tensor in batch.text.items()}
+            noised, text = (
+                batch.noised.part(rows),
+                {name: tensor[rows] for name, tensor in batch.text.items()},
+            )
             with self.autocast():
                 loss, predicted = self.base.denoised(noised, text)
             keep = self.verdict(loss.detach(), predicted.detach(), noised, text, batch.rows[rows], from_queue)
@@ -168,7 +204,10 @@ class Loop:
         """Scores a batch without gradients and queues what is not skipped."""
         found = []
         for rows in iterate_slices(len(batch.rows), self.inner.micro_batch_size):
-            noised, text = batch.noised.part(rows), {name: tensor[rows] for name, tensor in batch.text.items()}
+            noised, text = (
+                batch.noised.part(rows),
+                {name: tensor[rows] for name, tensor in batch.text.items()},
+            )
             with self.autocast():
                 loss, predicted = self.base.denoised(noised, text)
             self.verdict(loss, predicted, noised, text, batch.rows[rows], False)
@@ -180,19 +219,28 @@ class Loop:
         return torch.autocast(self.base.device.type, precision, enabled=precision != torch.float32)
 
     def note(self, found: Tensor, batch: Batch, losses: list[float], remember: bool) -> None:
-        """The mean loss for the record, all losses for the memory, once the whole batch was judged by what it knew before."""
+        """The mean loss for the record, all losses for the memory, once the whole batch was judged by what it
+        knew before."""
         losses.append(float(found.mean()))
         if not math.isfinite(losses[-1]):
-            raise Diverged(f"the loss became {losses[-1]} after {self.shard.counts['steps']} steps (learning rate {self.adapter.said_rates()})")
+            raise Diverged(
+                f"the loss became {losses[-1]} after {self.shard.counts['steps']} steps (learning "
+                f"rate {self.adapter.said_rates()})"
+            )
         self.shard.counts["seen"] += len(found)
         if self.shard.memory and remember:
             self.shard.memory.update(found, batch.noised.timesteps)
 
-    def verdict(self, loss: Tensor, predicted: Tensor, noised: Noised, text: Text, rows: Tensor, from_queue: bool) -> Tensor:
-        """Which images [B] to train on now; counts those dropped and skipped, and queues those that are to be augmented."""
+    def verdict(
+        self, loss: Tensor, predicted: Tensor, noised: Noised, text: Text, rows: Tensor, from_queue: bool
+    ) -> Tensor:
+        """Which images [B] to train on now; counts those dropped and skipped, and queues those that are to be
+        augmented."""
         keep, rule = torch.ones_like(loss, dtype=torch.bool), self.inner.augmentation
         if self.inner.norm_threshold:
-            keep &= below_threshold(noise_norms(predicted, self.without_caption(noised, text)), self.inner.norm_threshold)
+            keep &= below_threshold(
+                noise_norms(predicted, self.without_caption(noised, text)), self.inner.norm_threshold
+            )
             self.shard.counts["dropped"] += len(keep) - int(keep.sum())
         if not self.shard.memory or (from_queue and not (rule and rule.retest)):
             return keep
@@ -221,26 +269,36 @@ class Loop:
         """The prediction [B, C, h, w] for the empty caption."""
         empty = self.material.data.texts(torch.zeros(len(noised.noisy), dtype=torch.long))
         with self.autocast():
-            return self.base.denoised(noised, {name: tensor.to(text[name]) for name, tensor in empty.items()})[1]
+            return self.base.denoised(
+                noised, {name: tensor.to(text[name]) for name, tensor in empty.items()}
+            )[1]
 
     def weights(self, timesteps: Tensor) -> Tensor | float:
         schedule = self.base.schedule
         if self.inner.min_snr is None:
             return 1.0
-        return min_snr_weights(schedule.alphas_cumprod, timesteps, self.inner.min_snr, schedule.config.prediction_type == "v_prediction")
+        return min_snr_weights(
+            schedule.alphas_cumprod,
+            timesteps,
+            self.inner.min_snr,
+            schedule.config.prediction_type == "v_prediction",
+        )
 
     def step(self, n_kept: int) -> None:
         """The optimizer's step on the mean gradient of the images kept, clipped."""
         self.scaler.unscale_(self.optimizer)
         if n_kept != self.inner.batch_size:
-            torch._foreach_mul_([p.grad for p in self.parameters if p.grad is not None], self.inner.batch_size / n_kept)
+            torch._foreach_mul_(
+                [p.grad for p in self.parameters if p.grad is not None], self.inner.batch_size / n_kept
+            )
         torch.nn.utils.clip_grad_norm_(self.parameters, self.inner.max_grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.shard.counts["steps"] += 1
         if self.inner.ema:
             n = self.shard.counts["steps"]
-            decay = min(self.inner.ema, (1 + n) / (10 + n))  # a short run must not remember its start for ever
+            # a short run must not remember its start for ever
+            decay = min(self.inner.ema, (1 + n) / (10 + n))
             with torch.no_grad():
                 torch._foreach_lerp_(self.shadows, self.parameters, 1 - decay)
 
@@ -257,7 +315,8 @@ class Loop:
         for key, value in moments.items():
             name, kind = key.rsplit(" ", 1)
             parameter = self.trained[name]
-            on_device = value.ndim or self.inner.optimizer in FUSED  # unfused optimizers keep their counters on the CPU
+            # unfused optimizers keep their counters on the CPU
+            on_device = value.ndim or self.inner.optimizer in FUSED
             self.optimizer.state[parameter][kind] = value.to(parameter.device) if on_device else value.clone()
 
     def load_shadows(self, state: dict[str, Tensor]) -> None:
@@ -271,7 +330,8 @@ def iterate_slices(n: int, size: int | None) -> Iterator[slice]:
 
 
 def learning_rate_factor(share: float, inner: InnerConfig) -> float:
-    """The learning rate's factor when `share` of the steps is done: linear warm-up, then constant or a half cosine to 0."""
+    """The learning rate's factor when `share` of the steps is done: linear warm-up, then constant or a half
+    cosine to 0."""
     if share < inner.warmup:
         return share / inner.warmup
     if inner.schedule == "constant":

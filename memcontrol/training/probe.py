@@ -1,4 +1,5 @@
-"""Owns what is asked of the denoiser itself, on noise and timesteps that are the same for every model: loss gap, noise norms."""
+"""Owns what is asked of the denoiser itself, on noise and timesteps that are the same for every model: loss
+gap, noise norms."""
 
 from __future__ import annotations
 
@@ -12,21 +13,31 @@ from memcontrol.core.seeds import derive_seed
 from memcontrol.model.base import Base, Encoded
 from memcontrol.training.mitigations import noise_norms
 
-N_PROBE_IMAGES, N_PROBE_DRAWS = 32, 4  # a draw for each of as many timesteps, evenly over their range: a random one would drown the gap
+# a draw for each of as many timesteps, evenly over their range: a random one would drown the gap
+N_PROBE_IMAGES, N_PROBE_DRAWS = 32, 4
 
 
 @torch.no_grad()
-def probe_losses(base: Base, data: Encoded, seed: int, norms: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """Losses, and norms of what a caption changes in the prediction (Wen et al. 2024, arXiv 2407.21720), of the first images:
-    each [draws, images]. Norms are 0 unless asked for."""
+def probe_losses(
+    base: Base, data: Encoded, seed: int, norms: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses, and norms of what a caption changes in the prediction (Wen et al. 2024, arXiv 2407.21720), of
+    the first images: each [draws, images]. Norms are 0 unless asked for."""
     clean, found = data.mean[:N_PROBE_IMAGES].to(base.device), []
-    texts = [data.texts(rows) for rows in (data.caption_rows[:N_PROBE_IMAGES], torch.zeros(len(clean), dtype=torch.long))]
+    texts = [
+        data.texts(rows)
+        for rows in (data.caption_rows[:N_PROBE_IMAGES], torch.zeros(len(clean), dtype=torch.long))
+    ]
     for draw in range(N_PROBE_DRAWS):
         generator = torch.Generator().manual_seed(derive_seed(seed, "probe", draw))
         noised = base.noised(clean, generator, quantile=(draw + 0.5) / N_PROBE_DRAWS)
         text, empty = ({name: tensor.to(base.device) for name, tensor in each.items()} for each in texts)
         losses, predicted = base.denoised(noised, text)
-        apart = noise_norms(predicted, base.denoised(noised, empty)[1]) if norms and text else torch.zeros_like(losses)
+        apart = (
+            noise_norms(predicted, base.denoised(noised, empty)[1])
+            if norms and text
+            else torch.zeros_like(losses)
+        )
         found.append((losses.cpu(), apart.cpu()))
     return torch.stack([losses for losses, _ in found]), torch.stack([apart for _, apart in found])
 
@@ -45,11 +56,19 @@ def estimate_loss_gap(known: np.ndarray, held: np.ndarray) -> Estimate:
 
 
 def measure_probe_rewards(base: Base, train: Encoded, holdout: Encoded, seed: int) -> dict[str, float]:
-    """The loss gap, and MemControl's noise norm of training images: mean, largest (of means over draws), and its ratio to
-    held-out images, without which it means little. Without captions the gap alone."""
-    (known, norms), (held, held_norms) = (probe_losses(base, data, seed, norms=True) for data in (train, holdout))
-    found: dict[str, float] = {"loss_gap": estimate_loss_gap(known.mean(0).double().numpy(), held.mean(0).double().numpy())}
+    """The loss gap, and MemControl's noise norm of training images: mean, largest (of means over draws), and
+    its ratio to held-out images, without which it means little. Without captions the gap alone."""
+    (known, norms), (held, held_norms) = (
+        probe_losses(base, data, seed, norms=True) for data in (train, holdout)
+    )
+    found: dict[str, float] = {
+        "loss_gap": estimate_loss_gap(known.mean(0).double().numpy(), held.mean(0).double().numpy())
+    }
     if not train.text:
         return found
     mean, largest, beside = float(norms.mean()), float(norms.mean(0).max()), float(held_norms.mean())
-    return found | {"noise_norm_mean": mean, "noise_norm_max": largest, "noise_norm_ratio": mean / max(beside, 1e-12)}
+    return found | {
+        "noise_norm_mean": mean,
+        "noise_norm_max": largest,
+        "noise_norm_ratio": mean / max(beside, 1e-12),
+    }

@@ -1,7 +1,8 @@
-"""Owns the files of a fine-tuning's rounds: what it goes on from when killed, and how the processes that share it meet.
+"""Owns the files of a fine-tuning's rounds: what it goes on from when killed, and how the processes that
+share it meet.
 
-Each shard leaves NNNN-SS.safetensors, then one process leaves NNNN-mean.safetensors (where the round averages) and NNNN-end.json. What follows is
-a function of these files alone.
+Each shard leaves NNNN-SS.safetensors, then one process leaves NNNN-mean.safetensors (where the round
+averages) and NNNN-end.json. What follows is a function of these files alone.
 """
 
 from __future__ import annotations
@@ -56,17 +57,32 @@ class RoundFiles:
         """Of the averagings before the round."""
         return next((self.mean(i) for i in reversed(range(number)) if self.mean(i).exists()), None)
 
-    def write_shard(self, number: int, adapter: Adapter, loop: Loop, records: list[dict], with_moments: bool) -> None:
+    def write_shard(
+        self, number: int, adapter: Adapter, loop: Loop, records: list[dict], with_moments: bool
+    ) -> None:
         """Where the loop's shard stands after the round, with the records of its rounds."""
         shard = loop.shard
-        found: State = {f"weights {name}": parameter for name, parameter in adapter.named_parameters().items()}
+        found: State = {
+            f"weights {name}": parameter for name, parameter in adapter.named_parameters().items()
+        }
         found |= {f"ema {name}": shadow for name, shadow in zip(loop.trained, loop.shadows)}
         found |= {f"moments {name}": value for name, value in loop.moments().items() if with_moments}
-        found |= {"rows": shard.rows, "skips": shard.skips, "skipped": shard.skipped, "queue": shard.queue, "closeness": shard.queue_closeness}
+        found |= {
+            "rows": shard.rows,
+            "skips": shard.skips,
+            "skipped": shard.skipped,
+            "queue": shard.queue,
+            "closeness": shard.queue_closeness,
+        }
         found["losses"] = torch.tensor(shard.losses, dtype=torch.float64)
         if shard.memory:
             found |= {"bank": shard.memory.bank, "weight": shard.memory.weight}
-        said = {"counts": shard.counts, "exchanged_at": shard.exchanged_at, "scaler": loop.scaler.state_dict(), "records": records}
+        said = {
+            "counts": shard.counts,
+            "exchanged_at": shard.exchanged_at,
+            "scaler": loop.scaler.state_dict(),
+            "records": records,
+        }
         save_state(self.shard(number, shard.number), found, {"memcontrol": json.dumps(said)})
 
     def read_shard(self, number: int, shard: int, kinds: Collection[str] = ()) -> ShardState:
@@ -77,11 +93,23 @@ class RoundFiles:
         with safe_open(path, "pt") as file:
             said = json.loads(file.metadata()["memcontrol"])
             own = {name: file.get_tensor(name) for name in file.keys() if " " not in name}
-        memory = LossMemory(self.skip, own["bank"].to(self.device), own["weight"].to(self.device)) if self.skip else None
+        memory = (
+            LossMemory(self.skip, own["bank"].to(self.device), own["weight"].to(self.device))
+            if self.skip
+            else None
+        )
         state = Shard(
-            shard, own["rows"], own["skips"], own["skipped"], memory, own["queue"], own["closeness"],
-            own["losses"].tolist(), Counter(said["counts"]), said["exchanged_at"],
-        )  # fmt: skip
+            shard,
+            own["rows"],
+            own["skips"],
+            own["skipped"],
+            memory,
+            own["queue"],
+            own["closeness"],
+            own["losses"].tolist(),
+            Counter(said["counts"]),
+            said["exchanged_at"],
+        )
         large = {kind: select_tensors(path, kind) if kind in kinds else {} for kind in STATE_KINDS}
         return ShardState(state, **large, scaler=said["scaler"], records=said["records"])
 
@@ -102,7 +130,9 @@ def save_state(path: Path, found: State, metadata: dict[str, str] | None = None)
     from safetensors.torch import save_file
 
     with replace_file(path) as part:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}, part, metadata)
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}, part, metadata
+        )
 
 
 def select_tensors(path: Path | None, kind: str) -> State:
@@ -112,8 +142,14 @@ def select_tensors(path: Path | None, kind: str) -> State:
     if path is None:
         return {}
     with safe_open(path, "pt") as file:
-        return {name.removeprefix(f"{kind} "): file.get_tensor(name) for name in file.keys() if name.startswith(f"{kind} ")}
+        return {
+            name.removeprefix(f"{kind} "): file.get_tensor(name)
+            for name in file.keys()
+            if name.startswith(f"{kind} ")
+        }
 
 
 def prefix_kinds(state: State, kind: str, offsets: str) -> State:
-    return {f"{offsets if name.endswith('.offset') else kind} {name}": tensor for name, tensor in state.items()}
+    return {
+        f"{offsets if name.endswith('.offset') else kind} {name}": tensor for name, tensor in state.items()
+    }

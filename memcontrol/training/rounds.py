@@ -36,7 +36,8 @@ PLAN_POLL_SECONDS = 0.05
 
 @dataclass(frozen=True)
 class TrainLog:
-    """What a fine-tuning did: optimizer steps, images seen, the mean loss of its first and last tenth, and its record by round."""
+    """What a fine-tuning did: optimizer steps, images seen, the mean loss of its first and last tenth, and
+    its record by round."""
 
     n_steps: int = 0
     images_seen: int = 0
@@ -48,7 +49,8 @@ class TrainLog:
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """The processes that train one fine-tuning's shards: this one's rank, and whether another one still lives."""
+    """The processes that train one fine-tuning's shards: this one's rank, and whether another one still
+    lives."""
 
     rank: int = 0
     size: int = 1
@@ -61,14 +63,23 @@ class ProcessGroup:
 
 
 def train_rounds(
-    base: Base, adapter: Adapter, material: Material, inner: InnerConfig, *,
-    seed: int, folder: Path, identity: str = "", progress: TellProgress, team: ProcessGroup = ProcessGroup(), n_rounds: int | None = None,
-) -> TrainLog:  # fmt: skip
-    """Trains the adapter for inner.budget_steps steps in all, in inner.rounds rounds over inner.ensemble.shards shards; pauses
-    after the first `n_rounds` of them where that is given.
+    base: Base,
+    adapter: Adapter,
+    material: Material,
+    inner: InnerConfig,
+    *,
+    seed: int,
+    folder: Path,
+    identity: str = "",
+    progress: TellProgress,
+    team: ProcessGroup = ProcessGroup(),
+    n_rounds: int | None = None,
+) -> TrainLog:
+    """Trains the adapter for inner.budget_steps steps in all, in inner.rounds rounds over
+    inner.ensemble.shards shards; pauses after the first `n_rounds` of them where that is given.
 
-    Goes on from the last round in `folder` if that was begun with the same `identity` (whatever else the numbers depend on).
-    Raises Diverged where a loss is not finite, MemControlError.
+    Goes on from the last round in `folder` if that was begun with the same `identity` (whatever else the
+    numbers depend on). Raises Diverged where a loss is not finite, MemControlError.
     """
     if not adapter.parameters():
         return TrainLog()
@@ -92,14 +103,28 @@ class Rounds:
     """One fine-tuning in its folder."""
 
     def __init__(
-        self, base: Base, adapter: Adapter, material: Material, inner: InnerConfig, seed: int, folder: Path, progress: TellProgress, team: ProcessGroup
+        self,
+        base: Base,
+        adapter: Adapter,
+        material: Material,
+        inner: InnerConfig,
+        seed: int,
+        folder: Path,
+        progress: TellProgress,
+        team: ProcessGroup,
     ):
         self.base, self.adapter, self.material, self.inner, self.seed = base, adapter, material, inner, seed
         self.files, self.progress, self.team = RoundFiles(folder, inner.skip, base.device), progress, team
         self.n_shards, self.n_rounds = inner.ensemble.shards, inner.rounds
         if self.n_shards > len(material.data.mean):
-            raise MemControlError(f"inner.ensemble.shards is {self.n_shards} and there are {len(material.data.mean)} training images; ask for fewer")
-        self.initial = {name: tensor.cpu() for name, tensor in adapter.state().items()} if self.n_shards > 1 else {}  # the adapter still holds it where there is one shard
+            raise MemControlError(
+                f"inner.ensemble.shards is {self.n_shards} and there are {len(material.data.mean)} "
+                "training images; ask for fewer"
+            )
+        # the adapter still holds it where there is one shard
+        self.initial = (
+            {name: tensor.cpu() for name, tensor in adapter.state().items()} if self.n_shards > 1 else {}
+        )
 
     @property
     def start_file(self) -> Path:
@@ -111,7 +136,8 @@ class Rounds:
     def run(self, n_rounds: int) -> TrainLog:
         last, stopped = n_rounds - 1, False
         if self.inner.stop_gap and self.team.rank == 0 and not self.start_file.exists():
-            write_json(self.start_file, self.gap())  # two sets of images differ a little before anything is learned
+            # two sets of images differ a little before anything is learned
+            write_json(self.start_file, self.gap())
         for number in range(self.first_open(), n_rounds):
             for shard in range(self.n_shards):
                 if self.team.owns(shard) and not self.files.shard(number, shard).exists():
@@ -136,10 +162,15 @@ class Rounds:
     def exchanges(self, number: int) -> RedistributionConfig | None:
         """The rule of the exchange that ends a round, where one does."""
         rule = self.inner.redistribution
-        return rule if rule and number < self.n_rounds - 1 and (rule.rounds == "every" or (number + 1) % 2 == 1) else None
+        return (
+            rule
+            if rule and number < self.n_rounds - 1 and (rule.rounds == "every" or (number + 1) % 2 == 1)
+            else None
+        )
 
     def slots(self, number: int, shard: int) -> tuple[int, int]:
-        """First and last + 1 of the budget's steps that a shard has in a round: all steps in turn, as equal as can be."""
+        """First and last + 1 of the budget's steps that a shard has in a round: all steps in turn, as equal
+        as can be."""
         part, n_parts = number * self.n_shards + shard, self.n_rounds * self.n_shards
         return part * self.inner.budget_steps // n_parts, (part + 1) * self.inner.budget_steps // n_parts
 
@@ -149,30 +180,52 @@ class Rounds:
     def train_shard(self, number: int, shard: int) -> None:
         """One shard's part of a round, from what the last round left to its file."""
         started, stored = time.monotonic(), self.start(number, shard)
-        loop, counts, n_losses = self.loop(number, stored), Counter(stored.shard.counts), len(stored.shard.losses)
+        loop, counts, n_losses = (
+            self.loop(number, stored),
+            Counter(stored.shard.counts),
+            len(stored.shard.losses),
+        )
         (first, end), state = self.slots(number, shard), stored.shard
         lengths = [last - start for start, last in (self.slots(i, shard) for i in range(self.n_rounds))]
         for i in range(end - first):
             loop.slot((sum(lengths[:number]) + i + 1) / sum(lengths))
             done = state.counts - counts
             self.progress(
-                first + i + 1, self.inner.budget_steps, round=number + 1, loss=state.losses[-1] if state.losses else None,
+                first + i + 1,
+                self.inner.budget_steps,
+                round=number + 1,
+                loss=state.losses[-1] if state.losses else None,
                 skipped=done["skipped"] / max(done["seen"], 1),
-            )  # fmt: skip
+            )
         losses, done = state.losses[n_losses:], state.counts - counts
-        stored.records.append({
-            "round": number + 1, "shard": shard, "images": len(state.rows),
-            **{name: done[name] for name in ("steps", "seen", "trained", "skipped", "dropped", "queued", "surplus")},
-            "loss": sum(losses) / len(losses) if losses else None, "moved": self.moved(stored.weights),
-            "seconds": round(time.monotonic() - started, 3),
-        })  # fmt: skip
+        stored.records.append(
+            {
+                "round": number + 1,
+                "shard": shard,
+                "images": len(state.rows),
+                **{
+                    name: done[name]
+                    for name in ("steps", "seen", "trained", "skipped", "dropped", "queued", "surplus")
+                },
+                "loss": sum(losses) / len(losses) if losses else None,
+                "moved": self.moved(stored.weights),
+                "seconds": round(time.monotonic() - started, 3),
+            }
+        )
         self.files.write_shard(number, self.adapter, loop, stored.records, self.keeps_moments(number))
 
     def loop(self, number: int, stored: ShardState) -> Loop:
         """The loop that goes on where the shard stands."""
         if stored.weights:
             self.adapter.load_state(stored.weights | self.offsets(number))
-        loop = Loop(self.base, self.adapter, self.material, self.inner, stored.shard, self.shard_seed(stored.shard.number))
+        loop = Loop(
+            self.base,
+            self.adapter,
+            self.material,
+            self.inner,
+            stored.shard,
+            self.shard_seed(stored.shard.number),
+        )
         loop.load_moments(stored.moments)
         if stored.scaler:
             loop.scaler.load_state_dict(stored.scaler)
@@ -186,11 +239,17 @@ class Rounds:
         if self.n_shards == 1:
             return None
         trained = self.adapter.trained().items()
-        return math.sqrt(sum(float((parameter.detach().cpu() - before[name]).square().sum()) for name, parameter in trained))
+        return math.sqrt(
+            sum(
+                float((parameter.detach().cpu() - before[name]).square().sum()) for name, parameter in trained
+            )
+        )
 
     def keeps_moments(self, number: int) -> bool:
         """Whether anything after the round looks at its moments."""
-        return number < self.n_rounds - 1 and not (self.averages(number) and self.inner.ensemble.moments == "reset")
+        return number < self.n_rounds - 1 and not (
+            self.averages(number) and self.inner.ensemble.moments == "reset"
+        )
 
     def start(self, number: int, shard: int) -> ShardState:
         """What a shard begins a round with."""
@@ -215,7 +274,9 @@ class Rounds:
 
     def fresh(self, shard: int) -> ShardState:
         data = self.material.data
-        rows = deal_images(self.inner.ensemble.split, self.n_shards, data.caption_rows, data.mean.flatten(1), self.seed)[shard]
+        rows = deal_images(
+            self.inner.ensemble.split, self.n_shards, data.caption_rows, data.mean.flatten(1), self.seed
+        )[shard]
         memory = LossMemory.empty(self.inner.skip, self.base.device) if self.inner.skip else None
         zeros = torch.zeros(len(data.mean), dtype=torch.long)
         return ShardState(Shard(shard, rows, zeros, zeros.clone(), memory), self.initial, {}, {}, {}, [])
@@ -223,10 +284,19 @@ class Rounds:
     def members(self, number: int, rule: RedistributionConfig) -> list[Tensor]:
         """Who has which images after a round's exchange."""
         shards = [self.files.read_shard(number, shard).shard for shard in range(self.n_shards)]
-        return exchange_images([shard.rows for shard in shards], [shard.skips for shard in shards], rule, derive_seed(self.seed, "exchange", number))
+        return exchange_images(
+            [shard.rows for shard in shards],
+            [shard.skips for shard in shards],
+            rule,
+            derive_seed(self.seed, "exchange", number),
+        )
 
     def change_images(self, shard: Shard, rows: Tensor) -> None:
-        shard.rows, shard.skips, shard.exchanged_at = rows, torch.zeros_like(shard.skips), shard.counts["batches"]
+        shard.rows, shard.skips, shard.exchanged_at = (
+            rows,
+            torch.zeros_like(shard.skips),
+            shard.counts["batches"],
+        )
         mine = torch.isin(shard.queue, rows)
         shard.queue, shard.queue_closeness = shard.queue[mine], shard.queue_closeness[mine]
 
@@ -235,14 +305,19 @@ class Rounds:
         return select_tensors(self.files.last_mean(number), "offsets")
 
     def close(self, number: int) -> None:
-        """Ends a round: averages if it is due, notes how far the shards were apart, drops the files of the round before."""
+        """Ends a round: averages if it is due, notes how far the shards were apart, drops the files of the
+        round before."""
         end: dict[str, Any] = {"divergence": None, "gap": None, "stopped": False}
         if not self.files.end(number).exists():
             if self.n_shards > 1:
                 end["divergence"] = self.divergence(number)
             if self.averages(number):
                 self.average(number)
-            if self.inner.stop_gap and number < self.n_rounds - 1 and (self.n_shards == 1 or self.averages(number)):
+            if (
+                self.inner.stop_gap
+                and number < self.n_rounds - 1
+                and (self.n_shards == 1 or self.averages(number))
+            ):
                 self.take(number)
                 end["gap"] = self.gap() - read_json(self.start_file)
                 end["stopped"] = end["gap"] > self.inner.stop_gap
@@ -264,9 +339,11 @@ class Rounds:
         self.files.write_mean(number, mean, {name: tensor.clone() for name, tensor in ema.items()}, moments)
 
     def divergence(self, number: int) -> float:
-        """How far the shards are apart: root mean square distance from their mean over that from where they last were one.
+        """How far the shards are apart: root mean square distance from their mean over that from where they
+        last were one.
 
-        In the parameters trained, by size; 0 where all moved alike, 1 where their moves have nothing in common.
+        In the parameters trained, by size; 0 where all moved alike, 1 where their moves have nothing in
+        common.
         """
         stored = [self.files.read_shard(number, shard, ("weights",)) for shard in range(self.n_shards)]
         start = select_tensors(self.files.last_mean(number), "weights") or self.initial
@@ -291,15 +368,21 @@ class Rounds:
         kind = "ema" if self.inner.ema else "weights"
         if self.averages(number):
             mean = self.files.mean(number)
-            self.adapter.load_state(select_tensors(mean, kind) | select_tensors(mean, "offsets" if kind == "weights" else "ema_offsets"))
+            self.adapter.load_state(
+                select_tensors(mean, kind)
+                | select_tensors(mean, "offsets" if kind == "weights" else "ema_offsets")
+            )
         else:
             stored = self.files.read_shard(number, 0, ("weights", kind))
             self.adapter.load_state(stored.weights | stored.ema | self.offsets(number))
 
     def wait_for_shards(self, number: int) -> None:
-        """Until every shard of the round has its file, or the round has ended; rank 0 trains those of a process that died."""
+        """Until every shard of the round has its file, or the round has ended; rank 0 trains those of a
+        process that died."""
         while not self.files.end(number).exists():
-            missing = [shard for shard in range(self.n_shards) if not self.files.shard(number, shard).exists()]
+            missing = [
+                shard for shard in range(self.n_shards) if not self.files.shard(number, shard).exists()
+            ]
             if not missing:
                 return
             for shard in missing:
@@ -316,16 +399,29 @@ class Rounds:
         """The whole fine-tuning's record, from the files of its last round."""
         stored = [self.files.read_shard(last, shard) for shard in range(self.n_shards)]
         counts = sum((one.shard.counts for one in stored), Counter())
-        tenths = [(one.shard.losses[: take_tenth(one)], one.shard.losses[-take_tenth(one) :]) for one in stored if one.shard.losses]
+        tenths = [
+            (one.shard.losses[: take_tenth(one)], one.shard.losses[-take_tenth(one) :])
+            for one in stored
+            if one.shard.losses
+        ]
         skipped = torch.stack([one.shard.skipped for one in stored]).sum(0)
         ends = [read_json(self.files.end(number)) for number in range(last + 1)]
         record = {
             "rounds": [{"round": number + 1, **end} for number, end in enumerate(ends)],
-            "shards": sorted((row for one in stored for row in one.records), key=lambda row: (row["round"], row["shard"])),
-            "images": [sorted(one.shard.rows.tolist()) for one in stored], "skips_by_image": skipped.tolist(),
+            "shards": sorted(
+                (row for one in stored for row in one.records), key=lambda row: (row["round"], row["shard"])
+            ),
+            "images": [sorted(one.shard.rows.tolist()) for one in stored],
+            "skips_by_image": skipped.tolist(),
             "waiting": sum(len(one.shard.queue) for one in stored),
-        }  # fmt: skip
-        return TrainLog(counts["steps"], counts["seen"], average_losses([first for first, _ in tenths]), average_losses([end for _, end in tenths]), record)
+        }
+        return TrainLog(
+            counts["steps"],
+            counts["seen"],
+            average_losses([first for first, _ in tenths]),
+            average_losses([end for _, end in tenths]),
+            record,
+        )
 
 
 def take_tenth(stored: ShardState) -> int:

@@ -16,7 +16,8 @@ from memcontrol.training.loss_memory import LossMemory
 
 @dataclass(frozen=True)
 class Material:
-    """What a fine-tuning learns from: the encoded training set, its captions, and how to read its pixels again."""
+    """What a fine-tuning learns from: the encoded training set, its captions, and how to read its pixels
+    again."""
 
     data: Encoded
     captions: Sequence[str]
@@ -26,14 +27,16 @@ class Material:
 
 @dataclass
 class Shard:
-    """One shard's own state, all that a round needs beside the weights: its images, loss memory, queue, counts and losses."""
+    """One shard's own state, all that a round needs beside the weights: its images, loss memory, queue,
+    counts and losses."""
 
     number: int
     rows: Tensor  # image numbers [n]
     skips: Tensor  # [N], since the last exchange
     skipped: Tensor  # [N], since the start
     memory: LossMemory | None = None
-    queue: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))  # image numbers that wait for augmentation
+    # image numbers that wait for augmentation
+    queue: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
     queue_closeness: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
     losses: list[float] = field(default_factory=list)  # one for each slot of the budget
     counts: Counter[str] = field(default_factory=Counter)

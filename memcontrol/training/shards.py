@@ -14,8 +14,8 @@ from memcontrol.core.seeds import derive_seed
 def deal_images(split: str, n_shards: int, classes: Tensor, points: Tensor, seed: int) -> list[Tensor]:
     """Image numbers of each shard, disjoint, none left out, sizes as equal as can be.
 
-    `random`; `contiguous` in the given order; `balanced` spreads each of `classes` [N] evenly; `similar` keeps like with like:
-    halves along the first principal direction of `points` [N, D], again and again.
+    `random`; `contiguous` in the given order; `balanced` spreads each of `classes` [N] evenly; `similar`
+    keeps like with like: halves along the first principal direction of `points` [N, D], again and again.
     """
     n = len(classes)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(derive_seed(seed, "deal")))
@@ -40,15 +40,28 @@ def split_similar(rows: Tensor, points: Tensor, n_shards: int) -> list[Tensor]:
     return split_similar(along[:cut], points, n_low) + split_similar(along[cut:], points, n_shards - n_low)
 
 
-def exchange_images(members: Sequence[Tensor], skips: Sequence[Tensor], rule: RedistributionConfig, seed: int) -> list[Tensor]:
-    """Image numbers of each shard after every shard's most skipped share has moved to the next one in the ring.
+def exchange_images(
+    members: Sequence[Tensor], skips: Sequence[Tensor], rule: RedistributionConfig, seed: int
+) -> list[Tensor]:
+    """Image numbers of each shard after every shard's most skipped share has moved to the next one in the
+    ring.
 
-    IET-AGC+ (arXiv 2502.09434). `skips` [N] counts, for each shard, how often it skipped each image since the last exchange.
-    Moves are simultaneous, so sizes that are equal stay equal, and ties are broken by lot, not by position.
+    IET-AGC+ (arXiv 2502.09434). `skips` [N] counts, for each shard, how often it skipped each image since the
+    last exchange. Moves are simultaneous, so sizes that are equal stay equal, and ties are broken by lot, not
+    by position.
     """
     k = len(members)
-    ring = torch.randperm(k, generator=torch.Generator().manual_seed(derive_seed(seed, "ring"))).tolist() if rule.order == "random" else list(range(k))
-    stay, leave = zip(*(divide_rows(rows, counts, rule.share, derive_seed(seed, "ties", s)) for s, (rows, counts) in enumerate(zip(members, skips))))
+    ring = (
+        torch.randperm(k, generator=torch.Generator().manual_seed(derive_seed(seed, "ring"))).tolist()
+        if rule.order == "random"
+        else list(range(k))
+    )
+    stay, leave = zip(
+        *(
+            divide_rows(rows, counts, rule.share, derive_seed(seed, "ties", s))
+            for s, (rows, counts) in enumerate(zip(members, skips))
+        )
+    )
     found = list(stay)
     for place, shard in enumerate(ring):
         following = ring[(place + 1) % k]

@@ -1,4 +1,5 @@
-"""Owns the calibration behind `search --dry-run`: a few short trials, as a worker runs them beside its neighbours, and what each part took."""
+"""Owns the calibration behind `search --dry-run`: a few short trials, as a worker runs them beside its
+neighbours, and what each part took."""
 
 from __future__ import annotations
 
@@ -25,10 +26,17 @@ from memcontrol.trial.run import measure_peak_mib, run_trial
 N_STEPS, N_SAMPLED = 10, 3  # the fewest steps of each short trial; choices beside the anchors
 
 
-def calibrate(values: dict, folder: Path, loaded: LoadedModels, warn: Callable[[str], None], progress: Callable[..., None]) -> dict[str, Any]:
-    """Runs short trials of the config in an empty folder. Returns what `predict` needs: seconds before the first trial (`start`), for each
-    kind of choice the parts of its trials in seconds and bytes, those of one that samples twice as much and trains nothing (`twice`), samples
-    in a batch, bytes that all trials share, and the peak of memory. Raises MemControlError."""
+def calibrate(
+    values: dict,
+    folder: Path,
+    loaded: LoadedModels,
+    warn: Callable[[str], None],
+    progress: Callable[..., None],
+) -> dict[str, Any]:
+    """Runs short trials of the config in an empty folder. Returns what `predict` needs: seconds before the
+    first trial (`start`), for each kind of choice the parts of its trials in seconds and bytes, those of one
+    that samples twice as much and trains nothing (`twice`), samples in a batch, bytes that all trials share,
+    and the peak of memory. Raises MemControlError."""
     started, config, space = time.monotonic(), load_config(values), load_space(load_config(values).space)
     prepared = prepare_study(values, folder, loaded, warn)
     n_train = max(1, round(prepared["sizes"]["train"] * config.search.train_fraction))
@@ -42,11 +50,16 @@ def calibrate(values: dict, folder: Path, loaded: LoadedModels, warn: Callable[[
     kinds = pick_calibration_choices(space, config.search.seed)
     run("cold", kinds["all"][0], 1)  # reads, encodes and caches
     found: dict[str, Any] = {"start": time.monotonic() - started}
-    jobs = [*((name, choice, 1) for name, choices in kinds.items() for choice in choices), ("twice", kinds["none"][0], 2)]
+    jobs = [
+        *((name, choice, 1) for name, choices in kinds.items() for choice in choices),
+        ("twice", kinds["none"][0], 2),
+    ]
     for i, (name, choice, batches) in enumerate(jobs):
         found.setdefault(name, []).append(run(f"{name}-{i}", choice, batches))
         progress("calibrate", i + 1, len(jobs))
-    shared = sum(list_file_sizes(folder).values()) - sum(sum(list_file_sizes(path).values()) for path in folder.iterdir() if (path / SAMPLES).exists())
+    shared = sum(list_file_sizes(folder).values()) - sum(
+        sum(list_file_sizes(path).values()) for path in folder.iterdir() if (path / SAMPLES).exists()
+    )
     return found | {"batch": ENCODE_BATCH, "shared_bytes": shared, "peak_mib": measure_peak_mib()}
 
 
@@ -55,10 +68,13 @@ def shorten_config(config: Config, batches: int) -> Config:
     inner = config.inner
     n_steps = max(N_STEPS, 3 * inner.ensemble.shards * inner.rounds)  # most steps must end no round
     rewards = {"n_samples": batches * ENCODE_BATCH, "extraction": None, "force": True}
-    return config.model_copy(update={
-        "inner": inner.model_copy(update={"budget_images": n_steps * inner.batch_size}), "rewards": config.rewards.model_copy(update=rewards),
-        "search": config.search.model_copy(update={"early_stopping": None}),
-    })  # fmt: skip
+    return config.model_copy(
+        update={
+            "inner": inner.model_copy(update={"budget_images": n_steps * inner.batch_size}),
+            "rewards": config.rewards.model_copy(update=rewards),
+            "search": config.search.model_copy(update={"early_stopping": None}),
+        }
+    )
 
 
 def pick_calibration_choices(space: SearchSpace, seed: int) -> dict[str, list[Choice]]:
@@ -66,13 +82,17 @@ def pick_calibration_choices(space: SearchSpace, seed: int) -> dict[str, list[Ch
     anchors, rng = space.anchors(), random.Random(derive_seed(seed, "calibrate"))
     found = {name: [choices[len(choices) // 2]] for name, choices in anchors.items()}
     options = space.coordinates()
-    points = ({name: rng.choice(list(values)) for name, values in options.items()} | {"rate": 0.5} for _ in range(N_SAMPLED))
+    points = (
+        {name: rng.choice(list(values)) for name, values in options.items()} | {"rate": 0.5}
+        for _ in range(N_SAMPLED)
+    )
     return {**found, "sampled": [space.choice_at(point) for point in points]}
 
 
 def measure_parts(folder: Path, spec: Spec, loaded: LoadedModels) -> dict[str, float]:
-    """Of one short trial: seconds of a step; before the first, the ends of its rounds with them, which do not grow with the budget; after the
-    last; bytes of its samples, of the rest that is kept, pictures twice since a dashboard's copy is, and of its checkpoints while it trains."""
+    """Of one short trial: seconds of a step; before the first, the ends of its rounds with them, which do not
+    grow with the budget; after the last; bytes of its samples, of the rest that is kept, pictures twice since
+    a dashboard's copy is, and of its checkpoints while it trains."""
     steps: list[float] = []
 
     def progress(stage: str, done: int, total: int, **said: object) -> None:
@@ -84,11 +104,18 @@ def measure_parts(folder: Path, spec: Spec, loaded: LoadedModels) -> dict[str, f
     ended = time.monotonic()
     step = statistics.median(later - before for before, later in itertools.pairwise(steps)) if steps else 0.0
     size, rounds = list_file_sizes(folder), sum(list_file_sizes(folder / ROUNDS).values())
-    samples, pictures = size[folder / SAMPLES], sum(size[folder / name] for name in (SAMPLES_PICTURE, PAIRS_PICTURE))
+    samples, pictures = (
+        size[folder / SAMPLES],
+        sum(size[folder / name] for name in (SAMPLES_PICTURE, PAIRS_PICTURE)),
+    )
     return {
-        "setup": steps[-1] - len(steps) * step - started if steps else 0.0, "step": step, "after": ended - (steps[-1] if steps else started), "samples_bytes": samples,
-        "rest_bytes": sum(size.values()) - samples - rounds + pictures, "rounds_bytes": rounds,
-    }  # fmt: skip
+        "setup": steps[-1] - len(steps) * step - started if steps else 0.0,
+        "step": step,
+        "after": ended - (steps[-1] if steps else started),
+        "samples_bytes": samples,
+        "rest_bytes": sum(size.values()) - samples - rounds + pictures,
+        "rounds_bytes": rounds,
+    }
 
 
 def list_file_sizes(folder: Path) -> dict[Path, int]:

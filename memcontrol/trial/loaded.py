@@ -34,10 +34,12 @@ def derive_scratch_seed(config: Config) -> int:
 
 
 class LoadedModels:
-    """What stays loaded between the trials of one worker: the base, the data as the denoiser sees it, reference features."""
+    """What stays loaded between the trials of one worker: the base, the data as the denoiser sees it,
+    reference features."""
 
     def __init__(self, helper_command: Sequence[str] = ()):
-        """`helper_command` starts the processes that share a trial's shards; without one a trial is trained by this process alone."""
+        """`helper_command` starts the processes that share a trial's shards; without one a trial is trained
+        by this process alone."""
         self.helper_command = helper_command
         self.kept: dict[tuple, object] = {}
         self.helpers: dict[int, subprocess.Popen] = {}
@@ -75,18 +77,25 @@ class LoadedModels:
         return self.once(("parts", spec.study_folder), read)
 
     def train_images(self, spec: Spec) -> Images:
-        return self.once(("train", spec.study_folder, spec.n_train), lambda: self.parts(spec)["train"].take(range(spec.n_train)))
+        return self.once(
+            ("train", spec.study_folder, spec.n_train),
+            lambda: self.parts(spec)["train"].take(range(spec.n_train)),
+        )
 
     def encoded(self, spec: Spec, images: Images) -> Encoded:
         base, name = self.base(spec.config), spec.config.base
-        return self.once(("encoded", images.digest, name), lambda: base.encoded(images, spec.study_folder / "cache", name))
+        return self.once(
+            ("encoded", images.digest, name), lambda: base.encoded(images, spec.study_folder / "cache", name)
+        )
 
     def material(self, spec: Spec) -> Material:
         images = self.train_images(spec)
         return Material(
-            self.encoded(spec, images), images.captions, lambda rows: images.take(rows).pixels(),
+            self.encoded(spec, images),
+            images.captions,
+            lambda rows: images.take(rows).pixels(),
             lambda: self.unseen(spec, "holdout"),
-        )  # fmt: skip
+        )
 
     def unseen(self, spec: Spec, part: str) -> Encoded:
         """The first images of a part that is not trained on, for probes."""
@@ -96,31 +105,48 @@ class LoadedModels:
     def cost(self, spec: Spec, adapter: Adapter, data: Encoded) -> dict[str, float]:
         """What a step with the injected adapter costs: the rewards step_gflops and memory_mib."""
         base, text = self.base(spec.config), {name: tensor.shape[1:] for name, tensor in data.text.items()}
-        cost = measure_step_cost(base.denoiser, adapter, base.family, data.mean.shape[1:], text, spec.config.inner.batch_size)
+        cost = measure_step_cost(
+            base.denoiser, adapter, base.family, data.mean.shape[1:], text, spec.config.inner.batch_size
+        )
         return {"step_gflops": cost.step_gflops, "memory_mib": cost.memory_mib}
 
     def views(self, images: Images, extractor: str, cache: Path) -> Descriptors:
-        """Both descriptors of images of the data, computed once per content and network and kept under the study's cache."""
+        """Both descriptors of images of the data, computed once per content and network and kept under the
+        study's cache."""
         network = self.extractor(extractor)
         name = f"features-{images.digest}-{hashlib.sha256(network.id.encode()).hexdigest()[:16]}"
-        return self.once(("views", name), lambda: load_or_make_descriptors(cache / f"{name}.safetensors", lambda: describe_images(images.pixels(), network.extract)))
+        return self.once(
+            ("views", name),
+            lambda: load_or_make_descriptors(
+                cache / f"{name}.safetensors", lambda: describe_images(images.pixels(), network.extract)
+            ),
+        )
 
     def known(self, spec: Spec) -> dict[str, dict]:
         """What is found out about a study's training and reference images whatever is generated, by space."""
         digests = (self.train_images(spec).digest, self.parts(spec)[spec.reference].digest)
-        return self.once(("known", *digests, spec.config.rewards.extractor), lambda: {"pixels": {}, "features": {}})
+        return self.once(
+            ("known", *digests, spec.config.rewards.extractor), lambda: {"pixels": {}, "features": {}}
+        )
 
     def team(self, folder: Path, spec: Spec, rung: float | None = None) -> ProcessGroup:
         """This process and its helpers, which are told to train their shards of the trial."""
-        size = min(spec.config.search.processes, spec.config.inner.ensemble.shards) if self.helper_command else 1
+        size = (
+            min(spec.config.search.processes, spec.config.inner.ensemble.shards) if self.helper_command else 1
+        )
         helpers = [self.helper(rank) for rank in range(1, size)]
         for rank, process in enumerate(helpers, start=1):
             with contextlib.suppress(BrokenPipeError):  # it died: rank 0 trains its shards
-                print(json.dumps({"help": str(folder), "rank": rank, "size": size, "rung": rung}), file=process.stdin, flush=True)
+                print(
+                    json.dumps({"help": str(folder), "rank": rank, "size": size, "rung": rung}),
+                    file=process.stdin,
+                    flush=True,
+                )
         return ProcessGroup(0, size, lambda rank: rank == 0 or helpers[rank - 1].poll() is None)
 
     def helper(self, rank: int) -> subprocess.Popen:
-        """The process of that rank, started when first needed, again if it died; it keeps the base loaded, as this one does."""
+        """The process of that rank, started when first needed, again if it died; it keeps the base loaded, as
+        this one does."""
         if rank not in self.helpers or self.helpers[rank].poll() is not None:
             self.helpers[rank] = start_helper(self.helper_command, rank)
         return self.helpers[rank]
@@ -133,13 +159,18 @@ class LoadedModels:
 
 
 def start_helper(command: Sequence[str], rank: int) -> subprocess.Popen:
-    """A worker process that shares this one's trials, on the GPU of its rank where this process sees several."""
+    """A worker process that shares this one's trials, on the GPU of its rank where this process sees
+    several."""
     gpus = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
     own = {"CUDA_VISIBLE_DEVICES": gpus[rank % len(gpus)]} if gpus else {}
     return subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        text=True, env={**os.environ, **own},
-    )  # fmt: skip
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, **own},
+    )
 
 
 def describe_images(pixels: np.ndarray, extract: Callable) -> Descriptors:

@@ -1,4 +1,5 @@
-"""Owns a run's pictures: a sheet of its samples, and those nearest to a training image beside it and beside the nearest held-out one."""
+"""Owns a run's pictures: a sheet of its samples, and those nearest to a training image beside it and beside
+the nearest held-out one."""
 
 from __future__ import annotations
 
@@ -23,8 +24,9 @@ TITLE_WIDTH, LINE = 72, 18
 
 @dataclass(frozen=True)
 class Strip:
-    """The most suspicious images of a run, most suspicious first, each uint8 [N, 3, H, W]: `generated`, the `training` and `held_out` images
-    nearest to them; `distances` to the training ones [N], and their share of the distance to the held-out ones [N]."""
+    """The most suspicious images of a run, most suspicious first, each uint8 [N, 3, H, W]: `generated`, the
+    `training` and `held_out` images nearest to them; `distances` to the training ones [N], and their share of
+    the distance to the held-out ones [N]."""
 
     title: str
     generated: np.ndarray
@@ -35,19 +37,32 @@ class Strip:
 
     @property
     def rows(self) -> dict[str, np.ndarray]:
-        return {"generated": self.generated, "nearest\ntraining": self.training, "nearest\nheld out": self.held_out}
+        return {
+            "generated": self.generated,
+            "nearest\ntraining": self.training,
+            "nearest\nheld out": self.held_out,
+        }
 
 
-def make_strip(title: str, samples: Mapping[str, np.ndarray], evidence: Evidence, spec: Spec, loaded: LoadedModels) -> Strip:
+def make_strip(
+    title: str, samples: Mapping[str, np.ndarray], evidence: Evidence, spec: Spec, loaded: LoadedModels
+) -> Strip:
     space = evidence.space("pixels")
     (distances, matches), (others, held) = space.to_train, space.nearest_held
     shares = ratio(distances, others)
     rows = np.argsort(shares, kind="stable")[:N_COLUMNS]
-    training, held_out = loaded.train_images(spec).take(matches[rows].tolist()), loaded.parts(spec)[spec.reference].take(held[rows].tolist())
-    return Strip(title, samples["images"][rows], training.pixels(), held_out.pixels(), distances[rows], shares[rows])
+    training, held_out = (
+        loaded.train_images(spec).take(matches[rows].tolist()),
+        loaded.parts(spec)[spec.reference].take(held[rows].tolist()),
+    )
+    return Strip(
+        title, samples["images"][rows], training.pixels(), held_out.pixels(), distances[rows], shares[rows]
+    )
 
 
-def save_pictures(run: Path, samples: Mapping[str, np.ndarray], evidence: Evidence, spec: Spec, loaded: LoadedModels) -> None:
+def save_pictures(
+    run: Path, samples: Mapping[str, np.ndarray], evidence: Evidence, spec: Spec, loaded: LoadedModels
+) -> None:
     save_png(draw_samples(samples["images"]), run / SAMPLES_PICTURE)
     save_png(draw_pairs([make_strip("", samples, evidence, spec, loaded)]), run / PAIRS_PICTURE)
 
@@ -82,7 +97,12 @@ def draw_pairs(strips: Sequence[Strip]) -> Image.Image:
             for column, image in enumerate(images):
                 sheet.paste(make_tile(image, side), (TITLE_WIDTH + column * (side + GAP), row))
         for column, (distance, share) in enumerate(zip(strip.distances, strip.shares)):
-            draw.text((TITLE_WIDTH + column * (side + GAP), top + below), f"d {distance:.2f}\n{share:.2f} of held", fill="black", font=font)
+            draw.text(
+                (TITLE_WIDTH + column * (side + GAP), top + below),
+                f"d {distance:.2f}\n{share:.2f} of held",
+                fill="black",
+                font=font,
+            )
     return sheet
 
 

@@ -1,4 +1,5 @@
-"""Owns what must hold before the first trial: base, space, rewards and data fit each other; the split is recorded."""
+"""Owns what must hold before the first trial: base, space, rewards and data fit each other; the split is
+recorded."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ MADE_WITH = ("memcontrol", "torch", "diffusers", "peft", "transformers", "optuna
 
 
 def prepare_study(values: dict, folder: Path, loaded: LoadedModels, warn: Callable[[str], None]) -> dict:
-    """Checks the config against base, space and data and writes split.json. Returns the parts' sizes and the objectives' directions.
+    """Checks the config against base, space and data and writes split.json. Returns the parts' sizes and the
+    objectives' directions.
 
     Raises MemControlError, also where the data is not what the study began with.
     """
@@ -55,21 +57,29 @@ def prepare_study(values: dict, folder: Path, loaded: LoadedModels, warn: Callab
             f"fid over {n_features} features against {len(parts['holdout'])} held-out images is coarse; "
             f"{4 * n_features} or more make it a fair measure"
         )
-    return {"sizes": {part: len(images) for part, images in parts.items()}, "directions": find_directions(config.rewards), "made_with": list_versions()}
+    return {
+        "sizes": {part: len(images) for part, images in parts.items()},
+        "directions": find_directions(config.rewards),
+        "made_with": list_versions(),
+    }
 
 
 def list_versions() -> dict[str, str]:
     """The versions and the device that the study's numbers were made with."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {platform.machine()}"
-    return {"device": device, "python": platform.python_version()} | {name: version(name) for name in MADE_WITH}
+    return {"device": device, "python": platform.python_version()} | {
+        name: version(name) for name in MADE_WITH
+    }
 
 
 def try_own_rewards(config: Config, parts: dict[str, Images], extractor: Extractor) -> None:
-    """Calls each reward of the user's once, held-out images taking the place of generated ones, so that a mistake in it costs no
-    training. Raises MemControlError."""
+    """Calls each reward of the user's once, held-out images taking the place of generated ones, so that a
+    mistake in it costs no training. Raises MemControlError."""
     if not config.rewards.functions:
         return
-    known, held = (parts[name].take(range(len(parts[name]))[: config.rewards.n_samples]) for name in ("train", "holdout"))
+    known, held = (
+        parts[name].take(range(len(parts[name]))[: config.rewards.n_samples]) for name in ("train", "holdout")
+    )
     pixels, train = held.pixels(), known.pixels()
     seen, views = describe_images(pixels, extractor.extract), describe_images(train, extractor.extract)
     evidence = Evidence(seen, views, seen, images=pixels, captions=tuple(held.captions))
@@ -81,39 +91,53 @@ def check_mitigations(config: Config, base: Base) -> None:
     """Raises MemControlError for a setting that means nothing for this kind of base."""
     inner, rewards = config.inner, config.rewards
     on_text = {
-        "inner.captions": inner.captions.any, "inner.embedding_noise": inner.embedding_noise, "inner.norm_threshold": inner.norm_threshold,
-        "rewards.random_words": rewards.random_words, "rewards.embedding_noise": rewards.embedding_noise,
-    }  # fmt: skip
+        "inner.captions": inner.captions.any,
+        "inner.embedding_noise": inner.embedding_noise,
+        "inner.norm_threshold": inner.norm_threshold,
+        "rewards.random_words": rewards.random_words,
+        "rewards.embedding_noise": rewards.embedding_noise,
+    }
     for key, value in on_text.items():
         if value and isinstance(base.family, Unconditional):
             raise MemControlError(f"{key} changes captions and base '{config.base}' has none; take it out")
     if inner.min_snr and base.family.flow:
-        raise MemControlError(f"inner.min_snr weighs the steps of a diffusion and base '{config.base}' is a flow; take it out")
+        raise MemControlError(
+            f"inner.min_snr weighs the steps of a diffusion and base '{config.base}' is a flow; take it out"
+        )
     if rewards.guidance_from and not base.family.guides_late:
-        raise MemControlError(f"rewards.guidance_from is {rewards.guidance_from}; the pipeline of base '{config.base}' cannot begin guidance late; take it out")
+        raise MemControlError(
+            f"rewards.guidance_from is {rewards.guidance_from}; the pipeline of base "
+            f"'{config.base}' cannot begin guidance late; take it out"
+        )
 
 
 def check_shards(config: Config, n_images: int) -> None:
     """Raises MemControlError where a shard would be empty."""
     n_train, n_shards = max(1, round(n_images * config.search.train_fraction)), config.inner.ensemble.shards
     if n_shards > n_train:
-        raise MemControlError(f"inner.ensemble.shards is {n_shards} and there are {n_train} training images; ask for fewer")
+        raise MemControlError(
+            f"inner.ensemble.shards is {n_shards} and there are {n_train} training images; ask for fewer"
+        )
 
 
 def choose_resolution(config: Config, base) -> int:
     resolution, step = config.data.resolution or base.resolution, base.side_multiple
     if resolution % step:
-        raise MemControlError(f"data.resolution is {resolution}; base '{config.base}' needs a multiple of {step}")
+        raise MemControlError(
+            f"data.resolution is {resolution}; base '{config.base}' needs a multiple of {step}"
+        )
     return resolution
 
 
 def record_extractor(path: Path, pinned: str, config: Config) -> None:
-    """Numbers made with different feature networks are never compared: the study keeps to the one it began with."""
+    """Numbers made with different feature networks are never compared: the study keeps to the one it began
+    with."""
     if not path.exists():
         write_json(path, pinned)
     elif read_json(path) != pinned:
         raise MemControlError(
-            f"the feature network is {pinned}, and study '{config.name}' began with {read_json(path)}; restore it, or choose another name"
+            f"the feature network is {pinned}, and study '{config.name}' began with "
+            f"{read_json(path)}; restore it, or choose another name"
         )
 
 

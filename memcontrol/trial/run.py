@@ -1,4 +1,5 @@
-"""Owns one trial: a Choice in, an adapter, its samples and its rewards out; it reads and writes its own folder and the cache."""
+"""Owns one trial: a Choice in, an adapter, its samples and its rewards out; it reads and writes its own
+folder and the cache."""
 
 from __future__ import annotations
 
@@ -13,7 +14,16 @@ import torch
 
 from memcontrol.core.config import EarlyStopping
 from memcontrol.core.files import read_json, write_json
-from memcontrol.core.run_folder import CONFIRMED, CONTRIBUTIONS, RESULT, ROUNDS, SAMPLES, TRAINING, name_rung_file, read_rungs
+from memcontrol.core.run_folder import (
+    CONFIRMED,
+    CONTRIBUTIONS,
+    RESULT,
+    ROUNDS,
+    SAMPLES,
+    TRAINING,
+    name_rung_file,
+    read_rungs,
+)
 from memcontrol.core.spec import Spec, read_spec
 from memcontrol.model.adapter import Adapter, inject_adapter
 from memcontrol.model.base import Base
@@ -23,23 +33,39 @@ from memcontrol.training.rounds import ProcessGroup, TrainLog, train_rounds
 from memcontrol.training.shard import Material
 from memcontrol.trial.loaded import LoadedModels
 from memcontrol.trial.pictures import save_pictures
-from memcontrol.trial.samples import describe_measurement, gather_evidence, sample_images, save_contributions, save_samples, score_samples
+from memcontrol.trial.samples import (
+    describe_measurement,
+    gather_evidence,
+    sample_images,
+    save_contributions,
+    save_samples,
+    score_samples,
+)
 
 
 def inject_choice(denoiser: torch.nn.Module, spec: Spec) -> Adapter:
     """The adapter that the spec asks for, injected into the denoiser and not yet trained."""
     cache, inner = spec.study_folder / "cache", spec.config.inner
     return inject_adapter(
-        denoiser, spec.space, spec.choice, spec.seed, cache=cache, norm_shift_rate=inner.norm_shift_rate, shared_a=inner.ensemble.shares_a
-    )  # fmt: skip
+        denoiser,
+        spec.space,
+        spec.choice,
+        spec.seed,
+        cache=cache,
+        norm_shift_rate=inner.norm_shift_rate,
+        shared_a=inner.ensemble.shares_a,
+    )
 
 
-def run_trial(folder: Path, loaded: LoadedModels, progress: Callable[..., None], rung: float | None = None) -> dict:
-    """Fine-tunes, samples and scores what the folder's spec.json says, and writes result.json last. Returns the result. To a rung, a share
-    of the budget, it fine-tunes that far, measures a few samples and writes the rung's file.
+def run_trial(
+    folder: Path, loaded: LoadedModels, progress: Callable[..., None], rung: float | None = None
+) -> dict:
+    """Fine-tunes, samples and scores what the folder's spec.json says, and writes result.json last. Returns
+    the result. To a rung, a share of the budget, it fine-tunes that far, measures a few samples and writes
+    the rung's file.
 
-    Where the GPU's memory does not suffice and the study allows it, goes on once with half the images in a forward: gradients
-    accumulate to the same batch.
+    Where the GPU's memory does not suffice and the study allows it, goes on once with half the images in a
+    forward: gradients accumulate to the same batch.
     """
     spec = read_spec(folder)
     try:
@@ -58,26 +84,55 @@ def shrink_forward(spec: Spec) -> Spec | None:
     size = (inner.micro_batch_size or inner.batch_size) // 2
     if not spec.config.search.accumulate_on_oom or size < 1:
         return None
-    return replace(spec, config=spec.config.model_copy(update={"inner": inner.model_copy(update={"micro_batch_size": size})}))
+    return replace(
+        spec,
+        config=spec.config.model_copy(update={"inner": inner.model_copy(update={"micro_batch_size": size})}),
+    )
 
 
-def train_and_score(folder: Path, spec: Spec, loaded: LoadedModels, progress: Callable[..., None], rung: float | None) -> dict:
+def train_and_score(
+    folder: Path, spec: Spec, loaded: LoadedModels, progress: Callable[..., None], rung: float | None
+) -> dict:
     started, early = time.monotonic(), spec.config.search.early_stopping
     base, material = loaded.base(spec.config), loaded.material(spec)
     adapter = inject_choice(base.denoiser, spec)
     try:
-        log = fine_tune(folder, spec, loaded, adapter, lambda done, total, **said: progress("train", done, total, **said), rung=rung)
+        log = fine_tune(
+            folder,
+            spec,
+            loaded,
+            adapter,
+            lambda done, total, **said: progress("train", done, total, **said),
+            rung=rung,
+        )
         if log.paused and rung and early:
             with adapter.folded():
-                figures = score_at_rung(folder / name_rung_file(rung), base, material, lower_samples(spec, early), loaded, progress)
-            found = {"rung": rung, "n_steps": log.n_steps, "rewards": flatten_rewards(figures), "seconds": round(time.monotonic() - started, 2)}
+                figures = score_at_rung(
+                    folder / name_rung_file(rung),
+                    base,
+                    material,
+                    lower_samples(spec, early),
+                    loaded,
+                    progress,
+                )
+            found = {
+                "rung": rung,
+                "n_steps": log.n_steps,
+                "rewards": flatten_rewards(figures),
+                "seconds": round(time.monotonic() - started, 2),
+            }
             write_json(folder / name_rung_file(rung), found)
             return found
-        n_trained, n_all = adapter.n_trained(), sum(parameter.numel() for parameter in base.denoiser.parameters())
+        n_trained, n_all = (
+            adapter.n_trained(),
+            sum(parameter.numel() for parameter in base.denoiser.parameters()),
+        )
         adapter.save(folder, spec.description())
         costs = loaded.cost(spec, adapter, material.data)
         with adapter.folded():
-            probes = measure_probe_rewards(base, material.data, loaded.unseen(spec, spec.reference), spec.sampling_seed)
+            probes = measure_probe_rewards(
+                base, material.data, loaded.unseen(spec, spec.reference), spec.sampling_seed
+            )
             samples = sample_images(base, material, spec, lambda done, total: progress("sample", done, total))
     finally:
         adapter.remove()
@@ -85,13 +140,22 @@ def train_and_score(folder: Path, spec: Spec, loaded: LoadedModels, progress: Ca
     trained_at, seen = time.monotonic(), gather_evidence(samples, spec, loaded)
     figures = score_samples(samples, seen, spec, loaded)
     result = {
-        "state": "COMPLETE", "choice": spec.choice.as_dict(),
-        "rewards": flatten_rewards(figures | probes) | {"trained_fraction": n_trained / n_all} | costs, "n_trained": n_trained,
-        "n_steps": log.n_steps, "images_seen": log.images_seen, "first_loss": keep_finite(log.first_loss), "last_loss": keep_finite(log.last_loss),
-        "rungs": read_rungs(folder, spec.config), "reference": spec.reference, "measured_with": describe_measurement(spec, loaded),
-        "micro_batch_size": spec.config.inner.micro_batch_size, "n_samples": len(samples["images"]),
-        "seconds": round(time.monotonic() - started, 2), "scoring_seconds": round(time.monotonic() - trained_at, 2),
-    }  # fmt: skip
+        "state": "COMPLETE",
+        "choice": spec.choice.as_dict(),
+        "rewards": flatten_rewards(figures | probes) | {"trained_fraction": n_trained / n_all} | costs,
+        "n_trained": n_trained,
+        "n_steps": log.n_steps,
+        "images_seen": log.images_seen,
+        "first_loss": keep_finite(log.first_loss),
+        "last_loss": keep_finite(log.last_loss),
+        "rungs": read_rungs(folder, spec.config),
+        "reference": spec.reference,
+        "measured_with": describe_measurement(spec, loaded),
+        "micro_batch_size": spec.config.inner.micro_batch_size,
+        "n_samples": len(samples["images"]),
+        "seconds": round(time.monotonic() - started, 2),
+        "scoring_seconds": round(time.monotonic() - trained_at, 2),
+    }
     save_contributions(folder / CONTRIBUTIONS, figures, samples["rows"])
     save_pictures(folder, samples, seen, spec, loaded)
     write_json(folder / TRAINING, make_training_record(log, spec, loaded))
@@ -99,8 +163,16 @@ def train_and_score(folder: Path, spec: Spec, loaded: LoadedModels, progress: Ca
     return result
 
 
-def score_at_rung(path: Path, base: Base, material: Material, spec: Spec, loaded: LoadedModels, progress: Callable[..., None]) -> dict[str, float]:
-    """The figures of few samples, of the prompts and noise that all trials have in common; what each adds goes beside the rung's file."""
+def score_at_rung(
+    path: Path,
+    base: Base,
+    material: Material,
+    spec: Spec,
+    loaded: LoadedModels,
+    progress: Callable[..., None],
+) -> dict[str, float]:
+    """The figures of few samples, of the prompts and noise that all trials have in common; what each adds
+    goes beside the rung's file."""
     samples = sample_images(base, material, spec, lambda done, total: progress("rung", done, total))
     figures = score_samples(samples, gather_evidence(samples, spec, loaded), spec, loaded)
     save_contributions(path.with_suffix(".npz"), figures, samples["rows"])
@@ -113,8 +185,9 @@ def lower_samples(spec: Spec, rule: EarlyStopping) -> Spec:
 
 
 def confirm_trial(folder: Path, loaded: LoadedModels, progress: Callable[..., None]) -> dict:
-    """Samples a finished trial's model again, from fresh prompts and noise, as often as rewards.confirm says, and writes
-    confirmed.json: the rewards as means over these draws. A search picks lucky trials; these figures know nothing of that."""
+    """Samples a finished trial's model again, from fresh prompts and noise, as often as rewards.confirm says,
+    and writes confirmed.json: the rewards as means over these draws. A search picks lucky trials; these
+    figures know nothing of that."""
     spec = read_spec(folder)
     base, material, n = loaded.base(spec.config), loaded.material(spec), spec.config.rewards.confirm
     adapter, draws = inject_choice(base.denoiser, spec), []
@@ -123,28 +196,58 @@ def confirm_trial(folder: Path, loaded: LoadedModels, progress: Callable[..., No
         for i in range(n):
             fresh = replace(spec, purpose=f"{spec.purpose} confirmed {i}")
             with adapter.folded():
-                samples = sample_images(base, material, fresh, lambda done, total, i=i: progress("confirm", i * total + done, n * total))
+                samples = sample_images(
+                    base,
+                    material,
+                    fresh,
+                    lambda done, total, i=i: progress("confirm", i * total + done, n * total),
+                )
             draws.append(score_samples(samples, gather_evidence(samples, fresh, loaded), fresh, loaded))
     finally:
         adapter.remove()
     known, figures = read_json(folder / RESULT)["rewards"], pool_scores(draws)
-    of_model = {name: known[name] for name in known if name.startswith(("loss_gap", "noise_norm", "trained_fraction", "step_gflops", "memory_mib"))}
-    found = {"rewards": flatten_rewards(figures) | of_model, "n_draws": n, "n_samples": n * spec.config.rewards.n_samples}
+    of_model = {
+        name: known[name]
+        for name in known
+        if name.startswith(("loss_gap", "noise_norm", "trained_fraction", "step_gflops", "memory_mib"))
+    }
+    found = {
+        "rewards": flatten_rewards(figures) | of_model,
+        "n_draws": n,
+        "n_samples": n * spec.config.rewards.n_samples,
+    }
     write_json(folder / CONFIRMED, found)
     return found
 
 
-def fine_tune(folder: Path, spec: Spec, loaded: LoadedModels, adapter: Adapter, progress: Callable[..., None], team: ProcessGroup | None = None, rung: float | None = None) -> TrainLog:
-    """Trains the injected adapter, its rounds kept in the trial's folder; alone, or with the other processes of a team; to the end or to
-    a rung."""
+def fine_tune(
+    folder: Path,
+    spec: Spec,
+    loaded: LoadedModels,
+    adapter: Adapter,
+    progress: Callable[..., None],
+    team: ProcessGroup | None = None,
+    rung: float | None = None,
+) -> TrainLog:
+    """Trains the injected adapter, its rounds kept in the trial's folder; alone, or with the other processes
+    of a team; to the end or to a rung."""
     identity = f"{spec.config.base} {spec.choice} {spec.space} {loaded.train_images(spec).digest}"
     try:
         return train_rounds(
-            loaded.base(spec.config), adapter, loaded.material(spec), spec.config.inner, seed=spec.seed, folder=folder / ROUNDS, identity=identity,
-            progress=progress, team=team or loaded.team(folder, spec, rung), n_rounds=spec.config.inner.rounds_to(rung) if rung else None,
-        )  # fmt: skip
+            loaded.base(spec.config),
+            adapter,
+            loaded.material(spec),
+            spec.config.inner,
+            seed=spec.seed,
+            folder=folder / ROUNDS,
+            identity=identity,
+            progress=progress,
+            team=team or loaded.team(folder, spec, rung),
+            n_rounds=spec.config.inner.rounds_to(rung) if rung else None,
+        )
     except BaseException:
-        loaded.close()  # helpers would wait for ever for the end of a round that never comes, and for the next trial with it
+        # helpers would wait for ever for the end of a round that never comes, and for the next trial with it
+        loaded.close()
         raise
 
 
@@ -159,15 +262,20 @@ def help_train(folder: Path, rank: int, size: int, loaded: LoadedModels, rung: f
 
 
 def make_training_record(log: TrainLog, spec: Spec, loaded: LoadedModels) -> dict:
-    """What training.json holds: each shard's rounds, how far shards were apart, how often each image was skipped, peak memory."""
+    """What training.json holds: each shard's rounds, how far shards were apart, how often each image was
+    skipped, peak memory."""
     names = [record.name for record in loaded.train_images(spec).records]
     record = dict(log.record)
     skipped = {name: n for name, n in zip(names, record.pop("skips_by_image", [])) if n}
     members = [[names[row] for row in rows] for rows in record.pop("images", [])]
     return {
-        "n_steps": log.n_steps, "images_seen": log.images_seen, **record, "images_of_shards": members, "skips_by_image": skipped,
+        "n_steps": log.n_steps,
+        "images_seen": log.images_seen,
+        **record,
+        "images_of_shards": members,
+        "skips_by_image": skipped,
         "peak_mib": round(measure_peak_mib(), 1),
-    }  # fmt: skip
+    }
 
 
 def measure_peak_mib() -> float:

@@ -1,5 +1,5 @@
-"""Owns how a fine-tuned model is measured: samples of prompts and noise common to all trials, the figures made from them, and
-what numbers were measured with, since those measured differently are never compared."""
+"""Owns how a fine-tuned model is measured: samples of prompts and noise common to all trials, the figures
+made from them, and what numbers were measured with, since those measured differently are never compared."""
 
 from __future__ import annotations
 
@@ -27,37 +27,62 @@ REWARDS_VERSION = 1  # of the figures: raised whenever one of them would come ou
 
 
 def sample_images(base: Base, material: Material, spec: Spec, progress: Callable) -> dict[str, np.ndarray]:
-    """n_samples images from training captions, where copying shows: `images`, the `rows` of the training captions used,
-    and the `seeds` of each image's noise; where the study asks for it, the images of an `extraction` attack, [P, m, 3, H, W].
-    Captions and noise are the same for all trials of a purpose."""
-    n, attack, n_captions = spec.config.rewards.n_samples, spec.config.rewards.extraction, len(material.data.caption_rows)
+    """n_samples images from training captions, where copying shows: `images`, the `rows` of the training
+    captions used, and the `seeds` of each image's noise; where the study asks for it, the images of an
+    `extraction` attack, [P, m, 3, H, W]. Captions and noise are the same for all trials of a purpose."""
+    n, attack, n_captions = (
+        spec.config.rewards.n_samples,
+        spec.config.rewards.extraction,
+        len(material.data.caption_rows),
+    )
     n_all = n + (attack.prompts * attack.images if attack else 0)
     rows = np.random.default_rng(derive_seed(spec.sampling_seed, "captions")).integers(n_captions, size=n)
     seeds = [derive_seed(spec.sampling_seed, "noise", i) for i in range(n)]
     images = generate_images(base, material, spec, rows, seeds, lambda done, total: progress(done, n_all))
     found = {"images": images, "rows": rows, "seeds": np.array(seeds)}
     if attack:
-        prompts = np.random.default_rng(derive_seed(spec.sampling_seed, "extraction")).permutation(n_captions)[: attack.prompts]
-        seeds = [derive_seed(spec.sampling_seed, "extraction", i) for i in range(len(prompts) * attack.images)]
-        images = generate_images(base, material, spec, prompts.repeat(attack.images), seeds, lambda done, total: progress(n + done, n_all))
+        prompts = np.random.default_rng(derive_seed(spec.sampling_seed, "extraction")).permutation(
+            n_captions
+        )[: attack.prompts]
+        seeds = [
+            derive_seed(spec.sampling_seed, "extraction", i) for i in range(len(prompts) * attack.images)
+        ]
+        images = generate_images(
+            base,
+            material,
+            spec,
+            prompts.repeat(attack.images),
+            seeds,
+            lambda done, total: progress(n + done, n_all),
+        )
         found["extraction"] = images.reshape(len(prompts), attack.images, *images.shape[1:])
     return found
 
 
-def generate_images(base: Base, material: Material, spec: Spec, rows: np.ndarray, seeds: list[int], progress: Callable) -> np.ndarray:
+def generate_images(
+    base: Base, material: Material, spec: Spec, rows: np.ndarray, seeds: list[int], progress: Callable
+) -> np.ndarray:
     """An image for each training caption and noise: uint8 [N, 3, H, W]."""
     rewards, data = spec.config.rewards, material.data
     text = data.texts(data.caption_rows[torch.from_numpy(rows)])
     if rewards.random_words:
         captions = [material.captions[row] for row in rows]
         words = list_vocabulary(base.pipeline.tokenizer)
-        text = base.encode_captions(add_random_words(captions, rewards.random_words, words, derive_seed(spec.sampling_seed, "words")))
+        text = base.encode_captions(
+            add_random_words(captions, rewards.random_words, words, derive_seed(spec.sampling_seed, "words"))
+        )
     if rewards.embedding_noise:
         text = add_text_noise(text, rewards.embedding_noise, spec.sampling_seed)
     return base.sample(
-        text, data.texts(torch.tensor([0])), seeds=seeds, steps=rewards.sampling_steps, guidance=rewards.guidance,
-        guidance_from=rewards.guidance_from, resolution=spec.config.data.resolution or base.resolution, progress=progress,
-    )  # fmt: skip
+        text,
+        data.texts(torch.tensor([0])),
+        seeds=seeds,
+        steps=rewards.sampling_steps,
+        guidance=rewards.guidance,
+        guidance_from=rewards.guidance_from,
+        resolution=spec.config.data.resolution or base.resolution,
+        progress=progress,
+    )
 
 
 def save_samples(path: Path, samples: dict[str, Any]) -> None:
@@ -76,15 +101,22 @@ def gather_evidence(samples: Mapping[str, np.ndarray], spec: Spec, loaded: Loade
     captions = tuple(train.captions[row] for row in samples["rows"])
     cache, network = spec.study_folder / "cache", loaded.extractor(rewards.extractor)
     return Evidence(
-        generated=describe_images(images, network.extract), train=loaded.views(train, rewards.extractor, cache),
-        holdout=loaded.views(loaded.parts(spec)[spec.reference], rewards.extractor, cache), seed=spec.sampling_seed,
-        images=images, captions=captions, clip=loaded.clip(rewards.clip)(images, captions) if rewards.clip else None,
+        generated=describe_images(images, network.extract),
+        train=loaded.views(train, rewards.extractor, cache),
+        holdout=loaded.views(loaded.parts(spec)[spec.reference], rewards.extractor, cache),
+        seed=spec.sampling_seed,
+        images=images,
+        captions=captions,
+        clip=loaded.clip(rewards.clip)(images, captions) if rewards.clip else None,
         known=loaded.known(spec),
-    )  # fmt: skip
+    )
 
 
-def score_samples(samples: Mapping[str, np.ndarray], found: Evidence, spec: Spec, loaded: LoadedModels) -> dict[str, float]:
-    """The figures of one set of samples, of which `found` is the evidence. Raises Diverged where they cannot be judged."""
+def score_samples(
+    samples: Mapping[str, np.ndarray], found: Evidence, spec: Spec, loaded: LoadedModels
+) -> dict[str, float]:
+    """The figures of one set of samples, of which `found` is the evidence. Raises Diverged where they cannot
+    be judged."""
     broken = describe_broken_images(found.generated.pixels)
     if broken:
         raise Diverged(broken)
@@ -99,19 +131,36 @@ def describe_measurement(spec: Spec, loaded: LoadedModels) -> dict[str, object]:
     """All that figures depend on beside the model itself."""
     rewards = spec.config.rewards
     sampling = rewards.model_dump(
-        mode="json", include={"sampling_steps", "guidance", "guidance_from", "random_words", "embedding_noise", "clip", "extraction"}
-    )  # fmt: skip
+        mode="json",
+        include={
+            "sampling_steps",
+            "guidance",
+            "guidance_from",
+            "random_words",
+            "embedding_noise",
+            "clip",
+            "extraction",
+        },
+    )
     return {
-        "figures": REWARDS_VERSION, "extractor": loaded.extractor(rewards.extractor).id, "pixels": "32 x 32, bilinear, antialiased",
-        "resolution": loaded.parts(spec)[spec.reference].resolution, "reference": loaded.parts(spec)[spec.reference].digest,
-        "train": loaded.train_images(spec).digest, "n_samples": rewards.n_samples, "sampling": sampling,
+        "figures": REWARDS_VERSION,
+        "extractor": loaded.extractor(rewards.extractor).id,
+        "pixels": "32 x 32, bilinear, antialiased",
+        "resolution": loaded.parts(spec)[spec.reference].resolution,
+        "reference": loaded.parts(spec)[spec.reference].digest,
+        "train": loaded.train_images(spec).digest,
+        "n_samples": rewards.n_samples,
+        "sampling": sampling,
         "prompts_and_noise": spec.sampling_seed,
-    }  # fmt: skip
+    }
 
 
 def save_contributions(path: Path, found: Mapping[str, float], prompts: np.ndarray) -> None:
-    """What each image adds to each figure [N], and the prompt that it was made from, for comparisons in pairs."""
-    added: dict[str, Any] = {name: values for name, values in collect_contributions(found).items() if len(values) == len(prompts)}
+    """What each image adds to each figure [N], and the prompt that it was made from, for comparisons in
+    pairs."""
+    added: dict[str, Any] = {
+        name: values for name, values in collect_contributions(found).items() if len(values) == len(prompts)
+    }
     with replace_file(path) as part, open(part, "wb") as file:
         np.savez_compressed(file, prompts=prompts, **added)
 

@@ -18,8 +18,8 @@ N_SHOWN = 24
 
 
 def write_audit(found: dict, pairs: Iterable[tuple[np.ndarray, np.ndarray]], out: Path) -> None:
-    """Writes out/audit.json and the self-contained out/audit.html; `pairs` are the generated and the training image, uint8 [3, H, W], of
-    each of the first copies."""
+    """Writes out/audit.json and the self-contained out/audit.html; `pairs` are the generated and the training
+    image, uint8 [3, H, W], of each of the first copies."""
     cards = "".join(render_pair(one, *pair) for one, pair in zip(found["copies"], pairs))
     write_json(out / "audit.json", found)
     with replace_file(out / "audit.html") as part:
@@ -29,7 +29,8 @@ def write_audit(found: dict, pairs: Iterable[tuple[np.ndarray, np.ndarray]], out
 def render_pair(one: dict, generated: np.ndarray, training: np.ndarray) -> str:
     mark = "copy" if one["copy"] else "like"
     return (
-        f'<figure class="{mark}"><img src="{encode_png(generated)}" alt="generated"><img src="{encode_png(training)}" alt="training">'
+        f'<figure class="{mark}"><img src="{encode_png(generated)}" alt="generated"><img '
+        f'src="{encode_png(training)}" alt="training">'
         f"<figcaption>{html.escape(one['generated'])}<br>{html.escape(one['training'])}<br>"
         f"distance {one['distance']:.2f}, {one['of_holdout']:.2f} of held out</figcaption></figure>"
     )
@@ -42,10 +43,26 @@ def encode_png(image: np.ndarray) -> str:
 
 
 AUDIT_REWARDS = (
-    "clear_copy_rate", "copy_rate", "copy_rate_features", "memorization_pixels", "memorization_features", "amd_train", "amd_holdout", "amd_holdout_train", "mq",
-    "carlini_rate", "authpct", "authpct_holdout", "extraction_component", "extraction_component_holdout", "extraction_clique",
-    "extraction_clique_holdout", "fid", "kid", "recall",
-)  # fmt: skip
+    "clear_copy_rate",
+    "copy_rate",
+    "copy_rate_features",
+    "memorization_pixels",
+    "memorization_features",
+    "amd_train",
+    "amd_holdout",
+    "amd_holdout_train",
+    "mq",
+    "carlini_rate",
+    "authpct",
+    "authpct_holdout",
+    "extraction_component",
+    "extraction_component_holdout",
+    "extraction_clique",
+    "extraction_clique_holdout",
+    "fid",
+    "kid",
+    "recall",
+)
 
 
 AUDIT_STYLE = """
@@ -63,9 +80,14 @@ figure img { width: 5rem; image-rendering: pixelated; margin-right: 2px; } .copy
 def render_audit(found: dict, cards: str) -> str:
     rewards, sizes = found["rewards"], ", ".join(f"{n:,} {title}" for title, n in found["sizes"].items())
     rows = "".join(
-        f"<tr><td>{REWARDS[name].title}</td><td>{format_reward(name, rewards)}</td><td>{REWARDS[name].meaning}</td></tr>" for name in AUDIT_REWARDS if name in rewards
+        f"<tr><td>{REWARDS[name].title}</td><td>{format_reward(name, rewards)}</td><td>{REWARDS[name].meaning}</td></tr>"
+        for name in AUDIT_REWARDS
+        if name in rewards
     )
-    twins = "".join(f"<li>{html.escape(a)} and {html.escape(b)}</li>" for a, b in (pair["images"] for pair in found["duplicates"]))
+    twins = "".join(
+        f"<li>{html.escape(a)} and {html.escape(b)}</li>"
+        for a, b in (pair["images"] for pair in found["duplicates"])
+    )
     return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Audit of copying</title><style>{AUDIT_STYLE}</style></head><body>
 <h1>Audit of copying</h1><p class="verdict">{html.escape(found["verdict"])}</p>

@@ -1,5 +1,5 @@
-"""Owns `memcontrol dashboard`: optuna-dashboard over a study's database, read-only three times over: by the guard, by the connection, and by
-the store of artifacts."""
+"""Owns `memcontrol dashboard`: optuna-dashboard over a study's database, read-only three times over: by the
+guard, by the connection, and by the store of artifacts."""
 
 from __future__ import annotations
 
@@ -44,7 +44,11 @@ class Quiet(WSGIRequestHandler):
 def make_read_only_arguments(url: str) -> dict[str, Any]:
     """For sqlalchemy.create_engine: connections on which the database itself refuses every change."""
     if is_postgresql(url):
-        return make_engine_arguments(url) | {"connect_args": make_connection_arguments("statement_timeout=60000", "default_transaction_read_only=on")}
+        return make_engine_arguments(url) | {
+            "connect_args": make_connection_arguments(
+                "statement_timeout=60000", "default_transaction_read_only=on"
+            )
+        }
 
     def connect() -> sqlite3.Connection:
         connection = sqlite3.connect(url.removeprefix(SQLITE), check_same_thread=False, timeout=30)
@@ -58,14 +62,21 @@ def make_application(url: str, folder: Path, writable: bool, token: str | None) 
     from optuna_dashboard import wsgi
 
     arguments = make_engine_arguments(url) if writable else make_read_only_arguments(url)
-    storage = RDBStorage(url, engine_kwargs=arguments, skip_compatibility_check=True, skip_table_creation=True)
+    storage = RDBStorage(
+        url, engine_kwargs=arguments, skip_compatibility_check=True, skip_table_creation=True
+    )
     store = FileSystemArtifactStore(folder / ARTIFACTS_FOLDER) if writable else ReadOnlyStore(folder)
     return guard_app(wsgi(storage, artifact_store=store), writable, token)
 
 
 def find_study_id(url: str, name: str) -> int:
     """Optuna's number of the study, which the dashboard's addresses have."""
-    storage = RDBStorage(url, engine_kwargs=make_read_only_arguments(url), skip_compatibility_check=True, skip_table_creation=True)
+    storage = RDBStorage(
+        url,
+        engine_kwargs=make_read_only_arguments(url),
+        skip_compatibility_check=True,
+        skip_table_creation=True,
+    )
     try:
         return storage.get_study_id_from_name(name)
     finally:
@@ -73,19 +84,25 @@ def find_study_id(url: str, name: str) -> int:
         storage.engine.dispose()
 
 
-def start_server(url: str, folder: Path, name: str, host: str, port: int, token: str | None, writable: bool) -> tuple[WSGIServer, str]:
+def start_server(
+    url: str, folder: Path, name: str, host: str, port: int, token: str | None, writable: bool
+) -> tuple[WSGIServer, str]:
     """A server that listens, and the address to open. Raises MemControlError."""
     token = choose_token(host, token)
     server = bind_server(make_application(url, folder, writable, token), host, port)
     reached = socket.gethostname() if host in ANY else f"[{host}]" if ":" in host else host
-    return server, f"http://{reached}:{server.server_port}/dashboard/studies/{find_study_id(url, name)}{f'?token={token}' if token else ''}"
+    address = f"http://{reached}:{server.server_port}/dashboard/studies/{find_study_id(url, name)}"
+    return server, address + (f"?token={token}" if token else "")
 
 
 def choose_token(host: str, token: str | None) -> str | None:
-    """None on loopback, unless one is given; elsewhere one is drawn. Raises MemControlError for one that can be guessed, or that an address
-    or a cookie cannot hold."""
+    """None on loopback, unless one is given; elsewhere one is drawn. Raises MemControlError for one that can
+    be guessed, or that an address or a cookie cannot hold."""
     if token and not re.fullmatch(TOKEN, token):
-        raise MemControlError("the token (--token or MEMCONTROL_TOKEN) needs 16 or more letters, digits, '-' or '_'; leave it out, and one is drawn")
+        raise MemControlError(
+            "the token (--token or MEMCONTROL_TOKEN) needs 16 or more letters, digits, '-' or '_'; "
+            "leave it out, and one is drawn"
+        )
     return token or (None if host in LOOPBACK else secrets.token_urlsafe(16))
 
 
@@ -95,4 +112,7 @@ def bind_server(app: App, host: str, port: int) -> WSGIServer:
     try:
         return make_server(host, port, app, server_class=Server, handler_class=Quiet)
     except (OSError, OverflowError) as error:
-        raise MemControlError(f"cannot listen on {host}, port {port}: {getattr(error, 'strerror', None) or error}; give another --port (0: any free one) or --host") from None
+        raise MemControlError(
+            f"cannot listen on {host}, port {port}: {getattr(error, 'strerror', None) or error}; "
+            "give another --port (0: any free one) or --host"
+        ) from None

@@ -1,4 +1,5 @@
-"""Owns the guard before optuna-dashboard, which itself lets anyone do anything: who may ask, and that nothing is written unless allowed."""
+"""Owns the guard before optuna-dashboard, which itself lets anyone do anything: who may ask, and that nothing
+is written unless allowed."""
 
 from __future__ import annotations
 
@@ -17,21 +18,38 @@ App = Callable[[Environ, Start], Iterable[bytes]]
 
 
 def guard_app(app: App, writable: bool, token: str | None) -> App:
-    """The app behind a guard. Without a token it answers to loopback's names only, so that no page that a browser has open can reach it under
-    a name of its own (DNS rebinding); with one, only those who bring it: in the URL as ?token=, then in a cookie, or as a bearer. What would
-    write is refused unless `writable`, and then only from the dashboard's own pages."""
+    """The app behind a guard. Without a token it answers to loopback's names only, so that no page that a
+    browser has open can reach it under a name of its own (DNS rebinding); with one, only those who bring it:
+    in the URL as ?token=, then in a cookie, or as a bearer. What would write is refused unless `writable`,
+    and then only from the dashboard's own pages."""
 
     def answer(environ: Environ, start: Start) -> Iterable[bytes]:
         given = token and read_token(environ)
         if token and not (given and hmac.compare_digest(given.encode(), token.encode())):
-            return refuse_request(start, "401 Unauthorized", "open the address that `memcontrol dashboard` printed, with its token")
+            return refuse_request(
+                start,
+                "401 Unauthorized",
+                "open the address that `memcontrol dashboard` printed, with its token",
+            )
         if not token and read_host(environ) not in LOOPBACK:
-            return refuse_request(start, "403 Forbidden", "this dashboard answers on loopback only; memcontrol dashboard --host ... asks for a token instead")
+            return refuse_request(
+                start,
+                "403 Forbidden",
+                "this dashboard answers on loopback only; memcontrol dashboard --host ... asks for "
+                "a token instead",
+            )
         if environ["REQUEST_METHOD"] not in READING:
             if not writable:
-                return refuse_request(start, "405 Method Not Allowed", "this dashboard is read-only; memcontrol dashboard --writable allows changes", ("Allow", ", ".join(READING)))
+                return refuse_request(
+                    start,
+                    "405 Method Not Allowed",
+                    "this dashboard is read-only; memcontrol dashboard --writable allows changes",
+                    ("Allow", ", ".join(READING)),
+                )
             if not is_own_page(environ):
-                return refuse_request(start, "403 Forbidden", "changes are taken from the dashboard's own pages only")
+                return refuse_request(
+                    start, "403 Forbidden", "changes are taken from the dashboard's own pages only"
+                )
         return app(environ, add_cookie(start, token) if token and read_url_token(environ) else start)
 
     return answer
@@ -69,6 +87,7 @@ def read_host(environ: Environ) -> str | None:
 
 
 def is_own_page(environ: Environ) -> bool:
-    """Whether a browser says that the page which asks is the dashboard's; a program that is no browser sends no Origin."""
+    """Whether a browser says that the page which asks is the dashboard's; a program that is no browser sends
+    no Origin."""
     origin = environ.get("HTTP_ORIGIN")
     return origin is None or urlsplit(origin).netloc == environ.get("HTTP_HOST")

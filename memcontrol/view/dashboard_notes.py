@@ -28,7 +28,8 @@ FRONT, HYPERVOLUME = "front", "hypervolume"
 
 
 class Publisher:
-    """Writes what has changed since it last looked. One process writes to a study, so what it wrote needs no reading."""
+    """Writes what has changed since it last looked. One process writes to a study, so what it wrote needs no
+    reading."""
 
     def __init__(self, study: Study, space: SearchSpace, folder: Path):
         self.study, self.space, self.folder = study, space, folder
@@ -51,7 +52,10 @@ class Publisher:
         changed = [record for record in records if self.seen.get(record.number) != record]
         if changed or over:
             self.write(records, changed, over)
-        self.seen, self.due = {record.number: record for record in records}, time.monotonic() + PUBLISH_SECONDS
+        self.seen, self.due = (
+            {record.number: record for record in records},
+            time.monotonic() + PUBLISH_SECONDS,
+        )
 
     def write(self, records: Sequence[Record], changed: Sequence[Record], over: bool) -> None:
         stored = self.study.patiently(lambda: NoteStorage(self.study))
@@ -59,7 +63,9 @@ class Publisher:
         for record in changed:
             if record.state != "RUNNING":
                 self.note(stored, record.number, write_trial_note(record, self.space))
-        self.note(stored, None, write_study_note(self.study.config, self.space, records, self.data, picked, over))
+        self.note(
+            stored, None, write_study_note(self.study.config, self.space, records, self.data, picked, over)
+        )
         name = self.study.config.name
         if complete and len(complete[0].objectives) > 1:
             self.plot(FRONT, plot_front(complete, picked, len(self.space.groups), f"{name}: front"))
@@ -84,17 +90,26 @@ def read_notes(study: Study) -> dict[int | None, str]:
     for name, text in attributes.items():
         if found := re.fullmatch(r"dashboard:(?:(\d+):)?note_str:(\d+)", name):
             chunks.setdefault(int(found[1]) if found[1] else None, {})[int(found[2])] = text
-    numbers: dict[int | None, int | None] = {trial_id: number for number, trial_id in study.ids.items()} | {None: None}
-    whole = {numbers[trial_id]: "".join(parts[i] for i in sorted(parts)) for trial_id, parts in chunks.items() if trial_id in numbers}
+    numbers: dict[int | None, int | None] = {trial_id: number for number, trial_id in study.ids.items()} | {
+        None: None
+    }
+    whole = {
+        numbers[trial_id]: "".join(parts[i] for i in sorted(parts))
+        for trial_id, parts in chunks.items()
+        if trial_id in numbers
+    }
     return {number: text.partition(YOURS)[0] for number, text in whole.items()}
 
 
 class NoteStorage:
-    """The study's storage as far as the library's notes ask for it: of the attributes, which grow with every trial, all are read for each note,
-    and here once."""
+    """The study's storage as far as the library's notes ask for it: of the attributes, which grow with every
+    trial, all are read for each note, and here once."""
 
     def __init__(self, study: Study):
-        self.storage, self.attributes = study.storage, study.storage.get_study_system_attrs(study.inner._study_id)
+        self.storage, self.attributes = (
+            study.storage,
+            study.storage.get_study_system_attrs(study.inner._study_id),
+        )
 
     def get_study_system_attrs(self, study_id: int) -> dict[str, Any]:
         return self.attributes
@@ -109,8 +124,11 @@ def save_note(study: Study, stored: NoteStorage, number: int | None, text: str) 
     from optuna_dashboard import get_note
     from optuna_dashboard import save_note as save
 
-    # Of a trial the library asks for these three only; a real optuna.Trial would ask the sampler for more. Without a number it is the study's.
-    owner: Any = SimpleNamespace(study=study.inner, storage=stored, _trial_id=None if number is None else study.ids[number])
+    # Of a trial the library asks for these three only; a real optuna.Trial would ask the sampler for more.
+    # Without a number it is the study's.
+    owner: Any = SimpleNamespace(
+        study=study.inner, storage=stored, _trial_id=None if number is None else study.ids[number]
+    )
     before = get_note(owner)
     whole = text + YOURS + before.partition(YOURS)[2]
     if whole != before:

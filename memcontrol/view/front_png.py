@@ -13,7 +13,8 @@ from memcontrol.study.record import Record
 from memcontrol.view.marks import MARKS, PICK, SAMPLED
 from memcontrol.view.words import find_title
 
-COLOURS = (MARKS[SAMPLED].colour, "#56B4E9", "#CC79A7", "#F0E442", "#8c564b", "#332288", "#44AA99", "#999933")  # of methods
+# of methods
+COLOURS = (MARKS[SAMPLED].colour, "#56B4E9", "#CC79A7", "#F0E442", "#8c564b", "#332288", "#44AA99", "#999933")
 
 
 def name_kind(record: Record) -> str:
@@ -21,7 +22,8 @@ def name_kind(record: Record) -> str:
 
 
 def draw_front_png(records: Sequence[Record], picked: Record | None, path: Path, title: str) -> None:
-    """All finished trials over the first two objectives, the front joined, anchors and pick marked, with 95 % intervals of the front and the anchors; writes a PNG."""
+    """All finished trials over the first two objectives, the front joined, anchors and pick marked, with 95 %
+    intervals of the front and the anchors; writes a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -32,18 +34,51 @@ def draw_front_png(records: Sequence[Record], picked: Record | None, path: Path,
     sampled = [record for record in records if record.anchor is None]
     for kind, colour in zip(sorted({name_kind(record) for record in sampled}), cycle(COLOURS)):
         points = [record for record in sampled if name_kind(record) == kind]
-        axes.scatter(*collect_xy(points, x_name, y_name), s=28, color=colour, label=f"sampled: {kind}", zorder=2)
+        axes.scatter(
+            *collect_xy(points, x_name, y_name), s=28, color=colour, label=f"sampled: {kind}", zorder=2
+        )
     points = select_front(records)
-    axes.step(*collect_xy(points, x_name, y_name), where="post", color="black", linewidth=1, label="front", zorder=1)
+    axes.step(
+        *collect_xy(points, x_name, y_name), where="post", color="black", linewidth=1, label="front", zorder=1
+    )
     told = [record for record in records if record in points or record.anchor]
-    axes.errorbar(*collect_xy(told, x_name, y_name), xerr=measure_reach(told, x_name), yerr=measure_reach(told, y_name), fmt="none", ecolor="black", elinewidth=0.7, alpha=0.5, zorder=1)
+    axes.errorbar(
+        *collect_xy(told, x_name, y_name),
+        xerr=measure_reach(told, x_name),
+        yerr=measure_reach(told, y_name),
+        fmt="none",
+        ecolor="black",
+        elinewidth=0.7,
+        alpha=0.5,
+        zorder=1,
+    )
     for anchor, mark in MARKS.items():
         if points := [record for record in records if record.anchor == anchor]:
-            axes.scatter(*collect_xy(points, x_name, y_name), s=70, marker=mark.marker, color=mark.colour, label=mark.title, zorder=3)
+            axes.scatter(
+                *collect_xy(points, x_name, y_name),
+                s=70,
+                marker=mark.marker,
+                color=mark.colour,
+                label=mark.title,
+                zorder=3,
+            )
     if picked:
-        axes.scatter(*collect_xy([picked], x_name, y_name), s=260, marker="o", facecolors="none", edgecolors=PICK, linewidths=2, label="pick", zorder=4)
+        axes.scatter(
+            *collect_xy([picked], x_name, y_name),
+            s=260,
+            marker="o",
+            facecolors="none",
+            edgecolors=PICK,
+            linewidths=2,
+            label="pick",
+            zorder=4,
+        )
     better = {MINIMIZE: "lower is better", MAXIMIZE: "higher is better"}
-    axes.set(xlabel=f"{find_title(x_name)} ({better[x_way]})", ylabel=f"{find_title(y_name)} ({better[y_way]})", title=title)
+    axes.set(
+        xlabel=f"{find_title(x_name)} ({better[x_way]})",
+        ylabel=f"{find_title(y_name)} ({better[y_way]})",
+        title=title,
+    )
     span = [record.values[x_name] for record in records]
     if 0 < 3 * min(span) < max(span):
         axes.set_xscale("log")

@@ -1,4 +1,5 @@
-"""Owns what a person sees while something runs: a search's live display, the bars of other long commands; and what of it is logged."""
+"""Owns what a person sees while something runs: a search's live display, the bars of other long commands; and
+what of it is logged."""
 
 from __future__ import annotations
 
@@ -79,23 +80,44 @@ class Display:
             text = describe_choice(Choice.from_dict(event.job["choice"]), self.n_groups)
             confirming = event.detail["stage"] == "confirm"
             text += " again" if "replicate" in event.job else ""
-            said = f"{text}: {describe_step(event.detail)}" if training else f"{text}: measured again" if confirming else text
-            self.running[name] = (said, 0.8 * share if training else share if confirming else 0.8 + 0.15 * share)
+            said = (
+                f"{text}: {describe_step(event.detail)}"
+                if training
+                else f"{text}: measured again"
+                if confirming
+                else text
+            )
+            self.running[name] = (
+                said,
+                0.8 * share if training else share if confirming else 0.8 + 0.15 * share,
+            )
         elif event.kind in FAILED_KINDS and name:
             self.running.pop(name, None)
             said = describe_choice(Choice.from_dict(event.job["choice"]), self.n_groups)
-            self.console.print(Text(f"warning: {said}: an attempt failed: {event.detail['reason']}", style="yellow"), soft_wrap=True)
+            self.console.print(
+                Text(f"warning: {said}: an attempt failed: {event.detail['reason']}", style="yellow"),
+                soft_wrap=True,
+            )
         elif event.kind in END_KINDS and name:
             self.running.pop(name, None)
             goes_on = event.job.get("rung") and not (Path(event.job["trial"]) / RESULT).exists()
             if not self.live:
                 minutes = (time.monotonic() - self.started) / 60
                 said = describe_choice(Choice.from_dict(event.job["choice"]), self.n_groups)
-                end = "measured again" if "confirm" in event.job else f"measured at {event.job['rung']:.0%} of its budget" if goes_on else "fine-tuned again" if "replicate" in event.job else "run ended"
+                end = (
+                    "measured again"
+                    if "confirm" in event.job
+                    else f"measured at {event.job['rung']:.0%} of its budget"
+                    if goes_on
+                    else "fine-tuned again"
+                    if "replicate" in event.job
+                    else "run ended"
+                )
                 self.console.print(f"{minutes:.1f} min: {said}: {end}", highlight=False, soft_wrap=True)
             if "trial" in event.job and not goes_on:
                 self.done[event.job.get("number", -1)] += 1
-            if "trial" in event.job and not goes_on and event.job["choice"]["method"] != "none":  # it trains nothing and would make the rest look short
+            # it trains nothing and would make the rest look short
+            if "trial" in event.job and not goes_on and event.job["choice"]["method"] != "none":
                 self.lengths.append(time.monotonic() - self.begun_at.pop(name, time.monotonic()))
         self.refresh()
 
@@ -110,20 +132,31 @@ class Display:
     def read(self) -> None:
         if self.study is None:
             return
-        before, self.records = {record.number for record in self.records if has_ended(record)}, self.study.records()
+        before, self.records = (
+            {record.number for record in self.records if has_ended(record)},
+            self.study.records(),
+        )
         for record in self.records:
             if not self.live and has_ended(record) and record.number not in before:
                 self.console.print(self.line(record), highlight=False, soft_wrap=True)
 
     def line(self, record: Record) -> str:
-        values = ", ".join(f"{name} {value:.3f}" for name, value in record.values.items()) or f"{record.state.lower()}: {record.reason}"
-        return f"trial {record.number} ({record.anchor or 'sampled'}): {describe_choice(record.chosen, self.n_groups)}: {values}"
+        values = (
+            ", ".join(f"{name} {value:.3f}" for name, value in record.values.items())
+            or f"{record.state.lower()}: {record.reason}"
+        )
+        return (
+            f"trial {record.number} ({record.anchor or 'sampled'}): "
+            f"{describe_choice(record.chosen, self.n_groups)}: {values}"
+        )
 
     def block(self) -> Group:
         n_ended = sum(has_ended(record) for record in self.records)
         total = self.n_sampled + 3
         minutes = (time.monotonic() - self.started) / 60
-        head = f"{n_ended} of {total} trials done, {len(self.running)} running, {minutes:.1f} min" + self.left()
+        head = (
+            f"{n_ended} of {total} trials done, {len(self.running)} running, {minutes:.1f} min" + self.left()
+        )
         lines = [Text(self.note or head, style="bold")]
         for text, share in self.running.values():
             lines.append(Text(f"  {'█' * int(20 * share):<20} {text}"))
@@ -134,10 +167,15 @@ class Display:
         return Group(*lines)
 
     def left(self) -> str:
-        """Time left, from the mean of the runs so far: each sampled trial is one run, an anchor one for each choice it tries."""
+        """Time left, from the mean of the runs so far: each sampled trial is one run, an anchor one for each
+        choice it tries."""
         if not self.lengths:
             return ""
-        n_open = sum(len(record.candidates) - self.done[record.number] for record in self.records if record.state == "RUNNING")
+        n_open = sum(
+            len(record.candidates) - self.done[record.number]
+            for record in self.records
+            if record.state == "RUNNING"
+        )
         n_begun = sum(record.anchor is None for record in self.records)
         runs = n_open + max(0, self.n_sampled - n_begun) - sum(share for _, share in self.running.values())
         minutes = max(runs, 0) * sum(self.lengths) / len(self.lengths) / self.n_workers / 60
@@ -148,7 +186,11 @@ def log_event(event: Event, n_groups: int) -> None:
     """A line for what begins, ends or fails; of progress, the end of each stage, as detail."""
     name = event.job.get("trial") or event.job.get("confirm") or ""
     of_trial = f"trial {event.job['number']}: " if "number" in event.job else ""
-    said = f"{of_trial}{Path(name).name}: {describe_choice(Choice.from_dict(event.job['choice']), n_groups)}: " if name else ""
+    said = (
+        f"{of_trial}{Path(name).name}: {describe_choice(Choice.from_dict(event.job['choice']), n_groups)}: "
+        if name
+        else ""
+    )
     if event.kind == "warning":
         LOG.warning("%s", event.detail["text"])
     elif event.kind in FAILED_KINDS:
@@ -163,7 +205,13 @@ class Steps:
     """Bars of a command that does one thing after another: what it is at, and how far."""
 
     def __init__(self, console: Console):
-        self.progress = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=console, transient=True)
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            console=console,
+            transient=True,
+        )
         self.tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> Steps:

@@ -1,5 +1,5 @@
-"""Owns how anchors and sampled masks look wherever the front is drawn: their names, and colours that colour-blind people tell apart (Okabe and
-Ito's)."""
+"""Owns how anchors and sampled masks look wherever the front is drawn: their names, and colours that
+colour-blind people tell apart (Okabe and Ito's)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Owns what is known of a study when it is reported: one document, which `report --json` prints and the page is made from."""
+"""Owns what is known of a study when it is reported: one document, which `report --json` prints and the page
+is made from."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ FATES = ("seen", "trained", "skipped", "dropped", "queued", "surplus")
 
 
 def collect_report_data(study: Study, space: SearchSpace, folder: Path) -> dict[str, Any]:
-    """Everything the report says, as JSON can hold it. Raises MemControlError where no trial has ended well."""
+    """Everything the report says, as JSON can hold it. Raises MemControlError where no trial has ended
+    well."""
     records, config = study.records(), study.config
     complete = [record for record in records if record.finished]
     if not complete:
@@ -39,41 +41,78 @@ def collect_report_data(study: Study, space: SearchSpace, folder: Path) -> dict[
     front, ties = select_front(complete), select_ties(complete)
     blocks = read_json(folder / NETWORK) if (folder / NETWORK).is_file() else []
     trials = [
-        record.as_dict() | {
-            "said": describe_choice(record.choice, len(space.groups)) if record.choice else "", "front": record in front, "tie": record in ties, "pick": record is picked,
+        record.as_dict()
+        | {
+            "said": describe_choice(record.choice, len(space.groups)) if record.choice else "",
+            "front": record in front,
+            "tie": record in ties,
+            "pick": record is picked,
             "blocks": [compute_trained_share(record, block) for block in blocks],
         }
         for record in records
-    ]  # fmt: skip
+    ]
     told = [record for record in complete if record in front or record.anchor == "full"]
     return {
-        "study": config.name, "written": datetime.now().isoformat(timespec="minutes"), "reported_by": __version__,
-        "objectives": study.objectives, "limits": config.rewards.limits, "data": summarize_data(folder), "config": config.model_dump(mode="json"), "given": config.model_dump(mode="json", exclude_defaults=True),
+        "study": config.name,
+        "written": datetime.now().isoformat(timespec="minutes"),
+        "reported_by": __version__,
+        "objectives": study.objectives,
+        "limits": config.rewards.limits,
+        "data": summarize_data(folder),
+        "config": config.model_dump(mode="json"),
+        "given": config.model_dump(mode="json", exclude_defaults=True),
         "space": {
-            "name": config.space, "description": space.description, "groups": list(space.groups), "methods": list(space.methods), "rank": list(space.rank),
+            "name": config.space,
+            "description": space.description,
+            "groups": list(space.groups),
+            "methods": list(space.methods),
+            "rank": list(space.rank),
             "learning_rate": {method: list(limits) for method, limits in space.learning_rate.items()},
         },
-        "trials": trials, "blocks": [block["name"] for block in blocks], "hypervolume": summarize_hypervolume(study),
-        "importance": summarize_importance(records, space), "spread": None if (spread := estimate_spread(complete)) is None else dict(zip(study.objectives, spread.tolist())),
-        "training": [{"trial": record.number} | fates for record in told if (fates := count_fates(folder / record.chosen.key))],
-        "retrained": list_retrained(folder, len(space.groups)), "cost": sum_costs(records, folder), "made_with": study.attributes.get("made_with", {}),
-    }  # fmt: skip
+        "trials": trials,
+        "blocks": [block["name"] for block in blocks],
+        "hypervolume": summarize_hypervolume(study),
+        "importance": summarize_importance(records, space),
+        "spread": None
+        if (spread := estimate_spread(complete)) is None
+        else dict(zip(study.objectives, spread.tolist())),
+        "training": [
+            {"trial": record.number} | fates
+            for record in told
+            if (fates := count_fates(folder / record.chosen.key))
+        ],
+        "retrained": list_retrained(folder, len(space.groups)),
+        "cost": sum_costs(records, folder),
+        "made_with": study.attributes.get("made_with", {}),
+    }
 
 
 def compute_trained_share(record: Record, block: dict[str, Any]) -> float:
     """The share of a block's parameters that lie in modules which the trial trains."""
     groups = record.choice.groups if record.choice else ()
-    return 1.0 if EVERYTHING in groups else sum(n for group, n in block["groups"].items() if group in groups) / block["parameters"]
+    return (
+        1.0
+        if EVERYTHING in groups
+        else sum(n for group, n in block["groups"].items() if group in groups) / block["parameters"]
+    )
 
 
 def summarize_hypervolume(study: Study) -> dict[str, Any] | None:
-    """Value, error and reference point; None before the anchors have ended, whose worst values it is measured from."""
+    """Value, error and reference point; None before the anchors have ended, whose worst values it is measured
+    from."""
     records = study.records()
     reference = study.attributes.get("reference") or find_reference_point(records)
     if reference is None:
         return None
-    found, signs = estimate_hypervolume(records, reference), {name: -1 if direction == "maximize" else 1 for name, direction in study.objectives.items()}
-    return {"value": float(found), "error": found.error, "reference": {name: sign * value for (name, sign), value in zip(signs.items(), reference)}}
+    found, signs = (
+        estimate_hypervolume(records, reference),
+        {name: -1 if direction == "maximize" else 1 for name, direction in study.objectives.items()},
+    )
+    return {
+        "value": float(found),
+        "error": found.error,
+        "reference": {name: sign * value for (name, sign), value in zip(signs.items(), reference)},
+    }
 
 
 def summarize_importance(records: Sequence[Record], space: SearchSpace) -> list[dict[str, Any]]:
@@ -95,21 +134,34 @@ def count_fates(run: Path) -> dict[str, int]:
 
 
 def list_retrained(folder: Path, n_groups: int) -> list[dict[str, Any]]:
-    """The runs of `memcontrol retrain` that ended well, full fine-tuning first: choice, rewards on test images, folder."""
+    """The runs of `memcontrol retrain` that ended well, full fine-tuning first: choice, rewards on test
+    images, folder."""
     found = [(path.parent, read_json(path)) for path in sorted((folder / "retrain").glob(f"*/{RESULT}"))]
     runs = [
-        {"said": describe_choice(Choice.from_dict(result["choice"]), n_groups), "choice": result["choice"], "rewards": result["rewards"], "n_samples": result["n_samples"], "run": str(run)}
-        for run, result in found if result["state"] == "COMPLETE"
-    ]  # fmt: skip
+        {
+            "said": describe_choice(Choice.from_dict(result["choice"]), n_groups),
+            "choice": result["choice"],
+            "rewards": result["rewards"],
+            "n_samples": result["n_samples"],
+            "run": str(run),
+        }
+        for run, result in found
+        if result["state"] == "COMPLETE"
+    ]
     return sorted(runs, key=lambda run: run["choice"]["method"] != "full")
 
 
 def sum_costs(records: Sequence[Record], folder: Path) -> dict[str, float]:
-    """The fine-tunings that ended, each with its scoring: how many, their hours, the seconds of the median one."""
+    """The fine-tunings that ended, each with its scoring: how many, their hours, the seconds of the median
+    one."""
     paths = (folder / choice.key / RESULT for record in records for choice in record.candidates)
     results = (read_json(path) for path in paths if path.is_file())
     lengths = [result["seconds"] for result in results if "seconds" in result]
-    return {"runs": len(lengths), "hours": sum(lengths) / 3600, "median_seconds": statistics.median(lengths) if lengths else 0.0}
+    return {
+        "runs": len(lengths),
+        "hours": sum(lengths) / 3600,
+        "median_seconds": statistics.median(lengths) if lengths else 0.0,
+    }
 
 
 def format_csv(facts: dict[str, Any]) -> str:
@@ -118,13 +170,44 @@ def format_csv(facts: dict[str, Any]) -> str:
     ordered = [name for name in REWARDS if name in names] + sorted(set(names) - set(REWARDS))
     groups, out = facts["space"]["groups"], io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["trial", "anchor", "state", "front", "tie", "pick", "confirmed", "method", "rank", "learning_rate", *groups, *ordered, "seconds"])
+    writer.writerow(
+        [
+            "trial",
+            "anchor",
+            "state",
+            "front",
+            "tie",
+            "pick",
+            "confirmed",
+            "method",
+            "rank",
+            "learning_rate",
+            *groups,
+            *ordered,
+            "seconds",
+        ]
+    )
     for trial in facts["trials"]:
         choice = trial["choice"] or {}
-        on = [int(name in choice.get("groups", ()) or EVERYTHING in choice.get("groups", ())) for name in groups]
+        on = [
+            int(name in choice.get("groups", ()) or EVERYTHING in choice.get("groups", ())) for name in groups
+        ]
         figures = [trial["rewards"].get(name, "") for name in ordered]
-        writer.writerow([
-            trial["trial"], trial["anchor"] or "sampled", trial["state"], int(trial["front"]), int(trial["tie"]), int(trial["pick"]), int(trial["confirmed"]),
-            choice.get("method"), choice.get("rank"), choice.get("learning_rate"), *on, *figures, trial["seconds"],
-        ])  # fmt: skip
+        writer.writerow(
+            [
+                trial["trial"],
+                trial["anchor"] or "sampled",
+                trial["state"],
+                int(trial["front"]),
+                int(trial["tie"]),
+                int(trial["pick"]),
+                int(trial["confirmed"]),
+                choice.get("method"),
+                choice.get("rank"),
+                choice.get("learning_rate"),
+                *on,
+                *figures,
+                trial["seconds"],
+            ]
+        )
     return out.getvalue()

@@ -1,4 +1,5 @@
-"""Owns the tables that are printed, and the lines below them: trials, retrained runs, differences, figures, what drives what."""
+"""Owns the tables that are printed, and the lines below them: trials, retrained runs, differences, figures,
+what drives what."""
 
 from __future__ import annotations
 
@@ -27,8 +28,8 @@ WIDE = 10_000
 
 @dataclass(frozen=True)
 class RewardsTable:
-    """A row for each (name, what it is, rewards): the usual figures, and whatever else is an objective; on a narrow terminal fewer of them, so
-    that what a row is stays to be read."""
+    """A row for each (name, what it is, rewards): the usual figures, and whatever else is an objective; on a
+    narrow terminal fewer of them, so that what a row is stays to be read."""
 
     rows: Sequence[tuple[str, str, dict[str, float]]]
     title: str
@@ -38,13 +39,18 @@ class RewardsTable:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         columns = [*(name for name in self.objectives if name not in COLUMNS), *COLUMNS]
         for name in DROPPED:
-            if Measurement.get(console, options.update(max_width=WIDE), self.table(columns)).maximum <= options.max_width:
+            if (
+                Measurement.get(console, options.update(max_width=WIDE), self.table(columns)).maximum
+                <= options.max_width
+            ):
                 break
             columns = [other for other in columns if other != name or other in self.objectives]
         yield self.table(columns)
 
     def table(self, columns: Sequence[str]) -> Table:
-        table = Table(title=self.title, title_justify="left", expand=False, caption=self.note, caption_justify="left")
+        table = Table(
+            title=self.title, title_justify="left", expand=False, caption=self.note, caption_justify="left"
+        )
         table.add_column("trial", no_wrap=True)
         table.add_column("choice", min_width=14)
         for name in columns:
@@ -55,52 +61,83 @@ class RewardsTable:
 
 
 def make_importance_table(effects: Sequence[Effect], name: str) -> Table:
-    """What each change does to each objective; what cannot be told from nothing (within two standard errors) is dim."""
+    """What each change does to each objective; what cannot be told from nothing (within two standard errors)
+    is dim."""
     table = Table(title=f"{name}: what drives which reward", title_justify="left")
     table.add_column("change")
     for objective in effects[0].effects if effects else ():
         table.add_column(find_title(objective), justify="right")
     table.add_column("choices", justify="right")
     for effect in effects:
-        change = f"{effect.coordinate} on" if effect.high is True else f"{effect.coordinate}: {effect.low} to {effect.high}"
+        change = (
+            f"{effect.coordinate} on"
+            if effect.high is True
+            else f"{effect.coordinate}: {effect.low} to {effect.high}"
+        )
         cells = [
-            Text(f"{value:+.3g} ± {value.error:.2g}", style="bold" if abs(value) > 2 * (value.error or 0) else "dim") for value in effect.effects.values()
+            Text(
+                f"{value:+.3g} ± {value.error:.2g}",
+                style="bold" if abs(value) > 2 * (value.error or 0) else "dim",
+            )
+            for value in effect.effects.values()
         ]
-        table.add_row(change.replace("rate: 0.0 to 1.0", "learning rate: lowest to highest"), *cells, str(effect.n_choices))
+        table.add_row(
+            change.replace("rate: 0.0 to 1.0", "learning rate: lowest to highest"),
+            *cells,
+            str(effect.n_choices),
+        )
     return table
 
 
 def make_study_table(
-    records: Sequence[Record], n_groups: int, title: str, picked: Record | None = None, among: Sequence[Record] | None = None
+    records: Sequence[Record],
+    n_groups: int,
+    title: str,
+    picked: Record | None = None,
+    among: Sequence[Record] | None = None,
 ) -> RewardsTable:
-    """The finished trials of `records`: those on the front (of `among`, or of themselves) marked with *, those that are on or off
-    it within error only with =, the pick with >, and with + those measured again."""
-    complete = sorted((record for record in records if record.finished), key=lambda record: tuple(record.losses))
+    """The finished trials of `records`: those on the front (of `among`, or of themselves) marked with *,
+    those that are on or off it within error only with =, the pick with >, and with + those measured again."""
+    complete = sorted(
+        (record for record in records if record.finished), key=lambda record: tuple(record.losses)
+    )
     others = [record for record in among or complete if record.finished]
-    marks = {record.number: "*" for record in select_front(others)} | {record.number: "=" for record in select_ties(others)}
+    marks = {record.number: "*" for record in select_front(others)} | {
+        record.number: "=" for record in select_ties(others)
+    }
     rows = [
         (
-            f"{'>' if record is picked else ' '}{marks.get(record.number, ' ')}{'+' if record.confirmed else ' '}{record.number}"
-            f"{' ' + record.anchor if record.anchor else ''}",
-            describe_choice(record.chosen, n_groups), record.rewards,
+            mark_trial(record, marks.get(record.number, " "), record is picked),
+            describe_choice(record.chosen, n_groups),
+            record.rewards,
         )
         for record in complete
-    ]  # fmt: skip
-    note = "* on the front, = on or off it within error only, + measured again over fresh draws" + (", > the pick" if picked else "")
+    ]
+    note = "* on the front, = on or off it within error only, + measured again over fresh draws" + (
+        ", > the pick" if picked else ""
+    )
     return RewardsTable(rows, title, list(complete[0].objectives) if complete else (), note)
 
 
+def mark_trial(record: Record, place: str, is_picked: bool) -> str:
+    """Such as ">*+12 all": the pick, on the front, measured again, trial 12, the anchor `all`."""
+    name = f"{record.number} {record.anchor}" if record.anchor else str(record.number)
+    return f"{'>' if is_picked else ' '}{place}{'+' if record.confirmed else ' '}{name}"
+
+
 def describe_gains(full: dict[str, float], picked: dict[str, float], apart: dict[str, Estimate]) -> list[str]:
-    """Three lines: FID, memorization distance and copy rate of full fine-tuning against the chosen mask, and their difference."""
+    """Three lines: FID, memorization distance and copy rate of full fine-tuning against the chosen mask, and
+    their difference."""
     names = {"fid": "FID", "memorization": "memorization distance", "copy_rate": "copy rate"}
     return [
-        f"{title}: {format_reward(key, full)} with full fine-tuning, {format_reward(key, picked)} with the chosen mask{describe_difference(key, apart)}"
+        f"{title}: {format_reward(key, full)} with full fine-tuning, {format_reward(key, picked)} "
+        f"with the chosen mask{describe_difference(key, apart)}"
         for key, title in names.items()
     ]
 
 
 def describe_difference(name: str, apart: dict[str, Estimate]) -> str:
-    """"; difference -4.2 (-5.3 to -3.1), paired over prompts", and whether it is one."""
+    """ "; difference -4.2 (-5.3 to -3.1), paired over prompts", and whether it is one."""
     if name not in apart:
         return ""
     value, form = apart[name], REWARDS[name].form.replace(":", ":+")
@@ -108,37 +145,66 @@ def describe_difference(name: str, apart: dict[str, Estimate]) -> str:
     return f"; difference {form.format(value)} ({form.format(value.low)} to {form.format(value.high)}{tie})"
 
 
-def make_differences_table(apart: dict[str, Estimate], first: dict[str, float], second: dict[str, float], title: str) -> Table:
-    """A row for each figure: both runs' values, the difference, its interval, and which run is better beyond it."""
+def make_differences_table(
+    apart: dict[str, Estimate], first: dict[str, float], second: dict[str, float], title: str
+) -> Table:
+    """A row for each figure: both runs' values, the difference, its interval, and which run is better beyond
+    it."""
     table = Table(title=title, title_justify="left", expand=False)
     for heading in ("figure", "first", "second", "first - second", "95 %, paired over prompts", "better"):
         table.add_column(heading)
     for name, value in apart.items():
         form = REWARDS[name].form.replace(":", ":+") if name in REWARDS else "{:+.3f}"
-        better = "tie" if value.holds_zero else "first" if (value < 0) == (find_direction(name) == MINIMIZE) else "second"
+        better = (
+            "tie"
+            if value.holds_zero
+            else "first"
+            if (value < 0) == (find_direction(name) == MINIMIZE)
+            else "second"
+        )
         title, interval = find_title(name), f"{form.format(value.low)} to {form.format(value.high)}"
-        table.add_row(title, format_reward(name, first), format_reward(name, second), form.format(value), interval, better)
+        table.add_row(
+            title,
+            format_reward(name, first),
+            format_reward(name, second),
+            form.format(value),
+            interval,
+            better,
+        )
     return table
 
 
 def make_rewards_table() -> Table:
-    """Every figure: its name in a study file, direction, interval, cost, meaning; * for those that can be objectives."""
+    """Every figure: its name in a study file, direction, interval, cost, meaning; * for those that can be
+    objectives."""
     table = Table(expand=False)
     for heading in ("name (* can be an objective)", "better", "interval", "cost", "meaning"):
         table.add_column(heading)
     for name, figure in REWARDS.items():
-        table.add_row(f"{'*' if figure.objective else ' '} {name}", figure.direction, figure.interval, figure.cost, figure.meaning)
+        table.add_row(
+            f"{'*' if figure.objective else ' '} {name}",
+            figure.direction,
+            figure.interval,
+            figure.cost,
+            figure.meaning,
+        )
     return table
 
 
 def describe_rank_agreement(records: Sequence[Record]) -> str:
-    """How well the loss gap, which needs no sampling, ranks the trials as memorization does; empty for fewer than N_RANKED trials."""
-    pairs = [(record.searched["loss_gap"], record.searched["memorization"]) for record in records if record.finished and "loss_gap" in record.searched]
+    """How well the loss gap, which needs no sampling, ranks the trials as memorization does; empty for fewer
+    than N_RANKED trials."""
+    pairs = [
+        (record.searched["loss_gap"], record.searched["memorization"])
+        for record in records
+        if record.finished and "loss_gap" in record.searched
+    ]
     if len(pairs) < N_RANKED:
         return ""
     found = spearman(*zip(*pairs))
     return (
-        f"over {len(pairs)} trials the loss gap, which needs no sampling, ranks as memorization does with a Spearman correlation of "
+        f"over {len(pairs)} trials the loss gap, which needs no sampling, ranks as memorization "
+        "does with a Spearman correlation of "
         f"{found:.2f} ({found.low:.2f} to {found.high:.2f})"
     )
 
@@ -150,5 +216,8 @@ def describe_spread(records: Sequence[Record]) -> str:
         return ""
     titles = (find_title(name) for name in records[0].objectives)
     n = sum(len(record.replicates) for record in records)
-    parts = ", ".join(f"{title} {value:.3g} ± {value / math.sqrt(2 * n):.2g}" for title, value in zip(titles, spread))  # of normal errors
+    # of normal errors
+    parts = ", ".join(
+        f"{title} {value:.3g} ± {value / math.sqrt(2 * n):.2g}" for title, value in zip(titles, spread)
+    )
     return f"standard deviation between fine-tunings of the same choice ({n} more on the front): {parts}"

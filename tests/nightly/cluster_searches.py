@@ -1,7 +1,8 @@
-"""A search on Ray's three nodes and one on Slurm's two, a node killed in the middle of each, and one by the services of
-docker-compose.yml, whose Ray head is killed; then the invariants of the chaos suite.
+"""A search on Ray's three nodes and one on Slurm's two, a node killed in the middle of each, and one by the
+services of docker-compose.yml, whose Ray head is killed; then the invariants of the chaos suite.
 
-`python tests/nightly/cluster_searches.py [ray] [slurm] [compose]`; Slurm needs Debian's slurm-wlm and munge, and root.
+`python tests/nightly/cluster_searches.py [ray] [slurm] [compose]`; Slurm needs Debian's slurm-wlm and munge,
+and root.
 """
 
 import subprocess
@@ -53,7 +54,9 @@ def on_slurm(folder: Path, server: Postgres) -> list[str]:
     from slurm_cluster import Slurm
 
     slurm = Slurm(folder / "slurm")
-    study = study_of(folder, "on-slurm", server.url, TRIALS, "slurm", slurm={"partition": "short", "time_minutes": 20})
+    study = study_of(
+        folder, "on-slurm", server.url, TRIALS, "slurm", slurm={"partition": "short", "time_minutes": 20}
+    )
     try:
         with open(folder / "search.log", "w") as log, begun(study, log, slurm.environment) as search:
             until_ended(study, 3, search)
@@ -67,7 +70,8 @@ def on_slurm(folder: Path, server: Postgres) -> list[str]:
 
 
 def on_compose(folder: Path, server: Postgres) -> list[str]:
-    """The services of docker-compose.yml; Ray's head is killed, and what ends of it is begun again by the restart policies."""
+    """The services of docker-compose.yml; Ray's head is killed, and what ends of it is begun again by the
+    restart policies."""
     study = study_of(folder, "composed", server.url, 3 * TRIALS, "ray", ray={"address": "auto"})
     services = Services(folder, {"STUDY": study.name, "OWNER_PASSWORD": ""})
     try:
@@ -101,7 +105,10 @@ def main() -> int:
                 found = [str(error), (folder / "search.log").read_text()[-3000:]]
             finally:
                 server.stop("immediate")
-            print(f"{name}: {time.monotonic() - started:.0f} s: " + ("\n".join(found) or "all invariants hold"), flush=True)
+            print(
+                f"{name}: {time.monotonic() - started:.0f} s: " + ("\n".join(found) or "all invariants hold"),
+                flush=True,
+            )
             bad += bool(found)
     return bad
 

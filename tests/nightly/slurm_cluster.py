@@ -1,4 +1,5 @@
-"""A Slurm of two nodes on this machine, from Debian's packages (slurm-wlm, munge), as root: for the nightly test of the Slurm executor."""
+"""A Slurm of two nodes on this machine, from Debian's packages (slurm-wlm, munge), as root: for the nightly
+test of the Slurm executor."""
 
 import os
 import signal
@@ -52,22 +53,36 @@ class Slurm:
         key = folder / "munge.key"
         key.write_bytes(os.urandom(128))
         key.chmod(0o400)
-        (folder / "slurm.conf").write_text(CONF.format(folder=folder, controller=free_port(), first=free_port(), second=free_port()))
+        (folder / "slurm.conf").write_text(
+            CONF.format(folder=folder, controller=free_port(), first=free_port(), second=free_port())
+        )
         self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
         names = ("key-file", "socket", "pid-file", "log-file", "seed-file")
         paths = dict(zip(names, ("munge.key", "munge.socket", "munge.pid", "munge.log", "munge.seed")))
-        self.begin("munged", ["munged", "--foreground", "--force", *(f"--{name}={folder / path}" for name, path in paths.items())])
+        self.begin(
+            "munged",
+            [
+                "munged",
+                "--foreground",
+                "--force",
+                *(f"--{name}={folder / path}" for name, path in paths.items()),
+            ],
+        )
         self.begin("slurmctld", ["slurmctld", "-D"])
         for node in ("n1", "n2"):
             self.begin(node, ["slurmd", "-D", "-N", node])
         deadline = time.monotonic() + 60
         while self.ask("sinfo", "-h", "-o", "%T").split() != ["idle"] and time.monotonic() < deadline:
             time.sleep(1)
-        assert self.ask("sinfo", "-h", "-o", "%D %T").split() == ["2", "idle"], self.ask("sinfo", "-N", "-l") + self.logs()
+        assert self.ask("sinfo", "-h", "-o", "%D %T").split() == ["2", "idle"], (
+            self.ask("sinfo", "-N", "-l") + self.logs()
+        )
 
     def begin(self, name: str, command: list[str]) -> None:
         log = open(self.folder / f"{name}.out", "w")
-        self.daemons[name] = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, start_new_session=True)
+        self.daemons[name] = subprocess.Popen(
+            command, env=self.environment, stdout=log, stderr=log, start_new_session=True
+        )
         time.sleep(1)
 
     def ask(self, *command: str) -> str:
@@ -80,14 +95,20 @@ class Slurm:
         daemon = self.daemons.pop(node)
         steps = [p for p in psutil.process_iter(["name", "cmdline"]) if "slurmstepd" in p.info["name"]]
         for step in steps:
-            if any(f"spool-{node}" in path for path in [*map(str, [f.path for f in step.open_files()]), *step.info["cmdline"]]) or node in " ".join(step.info["cmdline"]):
+            if any(
+                f"spool-{node}" in path
+                for path in [*map(str, [f.path for f in step.open_files()]), *step.info["cmdline"]]
+            ) or node in " ".join(step.info["cmdline"]):
                 for child in step.children(recursive=True):
                     child.kill()
                 step.kill()
         daemon.kill()
 
     def logs(self) -> str:
-        return "\n".join(f"{path.name}:\n{path.read_text(errors='replace')[-1500:]}" for path in sorted(self.folder.glob("*.[lo][ou][gt]")))
+        return "\n".join(
+            f"{path.name}:\n{path.read_text(errors='replace')[-1500:]}"
+            for path in sorted(self.folder.glob("*.[lo][ou][gt]"))
+        )
 
     def close(self) -> None:
         subprocess.run(["scancel", "--user=root"], env=self.environment, capture_output=True)
