@@ -10,6 +10,7 @@ import os
 import sys
 import tempfile
 from collections import deque
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +82,8 @@ def fine_tune(folder: Path, masks: list[str]) -> None:
     """Each mask in a folder of its name, from rung to rung to its end; what is finished stays as it is."""
     from memcontrol.core.choice import Choice
     from memcontrol.core.config import load_config
-    from memcontrol.core.run_folder import RESULT, name_rung_file
+    from memcontrol.core.jobs import GivenUp, TrialJob
+    from memcontrol.core.run_folder import RunFolder, StudyFolder
     from memcontrol.core.space_yaml import parse_space
     from memcontrol.core.spec import Spec
     from memcontrol.execution.job_queue import JobQueue
@@ -90,36 +92,27 @@ def fine_tune(folder: Path, masks: list[str]) -> None:
 
     config, space, steps = load_config(STUDY), parse_space(SPACE, "sites"), [*RUNGS, None]
     jobs = JobQueue(Local(os.cpu_count()), lambda event: None)
-    n_train, todo = run_preparation(config, folder, jobs)["sizes"]["train"], deque()
+    n_train, todo = run_preparation(config, StudyFolder(folder), jobs).sizes["train"], deque()
     for mask in masks:
         groups = tuple(name for name, bit in zip(SITES, mask) if bit == "1")
         choice = Choice(groups, "lora", RATE, RANK) if groups else Choice((), "none", 0.0)
-        job = Spec(config, space, choice, folder, "search", "holdout", n_train).as_job(folder / mask)
-        if not (folder / mask / RESULT).exists():
-            todo.append(
-                {
-                    **job,
-                    "rung": next(
-                        rung
-                        for rung in steps
-                        if not (rung and (folder / mask / name_rung_file(rung)).exists())
-                    )
-                    if groups
-                    else None,
-                }
-            )
+        run = RunFolder(folder / mask)
+        Spec(config, space, choice, folder, "search", "holdout", n_train).write(run.path)
+        if not run.has_result:
+            open_rungs = (rung for rung in steps if not (rung and run.rung_file(rung).exists()))
+            todo.append(TrialJob(run.path, choice, rung=next(open_rungs) if groups else None))
     n_left = len(todo)
     while n_left:
         while todo and jobs.room() > 0:
             jobs.add(todo.popleft())
         for event in jobs.ends():
-            if event.kind == "given up":
-                raise RuntimeError(event.detail["reason"])
-            if event.job["rung"] is None:
+            if isinstance(event, GivenUp):
+                raise RuntimeError(event.reason)
+            if event.job.rung is None:
                 n_left -= 1
                 print(f"\r{n_left} masks left ", end="", file=sys.stderr)
             else:
-                todo.appendleft({**event.job, "rung": steps[steps.index(event.job["rung"]) + 1]})
+                todo.appendleft(replace(event.job, rung=steps[steps.index(event.job.rung) + 1]))
     jobs.executor.close()
 
 
@@ -143,11 +136,12 @@ def row_of(run: Path, mask: str) -> dict:
 
 def images_of(run: Path, mask: str) -> dict[str, np.ndarray]:
     """What each sample adds to the figures at the rungs, for comparisons in pairs."""
-    from memcontrol.core.run_folder import read_rung_contributions
+
+    from memcontrol.core.run_folder import RunFolder
 
     found = {}
     for rung in RUNGS:
-        added = read_rung_contributions(run, rung)
+        added = RunFolder(run).read_rung_contributions(rung)
         found |= {
             f"{mask} {rung} {name}": added[name].astype(np.float32)
             for name in ("fid", "memorization")

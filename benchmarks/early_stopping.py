@@ -3,7 +3,6 @@ trials, on three seeds, with and without it. FOLDER in the environment keeps the
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import tempfile
@@ -32,7 +31,10 @@ def compared(folder: Path, seed: int) -> dict:
         name: hypervolume([record.losses for record in study.records() if record.finished], reference)
         for name, study in (("full", full), ("early", early))
     }
-    steps = {"full": n_steps(folder / f"full{seed}", full), "early": n_steps(folder / f"early{seed}", early)}
+    steps = {
+        "full": n_steps(folder / "runs" / f"full{seed}", full),
+        "early": n_steps(folder / "runs" / f"early{seed}", early),
+    }
     n_stopped = sum(record.state == "PRUNED" for record in early.records())
     for study in (full, early):
         study.close()
@@ -48,10 +50,10 @@ def compared(folder: Path, seed: int) -> dict:
 
 def searched(folder: Path, name: str, rule: dict | None, seed: int):
     from memcontrol.commands.demo import DEMO_STUDY
-    from memcontrol.core.config import load_config
-    from memcontrol.execution.make import make_executor
+    from memcontrol.execution.make import open_executor
+    from memcontrol.search.observer import Observer
     from memcontrol.search.orchestrator import search_study
-    from memcontrol.study.store import open_study
+    from memcontrol.study.place import StudyPlace
 
     study = {
         **DEMO_STUDY,
@@ -60,36 +62,35 @@ def searched(folder: Path, name: str, rule: dict | None, seed: int):
         "rewards": {**DEMO_STUDY["rewards"], "confirm": 0},
         "search": {"trials": N_TRIALS, "workers": 2, "seed": seed, "early_stopping": rule},
     }
-    path, runs = folder / f"{name}{seed}.yaml", folder / f"{name}{seed}"
+    path, runs = folder / f"{name}{seed}.yaml", folder / "runs" / f"{name}{seed}"
     path.write_text(yaml.safe_dump(study))
     if name == "early" and not runs.exists():
-        copy_anchors(folder / f"full{seed}", runs)
-    config = load_config(path)
-    with contextlib.closing(make_executor(config, runs)) as executor:
-        search_study(config, path, runs, executor, lambda event: None, lambda study: None).close()
-    return open_study(config, runs, path, create=False)
+        copy_anchors(folder / f"full{seed}.yaml", runs)
+    place = StudyPlace.load(path)
+    with open_executor(place.config, place.folder.path) as executor:
+        search_study(place, executor, Observer()).close()
+    return place.open()
 
 
-def copy_anchors(full: Path, early: Path) -> None:
+def copy_anchors(study_file: Path, early: Path) -> None:
     """A trial's result is found by its choice: what both searches try first need not be trained twice."""
-    from memcontrol.core.config import load_config
-    from memcontrol.study.store import open_study
+    from memcontrol.study.place import StudyPlace
 
-    path = full.with_suffix(".yaml")
-    study = open_study(load_config(path), full, path, create=False)
+    place = StudyPlace.load(study_file)
+    study = place.open()
     for record in study.records():
         for choice in record.candidates if record.anchor else ():
-            shutil.copytree(full / choice.key, early / choice.key)
+            shutil.copytree(place.folder.run(choice).path, early / choice.key)
     study.close()
 
 
 def n_steps(runs: Path, study) -> int:
     """Training steps of the sampled trials."""
     from memcontrol.core.files import read_json
-    from memcontrol.core.run_folder import RESULT
+    from memcontrol.core.run_folder import RunFolder
 
     def of(run: Path) -> int:
-        result = read_json(run / RESULT)
+        result = read_json(RunFolder(run).result_file)
         return result["n_steps"] if "n_steps" in result else result["rungs"][-1]["n_steps"]
 
     return sum(

@@ -169,9 +169,9 @@ def plain_chaos_of(chaos: type) -> type:
 
 
 def counts_of(chaos) -> Counter:
-    from memcontrol.core.attempts import ATTEMPTS, read_attempts
+    from memcontrol.core.attempts import read_attempts
     from memcontrol.core.config import load_config
-    from memcontrol.core.run_folder import RESULT
+    from memcontrol.core.run_folder import RunFolder
     from memcontrol.study.store import open_study
 
     config = load_config(chaos.study)
@@ -188,10 +188,11 @@ def counts_of(chaos) -> Counter:
             "finished": len(told),
             "left running": sum(record.state == "RUNNING" for record in records),
             "evaluations begun": sum(len(read_attempts(run)) for run in runs),
-            "results lost": sum((run / RESULT).exists() and run not in told for run in runs),
+            "results lost": sum(RunFolder(run).result_file.exists() and run not in told for run in runs),
             # begun after it had ended
             "paid for twice": sum(
-                (run / ATTEMPTS).stat().st_mtime > (run / RESULT).stat().st_mtime for run in runs
+                RunFolder(run).attempts_file.stat().st_mtime > RunFolder(run).result_file.stat().st_mtime
+                for run in runs
             ),
         }
     )

@@ -143,7 +143,7 @@ def ours(name: str, folder: Path, device: str) -> tuple[list[float], list[list[f
     for i, spec in enumerate([trials[0], *trials]):
         found: dict[int, float] = {}
         run_folder = folder / f"run-{i}"
-        spec.as_job(run_folder)
+        spec.write(run_folder)
         started = time.perf_counter()
         result = run_trial(
             run_folder,

@@ -110,6 +110,7 @@ def caches() -> list[dict]:
 def studies() -> list[dict]:
     """Of a study whose trials have ended, in SQLite."""
     from memcontrol.core.config import load_config
+    from memcontrol.core.run_folder import StudyFolder
     from memcontrol.core.space_yaml import load_space
     from memcontrol.search.sampler import Sampler
     from memcontrol.study.hypervolume import estimate_hypervolume, find_reference_point
@@ -147,11 +148,13 @@ def studies() -> list[dict]:
                 ),
             }
             rows += [row(what, f"{n:,} trials", seconds_of(call, 1), "s") for what, call in parts.items()]
+            publisher = Publisher(space, StudyFolder(folder))
+            publisher.opened(again)
             rows.append(
                 row(
                     "all notes and plots",
                     f"{n:,} trials",
-                    seconds_of(Publisher(again, space, folder).publish, 1),
+                    seconds_of(publisher.publish, 1),
                     "s",
                 )
             )

@@ -34,12 +34,11 @@ def ranked(folder: Path) -> list[dict]:
 
     from memcontrol.core.estimate import spearman
     from memcontrol.core.files import read_json
-    from memcontrol.core.run_folder import RESULT
     from memcontrol.trial.loaded import LoadedModels
 
     loaded = LoadedModels()
     runs = [
-        path.parent for path in sorted(folder.glob(f"*/{RESULT}")) if read_json(path)["state"] == "COMPLETE"
+        path.parent for path in sorted(folder.glob("*/result.json")) if read_json(path)["state"] == "COMPLETE"
     ]
     found = {
         steps: [figures(run, loaded, steps, ddim=steps == REFERENCE) for run in runs]

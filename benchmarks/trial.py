@@ -28,7 +28,7 @@ def run(device: str) -> list[dict]:
             found: list[dict[str, float]] = []
             for i in range(1 + N_REPEATS):
                 path = Path(folder) / f"{mask}-{i}"
-                spec.as_job(path)
+                spec.write(path)
                 found.append(
                     timed(clock, base, lambda path=path, progress=None: run_trial(path, loaded, progress))
                 )

@@ -13,21 +13,18 @@ from typing import TYPE_CHECKING
 from memcontrol.core.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from memcontrol.commands.api import (
-        audit,
-        compare,
-        dashboard,
-        export,
-        front,
-        importance,
-        init,
-        load_adapter,
-        pick,
-        report,
-        retrain,
-        search,
-        status,
-    )
+    from memcontrol.commands.audit import audit
+    from memcontrol.commands.compare import compare
+    from memcontrol.commands.dashboard import dashboard
+    from memcontrol.commands.export import export, load_adapter
+    from memcontrol.commands.front import front
+    from memcontrol.commands.importance import importance
+    from memcontrol.commands.init import init
+    from memcontrol.commands.pick import pick
+    from memcontrol.commands.report import report
+    from memcontrol.commands.retrain import retrain
+    from memcontrol.commands.search import search
+    from memcontrol.commands.status import status
     from memcontrol.scoring.own_rewards import reward
 
 __all__ = [
@@ -46,16 +43,14 @@ __all__ = [
     "search",
     "status",
 ]
+_ELSEWHERE = {"load_adapter": "memcontrol.commands.export", "reward": "memcontrol.scoring.own_rewards"}
 
 
 def __getattr__(name: str):
     """Imported when asked for: `memcontrol --help` must be instant, and a reward brings numpy and torch."""
     if name not in __all__:
         raise AttributeError(f"module 'memcontrol' has no attribute '{name}'")
-    return getattr(
-        import_module("memcontrol.scoring.own_rewards" if name == "reward" else "memcontrol.commands.api"),
-        name,
-    )
+    return getattr(import_module(_ELSEWHERE.get(name, f"memcontrol.commands.{name}")), name)
 
 
 def __dir__() -> list[str]:

@@ -25,16 +25,8 @@ from postgres import Postgres
 
 from memcontrol.core.attempts import read_attempts, read_failures
 from memcontrol.core.config import load_config
-from memcontrol.core.run_folder import (
-    CONFIRMED,
-    PAIRS_PICTURE,
-    RESULT,
-    SAMPLES,
-    SAMPLES_PICTURE,
-    locate_study_folder,
-)
+from memcontrol.core.run_folder import RunFolder, StudyFolder, locate_study_folder
 from memcontrol.execution.job_queue import N_TRIES
-from memcontrol.study.artifacts import ARTIFACTS_FOLDER
 from memcontrol.study.pareto import find_front
 from memcontrol.study.store import open_study
 
@@ -125,7 +117,7 @@ class Chaos:
             time.sleep(0.2)
 
     def n_ended(self) -> int:
-        return len(list(self.folder.glob(f"*/{RESULT}")))
+        return len(list(self.folder.glob("*/result.json")))
 
     def worker(self) -> psutil.Process | None:
         """One at work on a run, told by the attempts in the run folders; never one whose third failure it
@@ -144,7 +136,7 @@ class Chaos:
             runs = [
                 path.parent
                 for path in self.folder.glob("*/attempts.jsonl")
-                if not (path.parent / RESULT).exists()
+                if not RunFolder(path.parent).result_file.exists()
             ]
             busy = {read_attempts(run)[-1]["pid"] for run in runs if len(read_failures(run)) < N_TRIES - 1}
             found = [worker for worker in workers if worker.pid in busy]
@@ -208,8 +200,11 @@ def violations(study_file: Path, trials: int, n_kills: int) -> list[str]:
     candidates = [choice for record in records for choice in record.candidates]
     claim(len(set(candidates)) == len(candidates), "a choice was asked for twice")
     for record, trial in zip(records, optuna_trials):
-        results = [json.loads((folder / choice.key / RESULT).read_text()) for choice in record.candidates]
-        own = json.loads((folder / record.choice.key / RESULT).read_text())
+        results = [
+            json.loads((RunFolder(folder / choice.key).result_file).read_text())
+            for choice in record.candidates
+        ]
+        own = json.loads((RunFolder(folder / record.choice.key).result_file).read_text())
         claim(
             record.searched == own["rewards"], f"trial {record.number}: rewards differ from its result file"
         )
@@ -220,7 +215,7 @@ def violations(study_file: Path, trials: int, n_kills: int) -> list[str]:
         for choice in record.candidates:
             run = folder / choice.key
             claim(
-                (run / SAMPLES).is_file() and (run / "adapter.safetensors").is_file(),
+                RunFolder(run).samples_file.is_file() and (run / "adapter.safetensors").is_file(),
                 f"{run}: no samples or no adapter",
             )
             claim(not (run / "rounds").exists(), f"{run}: rounds were left behind")
@@ -233,13 +228,15 @@ def violations(study_file: Path, trials: int, n_kills: int) -> list[str]:
         if record.confirmed:
             claim(
                 record.confirmed
-                == json.loads((folder / record.choice.key / CONFIRMED).read_text())["rewards"],
+                == json.loads((RunFolder(folder / record.choice.key).confirmed_file).read_text())["rewards"],
                 f"trial {record.number}: confirmed rewards differ",
             )
         run, metas = folder / record.choice.key, get_all_artifact_meta(trial, storage=study.storage)
-        blobs = {meta.filename: (folder / ARTIFACTS_FOLDER / meta.artifact_id).read_bytes() for meta in metas}
+        blobs = {
+            meta.filename: (StudyFolder(folder).artifacts / meta.artifact_id).read_bytes() for meta in metas
+        }
         claim(
-            blobs == {name: (run / name).read_bytes() for name in (SAMPLES_PICTURE, PAIRS_PICTURE)},
+            blobs == {name: (run / name).read_bytes() for name in ("samples.png", "pairs.png")},
             f"trial {record.number}: its artifacts are not its run's pictures",
         )
         study.finish(record.number, results)
@@ -249,10 +246,12 @@ def violations(study_file: Path, trials: int, n_kills: int) -> list[str]:
         len(candidates) <= n_attempts <= len(candidates) + n_kills,
         f"{n_attempts} attempts at {len(candidates)} choices with {n_kills} kills",
     )
-    strays = {path.parent.name for path in folder.glob(f"*/{RESULT}")} - {choice.key for choice in candidates}
+    strays = {path.parent.name for path in folder.glob("*/result.json")} - {
+        choice.key for choice in candidates
+    }
     claim(not strays, f"runs of no trial: {strays}")
     claim(
-        len(list((folder / ARTIFACTS_FOLDER).iterdir())) == 2 * len(records),
+        len(list(StudyFolder(folder).artifacts.iterdir())) == 2 * len(records),
         "artifacts of no trial, or halves of some",
     )
     study.close()

@@ -63,7 +63,7 @@ def command(words, said, cwd, environment, before):
     sys.argv = ["memcontrol", *words]
     if before:
         before()
-    from memcontrol.cli.parser import main
+    from memcontrol.cli import main
 
     try:
         sys.exit(main())

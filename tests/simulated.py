@@ -3,15 +3,17 @@ search loop itself."""
 
 import random
 import time
-from pathlib import Path
 
 from memcontrol.core.attempts import begin_attempt
-from memcontrol.core.config import load_config
 from memcontrol.core.files import write_json
-from memcontrol.core.run_folder import RESULT, locate_study_folder, name_rung_file, read_rungs
+from memcontrol.core.jobs import Done, Prepared, PrepareJob, TrialJob
+from memcontrol.core.run_folder import RunFolder
 from memcontrol.core.spec import read_spec
-from memcontrol.execution.executor import Event, Executor
-from memcontrol.search import orchestrator as orchestrate
+from memcontrol.execution.executor import Executor
+from memcontrol.search.observer import Observer, Observers
+from memcontrol.search.orchestrator import search_study
+from memcontrol.study.place import StudyPlace
+from memcontrol.view.dashboard_notes import Publisher
 
 
 def few_groups(choice):
@@ -34,13 +36,11 @@ class Simulated(Executor):
     def submit(self, job):
         now = time.monotonic()
         self.first = self.first or now
-        length = (
-            0.0
-            if "prepare" in job
-            else self.seconds * random.Random(str(job["choice"])).choice([1.0] * 9 + [1.1])
-        )
-        if "trial" in job:
-            begin_attempt(Path(job["trial"]))
+        length = 0.0
+        if isinstance(job, TrialJob):
+            begin_attempt(job.folder)
+            draw = random.Random(str(job.choice.as_dict()))
+            length = self.seconds * draw.choice([1.0] * 9 + [1.1])
         self.running.append((now, now + length, job))
 
     def events(self, timeout_seconds):
@@ -51,40 +51,42 @@ class Simulated(Executor):
             yield self.ended(*entry)
 
     def ended(self, begun, end, job):
-        if "prepare" in job:
-            return Event(job, "prepared", {"sizes": {"train": 100}, "directions": ["minimize", "minimize"]})
+        if isinstance(job, PrepareJob):
+            return Prepared(job, {"train": 100}, ["minimize", "minimize"])
         self.busy, self.last, self.n_ended = self.busy + end - begun, time.monotonic(), self.n_ended + 1
-        run, rewards = Path(job["trial"]), self.rewards(job["choice"])
-        if job["rung"]:  # FID is still higher, M still lower
+        run, choice = RunFolder(job.folder), job.choice.as_dict()
+        rewards = self.rewards(choice)
+        if job.rung:  # FID is still higher, M still lower
             early = {
-                "fid": rewards["fid"] + 10 * (1 - job["rung"]),
-                "memorization": rewards["memorization"] * job["rung"],
+                "fid": rewards["fid"] + 10 * (1 - job.rung),
+                "memorization": rewards["memorization"] * job.rung,
             }
-            write_json(
-                run / name_rung_file(job["rung"]),
-                {"rung": job["rung"], "n_steps": round(100 * job["rung"]), "rewards": early, "seconds": 0},
-            )
-            return Event(job, "done")
-        rungs = read_rungs(run, read_spec(run).config)
+            told = {"rung": job.rung, "n_steps": round(100 * job.rung), "rewards": early, "seconds": 0}
+            write_json(run.rung_file(job.rung), told)
+            return Done(job)
         result = {
             "state": "COMPLETE",
-            "choice": job["choice"],
+            "choice": choice,
             "rewards": rewards,
-            "rungs": rungs,
+            "rungs": run.read_rungs(read_spec(job.folder).config),
             "n_steps": 100,
             "seconds": self.seconds,
         }
-        write_json(run / RESULT, {**result, "measured_with": {"figures": 1}})
-        return Event(job, "done")
-
-    def cancel(self, job): ...
+        write_json(run.result_file, {**result, "measured_with": {"figures": 1}})
+        return Done(job)
 
     def close(self): ...
 
 
-def search(study_file, executor, show=lambda event: None):
-    """A whole search over simulated trials. Returns the study, which is open."""
-    config = load_config(study_file)
-    return orchestrate.search_study(
-        config, study_file, locate_study_folder(study_file, config.name), executor, show, lambda study: None
-    )
+class Heard(Observer):
+    """Passes on what is said; publishes nothing."""
+
+    def __init__(self, hear):
+        self.heard = hear
+
+
+def search(study_file, executor, hear=lambda event: None):
+    """A whole search over simulated trials, with the notes that it leaves for dashboards. Returns the study,
+    which is open."""
+    place = StudyPlace.load(study_file)
+    return search_study(place, executor, Observers(Heard(hear), Publisher(place.space, place.folder)))

@@ -95,11 +95,11 @@ def test_tables_fit_their_terminal_and_keep_what_a_row_is(shown, width):
 
     from rich.console import Console
 
-    from memcontrol.commands.api import opened
     from memcontrol.study.pick import find_pick
+    from memcontrol.study.place import StudyPlace
     from memcontrol.view.tables import make_study_table
 
-    study, out = opened(shown), io.StringIO()
+    study, out = StudyPlace.load(shown).open(), io.StringIO()
     records = [record for record in study.records() if record.finished]
     Console(width=width, file=out).print(make_study_table(records, 6, "trials", find_pick(records, study)))
     lines = out.getvalue().splitlines()

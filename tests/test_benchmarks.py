@@ -8,6 +8,7 @@ import pytest
 from benchmarks import _peers, overhead, peers, scale, shards, solver, trial, utilisation
 from benchmarks.__main__ import NAMES, main, table
 from benchmarks.evidence import inner_loop
+from memcontrol.core.jobs import Done
 from memcontrol.execution.job_queue import JobQueue
 from memcontrol.execution.local import Inline
 
@@ -97,16 +98,16 @@ def test_arms_of_the_inner_loop_are_trained_once_and_set_side_by_side(tmp_path, 
         "rewards": {"n_samples": 16, "force": True, "sampling_steps": 1, "confirm": 0},
         "data": {"path": "digits", "train": 20, "holdout": 20, "test": 20},
     }
-    monkeypatch.setattr(inner_loop, "STUDY", {**inner_loop.STUDY, **small})
+    monkeypatch.setattr(inner_loop, "DEMO_STUDY", {**inner_loop.DEMO_STUDY, **small})
     monkeypatch.setattr(
         inner_loop, "ARMS", {"plain training": {}, "skipping": {"skip": {"ratio": 1.1, "bins": 1}}}
     )
     ends = []
     for _ in range(2):
-        inner_loop.run_seed(0, tmp_path, JobQueue(Inline(), lambda event: ends.append(event.kind)))
+        inner_loop.run_seed(0, tmp_path, JobQueue(Inline(), lambda event: ends.append(type(event))))
     rows = [inner_loop.row(arm, 0, tmp_path) for arm in inner_loop.ARMS]
     assert (
-        ends.count("done") == 2
+        ends.count(Done) == 2
         and [row["steps"] for row in rows] == [2, 2]
         and [row["seen"] for row in rows][0] == 32
     )

@@ -197,8 +197,8 @@ def test_a_second_orchestrator_is_told_who_holds_the_study(postgres):
 
 def test_the_lock_goes_with_its_process_and_is_taken_again_after_an_outage(postgres):
     code = (
-        "from memcontrol.database import only_orchestrator\nwith "
-        f"only_orchestrator({postgres.url!r}, 'killed'):\n    print('held', flush=True); input()"
+        "from memcontrol.study.database import hold_study_lock\nwith "
+        f"hold_study_lock({postgres.url!r}, 'killed'):\n    print('held', flush=True); input()"
     )
     holder = subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -16,6 +16,7 @@ from memcontrol.core.config import InnerConfig
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.seeds import derive_seed
 from memcontrol.core.space_yaml import load_space
+from memcontrol.execution.worker import COMMAND
 from memcontrol.model.adapter import inject_adapter
 from memcontrol.training.loop import Loop
 from memcontrol.training.rounds import ProcessGroup, Rounds
@@ -328,7 +329,7 @@ def folder_of_trial(tmp_path, name, inner=INNER, processes=1):
     study, config = tmp_path / "study", load_config(values)
     if not (study / "split.json").exists():
         prepare_study(values, study, LoadedModels(), lambda line: None)
-    Spec(config, load_space("digits"), LORA, study, "search", "holdout", 20).as_job(tmp_path / name)
+    Spec(config, load_space("digits"), LORA, study, "search", "holdout", 20).write(tmp_path / name)
     return tmp_path / name
 
 
@@ -336,7 +337,7 @@ def run_trial(folder):
     from memcontrol.trial.loaded import LoadedModels
     from memcontrol.trial.run import run_trial
 
-    loaded = LoadedModels()
+    loaded = LoadedModels(COMMAND)
     run_trial(folder, loaded, lambda *_, **said: None)
     loaded.close()
     return (folder / "adapter.safetensors").read_bytes(), json.loads((folder / "training.json").read_text())
@@ -351,7 +352,7 @@ def trial_killed_after(folder, steps):
         if stage == "train" and done == steps:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    run_trial(folder, LoadedModels(), progress)
+    run_trial(folder, LoadedModels(COMMAND), progress)
 
 
 def without_times(record):
@@ -385,7 +386,7 @@ def test_processes_that_share_a_trials_shards_change_no_number(tmp_path):
 def test_a_helper_that_dies_is_done_without(tmp_path, monkeypatch):
     run_trial(folder_of_trial(tmp_path, "alone"))
     monkeypatch.setattr(
-        "memcontrol.loaded.Bench.team",
+        "memcontrol.trial.loaded.LoadedModels.team",
         lambda self, folder, spec, rung=None: ProcessGroup(0, 2, lambda rank: rank == 0),
     )
     run_trial(folder_of_trial(tmp_path, "left", processes=2))
@@ -399,7 +400,7 @@ def test_a_trial_that_diverges_leaves_no_helper_behind_that_waits(tmp_path):
     from memcontrol.trial.run import run_trial
 
     wild = INNER | {"max_grad_norm": 1e30, "skip": None, "redistribution": None, "augmentation": None}
-    first, loaded = folder_of_trial(tmp_path, "wild", wild, processes=2), LoadedModels()
+    first, loaded = folder_of_trial(tmp_path, "wild", wild, processes=2), LoadedModels(COMMAND)
     spec = json.loads((first / "spec.json").read_text())
     spec["choice"]["learning_rate"] = 1e30
     (first / "spec.json").write_text(json.dumps(spec))

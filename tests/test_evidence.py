@@ -230,7 +230,7 @@ def test_a_model_that_makes_flat_images_is_pruned_by_name(study_file, monkeypatc
     prepare_study(config.model_dump(mode="json"), folder, loaded, print)
     space = load_space(config.space)
     spec = Spec(config, space, space.anchors()["none"][0], folder, "search", "holdout", 32)
-    spec.as_job(folder / "flat")
+    spec.write(folder / "flat")
     monkeypatch.setattr(
         type(loaded.base(config)),
         "sample",

@@ -1,8 +1,10 @@
 """One contract for every executor: a job ends exactly once, progress on the way; and what local adds: workers
 may die."""
 
+import json
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -18,13 +20,34 @@ from memcontrol.core.choice import Choice
 from memcontrol.core.config import load_config
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import read_json
-from memcontrol.core.run_folder import RESULT, TRAINING, read_rungs
+from memcontrol.core.jobs import (
+    END_EVENTS,
+    Calibrated,
+    CalibrateJob,
+    ConfirmJob,
+    Done,
+    Failed,
+    GivenUp,
+    HelpJob,
+    Lost,
+    Prepared,
+    PrepareJob,
+    Progress,
+    Stopped,
+    TrialJob,
+    Warned,
+    parse_event,
+    parse_job,
+)
+from memcontrol.core.run_folder import RunFolder
 from memcontrol.core.space_yaml import load_space
 from memcontrol.core.spec import Spec
-from memcontrol.execution.executor import END_KINDS, Event, Executor, pick_time_limit
+from memcontrol.execution.executor import Executor, pick_time_limit
 from memcontrol.execution.job_queue import JobQueue
 from memcontrol.execution.local import Inline, Local, choose_gpus
 from memcontrol.execution.make import make_executor
+
+CHOICE = Choice(("mid_attention",), "lora", 1e-3, 2)
 
 
 @pytest.fixture(scope="session")
@@ -59,7 +82,7 @@ def small(**keys):
 
 
 def prepare_job(folder, **keys):
-    return {"prepare": str(folder), "config": small(**keys).model_dump(mode="json")}
+    return PrepareJob(folder, small(**keys).model_dump(mode="json"))
 
 
 def until_end(executor, also=lambda event: None):
@@ -68,7 +91,7 @@ def until_end(executor, also=lambda event: None):
         for event in executor.events(1.0):
             events.append(event)
             also(event)
-        ends = [event for event in events if event.kind in END_KINDS]
+        ends = [event for event in events if isinstance(event, END_EVENTS)]
         if ends:
             assert len(ends) == 1
             return ends[0]
@@ -81,17 +104,18 @@ class TestContract:
         assert executor.free() == 0
         end = until_end(executor)
         assert (
-            end.kind == "prepared"
-            and end.detail["sizes"] == {"train": 32, "holdout": 40, "test": 48}
+            isinstance(end, Prepared)
+            and end.sizes == {"train": 32, "holdout": 40, "test": 48}
             and executor.free() == 1
         )
-        choice, kinds = Choice(("mid_attention",), "lora", 1e-3, 2), []
+        choice, kinds = CHOICE, set()
         spec = Spec(small(), load_space("digits"), choice, tmp_path, "search", "holdout", 32)
-        job = spec.as_job(tmp_path / choice.key) | {"number": 7}
+        spec.write(tmp_path / choice.key)
+        job = TrialJob(tmp_path / choice.key, choice, 7)
         executor.submit(job)
-        end = until_end(executor, lambda event: kinds.append(event.kind))
-        assert end.kind == "done" and end.job == job and "progress" in kinds
-        assert (tmp_path / choice.key / RESULT).is_file()
+        end = until_end(executor, lambda event: kinds.add(type(event)))
+        assert end == Done(job) and Progress in kinds
+        assert (RunFolder(tmp_path / choice.key).result_file).is_file()
         (attempt,) = read_attempts(tmp_path / choice.key)
         assert (
             attempt["host"]
@@ -104,38 +128,38 @@ class TestContract:
             "search": {"early_stopping": {"rungs": [0.4], "n_samples": 16}},
             "inner": {"budget_images": 80, "batch_size": 8},
         }
-        config, choice = small(**rules), Choice(("mid_attention",), "lora", 1e-3, 2)
+        config, choice = small(**rules), CHOICE
         executor.submit(prepare_job(tmp_path))
         until_end(executor)
         run = tmp_path / choice.key
-        job = Spec(config, load_space("digits"), choice, tmp_path, "search", "holdout", 32).as_job(run)
-        executor.submit({**job, "rung": 0.4})
-        assert until_end(executor).kind == "done" and not (run / RESULT).exists()
-        (at_rung,) = read_rungs(run, config)
-        executor.submit({**job, "rung": None})
-        assert until_end(executor).kind == "done"
-        result = read_json(run / RESULT)
+        Spec(config, load_space("digits"), choice, tmp_path, "search", "holdout", 32).write(run)
+        executor.submit(TrialJob(run, choice, rung=0.4))
+        assert isinstance(until_end(executor), Done) and not RunFolder(run).result_file.exists()
+        (at_rung,) = RunFolder(run).read_rungs(config)
+        executor.submit(TrialJob(run, choice))
+        assert isinstance(until_end(executor), Done)
+        result = read_json(RunFolder(run).result_file)
         assert result["rungs"] == [at_rung] and (at_rung["n_steps"], result["n_steps"]) == (4, 10)
         # none was taken twice
-        assert [row["steps"] for row in read_json(run / TRAINING)["shards"]] == [2] * 5
+        assert [row["steps"] for row in read_json(RunFolder(run).training_file)["shards"]] == [2] * 5
 
     def test_what_breaks_is_a_failed_attempt_with_its_traceback(self, executor, tmp_path):
-        executor.submit({"confirm": str(tmp_path / "none")})
+        executor.submit(ConfirmJob(tmp_path / "none", CHOICE, 7))
         end = until_end(executor)
-        assert end.kind == "stop" and "is no run folder" in end.detail["reason"]
-        executor.submit({"prepare": str(tmp_path), "config": 7})
+        assert isinstance(end, Stopped) and "is no run folder" in end.reason
+        executor.submit(PrepareJob(tmp_path, 7))
         end = until_end(executor)
         assert (
-            end.kind == "failed"
-            and "Traceback" in end.detail["traceback"]
-            and "log.txt" in end.detail["reason"]
+            isinstance(end, Failed)
+            and "Traceback" in end.traceback
+            and "log.txt" in end.reason
             and executor.free() == 1
         )
 
     def test_a_users_error_ends_the_job_with_its_line(self, executor, tmp_path):
         executor.submit(prepare_job(tmp_path, base="./none-such"))
         end = until_end(executor)
-        assert end.kind == "stop" and "no such folder" in end.detail["reason"] and executor.free() == 1
+        assert isinstance(end, Stopped) and "no such folder" in end.reason and executor.free() == 1
 
 
 @pytest.fixture
@@ -149,30 +173,19 @@ def test_a_worker_that_dies_loses_its_job_and_is_started_again(local, tmp_path):
     local.submit(prepare_job(tmp_path))
     os.kill(local.workers[0].process.pid, signal.SIGKILL)
     end = until_end(local)
-    assert (
-        end.kind == "lost"
-        and end.detail["reason"] == "its worker process died (signal 9)"
-        and local.free() == 1
-    )
+    assert isinstance(end, Lost) and end.reason == "its worker process died (signal 9)" and local.free() == 1
     local.submit(prepare_job(tmp_path))
-    assert until_end(local).kind == "prepared"
+    assert isinstance(until_end(local), Prepared)
 
 
 def test_a_job_that_is_frozen_past_its_time_limit_is_ended_for_good(local, tmp_path):
     local.time_limit_seconds = 3
-    local.submit({"trial": str(tmp_path)})
+    local.submit(TrialJob(tmp_path, CHOICE))
     frozen = local.workers[0].process
     os.kill(frozen.pid, signal.SIGSTOP)
     end = until_end(local)
-    assert end.kind == "lost" and "longer than search.time_limit_minutes (0.05)" in end.detail["reason"]
+    assert isinstance(end, Lost) and "longer than search.time_limit_minutes (0.05)" in end.reason
     assert frozen.wait() == -signal.SIGKILL
-
-
-def test_a_job_that_is_cancelled_ends_at_once(local, tmp_path):
-    job = prepare_job(tmp_path)
-    local.submit(job)
-    local.cancel(job)
-    assert until_end(local).kind == "lost" and local.free() == 1
 
 
 def test_gpus_are_dealt_out_in_turn(monkeypatch):
@@ -194,30 +207,29 @@ class Scripted(Executor):
 
     def events(self, timeout_seconds):
         kind = self.script.pop(0)
-        yield Event(self.taken[-1], kind, {"reason": f"{kind} {len(self.taken)}"})
-
-    def cancel(self, job): ...
+        told = {} if kind is Done else {"reason": f"{kind.kind} {len(self.taken)}"}
+        yield kind(self.taken[-1], **told)
 
     def close(self): ...
 
 
 class TestJobs:
     def test_what_fails_twice_is_tried_a_third_time(self, tmp_path):
-        job, executor = {"trial": str(tmp_path)}, Scripted("failed", "lost", "done")
+        job, executor = TrialJob(tmp_path, CHOICE), Scripted(Failed, Lost, Done)
         (end,) = JobQueue(executor, lambda event: None).run([job])
-        assert end.kind == "done" and executor.taken == [job] * 3
+        assert end == Done(job) and executor.taken == [job] * 3
         assert [failure["reason"] for failure in read_failures(tmp_path)] == ["failed 1", "lost 2"]
 
     def test_three_failures_are_the_end_even_across_orchestrators(self, tmp_path):
-        job = {"trial": str(tmp_path)}
+        job = TrialJob(tmp_path, CHOICE)
         note_failure(tmp_path, "before")
-        executor = Scripted("failed", "lost")
+        executor = Scripted(Failed, Lost)
         (end,) = JobQueue(executor, lambda event: None).run([job])
-        assert end.kind == "given up" and end.detail["reason"] == "lost 2"
+        assert end == GivenUp(job, "lost 2")
 
     def test_what_the_user_must_mend_ends_it_all(self, tmp_path):
         with pytest.raises(MemControlError, match="stop 1"):
-            list(JobQueue(Scripted("stop"), lambda event: None).run([{"confirm": str(tmp_path)}]))
+            list(JobQueue(Scripted(Stopped), lambda event: None).run([ConfirmJob(tmp_path, CHOICE, 0)]))
 
 
 def test_a_second_attempt_takes_a_folder_over(tmp_path):
@@ -249,51 +261,73 @@ def test_out_of_memory_goes_on_with_smaller_forwards(tmp_path, monkeypatch):
         if len(sizes) < 2 or spec.config.search.accumulate_on_oom is False:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
-    monkeypatch.setattr(run, "fine_tuned", fine_tuned)
-    for allowed, kind in ((True, "done"), (False, "failed")):
+    monkeypatch.setattr(run, "train_and_score", fine_tuned)
+    for allowed, kind in ((True, Done), (False, Failed)):
         sizes.clear()
         spec = Spec(
             small(search={"accumulate_on_oom": allowed}),
             load_space("digits"),
-            Choice(("mid_attention",), "lora", 1e-3, 2),
+            CHOICE,
             tmp_path,
             "search",
             "holdout",
             32,
         )
         said = []
-        run_job(spec.as_job(tmp_path / str(allowed)), LoadedModels(), said.append)
-        assert said[-1]["event"] == kind and sizes == ([None, 8] if allowed else [None])
-    assert said[-1]["reason"].startswith("out of memory on the GPU: CUDA out of memory")
+        spec.write(tmp_path / str(allowed))
+        run_job(TrialJob(tmp_path / str(allowed), CHOICE), LoadedModels(), said.append)
+        assert type(said[-1]) is kind and sizes == ([None, 8] if allowed else [None])
+    assert said[-1].reason.startswith("out of memory on the GPU: CUDA out of memory")
 
 
 def test_a_job_of_which_nothing_is_known_yet_is_no_error(tmp_path):
     """A second attempt has not said anything, and what the first one said no longer counts."""
-    from memcontrol.core.attempts import begin_attempt
     from memcontrol.execution.ray_cluster import Place, Ray
     from memcontrol.execution.slurm_cluster import Running, Slurm
 
     begin_attempt(tmp_path).progress("train", 1, 2)
     begin_attempt(tmp_path)
-    for executor, one in (
-        (object.__new__(Ray), Place(job={"trial": str(tmp_path)}, told={"done": 1}, began=0.0)),
-        (object.__new__(Slurm), Running({"trial": str(tmp_path)}, None, 0.0, told={"done": 1})),
-    ):
-        executor.time_limit_seconds = None
-        assert (
-            list(
-                executor.watched(one, one.job) if isinstance(one, Place) else executor.watched(one, "PENDING")
-            )
-            == []
-        )
+    job = TrialJob(tmp_path, CHOICE)
+    ray, slurm, told = object.__new__(Ray), object.__new__(Slurm), Progress(job, "train", 1, 2)
+    ray.time_limit_seconds = slurm.time_limit_seconds = None
+    assert list(ray.watched(Place(job=job, told=told, began=0.0), job)) == []
+    assert list(slurm.watched(Running(job, None, 0.0, told=told), "PENDING")) == []
 
 
-def test_preparing_has_no_time_limit():
-    assert (
-        pick_time_limit({"trial": "x"}, 3.0) == 3.0
-        and pick_time_limit({"prepare": "x"}, 3.0) is None
-        and pick_time_limit({"trial": "x"}, None) is None
-    )
+def test_preparing_has_no_time_limit(tmp_path):
+    trial = TrialJob(tmp_path, CHOICE)
+    assert pick_time_limit(trial, 3.0) == 3.0 and pick_time_limit(trial, None) is None
+    assert pick_time_limit(PrepareJob(tmp_path, {}), 3.0) is None
+
+
+JOBS = [
+    PrepareJob(Path("study"), {"name": "a"}),
+    CalibrateJob(Path("study"), {"name": "a"}),
+    TrialJob(Path("study/run"), CHOICE, 7, 0.25, 1),
+    ConfirmJob(Path("study/run"), CHOICE, 7),
+    HelpJob(Path("study/run"), 1, 4, None),
+]
+EVENTS = [
+    Progress(JOBS[2], "train", 3, 10, 2, 0.25, 0.5),
+    Warned(None, "coarse"),
+    Prepared(JOBS[0], {"train": 8}, ["minimize"], {"torch": "2"}),
+    Calibrated(JOBS[1], {"start": 1.0}),
+    Done(JOBS[2]),
+    Stopped(JOBS[2], "mend it"),
+    Failed(JOBS[2], "broke", "Traceback"),
+    Lost(JOBS[2], "gone"),
+    GivenUp(JOBS[2], "broke thrice", "Traceback"),
+]
+
+
+@pytest.mark.parametrize("job", JOBS, ids=lambda job: job.kind)
+def test_a_job_crosses_to_another_process_unchanged(job):
+    assert parse_job(json.loads(json.dumps(job.to_json()))) == job
+
+
+@pytest.mark.parametrize("event", EVENTS, ids=lambda event: event.kind)
+def test_an_event_crosses_back_unchanged(event):
+    assert parse_event(json.loads(json.dumps(event.to_json())), event.job) == event
 
 
 def test_what_sbatch_refuses_is_the_users_to_mend():
@@ -310,4 +344,4 @@ def test_what_sbatch_refuses_is_the_users_to_mend():
     with pytest.raises(
         MemControlError, match="sbatch refuses the job: .*Invalid partition.*; check the slurm keys"
     ):
-        slurm.submit({"trial": "x"})
+        slurm.submit(TrialJob(Path("x"), CHOICE))

@@ -17,7 +17,7 @@ from memcontrol.commands.export import COMFYUI_FILE, LORA_FILE, export
 from memcontrol.core.config import load_config
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import read_json, write_json
-from memcontrol.core.run_folder import RESULT
+from memcontrol.core.run_folder import RunFolder
 from memcontrol.core.space_yaml import parse_space
 from memcontrol.core.spec import Spec, read_spec
 from memcontrol.model.base import find_base_path, open_pipeline
@@ -83,13 +83,13 @@ def finished_run(folder, base_name, method, mix=()):
     config = load_config({"name": "test", "base": base_name, "data": "digits"})
     choice = space.choice(("first", "second"), method, 0.5, methods={"second": mix[0]} if mix else None)
     spec = Spec(config, space, choice, folder.parent, "search", "holdout", 10)
-    spec.as_job(folder)
+    spec.write(folder)
     adapter = inject_choice(denoiser, spec)
     disturbed(adapter, 1)
     adapter.save(folder, spec.description())
     adapter.fuse()
     write_json(
-        folder / RESULT,
+        RunFolder(folder).result_file,
         {"state": "COMPLETE", "n_samples": 256, "rewards": REWARDS, "measured_with": MEASURED},
     )
     return pipeline
@@ -230,7 +230,7 @@ def test_refusals(tmp_path):
         export(tmp_path / "run", tmp_path / "used")
     with pytest.raises(MemControlError, match="holds no adapter"):
         load_adapter(open_pipeline("tiny"), tmp_path / "used")
-    (tmp_path / "run" / RESULT).unlink()
+    (tmp_path / "run" / "result.json").unlink()
     with pytest.raises(MemControlError, match="has not finished"):
         export(tmp_path / "run", tmp_path / "out")
 
@@ -272,17 +272,20 @@ def test_the_card_sets_full_fine_tuning_beside_the_pick(tmp_path):
     from memcontrol.view.model_card import compose_body
 
     finished_run(tmp_path / "retrain" / "a", "tiny", "bias")
-    spec, result = read_spec(tmp_path / "retrain" / "a"), read_json(tmp_path / "retrain" / "a" / RESULT)
+    spec, result = (
+        read_spec(tmp_path / "retrain" / "a"),
+        read_json(tmp_path / "retrain" / "a" / "result.json"),
+    )
     spec = replace(spec, study_folder=tmp_path, reference="test")
-    write_json(tmp_path / "retrain" / "a" / RESULT, {**result, "choice": spec.choice.as_dict()})
+    write_json(tmp_path / "retrain" / "a" / "result.json", {**result, "choice": spec.choice.as_dict()})
     full = {**result, "choice": {"method": "full"}, "rewards": {**REWARDS, "fid": 33.0}}
-    write_json(tmp_path / "retrain" / "b" / RESULT, full)
+    write_json(tmp_path / "retrain" / "b" / "result.json", full)
     text = compose_body(spec, result, "")
     assert (
         "| FID | 21.50 ± 1.20 | 33.00 ± 1.20 | minimize | Frechet distance to test images" in text
         and "held-out" not in text
     )
-    write_json(tmp_path / "retrain" / "b" / RESULT, {**full, "measured_with": {}})
+    write_json(tmp_path / "retrain" / "b" / "result.json", {**full, "measured_with": {}})
     assert "33.00" not in compose_body(spec, result, "")
 
 

@@ -81,7 +81,7 @@ def test_a_trial_runs_on_every_family(family, inner, tmp_path, photographs):
     spec = Spec(
         config, load_space(str(space)), Choice(("a",), "svdiff", 5e-3), tmp_path, "search", "holdout", 10
     )
-    spec.as_job(tmp_path / "run")
+    spec.write(tmp_path / "run")
     found = run_trial(tmp_path / "run", loaded, lambda *_, **said: None)
     assert (
         found["state"] == "COMPLETE"

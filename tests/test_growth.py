@@ -11,6 +11,7 @@ import yaml
 from simulated import Simulated, search
 
 from memcontrol.core.errors import MemControlError
+from memcontrol.core.jobs import Warned
 from memcontrol.study.hypervolume import estimate_hypervolume, find_reference_point, is_flat
 from memcontrol.study.pareto import hypervolume
 from memcontrol.study.record import Record
@@ -91,9 +92,9 @@ def test_a_flat_search_ends_itself_and_stays_ended(tmp_path):
     found = search(study, Simulated(rewards=worse), said.append)
     assert len(found.records()) == 3 + 6 and found.attributes["reference"] == pytest.approx([96.0, 0.43])
     assert [
-        "has not grown beyond its noise in 6 trials" in event.detail["text"]
+        "has not grown beyond its noise in 6 trials" in event.text
         for event in said
-        if event.kind == "warning"
+        if isinstance(event, Warned)
     ] == [True]
     found.close()
     again = search(study, Simulated(rewards=worse))
@@ -155,13 +156,14 @@ def test_choices_that_the_space_lacks_are_said(tmp_path):
         said.append,
     ).close()
     assert any(
-        "have groups or methods that space 'sd15-sites' lacks" in event.detail.get("text", "")
+        "have groups or methods that space 'sd15-sites' lacks" in event.text
         for event in said
+        if isinstance(event, Warned)
     )
 
 
 def test_status_says_that_a_flat_search_is_over(tmp_path, capsys, monkeypatch):
-    from memcontrol.cli.parser import main
+    from memcontrol.cli import main
 
     worse = lambda choice: {
         "fid": 90.0 - 60 * (choice["method"] == "full"),

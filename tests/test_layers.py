@@ -67,7 +67,7 @@ def test_few_modules_import_optuna():
 
 def test_the_orchestrating_process_needs_no_torch():
     code = (
-        "import sys, memcontrol.cli.parser, memcontrol.search.orchestrator, "
+        "import sys, memcontrol.cli, memcontrol.search.orchestrator, "
         "memcontrol.commands.retrain, memcontrol.view.live, memcontrol.study.pick; "
         "sys.exit('torch' in sys.modules)"
     )

@@ -10,9 +10,9 @@ from simulated import Simulated, search
 
 from memcontrol.core.attempts import read_attempts
 from memcontrol.core.config import load_config
-from memcontrol.core.run_folder import RESULT, locate_study_folder
-from memcontrol.execution.executor import Event
-from memcontrol.search import orchestrator as orchestrate
+from memcontrol.core.jobs import Failed, TrialJob
+from memcontrol.core.run_folder import locate_study_folder
+from memcontrol.search.orchestrator import Search
 from memcontrol.study.store import Study, open_study
 
 STEPS = {
@@ -21,7 +21,7 @@ STEPS = {
     "finish": (Study, "finish"),
     "submit": (Simulated, "submit"),
     "end of a trial": (Simulated, "ended"),
-    "collect": (orchestrate.Search, "collect"),
+    "collect": (Search, "collect"),
 }
 STORAGE = ("create_new_trial", "set_trial_system_attr", "set_trial_state_values")
 N_SAMPLED = 9  # more than the sampler spreads before it models anything
@@ -76,11 +76,12 @@ def assert_whole(study_file, n_deaths):
     choices = [choice for record in records for choice in record.candidates]
     assert len(set(choices)) == len(choices)
     for record, trial in zip(records, trials):
-        assert record.searched == json.loads((folder / record.choice.key / RESULT).read_text())["rewards"]
+        result = json.loads((folder / record.choice.key / "result.json").read_text())
+        assert record.searched == result["rewards"]
         assert trial.values == list(record.values.values()) and set(trial.constraints) == {"memorization"}
     attempts = [read_attempts(folder / choice.key) for choice in choices]
     assert sum(map(len, attempts)) <= len(choices) + n_deaths
-    assert {path.parent.name for path in folder.glob(f"*/{RESULT}")} == {choice.key for choice in choices}
+    assert {path.parent.name for path in folder.glob("*/result.json")} == {choice.key for choice in choices}
 
 
 @pytest.fixture(scope="module")
@@ -118,8 +119,8 @@ class Failing(Simulated):
     """Full fine-tuning dies, whatever is tried."""
 
     def ended(self, begun, end, job):
-        if job.get("choice", {}).get("method") == "full":
-            return Event(job, "failed", {"reason": "made up"})
+        if isinstance(job, TrialJob) and job.choice.method == "full":
+            return Failed(job, "made up")
         return super().ended(begun, end, job)
 
 

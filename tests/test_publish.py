@@ -13,7 +13,8 @@ from optuna_dashboard import get_note, save_note
 from PIL import Image
 from simulated import Simulated, search
 
-from memcontrol.core.run_folder import locate_study_folder
+from memcontrol.core.jobs import TrialJob
+from memcontrol.core.run_folder import RunFolder, StudyFolder, locate_study_folder
 from memcontrol.core.space_yaml import load_space
 from memcontrol.study import artifacts
 from memcontrol.study import hypervolume as growth
@@ -28,9 +29,9 @@ class Drawing(Simulated):
 
     def ended(self, begun, end, job):
         event = super().ended(begun, end, job)
-        if "trial" in job:
+        if isinstance(job, TrialJob):
             for name in ("samples.png", "pairs.png"):
-                Image.effect_noise((8, 8), hash(job["trial"] + name) % 100).save(f"{job['trial']}/{name}")
+                Image.effect_noise((8, 8), hash(str(job.folder / name)) % 100).save(job.folder / name)
         return event
 
 
@@ -97,9 +98,7 @@ def test_pictures_are_there_before_the_trial_is_told_and_a_repetition_adds_none(
     record = study.records()[3]
     open_trial = study.begin([record.chosen], load_space("digits"))
     for _ in range(2):
-        artifacts.attach_pictures(
-            study.storage, study.ids[open_trial], study.folder / record.chosen.key, study.folder
-        )
+        artifacts.attach_pictures(study.storage, study.ids[open_trial], RunFolder(record.run), study.folder)
     assert len(dict(shown(study))[open_trial]) == 2
     assert len(list((study.folder / "artifacts").iterdir())) == 16
 
@@ -179,9 +178,11 @@ def test_the_history_of_the_hypervolume_is_that_of_each_beginning(study_path, mo
 def test_a_publisher_writes_nothing_twice(study_path, monkeypatch):
     study = search(study_path, Drawing(1))
     monkeypatch.setattr(
-        "memcontrol.publish.save_note", lambda *_: pytest.fail("a note that is there was written again")
+        "memcontrol.view.dashboard_notes.save_note",
+        lambda *_: pytest.fail("a note that is there was written again"),
     )
-    publisher = Publisher(study, load_space("digits"), study.folder)
+    publisher = Publisher(load_space("digits"), StudyFolder(study.folder))
+    publisher.opened(study)
     publisher.publish()
     with sqlite3.connect(locate_study_folder(study_path, "s") / "study.db") as database:
         before = database.execute("SELECT * FROM study_system_attributes").fetchall()

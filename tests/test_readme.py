@@ -12,6 +12,8 @@ import pytest
 import yaml
 from commands import NEW_PROCESS, run
 
+import memcontrol
+
 ROOT = Path(__file__).parent.parent
 PAGES = [
     ROOT / "README.md",
@@ -140,10 +142,9 @@ def test_the_studies_and_the_python_of_the_readme_are_valid(tmp_path):
 
 def test_the_readmes_python_runs(shown, monkeypatch, capsys):
     """The block of `import memcontrol`, on a study that has been searched."""
-    import memcontrol.api
 
     (block,) = [text for text in blocks("python") if "memcontrol.front(" in text]
-    monkeypatch.setattr(memcontrol.api, "search", lambda study, *overrides, trials: [])
+    monkeypatch.setattr(memcontrol, "search", lambda study, *overrides, trials: [])
     monkeypatch.chdir(shown.parent)
     shutil.copy(shown, "xrays.yaml")
     exec(block.replace("copy_rate<=0.02", "copy_rate<=1"), {})
@@ -184,8 +185,6 @@ def test_the_file_tree_names_every_file_and_no_other():
 
 
 def test_a_wheel_knows_its_license_and_its_version():
-    import memcontrol.api
-
     assert f"version: {memcontrol.__version__}" in (ROOT / "CITATION.cff").read_text()
     assert "Apache License" in (ROOT / "LICENSE").read_text()
     assert os.path.exists(ROOT / "memcontrol/py.typed")

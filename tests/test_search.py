@@ -299,7 +299,7 @@ def test_a_swallowed_ctrl_c_ends_the_search_all_the_same():
     """A library that catches KeyboardInterrupt in a callback of its own, as it happens now and then, must not
     keep a search alive."""
     code = (
-        "import os, signal\nfrom memcontrol import interrupt\ninterrupt.remember()\n"
+        "import os, signal\nfrom memcontrol.core import interrupt\ninterrupt.remember()\n"
         "try:\n os.kill(os.getpid(), signal.SIGINT)\n while True: pass\nexcept KeyboardInterrupt: pass\n"
         "try:\n interrupt.check()\nexcept KeyboardInterrupt: print('remembered')"
     )

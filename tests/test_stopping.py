@@ -11,7 +11,7 @@ from test_orchestrate import STEPS, STORAGE, Dead, dying
 
 from memcontrol.core.config import EarlyStopping, InnerConfig, load_config
 from memcontrol.core.errors import MemControlError
-from memcontrol.core.run_folder import RESULT, locate_study_folder, read_judgements, read_rungs
+from memcontrol.core.run_folder import RunFolder, locate_study_folder
 from memcontrol.core.space_yaml import load_space
 from memcontrol.search.early_stopping import RungResult, judge_trial
 from memcontrol.search.encoding import SpaceEncoding
@@ -65,12 +65,16 @@ def test_it_stops_when_enough_peers_beat_it_and_the_decision_stays(tmp_path):
         RungResult(1, (4.0, 4.0), (0, 0)),
         RungResult(2, (4.0, 6.0), (0, 0)),
     )
-    assert judge_trial(tmp_path / "few", 0.5, own, [better, better], RULE)["goes_on"]  # two peers are too few
-    assert judge_trial(tmp_path / "a", 0.5, own, [better, worse, worse], RULE)["goes_on"]  # one of three
-    stopped = judge_trial(tmp_path / "b", 0.5, own, [better, better, worse], RULE)
+    assert judge_trial(RunFolder(tmp_path / "few"), 0.5, own, [better, better], RULE)[
+        "goes_on"
+    ]  # two peers are too few
+    assert judge_trial(RunFolder(tmp_path / "a"), 0.5, own, [better, worse, worse], RULE)[
+        "goes_on"
+    ]  # one of three
+    stopped = judge_trial(RunFolder(tmp_path / "b"), 0.5, own, [better, better, worse], RULE)
     assert not stopped["goes_on"] and stopped["n_peers"] == 3
-    assert judge_trial(tmp_path / "a", 0.5, own, [better] * 9, RULE)["goes_on"]  # decided once
-    assert judge_trial(tmp_path / "b", 0.5, own, [worse] * 9, RULE) == stopped
+    assert judge_trial(RunFolder(tmp_path / "a"), 0.5, own, [better] * 9, RULE)["goes_on"]  # decided once
+    assert judge_trial(RunFolder(tmp_path / "b"), 0.5, own, [worse] * 9, RULE) == stopped
 
 
 def test_rungs_fall_on_rounds_that_leave_one_model():
@@ -114,10 +118,10 @@ def test_stopped_trials_are_kept_with_their_values_and_anchors_never_stop(tmp_pa
     stopped = [record for record in records if record.state == "PRUNED"]
     assert stopped and {record.state for record in records} == {"COMPLETE", "PRUNED"} and len(records) == 17
     assert all(record.anchor is None for record in stopped) and not any(
-        read_judgements(runs[record.number]) for record in records if record.anchor
+        RunFolder(runs[record.number]).read_judgements() for record in records if record.anchor
     )
     for record in stopped:
-        last = read_judgements(runs[record.number])[-1]
+        last = RunFolder(runs[record.number]).read_judgements()[-1]
         assert record.rungs[-1]["rung"] == last["rung"] and set(record.rungs[-1]["rewards"]) == {
             "fid",
             "memorization",
@@ -126,7 +130,9 @@ def test_stopped_trials_are_kept_with_their_values_and_anchors_never_stop(tmp_pa
             f"stopped at {last['rung']:.0%} of its budget: beaten in every objective by "
             f"{len(last['beaten_by'])} of "
         )
-        assert json.loads((runs[record.number] / RESULT).read_text())["rungs"] == list(record.rungs)
+        assert json.loads(RunFolder(runs[record.number]).result_file.read_text())["rungs"] == list(
+            record.rungs
+        )
     evidence = gather_training_set(records, SpaceEncoding(load_space("digits")), ())
     # stopped ones teach the sampler too
     assert len(evidence.values) == sum(record.anchor not in ("none", "full") for record in records)
@@ -161,10 +167,10 @@ def test_a_restart_changes_no_decision(step, tmp_path, monkeypatch):
     )
     assert len(records) == 17 and {record.state for record in records} <= {"COMPLETE", "PRUNED"}
     for number, run in runs.items():
-        goes_on = all(judgement["goes_on"] for judgement in read_judgements(run))
-        assert records[number].finished == goes_on and len(read_rungs(run, load_config(study))) == len(
-            read_judgements(run)
-        )
+        goes_on = all(judgement["goes_on"] for judgement in RunFolder(run).read_judgements())
+        assert records[number].finished == goes_on and len(
+            RunFolder(run).read_rungs(load_config(study))
+        ) == len(RunFolder(run).read_judgements())
 
 
 def test_rungs_that_no_study_can_have_are_refused(tmp_path):

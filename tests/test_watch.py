@@ -8,9 +8,9 @@ from dataclasses import replace
 
 from commands import run
 
-from memcontrol.core.attempts import ATTEMPTS, PROGRESS, begin_attempt, note_failure
+from memcontrol.core.attempts import begin_attempt, note_failure
 from memcontrol.core.config import load_config
-from memcontrol.core.run_folder import locate_study_folder
+from memcontrol.core.run_folder import RunFolder, StudyFolder, locate_study_folder
 from memcontrol.core.space_yaml import load_space
 from memcontrol.study.running import describe_run, estimate_pace, inspect_run
 from memcontrol.study.store import open_study
@@ -19,12 +19,12 @@ SPACE = load_space("digits")
 
 
 def test_a_run_says_who_works_on_it_and_how_far(tmp_path, monkeypatch):
-    assert describe_run(inspect_run(tmp_path)) == "waits for a place"
+    assert describe_run(inspect_run(RunFolder(tmp_path))) == "waits for a place"
     begin_attempt(tmp_path)
     note_failure(tmp_path, "its worker process died (signal 9)")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     begin_attempt(tmp_path).progress("train", 120, 230)
-    found = inspect_run(tmp_path)
+    found = inspect_run(RunFolder(tmp_path))
     assert (found["attempts"], found["host"], found["pid"], found["gpu"]) == (
         2,
         socket.gethostname(),
@@ -36,13 +36,13 @@ def test_a_run_says_who_works_on_it_and_how_far(tmp_path, monkeypatch):
     assert said.startswith(
         f"attempt 2 on {socket.gethostname()}, process {os.getpid()}, GPU 3, since "
     ) and said.endswith("UTC, train 120/230")
-    for name in (ATTEMPTS, PROGRESS):
+    for name in ("attempts.jsonl", "progress.json"):
         (tmp_path / name).write_text(
             re.sub(r"20\d\d-(\d\d-\d\dT)", r"2001-\1", (tmp_path / name).read_text())
         )
-    assert re.search(r"silent for \d+ minutes$", describe_run(inspect_run(tmp_path)))
+    assert re.search(r"silent for \d+ minutes$", describe_run(inspect_run(RunFolder(tmp_path))))
     (tmp_path / "result.json").write_text("{}")
-    assert describe_run(inspect_run(tmp_path)) == "finished"
+    assert describe_run(inspect_run(RunFolder(tmp_path))) == "finished"
 
 
 def test_status_of_an_interrupted_search_shows_its_runs(study_file):
@@ -88,9 +88,9 @@ def test_pace_counts_what_is_left(study_file):
 
 
 def test_looking_at_a_search_leaves_no_holder_behind(tmp_path):
-    from memcontrol.search.locks import HOLDER_FILE, hold_folder_lock, is_searching
+    from memcontrol.search.locks import hold_folder_lock, is_searching
 
     assert not is_searching(tmp_path / "elsewhere", "sqlite://", "s")
-    assert not is_searching(tmp_path, "sqlite://", "s") and not (tmp_path / HOLDER_FILE).exists()
+    assert not is_searching(tmp_path, "sqlite://", "s") and not StudyFolder(tmp_path).holder_file.exists()
     with hold_folder_lock(tmp_path):
-        assert is_searching(tmp_path, "sqlite://", "s") and (tmp_path / HOLDER_FILE).exists()
+        assert is_searching(tmp_path, "sqlite://", "s") and StudyFolder(tmp_path).holder_file.exists()

@@ -17,9 +17,10 @@ from memcontrol.commands.demo import DEMO_STUDY
 from memcontrol.core.choice import EVERYTHING, Choice
 from memcontrol.core.config import Config, load_config
 from memcontrol.core.files import read_json, write_json
+from memcontrol.core.jobs import END_EVENTS, Event, GivenUp, TrialJob
+from memcontrol.core.run_folder import RunFolder, StudyFolder
 from memcontrol.core.space_yaml import load_space
 from memcontrol.core.spec import Spec
-from memcontrol.execution.executor import END_KINDS
 from memcontrol.execution.job_queue import JobQueue
 from memcontrol.execution.local import Local
 from memcontrol.search.orchestrator import run_preparation
@@ -69,14 +70,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/evidence"))
     args = parser.parse_args()
     executor = Local(args.workers)
-    jobs = JobQueue(
-        executor,
-        lambda event: (
-            print(event.job["trial"], event.kind)
-            if event.kind in END_KINDS and "trial" in event.job
-            else None
-        ),
-    )
+    jobs = JobQueue(executor, print_end)
     try:
         for seed in args.seeds:
             run_seed(seed, args.runs.resolve() / str(seed), jobs)
@@ -89,19 +83,23 @@ def main() -> None:
     print(table(rows))
 
 
+def print_end(event: Event) -> None:
+    if isinstance(event, END_EVENTS) and isinstance(event.job, TrialJob):
+        print(event.job.folder, event.kind)
+
+
 def run_seed(seed: int, folder: Path, jobs: JobQueue) -> None:
-    n_train = run_preparation(config_of("plain training", seed), folder, jobs)["sizes"]["train"]
+    plain = config_of("plain training", seed)
+    n_train = run_preparation(plain, StudyFolder(folder), jobs).sizes["train"]
     space, choice, todo = load_space(DEMO_STUDY["space"]), Choice((EVERYTHING,), "full", RATE), []
     for i, arm in enumerate(ARMS):
-        if not (folder / str(i) / "result.json").exists():
-            todo.append(
-                Spec(config_of(arm, seed), space, choice, folder, "evidence", "test", n_train).as_job(
-                    folder / str(i)
-                )
-            )
+        run = RunFolder(folder / str(i))
+        if not run.has_result:
+            Spec(config_of(arm, seed), space, choice, folder, "evidence", "test", n_train).write(run.path)
+            todo.append(TrialJob(run.path, choice))
     for event in jobs.run(todo):
-        if event.kind == "given up":
-            raise SystemExit(f"{event.job['trial']}: {event.detail['reason']}")
+        if isinstance(event, GivenUp):
+            raise SystemExit(f"{event.job.folder}: {event.reason}")
 
 
 def row(arm: str, seed: int, folder: Path) -> dict:

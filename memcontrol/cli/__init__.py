@@ -1,7 +1,35 @@
 """Owns the command line: arguments, printing, and how every command ends."""
 
+from __future__ import annotations
+
+import os
+import sys
+
 
 def main() -> int:
-    from memcontrol.cli.parser import main as run
+    """The exit status: 0, or 1 for what a person can mend, said in one line, or 130 after Ctrl-C."""
+    from memcontrol.cli.parser import make_parser, parse_arguments
+    from memcontrol.core import console, interrupt
+    from memcontrol.core.errors import MemControlError
 
-    return run()
+    args = parse_arguments(make_parser())
+    interrupt.remember()
+    console.level = getattr(args, "level", console.NORMAL)
+    try:
+        return args.run(args)
+    except MemControlError as error:
+        sys.stderr.write(f"memcontrol: {error}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write(
+            "\nmemcontrol: stopped; everything finished is kept, and the same command continues\n"
+        )
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+    except OSError as error:  # a place that cannot be read or written
+        if console.level == console.VERBOSE or not error.filename:
+            raise
+        sys.stderr.write(f"memcontrol: {error.filename}: {error.strerror}\n")
+        return 1

@@ -1,9 +1,9 @@
-"""Owns the audit: how much images, or a model's samples, copy a training set, judged against held-out images;
-audit.json and audit.html."""
+"""Owns `memcontrol.audit`: how much images, or a model's samples, copy a training set, judged against
+held-out images."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.reward_table import BLIND_SPOTS, FALSE_POSITIVES
-from memcontrol.core.run_folder import SPEC
+from memcontrol.core.run_folder import RunFolder
 from memcontrol.core.seeds import derive_seed
 from memcontrol.core.spec import read_spec
 from memcontrol.data.features import nearest, pixel_features
@@ -94,6 +94,24 @@ def sample_pipeline(
     )
 
 
+def audit(
+    images: str | Path | None = None,
+    train: str | Path | None = None,
+    holdout: str | Path | None = None,
+    *,
+    model: str | Path | None = None,
+    extractor: str = "tiny",
+    skip_unreadable: bool = False,
+    **sampling: Any,
+) -> dict[str, Any]:
+    """How much a model (a run folder, or a pipeline to sample from) or a folder of images copies a training
+    set, judged against held-out images: what audit.json holds. A run knows its own images. `sampling` of a
+    pipeline: samples, attacked, steps, guidance, seed. Raises MemControlError."""
+    generated, known, held = (Path(path) if path else None for path in (images, train, holdout))
+    source = Source(generated, known, held, str(model) if model else None, skip_unreadable, sampling)
+    return audit_source(source, extractor, lambda title, done, total: None, lambda line: None)[0]
+
+
 @dataclass(frozen=True)
 class Source:
     """What is audited and with what it is compared, as a person names it: images or a model (a run folder, or
@@ -109,7 +127,9 @@ class Source:
 
     @property
     def run(self) -> Path | None:
-        return Path(self.model) if self.model and (Path(self.model) / SPEC).is_file() else None
+        if self.model and RunFolder(Path(self.model)).spec_file.is_file():
+            return Path(self.model)
+        return None
 
     def check(self) -> None:
         """Raises MemControlError."""
@@ -162,6 +182,13 @@ def audit_source(
         generated,
         parts["train"],
     )
+
+
+def read_pairs(found: dict, generated: Pictures, train: Pictures) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The generated image and its nearest training image, uint8 [3, H, W], of the first copies of an
+    audit."""
+    rows = [one["rows"] for one in found["copies"][:N_SHOWN]]
+    return zip(generated.read([row for row, _ in rows]), train.read([row for _, row in rows]))
 
 
 def judge_images(

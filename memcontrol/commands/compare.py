@@ -7,14 +7,19 @@ from pathlib import Path
 
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.estimate import Estimate, paired_difference
-from memcontrol.core.files import read_json
-from memcontrol.core.run_folder import CONTRIBUTIONS, RESULT
+from memcontrol.core.run_folder import RunFolder
 from memcontrol.core.seeds import derive_seed
 from memcontrol.core.spec import read_spec
 from memcontrol.study.store import refuse_incomparable
 from memcontrol.trial.loaded import LoadedModels
 from memcontrol.trial.pictures import Strip, make_strip
 from memcontrol.trial.samples import gather_evidence, read_contributions, read_samples
+
+
+def compare(run_a: str | Path, run_b: str | Path) -> dict[str, Estimate]:
+    """Run a's rewards less run b's, each with the interval that resampling their common prompts gives. Raises
+    MemControlError."""
+    return measure_differences(Path(run_a), Path(run_b))
 
 
 def load_nearest_pairs(run: Path, title: str, loaded: LoadedModels) -> Strip:
@@ -43,6 +48,10 @@ def measure_differences(a: Path, b: Path) -> dict[str, Estimate]:
 
 
 def read_finished_result(run: Path) -> dict:
-    if not (run / RESULT).is_file() or not (run / CONTRIBUTIONS).is_file():
-        raise MemControlError(f"{run} is no finished run folder: it has no {RESULT} or no {CONTRIBUTIONS}")
-    return read_json(run / RESULT)
+    place = RunFolder(run)
+    if not place.result_file.is_file() or not place.contributions_file.is_file():
+        raise MemControlError(
+            f"{run} is no finished run folder: it has no {place.result_file.name} or no "
+            f"{place.contributions_file.name}"
+        )
+    return place.read_result()

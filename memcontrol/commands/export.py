@@ -11,11 +11,11 @@ import torch
 
 from memcontrol.core.choice import Choice
 from memcontrol.core.errors import MemControlError
-from memcontrol.core.files import name_full_disk, read_json, replace_file
-from memcontrol.core.run_folder import RESULT
+from memcontrol.core.files import name_full_disk, replace_file
+from memcontrol.core.run_folder import RunFolder
 from memcontrol.core.space_yaml import parse_space
 from memcontrol.core.spec import Spec, read_spec
-from memcontrol.model.adapter import ADAPTER_FILE, Adapter, format_header, inject_adapter
+from memcontrol.model.adapter import Adapter, format_header, inject_adapter
 from memcontrol.model.base import find_base_path, name_denoiser, open_pipeline, redraw_weights
 from memcontrol.model.peft_parts import Peft
 from memcontrol.trial.loaded import derive_scratch_seed
@@ -27,57 +27,71 @@ LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers' load_
 COMFYUI_FILE = "comfyui/lora.safetensors"
 
 
-def export(run: Path, out: Path, format: str | None = None) -> Path:
-    """Writes the run's model to the new folder `out`. By default a LoRA as an adapter, anything else as a
-    pipeline.
+def export(run: str | Path, out: str | Path, format: str | None = None) -> Path:
+    """Writes a run's model for plain diffusers to the new folder `out`. By default a LoRA as an adapter,
+    anything else as a pipeline. Returns the folder.
 
     adapter: a LoRA or DoRA as diffusers' and ComfyUI's LoRA files, other adapters of peft in peft's format,
     and whatever is no LoRA as a file for `memcontrol.load_adapter`. Raises MemControlError: no finished run,
     or `out` in use.
     """
-    spec = read_spec(run)
-    if not (run / RESULT).is_file() or read_json(run / RESULT)["state"] != "COMPLETE":
-        raise MemControlError(f"run {run} has not finished; export takes finished runs")
+    place, out = RunFolder(Path(run)), Path(out)
+    spec = read_spec(place.path)
+    check_export(place, spec, out, format)
+    with name_full_disk(out):
+        # The base, with what was learned put into it.
+        pipeline = open_pipeline(spec.config.base)
+        part = name_denoiser(pipeline)
+        denoiser = getattr(pipeline, part)
+        if spec.config.inner.from_scratch:
+            redraw_weights(denoiser, derive_scratch_seed(spec.config))
+        adapter = inject_choice(denoiser, spec)
+        adapter.load(place.path)
+
+        # The files, and the card that says what they are.
+        out.mkdir(parents=True, exist_ok=True)
+        if (format or choose_format(adapter, spec)) == "adapter":
+            write_adapter(adapter, place, part, out, spec)
+        else:
+            adapter.fuse()
+            (denoiser if format == "denoiser" else pipeline).save_pretrained(out)
+        code = write_loading_code(out, spec, type(denoiser).__name__, part)
+        is_conditional = getattr(pipeline, "tokenizer", None) is not None
+        write_card(out, spec, place.read_result(), code, (out / LORA_FILE).is_file(), is_conditional)
+    return out
+
+
+def check_export(run: RunFolder, spec: Spec, out: Path, format: str | None) -> None:
+    """Raises MemControlError."""
+    if not run.is_complete:
+        raise MemControlError(f"run {run.path} has not finished; export takes finished runs")
     if format not in (None, *FORMATS):
         raise MemControlError(f"format '{format}' is unknown; allowed: {', '.join(FORMATS)}")
     if spec.config.inner.from_scratch and format == "adapter":
         raise MemControlError(
-            "this run trained a denoiser that was drawn anew, which no adapter holds; export it "
-            "with --format pipeline"
+            "this run trained a denoiser that was drawn anew, which no adapter holds; export it with "
+            "--format pipeline"
         )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise MemControlError(f"{out} exists and is not an empty folder; give another one")
-    with name_full_disk(out):
-        pipeline = open_pipeline(spec.config.base)
-        denoiser = getattr(pipeline, name_denoiser(pipeline))
-        if spec.config.inner.from_scratch:
-            redraw_weights(denoiser, derive_scratch_seed(spec.config))
-        adapter = inject_choice(denoiser, spec)
-        adapter.load(run)
-        config = find_lone_config(adapter)
-        is_lora = config is not None and config.peft_type == "LORA"
-        out.mkdir(parents=True, exist_ok=True)
-        if (
-            format or ("adapter" if is_lora and not spec.config.inner.from_scratch else "pipeline")
-        ) == "adapter":
-            if is_lora:
-                write_lora(adapter, name_denoiser(pipeline), out, spec)
-            else:
-                shutil.copyfile(run / ADAPTER_FILE, out / ADAPTER_FILE)
-                write_peft(adapter, out)
-        else:
-            adapter.fuse()
-            (denoiser if format == "denoiser" else pipeline).save_pretrained(out)
-        is_conditional = getattr(pipeline, "tokenizer", None) is not None
-        write_card(
-            out,
-            spec,
-            read_json(run / RESULT),
-            write_loading_code(out, spec, type(denoiser).__name__, name_denoiser(pipeline)),
-            (out / LORA_FILE).is_file(),
-            is_conditional,
-        )
-    return out
+
+
+def is_lora(adapter: Adapter) -> bool:
+    config = find_lone_config(adapter)
+    return config is not None and config.peft_type == "LORA"
+
+
+def choose_format(adapter: Adapter, spec: Spec) -> str:
+    return "adapter" if is_lora(adapter) and not spec.config.inner.from_scratch else "pipeline"
+
+
+def write_adapter(adapter: Adapter, run: RunFolder, part: str, out: Path, spec: Spec) -> None:
+    """`part` is what the pipeline calls its denoiser."""
+    if is_lora(adapter):
+        write_lora(adapter, part, out, spec)
+    else:
+        shutil.copyfile(run.adapter_file, RunFolder(out).adapter_file)
+        write_peft(adapter, out)
 
 
 def write_loading_code(out: Path, spec: Spec, denoiser_class: str, part: str) -> str:
@@ -91,7 +105,7 @@ def write_loading_code(out: Path, spec: Spec, denoiser_class: str, part: str) ->
     )
     if (out / LORA_FILE).is_file():
         return f'{imports}\npipe = {opened}\npipe.load_lora_weights("{out.name}")'
-    if (out / ADAPTER_FILE).is_file():
+    if RunFolder(out).adapter_file.is_file():
         return f'import memcontrol\n{imports}\npipe = {opened}\nmemcontrol.load_adapter(pipe, "{out.name}")'
     if (out / "model_index.json").is_file():
         return (
@@ -113,7 +127,7 @@ def describe_loading(run: Path, out: Path) -> str:
             f'a LoRA: DiffusionPipeline.from_pretrained("{base}").load_lora_weights("{out}"); '
             "comfyui/ has it for ComfyUI"
         )
-    if (out / ADAPTER_FILE).is_file():
+    if RunFolder(out).adapter_file.is_file():
         return f'an adapter: memcontrol.load_adapter(DiffusionPipeline.from_pretrained("{base}"), "{out}")'
     kind = "pipeline" if (out / "model_index.json").is_file() else "denoiser"
     return (
@@ -217,7 +231,8 @@ def load_adapter(pipeline, path: str | Path) -> Adapter:
 
     path = Path(path)
     if path.is_dir():
-        path = next((path / name for name in (ADAPTER_FILE, LORA_FILE) if (path / name).is_file()), path)
+        places = (RunFolder(path).adapter_file, path / LORA_FILE)
+        path = next((place for place in places if place.is_file()), path)
     if not path.is_file():
         raise MemControlError(
             f"{path} holds no adapter; give a run folder, or what `memcontrol export --format adapter` wrote"

@@ -35,6 +35,15 @@ SEED = 0
 FEW = 256  # held-out images below which FID is coarse: four for each feature of the smallest network
 
 
+def init(
+    images: str | Path, out: str | Path | None = None, *, name: str | None = None, base: str | None = None
+) -> Path:
+    """Looks at a folder of images and writes a study for it, with the reason beside each value. Returns the
+    file. Raises MemControlError."""
+    place = Path(out) if out else None
+    return propose_study(Path(images), place, name, base, lambda title, done, total: None).path
+
+
 @dataclass(frozen=True)
 class Proposal:
     path: Path

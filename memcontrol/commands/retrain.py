@@ -1,60 +1,112 @@
-"""Owns retraining: the same trial on the whole training set, scored on test data, beside full fine-tuning at
-the same budget."""
+"""Owns `memcontrol.retrain`: the same trial on the whole training set, scored on test data, beside full
+fine-tuning at the same budget."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from memcontrol.core.choice import Choice
-from memcontrol.core.config import Config
+from memcontrol.core.config import Config, describe_config
+from memcontrol.core.console import log_to_file
 from memcontrol.core.errors import MemControlError
-from memcontrol.core.files import read_json
-from memcontrol.core.run_folder import RESULT
+from memcontrol.core.jobs import Event, GivenUp, TrialJob
+from memcontrol.core.run_folder import RunFolder, StudyFolder, refuse_results_among
 from memcontrol.core.space_yaml import load_space
 from memcontrol.core.spec import Spec
 from memcontrol.execution.executor import Executor
-from memcontrol.execution.job_queue import N_TRIES, JobQueue, Show
+from memcontrol.execution.job_queue import N_TRIES, JobQueue
+from memcontrol.execution.make import open_executor
+from memcontrol.search.locks import hold_folder_lock
+from memcontrol.search.orchestrator import run_preparation
+from memcontrol.study.pick import choose_record, find_full
+from memcontrol.study.place import StudyPlace
+from memcontrol.view.live import EventLog
 
 BASELINE = "baseline"
+Show = Callable[[Event], None]
 
 
-def run_retraining(
-    config: Config,
-    choice: Choice,
-    full: Choice,
-    folder: Path,
-    out: Path,
-    baseline: Path,
-    executor: Executor,
-    show: Show,
-) -> dict[str, dict]:
-    """Runs the choice in `out` and full fine-tuning in `baseline`, once where both are the same; what is
-    finished there is kept.
+@dataclass(frozen=True)
+class Retraining:
+    """A choice and full fine-tuning, which it is compared with: what is trained, and in which run folders."""
 
-    As many passes over the data as in the search, so the budget grows with the training set. Returns both
-    results. Raises MemControlError.
-    """
-    n_train = len(read_json(folder / "split.json")["parts"]["train"])
-    budget = round(config.inner.budget_images / config.search.train_fraction)
-    larger = config.model_copy(update={"inner": config.inner.model_copy(update={"budget_images": budget})})
-    space, runs = load_space(config.space), {"pick": (choice, out), BASELINE: (full, baseline)}
-    specs = {
-        run: Spec(larger, space, wanted, folder, "retrain", "test", n_train) for wanted, run in runs.values()
-    }
-    jobs = [spec.as_job(run) for run, spec in specs.items() if not has_result(run, spec)]
+    folder: StudyFolder
+    config: Config
+    choice: Choice
+    full: Choice
+    out: Path | None = None  # the choice's run folder, where it is not the study's own
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the choice is full fine-tuning itself, which is then trained once."""
+        return self.choice == self.full
+
+    @property
+    def choices(self) -> dict[str, Choice]:
+        return {"pick": self.choice, BASELINE: self.full}
+
+    @property
+    def runs(self) -> dict[str, Path]:
+        """Full fine-tuning has one folder for every pick of the study."""
+        own = self.out or self.folder.retrained(self.choice).path
+        return {"pick": own, BASELINE: own if self.is_full else self.folder.retrained(self.full).path}
+
+    def make_specs(self) -> dict[Path, Spec]:
+        """By run folder. As many passes over the data as in the search, so the budget grows with the training
+        set."""
+        n_train = len(self.folder.read_split()["parts"]["train"])
+        budget = round(self.config.inner.budget_images / self.config.search.train_fraction)
+        inner = self.config.inner.model_copy(update={"budget_images": budget})
+        config, space = self.config.model_copy(update={"inner": inner}), load_space(self.config.space)
+        return {
+            run: Spec(config, space, self.choices[name], self.folder.path, "retrain", "test", n_train)
+            for name, run in self.runs.items()
+        }
+
+
+def retrain(
+    study: str | Path,
+    rule: str | None = None,
+    *,
+    trial: int | None = None,
+    limits: Sequence[str] = (),
+    out: str | Path | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Trains the pick and full fine-tuning on the whole training set, scored on test data. Returns the
+    results of `pick` and `baseline`, each with its rewards and its folder, `run`. Raises MemControlError."""
+    place = StudyPlace.load(study)
+    with contextlib.closing(place.open()) as found:
+        choice, full = choose_record(found, trial, rule, limits).chosen, find_full(found)
+        plan = Retraining(place.folder, found.config, choice, full, Path(out) if out else None)
+    with open_executor(place.config, place.folder.path) as executor, log_retraining(plan) as log:
+        results = run_retraining(plan, executor, log)
+    return {name: {**result, "run": str(plan.runs[name])} for name, result in results.items()}
+
+
+def run_retraining(plan: Retraining, executor: Executor, show: Show) -> dict[str, dict]:
+    """Trains what is not there already, and returns the results of `pick` and `baseline`. Raises
+    MemControlError."""
+    jobs = []
+    for run, spec in plan.make_specs().items():
+        if not has_result(run, spec):
+            spec.write(run)
+            jobs.append(TrialJob(run, spec.choice))
     for event in JobQueue(executor, show).run(jobs):
-        if event.kind == "given up":
-            raise MemControlError(
-                f"retraining in {event.job['trial']} failed {N_TRIES} times: {event.detail['reason']}"
-            )
-    return {name: read_complete_result(run) for name, (_, run) in runs.items()}
+        if isinstance(event, GivenUp):
+            where = event.job and event.job.folder
+            raise MemControlError(f"retraining in {where} failed {N_TRIES} times: {event.reason}")
+    return {name: read_complete_result(run) for name, run in plan.runs.items()}
 
 
 def has_result(run: Path, spec: Spec) -> bool:
     """Whether the folder holds the spec's result; another's is refused rather than written over."""
-    if not (run / RESULT).exists():
+    if not RunFolder(run).has_result:
         return False
-    stored = read_json(run / RESULT)
+    stored = RunFolder(run).read_result()
     if Choice.from_dict(stored["choice"]) != spec.choice:
         raise MemControlError(f"{run} holds the result of another choice; give another folder with --out")
     spec.check_folder(run)
@@ -62,7 +114,25 @@ def has_result(run: Path, spec: Spec) -> bool:
 
 
 def read_complete_result(run: Path) -> dict:
-    result = read_json(run / RESULT)
+    result = RunFolder(run).read_result()
     if result["state"] != "COMPLETE":
         raise MemControlError(f"retraining in {run} ended as {result['state']}: {result['reason']}")
     return result
+
+
+@contextlib.contextmanager
+def log_retraining(plan: Retraining) -> Iterator[Show]:
+    """Gives what writes the events to the study's log."""
+    n_groups = len(load_space(plan.config.space).groups)
+    with log_to_file(plan.folder.log_file, f"retrain: {describe_config(plan.config)}"):
+        yield EventLog(n_groups).heard
+
+
+def prepare_unsearched(place: StudyPlace, choice: Choice, executor: Executor, show: Show) -> Choice:
+    """Makes a study that was never searched ready for a choice from another one. Returns full fine-tuning to
+    compare with, at the middle of its learning rates. Raises MemControlError."""
+    place.space.check_choice(choice)
+    refuse_results_among(place.config.data.path, place.folder.path)
+    with hold_folder_lock(place.folder.path):
+        run_preparation(place.config, place.folder, JobQueue(executor, show))
+    return place.space.anchors()["full"][1]

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from memcontrol.core.files import read_json, write_json
+from memcontrol.core.run_folder import RunFolder
 
-ATTEMPTS, PROGRESS, FAILURES_FILE = "attempts.jsonl", "progress.json", "failures.json"
 PROGRESS_SECONDS = 1.0
 
 
@@ -47,7 +47,7 @@ class Attempt:
         self.written_at = time.monotonic()
         self.check()
         write_json(
-            self.folder / PROGRESS,
+            RunFolder(self.folder).progress_file,
             {"stage": stage, "done": done, "total": total, "at": format_now(), "identity": self.identity},
         )
 
@@ -63,7 +63,7 @@ def begin_attempt(folder: Path) -> Attempt:
         "gpu": os.environ.get("CUDA_VISIBLE_DEVICES") or None,
         "started": format_now(),
     }
-    with open(folder / ATTEMPTS, "a", encoding="utf-8") as file:
+    with open(RunFolder(folder).attempts_file, "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
     return Attempt(folder, line["identity"])
 
@@ -71,10 +71,11 @@ def begin_attempt(folder: Path) -> Attempt:
 def read_attempts(folder: Path) -> list[dict]:
     """One entry for each attempt, the first first: identity, host, pid, gpu, started. A line cut short by a
     crash counts for nothing."""
-    if not (folder / ATTEMPTS).is_file():
+    path = RunFolder(folder).attempts_file
+    if not path.is_file():
         return []
     found = []
-    for line in (folder / ATTEMPTS).read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         try:
             found.append(json.loads(line))
         except ValueError:
@@ -85,19 +86,21 @@ def read_attempts(folder: Path) -> list[dict]:
 def read_progress(folder: Path) -> dict | None:
     """How far the present attempt is: stage, done, total, at; None before its first word."""
     attempts = read_attempts(folder)
-    said = read_json(folder / PROGRESS) if (folder / PROGRESS).is_file() else None
+    path = RunFolder(folder).progress_file
+    said = read_json(path) if path.is_file() else None
     return said if said and attempts and said["identity"] == attempts[-1]["identity"] else None
 
 
 def note_failure(folder: Path, reason: str) -> int:
     """Records that an attempt failed. Returns how many have."""
     failures = [*read_failures(folder), {"reason": reason, "at": format_now()}]
-    write_json(folder / FAILURES_FILE, failures)
+    write_json(RunFolder(folder).failures_file, failures)
     return len(failures)
 
 
 def read_failures(folder: Path) -> list[dict]:
-    return read_json(folder / FAILURES_FILE) if (folder / FAILURES_FILE).is_file() else []
+    path = RunFolder(folder).failures_file
+    return read_json(path) if path.is_file() else []
 
 
 def format_now() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -372,6 +373,11 @@ class Config(Strict):
         if isinstance(rewards, dict) and isinstance(rewards.get("objectives"), list):
             rewards = {**rewards, "objectives": tuple(rewards["objectives"])}
         return {**value, "rewards": rewards}
+
+
+def describe_config(config: Config) -> str:
+    """The config in a line, less what is at its default and less the storage's URL."""
+    return json.dumps(config.model_dump(mode="json", exclude_defaults=True), ensure_ascii=False)
 
 
 def load_config(source: Path | str | dict, overrides: Sequence[str] = ()) -> Config:

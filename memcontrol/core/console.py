@@ -27,6 +27,15 @@ def make_console():
     return Console(stderr=True, width=width, quiet=level == QUIET)
 
 
+def say(console, text: str, style: str | None = None) -> None:
+    """One line as it is: nothing in it is coloured, cut or taken for markup."""
+    console.print(text, style=style, highlight=False, soft_wrap=True, markup=False)
+
+
+def warn(console, text: str) -> None:
+    say(console, f"warning: {text}", "yellow")
+
+
 def print_json(value: object) -> None:
     json.dump(value, sys.stdout, indent=1, ensure_ascii=False, allow_nan=False)
     sys.stdout.write("\n")

@@ -16,5 +16,10 @@ class DiskFull(MemControlError):
     on."""
 
 
+class TrialsKeepFailing(MemControlError):
+    """Trial after trial fails for good, so that something other than their choices is wrong: the search
+    stops."""
+
+
 class SpaceExhausted(MemControlError):
     """Every choice of the space was asked for already: the search ends with what it has."""

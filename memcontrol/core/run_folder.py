@@ -3,15 +3,235 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from memcontrol.core.choice import Choice
 from memcontrol.core.config import DIGITS, PARTS, Config
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import read_json
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of one fine-tuning: of a trial, of a replicate, or of `retrain`."""
+
+    path: Path
+
+    @property
+    def spec_file(self) -> Path:
+        """All that the run depends on, written before it begins."""
+        return self.path / "spec.json"
+
+    @property
+    def result_file(self) -> Path:
+        """Written last: the run is over once it is there."""
+        return self.path / "result.json"
+
+    @property
+    def adapter_file(self) -> Path:
+        return self.path / "adapter.safetensors"
+
+    @property
+    def samples_file(self) -> Path:
+        return self.path / "samples.npz"
+
+    @property
+    def contributions_file(self) -> Path:
+        """What each sample adds to each reward."""
+        return self.path / "contributions.npz"
+
+    @property
+    def training_file(self) -> Path:
+        """What the fine-tuning did: rounds, skips, memory."""
+        return self.path / "training.json"
+
+    @property
+    def confirmed_file(self) -> Path:
+        """The rewards over fresh draws."""
+        return self.path / "confirmed.json"
+
+    @property
+    def judged_file(self) -> Path:
+        """Whether it goes on beyond each rung."""
+        return self.path / "judged.json"
+
+    @property
+    def samples_picture(self) -> Path:
+        return self.path / "samples.png"
+
+    @property
+    def pairs_picture(self) -> Path:
+        return self.path / "pairs.png"
+
+    @property
+    def rounds(self) -> Path:
+        """The folder of its checkpoints, until its result is there."""
+        return self.path / "rounds"
+
+    @property
+    def attempts_file(self) -> Path:
+        return self.path / "attempts.jsonl"
+
+    @property
+    def progress_file(self) -> Path:
+        return self.path / "progress.json"
+
+    @property
+    def failures_file(self) -> Path:
+        return self.path / "failures.json"
+
+    def rung_file(self, rung: float) -> Path:
+        """What it was measured at, at a share of its budget."""
+        return self.path / f"rung-{rung:g}.json"
+
+    def rung_contributions_file(self, rung: float) -> Path:
+        return self.rung_file(rung).with_suffix(".npz")
+
+    def replicate(self, i: int) -> RunFolder:
+        """The run of the same choice from another seed."""
+        return RunFolder(self.path / f"replicate-{i}")
+
+    @property
+    def has_result(self) -> bool:
+        return self.result_file.is_file()
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether it ended well."""
+        return self.has_result and self.read_result()["state"] == "COMPLETE"
+
+    def read_result(self) -> dict[str, Any]:
+        return read_json(self.result_file)
+
+    def read_judgements(self) -> list[dict]:
+        """What was decided at the trial's rungs: rung, goes_on, beaten_by, n_peers."""
+        return read_json(self.judged_file) if self.judged_file.is_file() else []
+
+    def read_rungs(self, config: Config) -> list[dict]:
+        """What the trial was measured at, rung by rung: its share of the budget, and the objectives there
+        with what is told of their errors."""
+        rule, names = config.search.early_stopping, config.rewards.names
+        paths = [self.rung_file(rung) for rung in rule.rungs] if rule else []
+        measured = [read_json(path) for path in paths if path.is_file()]
+        return [{**one, "rewards": _select_rewards(one["rewards"], names)} for one in measured]
+
+    def read_rung_contributions(self, rung: float) -> Mapping[str, np.ndarray]:
+        """What each sample added to each reward at the rung, where that was kept: name to [N]."""
+        path = self.rung_contributions_file(rung)
+        if not path.is_file():
+            return {}
+        with np.load(path, allow_pickle=False) as stored:
+            return dict(stored)
+
+    def count_rungs(self) -> int:
+        return len(list(self.path.glob("rung-*.json")))
+
+
+def _select_rewards(rewards: dict[str, float], names: tuple[str, ...]) -> dict[str, float]:
+    return {key: value for key, value in rewards.items() if key.startswith(names)}
+
+
+@dataclass(frozen=True)
+class StudyFolder:
+    """Where a study's results lie: a folder for each choice, and what they share."""
+
+    path: Path
+
+    @property
+    def database(self) -> Path:
+        """The study's own, where its config names no other."""
+        return self.path / "study.db"
+
+    @property
+    def split_file(self) -> Path:
+        """Which image is in which part."""
+        return self.path / "split.json"
+
+    @property
+    def network_file(self) -> Path:
+        """The denoiser's blocks."""
+        return self.path / "network.json"
+
+    @property
+    def extractor_file(self) -> Path:
+        """The feature network that the study began with."""
+        return self.path / "extractor.json"
+
+    @property
+    def log_file(self) -> Path:
+        return self.path / "search.log"
+
+    @property
+    def lock_file(self) -> Path:
+        return self.path / "search.lock"
+
+    @property
+    def holder_file(self) -> Path:
+        """Who searches, and since when."""
+        return self.path / "search.holder.json"
+
+    @property
+    def front_picture(self) -> Path:
+        return self.path / "front.png"
+
+    @property
+    def artifacts(self) -> Path:
+        """Pictures that a dashboard shows beside trials; `optuna-dashboard --artifact-dir` takes it too."""
+        return self.path / "artifacts"
+
+    @property
+    def cache(self) -> Path:
+        """Latents, encodings and features, by their content."""
+        return self.path / "cache"
+
+    @property
+    def slurm(self) -> Path:
+        return self.path / "slurm"
+
+    def calibration(self, i: int) -> Path:
+        return self.path / f"calibration-{i}"
+
+    def run(self, choice: Choice) -> RunFolder:
+        return RunFolder(self.path / choice.key)
+
+    def retrained(self, choice: Choice) -> RunFolder:
+        """Where a choice is retrained, unless another place is given."""
+        return RunFolder(self.path / "retrain" / choice.key)
+
+    def list_runs(self) -> Iterator[RunFolder]:
+        """Those that the search has begun."""
+        return (RunFolder(path.parent) for path in self.path.glob("*/spec.json"))
+
+    def list_retrained(self) -> list[RunFolder]:
+        """Those that `retrain` has ended."""
+        return [RunFolder(path.parent) for path in sorted(self.path.glob("retrain/*/result.json"))]
+
+    def read_split(self) -> dict[str, Any]:
+        """Source, resolution and parts: name, caption and hash of each image."""
+        return read_json(self.split_file)
+
+    def read_blocks(self) -> list[dict]:
+        """The denoiser's blocks; empty where they are not on this machine."""
+        return read_json(self.network_file) if self.network_file.is_file() else []
+
+    def summarize_data(self) -> dict[str, Any]:
+        """The images as split.json knows them: source, resolution, and for each part its number of `images`
+        and the `digest` of their contents; empty where it is not on this machine."""
+        if not self.split_file.is_file():
+            return {}
+        stored = self.read_split()
+        parts = {name: _summarize_part(rows) for name, rows in stored["parts"].items()}
+        return {"source": stored["source"], "resolution": stored["resolution"], "parts": parts}
+
+
+def _summarize_part(rows: Sequence[dict[str, str]]) -> dict[str, Any]:
+    lines = "\n".join(f"{row['digest']} {row['caption']}" for row in rows)
+    return {"images": len(rows), "digest": hashlib.sha256(lines.encode()).hexdigest()[:16]}
 
 
 def locate_study_folder(study_file: Path, name: str) -> Path:
@@ -28,69 +248,6 @@ def refuse_results_among(source: str, folder: Path) -> None:
     places = [images / part for part in PARTS if (images / part).is_dir()] or [images]
     if source != DIGITS and any(folder.resolve().is_relative_to(place.resolve()) for place in places):
         raise MemControlError(
-            f"results would go to {folder}, among the images of data.path, '{source}', and count as "
-            "images themselves; move the study file out of there, "
-            f"for example to {images.resolve().parent}"
+            f"results would go to {folder}, among the images of data.path, '{source}', and count as images "
+            f"themselves; move the study file out of there, for example to {images.resolve().parent}"
         )
-
-
-def summarize_data(folder: Path) -> dict[str, Any]:
-    """The images as the study's split.json knows them: source, resolution, and for each part its number of
-    `images` and the `digest` of their contents; empty where it is not on this machine."""
-    path = folder / "split.json"
-    if not path.is_file():
-        return {}
-    stored = read_json(path)
-    return {
-        "source": stored["source"],
-        "resolution": stored["resolution"],
-        "parts": {name: summarize_part(rows) for name, rows in stored["parts"].items()},
-    }
-
-
-def summarize_part(rows: Sequence[dict[str, str]]) -> dict[str, Any]:
-    lines = "\n".join(f"{row['digest']} {row['caption']}" for row in rows)
-    return {"images": len(rows), "digest": hashlib.sha256(lines.encode()).hexdigest()[:16]}
-
-
-SPEC, RESULT, SAMPLES, TRAINING, CONFIRMED = (
-    "spec.json",
-    "result.json",
-    "samples.npz",
-    "training.json",
-    "confirmed.json",
-)
-CONTRIBUTIONS = "contributions.npz"
-JUDGED = "judged.json"  # whether it goes on beyond each rung
-SAMPLES_PICTURE, PAIRS_PICTURE = "samples.png", "pairs.png"
-NETWORK = "network.json"  # the denoiser's blocks, in the study's folder
-ROUNDS = "rounds"  # the folder of a trial's checkpoints, until its result is there
-
-
-def name_rung_file(rung: float) -> str:
-    return f"rung-{rung:g}.json"
-
-
-def read_rung_contributions(folder: Path, rung: float) -> Mapping[str, np.ndarray]:
-    path = (folder / name_rung_file(rung)).with_suffix(".npz")
-    if not path.is_file():
-        return {}
-    with np.load(path, allow_pickle=False) as stored:
-        return dict(stored)
-
-
-def read_rungs(folder: Path, config: Config) -> list[dict]:
-    """What the trial was measured at, rung by rung: its share of the budget, and the objectives there with
-    what is told of their errors."""
-    rule, names = config.search.early_stopping, config.rewards.names
-    paths = [folder / name_rung_file(rung) for rung in rule.rungs] if rule else []
-    measured = [read_json(path) for path in paths if path.is_file()]
-    return [
-        {**one, "rewards": {key: value for key, value in one["rewards"].items() if key.startswith(names)}}
-        for one in measured
-    ]
-
-
-def read_judgements(folder: Path) -> list[dict]:
-    """What was decided at the trial's rungs: rung, goes_on, beaten_by, n_peers."""
-    return read_json(folder / JUDGED) if (folder / JUDGED).is_file() else []

@@ -11,7 +11,7 @@ from memcontrol.core.choice import Choice
 from memcontrol.core.config import Config, find_differing_keys, load_config
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import read_json, write_json
-from memcontrol.core.run_folder import JUDGED, SPEC
+from memcontrol.core.run_folder import RunFolder
 from memcontrol.core.seeds import derive_seed
 from memcontrol.core.space import SearchSpace
 from memcontrol.core.space_yaml import dump_space, parse_space
@@ -61,8 +61,8 @@ class Spec:
             "space": dump_space(self.space),
         }
 
-    def as_job(self, folder: Path) -> dict[str, Any]:
-        """Writes the spec into the trial's folder. Returns the job that runs it. Raises MemControlError where
+    def write(self, folder: Path) -> None:
+        """Writes the spec into the trial's folder. Raises MemControlError where
         the folder is another one's."""
         self.check_folder(folder)
         rest = {
@@ -71,16 +71,15 @@ class Spec:
             "reference": self.reference,
             "n_train": self.n_train,
         }
-        write_json(folder / SPEC, self.description() | rest)
-        return {"trial": str(folder), "choice": self.choice.as_dict()}
+        write_json(RunFolder(folder).spec_file, self.description() | rest)
 
     def check_folder(self, folder: Path) -> None:
         """Raises MemControlError where the folder holds a run that another config or space made: its figures
         are not this one's."""
-        if not (folder / SPEC).is_file():
+        run = RunFolder(folder)
+        if not run.spec_file.is_file():
             return
-        there = read_spec(folder)
-        stopped = (folder / JUDGED).is_file()
+        there, stopped = read_spec(folder), run.judged_file.is_file()
         differing = find_differing_keys(
             there.config, self.config, OF_STUDY if stopped else (*OF_STUDY, "search.early_stopping")
         )
@@ -102,11 +101,12 @@ class Spec:
 
 def read_spec(folder: Path) -> Spec:
     """Raises MemControlError where the folder is no trial's."""
-    if not (folder / SPEC).is_file():
+    path = RunFolder(folder).spec_file
+    if not path.is_file():
         raise MemControlError(
-            f"{folder} is no run folder: it has no {SPEC}; `front --json` and `retrain` name run folders"
+            f"{folder} is no run folder: it has no {path.name}; `front --json` and `retrain` name run folders"
         )
-    values = read_json(folder / SPEC)
+    values = read_json(path)
     config = load_config(values["config"])
     return Spec(
         config,

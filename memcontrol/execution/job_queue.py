@@ -4,13 +4,14 @@ after three."""
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from memcontrol.core import interrupt
 from memcontrol.core.attempts import note_failure
 from memcontrol.core.errors import MemControlError
-from memcontrol.execution.executor import END_KINDS, FAILED_KINDS, Event, Executor
+from memcontrol.core.jobs import END_EVENTS, Event, Failed, GivenUp, Job, Stopped, TrialJob
+from memcontrol.execution.executor import Executor
 
 Show = Callable[[Event], None]
 N_TRIES = 3
@@ -21,14 +22,14 @@ class JobQueue:
 
     def __init__(self, executor: Executor, show: Show):
         self.executor, self.show = executor, show
-        self.waiting: deque[dict] = deque()
-        self.failures: Counter[str] = Counter()  # of jobs that are no trials; a trial's are in its folder
+        self.waiting: deque[Job] = deque()
+        self.failures: Counter[Path] = Counter()  # of jobs that are no trials; a trial's are in its folder
 
     def room(self) -> int:
         """How many more jobs would find a place at once."""
         return self.executor.free() - len(self.waiting)
 
-    def add(self, job: dict) -> None:
+    def add(self, job: Job) -> None:
         self.waiting.append(job)
         self.hand_out()
 
@@ -37,8 +38,8 @@ class JobQueue:
             self.executor.submit(self.waiting.popleft())
 
     def ends(self, timeout_seconds: float = 1.0) -> Iterator[Event]:
-        """Ends so far, waiting up to the timeout for the first: `prepared`, `done`, or `given up` with the
-        reason.
+        """Ends so far, waiting up to the timeout for the first: one of END_EVENTS, but `GivenUp` in place of
+        a last failure.
 
         Raises MemControlError for what only the user can mend.
         """
@@ -46,30 +47,33 @@ class JobQueue:
         self.hand_out()
         for event in self.executor.events(timeout_seconds):
             self.show(event)
-            if event.kind == "stop":
-                raise MemControlError(event.detail["reason"])
-            if event.kind in FAILED_KINDS:
-                if self.count_failure(event) < N_TRIES:
-                    self.waiting.appendleft(event.job)
-                else:
-                    yield Event(event.job, "given up", event.detail)
-            elif event.kind in END_KINDS:
+            if isinstance(event, Stopped):
+                raise MemControlError(event.reason)
+            if isinstance(event, Failed):
+                yield from self.try_again(event)
+            elif isinstance(event, END_EVENTS):
                 yield event
             self.hand_out()
 
-    def count_failure(self, event: Event) -> int:
-        reason = event.detail["reason"]
-        if "trial" in event.job:
-            return note_failure(Path(event.job["trial"]), reason)
-        key = event.job.get("confirm") or event.job["prepare"]
-        self.failures[key] += 1
-        return self.failures[key]
+    def try_again(self, event: Failed) -> Iterator[Event]:
+        """Its end, where it was tried often enough."""
+        assert event.job is not None, "an attempt is always at a job"
+        if self.count_failure(event.job, event.reason) < N_TRIES:
+            self.waiting.appendleft(event.job)
+        else:
+            yield GivenUp(event.job, event.reason, event.traceback)
 
-    def run(self, jobs: list[dict]) -> Iterator[Event]:
+    def count_failure(self, job: Job, reason: str) -> int:
+        if isinstance(job, TrialJob):
+            return note_failure(job.folder, reason)
+        self.failures[job.folder] += 1
+        return self.failures[job.folder]
+
+    def run(self, jobs: Iterable[Job]) -> Iterator[Event]:
         """Carries these through, whatever else waits; their ends as they come."""
-        for job in jobs:
-            self.waiting.append(job)
-        n_left = len(jobs)
+        n_before = len(self.waiting)
+        self.waiting.extend(jobs)
+        n_left = len(self.waiting) - n_before
         while n_left:
             for event in self.ends():
                 n_left -= 1

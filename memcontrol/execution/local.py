@@ -12,14 +12,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from memcontrol.execution.executor import (
-    END_KINDS,
-    Event,
-    Executor,
-    describe_overrun,
-    make_event,
-    pick_time_limit,
-)
+from memcontrol.core.jobs import END_EVENTS, Event, Job, Lost, parse_event
+from memcontrol.execution.executor import Executor, describe_overrun, pick_time_limit
 from memcontrol.execution.worker import COMMAND
 
 
@@ -27,13 +21,13 @@ class Inline(Executor):
     """One job at a time, in this process: for tests and debugging."""
 
     def __init__(self):
-        self.waiting: list[dict] = []
+        self.waiting: list[Job] = []
         self.loaded = None
 
     def free(self) -> int:
         return 1 - len(self.waiting)
 
-    def submit(self, job: dict) -> None:
+    def submit(self, job: Job) -> None:
         self.waiting.append(job)
 
     def events(self, timeout_seconds: float) -> Iterator[Event]:
@@ -43,13 +37,10 @@ class Inline(Executor):
         self.loaded = self.loaded or LoadedModels(COMMAND)
         while self.waiting:
             job = self.waiting[0]
-            said: list[dict] = []
+            said: list[Event] = []
             run_job(job, self.loaded, said.append)
             self.waiting.pop(0)
-            yield from (make_event(job, line) for line in said)
-
-    def cancel(self, job: dict) -> None:
-        self.waiting.remove(job)
+            yield from said
 
     def close(self) -> None:
         self.waiting.clear()
@@ -71,7 +62,7 @@ class Local(Executor):
     def free(self) -> int:
         return sum(worker.job is None for worker in self.workers)
 
-    def submit(self, job: dict) -> None:
+    def submit(self, job: Job) -> None:
         next(worker for worker in self.workers if worker.job is None).take(job)
 
     def events(self, timeout_seconds: float) -> Iterator[Event]:
@@ -84,23 +75,17 @@ class Local(Executor):
             if worker.job is not None and limit is not None and time.monotonic() - worker.began > limit:
                 yield self.lost(worker, worker.job, describe_overrun(limit))
 
-    def lost(self, worker: Worker, job: dict, reason: str) -> Event:
+    def lost(self, worker: Worker, job: Job, reason: str) -> Event:
         worker.job = None
         worker.kill()
-        return Event(job, "lost", {"reason": reason})
-
-    def cancel(self, job: dict) -> None:
-        for worker in self.workers:
-            if worker.job == job:
-                self.said.put((worker, worker.process, None))
-                worker.process.kill()
+        return Lost(job, reason)
 
     def heard(self, worker: Worker, process: subprocess.Popen, line: dict | None) -> Iterator[Event]:
         if process is not worker.process or worker.job is None:
             return
         if line is not None:
-            event = make_event(worker.job, line)
-            if event.kind in END_KINDS:
+            event = parse_event(line, worker.job)
+            if isinstance(event, END_EVENTS):
                 worker.job = None
             yield event
         else:
@@ -121,7 +106,7 @@ class Worker:
 
     def __init__(self, index: int, n_threads: int, said: queue.Queue, n_processes: int = 1):
         self.index, self.n_threads, self.said, self.n_processes = index, n_threads, said, n_processes
-        self.job: dict | None = None
+        self.job: Job | None = None
         self.began = 0.0
         self.spawn()
 
@@ -150,12 +135,12 @@ class Worker:
                 self.said.put((self, process, json.loads(line)))
         self.said.put((self, process, None))
 
-    def take(self, job: dict) -> None:
+    def take(self, job: Job) -> None:
         self.job, self.began = job, time.monotonic()
         if self.process.poll() is not None:
             self.spawn()
         with contextlib.suppress(BrokenPipeError, ValueError):  # it died just now: `listen` says so
-            print(json.dumps(self.job), file=self.process.stdin, flush=True)
+            print(json.dumps(job.to_json()), file=self.process.stdin, flush=True)
 
     def kill(self) -> None:
         """SIGKILL: also a process that was stopped ends, and does not wake up later."""

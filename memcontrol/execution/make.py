@@ -1,12 +1,24 @@
-"""Owns which executor a study's config names."""
+"""Owns which executor a study's config names, and that it is ended."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from memcontrol.core.config import Config
 from memcontrol.execution.executor import Executor
 from memcontrol.execution.local import Inline, Local
+
+
+@contextlib.contextmanager
+def open_executor(config: Config, folder: Path) -> Iterator[Executor]:
+    """The executor, ended at once when the block is left."""
+    executor = make_executor(config, folder)
+    try:
+        yield executor
+    finally:
+        executor.close()
 
 
 def make_executor(config: Config, folder: Path) -> Executor:

@@ -10,19 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from memcontrol.core.attempts import read_progress
 from memcontrol.core.config import RayConfig
 from memcontrol.core.errors import MemControlError
-from memcontrol.execution.executor import (
-    END_KINDS,
-    Event,
-    Executor,
-    describe_overrun,
-    find_job_folder,
-    make_event,
-    pick_time_limit,
-)
-from memcontrol.execution.worker import COMMAND
+from memcontrol.core.jobs import END_EVENTS, Event, Job, Lost, Progress, parse_event
+from memcontrol.execution.executor import Executor, describe_overrun, pick_time_limit, read_new_progress
+from memcontrol.execution.worker import COMMAND, collect_events
 
 
 class RayWorker:
@@ -37,14 +29,8 @@ class RayWorker:
     def ready(self) -> None:
         """Returns when the actor has its place."""
 
-    def run(self, job: dict) -> list[dict]:
-        """All that the job said but progress, which is in its folder."""
-        from memcontrol.execution.worker import redirect_output, run_job
-
-        redirect_output(find_job_folder(job) / "log.txt")
-        said: list[dict] = []
-        run_job(job, self.loaded, lambda event: said.append(event) if event["event"] != "progress" else None)
-        return said
+    def run(self, values: dict) -> list[dict]:
+        return collect_events(values, self.loaded)
 
 
 @dataclass
@@ -53,11 +39,11 @@ class Place:
 
     actor: Any = None
     ready: Any = None
-    job: dict | None = None
+    job: Job | None = None
     answer: Any = None
     began: float | None = None
     reason: str = ""
-    told: dict | None = None
+    told: Progress | None = None
 
 
 class Ray(Executor):
@@ -70,18 +56,13 @@ class Ray(Executor):
     def free(self) -> int:
         return sum(place.job is None for place in self.places)
 
-    def submit(self, job: dict) -> None:
+    def submit(self, job: Job) -> None:
         place = next(place for place in self.places if place.job is None)
         if place.actor is None:
             place.actor = self.started()
             place.ready = place.actor.ready.remote()
-        place.job, place.answer, place.began, place.reason, place.told = (
-            job,
-            place.actor.run.remote(job),
-            None,
-            "",
-            None,
-        )
+        place.job, place.answer = job, place.actor.run.remote(job.to_json())
+        place.began, place.reason, place.told = None, "", None
 
     def started(self):
         threads = str(max(1, int(self.settings.cpus)))
@@ -105,36 +86,28 @@ class Ray(Executor):
     def is_there(self, reference) -> bool:
         return bool(self.ray.wait([reference], timeout=0)[0])
 
-    def ended(self, place: Place, job: dict) -> Iterator[Event]:
+    def ended(self, place: Place, job: Job) -> Iterator[Event]:
         place.job = None
         try:
-            said = self.ray.get(place.answer)
+            said = [parse_event(values, job) for values in self.ray.get(place.answer)]
         except self.ray.exceptions.RayError as error:
             place.actor = None
             reason = place.reason or f"its Ray actor was lost: {' '.join(str(error).split())[:300]}"
-            said = [{"event": "lost", "reason": reason}]
-        for line in said:
-            yield make_event(job, line)
-        if said[-1]["event"] not in END_KINDS:
+            said = [Lost(job, reason)]
+        yield from said
+        if not isinstance(said[-1], END_EVENTS):
             raise RuntimeError(f"job {job} ended without saying how")
 
-    def watched(self, place: Place, job: dict) -> Iterator[Event]:
+    def watched(self, place: Place, job: Job) -> Iterator[Event]:
         if place.began is None and self.is_there(place.ready):
             place.began = time.monotonic()
         limit = pick_time_limit(job, self.time_limit_seconds)
         if limit is not None and place.began and time.monotonic() - place.began > limit:
             place.reason = describe_overrun(limit)
             self.ray.kill(place.actor)
-        told = read_progress(find_job_folder(job))
-        if told and told != place.told:
+        if told := read_new_progress(job, place.told):
             place.told = told
-            yield Event(job, "progress", {key: told[key] for key in ("stage", "done", "total")})
-
-    def cancel(self, job: dict) -> None:
-        for place in self.places:
-            if place.job == job:
-                place.reason = "it was cancelled"
-                self.ray.kill(place.actor)
+            yield told
 
     def close(self) -> None:
         for place in self.places:

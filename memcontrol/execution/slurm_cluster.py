@@ -11,18 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from memcontrol.core.attempts import read_progress
 from memcontrol.core.config import SlurmConfig
 from memcontrol.core.errors import MemControlError
-from memcontrol.execution.executor import (
-    Event,
-    Executor,
-    describe_overrun,
-    find_job_folder,
-    make_event,
-    pick_time_limit,
-)
-from memcontrol.execution.worker import COMMAND
+from memcontrol.core.jobs import Event, Failed, Job, Lost, Progress, parse_event
+from memcontrol.core.run_folder import StudyFolder
+from memcontrol.execution.executor import Executor, describe_overrun, pick_time_limit, read_new_progress
+from memcontrol.execution.worker import COMMAND, collect_events
 
 SLURM_POLL_SECONDS = 2.0
 GONE = (
@@ -41,34 +35,26 @@ GONE = (
 class SlurmTask:
     """What runs in a Slurm job; preempted, it is submitted again and goes on from the trial's last round."""
 
-    def __call__(self, job: dict) -> list[dict]:
-        from memcontrol.execution.worker import redirect_output, run_job
+    def __call__(self, values: dict) -> list[dict]:
         from memcontrol.trial.loaded import LoadedModels
 
-        redirect_output(find_job_folder(job) / "log.txt")
-        said: list[dict] = []
-        run_job(
-            job,
-            LoadedModels(COMMAND),
-            lambda event: said.append(event) if event["event"] != "progress" else None,
-        )
-        return said
+        return collect_events(values, LoadedModels(COMMAND))
 
-    def checkpoint(self, job: dict):
+    def checkpoint(self, values: dict):
         from submitit.helpers import DelayedSubmission
 
-        return DelayedSubmission(self, job)
+        return DelayedSubmission(self, values)
 
 
 @dataclass
 class Running:
     """A job and the Slurm job that it became."""
 
-    job: dict
+    job: Job
     submitted: Any
     began: float | None = None
     reason: str = ""
-    told: dict | None = None
+    told: Progress | None = None
 
 
 class Slurm(Executor):
@@ -78,16 +64,16 @@ class Slurm(Executor):
     def __init__(self, settings: SlurmConfig, n_workers: int, time_limit_seconds: float | None, folder: Path):
         self.n_workers, self.time_limit_seconds = n_workers, time_limit_seconds
         self.running: list[Running] = []
-        self.submitter = make_submitter(settings, folder / "slurm")
+        self.submitter = make_submitter(settings, StudyFolder(folder).slurm)
 
     def free(self) -> int:
         return self.n_workers - len(self.running)
 
-    def submit(self, job: dict) -> None:
+    def submit(self, job: Job) -> None:
         from submitit.core.utils import FailedJobError
 
         try:
-            self.running.append(Running(job, self.submitter.submit(SlurmTask(), job)))
+            self.running.append(Running(job, self.submitter.submit(SlurmTask(), job.to_json())))
         except FailedJobError as error:
             reason = " ".join(str(error).split())[-300:]
             raise MemControlError(
@@ -122,18 +108,14 @@ class Slurm(Executor):
                 or f"Slurm job {one.submitted.job_id} ended as {state or 'unknown'} without a result "
                 f"(see {one.submitted.paths.stderr})"
             )
-            yield Event(one.job, "lost", {"reason": reason, "traceback": "\n".join(tail)})
+            yield Lost(one.job, reason, "\n".join(tail))
             return
         from submitit.core.utils import FailedJobError
 
         try:
-            said = one.submitted.result()
+            yield from [parse_event(values, one.job) for values in one.submitted.result()]
         except FailedJobError as error:
-            said = [
-                {"event": "failed", "reason": str(error).strip().splitlines()[-1], "traceback": str(error)}
-            ]
-        for line in said:
-            yield make_event(one.job, line)
+            yield Failed(one.job, str(error).strip().splitlines()[-1], str(error))
 
     def watched(self, one: Running, state: str) -> Iterator[Event]:
         if state == "RUNNING":
@@ -142,16 +124,9 @@ class Slurm(Executor):
         if limit is not None and one.began and time.monotonic() - one.began > limit and not one.reason:
             one.reason = describe_overrun(limit)
             one.submitted.cancel(check=False)
-        told = read_progress(find_job_folder(one.job))
-        if told and told != one.told:
+        if told := read_new_progress(one.job, one.told):
             one.told = told
-            yield Event(one.job, "progress", {key: told[key] for key in ("stage", "done", "total")})
-
-    def cancel(self, job: dict) -> None:
-        for one in self.running:
-            if one.job == job:
-                one.reason = "it was cancelled"
-                one.submitted.cancel(check=False)
+            yield told
 
     def close(self) -> None:
         for one in self.running:

@@ -20,117 +20,128 @@ from queue import SimpleQueue
 from memcontrol.core.attempts import Superseded, begin_attempt
 from memcontrol.core.errors import Diverged, MemControlError
 from memcontrol.core.files import write_json
-from memcontrol.execution.executor import find_job_folder
+from memcontrol.core.jobs import (
+    Calibrated,
+    CalibrateJob,
+    ConfirmJob,
+    Done,
+    Event,
+    Failed,
+    HelpJob,
+    Job,
+    Prepared,
+    PrepareJob,
+    Progress,
+    Stopped,
+    TrialJob,
+    Warned,
+    parse_job,
+)
+from memcontrol.core.run_folder import RunFolder
 
 COMMAND = (sys.executable, "-m", "memcontrol.execution.worker")
-SendEvent = Callable[[dict], None]
+SendEvent = Callable[[Event], None]
 
 
-def run_job(job: dict, loaded, say: SendEvent) -> None:
-    """One job: {"prepare": folder, "config": ..., "calibrate": whether short trials are run in it}, {"trial":
-    folder, "rung": share or none}, {"confirm": folder}, or {"help": folder, "rank": ..., "size": ..., "rung":
-    ...}, a share of another process's trial. Says progress, then exactly one end: prepared, done, failed (an
-    attempt that may be tried again, with its traceback) or stop (what only the user can mend)."""
-    # what goes wrong here ends the process, and the one that leads the trial meets it itself
-    if "help" in job:
+def run_job(job: Job, loaded, say: SendEvent) -> None:
+    """Says progress, then exactly one end; of a share of another process's trial nothing."""
+    if isinstance(job, HelpJob):
+        # what goes wrong here ends the process, and the one that leads the trial meets it itself
         from memcontrol.trial.run import help_train
 
-        return help_train(Path(job["help"]), job["rank"], job["size"], loaded, job["rung"])
+        return help_train(job, loaded)
     try:
-        if "prepare" in job:
-            from memcontrol.trial.prepare import prepare_study
-
-            if job.get("calibrate"):
-                from memcontrol.trial.calibrate import calibrate
-
-                say(
-                    {
-                        "event": "prepared",
-                        **calibrate(
-                            job["config"], Path(job["prepare"]), loaded, lambda line: None, make_progress(say)
-                        ),
-                    }
-                )
-                return
-            say(
-                {
-                    "event": "prepared",
-                    **prepare_study(
-                        job["config"],
-                        Path(job["prepare"]),
-                        loaded,
-                        lambda line: say({"event": "warning", "text": line}),
-                    ),
-                }
-            )
-        elif "confirm" in job:
-            run_confirm(Path(job["confirm"]), loaded, say)
-        else:
-            attempt_trial(Path(job["trial"]), loaded, say, job.get("rung"))
+        say(_RUN[type(job)](job, loaded, say))
     except MemControlError as error:
-        say({"event": "stop", "reason": str(error)})
+        say(Stopped(job, str(error)))
     except Superseded as error:
-        say({"event": "failed", "reason": str(error)})
+        say(Failed(job, str(error)))
     except Exception as error:
         traceback.print_exc()
-        say({"event": "failed", "reason": describe_failure(error, job), "traceback": traceback.format_exc()})
+        say(Failed(job, describe_failure(error, job), traceback.format_exc()))
 
 
-def describe_failure(error: Exception, job: dict) -> str:
+def collect_events(values: dict, loaded) -> list[dict]:
+    """Runs a job that came as JSON in a process of its own. Returns all that was said but progress, which is
+    in the job's folder."""
+    job = parse_job(values)
+    said: list[Event] = []
+    redirect_output(job.folder / job.log_name)
+    run_job(job, loaded, said.append)
+    return [event.to_json() for event in said if not isinstance(event, Progress)]
+
+
+def describe_failure(error: Exception, job: Job) -> str:
     import torch
 
     kind = "out of memory on the GPU" if isinstance(error, torch.OutOfMemoryError) else type(error).__name__
-    return (
-        f"{kind}: {str(error).splitlines()[0] if str(error) else ''} (see {find_job_folder(job) / 'log.txt'})"
-    )
+    return f"{kind}: {str(error).splitlines()[0] if str(error) else ''} (see {job.folder / job.log_name})"
 
 
 def make_progress(
-    say: SendEvent, tell: Callable[[str, int, int], None] = lambda *_: None
+    job: Job, say: SendEvent, tell: Callable[[str, int, int], None] = lambda *_: None
 ) -> Callable[..., None]:
     def progress(stage: str, done: int, total: int, **said) -> None:
         tell(stage, done, total)
-        say({"event": "progress", "stage": stage, "done": done, "total": total, **said})
+        say(Progress(job, stage, done, total, **said))
 
     return progress
 
 
-def run_confirm(folder: Path, loaded, say: SendEvent) -> None:
+def run_preparation(job: PrepareJob, loaded, say: SendEvent) -> Prepared:
+    from memcontrol.trial.prepare import prepare_study
+
+    return Prepared(job, **prepare_study(job.config, job.folder, loaded, lambda line: say(Warned(job, line))))
+
+
+def run_calibration(job: CalibrateJob, loaded, say: SendEvent) -> Calibrated:
+    from memcontrol.trial.calibrate import calibrate
+
+    progress = make_progress(job, say)
+    return Calibrated(job, calibrate(job.config, job.folder, loaded, lambda line: None, progress))
+
+
+def run_confirmation(job: ConfirmJob, loaded, say: SendEvent) -> Done:
     from memcontrol.trial.run import confirm_trial
 
-    confirm_trial(folder, loaded, make_progress(say))
-    say({"event": "done"})
+    confirm_trial(job.folder, loaded, make_progress(job, say))
+    return Done(job)
 
 
-def attempt_trial(folder: Path, loaded, say: SendEvent, rung: float | None = None) -> None:
+def attempt_trial(job: TrialJob, loaded, say: SendEvent) -> Done:
     """One attempt at a trial, or at its way to a rung, in a folder that it takes over. One that diverges is
     pruned: its choice, not its process, is at fault."""
-    from memcontrol.core.run_folder import RESULT, ROUNDS
     from memcontrol.core.spec import read_spec
     from memcontrol.trial.run import run_trial
 
-    attempt = begin_attempt(folder)
+    attempt, run = begin_attempt(job.folder), RunFolder(job.folder)
     try:
-        run_trial(folder, loaded, make_progress(say, attempt.progress), rung)
+        run_trial(job.folder, loaded, make_progress(job, say, attempt.progress), job.rung)
     except Diverged as error:
         attempt.check()
-        write_json(
-            folder / RESULT,
-            {"state": "PRUNED", "choice": read_spec(folder).choice.as_dict(), "reason": str(error)},
-        )
+        choice = read_spec(job.folder).choice.as_dict()
+        write_json(run.result_file, {"state": "PRUNED", "choice": choice, "reason": str(error)})
     attempt.check()
-    if (folder / RESULT).exists():
-        shutil.rmtree(folder / ROUNDS, ignore_errors=True)  # nothing will go on from the rounds
-    say({"event": "done"})
+    if run.has_result:
+        shutil.rmtree(run.rounds, ignore_errors=True)  # nothing will go on from the rounds
+    return Done(job)
 
 
-def read_jobs() -> SimpleQueue:
+_RUN: dict[type[Job], Callable[..., Event]] = {
+    PrepareJob: run_preparation,
+    CalibrateJob: run_calibration,
+    ConfirmJob: run_confirmation,
+    TrialJob: attempt_trial,
+}
+
+
+def read_jobs() -> SimpleQueue[Job]:
     """Jobs as they come; when the orchestrator is gone, however it died, the process ends at once."""
-    queue: SimpleQueue = SimpleQueue()
+    queue: SimpleQueue[Job] = SimpleQueue()
 
     def read() -> None:
         for line in sys.stdin:
-            queue.put(json.loads(line))
+            queue.put(parse_job(json.loads(line)))
         os._exit(0)
 
     threading.Thread(target=read, daemon=True).start()
@@ -150,15 +161,15 @@ def run_worker() -> None:
     out = os.fdopen(os.dup(1), "w", buffering=1)
     jobs = read_jobs()
 
-    def say(event: dict) -> None:
-        out.write(json.dumps(event) + "\n")
+    def say(event: Event) -> None:
+        out.write(json.dumps(event.to_json()) + "\n")
 
     from memcontrol.trial.loaded import LoadedModels
 
     loaded = LoadedModels(COMMAND)
     while True:
         job = jobs.get()
-        redirect_output(find_job_folder(job) / (f"log-{job['rank']}.txt" if "help" in job else "log.txt"))
+        redirect_output(job.folder / job.log_name)
         run_job(job, loaded, say)
 
 

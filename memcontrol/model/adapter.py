@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 from memcontrol.core.choice import EVERYTHING, Choice
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import replace_file
+from memcontrol.core.run_folder import RunFolder
 from memcontrol.core.seeds import derive_seed
 from memcontrol.core.space import SearchSpace
 from memcontrol.model.parts import (
@@ -31,8 +32,6 @@ from memcontrol.model.parts import (
     suits,
 )
 from memcontrol.model.peft_parts import PEFT, Peft
-
-ADAPTER_FILE = "adapter.safetensors"
 
 
 def list_trainable_modules(denoiser: nn.Module) -> list[str]:
@@ -219,7 +218,7 @@ class Adapter:
         """Writes what was learned to folder/adapter.safetensors, what it is in the header."""
         from safetensors.torch import save_file
 
-        with replace_file(folder / ADAPTER_FILE) as part:
+        with replace_file(RunFolder(folder).adapter_file) as part:
             tensors = {name: tensor.cpu().contiguous() for name, tensor in self.state().items()}
             # one entry: several are written in any order
             save_file(tensors, part, {"memcontrol": format_header(description)})
@@ -227,7 +226,7 @@ class Adapter:
     def load(self, folder: Path) -> None:
         from safetensors.torch import load_file
 
-        self.load_state(load_file(folder / ADAPTER_FILE))
+        self.load_state(load_file(RunFolder(folder).adapter_file))
 
     @contextlib.contextmanager
     def folded(self) -> Iterator[None]:

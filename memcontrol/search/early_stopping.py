@@ -6,14 +6,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from memcontrol.core.config import Config, EarlyStopping
 from memcontrol.core.files import write_json
 from memcontrol.core.reward_table import MAXIMIZE, read_error
-from memcontrol.core.run_folder import JUDGED, read_judgements, read_rung_contributions, read_rungs
+from memcontrol.core.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -67,61 +66,59 @@ def weigh_peers(own: RungResult, peers: Sequence[RungResult], rule: EarlyStoppin
 
 
 def judge_trial(
-    folder: Path, rung: float, own: RungResult, peers: Sequence[RungResult], rule: EarlyStopping
+    run: RunFolder, rung: float, own: RungResult, peers: Sequence[RungResult], rule: EarlyStopping
 ) -> dict:
     """Decides whether a trial goes on beyond a rung, and writes it down before anybody acts on it: what was
     decided once stays so, whatever peers come later and whoever dies."""
-    known = next((one for one in read_judgements(folder) if one["rung"] == rung), None)
+    known = next((one for one in run.read_judgements() if one["rung"] == rung), None)
     if known:
         return known
     beaten, stops = weigh_peers(own, peers, rule)
     found = {"rung": rung, "goes_on": not stops, "beaten_by": beaten, "n_peers": len(peers)}
-    write_json(folder / JUDGED, [*read_judgements(folder), found])
+    write_json(run.judged_file, [*run.read_judgements(), found])
     return found
 
 
 class EarlyStopper:
     """Who goes on in one search. `runs` are the folders of the trials that may be stopped, by number."""
 
-    def __init__(self, config: Config, objectives: dict[str, str], runs: dict[int, Path]):
-        self.config, self.rule, self.objectives, self.runs = (
-            config,
-            config.search.early_stopping,
-            objectives,
-            runs,
-        )
+    def __init__(self, config: Config, objectives: dict[str, str], runs: dict[int, RunFolder]):
+        self.config, self.rule = config, config.search.early_stopping
+        self.objectives, self.runs = objectives, runs
 
-    def next_rung(self, number: int, run: Path) -> float | None:
+    def watch(self, number: int, run: RunFolder) -> None:
+        """From now on the trial may be stopped."""
+        self.runs[number] = run
+
+    def next_rung(self, number: int, run: RunFolder) -> float | None:
         """The rung to train to; none: to the end."""
         if self.rule is None or number not in self.runs:
             return None
-        judged = {judgement["rung"] for judgement in read_judgements(run)}
+        judged = {judgement["rung"] for judgement in run.read_judgements()}
         return next((rung for rung in self.rule.rungs if rung not in judged), None)
 
-    def goes_on(self, number: int, run: Path) -> bool:
+    def goes_on(self, number: int, run: RunFolder) -> bool:
         """Judges the trial at each rung that it has come to."""
         if self.rule is None or number not in self.runs:
             return True
         return all(
             judge_trial(run, *self.shown(number, run, one["rung"]), self.rule)["goes_on"]
-            for one in read_rungs(run, self.config)
+            for one in run.read_rungs(self.config)
         )
 
-    def shown(self, number: int, run: Path, rung: float) -> tuple[float, RungResult, list[RungResult]]:
+    def shown(self, number: int, run: RunFolder, rung: float) -> tuple[float, RungResult, list[RungResult]]:
         """The rung, what the trial showed there, and what all others did."""
         found = {
-            other: RungResult.of(
-                other, one["rewards"], self.objectives, read_rung_contributions(folder, rung)
-            )
+            other: RungResult.of(other, one["rewards"], self.objectives, folder.read_rung_contributions(rung))
             for other, folder in self.runs.items()
-            for one in read_rungs(folder, self.config)
+            for one in folder.read_rungs(self.config)
             if one["rung"] == rung
         }
         return rung, found.pop(number), list(found.values())
 
-    def said(self, run: Path) -> dict:
+    def describe(self, run: RunFolder) -> dict:
         """What the result of a trial that stopped says of it."""
-        last, measured = read_judgements(run)[-1], read_rungs(run, self.config)
+        last, measured = run.read_judgements()[-1], run.read_rungs(self.config)
         beaten = ", ".join(map(str, last["beaten_by"]))
         text = (
             f"stopped at {last['rung']:.0%} of its budget: beaten in every objective by "

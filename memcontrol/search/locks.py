@@ -9,9 +9,8 @@ from pathlib import Path
 from memcontrol.core.attempts import format_now
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import read_json, write_json
+from memcontrol.core.run_folder import StudyFolder
 from memcontrol.study.database import find_lock_holder, is_postgresql, name_process
-
-HOLDER_FILE = "search.holder.json"
 
 
 @contextlib.contextmanager
@@ -19,13 +18,17 @@ def hold_folder_lock(folder: Path) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     folder.mkdir(parents=True, exist_ok=True)
-    holder = folder / HOLDER_FILE
+    place = StudyFolder(folder)
     try:
-        with FileLock(folder / "search.lock", timeout=0):
-            write_json(holder, {"holder": name_process(), "since": format_now()})
+        with FileLock(place.lock_file, timeout=0):
+            write_json(place.holder_file, {"holder": name_process(), "since": format_now()})
             yield
     except Timeout:
-        held = read_json(holder) if holder.is_file() else {"holder": "it has just begun", "since": "now"}
+        held = (
+            read_json(place.holder_file)
+            if place.holder_file.is_file()
+            else {"holder": "it has just begun", "since": "now"}
+        )
         raise MemControlError(
             f"another search is running in {folder} ({held['holder']}, since {held['since']}); wait "
             "for it or stop it first"
@@ -42,7 +45,7 @@ def is_searching(folder: Path, url: str, name: str) -> bool:
     if not folder.is_dir():  # with PostgreSQL, this machine may never have seen it
         return False
     try:
-        with FileLock(folder / "search.lock", timeout=0):
+        with FileLock(StudyFolder(folder).lock_file, timeout=0):
             return False
     except Timeout:
         return True

@@ -6,44 +6,138 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from memcontrol.core.attempts import read_failures
 from memcontrol.core.choice import Choice
-from memcontrol.core.config import Config, load_config
+from memcontrol.core.config import Config
 from memcontrol.core.console import LOG
-from memcontrol.core.errors import MemControlError, SpaceExhausted
-from memcontrol.core.files import name_full_disk, read_json, write_json
-from memcontrol.core.run_folder import (
-    CONFIRMED,
-    RESULT,
-    ROUNDS,
-    SPEC,
-    locate_study_folder,
-    read_judgements,
-    refuse_results_among,
-)
-from memcontrol.core.space import SearchSpace
+from memcontrol.core.errors import MemControlError, SpaceExhausted, TrialsKeepFailing
+from memcontrol.core.files import name_full_disk, write_json
+from memcontrol.core.jobs import Event, GivenUp, Prepared, PrepareJob, TrialJob, Warned
+from memcontrol.core.run_folder import StudyFolder, refuse_results_among
 from memcontrol.core.space_yaml import load_space
-from memcontrol.core.spec import Spec, read_spec
-from memcontrol.execution.executor import Event, Executor
-from memcontrol.execution.job_queue import JobQueue, Show
+from memcontrol.core.spec import read_spec
+from memcontrol.execution.executor import Executor
+from memcontrol.execution.job_queue import JobQueue
 from memcontrol.search.early_stopping import EarlyStopper
 from memcontrol.search.locks import hold_folder_lock
+from memcontrol.search.observer import Observer
+from memcontrol.search.remeasuring import confirm_front, replicate_front
+from memcontrol.search.runs import TrialRuns
 from memcontrol.search.sampler import PrefetchedChoices, Sampler
 from memcontrol.search.surrogate import OUTSIDE
 from memcontrol.study.database import hold_study_lock, retry_while_away
 from memcontrol.study.hypervolume import estimate_hypervolume, find_reference_point, is_flat
-from memcontrol.study.pick import require_finished, select_front, select_to_confirm
+from memcontrol.study.pick import require_finished, select_front
+from memcontrol.study.place import StudyPlace
 from memcontrol.study.record import Record
-from memcontrol.study.replicates import select_to_replicate
-from memcontrol.study.store import Study, is_searched, open_study, resolve_storage_url
-from memcontrol.view.dashboard_notes import Publisher
+from memcontrol.study.store import Study, open_study
 
 CROWD = 4  # trials in flight for each choice that is drawn ahead: the more there are, the more end at once
 N_FAILURES = 3  # this many in a row mean that something other than the choices is wrong
+
+
+def search_study(place: StudyPlace, executor: Executor, observer: Observer) -> Study:
+    """Runs the anchors and config.search.trials sampled trials, those already finished counted in. Returns
+    the study.
+
+    Raises MemControlError for what the user must mend; trials not finished stay recorded and run again next
+    time.
+    """
+    config, url = place.config, place.url
+
+    def warn(line: str) -> None:
+        observer.heard(Warned(None, line))
+
+    refuse_results_among(config.data.path, place.folder.path)
+    with (
+        hold_folder_lock(place.folder.path),
+        name_full_disk(place.folder.path),
+        hold_study_lock(url, config.name) as lock,
+    ):
+        # What is wrong with the config is said before the images are read and anything is made.
+        check_place(place)
+
+        # Images, base and space are checked in a worker, where their libraries are loaded anyway.
+        jobs = JobQueue(executor, observer.heard)
+        prepared = run_preparation(config, place.folder, jobs)
+
+        study = retry_while_away(
+            lambda: open_study(
+                config,
+                place.folder.path,
+                place.file,
+                create=True,
+                directions=prepared.directions,
+                say=warn,
+                lock=lock,
+            ),
+            url,
+            warn,
+        )
+        study.note("made_with", lambda: prepared.made_with or None)
+        observer.opened(study)
+
+        # Trials, then what is done again of the best of them.
+        running = Search(place, study, jobs, observer, prepared.sizes)
+        with ending(observer):
+            running.run()
+            confirm_front(study, running.runs, jobs)
+            replicate_front(study, running.runs, jobs)
+    return study
+
+
+def check_place(place: StudyPlace) -> None:
+    """Raises MemControlError: keys that differ from the study's own, an earlier study that is not there, runs
+    of another config in the folder."""
+    if place.is_searched():
+        open_study(place.config, place.folder.path, place.file, create=True).close()
+        return
+    read_earlier_front(place)
+    space = load_space(place.config.space)
+    for run in place.folder.list_runs():
+        replace(read_spec(run.path), config=place.config, space=space).check_folder(run.path)
+
+
+@contextlib.contextmanager
+def ending(observer: Observer) -> Iterator[None]:
+    """Tells that the search is over, where what was found can still be shown."""
+    try:
+        yield
+    except (KeyboardInterrupt, TrialsKeepFailing):
+        observer.over()
+        raise
+    observer.over()
+
+
+def run_preparation(config: Config, folder: StudyFolder, jobs: JobQueue) -> Prepared:
+    """Checks data, base and space, and splits the images. Raises MemControlError."""
+    (end,) = jobs.run([PrepareJob(folder.path, config.model_dump(mode="json"))])
+    if isinstance(end, GivenUp):
+        raise MemControlError(f"the images and the base could not be read: {end.reason}")
+    assert isinstance(end, Prepared), "a preparation ends with its result"
+    return end
+
+
+def read_earlier_front(place: StudyPlace) -> list[dict] | None:
+    """The front of the study that search.warm_start names, less its anchors that no space holds. Raises
+    MemControlError."""
+    name = place.config.search.warm_start
+    if name is None:
+        return None
+    path = place.file.resolve().parent / name
+    try:
+        if path.resolve() == place.file.resolve():
+            raise MemControlError(
+                "is this study itself; name an earlier one, or leave the key out: a search goes on by itself"
+            )
+        with contextlib.closing(StudyPlace.load(path).open()) as study:
+            records = [record for record in require_finished(study.records()) if record.anchor not in OUTSIDE]
+    except MemControlError as error:
+        raise MemControlError(f"search.warm_start: {name}: {error}") from None
+    return [record.chosen.as_dict() for record in select_front(records)]
 
 
 @dataclass
@@ -55,93 +149,6 @@ class RunningTrial:
     results: dict[Choice, dict] = field(default_factory=dict)
 
 
-def search_study(
-    config: Config,
-    study_file: Path,
-    folder: Path,
-    executor: Executor,
-    show: Show,
-    on_study: Callable[[Study], None],
-) -> Study:
-    """Runs the anchors and config.search.trials sampled trials, those already finished counted in. Returns
-    the study.
-
-    Raises MemControlError for what the user must mend; trials not finished stay recorded and run again next
-    time.
-    """
-
-    def say(line: str) -> None:
-        show(make_warning(line))
-
-    url = resolve_storage_url(config, folder, study_file)
-    refuse_results_among(config.data.path, folder)
-    with hold_folder_lock(folder), name_full_disk(folder), hold_study_lock(url, config.name) as lock:
-        if is_searched(config, folder, study_file):
-            # names keys that differ before the images are blamed for it
-            open_study(config, folder, study_file, create=True).close()
-        else:
-            # what is wrong with it, or with run folders, is said before anything is made
-            read_earlier_front(config, study_file)
-            space = load_space(config.space)
-            for run in folder.glob(f"*/{SPEC}"):
-                replace(read_spec(run.parent), config=config, space=space).check_folder(run.parent)
-        jobs = JobQueue(executor, show)
-        found = run_preparation(config, folder, jobs)
-        study = retry_while_away(
-            lambda: open_study(
-                config, folder, study_file, create=True, directions=found["directions"], say=say, lock=lock
-            ),
-            url,
-            say,
-        )
-        study.note("made_with", lambda: found.get("made_with"))
-        on_study(study)
-        running = Search(config, study, study_file, folder, jobs, show, found["sizes"])
-        try:
-            running.run()
-            running.confirm()
-            running.replicate()
-        except KeyboardInterrupt:
-            running.publisher.publish(over=True)
-            raise
-        running.publisher.publish(over=True)
-    return study
-
-
-def run_preparation(config: Config, folder: Path, jobs: JobQueue) -> dict:
-    """Checks data, base and space in a worker, where their libraries are loaded anyway. Returns the parts'
-    `sizes` and the objectives' `directions`."""
-    (end,) = jobs.run([{"prepare": str(folder), "config": config.model_dump(mode="json")}])
-    if end.kind == "given up":
-        raise MemControlError(f"the images and the base could not be read: {end.detail['reason']}")
-    return end.detail
-
-
-def read_earlier_front(config: Config, study_file: Path) -> list[dict] | None:
-    """The front of the study that search.warm_start names, less its anchors that no space holds. Raises
-    MemControlError."""
-    if config.search.warm_start is None:
-        return None
-    path = study_file.resolve().parent / config.search.warm_start
-    try:
-        if path.resolve() == study_file.resolve():
-            raise MemControlError(
-                "is this study itself; name an earlier one, or leave the key out: a search goes on by itself"
-            )
-        earlier = load_config(path)
-        with contextlib.closing(
-            open_study(earlier, locate_study_folder(path, earlier.name), path, create=False)
-        ) as study:
-            records = [record for record in require_finished(study.records()) if record.anchor not in OUTSIDE]
-    except MemControlError as error:
-        raise MemControlError(f"search.warm_start: {config.search.warm_start}: {error}") from None
-    return [record.chosen.as_dict() for record in select_front(records)]
-
-
-def make_warning(line: str) -> Event:
-    return Event({}, "warning", {"text": line})
-
-
 def is_judged(record: Record) -> bool:
     """Anchors are what others are compared with, and never stop."""
     return record.anchor is None and record.choice is not None
@@ -151,74 +158,60 @@ class Search:
     """The state of one running search."""
 
     def __init__(
-        self,
-        config: Config,
-        study: Study,
-        study_file: Path,
-        folder: Path,
-        jobs: JobQueue,
-        show: Show,
-        sizes: dict[str, int],
+        self, place: StudyPlace, study: Study, jobs: JobQueue, observer: Observer, sizes: dict[str, int]
     ):
-        self.config, self.study, self.folder, self.jobs, self.show = config, study, folder, jobs, show
-        self.space: SearchSpace = load_space(config.space)
-        self.n_train = max(1, round(sizes["train"] * config.search.train_fraction))
+        self.config, self.study, self.jobs, self.observer = place.config, study, jobs, observer
+        self.space = load_space(self.config.space)
+        n_train = max(1, round(sizes["train"] * self.config.search.train_fraction))
+        self.runs = TrialRuns(self.config, self.space, place.folder, n_train)
         self.open: dict[int, RunningTrial] = {}
         self.waiting: deque[tuple[int, Choice]] = deque()
-        search, n_objectives = config.search, len(config.rewards.objectives)
-        first = [
-            Choice.from_dict(choice)
-            for choice in study.note("warm_start", lambda: read_earlier_front(config, study_file)) or []
-        ]
-        self.ahead = PrefetchedChoices(
-            Sampler(self.space, search.seed, n_objectives, study.limits, search.sampler, first)
-        )
-        if n_lost := len(first) - len(self.ahead.sampler.first):
-            self.show(
-                make_warning(
-                    f"{n_lost} of {len(first)} choices on the front of {search.warm_start} have groups "
-                    f"or methods that space '{config.space}' lacks, and are not tried "
-                    "(search.warm_start)"
-                )
-            )
-        self.stops = EarlyStopper(
-            config,
-            study.objectives,
-            {
-                record.number: self.run_folder(record.chosen)
-                for record in study.records()
-                if is_judged(record)
-            },
-        )
-        self.publisher = Publisher(study, self.space, folder)
+        self.ahead = self.make_sampler(place)
+        judged = {
+            record.number: self.runs.locate(record.chosen) for record in study.records() if is_judged(record)
+        }
+        self.stops = EarlyStopper(self.config, study.objectives, judged)
         self.exhausted = self.flat = False
         self.n_looked_at = 0  # ended trials, when the hypervolume was last computed
         self.n_failures = 0
 
+    def make_sampler(self, place: StudyPlace) -> PrefetchedChoices:
+        """One that begins with the front of an earlier study, where the config names one."""
+        search, n_objectives = self.config.search, len(self.config.rewards.objectives)
+        stored = self.study.note("warm_start", lambda: read_earlier_front(place)) or []
+        first = [Choice.from_dict(choice) for choice in stored]
+        sampler = Sampler(self.space, search.seed, n_objectives, self.study.limits, search.sampler, first)
+        if n_lost := len(first) - len(sampler.first):
+            self.warn(
+                f"{n_lost} of {len(first)} choices on the front of {search.warm_start} have groups "
+                "or methods "
+                f"that space '{self.config.space}' lacks, and are not tried (search.warm_start)"
+            )
+        return PrefetchedChoices(sampler)
+
+    def warn(self, line: str) -> None:
+        self.observer.heard(Warned(None, line))
+
     def run(self) -> None:
+        # Interrupted trials first, then the anchors, then sampled ones as places become free.
         records = self.study.records()
         for record in records:
             if record.state == "RUNNING":
-                self.resume(record)
+                self.admit(record.number, record.candidates)  # less those whose result is already there
         for anchor, candidates in self.space.anchors().items():
             if not any(record.anchor == anchor for record in records):
                 self.admit(self.study.begin(candidates, self.space, anchor), tuple(candidates))
         with contextlib.closing(self.ahead):
             while self.fill() or self.open:
                 for event in self.jobs.ends():
-                    self.ended(event)
+                    self.end(event)
                     self.fill()
-                self.publisher.look()
-
-    def resume(self, record: Record) -> None:
-        """Takes up an interrupted trial: the same choices, less those whose result is already there."""
-        self.admit(record.number, record.candidates)
+                self.observer.tick()
 
     def admit(self, number: int, candidates: tuple[Choice, ...]) -> None:
         self.open[number] = RunningTrial(number, candidates)
         for choice in candidates:
-            # an edited space may be behind what is there
-            self.spec(choice).check_folder(self.run_folder(choice))
+            self.runs.check(choice)  # an edited space may be behind what is there
             self.advance(number, choice)
 
     def fill(self) -> bool:
@@ -230,18 +223,16 @@ class Search:
                     break
                 continue  # its result may have been there already, from before the database was lost
             number, choice = self.waiting.popleft()
-            run = self.run_folder(choice)
-            self.jobs.add(
-                {**self.spec(choice).as_job(run), "number": number, "rung": self.stops.next_rung(number, run)}
-            )
+            rung = self.stops.next_rung(number, self.runs.locate(choice))
+            self.jobs.add(self.runs.make_job(choice, number, rung))
         if not self.waiting:
-            with contextlib.suppress(SpaceExhausted):
-                self.ahead.prepare(
-                    self.study.records(),
-                    min(self.n_left(), max(1, len(self.open) // CROWD)),
-                    self.config.search.workers > 1,
-                )
+            self.draw_ahead()
         return bool(self.open)
+
+    def draw_ahead(self) -> None:
+        n_wanted = min(self.n_left(), max(1, len(self.open) // CROWD))
+        with contextlib.suppress(SpaceExhausted):
+            self.ahead.prepare(self.study.records(), n_wanted, self.config.search.workers > 1)
 
     def n_left(self) -> int:
         """How many choices are still to be sampled; those that failed are sampled anew."""
@@ -260,11 +251,9 @@ class Search:
         if n and reference and not self.flat and n_ended > self.n_looked_at:
             self.n_looked_at, self.flat = n_ended, is_flat(records, reference, n)
             if self.flat:
-                self.show(
-                    make_warning(
-                        f"the hypervolume, {estimate_hypervolume(records, reference):.4g}, has not "
-                        f"grown beyond its noise in {n} trials: the search ends (search.stop_when_flat)"
-                    )
+                self.warn(
+                    f"the hypervolume, {estimate_hypervolume(records, reference):.4g}, has not grown beyond "
+                    f"its noise in {n} trials: the search ends (search.stop_when_flat)"
                 )
         return self.flat
 
@@ -275,125 +264,57 @@ class Search:
         try:
             choice = self.ahead.take(self.study.records(), self.config.search.workers > 1)
         except SpaceExhausted as error:
-            self.show(make_warning(str(error)))
+            self.warn(str(error))
             self.exhausted = True
             return False
         number = self.study.begin([choice], self.space)
-        self.stops.runs[number] = self.run_folder(choice)
+        self.stops.watch(number, self.runs.locate(choice))
         self.admit(number, (choice,))
         return True
 
-    def ended(self, event: Event) -> None:
-        choice, folder = Choice.from_dict(event.job["choice"]), Path(event.job["trial"])
-        if event.kind == "given up" and not (folder / RESULT).exists():
-            said = {
-                "reason": f"{len(read_failures(folder))} attempts failed, the last: {event.detail['reason']}",
-                "traceback": event.detail.get("traceback"),
+    def end(self, event: Event) -> None:
+        job = event.job
+        assert isinstance(job, TrialJob) and job.number is not None, "nothing else is in flight here"
+        run = self.runs.locate(job.choice)
+        if isinstance(event, GivenUp) and not run.has_result:
+            n = len(read_failures(run.path))
+            told = {
+                "reason": f"{n} attempts failed, the last: {event.reason}",
+                "traceback": event.traceback or None,
             }
-            write_json(folder / RESULT, {"state": "FAIL", "choice": choice.as_dict(), **said})
-        self.advance(event.job["number"], choice)
+            write_json(run.result_file, {"state": "FAIL", "choice": job.choice.as_dict(), **told})
+        self.advance(job.number, job.choice)
 
     def advance(self, number: int, choice: Choice) -> None:
         """Takes in what a choice's folder holds: a result, or a rung where it is judged; one that goes on
         waits for a place, before all that have not begun."""
-        run = self.run_folder(choice)
-        if not (run / RESULT).exists() and not self.stops.goes_on(number, run):
-            write_json(run / RESULT, {"state": "PRUNED", "choice": choice.as_dict(), **self.stops.said(run)})
-            shutil.rmtree(run / ROUNDS, ignore_errors=True)
-        if (run / RESULT).exists():
+        run = self.runs.locate(choice)
+        if not run.has_result and not self.stops.goes_on(number, run):
+            told = self.stops.describe(run)
+            write_json(run.result_file, {"state": "PRUNED", "choice": choice.as_dict(), **told})
+            shutil.rmtree(run.rounds, ignore_errors=True)
+        if run.has_result:
             self.collect(number, choice)
-        elif read_judgements(run):
+        elif run.read_judgements():
             self.waiting.appendleft((number, choice))
         else:
             self.waiting.append((number, choice))
 
     def collect(self, number: int, choice: Choice) -> None:
         """Takes a result in; when all of a trial's candidates have one, the study records its end."""
-        result = read_json(self.run_folder(choice) / RESULT)
         trial = self.open[number]
-        trial.results[choice] = result
+        trial.results[choice] = self.runs.locate(choice).read_result()
         if len(trial.results) == len(trial.candidates):
             self.study.finish(number, [trial.results[candidate] for candidate in trial.candidates])
             del self.open[number]
-            ended = self.study.kept[number]
-            LOG.info(
-                "trial %d %s: %s",
-                number,
-                ended.state,
-                ", ".join(f"{name} {value:.6g}" for name, value in ended.values.items()) or ended.reason,
-            )
-            self.n_failures = self.n_failures + 1 if self.study.kept[number].state == "FAIL" else 0
+            self.note_end(self.study.record(number))
         if self.n_failures >= N_FAILURES:
-            self.publisher.publish(over=True)
-            raise MemControlError(
-                f"{N_FAILURES} trials in a row failed for good, the last: {result['reason']}; mend "
-                "what is behind it, and the same command goes on with "
-                "further choices"
+            raise TrialsKeepFailing(
+                f"{N_FAILURES} trials in a row failed for good, the last: {trial.results[choice]['reason']}; "
+                "mend what is behind it, and the same command goes on with further choices"
             )
 
-    def confirm(self) -> None:
-        """Measures the trials on the front over fresh draws, until every one that is on it was: a search
-        picks lucky ones."""
-        while self.config.rewards.confirm and (
-            wanted := select_to_confirm(self.study.records(), self.study.limits)
-        ):
-            runs = {record.number: self.run_folder(record.chosen) for record in wanted}
-            jobs = [
-                {
-                    "confirm": str(runs[record.number]),
-                    "choice": record.chosen.as_dict(),
-                    "number": record.number,
-                }
-                for record in wanted
-                # it may be there from before an interruption
-                if not (runs[record.number] / CONFIRMED).exists()
-            ]
-            for event in self.jobs.run(jobs):
-                if event.kind == "given up":
-                    raise MemControlError(
-                        f"trial {event.job['number']} could not be measured again: {event.detail['reason']}"
-                    )
-            for number, run in runs.items():
-                self.study.confirm(number, read_json(run / CONFIRMED)["rewards"])
-
-    def replicate(self) -> None:
-        """Fine-tunes the trials on the front, and full fine-tuning, again from other seeds, as often as
-        search.replicates says: how much of a figure is the choice's own, and how much luck."""
-        n, wanted = (
-            self.config.search.replicates,
-            select_to_replicate(self.study.records(), self.config.search.replicates),
-        )
-        jobs = [
-            {
-                **self.spec(record.chosen, f"search replicate {i}").as_job(self.replicate_folder(record, i)),
-                "number": record.number,
-                "replicate": i,
-            }
-            for record in wanted
-            for i in range(n)
-            if not (self.replicate_folder(record, i) / RESULT).exists()
-        ]
-        for record in wanted:
-            for i in range(n):
-                self.spec(record.chosen, f"search replicate {i}").check_folder(
-                    self.replicate_folder(record, i)
-                )
-        for event in self.jobs.run(jobs):
-            if event.kind == "given up":
-                raise MemControlError(
-                    f"trial {event.job['number']} could not be fine-tuned again: {event.detail['reason']}"
-                )
-        for record in wanted:
-            results = [read_json(self.replicate_folder(record, i) / RESULT) for i in range(n)]
-            self.study.replicate(
-                record.number, [result["rewards"] for result in results if result["state"] == "COMPLETE"]
-            )
-
-    def replicate_folder(self, record: Record, i: int) -> Path:
-        return self.run_folder(record.chosen) / f"replicate-{i}"
-
-    def spec(self, choice: Choice, purpose: str = "search") -> Spec:
-        return Spec(self.config, self.space, choice, self.folder, purpose, "holdout", self.n_train)
-
-    def run_folder(self, choice: Choice) -> Path:
-        return self.folder / choice.key
+    def note_end(self, record: Record) -> None:
+        values = ", ".join(f"{name} {value:.6g}" for name, value in record.values.items())
+        LOG.info("trial %d %s: %s", record.number, record.state, values or record.reason)
+        self.n_failures = self.n_failures + 1 if record.state == "FAIL" else 0

@@ -15,6 +15,8 @@ from typing import Any
 from memcontrol.core.choice import Choice
 from memcontrol.core.config import Config
 from memcontrol.core.errors import MemControlError
+from memcontrol.core.jobs import Calibrated, CalibrateJob, GivenUp
+from memcontrol.core.run_folder import StudyFolder
 from memcontrol.execution.job_queue import JobQueue
 
 
@@ -39,26 +41,19 @@ def run_calibrations(config: Config, folder: Path, jobs: JobQueue) -> list[dict[
     """Short trials on every worker at once, as a search runs them, in a folder that is removed again. Raises
     MemControlError."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    places = [folder / f"calibration-{i}" for i in range(jobs.room())]
+    places = [StudyFolder(folder).calibration(i) for i in range(jobs.room())]
     try:
-        found = list(
-            jobs.run(
-                [
-                    {"prepare": str(place), "config": config.model_dump(mode="json"), "calibrate": True}
-                    for place in places
-                ]
-            )
-        )
+        ends = list(jobs.run([CalibrateJob(place, config.model_dump(mode="json")) for place in places]))
     finally:
         for place in places:
             shutil.rmtree(place, ignore_errors=True)
         for path in made:
             with contextlib.suppress(OSError):
                 path.rmdir()
-    for end in found:
-        if end.kind == "given up":
-            raise MemControlError(f"the calibration failed: {end.detail['reason']}")
-    return [end.detail for end in found]
+    for end in ends:
+        if isinstance(end, GivenUp):
+            raise MemControlError(f"the calibration failed: {end.reason}")
+    return [end.calibration for end in ends if isinstance(end, Calibrated)]
 
 
 def predict_search(

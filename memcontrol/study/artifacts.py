@@ -13,20 +13,19 @@ from optuna.artifacts import ArtifactMeta, FileSystemArtifactStore
 from optuna.storages import BaseStorage
 
 from memcontrol.core.files import replace_file
-from memcontrol.core.run_folder import PAIRS_PICTURE, SAMPLES_PICTURE
+from memcontrol.core.run_folder import RunFolder, StudyFolder
 
-ARTIFACTS_FOLDER = "artifacts"  # in the study's; `optuna-dashboard --artifact-dir` takes it too
 PREFIX = "artifacts:"  # of the attributes that optuna.artifacts keeps
 
 
-def attach_pictures(storage: BaseStorage, trial_id: int, run: Path, folder: Path) -> None:
+def attach_pictures(storage: BaseStorage, trial_id: int, run: RunFolder, folder: Path) -> None:
     """Copies the run's pictures to the study's artifacts and names them in the trial, which is still running.
     Done again, it changes nothing: optuna.artifacts.upload_artifact would draw a new name each time, and
     names the file before it is there."""
-    for picture in (run / SAMPLES_PICTURE, run / PAIRS_PICTURE):
+    for picture in (run.samples_picture, run.pairs_picture):
         if picture.is_file():
-            artifact_id = str(uuid.uuid5(uuid.NAMESPACE_URL, f"{run.name}/{picture.name}"))
-            with replace_file(folder / ARTIFACTS_FOLDER / artifact_id) as part:
+            artifact_id = str(uuid.uuid5(uuid.NAMESPACE_URL, f"{run.path.name}/{picture.name}"))
+            with replace_file(StudyFolder(folder).artifacts / artifact_id) as part:
                 shutil.copyfile(picture, part)
             meta = ArtifactMeta(artifact_id, picture.name, "image/png", None)
             storage.set_trial_system_attr(trial_id, f"{PREFIX}{artifact_id}", json.dumps(asdict(meta)))
@@ -36,7 +35,7 @@ class ReadOnlyStore:
     """What a dashboard that may only look is given: deleting a study would begin with its artifacts."""
 
     def __init__(self, folder: Path):
-        self.store = FileSystemArtifactStore(folder / ARTIFACTS_FOLDER)
+        self.store = FileSystemArtifactStore(StudyFolder(folder).artifacts)
 
     def open_reader(self, artifact_id: str) -> BinaryIO:
         return self.store.open_reader(artifact_id)

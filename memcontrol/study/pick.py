@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from memcontrol.core.choice import Choice
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.reward_table import read_error
 from memcontrol.study.pareto import Limit, find_front, find_knee, parse_limit
@@ -131,3 +132,22 @@ def find_pick(records: Sequence[Record], study: Study) -> Record | None:
     """The trial that `memcontrol pick` would choose, where there is any."""
     trained = [record for record in records if record.finished and record.anchor != "none"]
     return choose_trial(records, wanted=study.limits) if trained else None
+
+
+def choose_record(study: Study, trial: int | None, rule: str | None, limits: Sequence[str]) -> Record:
+    """As a command names it: by its number, or by a rule under limits. Raises MemControlError."""
+    if trial is None:
+        return choose_trial(study.records(), rule or "knee", limits, study.limits)
+    if rule or limits:
+        raise MemControlError("--trial names one trial; --rule and --limit do not go with it")
+    return find_trial(require_finished(study.records()), trial)
+
+
+def find_full(study: Study) -> Choice:
+    """Full fine-tuning as the study's anchor found it. Raises MemControlError."""
+    for record in study.records():
+        if record.anchor == "full" and record.finished:
+            return record.chosen
+    raise MemControlError(
+        "the anchor 'full' has not finished, so there is no baseline to compare with; let the search run on"
+    )

@@ -9,6 +9,7 @@ from typing import Any
 
 from memcontrol.core.choice import Choice
 from memcontrol.core.reward_table import MAXIMIZE
+from memcontrol.core.run_folder import StudyFolder
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Record:
     @property
     def run(self) -> Path:
         """The folder of the choice's fine-tuning, for `export` and `compare`."""
-        return self.folder / self.chosen.key
+        return StudyFolder(self.folder).run(self.chosen).path
 
     @property
     def rewards(self) -> dict[str, float]:

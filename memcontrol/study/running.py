@@ -11,7 +11,7 @@ from typing import Any
 
 from memcontrol.core.attempts import read_attempts, read_failures, read_progress
 from memcontrol.core.config import Config
-from memcontrol.core.run_folder import RESULT
+from memcontrol.core.run_folder import RunFolder, StudyFolder
 from memcontrol.study.record import Record
 
 QUIET_SECONDS = 120  # without a word for so long, a run is said to be silent
@@ -20,21 +20,23 @@ QUIET_SECONDS = 120  # without a word for so long, a run is said to be silent
 def list_runs(record: Record, folder: Path) -> list[dict[str, Any]]:
     """For each choice that the trial tries: whether it is finished, its attempts, and the present one's place
     and progress."""
-    return [{"choice": choice.as_dict(), **inspect_run(folder / choice.key)} for choice in record.candidates]
+    return [
+        {"choice": choice.as_dict(), **inspect_run(StudyFolder(folder).run(choice))}
+        for choice in record.candidates
+    ]
 
 
-def inspect_run(run: Path) -> dict[str, Any]:
-    attempts, failures = read_attempts(run), read_failures(run)
-    n_rungs = len(list(run.glob("rung-*.json")))  # the way to each was a job of its own
+def inspect_run(run: RunFolder) -> dict[str, Any]:
+    attempts, failures = read_attempts(run.path), read_failures(run.path)
     found = {
-        "run": str(run),
-        "finished": (run / RESULT).is_file(),
-        "attempts": max(len(attempts) - n_rungs, 0),
+        "run": str(run.path),
+        "finished": run.has_result,
+        "attempts": max(len(attempts) - run.count_rungs(), 0),  # the way to each rung was a job of its own
         "failures": [failure["reason"] for failure in failures],
     }
     if not found["attempts"] or found["finished"]:
         return found
-    last, progress = attempts[-1], read_progress(run)
+    last, progress = attempts[-1], read_progress(run.path)
     place = {key: last[key] for key in ("host", "pid", "gpu", "started")}
     return (
         found

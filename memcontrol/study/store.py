@@ -21,6 +21,7 @@ from memcontrol.core.choice import Choice
 from memcontrol.core.config import Config, find_differing_keys, flatten_keys, load_config
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.reward_table import MAXIMIZE, MINIMIZE, find_direction
+from memcontrol.core.run_folder import StudyFolder
 from memcontrol.core.space import SearchSpace
 from memcontrol.study.artifacts import attach_pictures
 from memcontrol.study.database import (
@@ -117,6 +118,9 @@ class Study:
     def records(self) -> list[Record]:
         """All trials, as this process last read or wrote them."""
         return list(self.kept.values())
+
+    def record(self, number: int) -> Record:
+        return self.kept[number]
 
     def confirm(self, number: int, rewards: dict[str, float]) -> None:
         """Records what a trial's fresh draws gave. Beside the trial: Optuna's finished trials are never
@@ -218,9 +222,8 @@ class Study:
                 self.storage.set_trial_system_attr(trial_id, f"{OWN}{key}", value)
             for name, excess in compute_excesses(best.get("rewards", {}), self.limits).items():
                 self.storage.set_trial_system_attr(trial_id, f"{CONSTRAINT}{name}", excess)
-            attach_pictures(
-                self.storage, trial_id, self.folder / Choice.from_dict(best["choice"]).key, self.folder
-            )
+            run = StudyFolder(self.folder).run(Choice.from_dict(best["choice"]))
+            attach_pictures(self.storage, trial_id, run, self.folder)
             self.storage.set_trial_state_values(
                 trial_id, state, [best["rewards"][name] for name in objectives] if complete else None
             )
@@ -259,7 +262,7 @@ def resolve_storage_url(config: Config, folder: Path, study_file: Path) -> str:
     """The database: SQLite in the study's folder unless the config names another; relative SQLite paths start
     at the study file. Raises MemControlError where it is no URL."""
     if config.storage is None:
-        return f"sqlite:///{folder / 'study.db'}"
+        return f"sqlite:///{StudyFolder(folder).database}"
     prefix = "sqlite:///"
     if config.storage.startswith(prefix):
         return prefix + os.path.join(study_file.resolve().parent, config.storage.removeprefix(prefix))

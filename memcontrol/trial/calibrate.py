@@ -13,7 +13,7 @@ from typing import Any
 
 from memcontrol.core.choice import Choice
 from memcontrol.core.config import Config, load_config
-from memcontrol.core.run_folder import PAIRS_PICTURE, ROUNDS, SAMPLES, SAMPLES_PICTURE
+from memcontrol.core.run_folder import RunFolder
 from memcontrol.core.seeds import derive_seed
 from memcontrol.core.space import SearchSpace
 from memcontrol.core.space_yaml import load_space
@@ -44,7 +44,7 @@ def calibrate(
     def run(name: str, choice: Choice, batches: int) -> dict[str, float]:
         spec = Spec(shorten_config(config, batches), space, choice, folder, "calibrate", "holdout", n_train)
         run_folder = folder / name
-        spec.as_job(run_folder)
+        spec.write(run_folder)
         return measure_parts(run_folder, spec, loaded)
 
     kinds = pick_calibration_choices(space, config.search.seed)
@@ -58,7 +58,9 @@ def calibrate(
         found.setdefault(name, []).append(run(f"{name}-{i}", choice, batches))
         progress("calibrate", i + 1, len(jobs))
     shared = sum(list_file_sizes(folder).values()) - sum(
-        sum(list_file_sizes(path).values()) for path in folder.iterdir() if (path / SAMPLES).exists()
+        sum(list_file_sizes(path).values())
+        for path in folder.iterdir()
+        if RunFolder(path).samples_file.exists()
     )
     return found | {"batch": ENCODE_BATCH, "shared_bytes": shared, "peak_mib": measure_peak_mib()}
 
@@ -103,10 +105,11 @@ def measure_parts(folder: Path, spec: Spec, loaded: LoadedModels) -> dict[str, f
     run_trial(folder, loaded, progress)
     ended = time.monotonic()
     step = statistics.median(later - before for before, later in itertools.pairwise(steps)) if steps else 0.0
-    size, rounds = list_file_sizes(folder), sum(list_file_sizes(folder / ROUNDS).values())
+    run = RunFolder(folder)
+    size, rounds = list_file_sizes(folder), sum(list_file_sizes(run.rounds).values())
     samples, pictures = (
-        size[folder / SAMPLES],
-        sum(size[folder / name] for name in (SAMPLES_PICTURE, PAIRS_PICTURE)),
+        size[run.samples_file],
+        sum(size[path] for path in (run.samples_picture, run.pairs_picture)),
     )
     return {
         "setup": steps[-1] - len(steps) * step - started if steps else 0.0,

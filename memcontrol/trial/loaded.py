@@ -13,7 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from memcontrol.core.config import Config
-from memcontrol.core.files import read_json, replace_file
+from memcontrol.core.files import replace_file
+from memcontrol.core.jobs import HelpJob
+from memcontrol.core.run_folder import StudyFolder
 from memcontrol.core.seeds import derive_seed
 from memcontrol.core.spec import Spec
 from memcontrol.data.features import pixel_features
@@ -71,7 +73,7 @@ class LoadedModels:
 
     def parts(self, spec: Spec) -> dict[str, Images]:
         def read():
-            stored = read_json(spec.study_folder / "split.json")
+            stored = StudyFolder(spec.study_folder).read_split()
             return parse_parts(stored["parts"], stored["source"], stored["resolution"])
 
         return self.once(("parts", spec.study_folder), read)
@@ -85,7 +87,8 @@ class LoadedModels:
     def encoded(self, spec: Spec, images: Images) -> Encoded:
         base, name = self.base(spec.config), spec.config.base
         return self.once(
-            ("encoded", images.digest, name), lambda: base.encoded(images, spec.study_folder / "cache", name)
+            ("encoded", images.digest, name),
+            lambda: base.encoded(images, StudyFolder(spec.study_folder).cache, name),
         )
 
     def material(self, spec: Spec) -> Material:
@@ -138,7 +141,7 @@ class LoadedModels:
         for rank, process in enumerate(helpers, start=1):
             with contextlib.suppress(BrokenPipeError):  # it died: rank 0 trains its shards
                 print(
-                    json.dumps({"help": str(folder), "rank": rank, "size": size, "rung": rung}),
+                    json.dumps(HelpJob(folder, rank, size, rung).to_json()),
                     file=process.stdin,
                     flush=True,
                 )

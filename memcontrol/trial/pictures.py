@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from memcontrol.core.files import replace_file
-from memcontrol.core.run_folder import PAIRS_PICTURE, SAMPLES_PICTURE
+from memcontrol.core.run_folder import RunFolder
 from memcontrol.core.spec import Spec
 from memcontrol.scoring.copying import ratio
 from memcontrol.scoring.evidence import Evidence
@@ -61,10 +61,10 @@ def make_strip(
 
 
 def save_pictures(
-    run: Path, samples: Mapping[str, np.ndarray], evidence: Evidence, spec: Spec, loaded: LoadedModels
+    run: RunFolder, samples: Mapping[str, np.ndarray], evidence: Evidence, spec: Spec, loaded: LoadedModels
 ) -> None:
-    save_png(draw_samples(samples["images"]), run / SAMPLES_PICTURE)
-    save_png(draw_pairs([make_strip("", samples, evidence, spec, loaded)]), run / PAIRS_PICTURE)
+    save_png(draw_samples(samples["images"]), run.samples_picture)
+    save_png(draw_pairs([make_strip("", samples, evidence, spec, loaded)]), run.pairs_picture)
 
 
 def save_png(picture: Image.Image, path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from memcontrol.core.config import DIGITS, Config, load_config
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import read_json, write_json
-from memcontrol.core.run_folder import NETWORK
+from memcontrol.core.run_folder import StudyFolder
 from memcontrol.core.space_yaml import load_space
 from memcontrol.data.images import Images
 from memcontrol.data.split import dump_parts, load_parts
@@ -49,9 +49,10 @@ def prepare_study(values: dict, folder: Path, loaded: LoadedModels, warn: Callab
     parts = load_parts(config.data, resolution, config.search.seed, warn)
     check_shards(config, len(parts["train"]))
     try_own_rewards(config, parts, extractor)
-    record_split(folder / "split.json", parts, config, resolution)
-    write_json(folder / NETWORK, list_blocks(base.denoiser, space))
-    record_extractor(folder / "extractor.json", extractor.id, config)
+    place = StudyFolder(folder)
+    record_split(place.split_file, parts, config, resolution)
+    write_json(place.network_file, list_blocks(base.denoiser, space))
+    record_extractor(place.extractor_file, extractor.id, config)
     if "fid" in config.rewards.objectives and len(parts["holdout"]) < 4 * n_features:
         warn(
             f"fid over {n_features} features against {len(parts['holdout'])} held-out images is coarse; "

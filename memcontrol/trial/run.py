@@ -13,16 +13,11 @@ import numpy as np
 import torch
 
 from memcontrol.core.config import EarlyStopping
-from memcontrol.core.files import read_json, write_json
+from memcontrol.core.files import write_json
+from memcontrol.core.jobs import HelpJob
 from memcontrol.core.run_folder import (
-    CONFIRMED,
-    CONTRIBUTIONS,
-    RESULT,
-    ROUNDS,
-    SAMPLES,
-    TRAINING,
-    name_rung_file,
-    read_rungs,
+    RunFolder,
+    StudyFolder,
 )
 from memcontrol.core.spec import Spec, read_spec
 from memcontrol.model.adapter import Adapter, inject_adapter
@@ -45,7 +40,7 @@ from memcontrol.trial.samples import (
 
 def inject_choice(denoiser: torch.nn.Module, spec: Spec) -> Adapter:
     """The adapter that the spec asks for, injected into the denoiser and not yet trained."""
-    cache, inner = spec.study_folder / "cache", spec.config.inner
+    cache, inner = StudyFolder(spec.study_folder).cache, spec.config.inner
     return inject_adapter(
         denoiser,
         spec.space,
@@ -108,7 +103,7 @@ def train_and_score(
         if log.paused and rung and early:
             with adapter.folded():
                 figures = score_at_rung(
-                    folder / name_rung_file(rung),
+                    RunFolder(folder).rung_contributions_file(rung),
                     base,
                     material,
                     lower_samples(spec, early),
@@ -121,7 +116,7 @@ def train_and_score(
                 "rewards": flatten_rewards(figures),
                 "seconds": round(time.monotonic() - started, 2),
             }
-            write_json(folder / name_rung_file(rung), found)
+            write_json(RunFolder(folder).rung_file(rung), found)
             return found
         n_trained, n_all = (
             adapter.n_trained(),
@@ -136,7 +131,8 @@ def train_and_score(
             samples = sample_images(base, material, spec, lambda done, total: progress("sample", done, total))
     finally:
         adapter.remove()
-    save_samples(folder / SAMPLES, samples)
+    run = RunFolder(folder)
+    save_samples(run.samples_file, samples)
     trained_at, seen = time.monotonic(), gather_evidence(samples, spec, loaded)
     figures = score_samples(samples, seen, spec, loaded)
     result = {
@@ -148,7 +144,7 @@ def train_and_score(
         "images_seen": log.images_seen,
         "first_loss": keep_finite(log.first_loss),
         "last_loss": keep_finite(log.last_loss),
-        "rungs": read_rungs(folder, spec.config),
+        "rungs": run.read_rungs(spec.config),
         "reference": spec.reference,
         "measured_with": describe_measurement(spec, loaded),
         "micro_batch_size": spec.config.inner.micro_batch_size,
@@ -156,10 +152,10 @@ def train_and_score(
         "seconds": round(time.monotonic() - started, 2),
         "scoring_seconds": round(time.monotonic() - trained_at, 2),
     }
-    save_contributions(folder / CONTRIBUTIONS, figures, samples["rows"])
-    save_pictures(folder, samples, seen, spec, loaded)
-    write_json(folder / TRAINING, make_training_record(log, spec, loaded))
-    write_json(folder / RESULT, result)
+    save_contributions(run.contributions_file, figures, samples["rows"])
+    save_pictures(run, samples, seen, spec, loaded)
+    write_json(run.training_file, make_training_record(log, spec, loaded))
+    write_json(run.result_file, result)
     return result
 
 
@@ -175,7 +171,7 @@ def score_at_rung(
     goes beside the rung's file."""
     samples = sample_images(base, material, spec, lambda done, total: progress("rung", done, total))
     figures = score_samples(samples, gather_evidence(samples, spec, loaded), spec, loaded)
-    save_contributions(path.with_suffix(".npz"), figures, samples["rows"])
+    save_contributions(path, figures, samples["rows"])
     return figures
 
 
@@ -205,7 +201,7 @@ def confirm_trial(folder: Path, loaded: LoadedModels, progress: Callable[..., No
             draws.append(score_samples(samples, gather_evidence(samples, fresh, loaded), fresh, loaded))
     finally:
         adapter.remove()
-    known, figures = read_json(folder / RESULT)["rewards"], pool_scores(draws)
+    known, figures = RunFolder(folder).read_result()["rewards"], pool_scores(draws)
     of_model = {
         name: known[name]
         for name in known
@@ -216,7 +212,7 @@ def confirm_trial(folder: Path, loaded: LoadedModels, progress: Callable[..., No
         "n_draws": n,
         "n_samples": n * spec.config.rewards.n_samples,
     }
-    write_json(folder / CONFIRMED, found)
+    write_json(RunFolder(folder).confirmed_file, found)
     return found
 
 
@@ -239,7 +235,7 @@ def fine_tune(
             loaded.material(spec),
             spec.config.inner,
             seed=spec.seed,
-            folder=folder / ROUNDS,
+            folder=RunFolder(folder).rounds,
             identity=identity,
             progress=progress,
             team=team or loaded.team(folder, spec, rung),
@@ -251,12 +247,12 @@ def fine_tune(
         raise
 
 
-def help_train(folder: Path, rank: int, size: int, loaded: LoadedModels, rung: float | None) -> None:
+def help_train(job: HelpJob, loaded: LoadedModels) -> None:
     """Trains this rank's shards of a trial that another process leads."""
-    spec = read_spec(folder)
+    spec, group = read_spec(job.folder), ProcessGroup(job.rank, job.size)
     adapter = inject_choice(loaded.base(spec.config).denoiser, spec)
     try:
-        fine_tune(folder, spec, loaded, adapter, lambda *_, **said: None, ProcessGroup(rank, size), rung)
+        fine_tune(job.folder, spec, loaded, adapter, lambda *_, **said: None, group, job.rung)
     finally:
         adapter.remove()
 

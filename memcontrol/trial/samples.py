@@ -12,7 +12,7 @@ import torch
 
 from memcontrol.core.errors import Diverged
 from memcontrol.core.files import replace_file
-from memcontrol.core.run_folder import CONTRIBUTIONS, SAMPLES
+from memcontrol.core.run_folder import RunFolder, StudyFolder
 from memcontrol.core.seeds import derive_seed
 from memcontrol.core.spec import Spec
 from memcontrol.model.base import Base
@@ -92,14 +92,14 @@ def save_samples(path: Path, samples: dict[str, Any]) -> None:
 
 def read_samples(folder: Path) -> dict[str, np.ndarray]:
     """`images` uint8 [N, 3, H, W], `rows` [N] and `seeds` [N], as `sample` made them."""
-    with np.load(folder / SAMPLES, allow_pickle=False) as stored:
+    with np.load(RunFolder(folder).samples_file, allow_pickle=False) as stored:
         return dict(stored)
 
 
 def gather_evidence(samples: Mapping[str, np.ndarray], spec: Spec, loaded: LoadedModels) -> Evidence:
     rewards, images, train = spec.config.rewards, samples["images"], loaded.train_images(spec)
     captions = tuple(train.captions[row] for row in samples["rows"])
-    cache, network = spec.study_folder / "cache", loaded.extractor(rewards.extractor)
+    cache, network = StudyFolder(spec.study_folder).cache, loaded.extractor(rewards.extractor)
     return Evidence(
         generated=describe_images(images, network.extract),
         train=loaded.views(train, rewards.extractor, cache),
@@ -166,5 +166,5 @@ def save_contributions(path: Path, found: Mapping[str, float], prompts: np.ndarr
 
 
 def read_contributions(folder: Path) -> dict[str, np.ndarray]:
-    with np.load(folder / CONTRIBUTIONS, allow_pickle=False) as stored:
+    with np.load(RunFolder(folder).contributions_file, allow_pickle=False) as stored:
         return dict(stored)

@@ -18,7 +18,8 @@ from optuna.artifacts import FileSystemArtifactStore
 from optuna.storages import RDBStorage
 
 from memcontrol.core.errors import MemControlError
-from memcontrol.study.artifacts import ARTIFACTS_FOLDER, ReadOnlyStore
+from memcontrol.core.run_folder import StudyFolder
+from memcontrol.study.artifacts import ReadOnlyStore
 from memcontrol.study.database import is_postgresql, make_connection_arguments, make_engine_arguments
 from memcontrol.view.dashboard_guard import LOOPBACK, App, guard_app
 
@@ -65,7 +66,7 @@ def make_application(url: str, folder: Path, writable: bool, token: str | None) 
     storage = RDBStorage(
         url, engine_kwargs=arguments, skip_compatibility_check=True, skip_table_creation=True
     )
-    store = FileSystemArtifactStore(folder / ARTIFACTS_FOLDER) if writable else ReadOnlyStore(folder)
+    store = FileSystemArtifactStore(StudyFolder(folder).artifacts) if writable else ReadOnlyStore(folder)
     return guard_app(wsgi(storage, artifact_store=store), writable, token)
 
 

@@ -6,11 +6,11 @@ import re
 import time
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from memcontrol.core.space import SearchSpace
+from memcontrol.search.observer import Observer
 from memcontrol.study.hypervolume import find_reference_point
 from memcontrol.study.record import Record
 from memcontrol.study.store import Study
@@ -20,31 +20,40 @@ from memcontrol.view.words import YOURS, write_study_note, write_trial_note
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-from memcontrol.core.run_folder import summarize_data
+from memcontrol.core.run_folder import StudyFolder
 from memcontrol.study.pick import find_pick
 
 PUBLISH_SECONDS = 30.0  # between two looks at the whole study
 FRONT, HYPERVOLUME = "front", "hypervolume"
 
 
-class Publisher:
+class Publisher(Observer):
     """Writes what has changed since it last looked. One process writes to a study, so what it wrote needs no
     reading."""
 
-    def __init__(self, study: Study, space: SearchSpace, folder: Path):
-        self.study, self.space, self.folder = study, space, folder
-        self.written = study.patiently(lambda: read_notes(study))  # by trial; None: the study's own
+    study: Study
+
+    def __init__(self, space: SearchSpace, folder: StudyFolder):
+        self.space, self.folder = space, folder
+        self.written: dict[int | None, str] = {}  # by trial; None: the study's own
         self.seen: dict[int, Record] = {}
         self.due = 0.0
 
     @cached_property
     def data(self) -> dict[str, Any]:
-        return summarize_data(self.folder)
+        return self.folder.summarize_data()
 
-    def look(self) -> None:
-        """At most every INTERVAL_SECONDS: what is written grows with the study."""
+    def opened(self, study: Study) -> None:
+        self.study = study
+        self.written = study.patiently(lambda: read_notes(study))
+
+    def tick(self) -> None:
+        """Publishes at most every PUBLISH_SECONDS: what is written grows with the study."""
         if time.monotonic() >= self.due:
             self.publish()
+
+    def over(self) -> None:
+        self.publish(over=True)
 
     def publish(self, over: bool = False) -> None:
         """`over`: the search ends, and what still runs is interrupted."""
@@ -52,10 +61,8 @@ class Publisher:
         changed = [record for record in records if self.seen.get(record.number) != record]
         if changed or over:
             self.write(records, changed, over)
-        self.seen, self.due = (
-            {record.number: record for record in records},
-            time.monotonic() + PUBLISH_SECONDS,
-        )
+        self.seen = {record.number: record for record in records}
+        self.due = time.monotonic() + PUBLISH_SECONDS
 
     def write(self, records: Sequence[Record], changed: Sequence[Record], over: bool) -> None:
         stored = self.study.patiently(lambda: NoteStorage(self.study))

@@ -7,15 +7,15 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from rich import progress as bars
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
-from memcontrol.core.choice import Choice
-from memcontrol.core.console import LOG
-from memcontrol.core.run_folder import RESULT
-from memcontrol.execution.executor import END_KINDS, FAILED_KINDS, Event
+from memcontrol.core.console import LOG, say
+from memcontrol.core.jobs import END_EVENTS, ConfirmJob, Event, Failed, Progress, TrialJob, Warned
+from memcontrol.core.run_folder import RunFolder
+from memcontrol.search.observer import Observer
 from memcontrol.study.pick import select_front
 from memcontrol.study.record import Record
 from memcontrol.study.store import Study
@@ -23,32 +23,39 @@ from memcontrol.view.words import describe_choice
 
 REFRESH_SECONDS = 0.5
 LOADING = "loading the base, reading the images"
+STAGES = {
+    "train": (0.0, 0.8),
+    "confirm": (0.0, 1.0),
+}  # of a job: where in its time a stage begins, and its length
+SCORING = (0.8, 0.15)  # any other stage of a trial
 
 
-def describe_step(detail: dict) -> str:
+def describe_step(event: Progress) -> str:
     """Where a fine-tuning is: "step 120/230, round 3, loss 0.123, 14 % skipped"."""
-    parts = [f"step {detail['done']}/{detail['total']}"]
-    if "round" in detail:
-        parts.append(f"round {detail['round']}")
-    if detail.get("loss") is not None:
-        parts.append(f"loss {detail['loss']:.3f}")
-    if detail.get("skipped"):
-        parts.append(f"{detail['skipped']:.0%} skipped")
+    parts = [f"step {event.done}/{event.total}"]
+    if event.round is not None:
+        parts.append(f"round {event.round}")
+    if event.loss is not None:
+        parts.append(f"loss {event.loss:.3f}")
+    if event.skipped:
+        parts.append(f"{event.skipped:.0%} skipped")
     return ", ".join(parts)
 
 
-class Display:
+class Display(Observer):
     """Follows a search's events: a live block on a terminal, else one line for each finished trial."""
 
     def __init__(self, console: Console, n_sampled: int, n_groups: int, n_workers: int, note: str = LOADING):
         self.console, self.n_sampled, self.n_groups, self.n_workers = console, n_sampled, n_groups, n_workers
         self.records: list[Record] = []
-        self.running: dict[str, tuple[str, float]] = {}
+        self.running: dict[
+            Path, tuple[str, float]
+        ] = {}  # what is said of a run, and the share of it that is done
         self.study: Study | None = None
         self.done: Counter[int] = Counter()  # runs ended, by trial
         self.lengths: list[float] = []  # seconds
         self.started, self.shown = time.monotonic(), 0.0
-        self.begun_at: dict[str, float] = {}
+        self.begun_at: dict[Path, float] = {}
         self.live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
         self.note = note
 
@@ -65,61 +72,51 @@ class Display:
         if self.live:
             self.live.stop()
 
-    def on_study(self, study: Study) -> None:
+    def opened(self, study: Study) -> None:
         self.study, self.note = study, ""
         self.read()
 
-    def on_event(self, event: Event) -> None:
-        name = event.job.get("trial") or event.job.get("confirm", "")
-        if event.kind == "warning":
-            self.console.print(Text(f"warning: {event.detail['text']}", style="yellow"))
-        elif event.kind == "progress":
-            self.begun_at.setdefault(name, time.monotonic())
-            share = event.detail["done"] / event.detail["total"]
-            training = event.detail["stage"] == "train"
-            text = describe_choice(Choice.from_dict(event.job["choice"]), self.n_groups)
-            confirming = event.detail["stage"] == "confirm"
-            text += " again" if "replicate" in event.job else ""
-            said = (
-                f"{text}: {describe_step(event.detail)}"
-                if training
-                else f"{text}: measured again"
-                if confirming
-                else text
-            )
-            self.running[name] = (
-                said,
-                0.8 * share if training else share if confirming else 0.8 + 0.15 * share,
-            )
-        elif event.kind in FAILED_KINDS and name:
-            self.running.pop(name, None)
-            said = describe_choice(Choice.from_dict(event.job["choice"]), self.n_groups)
-            self.console.print(
-                Text(f"warning: {said}: an attempt failed: {event.detail['reason']}", style="yellow"),
-                soft_wrap=True,
-            )
-        elif event.kind in END_KINDS and name:
-            self.running.pop(name, None)
-            goes_on = event.job.get("rung") and not (Path(event.job["trial"]) / RESULT).exists()
-            if not self.live:
-                minutes = (time.monotonic() - self.started) / 60
-                said = describe_choice(Choice.from_dict(event.job["choice"]), self.n_groups)
-                end = (
-                    "measured again"
-                    if "confirm" in event.job
-                    else f"measured at {event.job['rung']:.0%} of its budget"
-                    if goes_on
-                    else "fine-tuned again"
-                    if "replicate" in event.job
-                    else "run ended"
-                )
-                self.console.print(f"{minutes:.1f} min: {said}: {end}", highlight=False, soft_wrap=True)
-            if "trial" in event.job and not goes_on:
-                self.done[event.job.get("number", -1)] += 1
-            # it trains nothing and would make the rest look short
-            if "trial" in event.job and not goes_on and event.job["choice"]["method"] != "none":
-                self.lengths.append(time.monotonic() - self.begun_at.pop(name, time.monotonic()))
+    def heard(self, event: Event) -> None:
+        job = event.job
+        if isinstance(event, Warned):
+            self.console.print(Text(f"warning: {event.text}", style="yellow"))
+        elif isinstance(job, (TrialJob, ConfirmJob)):
+            if isinstance(event, Progress):
+                self.show_progress(event, job)
+            elif isinstance(event, Failed):
+                self.show_failure(event, job)
+            elif isinstance(event, END_EVENTS):
+                self.show_end(job)
         self.refresh()
+
+    def show_progress(self, event: Progress, job: TrialJob | ConfirmJob) -> None:
+        self.begun_at.setdefault(job.folder, time.monotonic())
+        begin, length = STAGES.get(event.stage, SCORING)
+        self.running[job.folder] = self.describe_run(event, job), begin + length * event.done / event.total
+
+    def describe_run(self, event: Progress, job: TrialJob | ConfirmJob) -> str:
+        text = describe_choice(job.choice, self.n_groups)
+        if isinstance(job, ConfirmJob):
+            return f"{text}: measured again"
+        text += "" if job.replicate is None else " again"
+        return f"{text}: {describe_step(event)}" if event.stage == "train" else text
+
+    def show_failure(self, event: Failed, job: TrialJob | ConfirmJob) -> None:
+        self.running.pop(job.folder, None)
+        text = describe_choice(job.choice, self.n_groups)
+        line = Text(f"warning: {text}: an attempt failed: {event.reason}", style="yellow")
+        self.console.print(line, soft_wrap=True)
+
+    def show_end(self, job: TrialJob | ConfirmJob) -> None:
+        self.running.pop(job.folder, None)
+        if not self.live:
+            minutes = (time.monotonic() - self.started) / 60
+            text = describe_choice(job.choice, self.n_groups)
+            say(self.console, f"{minutes:.1f} min: {text}: {describe_end(job)}")
+        if isinstance(job, TrialJob) and not goes_on(job):
+            self.done[-1 if job.number is None else job.number] += 1
+            if job.choice.method != "none":  # it trains nothing and would make the rest look short
+                self.lengths.append(time.monotonic() - self.begun_at.pop(job.folder, time.monotonic()))
 
     def refresh(self) -> None:
         if time.monotonic() - self.shown < REFRESH_SECONDS:
@@ -132,23 +129,17 @@ class Display:
     def read(self) -> None:
         if self.study is None:
             return
-        before, self.records = (
-            {record.number for record in self.records if has_ended(record)},
-            self.study.records(),
-        )
+        before = {record.number for record in self.records if has_ended(record)}
+        self.records = self.study.records()
         for record in self.records:
             if not self.live and has_ended(record) and record.number not in before:
-                self.console.print(self.line(record), highlight=False, soft_wrap=True)
+                say(self.console, self.line(record))
 
     def line(self, record: Record) -> str:
-        values = (
-            ", ".join(f"{name} {value:.3f}" for name, value in record.values.items())
-            or f"{record.state.lower()}: {record.reason}"
-        )
-        return (
-            f"trial {record.number} ({record.anchor or 'sampled'}): "
-            f"{describe_choice(record.chosen, self.n_groups)}: {values}"
-        )
+        values = ", ".join(f"{name} {value:.3f}" for name, value in record.values.items())
+        text = describe_choice(record.chosen, self.n_groups)
+        what = values or f"{record.state.lower()}: {record.reason}"
+        return f"trial {record.number} ({record.anchor or 'sampled'}): {text}: {what}"
 
     def block(self) -> Group:
         n_ended = sum(has_ended(record) for record in self.records)
@@ -182,37 +173,55 @@ class Display:
         return f", about {minutes:.1f} min left"
 
 
-def log_event(event: Event, n_groups: int) -> None:
-    """A line for what begins, ends or fails; of progress, the end of each stage, as detail."""
-    name = event.job.get("trial") or event.job.get("confirm") or ""
-    of_trial = f"trial {event.job['number']}: " if "number" in event.job else ""
-    said = (
-        f"{of_trial}{Path(name).name}: {describe_choice(Choice.from_dict(event.job['choice']), n_groups)}: "
-        if name
-        else ""
-    )
-    if event.kind == "warning":
-        LOG.warning("%s", event.detail["text"])
-    elif event.kind in FAILED_KINDS:
-        LOG.warning("%s%s: %s", said, event.kind, event.detail["reason"])
-    elif event.kind in END_KINDS:
-        LOG.info("%s%s", said, event.kind)
-    elif event.kind == "progress" and event.detail["done"] == event.detail["total"]:
-        LOG.debug("%s%s, all of %s", said, event.detail["stage"], event.detail["total"])
+def goes_on(job: TrialJob | ConfirmJob) -> bool:
+    """Whether the job was the way to a rung, and the trial has not ended there."""
+    return isinstance(job, TrialJob) and bool(job.rung) and not RunFolder(job.folder).has_result
+
+
+def describe_end(job: TrialJob | ConfirmJob) -> str:
+    if isinstance(job, ConfirmJob):
+        return "measured again"
+    if goes_on(job):
+        return f"measured at {job.rung:.0%} of its budget"
+    return "run ended" if job.replicate is None else "fine-tuned again"
+
+
+class EventLog(Observer):
+    """A line in the log for what begins, ends or fails; of progress, the end of each stage, as detail."""
+
+    def __init__(self, n_groups: int):
+        self.n_groups = n_groups
+
+    def heard(self, event: Event) -> None:
+        if isinstance(event, Warned):
+            LOG.warning("%s", event.text)
+        elif isinstance(event, Failed):
+            LOG.warning("%s%s: %s", self.name_job(event), event.kind, event.reason)
+        elif isinstance(event, END_EVENTS):
+            LOG.info("%s%s", self.name_job(event), event.kind)
+        elif isinstance(event, Progress) and event.done == event.total:
+            LOG.debug("%s%s, all of %s", self.name_job(event), event.stage, event.total)
+
+    def name_job(self, event: Event) -> str:
+        job = event.job
+        if not isinstance(job, (TrialJob, ConfirmJob)):
+            return ""
+        trial = "" if job.number is None else f"trial {job.number}: "
+        return f"{trial}{job.folder.name}: {describe_choice(job.choice, self.n_groups)}: "
 
 
 class Steps:
     """Bars of a command that does one thing after another: what it is at, and how far."""
 
     def __init__(self, console: Console):
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
+        self.progress = bars.Progress(
+            bars.TextColumn("{task.description}"),
+            bars.BarColumn(),
+            bars.MofNCompleteColumn(),
             console=console,
             transient=True,
         )
-        self.tasks: dict[str, TaskID] = {}
+        self.tasks: dict[str, bars.TaskID] = {}
 
     def __enter__(self) -> Steps:
         return self
@@ -228,7 +237,7 @@ class Steps:
         self.progress.update(self.tasks[title], completed=done)
 
     def warn(self, line: str) -> None:
-        self.progress.console.print(f"warning: {line}", highlight=False, soft_wrap=True)
+        say(self.progress.console, f"warning: {line}")
 
 
 def has_ended(record: Record) -> bool:

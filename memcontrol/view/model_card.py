@@ -9,9 +9,9 @@ from typing import Any
 
 import yaml
 
-from memcontrol.core.files import read_json, replace_file
+from memcontrol.core.files import replace_file
 from memcontrol.core.reward_table import BLIND_SPOTS, REWARDS, format_reward
-from memcontrol.core.run_folder import RESULT
+from memcontrol.core.run_folder import StudyFolder
 from memcontrol.core.spec import Spec
 from memcontrol.core.version import __version__
 from memcontrol.view.words import describe_choice, format_markdown_table, write_verdict
@@ -53,7 +53,7 @@ def write_card(
 
 def find_baseline(spec: Spec, result: dict[str, Any]) -> dict[str, Any]:
     """Full fine-tuning that was retrained beside the run and measured alike; empty where there is none."""
-    found = (read_json(path) for path in sorted((spec.study_folder / "retrain").glob(f"*/{RESULT}")))
+    found = (run.read_result() for run in StudyFolder(spec.study_folder).list_retrained())
     return next(
         (
             one

@@ -15,7 +15,7 @@ import yaml
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import replace_file
 from memcontrol.core.reward_table import BLIND_SPOTS, MAXIMIZE, REWARDS, format_reward
-from memcontrol.core.run_folder import PAIRS_PICTURE
+from memcontrol.core.run_folder import RunFolder
 from memcontrol.search.surrogate import N_SPREAD
 from memcontrol.view.front_svg import describe_point, draw_effect_bar, draw_front_svg, draw_legend
 from memcontrol.view.words import find_title
@@ -358,7 +358,7 @@ def render_pairs(facts: ReportData) -> str:
     shown = [
         t
         for t in list_finished(facts)
-        if (t["anchor"] == "full" or t["pick"]) and (Path(t["run"]) / PAIRS_PICTURE).is_file()
+        if (t["anchor"] == "full" or t["pick"]) and RunFolder(Path(t["run"])).pairs_picture.is_file()
     ]
     figures = [render_pair_figure(trial) for trial in sorted(shown, key=lambda t: bool(t["pick"]))]
     if not figures:
@@ -386,7 +386,7 @@ def render_no_pairs(facts: ReportData) -> str:
 
 
 def render_pair_figure(trial: dict[str, Any]) -> str:
-    data = base64.b64encode((Path(trial["run"]) / PAIRS_PICTURE).read_bytes()).decode()
+    data = base64.b64encode(RunFolder(Path(trial["run"])).pairs_picture.read_bytes()).decode()
     said = f"{describe_point(trial)}; {describe_comparison(ALWAYS[:1], trial['rewards'])}"
     return (
         f'<figure><figcaption>{escape(said)}</figcaption><div class="wide"><img '

@@ -16,7 +16,7 @@ from memcontrol.core.choice import EVERYTHING, Choice
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import read_json
 from memcontrol.core.reward_table import REWARDS
-from memcontrol.core.run_folder import NETWORK, RESULT, TRAINING, summarize_data
+from memcontrol.core.run_folder import RunFolder, StudyFolder
 from memcontrol.core.space import SearchSpace
 from memcontrol.core.version import __version__
 from memcontrol.search.importance import measure_importance
@@ -39,7 +39,7 @@ def collect_report_data(study: Study, space: SearchSpace, folder: Path) -> dict[
         raise MemControlError(f"study '{config.name}' has no finished trial to report; let the search run on")
     picked = find_pick(records, study)
     front, ties = select_front(complete), select_ties(complete)
-    blocks = read_json(folder / NETWORK) if (folder / NETWORK).is_file() else []
+    blocks = StudyFolder(folder).read_blocks()
     trials = [
         record.as_dict()
         | {
@@ -58,7 +58,7 @@ def collect_report_data(study: Study, space: SearchSpace, folder: Path) -> dict[
         "reported_by": __version__,
         "objectives": study.objectives,
         "limits": config.rewards.limits,
-        "data": summarize_data(folder),
+        "data": StudyFolder(folder).summarize_data(),
         "config": config.model_dump(mode="json"),
         "given": config.model_dump(mode="json", exclude_defaults=True),
         "space": {
@@ -77,9 +77,7 @@ def collect_report_data(study: Study, space: SearchSpace, folder: Path) -> dict[
         if (spread := estimate_spread(complete)) is None
         else dict(zip(study.objectives, spread.tolist())),
         "training": [
-            {"trial": record.number} | fates
-            for record in told
-            if (fates := count_fates(folder / record.chosen.key))
+            {"trial": record.number} | fates for record in told if (fates := count_fates(record.run))
         ],
         "retrained": list_retrained(folder, len(space.groups)),
         "cost": sum_costs(records, folder),
@@ -125,10 +123,11 @@ def summarize_importance(records: Sequence[Record], space: SearchSpace) -> list[
 
 def count_fates(run: Path) -> dict[str, int]:
     """What became of the images that a fine-tuning drew; empty where the run folder is elsewhere."""
-    if not (run / TRAINING).is_file():
+    path = RunFolder(run).training_file
+    if not path.is_file():
         return {}
     total: Counter[str] = Counter()
-    for shard in read_json(run / TRAINING).get("shards", ()):  # none, where nothing was trained
+    for shard in read_json(path).get("shards", ()):  # none, where nothing was trained
         total.update({name: shard.get(name, 0) for name in FATES})
     return dict(total)
 
@@ -136,7 +135,7 @@ def count_fates(run: Path) -> dict[str, int]:
 def list_retrained(folder: Path, n_groups: int) -> list[dict[str, Any]]:
     """The runs of `memcontrol retrain` that ended well, full fine-tuning first: choice, rewards on test
     images, folder."""
-    found = [(path.parent, read_json(path)) for path in sorted((folder / "retrain").glob(f"*/{RESULT}"))]
+    found = [(run.path, run.read_result()) for run in StudyFolder(folder).list_retrained()]
     runs = [
         {
             "said": describe_choice(Choice.from_dict(result["choice"]), n_groups),
@@ -154,8 +153,8 @@ def list_retrained(folder: Path, n_groups: int) -> list[dict[str, Any]]:
 def sum_costs(records: Sequence[Record], folder: Path) -> dict[str, float]:
     """The fine-tunings that ended, each with its scoring: how many, their hours, the seconds of the median
     one."""
-    paths = (folder / choice.key / RESULT for record in records for choice in record.candidates)
-    results = (read_json(path) for path in paths if path.is_file())
+    runs = (StudyFolder(folder).run(choice) for record in records for choice in record.candidates)
+    results = (run.read_result() for run in runs if run.has_result)
     lengths = [result["seconds"] for result in results if "seconds" in result]
     return {
         "runs": len(lengths),

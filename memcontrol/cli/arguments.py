@@ -1,0 +1,73 @@
+"""Owns what the arguments of several commands have in common."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from memcontrol.core import console
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Says a mistake in one line, and where help is."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def add_command(
+    subparsers, name: str, run: Callable[[argparse.Namespace], int], text: str
+) -> argparse.ArgumentParser:
+    added = subparsers.add_parser(name, help=text, description=text)
+    add_levels(added)
+    added.set_defaults(run=run)
+    return added
+
+
+def add_levels(parser: argparse.ArgumentParser) -> None:
+    """Before and after the command."""
+    levels = parser.add_mutually_exclusive_group()
+    texts = {
+        console.QUIET: "say nothing on stderr but errors",
+        console.VERBOSE: "say every detail, as a search's log file does",
+    }
+    for level, text in texts.items():
+        levels.add_argument(
+            f"--{level}",
+            action="store_const",
+            dest="level",
+            const=level,
+            default=argparse.SUPPRESS,
+            help=text,
+        )
+
+
+def add_study(command: argparse.ArgumentParser) -> None:
+    command.add_argument("study", type=Path, metavar="STUDY.yaml", help="the study's YAML file")
+
+
+def add_json(command: argparse.ArgumentParser, text: str = "one JSON document on stdout") -> None:
+    command.add_argument("--json", action="store_true", help=text)
+
+
+def add_pick_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--rule", help="knee (default), quality or memorization")
+    command.add_argument("--trial", type=int, metavar="N", help="this trial")
+    command.add_argument(
+        "--limit",
+        action="append",
+        default=[],
+        metavar="fid<=12",
+        help="keep a reward within a bound (repeatable)",
+    )
+
+
+def make_whole_parser(least: int) -> Callable[[str], int]:
+    def convert(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"'{text}' is no whole number of at least {least}")
+        return int(text)
+
+    return convert

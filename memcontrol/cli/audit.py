@@ -1,0 +1,85 @@
+"""Owns `memcontrol audit`: what it asks and prints."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from memcontrol.cli.arguments import add_command, make_whole_parser
+from memcontrol.core.console import make_console, print_json, say
+
+
+def add_audit(subparsers) -> None:
+    audit = add_command(
+        subparsers, "audit", run_audit, "how much a model or a folder of images copies a training set"
+    )
+    source = audit.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--model",
+        metavar="PIPELINE_OR_RUN",
+        help="a run folder, or a pipeline (folder or Hub id) to sample from",
+    )
+    source.add_argument("--images", type=Path, metavar="DIR", help="a folder of generated images")
+    audit.add_argument(
+        "--train",
+        type=Path,
+        metavar="DIR",
+        help="the training images, with captions if there are any (default for a run: its own)",
+    )
+    audit.add_argument(
+        "--holdout",
+        type=Path,
+        metavar="DIR",
+        help="real images of the same kind, never trained on (default for a run: its own)",
+    )
+    audit.add_argument(
+        "--out",
+        type=Path,
+        default=Path("audit"),
+        help="folder for audit.json and audit.html (default: audit)",
+    )
+    audit.add_argument(
+        "--extractor", default="tiny", help="the feature network (default: tiny, which knows characters)"
+    )
+    add_sampling(audit)
+    audit.add_argument(
+        "--skip-unreadable",
+        action="store_true",
+        help="skip images that cannot be decoded instead of stopping",
+    )
+    audit.add_argument("--json", action="store_true", help="print audit.json on stdout as well")
+
+
+def add_sampling(audit: argparse.ArgumentParser) -> None:
+    sampling = audit.add_argument_group("sampling from a pipeline")
+    sampling.add_argument(
+        "--samples", type=make_whole_parser(8), metavar="N", help="images to sample (default: 256)"
+    )
+    sampling.add_argument(
+        "--attacked",
+        type=make_whole_parser(0),
+        metavar="N",
+        help="captions for an extraction attack, 10 images each (default: 0)",
+    )
+    sampling.add_argument("--steps", type=make_whole_parser(1), help="sampling steps (default: 20)")
+    sampling.add_argument("--guidance", type=float, help="guidance scale (default: 1)")
+    sampling.add_argument("--seed", type=int, help="of captions and noise (default: 0)")
+
+
+def run_audit(args: argparse.Namespace) -> int:
+    from memcontrol.commands.audit import SAMPLING, Source, audit_source, read_pairs
+    from memcontrol.view.audit_page import write_audit
+    from memcontrol.view.live import Steps, shorten_path
+
+    given = {name: getattr(args, name) for name in SAMPLING}
+    sampling = {name: value for name, value in given.items() if value is not None}
+    with Steps(make_console()) as steps:
+        source = Source(args.images, args.train, args.holdout, args.model, args.skip_unreadable, sampling)
+        found, generated, train = audit_source(source, args.extractor, steps.show, steps.warn)
+        write_audit(found, read_pairs(found, generated, train), args.out)
+    if args.json:
+        print_json(found)
+    (sys.stderr if args.json else sys.stdout).write(f"{found['verdict']}\n")
+    say(make_console(), f"report: {shorten_path(args.out / 'audit.html')}")
+    return 0

@@ -1,0 +1,58 @@
+"""Owns `memcontrol dashboard`: what it asks and prints."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from memcontrol.cli.arguments import add_command, add_study, make_whole_parser
+from memcontrol.core.console import make_console, say
+
+
+def add_dashboard(subparsers) -> None:
+    dashboard = add_command(
+        subparsers, "dashboard", run_dashboard, "serve the study in optuna-dashboard, read-only"
+    )
+    add_study(dashboard)
+    dashboard.add_argument(
+        "--storage",
+        metavar="URL",
+        help="the database under another name, such as that of a role which only reads",
+    )
+    dashboard.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="the interface to listen on; any but loopback asks for a token (default: 127.0.0.1)",
+    )
+    dashboard.add_argument(
+        "--port", type=make_whole_parser(0), default=8080, help="0 takes any free one (default: 8080)"
+    )
+    dashboard.add_argument(
+        "--token",
+        default=os.environ.get("MEMCONTROL_TOKEN"),
+        help="what visitors must bring (default: MEMCONTROL_TOKEN, or one that is drawn where --host is not "
+        "loopback)",
+    )
+    dashboard.add_argument(
+        "--writable", action="store_true", help="let visitors write notes, tell trials, and delete studies"
+    )
+
+
+def run_dashboard(args: argparse.Namespace) -> int:
+    from memcontrol.commands.dashboard import open_dashboard
+
+    server, address = open_dashboard(
+        args.study, args.storage, args.host, args.port, args.token, args.writable
+    )
+    what = "anyone who has the address may change and delete studies" if args.writable else "read-only"
+    sys.stdout.write(f"{address}\n")
+    sys.stdout.flush()
+    say(make_console(), f"{what}; Ctrl-C ends it")
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        server.server_close()
+    return 0

@@ -1,0 +1,54 @@
+"""Owns `memcontrol front`: what it prints."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from typing import TYPE_CHECKING
+
+from memcontrol.cli.arguments import add_command, add_json, add_study
+from memcontrol.cli.printing import print_table
+from memcontrol.core.console import make_console, print_json, say, warn
+
+if TYPE_CHECKING:
+    from memcontrol.study.store import Study
+
+ONCE = (
+    "some of these were measured once only, as the search chose them, and may look better than "
+    "they are; the end "
+    "of the search measures them again"
+)
+
+
+def add_front(subparsers) -> None:
+    front = add_command(subparsers, "front", run_front, "list the Pareto front")
+    add_study(front)
+    add_json(front)
+
+
+def run_front(args: argparse.Namespace) -> int:
+    from memcontrol.study.pick import require_finished, select_front
+    from memcontrol.study.place import StudyPlace
+
+    with contextlib.closing(StudyPlace.load(args.study).open()) as study:
+        if args.json:
+            print_json([record.as_dict() for record in select_front(require_finished(study.records()))])
+        else:
+            print_front(study)
+    return 0
+
+
+def print_front(study: Study) -> None:
+    """With those that errors leave on or off it."""
+    from memcontrol.core.space_yaml import load_space
+    from memcontrol.study.pick import require_finished, select_front, select_ties, select_to_confirm
+    from memcontrol.view.tables import describe_spread, make_study_table
+
+    complete, n_groups = require_finished(study.records()), len(load_space(study.config.space).groups)
+    records = select_front(complete)
+    shown = records + [record for record in select_ties(complete) if record not in records]
+    print_table(make_study_table(shown, n_groups, f"{study.config.name}: front", None, complete))
+    if spread := describe_spread(complete):
+        say(make_console(), spread)
+    if study.config.rewards.confirm and select_to_confirm(complete):
+        warn(make_console(), ONCE)

@@ -1,0 +1,37 @@
+"""Owns what several commands print: tables on stdout, and warnings about a pick."""
+
+from __future__ import annotations
+
+import sys
+
+from memcontrol.core.console import warn
+
+
+def print_table(table) -> None:
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def warn_of_pick(study, picked, screen) -> None:
+    """Of a pick that is the baseline itself, and of one that keeps no limits, since none does."""
+    from memcontrol.study.pick import keeps_limits
+
+    if picked and picked.anchor == "full":
+        warn(
+            screen,
+            "no mask on the front comes within 5 % of full fine-tuning's first objective, so the "
+            "pick is full "
+            "fine-tuning itself; search on with more trials, or pick one that `memcontrol front` lists: "
+            "memcontrol pick ... --trial N",
+        )
+    if picked and not keeps_limits(picked, study.limits):
+        bounds = ", ".join(describe_bound(limit, picked) for limit in study.limits)
+        warn(screen, f"no trial keeps the study's limits, {bounds}; the pick leaves them aside")
+
+
+def describe_bound(limit, picked) -> str:
+    from memcontrol.core.reward_table import format_reward
+
+    value = format_reward(limit.reward, picked.rewards) or "none"
+    return f"{limit.reward}{limit.sign}{limit.bound:g} (the pick has {value})"

@@ -1,0 +1,120 @@
+"""Owns `memcontrol search`: what it asks and prints, a dry run included."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from typing import TYPE_CHECKING
+
+from memcontrol.cli.arguments import add_command, add_study, make_whole_parser
+from memcontrol.cli.printing import warn_of_pick
+from memcontrol.core.console import make_console, say
+
+if TYPE_CHECKING:
+    from memcontrol.core.jobs import Event
+    from memcontrol.execution.executor import Executor
+    from memcontrol.study.place import StudyPlace
+    from memcontrol.study.store import Study
+
+
+def add_search(subparsers) -> None:
+    search = add_command(subparsers, "search", run_search_command, "run or continue a study")
+    add_study(search)
+    search.add_argument(
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="values that replace those of the file, for example inner.batch_size=8",
+    )
+    search.add_argument(
+        "--trials", type=make_whole_parser(0), help="sampled trials in all, beside the three anchors"
+    )
+    search.add_argument("--workers", type=make_whole_parser(1), help="jobs at a time")
+    search.add_argument("--executor", choices=("inline", "local", "ray", "slurm"), help="where trials run")
+    search.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the resolved config, try a few short trials, and say what the search will take",
+    )
+
+
+def run_search_command(args: argparse.Namespace) -> int:
+    from memcontrol.commands.search import list_overrides
+    from memcontrol.execution.make import open_executor
+    from memcontrol.study.place import StudyPlace
+
+    overrides = list_overrides(args.overrides, args.trials, args.workers, args.executor)
+    place = StudyPlace.load(args.study, overrides)
+    if args.dry_run:
+        print_config(place)
+        print_prediction(place)
+        return 0
+    with open_executor(place.config, place.folder.path) as executor:
+        show_search(place, executor)
+    say(
+        make_console(),
+        f"next: memcontrol retrain {args.study} (the pick, on test images); look: dashboard, report",
+    )
+    return 0
+
+
+def print_config(place: StudyPlace) -> None:
+    import yaml
+
+    from memcontrol.study.database import hide_password, validate_url
+
+    config = place.config
+    _ = place.space  # what is wrong with it is said before anything is printed
+    storage = {"storage": hide_password(validate_url(config.storage))} if config.storage else {}
+    values = {**config.model_dump(mode="json"), **storage}
+    yaml.safe_dump(values, sys.stdout, sort_keys=False, allow_unicode=True)
+    sys.stdout.flush()
+
+
+def print_prediction(place: StudyPlace) -> None:
+    """As comments: what is printed stays YAML."""
+    from memcontrol.core.jobs import Progress
+    from memcontrol.execution.job_queue import JobQueue
+    from memcontrol.execution.make import open_executor
+    from memcontrol.search.prediction import describe_prediction, predict_search, run_calibrations
+    from memcontrol.view.live import Steps
+
+    folder = place.folder.path
+    with open_executor(place.config, folder) as executor, Steps(make_console()) as steps:
+
+        def show(event: Event) -> None:
+            if isinstance(event, Progress):
+                steps.show("calibrating with short trials", event.done, event.total)
+
+        calibrations = run_calibrations(place.config, folder, JobQueue(executor, show))
+    for line in describe_prediction(predict_search(place.config, place.space.anchors(), calibrations)):
+        sys.stdout.write(f"# {line}\n")
+
+
+def show_search(place: StudyPlace, executor: Executor) -> None:
+    from memcontrol.commands.search import run_search
+
+    run_search(place, executor)
+    with contextlib.closing(place.open()) as study:
+        show_study(study, place, make_console())
+
+
+def show_study(study: Study, place: StudyPlace, screen) -> None:
+    """The trials of a finished search, the pick among them, and the picture of the front."""
+    from memcontrol.study.pick import find_pick, require_finished
+    from memcontrol.view.front_png import draw_front_png
+    from memcontrol.view.live import shorten_path
+    from memcontrol.view.tables import describe_rank_agreement, describe_spread, make_study_table
+
+    complete = require_finished(study.records())
+    picked = find_pick(complete, study)
+    warn_of_pick(study, picked, screen)
+    screen.print(make_study_table(complete, len(place.space.groups), "trials", picked))
+    if len(study.config.rewards.objectives) > 1:
+        picture = place.folder.front_picture
+        draw_front_png(complete, picked, picture, study.config.name)
+        say(screen, f"front: {shorten_path(picture)}")
+    for line in filter(None, (describe_spread(complete), describe_rank_agreement(complete))):
+        say(screen, line)

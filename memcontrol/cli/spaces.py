@@ -1,0 +1,104 @@
+"""Owns `memcontrol spaces`: shipped search spaces, derived ones, and how a space fits a base."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from memcontrol.cli.arguments import add_command, add_json
+from memcontrol.core.console import print_json
+from memcontrol.core.errors import MemControlError
+
+
+def add_spaces(subparsers) -> None:
+    spaces = add_command(subparsers, "spaces", run_spaces, "list, show or check search spaces")
+    actions = spaces.add_subparsers(
+        dest="action", required=True, metavar="list | show | check", help="what to do"
+    )
+    actions.add_parser("list", help="the shipped spaces")
+    show = actions.add_parser("show", help="print a shipped space, or derive one")
+    show.add_argument("name", metavar="NAME", help="of `spaces list`; auto derives one from --base")
+    show.add_argument(
+        "--base",
+        default="tiny",
+        metavar="MODEL",
+        help="for auto: tiny, a folder or a Hub id (default: tiny)",
+    )
+    check = actions.add_parser("check", help="match a space against a base model")
+    check.add_argument("name", metavar="NAME_OR_FILE", help="a shipped space or a YAML file")
+    check.add_argument(
+        "--base",
+        default="tiny",
+        metavar="MODEL",
+        help="tiny, a folder (config.json files suffice) or a Hub id (default: tiny)",
+    )
+    add_json(check)
+
+
+def run_spaces(args: argparse.Namespace) -> int:
+    if args.action == "list":
+        list_spaces()
+    elif args.action == "show":
+        sys.stdout.write(read_space(args.name, args.base))
+    else:
+        check_fit(args)
+    return 0
+
+
+def list_spaces() -> None:
+    from memcontrol.core.space_yaml import list_shipped_spaces, load_space
+
+    for name in list_shipped_spaces():
+        space = load_space(name)
+        sys.stdout.write(f"{name:26} {len(space.groups):3} groups  {space.description}\n")
+
+
+def read_space(name: str, base: str) -> str:
+    """The YAML of a shipped space, or of one that is derived."""
+    from memcontrol.core.space_yaml import list_shipped_spaces
+
+    shipped = list_shipped_spaces()
+    if name == "auto":
+        from memcontrol.model.base import make_empty_denoiser
+        from memcontrol.model.derive_space import derive_space
+
+        return derive_space(make_empty_denoiser(base), base)
+    if name not in shipped:
+        raise MemControlError(
+            f"space '{name}' is not shipped; shipped are {', '.join(shipped)}; 'auto' derives one from --base"
+        )
+    return shipped[name].read_text(encoding="utf-8")
+
+
+def check_fit(args: argparse.Namespace) -> None:
+    from memcontrol.core.space_yaml import load_space
+    from memcontrol.model.base import make_empty_denoiser
+    from memcontrol.model.cost import survey_space
+
+    found = survey_space(make_empty_denoiser(args.base), load_space(args.name))
+    if args.json:
+        print_json(found)
+    else:
+        print_survey(found)
+
+
+def print_survey(found: dict) -> None:
+    write, total = sys.stdout.write, found["total"]
+    for group in found["groups"]:
+        parts = [f"{method} {n:,} ({n / total:.4%})" for method, n in group["parameters"].items()]
+        write(f"{group['name']:24} {len(group['modules']):4} modules  {', '.join(parts)}\n")
+        write("".join(f"    {name}\n" for name in group["modules"]))
+    write(f"{total:,} parameters in all\n")
+    for method, counts in found["methods"].items():
+        on, off, cost = counts["all_on"], counts["all_off"], counts["cost"]
+        write(f"{method:12} all groups on {on:13,} ({on / total:8.4%})   off {off:13,}")
+        write(f"   {describe_cost(cost)} for a step of one image\n" if cost else "\n")
+
+
+def describe_cost(cost: dict[str, float]) -> str:
+    return f"{format_size(cost['step_gflops'])} GFLOP and {format_size(cost['memory_mib'])} MiB"
+
+
+def format_size(value: float) -> str:
+    """Three digits of what is small, no decimals of what is large."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

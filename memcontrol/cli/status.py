@@ -1,0 +1,113 @@
+"""Owns `memcontrol status`: what it prints of each trial."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from typing import TYPE_CHECKING, Any
+
+from memcontrol.cli.arguments import add_command, add_json, add_study
+from memcontrol.cli.printing import print_table
+from memcontrol.core.console import print_json
+
+if TYPE_CHECKING:
+    from memcontrol.study.place import StudyPlace
+    from memcontrol.study.record import Record
+    from memcontrol.study.store import Study
+
+
+def add_status(subparsers) -> None:
+    status = add_command(subparsers, "status", run_status, "list all trials with their state")
+    add_study(status)
+    add_json(status)
+
+
+def run_status(args: argparse.Namespace) -> int:
+    from memcontrol.study.place import StudyPlace
+
+    place = StudyPlace.load(args.study)
+    with contextlib.closing(place.open()) as study:
+        found = read_status(place, study)
+        if args.json:
+            print_json(found)
+        else:
+            print_status(found, study, place)
+    return 0
+
+
+def read_status(place: StudyPlace, study: Study) -> dict[str, Any]:
+    """What `--json` prints: of each trial also its runs, with the place and progress of those at work."""
+    from memcontrol.search.locks import is_searching
+    from memcontrol.study.running import estimate_pace, list_runs
+    from memcontrol.view.report_data import summarize_hypervolume
+
+    records, folder = study.records(), place.folder.path
+    flat, pace = is_over(study, place.config.search.stop_when_flat), estimate_pace(records, place.config)
+    return {
+        "study": study.config.name,
+        "searching": is_searching(folder, study.url, study.config.name),
+        "flat": flat,
+        **pace,
+        **({"minutes_left": 0.0} if flat else {}),
+        "hypervolume": summarize_hypervolume(study),
+        "trials": [record.as_dict() | {"runs": list_runs(record, folder)} for record in records],
+    }
+
+
+def is_over(study: Study, n: int | None) -> bool:
+    """Whether search.stop_when_flat ends it."""
+    from memcontrol.study.hypervolume import is_flat
+
+    reference = study.attributes.get("reference")
+    return bool(n and reference and is_flat(study.records(), reference, n))
+
+
+def print_status(found: dict[str, Any], study: Study, place: StudyPlace) -> None:
+    from memcontrol.core.space_yaml import load_space
+    from memcontrol.view.tables import make_study_table
+
+    records, n_groups = study.records(), len(load_space(study.config.space).groups)
+    words = {
+        "COMPLETE": "complete",
+        "RUNNING": "running" if found["searching"] else "interrupted",
+        "PRUNED": "pruned",
+        "FAIL": "failed",
+    }
+    for state, word in words.items():
+        sys.stdout.write(f"{word}: {sum(record.state == state for record in records)}\n")
+    print_progress(found)
+    for record, trial in zip(records, found["trials"]):
+        print_trial(record, trial["runs"], words[record.state], n_groups, found["searching"], place)
+    print_table(make_study_table(records, n_groups, f"{study.config.name}: finished trials"))
+
+
+def print_progress(found: dict[str, Any]) -> None:
+    if volume := found["hypervolume"]:
+        point = ", ".join(f"{name} {value:.4g}" for name, value in volume["reference"].items())
+        sys.stdout.write(f"hypervolume: {volume['value']:.4g} ± {volume['error']:.2g}, from {point}\n")
+    if found["flat"]:
+        sys.stdout.write(
+            "the hypervolume has not grown beyond its noise, which ends the search (search.stop_when_flat)\n"
+        )
+    elif found["searching"] and "runs_per_hour" in found:
+        pace, left = found["runs_per_hour"], found["minutes_left"]
+        sys.stdout.write(f"about {pace:.0f} runs an hour, about {left:.1f} minutes left\n")
+
+
+def print_trial(
+    record: Record, runs: list[dict], word: str, n_groups: int, searching: bool, place: StudyPlace
+) -> None:
+    """Why it ended as it did, or where it runs."""
+    from memcontrol.study.running import describe_run
+    from memcontrol.view.words import describe_choice
+
+    if record.reason:
+        sys.stdout.write(f"trial {record.number} {word}: {record.reason}\n")
+    if record.state != "RUNNING":
+        return
+    goes_on = "" if searching else " (the next search goes on with it)"
+    sys.stdout.write(f"trial {record.number} {word} ({record.anchor or 'sampled'}){goes_on}\n")
+    for choice, run in zip(record.candidates, runs):
+        what = describe_run(run, place.folder.path.is_dir())
+        sys.stdout.write(f"  {describe_choice(choice, n_groups)}: {'' if searching else 'was: '}{what}\n")

@@ -1,0 +1,58 @@
+"""Owns `memcontrol.search`: a study is run or continued, shown and logged."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from memcontrol.core.config import describe_config
+from memcontrol.core.console import log_to_file, make_console
+from memcontrol.execution.executor import Executor
+from memcontrol.execution.make import open_executor
+from memcontrol.search.observer import Observer, Observers
+from memcontrol.search.orchestrator import search_study
+from memcontrol.study.place import StudyPlace
+from memcontrol.study.record import Record
+from memcontrol.view.dashboard_notes import Publisher
+from memcontrol.view.live import Display, EventLog
+
+
+def search(
+    study: str | Path,
+    *overrides: str,
+    trials: int | None = None,
+    workers: int | None = None,
+    executor: str | None = None,
+    quiet: bool = False,
+) -> list[Record]:
+    """Runs or continues a study; `overrides` are values such as "inner.batch_size=8". Returns its finished
+    trials.
+
+    Interrupted, it is continued by the same call. Raises MemControlError.
+    """
+    place = StudyPlace.load(study, list_overrides(overrides, trials, workers, executor))
+    with open_executor(place.config, place.folder.path) as places:
+        run_search(place, places, quiet)
+    with contextlib.closing(place.open()) as found:
+        return [record for record in found.records() if record.finished]
+
+
+def list_overrides(
+    overrides: Sequence[str], trials: int | None, workers: int | None, executor: str | None
+) -> list[str]:
+    options = {"search.trials": trials, "search.workers": workers, "search.executor": executor}
+    return [*overrides, *(f"{key}={value}" for key, value in options.items() if value is not None)]
+
+
+def run_search(place: StudyPlace, executor: Executor, quiet: bool = False) -> None:
+    """Searches, shown on stderr (or below a notebook's cell) unless quiet. Raises MemControlError."""
+    search, n_groups = place.config.search, len(place.space.groups)
+    watchers: list[Observer] = [EventLog(n_groups), Publisher(place.space, place.folder)]
+    about = f"search of {place.file}: {describe_config(place.config)}"
+    with log_to_file(place.folder.log_file, about), contextlib.ExitStack() as shown:
+        if not quiet:
+            watchers.append(
+                shown.enter_context(Display(make_console(), search.trials, n_groups, search.workers))
+            )
+        search_study(place, executor, Observers(*watchers)).close()

@@ -1,0 +1,49 @@
+"""Owns a study's place: its file, its config, its folder and its database, read once by each command."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from memcontrol.core.config import Config, load_config
+from memcontrol.core.run_folder import StudyFolder, locate_study_folder
+from memcontrol.core.space import SearchSpace
+from memcontrol.core.space_yaml import load_space
+from memcontrol.study.store import Study, is_searched, open_study, resolve_storage_url
+
+
+@dataclass(frozen=True)
+class StudyPlace:
+    """A study file as it is now, overrides applied, and where its results lie."""
+
+    file: Path
+    config: Config
+
+    @classmethod
+    def load(cls, file: str | Path, overrides: Sequence[str] = ()) -> StudyPlace:
+        """`overrides` are values such as "inner.batch_size=8". Raises MemControlError."""
+        return cls(Path(file), load_config(Path(file), overrides))
+
+    @cached_property
+    def folder(self) -> StudyFolder:
+        return StudyFolder(locate_study_folder(self.file, self.config.name))
+
+    @cached_property
+    def url(self) -> str:
+        """Of the database. Raises MemControlError where the config's is none."""
+        return resolve_storage_url(self.config, self.folder.path, self.file)
+
+    @cached_property
+    def space(self) -> SearchSpace:
+        return load_space(self.config.space)
+
+    def is_searched(self) -> bool:
+        """Whether the database holds the study."""
+        return is_searched(self.config, self.folder.path, self.file)
+
+    def open(self) -> Study:
+        """The study as it was searched: its stored config counts, not later edits of the file. Raises
+        MemControlError where there is none."""
+        return open_study(self.config, self.folder.path, self.file, create=False)
