@@ -309,6 +309,30 @@ def test_what_may_change_between_two_runs():
     ]
 
 
+def test_copies_with_other_values_at_dotted_keys():
+    config = load_config({**GOOD, "inner": {"skip": {"ratio": 1.5}}})
+    other = config.replaced({"inner.skip.ratio": 3.0, "inner.rounds": 7, "name": "b"})
+    assert other == load_config(
+        {"name": "b", "data": "digits", "inner": {"skip": {"ratio": 3.0}, "rounds": 7}}
+    )
+    assert (config.name, config.inner.rounds, config.inner.skip.ratio) == ("a", 5, 1.5)
+    assert config.inner.replaced({"skip": None}) == load_config(GOOD).inner
+
+
+@pytest.mark.parametrize("key", ["colour", "inner.batchsize", "inner.skip.ratio", "name.first"])
+def test_copies_have_no_keys_that_are_not_there(key):
+    with pytest.raises(KeyError):
+        load_config(GOOD).replaced({key: 2.0})
+
+
+@pytest.mark.parametrize(
+    "fraction, n_images, n_train", [(1.0, 9, 9), (0.5, 9, 4), (0.5, 11, 6), (0.01, 9, 1)]
+)
+def test_trials_see_a_share_of_the_training_images_and_at_least_one(fraction, n_images, n_train):
+    search = load_config({**GOOD, "search": {"train_fraction": fraction}}).search
+    assert search.count_train(n_images) == n_train
+
+
 def test_where_results_go(tmp_path):
     assert locate_study_folder(tmp_path / "x.yaml", "x") == tmp_path / "runs" / "x"
     assert locate_study_folder(tmp_path / "runs" / "x" / "study.yaml", "x") == tmp_path / "runs" / "x"

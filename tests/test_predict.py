@@ -62,7 +62,7 @@ def test_a_prediction_is_the_sum_of_its_parts():
         and found.memory_mib == 500
         and found.n_confirmed == 0
     )
-    again = config.model_copy(update={"rewards": config.rewards.model_copy(update={"confirm": 2})})
+    again = config.replaced({"rewards.confirm": 2})
     assert predict_search(again, ANCHORS, [calibration()]).seconds - found.seconds == pytest.approx(
         expect_front_size(5) * 2 * after
     )

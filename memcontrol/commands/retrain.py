@@ -36,7 +36,7 @@ def run_retraining(
     """
     n_train = len(read_json(folder / "split.json")["parts"]["train"])
     budget = round(config.inner.budget_images / config.search.train_fraction)
-    larger = config.model_copy(update={"inner": config.inner.model_copy(update={"budget_images": budget})})
+    larger = config.replaced({"inner.budget_images": budget})
     space, runs = load_space(config.space), {"pick": (choice, out), BASELINE: (full, baseline)}
     specs = {
         run: Spec(larger, space, wanted, folder, "retrain", "test", n_train) for wanted, run in runs.values()

@@ -1,5 +1,5 @@
-"""Owns the base: a diffusers pipeline behind losses() and sample(), and its cached latents and caption
-encodings."""
+"""Owns the base: a diffusers pipeline behind noised(), denoised() and sample(), and its cached latents and
+caption encodings."""
 
 from __future__ import annotations
 
@@ -213,11 +213,6 @@ class Base:
         """The denoising loss of each latent, unreduced [B], and the prediction [B, C, h, w]."""
         predicted = self.family.predict(self.denoiser, noised.noisy, noised.times, text)
         return (predicted.float() - noised.target.float()).square().mean(dim=(1, 2, 3)), predicted
-
-    def losses(self, clean: Tensor, text: Text, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """The denoising loss of each latent [B, C, h, w], unreduced [B], and the timesteps [B] drawn."""
-        noised = self.noised(clean, generator)
-        return self.denoised(noised, text)[0], noised.timesteps
 
     @torch.no_grad()
     def encode_images(self, images: Images) -> tuple[Tensor, Tensor]:

@@ -162,7 +162,7 @@ class Search:
     ):
         self.config, self.study, self.folder, self.jobs, self.show = config, study, folder, jobs, show
         self.space: SearchSpace = load_space(config.space)
-        self.n_train = max(1, round(sizes["train"] * config.search.train_fraction))
+        self.n_train = config.search.count_train(sizes["train"])
         self.open: dict[int, RunningTrial] = {}
         self.waiting: deque[tuple[int, Choice]] = deque()
         search, n_objectives = config.search, len(config.rewards.objectives)

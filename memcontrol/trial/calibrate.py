@@ -39,7 +39,7 @@ def calibrate(
     and the peak of memory. Raises MemControlError."""
     started, config, space = time.monotonic(), load_config(values), load_space(load_config(values).space)
     prepared = prepare_study(values, folder, loaded, warn)
-    n_train = max(1, round(prepared["sizes"]["train"] * config.search.train_fraction))
+    n_train = config.search.count_train(prepared["sizes"]["train"])
 
     def run(name: str, choice: Choice, batches: int) -> dict[str, float]:
         spec = Spec(shorten_config(config, batches), space, choice, folder, "calibrate", "holdout", n_train)
@@ -67,12 +67,13 @@ def shorten_config(config: Config, batches: int) -> Config:
     """The same trial, of a few steps and samples."""
     inner = config.inner
     n_steps = max(N_STEPS, 3 * inner.ensemble.shards * inner.rounds)  # most steps must end no round
-    rewards = {"n_samples": batches * ENCODE_BATCH, "extraction": None, "force": True}
-    return config.model_copy(
-        update={
-            "inner": inner.model_copy(update={"budget_images": n_steps * inner.batch_size}),
-            "rewards": config.rewards.model_copy(update=rewards),
-            "search": config.search.model_copy(update={"early_stopping": None}),
+    return config.replaced(
+        {
+            "inner.budget_images": n_steps * inner.batch_size,
+            "rewards.n_samples": batches * ENCODE_BATCH,
+            "rewards.extraction": None,
+            "rewards.force": True,
+            "search.early_stopping": None,
         }
     )
 
