@@ -48,7 +48,7 @@ def run_job(job: dict, loaded, say: SendEvent) -> None:
                         "event": "prepared",
                         **calibrate(
                             job["config"], Path(job["prepare"]), loaded, lambda line: None, make_progress(say)
-                        ),
+                        ).as_dict(),
                     }
                 )
                 return
