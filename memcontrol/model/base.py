@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from memcontrol.core.cache import load_or_make
 from memcontrol.core.errors import MemControlError
-from memcontrol.core.files import PACKAGE, replace_file
+from memcontrol.core.files import PACKAGE
 from memcontrol.data.images import Images
 from memcontrol.model.families import Family, Text, Unconditional, find_family
 
@@ -311,26 +312,21 @@ class Base:
 
     def encoded(self, images: Images, cache: Path, base_name: str) -> Encoded:
         """The images' latents and encodings, computed once per content and base and kept under `cache`."""
-        from filelock import FileLock
-        from safetensors.torch import load_file, save_file
-
         path = cache / f"latents-{images.digest}-{digest_base(base_name)}.safetensors"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):
-            if not path.exists():
-                mean, deviation = self.encode_images(images)
-                captions = list(dict.fromkeys(["", *images.captions]))
-                row_of = {caption: row for row, caption in enumerate(captions)}
-                rows = torch.tensor([row_of[caption] for caption in images.captions])
-                text = {f"text.{name}": tensor for name, tensor in self.encode_captions(captions).items()}
-                tensors = {"mean": mean, "deviation": deviation, "caption_rows": rows, **text}
-                with replace_file(path) as part:
-                    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, part)
-        stored = load_file(path)
+        stored = load_or_make(path, lambda: self.encode(images))
         text = {
             name.removeprefix("text."): stored.pop(name) for name in list(stored) if name.startswith("text.")
         }
         return Encoded(text=text, **stored)
+
+    def encode(self, images: Images) -> dict[str, Tensor]:
+        """The fields of Encoded, each encoding of captions under text.NAME."""
+        mean, deviation = self.encode_images(images)
+        captions = list(dict.fromkeys(["", *images.captions]))
+        row_of = {caption: row for row, caption in enumerate(captions)}
+        rows = torch.tensor([row_of[caption] for caption in images.captions])
+        text = {f"text.{name}": tensor for name, tensor in self.encode_captions(captions).items()}
+        return {"mean": mean, "deviation": deviation, "caption_rows": rows, **text}
 
 
 def delay_guidance(guidance: float, n_without: int) -> dict:
