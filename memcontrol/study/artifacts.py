@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import uuid
-from dataclasses import asdict
 from pathlib import Path
 from typing import BinaryIO
 
@@ -14,9 +12,9 @@ from optuna.storages import BaseStorage
 
 from memcontrol.core.files import replace_file
 from memcontrol.core.run_folder import PAIRS_PICTURE, SAMPLES_PICTURE
+from memcontrol.study.optuna_private import record_artifact
 
 ARTIFACTS_FOLDER = "artifacts"  # in the study's; `optuna-dashboard --artifact-dir` takes it too
-PREFIX = "artifacts:"  # of the attributes that optuna.artifacts keeps
 
 
 def attach_pictures(storage: BaseStorage, trial_id: int, run: Path, folder: Path) -> None:
@@ -28,8 +26,7 @@ def attach_pictures(storage: BaseStorage, trial_id: int, run: Path, folder: Path
             artifact_id = str(uuid.uuid5(uuid.NAMESPACE_URL, f"{run.name}/{picture.name}"))
             with replace_file(folder / ARTIFACTS_FOLDER / artifact_id) as part:
                 shutil.copyfile(picture, part)
-            meta = ArtifactMeta(artifact_id, picture.name, "image/png", None)
-            storage.set_trial_system_attr(trial_id, f"{PREFIX}{artifact_id}", json.dumps(asdict(meta)))
+            record_artifact(storage, trial_id, ArtifactMeta(artifact_id, picture.name, "image/png", None))
 
 
 class ReadOnlyStore:
