@@ -19,10 +19,10 @@ from memcontrol.study.optuna_private import (
     Notes,
     add_trial,
     close_storage,
-    constraint_key,
     get_storage,
     get_study_id,
     get_trial_id,
+    name_constraint,
     read_attributes,
     record_artifact,
     write_attribute,
@@ -99,7 +99,7 @@ def test_constraint_is_kept_as_optunas_own(study):
     theirs, ours = study.ask(), study.ask()
     theirs.set_constraint("copy_rate", -0.5)
     for excess in (0.25, -0.5):  # again, where a write was not acknowledged
-        get_storage(study).set_trial_system_attr(ours._trial_id, constraint_key("copy_rate"), excess)
+        get_storage(study).set_trial_system_attr(ours._trial_id, name_constraint("copy_rate"), excess)
     for trial in (theirs, ours):
         study.tell(trial, 1.0)
     first, second = study.trials

@@ -179,7 +179,7 @@ def test_the_history_of_the_hypervolume_is_that_of_each_beginning(study_path, mo
 def test_a_publisher_writes_nothing_twice(study_path, monkeypatch):
     study = search(study_path, Drawing(1))
     monkeypatch.setattr(
-        "memcontrol.view.dashboard_notes.save_own_note",
+        "memcontrol.view.dashboard_notes.save_note",
         lambda *_: pytest.fail("a note that is there was written again"),
     )
     publisher = Publisher(study, load_space("digits"), study.folder)

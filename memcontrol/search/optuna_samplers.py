@@ -15,7 +15,7 @@ from memcontrol.core.choice import Choice
 from memcontrol.core.seeds import derive_seed
 from memcontrol.core.space import SearchSpace
 from memcontrol.search.surrogate import N_SPREAD, OUTSIDE, extrapolate_losses
-from memcontrol.study.optuna_private import GENERATION, add_trial, constraint_key, get_storage
+from memcontrol.study.optuna_private import GENERATION, add_trial, get_storage, name_constraint
 from memcontrol.study.pareto import Limit
 from memcontrol.study.record import Record
 from memcontrol.study.store import compute_excesses, make_distributions
@@ -142,7 +142,7 @@ def mirror_record(
         else None
     )
     constraints = {
-        constraint_key(name): excess
+        name_constraint(name): excess
         for name, excess in compute_excesses(record.rewards if record.finished else {}, limits).items()
     }
     return create_trial(

@@ -68,7 +68,7 @@ def predict_search(
     n_runs = {name: len(choices) for name, choices in anchors.items()} | {"sampled": config.search.trials}
     costs = {kind: [cost for one in calibrations for cost in one.by_kind[kind]] for kind in n_runs}
     n_batches = count_samples(config.rewards) / calibrations[0].batch_size
-    stretch = sampling_stretch(costs["none"], [one.two_batches for one in calibrations], n_batches)
+    stretch = estimate_stretch(costs["none"], [one.two_batches for one in calibrations], n_batches)
     n_workers = len(calibrations)
     runs = {
         kind: predict_run_seconds(found, config.inner.budget_steps, stretch) for kind, found in costs.items()
@@ -98,7 +98,7 @@ def count_samples(rewards: RewardsConfig) -> int:
     return rewards.n_samples + (attack.prompts * attack.images if attack else 0)
 
 
-def sampling_stretch(one: Sequence[TrialCost], two: Sequence[TrialCost], n_batches: float) -> float:
+def estimate_stretch(one: Sequence[TrialCost], two: Sequence[TrialCost], n_batches: float) -> float:
     """How many times as long it takes to sample and score n batches as one, from trials of one batch and of
     two: each further batch adds their difference."""
     once, twice = (statistics.mean(cost.after_seconds for cost in costs) for costs in (one, two))

@@ -50,7 +50,7 @@ def add_trial(study: optuna.Study, trial: FrozenTrial) -> int:
     return get_storage(study).create_new_trial(get_study_id(study), template_trial=trial)
 
 
-def constraint_key(name: str) -> str:
+def name_constraint(name: str) -> str:
     """The attribute under which optuna.Trial.set_constraint keeps a value. That refuses a second one, where a
     write that was not acknowledged must be repeated."""
     return f"constraints:{name}"

@@ -35,9 +35,9 @@ from memcontrol.study.database import (
 from memcontrol.study.optuna_private import (
     add_trial,
     close_storage,
-    constraint_key,
     get_storage,
     get_trial_id,
+    name_constraint,
     read_attributes,
     write_attribute,
 )
@@ -223,7 +223,7 @@ class Study:
             for key, value in told.items():
                 self.storage.set_trial_system_attr(trial_id, f"{OWN}{key}", value)
             for name, excess in compute_excesses(best.get("rewards", {}), self.limits).items():
-                self.storage.set_trial_system_attr(trial_id, constraint_key(name), excess)
+                self.storage.set_trial_system_attr(trial_id, name_constraint(name), excess)
             attach_pictures(
                 self.storage, trial_id, self.folder / Choice.from_dict(best["choice"]).key, self.folder
             )

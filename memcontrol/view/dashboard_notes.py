@@ -32,7 +32,7 @@ class Publisher:
 
     def __init__(self, study: Study, space: SearchSpace, folder: Path):
         self.study, self.space, self.folder = study, space, folder
-        self.written = study.patiently(lambda: read_own_notes(study))
+        self.written = study.patiently(lambda: read_notes(study))
         self.seen: dict[int, Record] = {}
         self.due = 0.0
 
@@ -78,11 +78,11 @@ class Publisher:
 
     def note(self, notes: Notes, number: int | None, text: str) -> None:
         if self.written.get(number) != text:
-            self.study.patiently(lambda: save_own_note(self.study, notes, number, text))
+            self.study.patiently(lambda: save_note(self.study, notes, number, text))
             self.written[number] = text
 
 
-def read_own_notes(study: Study) -> dict[int | None, str]:
+def read_notes(study: Study) -> dict[int | None, str]:
     """Our part of every note, by its trial's number; None: the study's own."""
     numbers: dict[int | None, int | None] = {trial_id: number for number, trial_id in study.ids.items()}
     numbers[None] = None
@@ -92,7 +92,7 @@ def read_own_notes(study: Study) -> dict[int | None, str]:
     }
 
 
-def save_own_note(study: Study, notes: Notes, number: int | None, text: str) -> None:
+def save_note(study: Study, notes: Notes, number: int | None, text: str) -> None:
     """Above what a person has written into the note."""
     trial_id = None if number is None else study.ids[number]
     before = notes.read(trial_id)
