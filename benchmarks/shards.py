@@ -64,7 +64,7 @@ def copied(n: int, device: str) -> dict:
                 text = {
                     name: tensor.to(device) for name, tensor in data.texts(data.caption_rows[rows]).items()
                 }
-                loss, _ = base.losses(data.mean[rows].to(device), text, generator)
+                loss, _ = base.denoised(base.noised(data.mean[rows].to(device), generator), text)
                 loss.mean().backward()
                 torch.nn.utils.clip_grad_norm_(mine, 1.0)
                 optimizer.step()

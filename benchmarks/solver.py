@@ -76,12 +76,7 @@ def figures(run: Path, loaded, steps: int, ddim: bool) -> dict[str, float]:
     from memcontrol.trial.samples import gather_evidence, sample_images, score_samples
 
     spec = read_spec(run)
-    spec = replace(
-        spec,
-        config=spec.config.model_copy(
-            update={"rewards": spec.config.rewards.model_copy(update={"sampling_steps": steps})}
-        ),
-    )
+    spec = replace(spec, config=spec.config.replaced({"rewards.sampling_steps": steps}))
     base, material = loaded.base(spec.config), loaded.material(spec)
     adapter, solver = inject_choice(base.denoiser, spec), base.pipeline.scheduler
     try:

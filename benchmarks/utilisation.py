@@ -83,7 +83,7 @@ def measured(method: str, layout: str, device: str) -> dict:
 
     def step() -> None:
         with torch.autocast(device, getattr(torch, precision), enabled=precision != "float32"):
-            loss = base.losses(clean, text, generator)[0].mean()
+            loss = base.denoised(base.noised(clean, generator), text)[0].mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

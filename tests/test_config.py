@@ -1,8 +1,10 @@
 """STUDY.yaml: what is accepted, and that each mistake is named in one line."""
 
 import pytest
+from pydantic import ValidationError
 
-from memcontrol.core.config import find_differing_keys, load_config
+from memcontrol.core.config import Config, find_differing_keys, load_config
+from memcontrol.core.config_errors import Advice, explain_problem, explain_problems
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.run_folder import locate_study_folder
 
@@ -95,6 +97,167 @@ def test_mistakes_are_named(values, overrides, words):
         assert word in message
 
 
+SENTENCES = [
+    ({"name": None}, "key 'name' is None; it should be a valid string"),
+    ({"name": "a/b"}, "key 'name' is 'a/b'; use letters, digits, '.', '_' and '-', a letter or digit first"),
+    ({"data": None}, "key 'data' is None; it should be keys and values, such as {path: images}"),
+    ({"data": {"train": 0.5}}, "key 'data.path' is missing"),
+    ({"data": {1: 2, "path": "digits"}}, "key 'data' is 1; keys should be strings"),
+    (
+        {"data": {"path": "digits", "train": "x"}},
+        "key 'data.train' is 'x'; it should be a valid number, or should be a valid integer",
+    ),
+    (
+        {"data": {"path": "digits", "train": 0}},
+        "key 'data.train' is 0; it should be greater than 0, or should be greater than or equal to 1",
+    ),
+    (
+        {"data": {"path": "digits", "train": 1.5}},
+        "key 'data.train' is 1.5; it should be less than 1, or should be a valid integer",
+    ),
+    (
+        {"data": {"path": "digits", "skip_unreadable": "yes"}},
+        "key 'data.skip_unreadable' is 'yes'; it should be a valid boolean",
+    ),
+    ({"inner": 3}, "key 'inner' is 3; it should be keys and values, such as {budget_images: 20000}"),
+    ({"inner": {"rounds": 0}}, "key 'inner.rounds' is 0; it should be greater than or equal to 1"),
+    ({"inner": {"rounds": 1.5}}, "key 'inner.rounds' is 1.5; it should be a valid integer"),
+    ({"inner": {"batch_size": True}}, "key 'inner.batch_size' is True; it should be a valid integer"),
+    (
+        {"inner": {"optimizer": "lion"}},
+        "key 'inner.optimizer' is 'lion'; it should be 'adamw', 'adam', 'nadam', 'radam', "
+        "'adafactor' or 'sgd'",
+    ),
+    (
+        {"inner": {"norm_threshold": "x"}},
+        "key 'inner.norm_threshold' is 'x'; it should be a valid number, or should be 'decile'",
+    ),
+    (
+        {"inner": {"norm_threshold": -1}},
+        "key 'inner.norm_threshold' is -1; it should be greater than 0, or should be 'decile'",
+    ),
+    ({"inner": {"warmup": 1}}, "key 'inner.warmup' is 1; it should be less than 1"),
+    ({"inner": {"max_grad_norm": 0}}, "key 'inner.max_grad_norm' is 0; it should be greater than 0"),
+    (
+        {"inner": {"captions": {"replace": 2}}},
+        "key 'inner.captions.replace' is 2; it should be less than or equal to 1",
+    ),
+    ({"inner": {"skip": []}}, "key 'inner.skip' is []; it should be keys and values, such as {ratio: 2}"),
+    (
+        {"inner": {"skip": {"bins": 1001}}},
+        "key 'inner.skip.bins' is 1001; it should be less than or equal to 1000",
+    ),
+    (
+        {"inner": {"skip": {"ratio": 0.5}}},
+        "key 'inner.skip.ratio' is 0.5; it should be greater than or equal to 1",
+    ),
+    ({"inner": {"micro_batch_size": 32}}, "inner.micro_batch_size is larger than inner.batch_size (32 > 16)"),
+    ({"rewards": {"limits": 3}}, "key 'rewards.limits' is 3; it should be a valid dictionary"),
+    ({"rewards": {"limits": {"fid": "low"}}}, "key 'rewards.limits' is 'low'; it should be a valid number"),
+    (
+        {"rewards": {"objectives": "fid", "clip": 1}},
+        "key 'rewards.objectives' is 'fid'; give a list, such as [fid, memorization]; key "
+        "'rewards.clip' is 1; it should be a valid string",
+    ),
+    (
+        {"rewards": {}, "search": {"warm_start": ""}},
+        "key 'search.warm_start' is ''; string should have at least 1 character",
+    ),
+    (
+        {"rewards": []},
+        "key 'rewards.objectives' is (); tuple should have at least 1 item after validation, not 0",
+    ),
+    (
+        {"rewards": 3},
+        "key 'rewards' is 3; it should be keys and values, such as {objectives: [fid, memorization]}",
+    ),
+    ({"rewards": [1, "fid"]}, "key 'rewards.objectives' is 1; it should be a valid string"),
+    (
+        {"rewards": {"objectives": {"fid": 1}}},
+        "key 'rewards.objectives' is {'fid': 1}; give a list, such as [fid, memorization]",
+    ),
+    (
+        {"search": {"early_stopping": True}},
+        "key 'search.early_stopping' is True; it should be keys and values, such as {rungs: [0.25, "
+        "0.5]}, or {} for all defaults",
+    ),
+    (
+        {"search": {"early_stopping": {"rungs": []}}},
+        "key 'search.early_stopping.rungs' is []; value should have at least 1 item after validation, not 0",
+    ),
+    (
+        {"search": {"early_stopping": {"rungs": 0.5}}},
+        "key 'search.early_stopping.rungs' is 0.5; give a list, such as [fid, memorization]",
+    ),
+    (
+        {"search": {"early_stopping": {"rungs": [0.5, 1]}}},
+        "key 'search.early_stopping.rungs' is 1; it should be less than 1",
+    ),
+    (
+        {"search": {"early_stopping": {"rungs": [0.5, 0.25]}}},
+        "search.early_stopping.rungs is [0.5, 0.25]; give rising shares of the budget, such as [0.25, 0.5]",
+    ),
+    (
+        {"search": {"sampler": "cma"}},
+        "key 'search.sampler' is 'cma'; it should be 'auto', 'gp', 'tpe', 'nsga2' or 'random'",
+    ),
+    (
+        {"slurm": {"extra": {"qos": [1]}}},
+        "key 'slurm.extra' is [1]; it should be a valid string, or should be a valid integer",
+    ),
+    ({"ray": {"gpus": -1}}, "key 'ray.gpus' is -1; it should be greater than or equal to 0"),
+    (
+        {"colour": 1},
+        "unknown key 'colour'; allowed: name, storage, base, data, space, inner, rewards, search, ray, slurm",
+    ),
+    (
+        {"trials": 3},
+        "unknown key 'trials'; did you mean search.trials? allowed: name, storage, base, data, "
+        "space, inner, rewards, search, ray, slurm",
+    ),
+    (
+        {"data": {"path": "digits", "batch_size": 4}},
+        "unknown key 'data.batch_size'; did you mean inner.batch_size? allowed: path, train, "
+        "holdout, test, resolution, skip_unreadable",
+    ),
+    (
+        {"name": "a b", "inner": {"rounds": 0, "skip": {"ratios": 2}}},
+        "key 'name' is 'a b'; use letters, digits, '.', '_' and '-', a letter or digit first; key "
+        "'inner.rounds' is 0; it should be greater than or equal to 1; unknown key "
+        "'inner.skip.ratios'; did you mean inner.skip.ratio? allowed: ratio, decay, start, bins, refill",
+    ),
+]
+
+
+@pytest.mark.parametrize("values, sentence", SENTENCES, ids=[sentence[:40] for _, sentence in SENTENCES])
+def test_mistakes_are_one_sentence_in_our_own_words(values, sentence):
+    """Whatever words pydantic has for it: a version of it that says it otherwise changes nothing."""
+    assert refused({**GOOD, **values}) == f"the config: {sentence}"
+    with pytest.raises(ValidationError) as caught:
+        Config.model_validate({**GOOD, **values})
+    problems = [problem | {"msg": "Said; otherwise."} for problem in caught.value.errors()]
+    assert explain_problems(problems, Config) == sentence
+
+
+def test_missing_keys_are_named_together():
+    assert refused({}) == "the config: key 'name' is missing; key 'data' is missing"
+
+
+def test_mistakes_of_an_unknown_kind_are_said_in_the_words_of_pydantic():
+    problem = {"type": "odd", "loc": ("inner", "rounds"), "input": "{5}", "msg": "Input should be {even}"}
+    assert explain_problem(problem, Config) == (
+        "key 'inner.rounds' is '{5}'",
+        [Advice("Input should be {even}")],
+    )
+    assert explain_problems([problem], Config) == "key 'inner.rounds' is '{5}'; Input should be {even}"
+
+
+def test_value_with_a_semicolon_is_one_value():
+    assert refused({**GOOD, "data": {"path": "digits", "train": "a;b"}}) == (
+        "the config: key 'data.train' is 'a;b'; it should be a valid number, or should be a valid integer"
+    )
+
+
 @pytest.mark.parametrize(
     "text, word",
     [
@@ -144,6 +307,30 @@ def test_what_may_change_between_two_runs():
     assert find_differing_keys(config, load_config(GOOD, ["inner.batch_size=8"])) == [
         "inner.batch_size (16 there, 8 here)"
     ]
+
+
+def test_copies_with_other_values_at_dotted_keys():
+    config = load_config({**GOOD, "inner": {"skip": {"ratio": 1.5}}})
+    other = config.replaced({"inner.skip.ratio": 3.0, "inner.rounds": 7, "name": "b"})
+    assert other == load_config(
+        {"name": "b", "data": "digits", "inner": {"skip": {"ratio": 3.0}, "rounds": 7}}
+    )
+    assert (config.name, config.inner.rounds, config.inner.skip.ratio) == ("a", 5, 1.5)
+    assert config.inner.replaced({"skip": None}) == load_config(GOOD).inner
+
+
+@pytest.mark.parametrize("key", ["colour", "inner.batchsize", "inner.skip.ratio", "name.first"])
+def test_copies_have_no_keys_that_are_not_there(key):
+    with pytest.raises(KeyError):
+        load_config(GOOD).replaced({key: 2.0})
+
+
+@pytest.mark.parametrize(
+    "fraction, n_images, n_train", [(1.0, 9, 9), (0.5, 9, 4), (0.5, 11, 6), (0.01, 9, 1)]
+)
+def test_trials_see_a_share_of_the_training_images_and_at_least_one(fraction, n_images, n_train):
+    search = load_config({**GOOD, "search": {"train_fraction": fraction}}).search
+    assert search.count_train(n_images) == n_train
 
 
 def test_where_results_go(tmp_path):

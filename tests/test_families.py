@@ -170,7 +170,7 @@ def test_the_loss_of_velocity_prediction_by_hand(tmp_path):
     base = load_base(str(build("sd-v", tmp_path / "sd-v")))
     clean, text = torch.randn(2, 4, 8, 8), base.encode_captions(["a", "b"])
     with torch.no_grad():
-        losses, _ = base.losses(clean, text, torch.Generator().manual_seed(1))
+        losses, _ = base.denoised(base.noised(clean, torch.Generator().manual_seed(1)), text)
         generator = torch.Generator().manual_seed(1)
         noise, times = (
             torch.randn(clean.shape, generator=generator),
@@ -190,7 +190,8 @@ def test_the_loss_of_a_flow_by_hand(tmp_path):
     base = load_base(str(build("sd3", tmp_path / "sd3")))
     clean, text = torch.randn(3, 4, 16, 16), base.encode_captions(["a", "b", "c"])
     with torch.no_grad():
-        losses, timesteps = base.losses(clean, text, torch.Generator().manual_seed(1))
+        noised = base.noised(clean, torch.Generator().manual_seed(1))
+        losses, _ = base.denoised(noised, text)
         generator = torch.Generator().manual_seed(1)
         noise, normal = torch.randn(clean.shape, generator=generator), torch.randn(3, generator=generator)
         level = 1 / (1 + torch.exp(-normal))
@@ -203,7 +204,7 @@ def test_the_loss_of_a_flow_by_hand(tmp_path):
             pooled_projections=text["pooled_prompt_embeds"],
         ).sample
     assert torch.allclose(losses, ((predicted - (noise - clean)) ** 2).flatten(1).mean(1), atol=1e-5)
-    assert timesteps.tolist() == [int(1000 * share) for share in level]
+    assert noised.timesteps.tolist() == [int(1000 * share) for share in level]
 
 
 def test_a_pipeline_that_no_family_knows_is_named(tmp_path):

@@ -59,6 +59,7 @@ def test_few_modules_import_optuna():
     assert users == {
         "study.store",
         "study.artifacts",
+        "study.optuna_private",
         "search.optuna_samplers",
         "view.dashboard",
         "view.dashboard_notes",

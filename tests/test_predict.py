@@ -1,7 +1,11 @@
 """What a search will take: the sum of its parts, by hand."""
 
+import json
+from dataclasses import replace
+
 import pytest
 
+from memcontrol.core.calibration import Calibration, TrialCost
 from memcontrol.core.config import load_config
 from memcontrol.core.space_yaml import load_space
 from memcontrol.search.prediction import (
@@ -12,32 +16,32 @@ from memcontrol.search.prediction import (
     predict_search,
 )
 
-PART = {
-    "setup": 1.0,
-    "step": 0.5,
-    "after": 4.0,
-    "samples_bytes": 1000,
-    "rest_bytes": 5000,
-    "rounds_bytes": 700,
-}
+COST = TrialCost(
+    setup_seconds=1.0,
+    step_seconds=0.5,
+    after_seconds=4.0,
+    samples_bytes=1000,
+    rest_bytes=5000,
+    rounds_bytes=700,
+)
 ANCHORS = load_space("digits").anchors()
 
 
-def calibration(**keys):
-    # a batch more costs 3 s
-    none, twice = ({**PART, "setup": 0.0, "step": 0.0, "after": after} for after in (4.0, 7.0))
-    return {
-        "start": 10.0,
-        "batch": 64,
-        "shared_bytes": 3000,
-        "peak_mib": 500.0,
-        "none": [none],
-        "twice": [twice],
-        "all": [PART],
-        "full": [{**PART, "step": 1.0}],
-        "sampled": [PART, {**PART, "step": 0.3}],
-        **keys,
-    }
+UNTRAINED = replace(COST, setup_seconds=0.0, step_seconds=0.0)
+KINDS = {
+    "none": (UNTRAINED,),
+    "all": (COST,),
+    "full": (replace(COST, step_seconds=1.0),),
+    "sampled": (COST, replace(COST, step_seconds=0.3)),
+}
+CALIBRATION = Calibration(
+    start_seconds=10.0,
+    batch_size=64,
+    shared_bytes=3000,
+    peak_mib=500.0,
+    by_kind=KINDS,
+    two_batches=replace(UNTRAINED, after_seconds=7.0),  # a batch more costs 3 s
+)
 
 
 def test_a_prediction_is_the_sum_of_its_parts():
@@ -50,7 +54,7 @@ def test_a_prediction_is_the_sum_of_its_parts():
             "search": {"trials": 2},
         }
     )
-    found = predict_search(config, ANCHORS, [calibration()])
+    found = predict_search(config, ANCHORS, [CALIBRATION])
     after = 4 + 3 * 3  # four batches
     assert found.runs == pytest.approx(
         {"none": after, "all": 1 + 5 + after, "full": 1 + 10 + after, "sampled": 1 + 4 + after}
@@ -62,12 +66,39 @@ def test_a_prediction_is_the_sum_of_its_parts():
         and found.memory_mib == 500
         and found.n_confirmed == 0
     )
-    again = config.model_copy(update={"rewards": config.rewards.model_copy(update={"confirm": 2})})
-    assert predict_search(again, ANCHORS, [calibration()]).seconds - found.seconds == pytest.approx(
+    again = config.replaced({"rewards.confirm": 2})
+    assert predict_search(again, ANCHORS, [CALIBRATION]).seconds - found.seconds == pytest.approx(
         expect_front_size(5) * 2 * after
     )
     text = "\n".join(describe_prediction(found))
     assert "9 runs" in text and "500 MiB" in text and "none 13 s, all 19 s, full 24 s" in text
+
+
+def test_prediction_takes_the_mean_of_its_workers_and_their_checkpoints_side_by_side():
+    config = load_config(
+        {
+            "name": "a",
+            "data": "digits",
+            "inner": {"budget_images": 100, "batch_size": 10, "rounds": 1},
+            "rewards": {"n_samples": 64, "confirm": 0},
+            "search": {"trials": 0},
+        }
+    )
+    slow = {kind: tuple(replace(cost, after_seconds=8.0) for cost in costs) for kind, costs in KINDS.items()}
+    large = {**slow, "full": (replace(COST, step_seconds=1.0, after_seconds=8.0, rounds_bytes=900),)}
+    other = replace(CALIBRATION, start_seconds=20.0, peak_mib=800.0, by_kind=large)
+    found = predict_search(config, ANCHORS, [CALIBRATION, other])
+    # one batch: nothing is stretched; after the last step 4 s on one worker, 8 s on the other
+    assert found.runs == pytest.approx({"none": 6, "all": 12, "full": 17, "sampled": 11})
+    # none, three times all, three times full: one worker ends at 6 + 12 + 17 + 17, the other at 12 + 12 + 17
+    assert found.n_runs == {"none": 1, "all": 3, "full": 3, "sampled": 0}
+    assert found.seconds == pytest.approx(15 + 52)
+    assert found.checkpoints_mib * 2**20 == pytest.approx(2 * (700 + 900) / 2)
+    assert found.memory_mib == 800 and found.n_workers == 2
+
+
+def test_calibration_survives_its_journey_as_json():
+    assert Calibration.from_dict(json.loads(json.dumps(CALIBRATION.as_dict()))) == CALIBRATION
 
 
 def test_jobs_go_to_the_first_free_worker():

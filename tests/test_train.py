@@ -116,7 +116,7 @@ def test_a_run_is_plain_adamw_on_the_batches_mean_loss(base, material, trained):
             data.mean[rows].shape, generator=generator
         )
         captions = torch.where(torch.rand(8, generator=generator) < 0.1, 0, data.caption_rows[rows])
-        losses, _ = base.losses(clean, data.texts(captions), generator)
+        losses, _ = base.denoised(base.noised(clean, generator), data.texts(captions))
         optimizer.zero_grad()
         losses.mean().backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -146,7 +146,7 @@ def test_the_step_is_on_the_mean_gradient_of_the_images_kept(base, loop):
     expected = torch.autograd.grad((losses * keep).sum() / keep.sum(), one.parameters)
     one.shard.counts.clear()
     n_kept = one.plain_part([])
-    one.inner = one.inner.model_copy(update={"max_grad_norm": 1e9})
+    one.inner = one.inner.replaced({"max_grad_norm": 1e9})
     one.optimizer.step = lambda: None
     one.step(n_kept)
     assert n_kept == keep.sum() == one.shard.counts["trained"] and one.shard.counts["skipped"] == 8 - n_kept

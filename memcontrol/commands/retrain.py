@@ -60,8 +60,8 @@ class Retraining:
         set."""
         n_train = len(self.folder.read_split()["parts"]["train"])
         budget = round(self.config.inner.budget_images / self.config.search.train_fraction)
-        inner = self.config.inner.model_copy(update={"budget_images": budget})
-        config, space = self.config.model_copy(update={"inner": inner}), load_space(self.config.space)
+        config = self.config.replaced({"inner.budget_images": budget})
+        space = load_space(self.config.space)
         return {
             run: Spec(config, space, self.choices[name], self.folder.path, "retrain", "test", n_train)
             for name, run in self.runs.items()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -43,6 +43,23 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+
+    def replaced(self, values: Mapping[str, Any]) -> Self:
+        """A copy with other values at dotted keys, such as {"inner.batch_size": 8}; they are not validated.
+        Raises KeyError for a key that is not there, also for one inside a setting that is off."""
+        copy = self
+        for key, value in values.items():
+            copy = replace_at(copy, key.split("."), value)
+        return copy
+
+
+def replace_at(model: Strict, keys: Sequence[str], value: Any) -> Any:
+    """A copy of `model` with the value at the nested keys."""
+    name, *inside = keys
+    if not isinstance(model, Strict) or name not in type(model).model_fields:
+        raise KeyError(name)
+    new = replace_at(getattr(model, name), inside, value) if inside else value
+    return model.model_copy(update={name: new})
 
 
 class DataConfig(Strict):
@@ -308,6 +325,10 @@ class SearchConfig(Strict):
     accumulate_on_oom: bool = True
     train_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
 
+    def count_train(self, n_images: int) -> int:
+        """How many of so many training images a trial sees."""
+        return max(1, round(n_images * self.train_fraction))
+
 
 class RayConfig(Strict):
     """An existing Ray cluster, or one started on the spot; what each trial reserves."""
@@ -403,12 +424,7 @@ def make_paths_absolute(config: Config, folder: Path) -> Config:
         for objective, name in zip(config.rewards.objectives, config.rewards.names)
     )
     path = config.data.path if config.data.path == DIGITS else str(folder / config.data.path)
-    return config.model_copy(
-        update={
-            "data": config.data.model_copy(update={"path": path}),
-            "rewards": config.rewards.model_copy(update={"objectives": objectives}),
-        }
-    )
+    return config.replaced({"data.path": path, "rewards.objectives": objectives})
 
 
 def apply_override(values: dict, override: str) -> dict:

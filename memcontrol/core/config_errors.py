@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, get_args
 
 from pydantic import BaseModel
@@ -27,52 +27,100 @@ EXAMPLES = {
 }
 
 
+# by pydantic's type of a problem, what the value should be; in braces what its `ctx` tells
+SHOULD = {
+    "bool_type": "be a valid boolean",
+    "dict_type": "be a valid dictionary",
+    "float_type": "be a valid number",
+    "int_type": "be a valid integer",
+    "string_type": "be a valid string",
+    "literal_error": "be {expected}",
+    "greater_than": "be greater than {gt:g}",
+    "greater_than_equal": "be greater than or equal to {ge:g}",
+    "less_than": "be less than {lt:g}",
+    "less_than_equal": "be less than or equal to {le:g}",
+}
+# the same, where the sentence is not about the value
+WORDS = {
+    "invalid_key": "keys should be strings",
+    "string_pattern_mismatch": NAME_RULE,
+    "string_too_short": "string should have at least {min_length} character",
+    "too_short": "{owner} should have at least {min_length} item after validation, not {actual_length}",
+    "tuple_type": "give a list, such as [fid, memorization]",
+}
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What to write instead. Where a key may be one of two types, each gives its own: the second follows an
+    "or" and goes without the subject."""
+
+    words: str
+    subject: str = ""
+
+
 def explain_problems(problems: Sequence[Mapping[str, Any]], model: type[BaseModel]) -> str:
     """What pydantic found wrong with a model's values: one sentence for each key; what a key of two types
     could be is joined by "or"."""
-    found: dict[str, str] = {}
-    for said in (explain_problem(problem, model) for problem in problems):
-        key = said.partition(";")[0]
-        found[key] = (
-            f"{found[key]}, or{said.partition(';')[2].removeprefix(' it')}"
-            if key in found and key != said
-            else said
-        )
-    return "; ".join(found.values())
+    sentences: dict[str, list[Advice]] = {}
+    for problem in problems:
+        found, advice = explain_problem(problem, model)
+        sentences.setdefault(found, []).extend(advice)
+    return "; ".join(join_advice(found, advice) for found, advice in sentences.items())
 
 
-def explain_problem(problem: Mapping[str, Any], model: type[BaseModel]) -> str:
-    if problem["type"] == "value_error":  # of a validator of ours, which says it all
-        return problem["msg"].removeprefix("Value error, ")
-    known = {place.rpartition(".")[2] for place in list_places(model)}
-    path = [str(part) for part in problem["loc"] if str(part) in known] or [str(problem["loc"][0])]
+def join_advice(found: str, advice: Sequence[Advice]) -> str:
+    if not advice:
+        return found
+    alternatives = ", or ".join(each.words for each in advice)
+    return f"{found}; {advice[0].subject}{alternatives}"
+
+
+def explain_problem(problem: Mapping[str, Any], model: type[BaseModel]) -> tuple[str, list[Advice]]:
+    """The beginning of its sentence, which other problems of the same value share, and what it advises."""
+    kind = problem["type"]
+    if kind == "value_error":  # of a validator of ours, which says it all
+        return str(problem["ctx"]["error"]), []
+    if kind == "extra_forbidden":
+        return explain_unknown_key(problem["loc"], model)
+    path = find_known_path(problem["loc"], model)
     key = ".".join(path)
-    if problem["type"] == "extra_forbidden":
-        key = ".".join(str(part) for part in problem["loc"])
-        valid = list(find_model(problem["loc"][:-1], model).model_fields)
-        last, before = str(problem["loc"][-1]), key[: -len(str(problem["loc"][-1]))]
-        meant = [
-            *(place for place in list_places(model) if place.rpartition(".")[2] == last),
-            *(before + name for name in difflib.get_close_matches(last, valid, 1)),
-        ]
-        return (
-            f"unknown key '{key}'; {f'did you mean {meant[0]}? ' if meant else ''}allowed: {', '.join(valid)}"
-        )
-    if problem["type"] == "missing":
-        return f"key '{key}' is missing"
-    if problem["type"] == "string_pattern_mismatch":
-        return f"key '{key}' is {problem['input']!r}; {NAME_RULE}"
-    wanted = (
-        problem["msg"]
-        .replace("Input should be a valid tuple", "give a list, such as [fid, memorization]")
-        .replace("Input should", "it should")
-    )
-    wanted = re.sub(
-        r"a valid dictionary or instance of \w+",
-        "keys and values, such as " + EXAMPLES.get(path[-1], "{}"),
-        wanted,
-    )
-    return f"key '{key}' is {problem['input']!r}; {wanted[0].lower()}{wanted[1:]}"
+    if kind == "missing":
+        return f"key '{key}' is missing", []
+    return f"key '{key}' is {problem['input']!r}", [advise(problem, path[-1])]
+
+
+def advise(problem: Mapping[str, Any], key: str) -> Advice:
+    """What to write instead of a value; what the tables lack is said in pydantic's own words."""
+    kind, context = problem["type"], problem.get("ctx", {})
+    if kind == "model_type":
+        return Advice(f"should be keys and values, such as {EXAMPLES.get(key, '{}')}", "it ")
+    if kind in SHOULD:
+        return Advice(f"should {SHOULD[kind].format(**context)}", "it ")
+    if kind in WORDS:
+        owner = context.get("field_type", "").lower()
+        return Advice(WORDS[kind].format(**context, owner=owner))
+    return Advice(problem["msg"])
+
+
+def explain_unknown_key(place: Sequence[str | int], model: type[BaseModel]) -> tuple[str, list[Advice]]:
+    """With the key that was probably meant: of the same name elsewhere, or nearly so among its neighbours."""
+    key, last = ".".join(str(part) for part in place), str(place[-1])
+    valid = list(find_model(place[:-1], model).model_fields)
+    before = key[: -len(last)]
+    meant = [
+        *(known for known in list_places(model) if known.rpartition(".")[2] == last),
+        *(before + name for name in difflib.get_close_matches(last, valid, 1)),
+    ]
+    hint = f"did you mean {meant[0]}? " if meant else ""
+    return f"unknown key '{key}'", [Advice(f"{hint}allowed: {', '.join(valid)}")]
+
+
+def find_known_path(place: Sequence[str | int], model: type[BaseModel]) -> list[str]:
+    """The keys of a place, without what pydantic adds: members of a union, items of a tuple, keys of a
+    mapping."""
+    known = {path.rpartition(".")[2] for path in list_places(model)}
+    return [str(part) for part in place if str(part) in known] or [str(place[0])]
 
 
 def list_places(model: type[BaseModel], before: str = "") -> Iterator[str]:

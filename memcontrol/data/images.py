@@ -20,7 +20,6 @@ from memcontrol.core.errors import MemControlError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 METADATA = ("metadata.jsonl", "metadata.csv")
-DIGIT_WORDS = "zero one two three four five six seven eight nine".split()
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,8 @@ def run_calibration(job: CalibrateJob, loaded, say: SendEvent) -> Calibrated:
     from memcontrol.trial.calibrate import calibrate
 
     progress = make_progress(job, say)
-    return Calibrated(job, calibrate(job.config, job.folder, loaded, lambda line: None, progress))
+    found = calibrate(job.config, job.folder, loaded, lambda line: None, progress)
+    return Calibrated(job, found.as_dict())
 
 
 def run_confirmation(job: ConfirmJob, loaded, say: SendEvent) -> Done:

@@ -1,5 +1,5 @@
-"""Owns the base: a diffusers pipeline behind losses() and sample(), and its cached latents and caption
-encodings."""
+"""Owns the base: a diffusers pipeline behind noised(), denoised() and sample(), and its cached latents and
+caption encodings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from memcontrol.core.errors import MemControlError
-from memcontrol.core.files import PACKAGE, replace_file
+from memcontrol.core.files import PACKAGE
+from memcontrol.data.cache import load_or_make
 from memcontrol.data.images import Images
 from memcontrol.model.families import Family, Text, Unconditional, find_family
 
@@ -214,11 +215,6 @@ class Base:
         predicted = self.family.predict(self.denoiser, noised.noisy, noised.times, text)
         return (predicted.float() - noised.target.float()).square().mean(dim=(1, 2, 3)), predicted
 
-    def losses(self, clean: Tensor, text: Text, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """The denoising loss of each latent [B, C, h, w], unreduced [B], and the timesteps [B] drawn."""
-        noised = self.noised(clean, generator)
-        return self.denoised(noised, text)[0], noised.timesteps
-
     @torch.no_grad()
     def encode_images(self, images: Images) -> tuple[Tensor, Tensor]:
         """Mean and deviation of the latent posterior, scaled as the denoiser expects: each [N, C, h, w]."""
@@ -316,26 +312,21 @@ class Base:
 
     def encoded(self, images: Images, cache: Path, base_name: str) -> Encoded:
         """The images' latents and encodings, computed once per content and base and kept under `cache`."""
-        from filelock import FileLock
-        from safetensors.torch import load_file, save_file
-
         path = cache / f"latents-{images.digest}-{digest_base(base_name)}.safetensors"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):
-            if not path.exists():
-                mean, deviation = self.encode_images(images)
-                captions = list(dict.fromkeys(["", *images.captions]))
-                row_of = {caption: row for row, caption in enumerate(captions)}
-                rows = torch.tensor([row_of[caption] for caption in images.captions])
-                text = {f"text.{name}": tensor for name, tensor in self.encode_captions(captions).items()}
-                tensors = {"mean": mean, "deviation": deviation, "caption_rows": rows, **text}
-                with replace_file(path) as part:
-                    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, part)
-        stored = load_file(path)
+        stored = load_or_make(path, lambda: self.encode(images))
         text = {
             name.removeprefix("text."): stored.pop(name) for name in list(stored) if name.startswith("text.")
         }
         return Encoded(text=text, **stored)
+
+    def encode(self, images: Images) -> dict[str, Tensor]:
+        """The fields of Encoded, each encoding of captions under text.NAME."""
+        mean, deviation = self.encode_images(images)
+        captions = list(dict.fromkeys(["", *images.captions]))
+        row_of = {caption: row for row, caption in enumerate(captions)}
+        rows = torch.tensor([row_of[caption] for caption in images.captions])
+        text = {f"text.{name}": tensor for name, tensor in self.encode_captions(captions).items()}
+        return {"mean": mean, "deviation": deviation, "caption_rows": rows, **text}
 
 
 def delay_guidance(guidance: float, n_without: int) -> dict:

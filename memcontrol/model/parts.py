@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from memcontrol.core.choice import RANKED
-from memcontrol.core.files import replace_file
+from memcontrol.data.cache import load_or_make
 
 State = dict[str, Tensor]
 
@@ -173,16 +173,10 @@ def decompose_weight(weight: Tensor, cache: Path | None) -> tuple[Tensor, Tensor
     flat = flatten_weight(weight.float())
     if cache is None or flat.is_meta:
         return torch.linalg.svd(flat, full_matrices=False)
-    from safetensors.torch import load_file, save_file
-
     content = hashlib.sha256(flat.cpu().numpy().tobytes()).hexdigest()[:24]
     path = cache / "svd" / f"{content}-{flat.shape[0]}x{flat.shape[1]}.safetensors"
-    if not path.exists():
-        left, values, right = torch.linalg.svd(flat, full_matrices=False)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replace_file(path) as part:
-            save_file({"u": left.contiguous().cpu(), "s": values.cpu(), "vh": right.contiguous().cpu()}, part)
-    stored = load_file(path)
+    names = ("u", "s", "vh")
+    stored = load_or_make(path, lambda: dict(zip(names, torch.linalg.svd(flat, full_matrices=False))))
     return stored["u"], stored["s"], stored["vh"]
 
 

@@ -37,7 +37,9 @@ class SpaceEncoding:
                 self.columns.append((i, column))
                 owners += [coordinate] * column.shape[1]
                 coordinate += 1
-        self.owner = np.array(owners + [coordinate] * self.rate_matters)
+        if self.rate_matters:
+            owners.append(coordinate)
+        self.owner = np.array(owners)
 
     @staticmethod
     def column(options: Sequence) -> np.ndarray:
@@ -68,8 +70,10 @@ class SpaceEncoding:
 
     def seen(self, rows: np.ndarray) -> np.ndarray:
         """What a model sees of rows [N, C + 1]: [N, F]."""
-        found = [column[rows[:, i].astype(int)] for i, column in self.columns]
-        return np.concatenate([*found, rows[:, -1:]][: len(found) + self.rate_matters], axis=1)
+        seen = [column[rows[:, i].astype(int)] for i, column in self.columns]
+        if self.rate_matters:
+            seen.append(rows[:, -1:])
+        return np.concatenate(seen, axis=1)
 
     def random(self, n: int, rng: random.Random) -> np.ndarray:
         return np.array(

@@ -102,7 +102,9 @@ def list_contrasts(points: SpaceEncoding) -> list[tuple[int, tuple[str, float, f
             found += [
                 (i, (name, 0, last)) for last in ([len(options) - 1] if ordered else range(1, len(options)))
             ]
-    return found + [(len(points.options), ("rate", 0.0, 1.0))] * points.rate_matters
+    if points.rate_matters:
+        found.append((len(points.options), ("rate", 0.0, 1.0)))
+    return found
 
 
 def change_rows(

@@ -15,11 +15,12 @@ from memcontrol.core.choice import Choice
 from memcontrol.core.seeds import derive_seed
 from memcontrol.core.space import SearchSpace
 from memcontrol.search.surrogate import N_SPREAD, OUTSIDE, extrapolate_losses
+from memcontrol.study.optuna_private import GENERATION, add_trial, get_storage, name_constraint
 from memcontrol.study.pareto import Limit
 from memcontrol.study.record import Record
-from memcontrol.study.store import CONSTRAINT, compute_excesses, make_distributions
+from memcontrol.study.store import compute_excesses, make_distributions
 
-GENERATION, POPULATION = "NSGAIISampler:generation", 16
+POPULATION = 16
 GOLDEN = (5**0.5 - 1) / 2
 N_ASKS = 5  # draws of the sampler for one choice
 
@@ -63,9 +64,9 @@ class InMemoryStudy:
         trial_id, state = self.mirrored.get(record.number, (None, ""))
         if state == record.state:
             return
-        storage, frozen = self.study._storage, mirror_record(record, self.space, self.limits, ended)
+        storage, frozen = get_storage(self.study), mirror_record(record, self.space, self.limits, ended)
         if trial_id is None and frozen is not None:
-            trial_id = storage.create_new_trial(self.study._study_id, frozen)
+            trial_id = add_trial(self.study, frozen)
         elif trial_id is not None and frozen is None:
             storage.set_trial_state_values(trial_id, TrialState.FAIL)
         elif trial_id is not None and frozen is not None:
@@ -141,7 +142,7 @@ def mirror_record(
         else None
     )
     constraints = {
-        f"{CONSTRAINT}{name}": excess
+        name_constraint(name): excess
         for name, excess in compute_excesses(record.rewards if record.finished else {}, limits).items()
     }
     return create_trial(

@@ -162,7 +162,7 @@ class Search:
     ):
         self.config, self.study, self.jobs, self.observer = place.config, study, jobs, observer
         self.space = load_space(self.config.space)
-        n_train = max(1, round(sizes["train"] * self.config.search.train_fraction))
+        n_train = self.config.search.count_train(sizes["train"])
         self.runs = TrialRuns(self.config, self.space, place.folder, n_train)
         self.open: dict[int, RunningTrial] = {}
         self.waiting: deque[tuple[int, Choice]] = deque()

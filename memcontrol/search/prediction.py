@@ -7,13 +7,13 @@ import contextlib
 import heapq
 import shutil
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from memcontrol.core.calibration import Calibration, TrialCost
 from memcontrol.core.choice import Choice
-from memcontrol.core.config import Config
+from memcontrol.core.config import Config, RewardsConfig
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.jobs import Calibrated, CalibrateJob, GivenUp
 from memcontrol.core.run_folder import StudyFolder
@@ -37,7 +37,7 @@ class Prediction:
     stops_early: bool
 
 
-def run_calibrations(config: Config, folder: Path, jobs: JobQueue) -> list[dict[str, Any]]:
+def run_calibrations(config: Config, folder: Path, jobs: JobQueue) -> list[Calibration]:
     """Short trials on every worker at once, as a search runs them, in a folder that is removed again. Raises
     MemControlError."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -53,53 +53,72 @@ def run_calibrations(config: Config, folder: Path, jobs: JobQueue) -> list[dict[
     for end in ends:
         if isinstance(end, GivenUp):
             raise MemControlError(f"the calibration failed: {end.reason}")
-    return [end.calibration for end in ends if isinstance(end, Calibrated)]
+    return [Calibration.from_dict(end.calibration) for end in ends if isinstance(end, Calibrated)]
 
 
 def predict_search(
-    config: Config, anchors: Mapping[str, Sequence[Choice]], calibrations: Sequence[dict[str, Any]]
+    config: Config, anchors: Mapping[str, Sequence[Choice]], calibrations: Sequence[Calibration]
 ) -> Prediction:
     """From one calibration of each worker, all made at the same time; `anchors` are those of the space."""
-    attack = config.rewards.extraction
-    n_batches = (config.rewards.n_samples + (attack.prompts * attack.images if attack else 0)) / calibrations[
-        0
-    ]["batch"]
     n_runs = {name: len(choices) for name, choices in anchors.items()} | {"sampled": config.search.trials}
-
-    def mean(name: str, of: Callable[[dict[str, float]], float]) -> float:
-        return statistics.mean(of(part) for one in calibrations for part in one[name])
-
-    once, twice = (mean(name, lambda part: part["after"]) for name in ("none", "twice"))
-    longer = (once + (n_batches - 1) * (twice - once)) / once  # than sampling and scoring one batch takes
+    costs = {kind: [cost for one in calibrations for cost in one.by_kind[kind]] for kind in n_runs}
+    n_batches = count_samples(config.rewards) / calibrations[0].batch_size
+    stretch = estimate_stretch(costs["none"], [one.two_batches for one in calibrations], n_batches)
+    n_workers = len(calibrations)
     runs = {
-        name: mean(
-            name,
-            lambda part: part["setup"] + config.inner.budget_steps * part["step"] + longer * part["after"],
-        )
-        for name in n_runs
+        kind: predict_run_seconds(found, config.inner.budget_steps, stretch) for kind, found in costs.items()
     }
-    disk = calibrations[0]["shared_bytes"] + sum(
-        n * mean(name, lambda part: part["rest_bytes"] + n_batches * part["samples_bytes"])
-        for name, n in n_runs.items()
-    )
-    rounds = len(calibrations) * max(mean(name, lambda part: part["rounds_bytes"]) for name in n_runs)
     n_confirmed = expect_front_size(config.search.trials + len(anchors)) if config.rewards.confirm else 0
-    again = config.rewards.confirm * longer * mean("sampled", lambda part: part["after"])
-    seconds = statistics.mean(one["start"] for one in calibrations)
-    seconds += find_last_end(
-        [runs[name] for name, n in n_runs.items() for _ in range(n)], len(calibrations)
-    ) + find_last_end([again] * n_confirmed, len(calibrations))
-    return Prediction(
-        seconds,
-        runs,
-        n_runs,
-        max(one["peak_mib"] for one in calibrations),
-        disk / 2**20,
-        rounds / 2**20,
-        n_confirmed,
-        len(calibrations),
-        config.search.early_stopping is not None,
+    confirming = (
+        config.rewards.confirm * stretch * statistics.mean(cost.after_seconds for cost in costs["sampled"])
     )
+    queued = [runs[kind] for kind, n in n_runs.items() for _ in range(n)]
+    last_ends = find_last_end(queued, n_workers) + find_last_end([confirming] * n_confirmed, n_workers)
+    return Prediction(
+        seconds=statistics.mean(one.start_seconds for one in calibrations) + last_ends,
+        runs=runs,
+        n_runs=n_runs,
+        memory_mib=max(one.peak_mib for one in calibrations),
+        disk_mib=predict_disk_bytes(calibrations[0].shared_bytes, costs, n_runs, n_batches) / 2**20,
+        checkpoints_mib=predict_checkpoint_bytes(costs, n_workers) / 2**20,
+        n_confirmed=n_confirmed,
+        n_workers=n_workers,
+        stops_early=config.search.early_stopping is not None,
+    )
+
+
+def count_samples(rewards: RewardsConfig) -> int:
+    """How many images a trial makes."""
+    attack = rewards.extraction
+    return rewards.n_samples + (attack.prompts * attack.images if attack else 0)
+
+
+def estimate_stretch(one: Sequence[TrialCost], two: Sequence[TrialCost], n_batches: float) -> float:
+    """How many times as long it takes to sample and score n batches as one, from trials of one batch and of
+    two: each further batch adds their difference."""
+    once, twice = (statistics.mean(cost.after_seconds for cost in costs) for costs in (one, two))
+    return (once + (n_batches - 1) * (twice - once)) / once
+
+
+def predict_run_seconds(costs: Sequence[TrialCost], n_steps: int, stretch: float) -> float:
+    return statistics.mean(
+        cost.setup_seconds + n_steps * cost.step_seconds + stretch * cost.after_seconds for cost in costs
+    )
+
+
+def predict_disk_bytes(
+    shared_bytes: int, costs: Mapping[str, Sequence[TrialCost]], n_runs: Mapping[str, int], n_batches: float
+) -> float:
+    """Of the study's folder at the end of the search."""
+    return shared_bytes + sum(
+        n * statistics.mean(cost.rest_bytes + n_batches * cost.samples_bytes for cost in costs[kind])
+        for kind, n in n_runs.items()
+    )
+
+
+def predict_checkpoint_bytes(costs: Mapping[str, Sequence[TrialCost]], n_workers: int) -> float:
+    """Where every worker trains the kind that has the largest."""
+    return n_workers * max(statistics.mean(cost.rounds_bytes for cost in found) for found in costs.values())
 
 
 def find_last_end(jobs: Sequence[float], n_workers: int) -> float:

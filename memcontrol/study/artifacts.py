@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import uuid
-from dataclasses import asdict
 from pathlib import Path
 from typing import BinaryIO
 
@@ -14,8 +12,7 @@ from optuna.storages import BaseStorage
 
 from memcontrol.core.files import replace_file
 from memcontrol.core.run_folder import RunFolder, StudyFolder
-
-PREFIX = "artifacts:"  # of the attributes that optuna.artifacts keeps
+from memcontrol.study.optuna_private import record_artifact
 
 
 def attach_pictures(storage: BaseStorage, trial_id: int, run: RunFolder, folder: Path) -> None:
@@ -27,8 +24,7 @@ def attach_pictures(storage: BaseStorage, trial_id: int, run: RunFolder, folder:
             artifact_id = str(uuid.uuid5(uuid.NAMESPACE_URL, f"{run.path.name}/{picture.name}"))
             with replace_file(StudyFolder(folder).artifacts / artifact_id) as part:
                 shutil.copyfile(picture, part)
-            meta = ArtifactMeta(artifact_id, picture.name, "image/png", None)
-            storage.set_trial_system_attr(trial_id, f"{PREFIX}{artifact_id}", json.dumps(asdict(meta)))
+            record_artifact(storage, trial_id, ArtifactMeta(artifact_id, picture.name, "image/png", None))
 
 
 class ReadOnlyStore:

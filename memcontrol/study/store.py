@@ -33,6 +33,15 @@ from memcontrol.study.database import (
     retry_while_away,
     validate_url,
 )
+from memcontrol.study.optuna_private import (
+    add_trial,
+    close_storage,
+    get_storage,
+    get_trial_id,
+    name_constraint,
+    read_attributes,
+    write_attribute,
+)
 from memcontrol.study.pareto import Limit, find_knee
 from memcontrol.study.record import Record, add_result, format_time, orient_values
 
@@ -40,7 +49,6 @@ Returned = TypeVar("Returned")
 CONFIRMED_KEY, REPLICATES_KEY = "confirmed:", "replicates:"  # and the trial's number
 # before the names of our attributes: system attributes, since dashboards print user attributes whole
 OWN = "memcontrol:"
-CONSTRAINT = "constraints:"  # and its name: as optuna's Trial.set_constraint keeps them
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 logging.getLogger("alembic").setLevel(logging.ERROR)
 
@@ -75,7 +83,7 @@ class Study:
 
     @property
     def storage(self) -> optuna.storages.BaseStorage:
-        return self.inner._storage
+        return get_storage(self.inner)
 
     @property
     def objectives(self) -> dict[str, str]:
@@ -99,12 +107,12 @@ class Study:
         close_storage(self.storage)
 
     def read(self) -> None:
-        self.attributes = select_own(self.storage.get_study_system_attrs(self.inner._study_id))
+        self.attributes = select_own(read_attributes(self.inner))
         for trial in self.inner.get_trials(deepcopy=False):
-            self.keep(trial)
+            self.keep(trial, get_trial_id(trial))
 
-    def keep(self, trial: optuna.trial.FrozenTrial) -> None:
-        self.ids[trial.number] = trial._trial_id
+    def keep(self, trial: optuna.trial.FrozenTrial, trial_id: int) -> None:
+        self.ids[trial.number] = trial_id
         confirmed, replicates = (
             self.attributes.get(f"{name}{trial.number}", ()) for name in (CONFIRMED_KEY, REPLICATES_KEY)
         )
@@ -140,9 +148,7 @@ class Study:
         return self.attributes.get(name)
 
     def write(self, name: str, value: Any) -> None:
-        self.patiently(
-            lambda: self.storage.set_study_system_attr(self.inner._study_id, f"{OWN}{name}", value)
-        )
+        self.patiently(lambda: write_attribute(self.inner, f"{OWN}{name}", value))
         self.attributes[name] = value
 
     def begin(self, candidates: Sequence[Choice], space: SearchSpace, anchor: str | None = None) -> int:
@@ -162,15 +168,15 @@ class Study:
         def write() -> int:
             nonlocal tried
             if tried and (known := self.running(wanted)):
-                return known._trial_id
+                return get_trial_id(known)
             tried = True
             if self.lock:
                 self.lock.check()
-            return self.storage.create_new_trial(self.inner._study_id, template_trial=frozen)
+            return add_trial(self.inner, frozen)
 
-        frozen._trial_id = self.patiently(write)
-        frozen.number = self.patiently(lambda: self.storage.get_trial_number_from_id(frozen._trial_id))
-        self.keep(frozen)
+        trial_id = self.patiently(write)
+        frozen.number = self.patiently(lambda: self.storage.get_trial_number_from_id(trial_id))
+        self.keep(frozen, trial_id)
         return frozen.number
 
     def running(self, candidates: list[dict]) -> optuna.trial.FrozenTrial | None:
@@ -221,7 +227,7 @@ class Study:
             for key, value in told.items():
                 self.storage.set_trial_system_attr(trial_id, f"{OWN}{key}", value)
             for name, excess in compute_excesses(best.get("rewards", {}), self.limits).items():
-                self.storage.set_trial_system_attr(trial_id, f"{CONSTRAINT}{name}", excess)
+                self.storage.set_trial_system_attr(trial_id, name_constraint(name), excess)
             run = StudyFolder(self.folder).run(Choice.from_dict(best["choice"]))
             attach_pictures(self.storage, trial_id, run, self.folder)
             self.storage.set_trial_state_values(
@@ -309,7 +315,7 @@ def open_study(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         inner.set_metric_names(objectives)
-    storage.set_study_system_attr(inner._study_id, f"{OWN}config", config.model_dump_json())
+    write_attribute(inner, f"{OWN}config", config.model_dump_json())
     return Study(inner, config, folder, url, say, lock)
 
 
@@ -326,21 +332,13 @@ def is_searched(config: Config, folder: Path, study_file: Path) -> bool:
         close_storage(storage)
 
 
-def close_storage(storage: Any) -> None:
-    """Ends its connections, which would otherwise stay open until the process ends."""
-    storage.remove_session()
-    storage._backend.engine.dispose()
-
-
-def open_storage(url: str) -> optuna.storages.BaseStorage:
+def open_storage(url: str) -> optuna.storages.RDBStorage:
     import sqlalchemy.exc
 
     try:
         if url.startswith("sqlite:///"):
             Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-        return optuna.storages.get_storage(
-            optuna.storages.RDBStorage(url, engine_kwargs=make_engine_arguments(url))
-        )
+        return optuna.storages.RDBStorage(url, engine_kwargs=make_engine_arguments(url))
     except (
         sqlalchemy.exc.SQLAlchemyError,
         optuna.exceptions.StorageInternalError,
@@ -365,7 +363,7 @@ def explain_no_study(config: Config, study_file: Path, folder: Path) -> MemContr
 
 
 def read_stored_config(inner: optuna.Study) -> Config:
-    stored = inner._storage.get_study_system_attrs(inner._study_id).get(f"{OWN}config")
+    stored = read_attributes(inner).get(f"{OWN}config")
     if stored is None:
         raise MemControlError(
             f"study '{inner.study_name}' in this storage was not made by memcontrol; choose another name"

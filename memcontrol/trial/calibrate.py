@@ -9,8 +9,8 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+from memcontrol.core.calibration import Calibration, TrialCost
 from memcontrol.core.choice import Choice
 from memcontrol.core.config import Config, load_config
 from memcontrol.core.run_folder import RunFolder
@@ -24,6 +24,7 @@ from memcontrol.trial.prepare import prepare_study
 from memcontrol.trial.run import measure_peak_mib, run_trial
 
 N_STEPS, N_SAMPLED = 10, 3  # the fewest steps of each short trial; choices beside the anchors
+TWICE = "twice"  # the kind of the one that samples two batches
 
 
 def calibrate(
@@ -32,49 +33,58 @@ def calibrate(
     loaded: LoadedModels,
     warn: Callable[[str], None],
     progress: Callable[..., None],
-) -> dict[str, Any]:
-    """Runs short trials of the config in an empty folder. Returns what `predict` needs: seconds before the
-    first trial (`start`), for each kind of choice the parts of its trials in seconds and bytes, those of one
-    that samples twice as much and trains nothing (`twice`), samples in a batch, bytes that all trials share,
-    and the peak of memory. Raises MemControlError."""
-    started, config, space = time.monotonic(), load_config(values), load_space(load_config(values).space)
+) -> Calibration:
+    """Runs short trials of the config in an empty folder. Raises MemControlError."""
+    started, config = time.monotonic(), load_config(values)
+    space = load_space(config.space)
     prepared = prepare_study(values, folder, loaded, warn)
-    n_train = max(1, round(prepared["sizes"]["train"] * config.search.train_fraction))
+    n_train = config.search.count_train(prepared["sizes"]["train"])
 
-    def run(name: str, choice: Choice, batches: int) -> dict[str, float]:
-        spec = Spec(shorten_config(config, batches), space, choice, folder, "calibrate", "holdout", n_train)
+    def run(name: str, choice: Choice, n_batches: int) -> TrialCost:
+        spec = Spec(shorten_config(config, n_batches), space, choice, folder, "calibrate", "holdout", n_train)
         run_folder = folder / name
         spec.write(run_folder)
         return measure_parts(run_folder, spec, loaded)
 
     kinds = pick_calibration_choices(space, config.search.seed)
     run("cold", kinds["all"][0], 1)  # reads, encodes and caches
-    found: dict[str, Any] = {"start": time.monotonic() - started}
+    start_seconds = time.monotonic() - started
     jobs = [
-        *((name, choice, 1) for name, choices in kinds.items() for choice in choices),
-        ("twice", kinds["none"][0], 2),
+        *((kind, choice, 1) for kind, choices in kinds.items() for choice in choices),
+        (TWICE, kinds["none"][0], 2),
     ]
-    for i, (name, choice, batches) in enumerate(jobs):
-        found.setdefault(name, []).append(run(f"{name}-{i}", choice, batches))
+    costs: dict[str, list[TrialCost]] = {}
+    for i, (kind, choice, n_batches) in enumerate(jobs):
+        costs.setdefault(kind, []).append(run(f"{kind}-{i}", choice, n_batches))
         progress("calibrate", i + 1, len(jobs))
-    shared = sum(list_file_sizes(folder).values()) - sum(
-        sum(list_file_sizes(path).values())
-        for path in folder.iterdir()
-        if RunFolder(path).samples_file.exists()
+    (two_batches,) = costs.pop(TWICE)
+    return Calibration(
+        start_seconds=start_seconds,
+        batch_size=ENCODE_BATCH,
+        shared_bytes=measure_shared_bytes(folder),
+        peak_mib=measure_peak_mib(),
+        by_kind={kind: tuple(found) for kind, found in costs.items()},
+        two_batches=two_batches,
     )
-    return found | {"batch": ENCODE_BATCH, "shared_bytes": shared, "peak_mib": measure_peak_mib()}
 
 
-def shorten_config(config: Config, batches: int) -> Config:
+def measure_shared_bytes(folder: Path) -> int:
+    """What lies in a study's folder beside its runs."""
+    runs = [path for path in folder.iterdir() if RunFolder(path).samples_file.exists()]
+    return sum(list_file_sizes(folder).values()) - sum(sum(list_file_sizes(run).values()) for run in runs)
+
+
+def shorten_config(config: Config, n_batches: int) -> Config:
     """The same trial, of a few steps and samples."""
     inner = config.inner
     n_steps = max(N_STEPS, 3 * inner.ensemble.shards * inner.rounds)  # most steps must end no round
-    rewards = {"n_samples": batches * ENCODE_BATCH, "extraction": None, "force": True}
-    return config.model_copy(
-        update={
-            "inner": inner.model_copy(update={"budget_images": n_steps * inner.batch_size}),
-            "rewards": config.rewards.model_copy(update=rewards),
-            "search": config.search.model_copy(update={"early_stopping": None}),
+    return config.replaced(
+        {
+            "inner.budget_images": n_steps * inner.batch_size,
+            "rewards.n_samples": n_batches * ENCODE_BATCH,
+            "rewards.extraction": None,
+            "rewards.force": True,
+            "search.early_stopping": None,
         }
     )
 
@@ -91,34 +101,30 @@ def pick_calibration_choices(space: SearchSpace, seed: int) -> dict[str, list[Ch
     return {**found, "sampled": [space.choice_at(point) for point in points]}
 
 
-def measure_parts(folder: Path, spec: Spec, loaded: LoadedModels) -> dict[str, float]:
-    """Of one short trial: seconds of a step; before the first, the ends of its rounds with them, which do not
-    grow with the budget; after the last; bytes of its samples, of the rest that is kept, pictures twice since
-    a dashboard's copy is, and of its checkpoints while it trains."""
-    steps: list[float] = []
+def measure_parts(folder: Path, spec: Spec, loaded: LoadedModels) -> TrialCost:
+    """Runs one short trial, whose spec lies in the folder. Of what it keeps, pictures count twice, since a
+    dashboard's copy does too."""
+    ends: list[float] = []  # of its steps
 
     def progress(stage: str, done: int, total: int, **said: object) -> None:
         if stage == "train":
-            steps.append(time.monotonic())
+            ends.append(time.monotonic())
 
     started = time.monotonic()
     run_trial(folder, loaded, progress)
     ended = time.monotonic()
-    step = statistics.median(later - before for before, later in itertools.pairwise(steps)) if steps else 0.0
-    run = RunFolder(folder)
-    size, rounds = list_file_sizes(folder), sum(list_file_sizes(run.rounds).values())
-    samples, pictures = (
-        size[run.samples_file],
-        sum(size[path] for path in (run.samples_picture, run.pairs_picture)),
+    step = statistics.median(later - before for before, later in itertools.pairwise(ends)) if ends else 0.0
+    run, sizes = RunFolder(folder), list_file_sizes(folder)
+    rounds, samples = sum(list_file_sizes(run.rounds).values()), sizes[run.samples_file]
+    pictures = sizes[run.samples_picture] + sizes[run.pairs_picture]
+    return TrialCost(
+        setup_seconds=ends[-1] - len(ends) * step - started if ends else 0.0,
+        step_seconds=step,
+        after_seconds=ended - (ends[-1] if ends else started),
+        samples_bytes=samples,
+        rest_bytes=sum(sizes.values()) - samples - rounds + pictures,
+        rounds_bytes=rounds,
     )
-    return {
-        "setup": steps[-1] - len(steps) * step - started if steps else 0.0,
-        "step": step,
-        "after": ended - (steps[-1] if steps else started),
-        "samples_bytes": samples,
-        "rest_bytes": sum(size.values()) - samples - rounds + pictures,
-        "rounds_bytes": rounds,
-    }
 
 
 def list_file_sizes(folder: Path) -> dict[Path, int]:

@@ -11,13 +11,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from memcontrol.core.config import Config
-from memcontrol.core.files import replace_file
 from memcontrol.core.jobs import HelpJob
 from memcontrol.core.run_folder import StudyFolder
 from memcontrol.core.seeds import derive_seed
 from memcontrol.core.spec import Spec
+from memcontrol.data.cache import load_or_make
 from memcontrol.data.features import pixel_features
 from memcontrol.data.images import Images
 from memcontrol.data.split import parse_parts
@@ -183,14 +184,14 @@ def describe_images(pixels: np.ndarray, extract: Callable) -> Descriptors:
 
 def load_or_make_descriptors(path: Path, make: Callable[[], Descriptors]) -> Descriptors:
     """What the file holds; made and written where there is none."""
-    from filelock import FileLock
-    from safetensors.numpy import save_file
-    from safetensors.torch import load_file  # memory-mapped, which numpy's is not
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):
-        if not path.exists():
-            views = make()
-            with replace_file(path) as part:
-                save_file({"pixels": views.pixels, "features": np.ascontiguousarray(views.features)}, part)
-    return Descriptors(**{name: tensor.numpy() for name, tensor in load_file(path).items()})
+    def make_tensors() -> dict[str, torch.Tensor]:
+        made = make()
+        return {"pixels": convert_to_tensor(made.pixels), "features": convert_to_tensor(made.features)}
+
+    return Descriptors(**{name: tensor.numpy() for name, tensor in load_or_make(path, make_tensors).items()})
+
+
+def convert_to_tensor(array: np.ndarray) -> torch.Tensor:
+    # one that may not be written is copied: torch, which does not know of such, would warn
+    return torch.from_numpy(np.require(array, requirements=["C", "W"]))

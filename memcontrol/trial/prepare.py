@@ -114,7 +114,7 @@ def check_mitigations(config: Config, base: Base) -> None:
 
 def check_shards(config: Config, n_images: int) -> None:
     """Raises MemControlError where a shard would be empty."""
-    n_train, n_shards = max(1, round(n_images * config.search.train_fraction)), config.inner.ensemble.shards
+    n_train, n_shards = config.search.count_train(n_images), config.inner.ensemble.shards
     if n_shards > n_train:
         raise MemControlError(
             f"inner.ensemble.shards is {n_shards} and there are {n_train} training images; ask for fewer"

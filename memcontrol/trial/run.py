@@ -79,10 +79,7 @@ def shrink_forward(spec: Spec) -> Spec | None:
     size = (inner.micro_batch_size or inner.batch_size) // 2
     if not spec.config.search.accumulate_on_oom or size < 1:
         return None
-    return replace(
-        spec,
-        config=spec.config.model_copy(update={"inner": inner.model_copy(update={"micro_batch_size": size})}),
-    )
+    return replace(spec, config=spec.config.replaced({"inner.micro_batch_size": size}))
 
 
 def train_and_score(
@@ -176,8 +173,8 @@ def score_at_rung(
 
 
 def lower_samples(spec: Spec, rule: EarlyStopping) -> Spec:
-    rewards = spec.config.rewards.model_copy(update={"n_samples": rule.n_samples, "extraction": None})
-    return replace(spec, config=spec.config.model_copy(update={"rewards": rewards}))
+    fewer = {"rewards.n_samples": rule.n_samples, "rewards.extraction": None}
+    return replace(spec, config=spec.config.replaced(fewer))
 
 
 def confirm_trial(folder: Path, loaded: LoadedModels, progress: Callable[..., None]) -> dict:

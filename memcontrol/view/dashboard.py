@@ -21,6 +21,7 @@ from memcontrol.core.errors import MemControlError
 from memcontrol.core.run_folder import StudyFolder
 from memcontrol.study.artifacts import ReadOnlyStore
 from memcontrol.study.database import is_postgresql, make_connection_arguments, make_engine_arguments
+from memcontrol.study.optuna_private import close_storage
 from memcontrol.view.dashboard_guard import LOOPBACK, App, guard_app
 
 SQLITE = "sqlite:///"
@@ -81,8 +82,7 @@ def find_study_id(url: str, name: str) -> int:
     try:
         return storage.get_study_id_from_name(name)
     finally:
-        storage.remove_session()
-        storage.engine.dispose()
+        close_storage(storage)
 
 
 def start_server(

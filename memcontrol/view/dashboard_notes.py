@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Sequence
 from functools import cached_property
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from memcontrol.core.space import SearchSpace
 from memcontrol.search.observer import Observer
 from memcontrol.study.hypervolume import find_reference_point
+from memcontrol.study.optuna_private import Notes
 from memcontrol.study.record import Record
 from memcontrol.study.store import Study
 from memcontrol.view.front_plotly import plot_front, plot_hypervolume
@@ -65,13 +64,13 @@ class Publisher(Observer):
         self.due = time.monotonic() + PUBLISH_SECONDS
 
     def write(self, records: Sequence[Record], changed: Sequence[Record], over: bool) -> None:
-        stored = self.study.patiently(lambda: NoteStorage(self.study))
+        notes = self.study.patiently(lambda: Notes(self.study.inner))
         complete, picked = [record for record in records if record.finished], find_pick(records, self.study)
         for record in changed:
             if record.state != "RUNNING":
-                self.note(stored, record.number, write_trial_note(record, self.space))
+                self.note(notes, record.number, write_trial_note(record, self.space))
         self.note(
-            stored, None, write_study_note(self.study.config, self.space, records, self.data, picked, over)
+            notes, None, write_study_note(self.study.config, self.space, records, self.data, picked, over)
         )
         name = self.study.config.name
         if complete and len(complete[0].objectives) > 1:
@@ -84,59 +83,26 @@ class Publisher(Observer):
 
         self.study.patiently(lambda: save_plotly_graph_object(self.study.inner, figure, graph_object_id=name))
 
-    def note(self, stored: NoteStorage, number: int | None, text: str) -> None:
+    def note(self, notes: Notes, number: int | None, text: str) -> None:
         if self.written.get(number) != text:
-            self.study.patiently(lambda: save_note(self.study, stored, number, text))
+            self.study.patiently(lambda: save_note(self.study, notes, number, text))
             self.written[number] = text
 
 
 def read_notes(study: Study) -> dict[int | None, str]:
-    """Our part of every note, read at once: the library reads all of a study's attributes for each."""
-    attributes = study.storage.get_study_system_attrs(study.inner._study_id)
-    chunks: dict[int | None, dict[int, str]] = {}
-    for name, text in attributes.items():
-        if found := re.fullmatch(r"dashboard:(?:(\d+):)?note_str:(\d+)", name):
-            chunks.setdefault(int(found[1]) if found[1] else None, {})[int(found[2])] = text
-    numbers: dict[int | None, int | None] = {trial_id: number for number, trial_id in study.ids.items()} | {
-        None: None
+    """Our part of every note, by its trial's number; None: the study's own."""
+    numbers: dict[int | None, int | None] = {trial_id: number for number, trial_id in study.ids.items()}
+    numbers[None] = None
+    texts = Notes(study.inner).texts()
+    return {
+        numbers[trial_id]: text.partition(YOURS)[0] for trial_id, text in texts.items() if trial_id in numbers
     }
-    whole = {
-        numbers[trial_id]: "".join(parts[i] for i in sorted(parts))
-        for trial_id, parts in chunks.items()
-        if trial_id in numbers
-    }
-    return {number: text.partition(YOURS)[0] for number, text in whole.items()}
 
 
-class NoteStorage:
-    """The study's storage as far as the library's notes ask for it: of the attributes, which grow with every
-    trial, all are read for each note, and here once."""
-
-    def __init__(self, study: Study):
-        self.storage, self.attributes = (
-            study.storage,
-            study.storage.get_study_system_attrs(study.inner._study_id),
-        )
-
-    def get_study_system_attrs(self, study_id: int) -> dict[str, Any]:
-        return self.attributes
-
-    def set_study_system_attr(self, study_id: int, key: str, value: Any) -> None:
-        self.storage.set_study_system_attr(study_id, key, value)
-        self.attributes[key] = value
-
-
-def save_note(study: Study, stored: NoteStorage, number: int | None, text: str) -> None:
+def save_note(study: Study, notes: Notes, number: int | None, text: str) -> None:
     """Above what a person has written into the note."""
-    from optuna_dashboard import get_note
-    from optuna_dashboard import save_note as save
-
-    # Of a trial the library asks for these three only; a real optuna.Trial would ask the sampler for more.
-    # Without a number it is the study's.
-    owner: Any = SimpleNamespace(
-        study=study.inner, storage=stored, _trial_id=None if number is None else study.ids[number]
-    )
-    before = get_note(owner)
+    trial_id = None if number is None else study.ids[number]
+    before = notes.read(trial_id)
     whole = text + YOURS + before.partition(YOURS)[2]
     if whole != before:
-        save(owner, whole)
+        notes.save(trial_id, whole)
