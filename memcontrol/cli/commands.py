@@ -104,6 +104,7 @@ def search_and_show(study_file: Path, config: Config, executor: Executor) -> Non
 def show_search(study: Study, screen) -> None:
     from memcontrol.core.space_yaml import load_space
     from memcontrol.study.pick import find_pick, require_finished
+    from memcontrol.view.front_data import make_front_data, mark_trials
     from memcontrol.view.front_png import draw_front_png
     from memcontrol.view.live import shorten_path
     from memcontrol.view.tables import describe_rank_agreement, describe_spread, make_study_table
@@ -112,9 +113,11 @@ def show_search(study: Study, screen) -> None:
     picked = find_pick(complete, study)
     warn_of_full(picked, screen)
     warn_of_limits(study, picked, screen)
-    screen.print(make_study_table(complete, len(load_space(study.config.space).groups), "trials", picked))
-    if len(study.config.rewards.objectives) > 1:
-        draw_front_png(complete, picked, study.folder / "front.png", study.config.name)
+    n_groups = len(load_space(study.config.space).groups)
+    screen.print(make_study_table(complete, n_groups, "trials", picked))
+    if len(study.objectives) > 1:
+        front = make_front_data(mark_trials(complete, picked, n_groups), study.objectives)
+        draw_front_png(front, study.folder / "front.png", study.config.name)
         screen.print(f"front: {shorten_path(study.folder / 'front.png')}", highlight=False, soft_wrap=True)
     for line in filter(None, (describe_spread(complete), describe_rank_agreement(complete))):
         screen.print(line, highlight=False, soft_wrap=True)
