@@ -68,7 +68,7 @@ def encode_png(image: np.ndarray) -> str:
 def render_audit(found: dict, cards: str) -> str:
     parts = [
         f'<h1>Audit of copying</h1><p class="verdict">{escape(found["verdict"])}</p>',
-        f"<p>{escape(describe_images(found))}</p>",
+        f"<p>{escape(describe_sizes(found))}</p>",
         f"<h2>Figures</h2>{render_figures(found['rewards'])}",
         "<h2>Most suspicious images beside their nearest training images</h2>",
         f'<p>Framed in red: nearer than 99 % of real images are.</p><div class="pairs">{cards}</div>',
@@ -78,7 +78,7 @@ def render_audit(found: dict, cards: str) -> str:
     return render_document("Audit of copying", read_asset("audit.css"), "\n".join(parts))
 
 
-def describe_images(found: dict) -> str:
+def describe_sizes(found: dict) -> str:
     sizes = ", ".join(f"{n:,} {title}" for title, n in found["sizes"].items())
     side = found["side"]
     return f"{sizes} images, brought to {side} x {side} pixels; features by {found['extractor']}."

@@ -19,6 +19,52 @@ Interval = tuple[float, float]
 LOG_TICKS = (1, 1.5, 2, 3, 5, 7)  # of a logarithmic axis, times the powers of ten
 
 
+def mark_trials(records: Sequence[Record], picked: Record | None, n_groups: int) -> list[TrialData]:
+    """Each record as data, with its choice in words (`said`), and whether it is on the `front` of the
+    finished ones, on or off it within error only (`tie`), and the `pick`."""
+    complete = [record for record in records if record.finished]
+    front = {record.number for record in select_front(complete)}
+    ties = {record.number for record in select_ties(complete)}
+    return [
+        record.as_dict()
+        | {
+            "said": describe_choice(record.choice, n_groups) if record.choice else "",
+            "front": record.number in front,
+            "tie": record.number in ties,
+            "pick": picked is not None and record.number == picked.number,
+        }
+        for record in records
+    ]
+
+
+def list_finished(trials: Sequence[TrialData], objectives: Mapping[str, str]) -> list[TrialData]:
+    """Best in the first objective first."""
+    finished = [trial for trial in trials if trial["state"] == "COMPLETE"]
+    return sorted(
+        finished, key=lambda trial: orient_values(list(trial["values"].values()), objectives.values())
+    )
+
+
+def list_standings(trials: Sequence[TrialData], objectives: Mapping[str, str]) -> list[TrialData]:
+    """The rows of a table of the front: the anchors, and what is on the front, or off it within error
+    only."""
+    finished = list_finished(trials, objectives)
+    return [trial for trial in finished if trial["front"] or trial["tie"] or trial["anchor"]]
+
+
+def name_places(trial: TrialData) -> list[str]:
+    """Where it stands, as tables of the front say it."""
+    words = {"front": "front", "tie": "within error"}
+    return [word for key, word in words.items() if trial[key]]
+
+
+def describe_trial(trial: TrialData) -> str:
+    name = f", {MARKS[trial['anchor']].title}" if trial["anchor"] else ""
+    pick = ", the pick" if trial["pick"] else ""
+    values = ", ".join(f"{find_title(key)} {format_reward(key, trial['rewards'])}" for key in trial["values"])
+    return f"trial {trial['trial']}{name}{pick}: {trial['said']}: {values}"
+
+
 @dataclass(frozen=True)
 class FrontAxis:
     """An objective as an axis. `better`: which way is; `is_log`: the points span so much that a logarithmic
@@ -56,7 +102,7 @@ class FrontPoint:
 
     @property
     def stands_out(self) -> bool:
-        """Whether it is drawn with its intervals wherever many points are."""
+        """Whether it is on the front or an anchor: among many points only such are drawn with intervals."""
         return self.is_on_front or self.is_anchor
 
 
@@ -105,6 +151,10 @@ def make_point(trial: TrialData, x_name: str, y_name: str) -> FrontPoint:
     )
 
 
+def list_xy(points: Sequence[FrontPoint]) -> tuple[list[float], list[float]]:
+    return [point.x for point in points], [point.y for point in points]
+
+
 def measure_reaches(values: Sequence[float], intervals: Sequence[Interval]) -> list[list[float]]:
     """How far the intervals go below and above the values."""
     return [
@@ -116,49 +166,3 @@ def measure_reaches(values: Sequence[float], intervals: Sequence[Interval]) -> l
 def make_axis(name: str, direction: str, values: Sequence[float]) -> FrontAxis:
     better = "higher is better" if direction == MAXIMIZE else "lower is better"
     return FrontAxis(find_title(name), better, is_log=0 < 3 * min(values) < max(values))
-
-
-def mark_trials(records: Sequence[Record], picked: Record | None, n_groups: int) -> list[TrialData]:
-    """Each record as data, with its choice in words (`said`), and whether it is on the `front` of the
-    finished ones, on or off it within error only (`tie`), and the `pick`."""
-    complete = [record for record in records if record.finished]
-    front = {record.number for record in select_front(complete)}
-    ties = {record.number for record in select_ties(complete)}
-    return [
-        record.as_dict()
-        | {
-            "said": describe_choice(record.choice, n_groups) if record.choice else "",
-            "front": record.number in front,
-            "tie": record.number in ties,
-            "pick": picked is not None and record.number == picked.number,
-        }
-        for record in records
-    ]
-
-
-def list_finished(trials: Sequence[TrialData], objectives: Mapping[str, str]) -> list[TrialData]:
-    """Best in the first objective first."""
-    finished = [trial for trial in trials if trial["state"] == "COMPLETE"]
-    return sorted(
-        finished, key=lambda trial: orient_values(list(trial["values"].values()), objectives.values())
-    )
-
-
-def list_standings(trials: Sequence[TrialData], objectives: Mapping[str, str]) -> list[TrialData]:
-    """The rows of a table of the front: the anchors, and what is on the front, or off it within error
-    only."""
-    finished = list_finished(trials, objectives)
-    return [trial for trial in finished if trial["front"] or trial["tie"] or trial["anchor"]]
-
-
-def name_places(trial: TrialData) -> list[str]:
-    """Where it stands, as tables of the front say it."""
-    words = {"front": "front", "tie": "within error"}
-    return [word for key, word in words.items() if trial[key]]
-
-
-def describe_trial(trial: TrialData) -> str:
-    name = f", {MARKS[trial['anchor']].title}" if trial["anchor"] else ""
-    pick = ", the pick" if trial["pick"] else ""
-    values = ", ".join(f"{find_title(key)} {format_reward(key, trial['rewards'])}" for key in trial["values"])
-    return f"trial {trial['trial']}{name}{pick}: {trial['said']}: {values}"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from memcontrol.study.hypervolume import trace_hypervolume
 from memcontrol.study.record import Record
-from memcontrol.view.front_data import FrontData, FrontPoint, Interval, measure_reaches
+from memcontrol.view.front_data import FrontData, FrontPoint, Interval, list_xy, measure_reaches
 from memcontrol.view.marks import MARKS, PICK
 
 if TYPE_CHECKING:
@@ -29,7 +29,8 @@ def plot_front(data: FrontData, title: str) -> Figure:
         }
     )
     line = {"shape": "hv", "color": "#999", "width": 1}
-    figure.add_scatter(**list_places(data.front), mode="lines", line=line, name="front", hoverinfo="skip")
+    x, y = list_xy(data.front)
+    figure.add_scatter(x=x, y=y, mode="lines", line=line, name="front", hoverinfo="skip")
     for kind, mark in MARKS.items():
         points = [point for point in data.points if point.kind == kind]
         marker = {"symbol": mark.symbol, "color": mark.colour, "size": 9}
@@ -37,23 +38,19 @@ def plot_front(data: FrontData, title: str) -> Figure:
             figure.add_scatter(**describe_points(points), mode="markers", name=mark.title, marker=marker)
     if data.pick:
         ring = {"symbol": "circle-open", "size": 20, "color": PICK, "line": {"width": 2}}
-        figure.add_scatter(
-            **list_places([data.pick]), mode="markers", name="pick", marker=ring, hoverinfo="skip"
-        )
+        x, y = list_xy([data.pick])
+        figure.add_scatter(x=x, y=y, mode="markers", name="pick", marker=ring, hoverinfo="skip")
     return figure
-
-
-def list_places(points: Sequence[FrontPoint]) -> dict[str, list[float]]:
-    return {"x": [point.x for point in points], "y": [point.y for point in points]}
 
 
 def describe_points(points: Sequence[FrontPoint]) -> dict[str, Any]:
     """Where they lie, how far their intervals go, and what is told of each."""
-    places = list_places(points)
+    x, y = list_xy(points)
     return {
-        **places,
-        "error_x": make_error_bars(places["x"], [point.x_interval for point in points]),
-        "error_y": make_error_bars(places["y"], [point.y_interval for point in points]),
+        "x": x,
+        "y": y,
+        "error_x": make_error_bars(x, [point.x_interval for point in points]),
+        "error_y": make_error_bars(y, [point.y_interval for point in points]),
         "text": [
             f"trial {point.trial}: {point.said}<br>{', '.join(point.choice.groups)}" for point in points
         ],

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from memcontrol.core.files import replace_file
-from memcontrol.view.front_data import LOG_TICKS, FrontAxis, FrontData, FrontPoint, measure_reaches
+from memcontrol.view.front_data import LOG_TICKS, FrontAxis, FrontData, FrontPoint, list_xy, measure_reaches
 from memcontrol.view.marks import MARKS, PICK, SAMPLED
 
 if TYPE_CHECKING:
@@ -27,6 +27,13 @@ def draw_front_png(data: FrontData, path: Path, title: str) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 5), dpi=150, layout="constrained")
+    draw_front(axes, data, title)
+    with replace_file(path) as part:
+        figure.savefig(part, format="png")
+    pyplot.close(figure)
+
+
+def draw_front(axes: Axes, data: FrontData, title: str) -> None:
     scatter_sampled(axes, data)
     axes.step(*list_xy(data.front), where="post", color="black", linewidth=1, label="front", zorder=1)
     draw_intervals(axes, [point for point in data.points if point.stands_out])
@@ -36,9 +43,6 @@ def draw_front_png(data: FrontData, path: Path, title: str) -> None:
     axes.set(xlabel=data.x_axis.title, ylabel=data.y_axis.title, title=title)
     scale_x(axes, data.x_axis)
     axes.legend(fontsize=8)
-    with replace_file(path) as part:
-        figure.savefig(part, format="png")
-    pyplot.close(figure)
 
 
 def scatter_sampled(axes: Axes, data: FrontData) -> None:
@@ -98,7 +102,3 @@ def scale_x(axes: Axes, axis: FrontAxis) -> None:
         axes.xaxis.set_major_locator(ticker.LogLocator(subs=LOG_TICKS))
         axes.xaxis.set_major_formatter(ticker.ScalarFormatter())
         axes.xaxis.set_minor_formatter(ticker.NullFormatter())
-
-
-def list_xy(points: Sequence[FrontPoint]) -> tuple[list[float], list[float]]:
-    return [point.x for point in points], [point.y for point in points]

@@ -16,8 +16,8 @@ LEFT, RIGHT, TOP, BOTTOM = 66, WIDTH - 16, 14, HEIGHT - 54  # of the field that 
 
 
 class AxisScale:
-    """From values to pixels between two ends, which `values` fill, and intervals' `ends`, less those that
-    would stretch a logarithmic axis."""
+    """From values to pixels between `begin` and `end`. All `values` lie inside, and the `ends` of intervals,
+    but for those that would stretch a logarithmic axis; what lies beyond is drawn at its edge."""
 
     def __init__(
         self, is_log: bool, values: Sequence[float], ends: Sequence[float], begin: float, end: float
@@ -36,9 +36,8 @@ class AxisScale:
     def place_ticks(self) -> list[float]:
         from matplotlib import ticker
 
-        places = (
-            ticker.LogLocator(subs=LOG_TICKS) if self.is_log else ticker.MaxNLocator(6, steps=[1, 2, 5, 10])
-        )
+        linear, logarithmic = ticker.MaxNLocator(6, steps=[1, 2, 5, 10]), ticker.LogLocator(subs=LOG_TICKS)
+        places = logarithmic if self.is_log else linear
         ticks = map(float, places.tick_values(self.low, self.high))
         return [value for value in ticks if self.low <= value <= self.high]
 

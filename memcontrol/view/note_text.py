@@ -20,7 +20,7 @@ ANCHORS = {
     "full": "full fine-tuning, which every mask is compared with; the best of three learning rates",
 }
 STATES = {"COMPLETE": "complete", "RUNNING": "running", "PRUNED": "stopped early", "FAIL": "failed"}
-CONFIRMED = (
+MEASURED_AGAIN = (
     "The front was measured again over fresh draws, since the best of many are partly lucky. This table, the "
     "plots and the report show that; the dashboard's own graphs and lists show values as the search measured "
     "them."
@@ -98,7 +98,7 @@ def write_study_note(
     lines = {
         "Space": f"{config.space}, {len(space.groups)} groups, {', '.join(space.methods)}",
         "Base": config.base,
-        "Images": describe_images(config, data),
+        "Images": describe_image_parts(config, data),
         "Each trial": f"{inner.budget_images} images in {inner.budget_steps} steps of {inner.batch_size}; "
         f"scored on {config.rewards.n_samples} samples",
         "Objectives": ", ".join(map(describe_objective, config.rewards.names)),
@@ -112,11 +112,11 @@ def write_study_note(
     if complete:
         parts += ["## Anchors and front", write_standings(complete, objectives)]
     if any(trial["confirmed"] for trial in complete):
-        parts.append(CONFIRMED)
+        parts.append(MEASURED_AGAIN)
     return "\n\n".join(parts)
 
 
-def describe_images(config: Config, data: Mapping[str, Any]) -> str:
+def describe_image_parts(config: Config, data: Mapping[str, Any]) -> str:
     if not data.get("parts"):
         return str(config.data.path)
     sizes = ", ".join(f"{part['images']} {name}" for name, part in data["parts"].items())
