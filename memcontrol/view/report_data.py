@@ -42,10 +42,9 @@ def collect_report_data(study: Study, space: SearchSpace, folder: Path) -> dict[
     if not complete:
         raise MemControlError(f"study '{config.name}' has no finished trial to report; let the search run on")
     blocks = read_json(folder / NETWORK) if (folder / NETWORK).is_file() else []
-    trials = [
-        trial | {"blocks": [compute_trained_share(record, block) for block in blocks]}
-        for trial, record in zip(mark_trials(records, find_pick(records, study), len(space.groups)), records)
-    ]
+    trials = mark_trials(records, find_pick(records, study), len(space.groups))
+    for trial, record in zip(trials, records):
+        trial["blocks"] = [compute_trained_share(record, block) for block in blocks]
     return {
         "study": config.name,
         "written": datetime.now().isoformat(timespec="minutes"),
@@ -61,7 +60,7 @@ def collect_report_data(study: Study, space: SearchSpace, folder: Path) -> dict[
         "hypervolume": summarize_hypervolume(study),
         "importance": summarize_importance(records, space),
         "spread": summarize_spread(complete, study),
-        "training": list_fates(complete, folder),
+        "training": list_fates(complete),
         "retrained": list_retrained(folder, len(space.groups)),
         "cost": sum_costs(records, folder),
         "made_with": study.attributes.get("made_with", {}),
@@ -117,11 +116,11 @@ def summarize_importance(records: Sequence[Record], space: SearchSpace) -> list[
         return []
 
 
-def list_fates(complete: Sequence[Record], folder: Path) -> list[dict[str, int]]:
+def list_fates(complete: Sequence[Record]) -> list[dict[str, int]]:
     """What became of the images in each trial on the front, and in full fine-tuning, where that is known."""
     front = select_front(complete)
     told = [record for record in complete if record in front or record.anchor == "full"]
-    fates = {record.number: count_fates(folder / record.chosen.key) for record in told}
+    fates = {record.number: count_fates(record.run) for record in told}
     return [{"trial": number} | counts for number, counts in fates.items() if counts]
 
 
