@@ -90,7 +90,7 @@ def compose_body(spec: Spec, result: dict[str, Any], code: str) -> str:
         f"```python\n{code}\n```",
         "## How much it copies",
         write_verdict(result["rewards"], result["n_samples"]),
-        describe_measurement(spec, result),
+        tell_how_measured(spec, result),
         make_card_table(spec, columns),
         "## Limits",
         "\n".join(f"- {line}" for line in LIMITS),
@@ -126,7 +126,7 @@ def describe_budget(spec: Spec, resolution: int) -> str:
     )
 
 
-def describe_measurement(spec: Spec, result: dict[str, Any]) -> str:
+def tell_how_measured(spec: Spec, result: dict[str, Any]) -> str:
     settings = result["measured_with"]
     sampling = settings["sampling"]
     return (
