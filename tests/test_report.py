@@ -117,10 +117,11 @@ def test_the_page_names_no_host_and_escapes_what_people_wrote(shown, facts, tmp_
 def test_the_front_as_svg_stands_alone(facts):
     import xml.etree.ElementTree as ElementTree
 
+    from memcontrol.view.front_data import make_front_data
     from memcontrol.view.front_svg import draw_front_svg
 
     trials = [trial for trial in facts["trials"] if trial["state"] == "COMPLETE"]
-    root = ElementTree.fromstring(draw_front_svg(trials, facts["objectives"]))
+    root = ElementTree.fromstring(draw_front_svg(make_front_data(trials, facts["objectives"])))
     points = [element for element in root.iter() if "data-trial" in element.attrib]
     assert sorted(int(point.attrib["data-trial"]) for point in points) == [trial["trial"] for trial in trials]
     places = {

@@ -104,6 +104,7 @@ def show_search(place: StudyPlace, executor: Executor) -> None:
 def show_study(study: Study, place: StudyPlace, screen) -> None:
     """The trials of a finished search, the pick among them, and the picture of the front."""
     from memcontrol.study.pick import find_pick, require_finished
+    from memcontrol.view.front_data import make_front_data, mark_trials
     from memcontrol.view.front_png import draw_front_png
     from memcontrol.view.live import shorten_path
     from memcontrol.view.tables import describe_rank_agreement, describe_spread, make_study_table
@@ -114,7 +115,8 @@ def show_study(study: Study, place: StudyPlace, screen) -> None:
     screen.print(make_study_table(complete, len(place.space.groups), "trials", picked))
     if len(study.config.rewards.objectives) > 1:
         picture = place.folder.front_picture
-        draw_front_png(complete, picked, picture, study.config.name)
+        trials = mark_trials(complete, picked, len(place.space.groups))
+        draw_front_png(make_front_data(trials, study.objectives), picture, study.config.name)
         say(screen, f"front: {shorten_path(picture)}")
     for line in filter(None, (describe_spread(complete), describe_rank_agreement(complete))):
         say(screen, line)

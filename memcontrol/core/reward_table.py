@@ -158,7 +158,8 @@ REWARDS = {
         objective=False,
         interval=WILSON,
         cost=NEIGHBOURS,
-        meaning="share so near to a training image that one such among all has a chance of 1 % without copying",
+        meaning="share so near to a training image that one such among all has a chance of 1 % without "
+        "copying",
     ),
     "loss_gap": RewardInfo(
         title="loss gap",

@@ -28,6 +28,10 @@ class Effect:
     effects: dict[str, Estimate]
     n_choices: int
 
+    @property
+    def label(self) -> str:
+        return label_change(self.coordinate, self.low, self.high)
+
     def as_dict(self) -> dict:
         effects = {
             name: {"value": float(effect), "error": effect.error} for name, effect in self.effects.items()
@@ -39,6 +43,15 @@ class Effect:
             "effects": effects,
             "n_choices": self.n_choices,
         }
+
+
+def label_change(coordinate: str, low: object, high: object) -> str:
+    """What changes, in words; the learning rate's ends are those of each method."""
+    if high is True:
+        return f"{coordinate} on"
+    if coordinate == "rate":
+        return "learning rate: lowest to highest"
+    return f"{coordinate}: {low} to {high}"
 
 
 def measure_importance(records: Sequence[Record], space: SearchSpace) -> list[Effect]:

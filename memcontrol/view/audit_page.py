@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import base64
-import html
 import io
 from collections.abc import Iterable
+from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -13,35 +12,9 @@ from PIL import Image
 
 from memcontrol.core.files import replace_file, write_json
 from memcontrol.core.reward_table import REWARDS, format_reward
+from memcontrol.view.html import make_data_uri, read_asset, render_document, render_list
 
 N_SHOWN = 24
-
-
-def write_audit(found: dict, pairs: Iterable[tuple[np.ndarray, np.ndarray]], out: Path) -> None:
-    """Writes out/audit.json and the self-contained out/audit.html; `pairs` are the generated and the training
-    image, uint8 [3, H, W], of each of the first copies."""
-    cards = "".join(render_pair(one, *pair) for one, pair in zip(found["copies"], pairs))
-    write_json(out / "audit.json", found)
-    with replace_file(out / "audit.html") as part:
-        part.write_text(render_audit(found, cards), encoding="utf-8")
-
-
-def render_pair(one: dict, generated: np.ndarray, training: np.ndarray) -> str:
-    mark = "copy" if one["copy"] else "like"
-    return (
-        f'<figure class="{mark}"><img src="{encode_png(generated)}" alt="generated"><img '
-        f'src="{encode_png(training)}" alt="training">'
-        f"<figcaption>{html.escape(one['generated'])}<br>{html.escape(one['training'])}<br>"
-        f"distance {one['distance']:.2f}, {one['of_holdout']:.2f} of held out</figcaption></figure>"
-    )
-
-
-def encode_png(image: np.ndarray) -> str:
-    buffer = io.BytesIO()
-    Image.fromarray(image.transpose(1, 2, 0)).save(buffer, format="PNG")
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
 AUDIT_REWARDS = (
     "clear_copy_rate",
     "copy_rate",
@@ -65,36 +38,63 @@ AUDIT_REWARDS = (
 )
 
 
-AUDIT_STYLE = """
-:root { color-scheme: light dark; --line: #8884; --bad: #c22; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: auto; padding: 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-.verdict { font-size: 1.15rem; border-left: 4px solid var(--line); padding-left: .8rem; }
-table { border-collapse: collapse; width: 100%; } td, th { border-bottom: 1px solid var(--line); padding: .3rem .6rem .3rem 0; text-align: left; vertical-align: top; }
-.pairs { display: flex; flex-wrap: wrap; gap: .8rem; } figure { margin: 0; width: 10.5rem; font-size: .75rem; overflow-wrap: anywhere; }
-figure img { width: 5rem; image-rendering: pixelated; margin-right: 2px; } .copy img { outline: 2px solid var(--bad); outline-offset: -2px; }
-@media print { figure { break-inside: avoid; } }
-"""
+def write_audit(found: dict, pairs: Iterable[tuple[np.ndarray, np.ndarray]], out: Path) -> None:
+    """Writes out/audit.json and the self-contained out/audit.html; `pairs` are the generated and the training
+    image, uint8 [3, H, W], of each of the first copies."""
+    cards = "".join(render_pair(one, *pair) for one, pair in zip(found["copies"], pairs))
+    write_json(out / "audit.json", found)
+    with replace_file(out / "audit.html") as part:
+        part.write_text(render_audit(found, cards), encoding="utf-8")
+
+
+def render_pair(one: dict, generated: np.ndarray, training: np.ndarray) -> str:
+    mark = "copy" if one["copy"] else "like"
+    images = "".join(
+        f'<img src="{encode_png(image)}" alt="{kind}">'
+        for kind, image in (("generated", generated), ("training", training))
+    )
+    names = f"{escape(one['generated'])}<br>{escape(one['training'])}"
+    distance = f"distance {one['distance']:.2f}, {one['of_holdout']:.2f} of held out"
+    return f'<figure class="{mark}">{images}<figcaption>{names}<br>{escape(distance)}</figcaption></figure>'
+
+
+def encode_png(image: np.ndarray) -> str:
+    """As a data URI."""
+    buffer = io.BytesIO()
+    Image.fromarray(image.transpose(1, 2, 0)).save(buffer, format="PNG")
+    return make_data_uri("image/png", buffer.getvalue())
 
 
 def render_audit(found: dict, cards: str) -> str:
-    rewards, sizes = found["rewards"], ", ".join(f"{n:,} {title}" for title, n in found["sizes"].items())
-    rows = "".join(
-        f"<tr><td>{REWARDS[name].title}</td><td>{format_reward(name, rewards)}</td><td>{REWARDS[name].meaning}</td></tr>"
-        for name in AUDIT_REWARDS
-        if name in rewards
-    )
-    twins = "".join(
-        f"<li>{html.escape(a)} and {html.escape(b)}</li>"
-        for a, b in (pair["images"] for pair in found["duplicates"])
-    )
-    return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Audit of copying</title><style>{AUDIT_STYLE}</style></head><body>
-<h1>Audit of copying</h1><p class="verdict">{html.escape(found["verdict"])}</p>
-<p>{sizes} images, brought to {found["side"]} x {found["side"]} pixels; features by {html.escape(found["extractor"])}.</p>
-<h2>Figures</h2><table><tr><th>figure</th><th>value (95 %)</th><th>meaning</th></tr>{rows}</table>
-<h2>Most suspicious images beside their nearest training images</h2><p>Framed in red: nearer than 99 % of real images are.</p><div class="pairs">{cards}</div>
-<h2>Training images that are nearly the same</h2>{f"<ul>{twins}</ul>" if twins else "<p>None were found.</p>"}
-<h2>What this cannot see</h2><ul>{"".join(f"<li>{html.escape(line)}</li>" for line in found["cannot_see"])}</ul>
-</body></html>
-"""
+    parts = [
+        f'<h1>Audit of copying</h1><p class="verdict">{escape(found["verdict"])}</p>',
+        f"<p>{escape(describe_sizes(found))}</p>",
+        f"<h2>Figures</h2>{render_figures(found['rewards'])}",
+        "<h2>Most suspicious images beside their nearest training images</h2>",
+        f'<p>Framed in red: nearer than 99 % of real images are.</p><div class="pairs">{cards}</div>',
+        f"<h2>Training images that are nearly the same</h2>{render_duplicates(found['duplicates'])}",
+        f"<h2>What this cannot see</h2>{render_list(found['cannot_see'])}",
+    ]
+    return render_document("Audit of copying", read_asset("audit.css"), "\n".join(parts))
+
+
+def describe_sizes(found: dict) -> str:
+    sizes = ", ".join(f"{n:,} {title}" for title, n in found["sizes"].items())
+    side = found["side"]
+    return f"{sizes} images, brought to {side} x {side} pixels; features by {found['extractor']}."
+
+
+def render_figures(rewards: dict[str, float]) -> str:
+    rows = [render_figure(name, rewards) for name in AUDIT_REWARDS if name in rewards]
+    head = "<tr><th>figure</th><th>value (95 %)</th><th>meaning</th></tr>"
+    return f"<table>{head}{''.join(rows)}</table>"
+
+
+def render_figure(name: str, rewards: dict[str, float]) -> str:
+    info = REWARDS[name]
+    return f"<tr><td>{info.title}</td><td>{format_reward(name, rewards)}</td><td>{info.meaning}</td></tr>"
+
+
+def render_duplicates(duplicates: list[dict]) -> str:
+    lines = [" and ".join(pair["images"]) for pair in duplicates]
+    return render_list(lines) if lines else "<p>None were found.</p>"

@@ -7,20 +7,21 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from memcontrol.core.run_folder import StudyFolder
 from memcontrol.core.space import SearchSpace
 from memcontrol.search.observer import Observer
 from memcontrol.study.hypervolume import find_reference_point
 from memcontrol.study.optuna_private import Notes
+from memcontrol.study.pick import find_pick
 from memcontrol.study.record import Record
 from memcontrol.study.store import Study
+from memcontrol.view.front_data import make_front_data, mark_trials
 from memcontrol.view.front_plotly import plot_front, plot_hypervolume
-from memcontrol.view.words import YOURS, write_study_note, write_trial_note
+from memcontrol.view.note_text import YOURS, write_study_note, write_trial_note
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-from memcontrol.core.run_folder import StudyFolder
-from memcontrol.study.pick import find_pick
 
 PUBLISH_SECONDS = 30.0  # between two looks at the whole study
 FRONT, HYPERVOLUME = "front", "hypervolume"
@@ -65,18 +66,17 @@ class Publisher(Observer):
 
     def write(self, records: Sequence[Record], changed: Sequence[Record], over: bool) -> None:
         notes = self.study.patiently(lambda: Notes(self.study.inner))
-        complete, picked = [record for record in records if record.finished], find_pick(records, self.study)
+        config, objectives = self.study.config, self.study.objectives
+        trials = mark_trials(records, find_pick(records, self.study), len(self.space.groups))
         for record in changed:
             if record.state != "RUNNING":
                 self.note(notes, record.number, write_trial_note(record, self.space))
-        self.note(
-            notes, None, write_study_note(self.study.config, self.space, records, self.data, picked, over)
-        )
-        name = self.study.config.name
-        if complete and len(complete[0].objectives) > 1:
-            self.plot(FRONT, plot_front(complete, picked, len(self.space.groups), f"{name}: front"))
+        self.note(notes, None, write_study_note(config, self.space, trials, objectives, self.data, over))
+        complete = [trial for trial in trials if trial["state"] == "COMPLETE"]
+        if complete and len(objectives) > 1:
+            self.plot(FRONT, plot_front(make_front_data(complete, objectives), f"{config.name}: front"))
         if reference := self.study.attributes.get("reference") or find_reference_point(records):
-            self.plot(HYPERVOLUME, plot_hypervolume(records, reference, f"{name}: hypervolume"))
+            self.plot(HYPERVOLUME, plot_hypervolume(records, reference, f"{config.name}: hypervolume"))
 
     def plot(self, name: str, figure: Figure) -> None:
         from optuna_dashboard import save_plotly_graph_object

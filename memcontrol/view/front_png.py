@@ -5,97 +5,100 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from memcontrol.core.files import replace_file
-from memcontrol.core.reward_table import MAXIMIZE, MINIMIZE, read_interval
-from memcontrol.study.pick import select_front
-from memcontrol.study.record import Record
+from memcontrol.view.front_data import LOG_TICKS, FrontAxis, FrontData, FrontPoint, list_xy, measure_reaches
 from memcontrol.view.marks import MARKS, PICK, SAMPLED
-from memcontrol.view.words import find_title
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # of methods
 COLOURS = (MARKS[SAMPLED].colour, "#56B4E9", "#CC79A7", "#F0E442", "#8c564b", "#332288", "#44AA99", "#999933")
 
 
-def name_kind(record: Record) -> str:
-    return "+".join(record.chosen.methods)
-
-
-def draw_front_png(records: Sequence[Record], picked: Record | None, path: Path, title: str) -> None:
-    """All finished trials over the first two objectives, the front joined, anchors and pick marked, with 95 %
-    intervals of the front and the anchors; writes a PNG."""
+def draw_front_png(data: FrontData, path: Path, title: str) -> None:
+    """All points, the front joined, anchors and pick marked, with 95 % intervals of the front and the
+    anchors; writes a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot, ticker
+    from matplotlib import pyplot
 
-    (x_name, x_way), (y_name, y_way) = list(records[0].objectives.items())[:2]
     figure, axes = pyplot.subplots(figsize=(7, 5), dpi=150, layout="constrained")
-    sampled = [record for record in records if record.anchor is None]
-    for kind, colour in zip(sorted({name_kind(record) for record in sampled}), cycle(COLOURS)):
-        points = [record for record in sampled if name_kind(record) == kind]
-        axes.scatter(
-            *collect_xy(points, x_name, y_name), s=28, color=colour, label=f"sampled: {kind}", zorder=2
-        )
-    points = select_front(records)
-    axes.step(
-        *collect_xy(points, x_name, y_name), where="post", color="black", linewidth=1, label="front", zorder=1
-    )
-    told = [record for record in records if record in points or record.anchor]
+    draw_front(axes, data, title)
+    with replace_file(path) as part:
+        figure.savefig(part, format="png")
+    pyplot.close(figure)
+
+
+def draw_front(axes: Axes, data: FrontData, title: str) -> None:
+    scatter_sampled(axes, data)
+    axes.step(*list_xy(data.front), where="post", color="black", linewidth=1, label="front", zorder=1)
+    draw_intervals(axes, [point for point in data.points if point.stands_out])
+    scatter_anchors(axes, data)
+    if data.pick:
+        circle_pick(axes, data.pick)
+    axes.set(xlabel=data.x_axis.title, ylabel=data.y_axis.title, title=title)
+    scale_x(axes, data.x_axis)
+    axes.legend(fontsize=8)
+
+
+def scatter_sampled(axes: Axes, data: FrontData) -> None:
+    """A colour for each set of methods."""
+    sampled = [point for point in data.points if not point.is_anchor]
+    for methods, colour in zip(sorted({name_methods(point) for point in sampled}), cycle(COLOURS)):
+        points = [point for point in sampled if name_methods(point) == methods]
+        axes.scatter(*list_xy(points), s=28, color=colour, label=f"sampled: {methods}", zorder=2)
+
+
+def name_methods(point: FrontPoint) -> str:
+    return "+".join(point.choice.methods)
+
+
+def scatter_anchors(axes: Axes, data: FrontData) -> None:
+    for kind, mark in MARKS.items():
+        points = [point for point in data.points if point.is_anchor and point.kind == kind]
+        if points:
+            axes.scatter(
+                *list_xy(points), s=70, marker=mark.marker, color=mark.colour, label=mark.title, zorder=3
+            )
+
+
+def draw_intervals(axes: Axes, points: Sequence[FrontPoint]) -> None:
+    x, y = list_xy(points)
     axes.errorbar(
-        *collect_xy(told, x_name, y_name),
-        xerr=measure_reach(told, x_name),
-        yerr=measure_reach(told, y_name),
+        x,
+        y,
+        xerr=measure_reaches(x, [point.x_interval for point in points]),
+        yerr=measure_reaches(y, [point.y_interval for point in points]),
         fmt="none",
         ecolor="black",
         elinewidth=0.7,
         alpha=0.5,
         zorder=1,
     )
-    for anchor, mark in MARKS.items():
-        if points := [record for record in records if record.anchor == anchor]:
-            axes.scatter(
-                *collect_xy(points, x_name, y_name),
-                s=70,
-                marker=mark.marker,
-                color=mark.colour,
-                label=mark.title,
-                zorder=3,
-            )
-    if picked:
-        axes.scatter(
-            *collect_xy([picked], x_name, y_name),
-            s=260,
-            marker="o",
-            facecolors="none",
-            edgecolors=PICK,
-            linewidths=2,
-            label="pick",
-            zorder=4,
-        )
-    better = {MINIMIZE: "lower is better", MAXIMIZE: "higher is better"}
-    axes.set(
-        xlabel=f"{find_title(x_name)} ({better[x_way]})",
-        ylabel=f"{find_title(y_name)} ({better[y_way]})",
-        title=title,
+
+
+def circle_pick(axes: Axes, pick: FrontPoint) -> None:
+    axes.scatter(
+        *list_xy([pick]),
+        s=260,
+        marker="o",
+        facecolors="none",
+        edgecolors=PICK,
+        linewidths=2,
+        label="pick",
+        zorder=4,
     )
-    span = [record.values[x_name] for record in records]
-    if 0 < 3 * min(span) < max(span):
+
+
+def scale_x(axes: Axes, axis: FrontAxis) -> None:
+    from matplotlib import ticker
+
+    if axis.is_log:
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        axes.xaxis.set_major_locator(ticker.LogLocator(subs=LOG_TICKS))
         axes.xaxis.set_major_formatter(ticker.ScalarFormatter())
         axes.xaxis.set_minor_formatter(ticker.NullFormatter())
-    axes.legend(fontsize=8)
-    with replace_file(path) as part:
-        figure.savefig(part, format="png")
-    pyplot.close(figure)
-
-
-def measure_reach(records: Sequence[Record], name: str) -> list[list[float]]:
-    """How far the intervals go below and above the values."""
-    intervals = [(record.rewards[name], *read_interval(name, record.rewards)) for record in records]
-    return [[value - low for value, low, _ in intervals], [high - value for value, _, high in intervals]]
-
-
-def collect_xy(records: Sequence[Record], x_name: str, y_name: str) -> tuple[list[float], list[float]]:
-    return [record.values[x_name] for record in records], [record.values[y_name] for record in records]

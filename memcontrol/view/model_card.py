@@ -14,7 +14,7 @@ from memcontrol.core.reward_table import BLIND_SPOTS, REWARDS, format_reward
 from memcontrol.core.run_folder import StudyFolder
 from memcontrol.core.spec import Spec
 from memcontrol.core.version import __version__
-from memcontrol.view.words import describe_choice, format_markdown_table, write_verdict
+from memcontrol.view.words import describe_choice, format_markdown_table, name_groups, write_verdict
 
 CARD_REWARDS = (
     "fid",
@@ -53,95 +53,106 @@ def write_card(
 
 def find_baseline(spec: Spec, result: dict[str, Any]) -> dict[str, Any]:
     """Full fine-tuning that was retrained beside the run and measured alike; empty where there is none."""
-    found = (run.read_result() for run in StudyFolder(spec.study_folder).list_retrained())
-    return next(
-        (
-            one
-            for one in found
-            if one["choice"]["method"] == "full" and one.get("measured_with") == result["measured_with"]
-        ),
-        {},
-    )
+    for run in StudyFolder(spec.study_folder).list_retrained():
+        other = run.read_result()
+        is_alike = other.get("measured_with") == result["measured_with"]
+        if other["choice"]["method"] == "full" and is_alike:
+            return other
+    return {}
 
 
 def make_metadata(spec: Spec, is_lora: bool, is_conditional: bool) -> dict[str, Any]:
     """The base only where the Hub knows it: a path of this machine is nobody's business."""
     task, base = "text-to-image" if is_conditional else "unconditional-image-generation", spec.config.base
-    on_hub = base != "tiny" and not Path(base).exists()
     tags = ["diffusers", task, "memcontrol", *(["lora"] if is_lora else [])]
-    known = (
-        {"base_model": base, "base_model_relation": "adapter" if is_lora else "finetune"} if on_hub else {}
-    )
+    known = {}
+    if is_public(base):
+        known = {"base_model": base, "base_model_relation": "adapter" if is_lora else "finetune"}
     return {"license": "other", "library_name": "diffusers", "pipeline_tag": task, **known, "tags": tags}
 
 
+def is_public(base: str) -> bool:
+    """Whether it is a name that the Hub knows."""
+    return base != "tiny" and not Path(base).exists()
+
+
 def compose_body(spec: Spec, result: dict[str, Any], code: str) -> str:
-    rewards, choice, inner, settings = (
-        result["rewards"],
-        spec.choice,
-        spec.config.inner,
-        result["measured_with"],
-    )
-    full = find_baseline(spec, result) if choice.method != "full" else {}
-    base = (
-        spec.config.base
-        if spec.config.base == "tiny" or not Path(spec.config.base).exists()
-        else Path(spec.config.base).name
-    )
-    groups = ", ".join(choice.groups) if "*" not in choice.groups else "the whole denoiser"
-    lines = [
-        f"- **Base**: {base}",
-        f"- **Trained**: {describe_choice(choice, len(spec.space.groups))}: {groups or 'nothing'} "
-        f"({format_reward('trained_fraction', rewards)} of the denoiser)",
-        f"- **Images**: {spec.n_train:,} private images; they are not part of this folder",
-        f"- **Budget**: {inner.budget_images:,} images in batches of "
-        f"{inner.batch_size}{f', in {inner.ensemble.shards} shards' if inner.ensemble.shards > 1 else ''}, "
-        f"{settings['resolution']} pixels, seed {spec.config.search.seed}",
-        f"- **Made by**: [MemControl](https://arxiv.org/abs/2405.19458) {__version__}, study "
-        f"`{spec.config.name}`, choice `{choice.key}`; exported with "
-        f"{', '.join(f'{name} {version(name)}' for name in EXPORTED_WITH)}",
-        "- **License**: the base's license and the rights in the images bind this model; say "
-        "above, in place of `other`, under which one it is shared",
-    ]
-    columns = [rewards, *([full["rewards"]] if full else [])]
-    rows = [
-        [
-            REWARDS[name].title,
-            *(format_reward(name, one) for one in columns),
-            REWARDS[name].direction,
-            REWARDS[name].meaning.replace("held-out", UNSEEN[spec.reference]),
-        ]
-        for name in list_shown_rewards(spec)
-        if name in rewards
-    ]
-    sampling = settings["sampling"]
-    about = (
-        f"Measured on {result['n_samples']} samples ({sampling['sampling_steps']} steps, guidance "
-        f"{sampling['guidance']:g}) against {PART_TITLES[spec.reference]}, in pixels and with the "
-        f"feature network `{settings['extractor']}`, with standard errors or 95 % intervals; (few): "
-        "too few samples for an unbiased FID."
-    )
+    full = find_baseline(spec, result) if spec.choice.method != "full" else {}
+    columns = {"this model": result["rewards"]}
+    if full:
+        columns["full fine-tuning"] = full["rewards"]
     parts = [
         f"# {spec.config.name}",
         "A fine-tuned diffusion model, and how much it copies its training images. MemControl "
         "searches which parameters to fine-tune, so that quality stays and copying goes.",
-        "\n".join(lines),
+        list_facts(spec, result),
         "## How to load it",
         f"```python\n{code}\n```",
         "## How much it copies",
-        write_verdict(rewards, result["n_samples"]),
-        about,
-        format_markdown_table(
-            ["figure", "this model", *(["full fine-tuning"] if full else []), "better", "meaning"], rows
-        ),
+        write_verdict(result["rewards"], result["n_samples"]),
+        tell_how_measured(spec, result),
+        make_card_table(spec, columns),
         "## Limits",
         "\n".join(f"- {line}" for line in LIMITS),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def list_shown_rewards(spec: Spec) -> list[str]:
-    return [
-        *CARD_REWARDS,
-        *(name for name in spec.config.rewards.names if name in REWARDS and name not in CARD_REWARDS),
+def list_facts(spec: Spec, result: dict[str, Any]) -> str:
+    """What it is made of and how."""
+    config, choice, base = spec.config, spec.choice, spec.config.base
+    trained = format_reward("trained_fraction", result["rewards"])
+    groups = name_groups(choice.groups, "nothing")
+    exported_with = ", ".join(f"{name} {version(name)}" for name in EXPORTED_WITH)
+    facts = {
+        "Base": base if is_public(base) else Path(base).name,
+        "Trained": f"{describe_choice(choice, len(spec.space.groups))}: {groups} ({trained} of the denoiser)",
+        "Images": f"{spec.n_train:,} private images; they are not part of this folder",
+        "Budget": describe_budget(spec, result["measured_with"]["resolution"]),
+        "Made by": f"[MemControl](https://arxiv.org/abs/2405.19458) {__version__}, study `{config.name}`, "
+        f"choice `{choice.key}`; exported with {exported_with}",
+        "License": "the base's license and the rights in the images bind this model; say above, in place of "
+        "`other`, under which one it is shared",
+    }
+    return "\n".join(f"- **{name}**: {text}" for name, text in facts.items())
+
+
+def describe_budget(spec: Spec, resolution: int) -> str:
+    inner = spec.config.inner
+    shards = f", in {inner.ensemble.shards} shards" if inner.ensemble.shards > 1 else ""
+    return (
+        f"{inner.budget_images:,} images in batches of {inner.batch_size}{shards}, {resolution} pixels, "
+        f"seed {spec.config.search.seed}"
+    )
+
+
+def tell_how_measured(spec: Spec, result: dict[str, Any]) -> str:
+    settings = result["measured_with"]
+    sampling = settings["sampling"]
+    return (
+        f"Measured on {result['n_samples']} samples ({sampling['sampling_steps']} steps, guidance "
+        f"{sampling['guidance']:g}) against {PART_TITLES[spec.reference]}, in pixels and with the "
+        f"feature network `{settings['extractor']}`, with standard errors or 95 % intervals; (few): "
+        "too few samples for an unbiased FID."
+    )
+
+
+def make_card_table(spec: Spec, columns: dict[str, dict[str, float]]) -> str:
+    """A row for each figure that was measured, a column for each model's rewards."""
+    measured = next(iter(columns.values()))
+    rows = [
+        [
+            REWARDS[name].title,
+            *(format_reward(name, rewards) for rewards in columns.values()),
+            REWARDS[name].direction,
+            REWARDS[name].meaning.replace("held-out", UNSEEN[spec.reference]),
+        ]
+        for name in list_shown_rewards(spec)
+        if name in measured
     ]
+    return format_markdown_table(["figure", *columns, "better", "meaning"], rows)
+
+
+def list_shown_rewards(spec: Spec) -> list[str]:
+    own = [name for name in spec.config.rewards.names if name in REWARDS and name not in CARD_REWARDS]
+    return [*CARD_REWARDS, *own]

@@ -21,13 +21,17 @@ from memcontrol.core.space import SearchSpace
 from memcontrol.core.version import __version__
 from memcontrol.search.importance import measure_importance
 from memcontrol.study.hypervolume import estimate_hypervolume, find_reference_point
-from memcontrol.study.pick import find_pick, select_front, select_ties
+from memcontrol.study.pick import find_pick, select_front
 from memcontrol.study.record import Record
 from memcontrol.study.replicates import estimate_spread
 from memcontrol.study.store import Study
+from memcontrol.view.front_data import TrialData, mark_trials
 from memcontrol.view.words import describe_choice
 
 FATES = ("seen", "trained", "skipped", "dropped", "queued", "surplus")
+# of the CSV
+MARK_COLUMNS = ("front", "tie", "pick", "confirmed")
+CHOICE_COLUMNS = ("method", "rank", "learning_rate")
 
 
 def collect_report_data(study: Study, space: SearchSpace, folder: Path) -> dict[str, Any]:
@@ -37,21 +41,10 @@ def collect_report_data(study: Study, space: SearchSpace, folder: Path) -> dict[
     complete = [record for record in records if record.finished]
     if not complete:
         raise MemControlError(f"study '{config.name}' has no finished trial to report; let the search run on")
-    picked = find_pick(records, study)
-    front, ties = select_front(complete), select_ties(complete)
     blocks = StudyFolder(folder).read_blocks()
-    trials = [
-        record.as_dict()
-        | {
-            "said": describe_choice(record.choice, len(space.groups)) if record.choice else "",
-            "front": record in front,
-            "tie": record in ties,
-            "pick": record is picked,
-            "blocks": [compute_trained_share(record, block) for block in blocks],
-        }
-        for record in records
-    ]
-    told = [record for record in complete if record in front or record.anchor == "full"]
+    trials = mark_trials(records, find_pick(records, study), len(space.groups))
+    for trial, record in zip(trials, records):
+        trial["blocks"] = [compute_trained_share(record, block) for block in blocks]
     return {
         "study": config.name,
         "written": datetime.now().isoformat(timespec="minutes"),
@@ -61,38 +54,36 @@ def collect_report_data(study: Study, space: SearchSpace, folder: Path) -> dict[
         "data": StudyFolder(folder).summarize_data(),
         "config": config.model_dump(mode="json"),
         "given": config.model_dump(mode="json", exclude_defaults=True),
-        "space": {
-            "name": config.space,
-            "description": space.description,
-            "groups": list(space.groups),
-            "methods": list(space.methods),
-            "rank": list(space.rank),
-            "learning_rate": {method: list(limits) for method, limits in space.learning_rate.items()},
-        },
+        "space": summarize_space(space, config.space),
         "trials": trials,
         "blocks": [block["name"] for block in blocks],
         "hypervolume": summarize_hypervolume(study),
         "importance": summarize_importance(records, space),
-        "spread": None
-        if (spread := estimate_spread(complete)) is None
-        else dict(zip(study.objectives, spread.tolist())),
-        "training": [
-            {"trial": record.number} | fates for record in told if (fates := count_fates(record.run))
-        ],
+        "spread": summarize_spread(complete, study),
+        "training": list_fates(complete),
         "retrained": list_retrained(folder, len(space.groups)),
         "cost": sum_costs(records, folder),
         "made_with": study.attributes.get("made_with", {}),
     }
 
 
+def summarize_space(space: SearchSpace, name: str) -> dict[str, Any]:
+    return {
+        "name": name,
+        "description": space.description,
+        "groups": list(space.groups),
+        "methods": list(space.methods),
+        "rank": list(space.rank),
+        "learning_rate": {method: list(limits) for method, limits in space.learning_rate.items()},
+    }
+
+
 def compute_trained_share(record: Record, block: dict[str, Any]) -> float:
     """The share of a block's parameters that lie in modules which the trial trains."""
     groups = record.choice.groups if record.choice else ()
-    return (
-        1.0
-        if EVERYTHING in groups
-        else sum(n for group, n in block["groups"].items() if group in groups) / block["parameters"]
-    )
+    if EVERYTHING in groups:
+        return 1.0
+    return sum(n for group, n in block["groups"].items() if group in groups) / block["parameters"]
 
 
 def summarize_hypervolume(study: Study) -> dict[str, Any] | None:
@@ -102,15 +93,19 @@ def summarize_hypervolume(study: Study) -> dict[str, Any] | None:
     reference = study.attributes.get("reference") or find_reference_point(records)
     if reference is None:
         return None
-    found, signs = (
-        estimate_hypervolume(records, reference),
-        {name: -1 if direction == "maximize" else 1 for name, direction in study.objectives.items()},
-    )
+    volume = estimate_hypervolume(records, reference)
+    signs = {name: -1 if direction == "maximize" else 1 for name, direction in study.objectives.items()}
     return {
-        "value": float(found),
-        "error": found.error,
+        "value": float(volume),
+        "error": volume.error,
         "reference": {name: sign * value for (name, sign), value in zip(signs.items(), reference)},
     }
+
+
+def summarize_spread(complete: Sequence[Record], study: Study) -> dict[str, float] | None:
+    """By objective, between fine-tunings of the same choice; None where none was repeated."""
+    spread = estimate_spread(complete)
+    return None if spread is None else dict(zip(study.objectives, spread.tolist()))
 
 
 def summarize_importance(records: Sequence[Record], space: SearchSpace) -> list[dict[str, Any]]:
@@ -119,6 +114,14 @@ def summarize_importance(records: Sequence[Record], space: SearchSpace) -> list[
         return [effect.as_dict() for effect in measure_importance(records, space)]
     except MemControlError:
         return []
+
+
+def list_fates(complete: Sequence[Record]) -> list[dict[str, int]]:
+    """What became of the images in each trial on the front, and in full fine-tuning, where that is known."""
+    front = select_front(complete)
+    told = [record for record in complete if record in front or record.anchor == "full"]
+    fates = {record.number: count_fates(record.run) for record in told}
+    return [{"trial": number} | counts for number, counts in fates.items() if counts]
 
 
 def count_fates(run: Path) -> dict[str, int]:
@@ -135,7 +138,7 @@ def count_fates(run: Path) -> dict[str, int]:
 def list_retrained(folder: Path, n_groups: int) -> list[dict[str, Any]]:
     """The runs of `memcontrol retrain` that ended well, full fine-tuning first: choice, rewards on test
     images, folder."""
-    found = [(run.path, run.read_result()) for run in StudyFolder(folder).list_retrained()]
+    results = [(run.path, run.read_result()) for run in StudyFolder(folder).list_retrained()]
     runs = [
         {
             "said": describe_choice(Choice.from_dict(result["choice"]), n_groups),
@@ -144,7 +147,7 @@ def list_retrained(folder: Path, n_groups: int) -> list[dict[str, Any]]:
             "n_samples": result["n_samples"],
             "run": str(run),
         }
-        for run, result in found
+        for run, result in results
         if result["state"] == "COMPLETE"
     ]
     return sorted(runs, key=lambda run: run["choice"]["method"] != "full")
@@ -165,48 +168,28 @@ def sum_costs(records: Sequence[Record], folder: Path) -> dict[str, float]:
 
 def format_csv(facts: dict[str, Any]) -> str:
     """A row for each trial: what it is, its groups, and every figure."""
-    names = list(dict.fromkeys(name for trial in facts["trials"] for name in trial["rewards"]))
-    ordered = [name for name in REWARDS if name in names] + sorted(set(names) - set(REWARDS))
+    measured = dict.fromkeys(name for trial in facts["trials"] for name in trial["rewards"])
+    figures = [name for name in REWARDS if name in measured] + sorted(set(measured) - set(REWARDS))
     groups, out = facts["space"]["groups"], io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(
-        [
-            "trial",
-            "anchor",
-            "state",
-            "front",
-            "tie",
-            "pick",
-            "confirmed",
-            "method",
-            "rank",
-            "learning_rate",
-            *groups,
-            *ordered,
-            "seconds",
-        ]
+        ["trial", "anchor", "state", *MARK_COLUMNS, *CHOICE_COLUMNS, *groups, *figures, "seconds"]
     )
-    for trial in facts["trials"]:
-        choice = trial["choice"] or {}
-        on = [
-            int(name in choice.get("groups", ()) or EVERYTHING in choice.get("groups", ())) for name in groups
-        ]
-        figures = [trial["rewards"].get(name, "") for name in ordered]
-        writer.writerow(
-            [
-                trial["trial"],
-                trial["anchor"] or "sampled",
-                trial["state"],
-                int(trial["front"]),
-                int(trial["tie"]),
-                int(trial["pick"]),
-                int(trial["confirmed"]),
-                choice.get("method"),
-                choice.get("rank"),
-                choice.get("learning_rate"),
-                *on,
-                *figures,
-                trial["seconds"],
-            ]
-        )
+    writer.writerows(list_cells(trial, groups, figures) for trial in facts["trials"])
     return out.getvalue()
+
+
+def list_cells(trial: TrialData, groups: Sequence[str], figures: Sequence[str]) -> list[Any]:
+    """Of one row."""
+    choice = trial["choice"] or {}
+    on = choice.get("groups", ())
+    return [
+        trial["trial"],
+        trial["anchor"] or "sampled",
+        trial["state"],
+        *(int(trial[name]) for name in MARK_COLUMNS),
+        *(choice.get(name) for name in CHOICE_COLUMNS),
+        *(int(name in on or EVERYTHING in on) for name in groups),
+        *(trial["rewards"].get(name, "") for name in figures),
+        trial["seconds"],
+    ]

@@ -39,15 +39,16 @@ class RewardsTable:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         columns = [*(name for name in self.objectives if name not in COLUMNS), *COLUMNS]
         for name in DROPPED:
-            if (
-                Measurement.get(console, options.update(max_width=WIDE), self.table(columns)).maximum
-                <= options.max_width
-            ):
+            if self.measure_width(columns, console, options) <= options.max_width:
                 break
             columns = [other for other in columns if other != name or other in self.objectives]
-        yield self.table(columns)
+        yield self.make_table(columns)
 
-    def table(self, columns: Sequence[str]) -> Table:
+    def measure_width(self, columns: Sequence[str], console: Console, options: ConsoleOptions) -> int:
+        """Of the whole table, where nothing had to be shortened."""
+        return Measurement.get(console, options.update(max_width=WIDE), self.make_table(columns)).maximum
+
+    def make_table(self, columns: Sequence[str]) -> Table:
         table = Table(
             title=self.title, title_justify="left", expand=False, caption=self.note, caption_justify="left"
         )
@@ -69,24 +70,14 @@ def make_importance_table(effects: Sequence[Effect], name: str) -> Table:
         table.add_column(find_title(objective), justify="right")
     table.add_column("choices", justify="right")
     for effect in effects:
-        change = (
-            f"{effect.coordinate} on"
-            if effect.high is True
-            else f"{effect.coordinate}: {effect.low} to {effect.high}"
-        )
-        cells = [
-            Text(
-                f"{value:+.3g} ± {value.error:.2g}",
-                style="bold" if abs(value) > 2 * (value.error or 0) else "dim",
-            )
-            for value in effect.effects.values()
-        ]
-        table.add_row(
-            change.replace("rate: 0.0 to 1.0", "learning rate: lowest to highest"),
-            *cells,
-            str(effect.n_choices),
-        )
+        cells = [format_effect(value) for value in effect.effects.values()]
+        table.add_row(effect.label, *cells, str(effect.n_choices))
     return table
+
+
+def format_effect(value: Estimate) -> Text:
+    error = value.error or 0
+    return Text(f"{value:+.3g} ± {error:.2g}", style="bold" if abs(value) > 2 * error else "dim")
 
 
 def make_study_table(
@@ -98,24 +89,21 @@ def make_study_table(
 ) -> RewardsTable:
     """The finished trials of `records`: those on the front (of `among`, or of themselves) marked with *,
     those that are on or off it within error only with =, the pick with >, and with + those measured again."""
-    complete = sorted(
-        (record for record in records if record.finished), key=lambda record: tuple(record.losses)
-    )
+    complete = sorted((record for record in records if record.finished), key=lambda record: record.losses)
     others = [record for record in among or complete if record.finished]
-    marks = {record.number: "*" for record in select_front(others)} | {
-        record.number: "=" for record in select_ties(others)
-    }
+    places = {record.number: "*" for record in select_front(others)}
+    places |= {record.number: "=" for record in select_ties(others)}
     rows = [
         (
-            mark_trial(record, marks.get(record.number, " "), record is picked),
+            mark_trial(record, places.get(record.number, " "), record is picked),
             describe_choice(record.chosen, n_groups),
             record.rewards,
         )
         for record in complete
     ]
-    note = "* on the front, = on or off it within error only, + measured again over fresh draws" + (
-        ", > the pick" if picked else ""
-    )
+    note = "* on the front, = on or off it within error only, + measured again over fresh draws"
+    if picked:
+        note += ", > the pick"
     return RewardsTable(rows, title, list(complete[0].objectives) if complete else (), note)
 
 
@@ -140,9 +128,15 @@ def describe_difference(name: str, apart: dict[str, Estimate]) -> str:
     """ "; difference -4.2 (-5.3 to -3.1), paired over prompts", and whether it is one."""
     if name not in apart:
         return ""
-    value, form = apart[name], REWARDS[name].form.replace(":", ":+")
-    tie = ", a tie" if value.holds_zero else ""
-    return f"; difference {form.format(value)} ({form.format(value.low)} to {form.format(value.high)}{tie})"
+    value = apart[name]
+    difference, interval = format_difference(name, value)
+    return f"; difference {difference} ({interval}{', a tie' if value.holds_zero else ''})"
+
+
+def format_difference(name: str, value: Estimate) -> tuple[str, str]:
+    """The difference and its interval, signed, in the form of the figure."""
+    form = REWARDS[name].form.replace(":", ":+") if name in REWARDS else "{:+.3f}"
+    return form.format(value), f"{form.format(value.low)} to {form.format(value.high)}"
 
 
 def make_differences_table(
@@ -154,24 +148,17 @@ def make_differences_table(
     for heading in ("figure", "first", "second", "first - second", "95 %, paired over prompts", "better"):
         table.add_column(heading)
     for name, value in apart.items():
-        form = REWARDS[name].form.replace(":", ":+") if name in REWARDS else "{:+.3f}"
-        better = (
-            "tie"
-            if value.holds_zero
-            else "first"
-            if (value < 0) == (find_direction(name) == MINIMIZE)
-            else "second"
-        )
-        title, interval = find_title(name), f"{form.format(value.low)} to {form.format(value.high)}"
-        table.add_row(
-            title,
-            format_reward(name, first),
-            format_reward(name, second),
-            form.format(value),
-            interval,
-            better,
-        )
+        both = format_reward(name, first), format_reward(name, second)
+        table.add_row(find_title(name), *both, *format_difference(name, value), name_better(name, value))
     return table
+
+
+def name_better(name: str, value: Estimate) -> str:
+    """Which run is, by the difference of the first from the second."""
+    if value.holds_zero:
+        return "tie"
+    is_first = (value < 0) == (find_direction(name) == MINIMIZE)
+    return "first" if is_first else "second"
 
 
 def make_rewards_table() -> Table:
@@ -204,8 +191,7 @@ def describe_rank_agreement(records: Sequence[Record]) -> str:
     found = spearman(*zip(*pairs))
     return (
         f"over {len(pairs)} trials the loss gap, which needs no sampling, ranks as memorization "
-        "does with a Spearman correlation of "
-        f"{found:.2f} ({found.low:.2f} to {found.high:.2f})"
+        f"does with a Spearman correlation of {found:.2f} ({found.low:.2f} to {found.high:.2f})"
     )
 
 
@@ -214,10 +200,11 @@ def describe_spread(records: Sequence[Record]) -> str:
     spread = estimate_spread(records)
     if spread is None:
         return ""
-    titles = (find_title(name) for name in records[0].objectives)
     n = sum(len(record.replicates) for record in records)
-    # of normal errors
-    parts = ", ".join(
-        f"{title} {value:.3g} ± {value / math.sqrt(2 * n):.2g}" for title, value in zip(titles, spread)
-    )
-    return f"standard deviation between fine-tunings of the same choice ({n} more on the front): {parts}"
+    root = math.sqrt(2 * n)  # by which the standard error of a normal standard deviation is smaller
+    parts = [
+        f"{find_title(name)} {value:.3g} ± {value / root:.2g}"
+        for name, value in zip(records[0].objectives, spread)
+    ]
+    said = f"standard deviation between fine-tunings of the same choice ({n} more on the front)"
+    return f"{said}: {', '.join(parts)}"
