@@ -251,7 +251,7 @@ def join_blocks(blocks: Iterable[str]) -> str:
 
 
 def wrap(text: str, indent: str = "") -> str:
-    """Lines of WIDTH columns, `indent` before all but the first; no sum is broken into what looks like a list."""
+    """Lines of WIDTH columns, `indent` before all but the first; none begins like an item of a list."""
     kept = re.sub(r" (?=([-+*>#=]|\d+\.) )", GLUE, text.replace("\n", " "))
     lines = textwrap.wrap(
         kept, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
