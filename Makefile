@@ -1,6 +1,7 @@
 # The two commands of the README; each sets up its own virtual environment first.
 PYTHON ?= python3
 VENV := .venv
+CODE := memcontrol tests benchmarks docs
 export OMP_WAIT_POLICY := passive
 
 .PHONY: demo check test chaos clean
@@ -9,7 +10,8 @@ demo: $(VENV)/installed
 	$(VENV)/bin/memcontrol demo --out runs/demo
 
 check: $(VENV)/tested
-	$(VENV)/bin/ruff check memcontrol tests benchmarks
+	$(VENV)/bin/ruff check $(CODE)
+	$(VENV)/bin/ruff format --check $(CODE)
 	$(VENV)/bin/mypy
 
 test: $(VENV)/tested

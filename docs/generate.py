@@ -31,9 +31,9 @@ GLUE = "\0"  # a space that no line is broken at
 
 def generate_keys() -> str:
     """The keys of a study file, a section for each mapping, and those that may change once it was begun."""
-    from memcontrol.core.config import FREE_KEYS, StudyConfig
+    from memcontrol.core.config import FREE_KEYS, Config
 
-    sections = [describe_model(path, model) for path, model in walk_models(StudyConfig)]
+    sections = [describe_model(path, model) for path, model in walk_models(Config)]
     free = ", ".join(f"`{key}`" for key in FREE_KEYS)
     return join_blocks([*sections, "## What may change", wrap(f"{CHANGING} {free}.")])
 

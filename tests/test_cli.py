@@ -1,4 +1,4 @@
-"""The command line: every command has help and stands in the README, --json is pure, mistakes end in one
+"""The command line: every command has help and stands in docs/cli.md, --json is pure, mistakes end in one
 line."""
 
 import json
@@ -14,7 +14,7 @@ from memcontrol.core.errors import MemControlError
 from memcontrol.trial.loaded import LoadedModels
 from memcontrol.trial.prepare import prepare_study
 
-README = Path(__file__).parent.parent / "README.md"
+DOCS = Path(__file__).parent.parent / "docs"
 
 
 def refused(*args):
@@ -28,8 +28,8 @@ def commands():
     return next(action for action in make_parser()._actions if action.dest == "command").choices
 
 
-def test_every_command_has_help_and_stands_in_the_readme():
-    text = README.read_text()
+def test_every_command_has_help_and_stands_in_its_page():
+    text = (DOCS / "cli.md").read_text()
     for name, command in commands().items():
         assert command.description
         assert f"memcontrol {name}" in text, name
@@ -40,7 +40,7 @@ def test_every_command_has_help_and_stands_in_the_readme():
 def test_the_page_on_study_files_names_every_key():
     from memcontrol.core.config import Strict
 
-    text = (README.parent / "docs" / "study.md").read_text()
+    text = (DOCS / "study-file.md").read_text()
     for model in Strict.__subclasses__():
         for key in model.model_fields:
             assert re.search(rf"\b{key}\b", text), key

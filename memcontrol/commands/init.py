@@ -101,7 +101,7 @@ def write_proposal(folder: Path, seen: FolderSummary, name: str, base: str | Non
     text = "\n".join(
         [
             f"# Proposed by memcontrol init, after a look at {seen.n} images. Change what you know "
-            "better; docs/study.md has every key.",
+            "better; docs/study-file.md has every key.",
             f"name: {name}",
             format_line("base", json.dumps(base), explain_base(base, n_gpus)),
             "data:",

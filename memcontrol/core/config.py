@@ -42,7 +42,9 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 
 
 class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, protected_namespaces=(), use_attribute_docstrings=True
+    )
 
     def replaced(self, values: Mapping[str, Any]) -> Self:
         """A copy with other values at dotted keys, such as {"inner.batch_size": 8}; they are not validated.
@@ -67,11 +69,18 @@ class DataConfig(Strict):
     (128)."""
 
     path: str
+    """`digits` (embedded), or a folder of images, seen from the study file"""
     train: Share | Count = 0.5
+    """share or number of images to fine-tune on; ignored where the folder has `train/`, `holdout/` and
+    `test/`"""
     holdout: Share | Count = 0.25
+    """share or number of images that a search compares with, never trained on"""
     test: Share | Count = 0.25
+    """share or number of images that only `retrain` is scored on"""
     resolution: Annotated[int, Field(ge=8)] | None = None
+    """side of the square images in pixels; none: the base's own"""
     skip_unreadable: bool = False
+    """skip images that cannot be decoded instead of stopping"""
 
 
 class EnsembleConfig(Strict):
@@ -86,9 +95,16 @@ class EnsembleConfig(Strict):
     """
 
     shards: Count = 1
+    """parts of the training set; 1: none"""
     split: Literal["random", "balanced", "contiguous", "similar"] = "random"
+    """how images are dealt out: at `random`, `balanced` by caption, `contiguous`, or `similar` ones
+    together"""
     average: Literal["shared_a", "refactored"] = "shared_a"
+    """of LoRA: `shared_a` trains only B, whose mean is exact (arXiv 2403.12313); `refactored` trains both and
+    keeps what is left over as a dense offset, which no LoRA file can hold"""
     moments: Literal["reset", "averaged", "kept"] = "averaged"
+    """the optimizer's moments after an averaging: `averaged`, `reset`, or `kept` by each shard, as published;
+    `averaged` had the lowest FID on each of three seeds"""
 
     @property
     def shares_a(self) -> bool:
@@ -105,10 +121,17 @@ class SkipConfig(Strict):
     """
 
     ratio: Annotated[float, Field(ge=1)] = 2.0
+    """skip an image where its loss < memory at its timestep / ratio; published: 2 for CIFAR, 1.25 for
+    LAION"""
     decay: Annotated[float, Field(gt=0, lt=1)] = 0.8
+    """memory = decay memory + (1 - decay) loss"""
     start: Literal["zero", "corrected"] = "zero"
+    """the memory starts at `zero`, as published, or is `corrected` for that, as Adam's moments are"""
     bins: Annotated[int, Field(ge=1, le=1000)] = 1000
+    """memories; fewer than the 1000 timesteps let neighbours share one, for budgets in which each is seen a
+    few times"""
     refill: Count = 1
+    """batches that a step whose images were skipped may draw until it is whole again"""
 
 
 class RedistributionConfig(Strict):
@@ -120,8 +143,11 @@ class RedistributionConfig(Strict):
     """
 
     share: Annotated[float, Field(gt=0, le=1)] = 0.25
+    """of each shard's images, the most skipped ones, that move on"""
     order: Literal["ring", "random"] = "ring"
+    """to the next shard in a `ring`, or in a `random` ring that is drawn each time"""
     rounds: Literal["alternate", "every"] = "alternate"
+    """`alternate`: exchange in odd rounds, average in even ones; `every`: both in each"""
 
 
 class AugmentationConfig(Strict):
@@ -134,9 +160,14 @@ class AugmentationConfig(Strict):
     """
 
     rule: Literal["zone", "kept"] = "zone"
+    """with u = ratio loss / memory, `zone` trains u >= bar as it is, augments 1 <= u < bar and skips u < 1;
+    `kept` augments everything not skipped"""
     base: Positive = 5.0
+    """the strength is base exp(-5 d) of RandAugment's 30, with d = (ratio loss - memory) / memory"""
     bar: Annotated[float, Field(gt=1)] = 1.5
+    """where the zone ends"""
     retest: bool = True
+    """whether augmented images may be skipped too"""
 
 
 class CaptionsConfig(Strict):
@@ -145,9 +176,13 @@ class CaptionsConfig(Strict):
     of its words repeated."""
 
     add_words: Probability = 0.0
+    """probability that random words are added"""
     replace: Probability = 0.0
+    """probability that random words take the caption's place"""
     repeat_word: Probability = 0.0
+    """probability that one of its words is repeated"""
     n_words: Count = 4
+    """how many random words"""
 
     @property
     def any(self) -> bool:
@@ -159,33 +194,60 @@ class InnerConfig(Strict):
     copying."""
 
     budget_images: Count = 10_000
+    """images in all steps together, the same for every choice and any number of shards"""
     batch_size: Count = 16
-    micro_batch_size: Count | None = None  # images in one forward: gradients accumulate to the batch
-    # of equal length: a killed run goes on from the last one; shards are averaged after each
+    """images in a step"""
+    micro_batch_size: Count | None = None
+    """images in one forward, gradients accumulate to the batch; none: the batch"""
     rounds: Count = 5
+    """parts of equal length; a killed run goes on from the last one, shards are averaged after each"""
     optimizer: Literal["adamw", "adam", "nadam", "radam", "adafactor", "sgd"] = "adamw"
+    """as in torch"""
     weight_decay: NotNegative = 0.01
+    """of the optimizer"""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """share of the steps with rising learning rate"""
     schedule: Literal["constant", "cosine"] = "cosine"
+    """of the learning rate, after the warmup"""
     max_grad_norm: Positive = 1.0
+    """gradients are clipped to this norm"""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """of forward and backward; the 16-bit ones by autocast"""
     gradient_checkpointing: bool = False
-    # decay; the averaged weights are what is sampled and saved
+    """recompute activations to save memory"""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
-    from_scratch: bool = False  # the denoiser's weights are drawn anew instead of read
-    norm_shift_rate: Positive | None = 1e-6  # of SV-Diff's norm shifts, as published; None: the choice's own
+    """decay of a moving average of the weights, which is then what is sampled and saved"""
+    from_scratch: bool = False
+    """draw the denoiser's weights anew instead of reading them"""
+    norm_shift_rate: Positive | None = 1e-6
+    """learning rate of SV-Diff's shifts of norm layers, as published; none: the choice's own"""
     caption_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """share of captions replaced by the empty one, for guidance"""
     captions: CaptionsConfig = CaptionsConfig()
-    embedding_noise: NotNegative = 0.0  # standard deviation of Gaussian noise on the caption's encoding
+    """edits of training captions, drawn anew every time one is used (arXiv 2305.20086)"""
+    embedding_noise: NotNegative = 0.0
+    """standard deviation of Gaussian noise on the caption's encoding"""
     noise_offset: NotNegative = 0.0
+    """weight of noise that is equal over a channel, added to the training noise"""
     input_perturbation: NotNegative = 0.0
+    """weight of noise on the input that the target does not know (arXiv 2301.11706)"""
     min_snr: Positive | None = None
+    """gamma of min-SNR weighting of the loss (arXiv 2303.09556)"""
     norm_threshold: Positive | Literal["decile"] | None = None
+    """drop images whose text-conditional noise norm is at or above it, or the top `decile` of each forward
+    (arXiv 2407.21720)"""
     stop_gap: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """end, after a round, when (held-out loss - training loss) / held-out loss has grown by so much since the
+    start"""
     ensemble: EnsembleConfig = EnsembleConfig()
+    """IET-AGC: parts of the training set, trained side by side and averaged"""
     skip: SkipConfig | None = None
+    """IET-AGC: images whose loss is already low are skipped; `{}` turns it on with its defaults"""
     redistribution: RedistributionConfig | None = None
+    """IET-AGC+: much-skipped images move to another shard; needs `skip`, and shards and rounds of 2 or
+    more"""
     augmentation: AugmentationConfig | None = None
+    """IET-AGC+: images near the skip threshold are augmented; needs `skip`"""
 
     @model_validator(mode="after")
     def parts_fit(self) -> InnerConfig:
@@ -242,7 +304,9 @@ class ExtractionConfig(Strict):
     """The extraction attack: many images from each of some training captions (arXiv 2301.13188)."""
 
     prompts: Count = 16
+    """training captions that are attacked"""
     images: Annotated[int, Field(ge=3)] = 10
+    """images sampled for each"""
 
 
 class RewardsConfig(Strict):
@@ -253,20 +317,35 @@ class RewardsConfig(Strict):
     """
 
     objectives: Annotated[tuple[str, ...], Field(min_length=1)] = ("fid", "memorization")
-    limits: dict[str, float] = {}  # bounds of rewards, upper where less is better: constraints of the search
+    """what is optimised, quality first: those that `memcontrol rewards` marks with *, or your own as
+    `FILE.py:FUNCTION`"""
+    limits: dict[str, float] = {}
+    """bounds of rewards, such as `{copy_rate: 0.02}`, upper where less is better: constraints of the search
+    and of `pick`"""
     extractor: str = "tiny"
-    clip: str | None = None  # a CLIP model, for clip_score
+    """the feature network: `tiny` (knows characters), `pixels`, `inception[:WEIGHTS]` (needs
+    `memcontrol[inception]`), `transformers:facebook/dinov2-base` or any other vision model, or
+    `torchscript:PATH,side=288,normalize=imagenet` (such as SSCD)"""
+    clip: str | None = None
+    """a CLIP model of transformers, such as `openai/clip-vit-base-patch32`: measures `clip_score`"""
     extraction: ExtractionConfig | None = None
+    """adds the extraction attack (arXiv 2301.13188); `{}` with its defaults"""
     n_samples: Count = 256
-    # fresh draws of n_samples that the front is measured on before it is reported
+    """images sampled per trial, from training captions, the same captions and noise for all"""
     confirm: Annotated[int, Field(ge=0)] = 4
-    force: bool = False  # take a fid of too few samples all the same
+    """fresh draws of `n_samples` images that the front is measured on again before it is reported; 0: not"""
+    force: bool = False
+    """take an FID of fewer samples than four times its features all the same"""
     sampling_steps: Count = 20
+    """steps of DPM-Solver++(2M)"""
     guidance: Annotated[float, Field(ge=1)] = 1.0
-    # share of the sampling steps without guidance (arXiv 2411.16738)
+    """guidance scale; 1: without"""
     guidance_from: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    random_words: Annotated[int, Field(ge=0)] = 0  # added to each prompt when sampling (arXiv 2305.20086)
-    embedding_noise: NotNegative = 0.0  # on the prompt's encoding when sampling
+    """share of the first sampling steps without guidance (arXiv 2411.16738)"""
+    random_words: Annotated[int, Field(ge=0)] = 0
+    """random words added to each prompt (arXiv 2305.20086): a mitigation at inference"""
+    embedding_noise: NotNegative = 0.0
+    """noise on the prompt's encoding (arXiv 2305.20086): a mitigation at inference"""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -288,10 +367,15 @@ class EarlyStopping(Strict):
     others beat stops."""
 
     rungs: Annotated[tuple[Share, ...], BeforeValidator(convert_list), Field(min_length=1)] = (0.25, 0.5)
+    """shares of the budget at which a trial is measured and judged; each needs a round to end at"""
     n_samples: Count = 64
-    beaten_by: Share = 0.05  # of the trials that came to the rung, in every objective
-    beyond: NotNegative = 0.25  # and in each by more than so many standard errors of the difference
+    """samples at a rung, of prompts and noise that all trials have in common"""
+    beaten_by: Share = 0.05
+    """a trial stops where so large a share of those that came to the rung beat it in every objective"""
+    beyond: NotNegative = 0.25
+    """beaten: by more than so many standard errors of the difference in pairs"""
     min_peers: Count = 4
+    """others that must have come to the rung before anything stops there"""
 
     @model_validator(mode="after")
     def rising(self) -> EarlyStopping:
@@ -308,22 +392,34 @@ class SearchConfig(Strict):
     seed."""
 
     trials: Annotated[int, Field(ge=0)] = 20
+    """sampled trials beside the three anchors"""
     workers: Count = 2
-    processes: Count = 1  # that train the shards of one trial side by side, a GPU each
+    """trials at a time: processes (a GPU each, where there are any), or Slurm jobs"""
+    processes: Count = 1
+    """processes that train the shards of one trial side by side, a GPU each; no number changes (two cores
+    gain nothing from it)"""
     seed: int = 0
+    """every random draw follows from it"""
     sampler: Literal["auto", "gp", "tpe", "nsga2", "random"] = "auto"
+    """`auto`: a Gaussian process with expected hypervolume improvement (`gp`) up to 250 trials, then
+    multivariate `tpe`"""
     executor: Literal["inline", "local", "ray", "slurm"] = "local"
+    """`local` worker processes, `ray`, `slurm`, or `inline` in one process"""
     early_stopping: EarlyStopping | None = None
-    # so many trials in a row that raised the hypervolume by no more than its noise end the search
+    """stop trials that are clearly beaten on the way; `{}` turns it on with its defaults"""
     stop_when_flat: Count | None = None
-    # more fine-tunings, from other seeds, of the trials on the front and of full fine-tuning
+    """end the search after so many trials in a row that raised the hypervolume by no more than its noise"""
     replicates: Annotated[int, Field(ge=0)] = 0
-    # the study file of an earlier search, whose front is tried first
+    """when all trials have ended, fine-tune those on the front, and full fine-tuning, so many times more from
+    other seeds"""
     warm_start: Annotated[str, Field(min_length=1)] | None = None
-    time_limit_minutes: Annotated[float, Field(gt=0)] | None = None  # of one attempt at a trial
-    # a trial that runs out of GPU memory goes on once with half the images in a forward
+    """the study file of an earlier search, on other data: its front is tried first"""
+    time_limit_minutes: Annotated[float, Field(gt=0)] | None = None
+    """of one attempt at a trial, which is then ended and tried again"""
     accumulate_on_oom: bool = True
+    """a trial that runs out of GPU memory goes on once with half the images in a forward"""
     train_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """share of the training images that trials see; `retrain` sees all, for as many passes"""
 
     def count_train(self, n_images: int) -> int:
         """How many of so many training images a trial sees."""
@@ -333,21 +429,31 @@ class SearchConfig(Strict):
 class RayConfig(Strict):
     """An existing Ray cluster, or one started on the spot; what each trial reserves."""
 
-    address: str | None = None  # such as ray://head:10001 or auto; none starts one on this machine
-    gpus: NotNegative | None = None  # a trial's; none: one where the cluster has any
+    address: str | None = None
+    """a Ray cluster (`auto`, `ray://head:10001`); none: one is started on this machine"""
+    gpus: NotNegative | None = None
+    """GPUs that a trial reserves; none: 1 where the cluster has any"""
     cpus: NotNegative = 1
+    """cores that a trial reserves"""
 
 
 class SlurmConfig(Strict):
     """Jobs of a Slurm cluster, through submitit; `search.workers` is how many are in flight."""
 
     partition: str | None = None
+    """the partition"""
     time_minutes: Count = 240
-    gres: str | None = None  # such as gpu:1
+    """the job's time limit"""
+    gres: str | None = None
+    """such as `gpu:1`"""
     cpus: Count = 1
+    """cores, and threads"""
     memory_gb: Annotated[float, Field(gt=0)] | None = None
+    """memory"""
     account: str | None = None
-    extra: dict[str, str | int] = {}  # other options of sbatch, such as {qos: long}
+    """whose time it is"""
+    extra: dict[str, str | int] = {}
+    """further options of sbatch, such as `{qos: long}`"""
 
 
 def expand_path(value: Any) -> Any:
@@ -358,16 +464,27 @@ class Config(Strict):
     """A study: everything that its numbers depend on."""
 
     name: Annotated[str, Field(pattern=NAME)]
-    # never written anywhere: it may hold a password
+    """names the study and its folder"""
     storage: Annotated[str | None, Field(exclude=True)] = None
+    """a database URL; none: `study.db` in the study's folder. A relative SQLite path starts at the study
+    file. It is never written into the study or a run folder, since it may hold a password"""
     base: str = "tiny"
+    """the model to fine-tune: `tiny` (embedded), a folder in diffusers' format, or a Hub id"""
     data: Annotated[DataConfig, BeforeValidator(expand_path)]
+    """the images; `data: digits` is short for `data: {path: digits}`"""
     space: str = "sd15-blocks"
+    """which layers may be trained, and how: a shipped search space or a YAML file"""
     inner: InnerConfig = InnerConfig()
+    """one fine-tuning: the inner loop"""
     rewards: RewardsConfig = RewardsConfig()
+    """what each trial is scored on; `rewards: [fid, my_rewards.py:auc]` and `rewards: fid` are short for the
+    objectives alone"""
     search: SearchConfig = SearchConfig()
+    """the outer loop"""
     ray: RayConfig = RayConfig()
+    """where `search.executor` is `ray`"""
     slurm: SlurmConfig = SlurmConfig()
+    """where `search.executor` is `slurm`: of each trial's Slurm job"""
 
     @model_validator(mode="after")
     def rungs_fall_on_rounds(self) -> Config:

@@ -100,7 +100,9 @@ def check_rewards(rewards: RewardsConfig, n_features: int) -> None:
     for name in ("clip_score", "extraction_component", "extraction_clique"):
         key = name.split("_")[0]
         if name in (*rewards.objectives, *rewards.limits) and not getattr(rewards, key):
-            raise MemControlError(f"'{name}' is measured only where rewards.{key} says how; see the README")
+            raise MemControlError(
+                f"'{name}' is measured only where rewards.{key} says how; see docs/rewards.md"
+            )
     if "fid" in rewards.objectives and rewards.n_samples < 4 * n_features and not rewards.force:
         raise MemControlError(
             f"rewards.n_samples is {rewards.n_samples}: fid over {n_features} features needs at "
