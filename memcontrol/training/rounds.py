@@ -135,13 +135,18 @@ class Rounds:
 
     def run(self, n_rounds: int) -> TrainLog:
         last, stopped = n_rounds - 1, False
+
+        # The loss gap before anything is learned: two sets of images differ a little.
         if self.inner.stop_gap and self.team.rank == 0 and not self.start_file.exists():
-            # two sets of images differ a little before anything is learned
             write_json(self.start_file, self.gap())
+
         for number in range(self.first_open(), n_rounds):
+            # This process's shards, from where the last round left them.
             for shard in range(self.n_shards):
                 if self.team.owns(shard) and not self.files.shard(number, shard).exists():
                     self.train_shard(number, shard)
+
+            # The end of the round: averaging, exchange, and whether the training stops here.
             self.wait_for_shards(number)
             if self.team.rank == 0:
                 self.close(number)

@@ -46,9 +46,12 @@ def calibrate(
         spec.write(run_folder)
         return measure_parts(run_folder, spec, loaded)
 
+    # Once for all that is read, encoded and cached.
     kinds = pick_calibration_choices(space, config.search.seed)
-    run("cold", kinds["all"][0], 1)  # reads, encodes and caches
+    run("cold", kinds["all"][0], 1)
     start_seconds = time.monotonic() - started
+
+    # A short trial of each kind of choice, and one that samples twice as much.
     jobs = [
         *((kind, choice, 1) for kind, choices in kinds.items() for choice in choices),
         (TWICE, kinds["none"][0], 2),

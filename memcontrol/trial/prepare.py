@@ -37,18 +37,26 @@ def prepare_study(values: dict, folder: Path, loaded: LoadedModels, warn: Callab
     """
     config = load_config(values)
     space = load_space(config.space)
+
+    # What is measured, and with what.
     extractor = loaded.extractor(config.rewards.extractor)
     n_features = extractor.n_features
     check_rewards(config.rewards, n_features)
     if config.rewards.clip:
         loaded.clip(config.rewards.clip)
+
+    # The base, and what is to be trained in it.
     base = loaded.base(config)
     check_space(base.denoiser, space)
     check_mitigations(config, base)
+
+    # The images, and whether a user's own rewards run on them.
     resolution = choose_resolution(config, base)
     parts = load_parts(config.data, resolution, config.search.seed, warn)
     check_shards(config, len(parts["train"]))
     try_own_rewards(config, parts, extractor)
+
+    # What the study was begun with.
     place = StudyFolder(folder)
     record_split(place.split_file, parts, config, resolution)
     write_json(place.network_file, list_blocks(base.denoiser, space))
