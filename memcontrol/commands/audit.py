@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 
 from memcontrol.core.errors import MemControlError
+from memcontrol.core.estimate import Measured
 from memcontrol.core.reward_table import BLIND_SPOTS, FALSE_POSITIVES
+from memcontrol.core.rewards import Rewards
 from memcontrol.core.run_folder import SPEC
 from memcontrol.core.seeds import derive_seed
 from memcontrol.core.spec import read_spec
@@ -30,7 +32,7 @@ from memcontrol.scoring.copying import DistanceSpace, line_ratio, ratio, real_ra
 from memcontrol.scoring.evidence import Descriptors, Evidence, describe_broken_images
 from memcontrol.scoring.extractors import load_extractor
 from memcontrol.scoring.measures import N_PAIRED, measure_extraction
-from memcontrol.scoring.score import flatten_rewards, score_evidence
+from memcontrol.scoring.score import score_evidence
 from memcontrol.trial.loaded import LoadedModels
 from memcontrol.trial.samples import read_samples
 from memcontrol.view.audit_page import N_SHOWN
@@ -183,7 +185,8 @@ def judge_images(
         raise MemControlError(f"{broken}, so nothing can be judged")
     evidence = Evidence(made, known, held)
     progress("judging", 0, 2)
-    rewards = flatten_rewards(score_evidence(evidence) | judge_attack(attack, holdout))
+    measured = score_evidence(evidence) | judge_attack(attack, holdout)
+    rewards = Rewards.from_estimates(measured).to_plain()
     progress("judging", 1, 2)
     space = evidence.space("pixels")
     same = float((space.to_holdout < 1e-6).mean())
@@ -218,7 +221,7 @@ def judge_images(
     }
 
 
-def judge_attack(attack: np.ndarray | None, holdout: Pictures) -> dict[str, float]:
+def judge_attack(attack: np.ndarray | None, holdout: Pictures) -> Measured:
     """What the extraction attack found, all images brought to one size."""
     if attack is None:
         return {}

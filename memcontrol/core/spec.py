@@ -75,7 +75,7 @@ class Spec:
         return {"trial": str(folder), "choice": self.choice.as_dict()}
 
     def check_folder(self, folder: Path) -> None:
-        """Raises MemControlError where the folder holds a run that another config or space made: its figures
+        """Raises MemControlError where the folder holds a run that another config or space made: its rewards
         are not this one's."""
         if not (folder / SPEC).is_file():
             return

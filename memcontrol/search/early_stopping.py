@@ -12,7 +12,7 @@ import numpy as np
 
 from memcontrol.core.config import Config, EarlyStopping
 from memcontrol.core.files import write_json
-from memcontrol.core.reward_table import MAXIMIZE, read_error
+from memcontrol.core.reward_table import list_errors, list_losses, list_objectives
 from memcontrol.core.run_folder import JUDGED, read_judgements, read_rung_contributions, read_rungs
 
 
@@ -34,14 +34,13 @@ class RungResult:
         objectives: dict[str, str],
         images: Mapping[str, np.ndarray] = {},
     ) -> RungResult:
-        signs = {name: -1.0 if direction == MAXIMIZE else 1.0 for name, direction in objectives.items()}
-        added = tuple(sign * images[name] if name in images else None for name, sign in signs.items())
-        return cls(
-            number,
-            tuple(sign * rewards[name] for name, sign in signs.items()),
-            tuple(read_error(name, rewards) for name in signs),
-            added,
-        )
+        """`objectives`: name to direction; `images`: what each sample adds to a reward, by name."""
+        losses, errors = list_losses(rewards, objectives), list_errors(rewards, objectives)
+        added = [
+            objective.sign * images[objective.name] if objective.name in images else None
+            for objective in list_objectives(objectives)
+        ]
+        return cls(number, tuple(losses), tuple(errors), tuple(added))
 
     def beaten_by(self, other: RungResult, beyond: float) -> bool:
         """Whether the other one is better in every objective, by more than `beyond` standard errors of the

@@ -20,7 +20,8 @@ from memcontrol.core.space import SearchSpace
 from memcontrol.search.encoding import SpaceEncoding
 from memcontrol.search.optuna_samplers import InMemoryStudy
 from memcontrol.search.surrogate import N_SPREAD, OUTSIDE, gather_training_set, propose_choices
-from memcontrol.study.pareto import Limit, find_front
+from memcontrol.study.pareto import Limit
+from memcontrol.study.pick import select_front
 from memcontrol.study.record import Record
 
 N_GP = 250  # trials up to which a Gaussian process is fitted: its cost grows with the cube of their number
@@ -191,8 +192,5 @@ def is_known(choice: Choice, known: dict[frozenset[str], list[Choice]]) -> bool:
 def select_parents(records: Sequence[Record]) -> list[Choice]:
     """Choices on the front, among those that the space holds; before there is one, all of these."""
     own = [record for record in records if record.choice is not None and record.anchor not in OUTSIDE]
-    finished = [record for record in own if record.finished]
-    return [
-        record.chosen
-        for record in ([finished[i] for i in find_front([record.losses for record in finished])] or own)
-    ]
+    front = select_front([record for record in own if record.finished])
+    return [record.chosen for record in front or own]

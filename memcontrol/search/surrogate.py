@@ -11,7 +11,6 @@ import numpy as np
 from scipy.special import ndtr
 
 from memcontrol.core.choice import Choice
-from memcontrol.core.reward_table import read_error
 from memcontrol.search.early_stopping import RungResult
 from memcontrol.search.encoding import SpaceEncoding
 from memcontrol.search.gaussian_process import expected_gain, fit_process
@@ -53,7 +52,7 @@ def gather_training_set(
     diverged = [record for record in own if record.state == "PRUNED" and not record.rungs]
     values, errors = (
         np.array([average_fine_tunings(record) for record in ended]),
-        np.array([collect_errors(record) for record in ended]),
+        np.array([record.errors for record in ended]),
     )
     over = np.array([list(compute_excesses(record.rewards, limits).values()) for record in ended])
     promises = [extrapolate_losses(record, ended) for record in stopped]
@@ -83,10 +82,6 @@ def gather_training_set(
         ),
         pending=np.array([points.row(record.chosen) for record in own if record.state == "RUNNING"]),
     )
-
-
-def collect_errors(record: Record) -> list[float]:
-    return [read_error(name, record.rewards) for name in record.objectives]
 
 
 def extrapolate_losses(record: Record, ended: Sequence[Record]) -> tuple[np.ndarray, np.ndarray]:

@@ -13,7 +13,9 @@ import numpy as np
 import torch
 
 from memcontrol.core.config import EarlyStopping
+from memcontrol.core.estimate import Measured
 from memcontrol.core.files import read_json, write_json
+from memcontrol.core.rewards import Rewards
 from memcontrol.core.run_folder import (
     CONFIRMED,
     CONTRIBUTIONS,
@@ -27,7 +29,7 @@ from memcontrol.core.run_folder import (
 from memcontrol.core.spec import Spec, read_spec
 from memcontrol.model.adapter import Adapter, inject_adapter
 from memcontrol.model.base import Base
-from memcontrol.scoring.score import flatten_rewards, pool_scores
+from memcontrol.scoring.score import pool_scores
 from memcontrol.training.probe import measure_probe_rewards
 from memcontrol.training.rounds import ProcessGroup, TrainLog, train_rounds
 from memcontrol.training.shard import Material
@@ -107,7 +109,7 @@ def train_and_score(
         )
         if log.paused and rung and early:
             with adapter.folded():
-                figures = score_at_rung(
+                measured = score_at_rung(
                     folder / name_rung_file(rung),
                     base,
                     material,
@@ -118,7 +120,7 @@ def train_and_score(
             found = {
                 "rung": rung,
                 "n_steps": log.n_steps,
-                "rewards": flatten_rewards(figures),
+                "rewards": Rewards.from_estimates(measured).to_plain(),
                 "seconds": round(time.monotonic() - started, 2),
             }
             write_json(folder / name_rung_file(rung), found)
@@ -138,11 +140,12 @@ def train_and_score(
         adapter.remove()
     save_samples(folder / SAMPLES, samples)
     trained_at, seen = time.monotonic(), gather_evidence(samples, spec, loaded)
-    figures = score_samples(samples, seen, spec, loaded)
+    measured = score_samples(samples, seen, spec, loaded)
+    rewards = Rewards.from_estimates(measured | probes).to_plain()
     result = {
         "state": "COMPLETE",
         "choice": spec.choice.as_dict(),
-        "rewards": flatten_rewards(figures | probes) | {"trained_fraction": n_trained / n_all} | costs,
+        "rewards": rewards | {"trained_fraction": n_trained / n_all} | costs,
         "n_trained": n_trained,
         "n_steps": log.n_steps,
         "images_seen": log.images_seen,
@@ -156,7 +159,7 @@ def train_and_score(
         "seconds": round(time.monotonic() - started, 2),
         "scoring_seconds": round(time.monotonic() - trained_at, 2),
     }
-    save_contributions(folder / CONTRIBUTIONS, figures, samples["rows"])
+    save_contributions(folder / CONTRIBUTIONS, measured, samples["rows"])
     save_pictures(folder, samples, seen, spec, loaded)
     write_json(folder / TRAINING, make_training_record(log, spec, loaded))
     write_json(folder / RESULT, result)
@@ -170,13 +173,13 @@ def score_at_rung(
     spec: Spec,
     loaded: LoadedModels,
     progress: Callable[..., None],
-) -> dict[str, float]:
-    """The figures of few samples, of the prompts and noise that all trials have in common; what each adds
+) -> Measured:
+    """The rewards of few samples, of the prompts and noise that all trials have in common; what each adds
     goes beside the rung's file."""
     samples = sample_images(base, material, spec, lambda done, total: progress("rung", done, total))
-    figures = score_samples(samples, gather_evidence(samples, spec, loaded), spec, loaded)
-    save_contributions(path.with_suffix(".npz"), figures, samples["rows"])
-    return figures
+    measured = score_samples(samples, gather_evidence(samples, spec, loaded), spec, loaded)
+    save_contributions(path.with_suffix(".npz"), measured, samples["rows"])
+    return measured
 
 
 def lower_samples(spec: Spec, rule: EarlyStopping) -> Spec:
@@ -187,7 +190,7 @@ def lower_samples(spec: Spec, rule: EarlyStopping) -> Spec:
 def confirm_trial(folder: Path, loaded: LoadedModels, progress: Callable[..., None]) -> dict:
     """Samples a finished trial's model again, from fresh prompts and noise, as often as rewards.confirm says,
     and writes confirmed.json: the rewards as means over these draws. A search picks lucky trials; these
-    figures know nothing of that."""
+    rewards know nothing of that."""
     spec = read_spec(folder)
     base, material, n = loaded.base(spec.config), loaded.material(spec), spec.config.rewards.confirm
     adapter, draws = inject_choice(base.denoiser, spec), []
@@ -205,14 +208,14 @@ def confirm_trial(folder: Path, loaded: LoadedModels, progress: Callable[..., No
             draws.append(score_samples(samples, gather_evidence(samples, fresh, loaded), fresh, loaded))
     finally:
         adapter.remove()
-    known, figures = read_json(folder / RESULT)["rewards"], pool_scores(draws)
+    known = read_json(folder / RESULT)["rewards"]
     of_model = {
         name: known[name]
         for name in known
         if name.startswith(("loss_gap", "noise_norm", "trained_fraction", "step_gflops", "memory_mib"))
     }
     found = {
-        "rewards": flatten_rewards(figures) | of_model,
+        "rewards": Rewards.from_estimates(pool_scores(draws)).to_plain() | of_model,
         "n_draws": n,
         "n_samples": n * spec.config.rewards.n_samples,
     }

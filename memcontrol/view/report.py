@@ -14,7 +14,7 @@ import yaml
 
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import replace_file
-from memcontrol.core.reward_table import BLIND_SPOTS, MAXIMIZE, REWARDS, format_reward
+from memcontrol.core.reward_table import BLIND_SPOTS, REWARDS, format_reward, list_objectives
 from memcontrol.core.run_folder import PAIRS_PICTURE
 from memcontrol.search.surrogate import N_SPREAD
 from memcontrol.view.front_svg import describe_point, draw_effect_bar, draw_front_svg, draw_legend
@@ -123,11 +123,9 @@ def render_row(cells: Sequence[str], trial: int | None = None, kind: str = "") -
 
 
 def list_finished(facts: ReportData) -> list[dict[str, Any]]:
-    first = list(facts["objectives"])[0]
-    sign = -1 if facts["objectives"][first] == MAXIMIZE else 1
-    return sorted(
-        (t for t in facts["trials"] if t["state"] == "COMPLETE"), key=lambda t: sign * t["values"][first]
-    )
+    first = list_objectives(facts["objectives"])[0]
+    finished = [t for t in facts["trials"] if t["state"] == "COMPLETE"]
+    return sorted(finished, key=lambda t: first.to_loss(t["values"][first.name]))
 
 
 def find_anchor(facts: ReportData, anchor: str) -> dict[str, Any] | None:

@@ -77,7 +77,7 @@ def make_importance_table(effects: Sequence[Effect], name: str) -> Table:
         cells = [
             Text(
                 f"{value:+.3g} ± {value.error:.2g}",
-                style="bold" if abs(value) > 2 * (value.error or 0) else "dim",
+                style="bold" if abs(value.value) > 2 * (value.error or 0) else "dim",
             )
             for value in effect.effects.values()
         ]
@@ -159,7 +159,7 @@ def make_differences_table(
             "tie"
             if value.holds_zero
             else "first"
-            if (value < 0) == (find_direction(name) == MINIMIZE)
+            if (value.value < 0) == (find_direction(name) == MINIMIZE)
             else "second"
         )
         title, interval = find_title(name), f"{form.format(value.low)} to {form.format(value.high)}"
