@@ -70,7 +70,7 @@ def ranked(folder: Path) -> list[dict]:
 def figures(run: Path, loaded, steps: int, ddim: bool) -> dict[str, float]:
     from diffusers import DDIMScheduler
 
-    from memcontrol.core.rewards import Rewards
+    from memcontrol.core.estimate import Rewards
     from memcontrol.core.spec import read_spec
     from memcontrol.trial.run import inject_choice
     from memcontrol.trial.samples import gather_evidence, sample_images, score_samples

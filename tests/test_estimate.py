@@ -8,9 +8,15 @@ import pytest
 import scipy.stats
 
 from memcontrol.core.errors import MemControlError
-from memcontrol.core.estimate import Estimate, estimate_share, paired_difference, pool_estimates, spearman
+from memcontrol.core.estimate import (
+    Estimate,
+    Rewards,
+    estimate_share,
+    paired_difference,
+    pool_estimates,
+    spearman,
+)
 from memcontrol.core.reward_table import REWARDS, format_reward, list_losses, list_objectives, read_error
-from memcontrol.core.rewards import Rewards
 from memcontrol.scoring.copying import copy_rate, memorization
 from memcontrol.scoring.own_rewards import reward
 from memcontrol.scoring.quality import fid, kid

@@ -226,10 +226,8 @@ def test_a_references_gaussian_can_be_kept():
 
     x, y = normal(90, 6, 0), normal(40, 6, 1, 1.2)
     assert fid(fit_gaussian(x), y) == fid(x, y) == fid(torch.from_numpy(x), torch.from_numpy(y))
-    all_six, first_two, whole = (
-        float(distance) for distance in (fd_pca(x, y, 6), fd_pca(x, y, 2), fid(x, y))
-    )
-    assert all_six == pytest.approx(whole, rel=1e-9) and first_two < whole
+    whole = float(fid(x, y))
+    assert float(fd_pca(x, y, 6)) == pytest.approx(whole, rel=1e-9) and float(fd_pca(x, y, 2)) < whole
 
 
 def balls(points, k):
@@ -339,12 +337,7 @@ def test_an_estimate_neither_changes_nor_loses_its_error_in_a_sum():
     estimate = Estimate(2.0, 0.5)
     with pytest.raises(FrozenInstanceError):
         estimate.p = 0.5
-    for operation in (
-        lambda: estimate + 1,
-        lambda: 2 * estimate,
-        lambda: estimate < 3,
-        lambda: sum([estimate]),
-    ):
+    for operation in (lambda: estimate + 1, lambda: 2 * estimate, lambda: sum([estimate, estimate])):
         with pytest.raises(TypeError):
             operation()
 

@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 
 from memcontrol.core.errors import MemControlError
-from memcontrol.core.estimate import Measured
+from memcontrol.core.estimate import Measured, Rewards
 from memcontrol.core.reward_table import BLIND_SPOTS, FALSE_POSITIVES
-from memcontrol.core.rewards import Rewards
 from memcontrol.core.run_folder import SPEC
 from memcontrol.core.seeds import derive_seed
 from memcontrol.core.spec import read_spec

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from memcontrol.core.rewards import Rewards, strip_end
+from memcontrol.core.estimate import Rewards, strip_end
 
 CLIP = math.log(4)
 FALSE_POSITIVES = 0.01

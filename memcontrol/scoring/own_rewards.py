@@ -9,9 +9,8 @@ from pathlib import Path
 
 from memcontrol.core.config import RewardsConfig
 from memcontrol.core.errors import MemControlError
-from memcontrol.core.estimate import Estimate
+from memcontrol.core.estimate import Estimate, strip_end
 from memcontrol.core.reward_table import DIRECTIONS, MAXIMIZE, MINIMIZE, OBJECTIVES, find_direction
-from memcontrol.core.rewards import strip_end
 from memcontrol.scoring.evidence import Evidence
 
 

@@ -49,8 +49,8 @@ def measure_importance(records: Sequence[Record], space: SearchSpace) -> list[Ef
 
     Raises MemControlError where too few trials have ended to fit anything.
     """
-    points = SpaceEncoding(space)
-    known = gather_training_set(records, points, ())
+    encoding = SpaceEncoding(space)
+    known = gather_training_set(records, encoding, ())
     if known is None or len(known.rows) < N_SPREAD:
         n = 0 if known is None else len(known.rows)
         raise MemControlError(
@@ -59,28 +59,28 @@ def measure_importance(records: Sequence[Record], space: SearchSpace) -> list[Ef
             f"search STUDY.yaml --trials {N_SPREAD}"
         )
     objectives = list_objectives(next(record.objectives for record in records if record.finished))
-    processes = fit_objectives(known, points, len(objectives))
+    processes = fit_objectives(known, encoding, len(objectives))
     effects = []
-    for contrast in list_contrasts(points):
-        pairs = pair_rows(points, known.rows, contrast)
+    for contrast in list_contrasts(encoding):
+        pairs = pair_rows(encoding, known.rows, contrast)
         if not len(pairs):
             continue
-        there = points.seen(np.concatenate([pairs[:, 0], pairs[:, 1]]))  # [2 pairs, F]
+        there = encoding.seen(np.concatenate([pairs[:, 0], pairs[:, 1]]))  # [2 pairs, F]
         weights = np.repeat([-1 / len(pairs), 1 / len(pairs)], len(pairs))
         by_objective = {}
         for objective, process in zip(objectives, processes):
             value, error = process.contrast(there, weights)
             by_objective[objective.name] = Estimate(objective.to_loss(value), error)
-        effects.append(Effect(contrast.name, *name_ends(points, contrast), by_objective, len(pairs)))
+        effects.append(Effect(contrast.name, *name_ends(encoding, contrast), by_objective, len(pairs)))
     return effects
 
 
-def fit_objectives(known: TrainingSet, points: SpaceEncoding, n_objectives: int) -> list[Process]:
+def fit_objectives(known: TrainingSet, encoding: SpaceEncoding, n_objectives: int) -> list[Process]:
     """A process of each objective's losses, nothing pending."""
-    seen, nothing = points.seen(known.rows), np.empty((0, len(points.owner)))
+    seen, nothing = encoding.seen(known.rows), np.empty((0, len(encoding.owner)))
     return [
         fit_process(
-            seen, known.values[:, i], known.errors[:, i], known.own_errors[:, i], nothing, points.owner
+            seen, known.values[:, i], known.errors[:, i], known.own_errors[:, i], nothing, encoding.owner
         )
         for i in range(n_objectives)
     ]
@@ -96,38 +96,38 @@ class Contrast:
     high: float
 
 
-def list_contrasts(points: SpaceEncoding) -> list[Contrast]:
+def list_contrasts(encoding: SpaceEncoding) -> list[Contrast]:
     """Each coordinate's lowest against its highest option; a method against the first one, in turn."""
     contrasts = []
-    for column, (name, options) in enumerate(points.options.items()):
+    for column, (name, options) in enumerate(encoding.options.items()):
         ordered = all(isinstance(option, (int, float)) for option in options)
         first = max(len(options) - 1, 1) if ordered else 1
         contrasts += [Contrast(column, name, 0, last) for last in range(first, len(options))]
-    if points.rate_matters:
-        contrasts.append(Contrast(len(points.options), "rate", 0.0, 1.0))
+    if encoding.rate_matters:
+        contrasts.append(Contrast(len(encoding.options), "rate", 0.0, 1.0))
     return contrasts
 
 
-def name_ends(points: SpaceEncoding, contrast: Contrast) -> tuple[object, object]:
+def name_ends(encoding: SpaceEncoding, contrast: Contrast) -> tuple[object, object]:
     """The options at both ends; of the learning rate, its places."""
-    if contrast.name not in points.options:
+    if contrast.name not in encoding.options:
         return contrast.low, contrast.high
-    options = points.options[contrast.name]
+    options = encoding.options[contrast.name]
     return options[int(contrast.low)], options[int(contrast.high)]
 
 
-def pair_rows(points: SpaceEncoding, rows: np.ndarray, contrast: Contrast) -> np.ndarray:
+def pair_rows(encoding: SpaceEncoding, rows: np.ndarray, contrast: Contrast) -> np.ndarray:
     """Rows at the contrast's low and high end [pairs, 2, columns]: those with which a choice can have either,
     all else unchanged."""
     pairs = []
     for row in rows:
         pair = np.stack([row, row])
         pair[:, contrast.column] = contrast.low, contrast.high
-        if all(is_possible(points, end) for end in pair):
+        if all(is_possible(encoding, end) for end in pair):
             pairs.append(pair)
     return np.array(pairs)
 
 
-def is_possible(points: SpaceEncoding, row: np.ndarray) -> bool:
+def is_possible(encoding: SpaceEncoding, row: np.ndarray) -> bool:
     """Whether it is the row of its own choice."""
-    return np.array_equal(points.row(points.choice(row)).round(2), row.round(2))
+    return np.array_equal(encoding.row(encoding.choice(row)).round(2), row.round(2))

@@ -59,7 +59,7 @@ class Sampler:
             n_objectives,
         )
         self.first = [choice for choice in map(self.within, first) if choice is not None]
-        self.points, self.mirror = SpaceEncoding(space), InMemoryStudy(space, n_objectives, limits, kind)
+        self.encoding, self.mirror = SpaceEncoding(space), InMemoryStudy(space, n_objectives, limits, kind)
 
     def draw(self, records: Sequence[Record], hurried: bool = False) -> Choice:
         """The next choice. Raises SpaceExhausted when the space seems to hold no further one."""
@@ -81,14 +81,14 @@ class Sampler:
         if self.kind == "gp" or (
             self.kind == "auto" and self.n_objectives == 2 and len(records) <= N_GP and not hurried
         ):
-            evidence = (
-                gather_training_set(records, self.points, self.limits) if n_sampled >= N_SPREAD else None
+            training_set = (
+                gather_training_set(records, self.encoding, self.limits) if n_sampled >= N_SPREAD else None
             )
-            if evidence and len(evidence.values) >= N_SPREAD:
+            if training_set and len(training_set.values) >= N_SPREAD:
                 return lambda: self.drawn(
                     known,
                     itertools.chain(
-                        propose_choices(evidence, self.points, seed),
+                        propose_choices(training_set, self.encoding, seed),
                         self.flipped(select_parents(records), seed),
                     ),
                 )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from memcontrol.core.errors import MemControlError
-from memcontrol.core.rewards import LOW
+from memcontrol.core.estimate import LOW
 from memcontrol.study.pareto import Limit, find_front, find_knee, parse_limit
 from memcontrol.study.record import Record
 from memcontrol.study.store import Study

@@ -13,9 +13,8 @@ import numpy as np
 import torch
 
 from memcontrol.core.config import EarlyStopping
-from memcontrol.core.estimate import Measured
+from memcontrol.core.estimate import Measured, Rewards
 from memcontrol.core.files import read_json, write_json
-from memcontrol.core.rewards import Rewards
 from memcontrol.core.run_folder import (
     CONFIRMED,
     CONTRIBUTIONS,
