@@ -292,7 +292,7 @@ def test_the_strength_of_augmentation_follows_the_closeness(loop, monkeypatch):
     """magnitude = base * mean exp(-5 |u - 1|), not cut to a whole number."""
     given = []
     monkeypatch.setattr(
-        "memcontrol.train.augmented",
+        "memcontrol.training.loop.augment_images",
         lambda pixels, magnitude, seed: given.append((pixels, magnitude)) or pixels,
     )
     one = loop(skip=SkipConfig(), augmentation=AugmentationConfig(base=5.0))

@@ -106,7 +106,7 @@ def retrain(
 
 
 def compare(run_a: str | Path, run_b: str | Path) -> dict[str, Estimate]:
-    """Run a's figures less run b's, each with the interval that resampling their common prompts gives. Raises
+    """Run a's rewards less run b's, each with the interval that resampling their common prompts gives. Raises
     MemControlError."""
     from memcontrol.commands.compare import measure_differences
 

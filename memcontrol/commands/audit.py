@@ -173,7 +173,7 @@ def judge_images(
     progress: ShowProgress,
     attack: np.ndarray | None = None,
 ) -> dict:
-    """Every figure of the audit, as audit.json holds it; `attack` is what an extraction attack sampled, uint8
+    """Every reward of the audit, as audit.json holds it; `attack` is what an extraction attack sampled, uint8
     [P, m, 3, H, W]. Raises MemControlError where the images cannot be judged."""
     check_pictures(generated, train, holdout)
     network = load_extractor(extractor)

@@ -51,10 +51,14 @@ class RungResult:
         )
 
     def error_of_difference(self, other: RungResult, i: int) -> float:
-        mine, theirs = (shown.contributions[i] if shown.contributions else None for shown in (self, other))
+        mine, theirs = self.find_contributions(i), other.find_contributions(i)
         if mine is None or theirs is None or len(mine) != len(theirs):
             return math.hypot(self.errors[i], other.errors[i])
         return float(np.std(mine - theirs, ddof=1)) / math.sqrt(len(mine))
+
+    def find_contributions(self, i: int) -> np.ndarray | None:
+        """What each sample added to the i-th objective, where that is known."""
+        return self.contributions[i] if self.contributions else None
 
 
 def weigh_peers(own: RungResult, peers: Sequence[RungResult], rule: EarlyStopping) -> tuple[list[int], bool]:
@@ -74,21 +78,17 @@ def judge_trial(
     if known:
         return known
     beaten, stops = weigh_peers(own, peers, rule)
-    found = {"rung": rung, "goes_on": not stops, "beaten_by": beaten, "n_peers": len(peers)}
-    write_json(folder / JUDGED, [*read_judgements(folder), found])
-    return found
+    judgement = {"rung": rung, "goes_on": not stops, "beaten_by": beaten, "n_peers": len(peers)}
+    write_json(folder / JUDGED, [*read_judgements(folder), judgement])
+    return judgement
 
 
 class EarlyStopper:
     """Who goes on in one search. `runs` are the folders of the trials that may be stopped, by number."""
 
     def __init__(self, config: Config, objectives: dict[str, str], runs: dict[int, Path]):
-        self.config, self.rule, self.objectives, self.runs = (
-            config,
-            config.search.early_stopping,
-            objectives,
-            runs,
-        )
+        self.config, self.rule = config, config.search.early_stopping
+        self.objectives, self.runs = objectives, runs
 
     def next_rung(self, number: int, run: Path) -> float | None:
         """The rung to train to; none: to the end."""

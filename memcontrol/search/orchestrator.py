@@ -358,7 +358,7 @@ class Search:
 
     def replicate(self) -> None:
         """Fine-tunes the trials on the front, and full fine-tuning, again from other seeds, as often as
-        search.replicates says: how much of a figure is the choice's own, and how much luck."""
+        search.replicates says: how much of a reward is the choice's own, and how much luck."""
         n, wanted = (
             self.config.search.replicates,
             select_to_replicate(self.study.records(), self.config.search.replicates),
