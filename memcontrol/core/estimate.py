@@ -12,7 +12,7 @@ import numpy as np
 from memcontrol.core.errors import MemControlError
 
 NORMAL_95 = 1.959963984540054
-ERROR, LOW, HIGH, P = "_error", "_low", "_high", "_p"  # spelt here and nowhere else
+_ERROR, _LOW, _HIGH, _P = "_error", "_low", "_high", "_p"  # spelt here and nowhere else
 # Half a 95 % interval in standard errors, as it is read back. Rounded, unlike NORMAL_95: plots, ties,
 # hypervolumes and what a search draws next rest on it from the first study on, and stay as they were.
 READ_95 = 1.96
@@ -82,21 +82,26 @@ class Rewards:
 
     def interval(self, name: str) -> tuple[float, float]:
         """The 95 % interval; the value twice where nothing is known of its error."""
-        if name + LOW in self.plain:
-            return self.plain[name + LOW], self.plain[name + HIGH]
-        reach = READ_95 * self.plain.get(name + ERROR, 0.0)
+        if name + _LOW in self.plain:
+            return self.plain[name + _LOW], self.plain[name + _HIGH]
+        reach = READ_95 * self.plain.get(name + _ERROR, 0.0)
         return self.plain[name] - reach, self.plain[name] + reach
 
     def error(self, name: str) -> float:
         """The standard error, from what is beside the value; 0 where nothing is."""
-        if name + ERROR in self.plain:
-            return self.plain[name + ERROR]
-        if name + LOW in self.plain:
-            return (self.plain[name + HIGH] - self.plain[name + LOW]) / (2 * READ_95)
+        if name + _ERROR in self.plain:
+            return self.plain[name + _ERROR]
+        if name + _LOW in self.plain:
+            return (self.plain[name + _HIGH] - self.plain[name + _LOW]) / (2 * READ_95)
         return 0.0
 
+    def low(self, name: str) -> float | None:
+        """The lower end of the interval, where one was measured."""
+        return self.plain.get(name + _LOW)
+
     def p(self, name: str) -> float:
-        return self.plain[name + P]
+        """The p-value of what the value says, such as that there is copying."""
+        return self.plain[name + _P]
 
     def written(self, name: str, form: str, mark: str = "") -> str:
         """The value in a form such as "{:.1f}", with its error and a mark behind that, or with its interval:
@@ -104,23 +109,23 @@ class Rewards:
         if name not in self.plain:
             return ""
         text = form.format(self.plain[name])
-        if name + ERROR in self.plain:
-            return f"{text} ± {form.format(self.plain[name + ERROR])}{mark}"
-        if name + LOW in self.plain:
-            return f"{text} ({form.format(self.plain[name + LOW])}-{form.format(self.plain[name + HIGH])})"
+        if name + _ERROR in self.plain:
+            return f"{text} ± {form.format(self.plain[name + _ERROR])}{mark}"
+        if name + _LOW in self.plain:
+            return f"{text} ({form.format(self.plain[name + _LOW])}-{form.format(self.plain[name + _HIGH])})"
         return text
 
 
 def list_beside(name: str, estimate: Estimate) -> dict[str, float]:
     """What stands beside an estimate's value: its error or, without one, its interval; and its p."""
-    ends = {LOW: estimate.low, HIGH: estimate.high} if estimate.error is None else {ERROR: estimate.error}
-    beside = ends | {P: estimate.p}
+    ends = {_LOW: estimate.low, _HIGH: estimate.high} if estimate.error is None else {_ERROR: estimate.error}
+    beside = ends | {_P: estimate.p}
     return {name + suffix: float(number) for suffix, number in beside.items() if number is not None}
 
 
 def strip_end(name: str) -> str:
     """NAME of NAME_low and NAME_high, which limits may be put on; any other name as it is."""
-    return name.removesuffix(LOW).removesuffix(HIGH)
+    return name.removesuffix(_LOW).removesuffix(_HIGH)
 
 
 def estimate_from_contributions(value: float, added: np.ndarray) -> Estimate:

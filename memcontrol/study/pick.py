@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from memcontrol.core.errors import MemControlError
-from memcontrol.core.estimate import LOW
+from memcontrol.core.estimate import Rewards
 from memcontrol.study.pareto import Limit, find_front, find_knee, parse_limit
 from memcontrol.study.record import Record
 from memcontrol.study.store import Study
@@ -128,7 +128,8 @@ def is_nearly_as_good(record: Record, full: Sequence[float]) -> bool:
 
 def is_not_copying(record: Record) -> bool:
     """Whether the interval of its copy rate reaches what is expected without copying."""
-    return record.rewards.get(f"copy_rate{LOW}", 0.0) <= record.rewards.get("copy_rate_line", 0.0)
+    low = Rewards(record.rewards).low("copy_rate")
+    return low is None or low <= record.rewards.get("copy_rate_line", 0.0)
 
 
 def find_pick(records: Sequence[Record], study: Study) -> Record | None:
