@@ -47,7 +47,7 @@ def frechet() -> dict:
         )
 
     ours, theirs = seconds(lambda: fid(reference, generated)), seconds(by_eigenvalues, 1)
-    difference = abs(fid(reference, generated) / by_eigenvalues() - 1)
+    difference = abs(float(fid(reference, generated)) / by_eigenvalues() - 1)
     return {
         "what": "FID, d 2048, n 500",
         "s": ours,

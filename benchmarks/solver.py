@@ -69,9 +69,8 @@ def ranked(folder: Path) -> list[dict]:
 def figures(run: Path, loaded, steps: int, ddim: bool) -> dict[str, float]:
     from diffusers import DDIMScheduler
 
-    from memcontrol.core.reward_table import read_error
+    from memcontrol.core.estimate import Rewards
     from memcontrol.core.spec import read_spec
-    from memcontrol.scoring.score import flatten_rewards
     from memcontrol.trial.run import inject_choice
     from memcontrol.trial.samples import gather_evidence, sample_images, score_samples
 
@@ -88,5 +87,6 @@ def figures(run: Path, loaded, steps: int, ddim: bool) -> dict[str, float]:
     finally:
         base.pipeline.scheduler = solver
         adapter.remove()
-    found = flatten_rewards(score_samples(samples, gather_evidence(samples, spec, loaded), spec, loaded))
-    return found | {f"{name}_error": read_error(name, found) for name in FIGURES}
+    measured = score_samples(samples, gather_evidence(samples, spec, loaded), spec, loaded)
+    rewards = Rewards.from_estimates(measured)
+    return rewards.to_plain() | {f"{name}_error": rewards.error(name) for name in FIGURES}

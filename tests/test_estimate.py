@@ -1,5 +1,6 @@
 """Numbers that know their error, against scipy, exact cases, and Monte Carlo."""
 
+import json
 import math
 
 import numpy as np
@@ -7,8 +8,15 @@ import pytest
 import scipy.stats
 
 from memcontrol.core.errors import MemControlError
-from memcontrol.core.estimate import Estimate, estimate_share, paired_difference, pool_estimates, spearman
-from memcontrol.core.reward_table import REWARDS, format_reward, read_error
+from memcontrol.core.estimate import (
+    Estimate,
+    Rewards,
+    estimate_share,
+    paired_difference,
+    pool_estimates,
+    spearman,
+)
+from memcontrol.core.reward_table import REWARDS, format_reward, list_losses, list_objectives, read_error
 from memcontrol.scoring.copying import copy_rate, memorization
 from memcontrol.scoring.own_rewards import reward
 from memcontrol.scoring.quality import fid, kid
@@ -62,7 +70,7 @@ def test_pairs_cancel_what_models_share():
     )
     apart = paired_difference(a, b)
     assert (
-        apart == pytest.approx(0.1)
+        apart.value == pytest.approx(0.1)
         and apart.error == pytest.approx(0.0, abs=1e-12)
         and apart.low == pytest.approx(0.1)
     )
@@ -74,9 +82,9 @@ def test_pairs_have_the_error_of_the_mean_difference():
     apart = paired_difference(
         *(Estimate(values.mean(), contributions=values) for values in (x, y)), n_draws=4000
     )
-    assert apart == pytest.approx(x.mean() - y.mean())
+    assert apart.value == pytest.approx(x.mean() - y.mean())
     assert apart.error == pytest.approx((x - y).std(ddof=1) / 20, rel=0.05)
-    assert apart.low == pytest.approx(apart - 1.96 * apart.error, abs=0.02)
+    assert apart.low == pytest.approx(apart.value - 1.96 * apart.error, abs=0.02)
 
 
 def test_images_of_one_prompt_are_drawn_together():
@@ -100,8 +108,8 @@ def test_rank_correlation_equals_scipys_with_ties(seed):
     rng = np.random.default_rng(seed)
     x, y = rng.integers(0, 6, 20).tolist(), rng.integers(0, 6, 20).tolist()
     found = spearman(x, y)
-    assert found == pytest.approx(scipy.stats.spearmanr(x, y).statistic) and found.low < found < found.high
-    assert spearman([1] * 5, range(5)) == 0.0
+    assert found.value == pytest.approx(scipy.stats.spearmanr(x, y).statistic)
+    assert found.low < found.value < found.high and float(spearman([1] * 5, range(5))) == 0.0
 
 
 def test_intervals_of_shares_in_per_cent_are_pooled_too():
@@ -111,7 +119,7 @@ def test_intervals_of_shares_in_per_cent_are_pooled_too():
         Estimate(value, low=low, high=high) for value, low, high in ((90.0, 80.0, 95.0), (70.0, 60.0, 78.0))
     )
     found = pool_estimates([a, b])
-    assert (found, found.low, found.high) == pytest.approx(
+    assert (found.value, found.low, found.high) == pytest.approx(
         (80, 80 - np.hypot(10, 10) / 2, 80 + np.hypot(5, 8) / 2)
     )
 
@@ -119,16 +127,15 @@ def test_intervals_of_shares_in_per_cent_are_pooled_too():
 def test_draws_of_one_size_are_pooled_into_a_mean_with_a_smaller_error():
     draws = [fid(REAL, drawn(100, seed, 1.2)) for seed in range(1, 5)]
     found = pool_estimates(draws)
-    assert found == pytest.approx(np.mean(draws)) and found.error == pytest.approx(
-        math.sqrt(sum(one.error**2 for one in draws)) / 4
-    )
+    assert found.value == pytest.approx(np.mean([one.value for one in draws]))
+    assert found.error == pytest.approx(math.sqrt(sum(one.error**2 for one in draws)) / 4)
     shares = [estimate_share(np.arange(50) < n) for n in (5, 10)]
     both, exact = pool_estimates(shares), scipy.stats.binomtest(15, 100).proportion_ci(method="wilson")
     assert (float(both), both.low, both.high) == pytest.approx((0.15, exact.low, exact.high))
     assert len(both.contributions) == 100
 
 
-def test_figures_are_written_with_their_error():
+def test_rewards_are_written_with_their_error():
     rewards = {
         "fid": 22.6,
         "fid_error": 0.8,
@@ -148,7 +155,44 @@ def test_figures_are_written_with_their_error():
         and read_error("copy_rate", rewards) == pytest.approx(0.024 / 3.92)
         and read_error("amd_train", rewards) == 0
     )
-    assert all(figure.interval and figure.cost and figure.meaning for figure in REWARDS.values())
+    assert all(reward.interval and reward.cost and reward.meaning for reward in REWARDS.values())
+
+
+def test_the_plain_form_has_what_is_known_beside_each_value():
+    """As result.json and the database of every study have it."""
+    measured = {
+        "fid": Estimate(22.6, 0.8),
+        "copy_rate": Estimate(0.012, low=0.004, high=0.028, p=0.3),
+        "memorization": Estimate(0.1, 0.05, p=0.02, contributions=np.ones(3)),
+        "density": Estimate(1.5),
+        "copy_rate_n_real": 70,
+    }
+    rewards = Rewards.from_estimates(measured)
+    assert json.dumps(rewards.to_plain()) == json.dumps(
+        {
+            "fid": 22.6,
+            "fid_error": 0.8,
+            "copy_rate": 0.012,
+            "copy_rate_low": 0.004,
+            "copy_rate_high": 0.028,
+            "copy_rate_p": 0.3,
+            "memorization": 0.1,
+            "memorization_error": 0.05,
+            "memorization_p": 0.02,
+            "density": 1.5,
+            "copy_rate_n_real": 70.0,
+        }
+    )
+    assert rewards.interval("copy_rate") == (0.004, 0.028) and rewards.interval("density") == (1.5, 1.5)
+    assert rewards.interval("fid") == pytest.approx((22.6 - 1.96 * 0.8, 22.6 + 1.96 * 0.8))
+    assert rewards.p("memorization") == 0.02 and rewards.written("copy_rate", "{:.1%}") == "1.2% (0.4%-2.8%)"
+
+
+def test_a_maximised_objective_is_negated_as_a_loss():
+    directions = {"fid": "minimize", "recall": "maximize"}
+    assert list_losses({"recall": 0.7, "kid": 1.0, "fid": 9.0}, directions) == [9.0, -0.7]
+    for objective in list_objectives(directions):
+        assert objective.to_loss(objective.to_loss(2.0)) == 2.0
 
 
 def test_a_direction_is_one_of_two():

@@ -130,7 +130,7 @@ def test_the_extraction_attack_is_calibrated_on_held_out_pairs():
         apart[prompt] = apart[prompt, :1]
     found = measure_extraction(apart, holdout)
     assert (
-        found["extraction_clique"] == found["extraction_component"] == 0.25
+        found["extraction_clique"].value == found["extraction_component"].value == 0.25
         and found["extraction_clique"].high < 0.65
     )
     assert 0 < found["extraction_threshold"] < 1
@@ -334,7 +334,7 @@ def test_real_images_blur_collapse_and_noise_do_not_count_as_copies():
     for generated in (fresh, blurred(fresh, 1), blurred(fresh, 3), flat, noise):
         found = scored(generated)
         assert all(
-            abs(found[name]) < 3 * found[name].error
+            abs(found[name].value) < 3 * found[name].error
             for name in ("memorization_pixels", "memorization_features")
         )
         assert found["copy_rate"].low < 0.01
@@ -343,21 +343,21 @@ def test_real_images_blur_collapse_and_noise_do_not_count_as_copies():
         copied = np.concatenate([train[:n], fresh[n:]])
         found = scored(copied)
         assert (
-            found["memorization"] > max(last, 3 * found["memorization"].error)
+            found["memorization"].value > max(last, 3 * found["memorization"].error)
             and found["memorization"].p < 0.01
         )
         assert found["copy_rate"].low <= n / 250 <= found["copy_rate"].high
-        last = found["memorization"]
+        last = found["memorization"].value
     swapped = scored(copied, holdout, train)
     assert all(
-        swapped[name] == pytest.approx(-found[name], abs=1e-9)
+        swapped[name].value == pytest.approx(-found[name].value, abs=1e-9)
         for name in ("memorization_pixels", "memorization_features")
     )
     shuffled = scored(
         copied[rng.permutation(250)], train[rng.permutation(300)], holdout[rng.permutation(300)]
     )
     assert all(
-        shuffled[name] == pytest.approx(found[name], abs=1e-9)
+        float(shuffled[name]) == pytest.approx(float(found[name]), abs=1e-9)
         for name in ("memorization", "copy_rate", "fid", "kid", "mq", "authpct")
     )
 

@@ -62,7 +62,7 @@ def test_the_noise_is_that_of_measuring_again():
         )
         areas.append((30 - a) * (0 - b) + (30 - c) * (b - d))
     found = estimate_hypervolume(records, [30.0, 0.0])
-    assert found == pytest.approx(20 * 0.5 + 10 * 0.4) and found.error == pytest.approx(
+    assert found.value == pytest.approx(20 * 0.5 + 10 * 0.4) and found.error == pytest.approx(
         np.std(areas), rel=0.15
     )
 

@@ -32,7 +32,7 @@ def test_probes_by_hand(base, material):
             losses[name].append(((caption - noise) ** 2).flatten(1).mean(1))
             norms[name].append((caption - none).flatten(1).norm(dim=1))
     losses, norms = ({name: torch.stack(each) for name, each in found.items()} for found in (losses, norms))
-    assert found["loss_gap"] == pytest.approx(
+    assert found["loss_gap"].value == pytest.approx(
         float((losses["held"].mean() - losses["train"].mean()) / losses["held"].mean()), abs=1e-5
     )
     ratio = losses["train"].mean(0), losses["held"].mean(0)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from memcontrol.core.errors import MemControlError
+from memcontrol.core.estimate import Measured, Rewards
 from memcontrol.core.reward_table import BLIND_SPOTS, FALSE_POSITIVES
 from memcontrol.core.run_folder import RunFolder
 from memcontrol.core.seeds import derive_seed
@@ -30,7 +31,7 @@ from memcontrol.scoring.copying import DistanceSpace, line_ratio, ratio, real_ra
 from memcontrol.scoring.evidence import Descriptors, Evidence, describe_broken_images
 from memcontrol.scoring.extractors import load_extractor
 from memcontrol.scoring.measures import N_PAIRED, measure_extraction
-from memcontrol.scoring.score import flatten_rewards, score_evidence
+from memcontrol.scoring.score import score_evidence
 from memcontrol.trial.loaded import LoadedModels
 from memcontrol.trial.samples import read_samples
 from memcontrol.view.audit_page import N_SHOWN
@@ -199,7 +200,7 @@ def judge_images(
     progress: ShowProgress,
     attack: np.ndarray | None = None,
 ) -> dict:
-    """Every figure of the audit, as audit.json holds it; `attack` is what an extraction attack sampled, uint8
+    """Every reward of the audit, as audit.json holds it; `attack` is what an extraction attack sampled, uint8
     [P, m, 3, H, W]. Raises MemControlError where the images cannot be judged."""
     check_pictures(generated, train, holdout)
     network = load_extractor(extractor)
@@ -210,7 +211,8 @@ def judge_images(
         raise MemControlError(f"{broken}, so nothing can be judged")
     evidence = Evidence(made, known, held)
     progress("judging", 0, 2)
-    rewards = flatten_rewards(score_evidence(evidence) | judge_attack(attack, holdout))
+    measured = score_evidence(evidence) | judge_attack(attack, holdout)
+    rewards = Rewards.from_estimates(measured).to_plain()
     progress("judging", 1, 2)
     space = evidence.space("pixels")
     same = float((space.to_holdout < 1e-6).mean())
@@ -245,7 +247,7 @@ def judge_images(
     }
 
 
-def judge_attack(attack: np.ndarray | None, holdout: Pictures) -> dict[str, float]:
+def judge_attack(attack: np.ndarray | None, holdout: Pictures) -> Measured:
     """What the extraction attack found, all images brought to one size."""
     if attack is None:
         return {}

@@ -1,4 +1,4 @@
-"""Owns comparisons of runs: two models figure by figure, in pairs over prompts, and a run's images beside
+"""Owns comparisons of runs: two models reward by reward, in pairs over prompts, and a run's images beside
 their nearest training images."""
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def load_nearest_pairs(run: Path, title: str, loaded: LoadedModels) -> Strip:
 
 
 def measure_differences(a: Path, b: Path) -> dict[str, Estimate]:
-    """Run a's figures less run b's, each with the interval that resampling their common prompts gives.
+    """Run a's rewards less run b's, each with the interval that resampling their common prompts gives.
 
     Raises MemControlError where a run has not finished, or the two were not measured with the same things.
     """

@@ -1,47 +1,56 @@
-"""Owns numbers that know their error: estimates, intervals of shares, comparisons in pairs, rank
-correlation."""
+"""Owns numbers that know their error: estimates and their plain form, intervals of shares, comparisons in
+pairs, rank correlation."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from memcontrol.core.errors import MemControlError
 
 NORMAL_95 = 1.959963984540054
+_ERROR, _LOW, _HIGH, _P = "_error", "_low", "_high", "_p"  # spelt here and nowhere else
+# Half a 95 % interval in standard errors, as it is read back. Rounded, unlike NORMAL_95: plots, ties,
+# hypervolumes and what a search draws next rest on it from the first study on, and stay as they were.
+READ_95 = 1.96
 
 
-class Estimate(float):
+@dataclass(frozen=True)
+class Estimate:
     """A value with its standard error, its 95 % interval, or the p-value of what it says, as far as they are
-    known.
+    known. An error gives the interval, where none is given.
 
     `contributions` [N], where there are any: what each generated image adds, with the value as their mean;
     for a value that is no mean of images, its first-order part (its influence function). They make two models
     comparable image by image.
+
+    It is no number itself, since sums and ratios would lose the error in silence: `value`, or float() of it,
+    is the number, and format() writes that one.
     """
 
-    error: float | None
-    low: float | None
-    high: float | None
-    p: float | None
-    contributions: np.ndarray | None
+    value: float
+    error: float | None = None
+    low: float | None = None
+    high: float | None = None
+    p: float | None = None
+    contributions: np.ndarray | None = field(default=None, repr=False, compare=False)
 
-    def __new__(
-        cls,
-        value: float,
-        error: float | None = None,
-        low: float | None = None,
-        high: float | None = None,
-        p: float | None = None,
-        contributions: np.ndarray | None = None,
-    ):
-        estimate = super().__new__(cls, value)
-        estimate.error, estimate.p, estimate.contributions = error, p, contributions
-        estimate.low = value - NORMAL_95 * error if low is None and error is not None else low
-        estimate.high = value + NORMAL_95 * error if high is None and error is not None else high
-        return estimate
+    def __post_init__(self):
+        object.__setattr__(self, "value", float(self.value))  # as dataclasses set what is frozen
+        if self.error is None:
+            return
+        for name, sign in (("low", -1), ("high", 1)):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, self.value + sign * NORMAL_95 * self.error)
+
+    def __float__(self) -> float:
+        return self.value
+
+    def __format__(self, form: str) -> str:
+        return format(self.value, form)
 
     @property
     def holds_zero(self) -> bool:
@@ -49,11 +58,80 @@ class Estimate(float):
         return self.low is not None and self.high is not None and self.low <= 0 <= self.high
 
 
+Measured = dict[str, Estimate | float]  # rewards by name, Estimates where they know an error
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """The rewards of one model in their plain form, as files, the database and every --json hold them: the
+    value under its NAME, and beside it NAME_error, or NAME_low and NAME_high, and NAME_p."""
+
+    plain: Mapping[str, float]
+
+    @classmethod
+    def from_estimates(cls, measured: Mapping[str, Estimate | float]) -> Rewards:
+        plain: dict[str, float] = {}
+        for name, value in measured.items():
+            plain[name] = float(value)
+            if isinstance(value, Estimate):
+                plain |= list_beside(name, value)
+        return cls(plain)
+
+    def to_plain(self) -> dict[str, float]:
+        return dict(self.plain)
+
+    def interval(self, name: str) -> tuple[float, float]:
+        """The 95 % interval; the value twice where nothing is known of its error."""
+        if name + _LOW in self.plain:
+            return self.plain[name + _LOW], self.plain[name + _HIGH]
+        reach = READ_95 * self.plain.get(name + _ERROR, 0.0)
+        return self.plain[name] - reach, self.plain[name] + reach
+
+    def error(self, name: str) -> float:
+        """The standard error, from what is beside the value; 0 where nothing is."""
+        if name + _ERROR in self.plain:
+            return self.plain[name + _ERROR]
+        if name + _LOW in self.plain:
+            return (self.plain[name + _HIGH] - self.plain[name + _LOW]) / (2 * READ_95)
+        return 0.0
+
+    def low(self, name: str) -> float | None:
+        """The lower end of the interval, where one was measured."""
+        return self.plain.get(name + _LOW)
+
+    def p(self, name: str) -> float:
+        """The p-value of what the value says, such as that there is copying."""
+        return self.plain[name + _P]
+
+    def written(self, name: str, form: str, mark: str = "") -> str:
+        """The value in a form such as "{:.1f}", with its error and a mark behind that, or with its interval:
+        "22.6 ± 0.8", "1.2% (0.4%-2.8%)"; empty where it was not measured."""
+        if name not in self.plain:
+            return ""
+        text = form.format(self.plain[name])
+        if name + _ERROR in self.plain:
+            return f"{text} ± {form.format(self.plain[name + _ERROR])}{mark}"
+        if name + _LOW in self.plain:
+            return f"{text} ({form.format(self.plain[name + _LOW])}-{form.format(self.plain[name + _HIGH])})"
+        return text
+
+
+def list_beside(name: str, estimate: Estimate) -> dict[str, float]:
+    """What stands beside an estimate's value: its error or, without one, its interval; and its p."""
+    ends = {_LOW: estimate.low, _HIGH: estimate.high} if estimate.error is None else {_ERROR: estimate.error}
+    beside = ends | {_P: estimate.p}
+    return {name + suffix: float(number) for suffix, number in beside.items() if number is not None}
+
+
+def strip_end(name: str) -> str:
+    """NAME of NAME_low and NAME_high, which limits may be put on; any other name as it is."""
+    return name.removesuffix(_LOW).removesuffix(_HIGH)
+
+
 def estimate_from_contributions(value: float, added: np.ndarray) -> Estimate:
     """The value, with its first-order part by image [N] and the standard error that follows from it."""
-    return Estimate(
-        value, float(added.std(ddof=1) / math.sqrt(len(added))), contributions=value + added - added.mean()
-    )
+    error = float(added.std(ddof=1) / math.sqrt(len(added)))
+    return Estimate(value, error, contributions=value + added - added.mean())
 
 
 def estimate_share(hits: np.ndarray) -> Estimate:
@@ -64,8 +142,8 @@ def estimate_share(hits: np.ndarray) -> Estimate:
 
 
 def convert_to_percent(share: Estimate) -> Estimate:
-    low, high = (end and 100 * end for end in (share.low, share.high))
-    return Estimate(100 * share, low=low, high=high)
+    low, high = (None if end is None else 100 * end for end in (share.low, share.high))
+    return Estimate(100 * share.value, low=low, high=high)
 
 
 def wilson_interval(share: float, n: int) -> tuple[float, float]:
@@ -105,6 +183,7 @@ def paired_difference(a: Estimate, b: Estimate, prompts=None, n_draws: int = 100
     copied, cancels. Raises MemControlError where the estimates have no contributions, or of different numbers
     of images.
     """
+    # a plain number has none
     mine, theirs = (getattr(estimate, "contributions", None) for estimate in (a, b))
     if mine is None or theirs is None:
         raise MemControlError(
@@ -116,14 +195,11 @@ def paired_difference(a: Estimate, b: Estimate, prompts=None, n_draws: int = 100
             "models compared in pairs need the same prompts and noise, and so equal numbers of images"
         )
     apart = mine - theirs
-    _, groups = np.unique(
-        np.arange(len(apart)) if prompts is None else np.asarray(prompts), return_inverse=True
-    )
-    sums, counts = np.bincount(groups, apart), np.bincount(groups)
-    # [draws, prompts]
-    drawn = np.random.default_rng(seed).multinomial(
-        len(sums), np.full(len(sums), 1 / len(sums)), size=n_draws
-    )
+    names = np.arange(len(apart)) if prompts is None else np.asarray(prompts)
+    _, groups = np.unique(names, return_inverse=True)
+    sums, counts = np.bincount(groups, apart), np.bincount(groups)  # [prompts]
+    rng, shares = np.random.default_rng(seed), np.full(len(sums), 1 / len(sums))
+    drawn = rng.multinomial(len(sums), shares, size=n_draws)  # [draws, prompts]
     spread = drawn @ sums / (drawn @ counts) - apart.mean()
     low, high = np.quantile(spread, (0.025, 0.975))
     value = float(a) - float(b)
@@ -133,27 +209,25 @@ def paired_difference(a: Estimate, b: Estimate, prompts=None, n_draws: int = 100
 def spearman(x: Sequence[float], y: Sequence[float]) -> Estimate:
     """Rank correlation, ties at their mean rank, with the 95 % interval of Fisher's z and Bonett and Wright's
     variance (2000)."""
-    ranks = [
-        np.array([np.mean(np.flatnonzero(np.sort(values) == value)) for value in values])
-        for values in map(np.asarray, (x, y))
-    ]
+    ranks = mean_ranks(x), mean_ranks(y)
     if any(rank.std() == 0 for rank in ranks):
         return Estimate(0.0, low=-1.0, high=1.0)
-    found = float(np.clip(np.corrcoef(ranks[0], ranks[1])[0, 1], -1, 1))
-    half = NORMAL_95 * math.sqrt((1 + found**2 / 2) / max(len(ranks[0]) - 3, 1))
-    z = math.atanh(min(max(found, -1 + 1e-12), 1 - 1e-12))
-    return Estimate(found, low=math.tanh(z - half), high=math.tanh(z + half))
+    rho = float(np.clip(np.corrcoef(*ranks)[0, 1], -1, 1))
+    half = NORMAL_95 * math.sqrt((1 + rho**2 / 2) / max(len(x) - 3, 1))
+    z = math.atanh(min(max(rho, -1 + 1e-12), 1 - 1e-12))
+    return Estimate(rho, low=math.tanh(z - half), high=math.tanh(z + half))
+
+
+def mean_ranks(values: Sequence[float]) -> np.ndarray:
+    """The place of each value [N] among all, the mean of their places for equal ones."""
+    rising = np.sort(values)
+    return np.array([np.flatnonzero(rising == value).mean() for value in values])
 
 
 def pool_estimates(draws: Sequence[Estimate]) -> Estimate:
     """The mean of one reward over independent draws of the same number of images: as biased as each, with a
     smaller error."""
-    value = float(np.mean(draws))
-    contributions = (
-        np.concatenate([draw.contributions for draw in draws])
-        if all(draw.contributions is not None for draw in draws)
-        else None
-    )
+    value, contributions = float(np.mean([draw.value for draw in draws])), pool_contributions(draws)
     errors = [draw.error for draw in draws if draw.error is not None]
     if len(errors) == len(draws):
         error = math.sqrt(sum(error**2 for error in errors)) / len(draws)
@@ -163,7 +237,7 @@ def pool_estimates(draws: Sequence[Estimate]) -> Estimate:
         low, high = wilson_interval(value, len(contributions))
         return Estimate(value, low=low, high=high, contributions=contributions)
     reaches = [
-        (draw - draw.low, draw.high - draw)
+        (draw.value - draw.low, draw.high - draw.value)
         for draw in draws
         if draw.low is not None and draw.high is not None
     ]
@@ -171,6 +245,12 @@ def pool_estimates(draws: Sequence[Estimate]) -> Estimate:
         below, above = map(pooled_reach, zip(*reaches))
         return Estimate(value, low=value - below, high=value + above, contributions=contributions)
     return Estimate(value, contributions=contributions)
+
+
+def pool_contributions(draws: Sequence[Estimate]) -> np.ndarray | None:
+    """Those of all draws, end to end; None where one has none."""
+    known = [draw.contributions for draw in draws if draw.contributions is not None]
+    return np.concatenate(known) if len(known) == len(draws) else None
 
 
 def pooled_reach(reaches: Sequence[float]) -> float:

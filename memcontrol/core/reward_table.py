@@ -1,15 +1,21 @@
-"""Owns the table of figures: what each reward is called, which way it is better, what it costs, its interval,
-and what it says."""
+"""Owns the table of rewards: what each is called, which way it is better, what it costs, its interval, and
+what it says."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Final
+
+from memcontrol.core.estimate import Rewards, strip_end
 
 CLIP = math.log(4)
 FALSE_POSITIVES = 0.01
 
-MINIMIZE, MAXIMIZE, BESIDE = "minimize", "maximize", "read beside others"
+MINIMIZE: Final = "minimize"
+MAXIMIZE: Final = "maximize"
+BESIDE = "read beside others"
 
 
 @dataclass(frozen=True)
@@ -343,7 +349,7 @@ REWARDS = {
     ),
 }
 
-BLIND_SPOTS = (  # what no figure sees
+BLIND_SPOTS = (  # what no reward sees
     "Whole-image copies in these two descriptors are all that is seen: not parts of images, not "
     "style, not facts about a person.",
     "No figure here is a privacy guarantee: a model that shows no copies can still reveal who was "
@@ -353,45 +359,59 @@ BLIND_SPOTS = (  # what no figure sees
 
 ENOUGH_SAMPLES = 4  # samples for each feature, below which a FID ranks by chance
 
-OBJECTIVES = tuple(name for name, figure in REWARDS.items() if figure.objective)
-DIRECTIONS = {name: figure.direction for name, figure in REWARDS.items() if figure.direction != BESIDE}
+OBJECTIVES = tuple(name for name, reward in REWARDS.items() if reward.objective)
+DIRECTIONS = {name: reward.direction for name, reward in REWARDS.items() if reward.direction != BESIDE}
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A reward that a search optimises, and which way it is better."""
+
+    name: str
+    direction: str
+
+    @property
+    def sign(self) -> int:
+        """Of its losses, of which less is better: -1 where it is maximised."""
+        return -1 if self.direction == MAXIMIZE else 1
+
+    def to_loss(self, value: float) -> float:
+        """The value as a loss; of a loss, the value."""
+        return self.sign * value
+
+
+def list_objectives(directions: Mapping[str, str]) -> list[Objective]:
+    """From names and directions, as studies, records and reports hold them."""
+    return [Objective(name, direction) for name, direction in directions.items()]
+
+
+def list_losses(rewards: Mapping[str, float], directions: Mapping[str, str]) -> list[float]:
+    """The objectives among the rewards, as losses."""
+    return [objective.to_loss(rewards[objective.name]) for objective in list_objectives(directions)]
+
+
+def list_errors(rewards: Mapping[str, float], names: Iterable[str]) -> list[float]:
+    """The standard errors of these rewards, 0 where nothing is known of one."""
+    return [Rewards(rewards).error(name) for name in names]
 
 
 def find_direction(name: str) -> str:
-    """Of a figure, or of an end of its interval."""
-    return DIRECTIONS.get(name) or DIRECTIONS.get(name.removesuffix("_low").removesuffix("_high"), MINIMIZE)
+    """Of a reward, or of an end of its interval."""
+    return DIRECTIONS.get(name) or DIRECTIONS.get(strip_end(name), MINIMIZE)
 
 
-def read_interval(name: str, rewards: dict[str, float]) -> tuple[float, float]:
+def read_interval(name: str, rewards: Mapping[str, float]) -> tuple[float, float]:
     """The 95 % interval of a reward among `rewards`; the value twice where nothing is known of its error."""
-    if f"{name}_low" in rewards:
-        return rewards[f"{name}_low"], rewards[f"{name}_high"]
-    reach = 1.96 * rewards.get(f"{name}_error", 0.0)
-    return rewards[name] - reach, rewards[name] + reach
+    return Rewards(rewards).interval(name)
 
 
-def read_error(name: str, rewards: dict[str, float]) -> float:
+def read_error(name: str, rewards: Mapping[str, float]) -> float:
     """The standard error of a reward among `rewards`, from what is beside it; 0 where nothing is."""
-    if f"{name}_error" in rewards:
-        return rewards[f"{name}_error"]
-    return (rewards[f"{name}_high"] - rewards[f"{name}_low"]) / 3.92 if f"{name}_low" in rewards else 0.0
+    return Rewards(rewards).error(name)
 
 
-def format_reward(name: str, rewards: dict[str, float]) -> str:
-    """The value with its interval: "22.6 +- 0.8", "1.2% (0.4%-2.8%)"; empty where it was not measured."""
-    if name not in rewards:
-        return ""
+def format_reward(name: str, rewards: Mapping[str, float]) -> str:
+    """The value with its interval: "22.6 ± 0.8", "1.2% (0.4%-2.8%)"; empty where it was not measured."""
     form = REWARDS[name].form if name in REWARDS else "{:.3f}"
-    text = form.format(rewards[name])
-    if f"{name}_error" in rewards:
-        few = (
-            " (few)"
-            if name == "fid" and rewards.get("fid_samples_per_feature", ENOUGH_SAMPLES) < ENOUGH_SAMPLES
-            else ""
-        )
-        return f"{text} ± {form.format(rewards[f'{name}_error'])}{few}"
-    return (
-        f"{text} ({form.format(rewards[f'{name}_low'])}-{form.format(rewards[f'{name}_high'])})"
-        if f"{name}_low" in rewards
-        else text
-    )
+    few = name == "fid" and rewards.get("fid_samples_per_feature", ENOUGH_SAMPLES) < ENOUGH_SAMPLES
+    return Rewards(rewards).written(name, form, " (few)" if few else "")

@@ -74,7 +74,7 @@ class Spec:
         write_json(RunFolder(folder).spec_file, self.description() | rest)
 
     def check_folder(self, folder: Path) -> None:
-        """Raises MemControlError where the folder holds a run that another config or space made: its figures
+        """Raises MemControlError where the folder holds a run that another config or space made: its rewards
         are not this one's."""
         run = RunFolder(folder)
         if not run.spec_file.is_file():

@@ -45,7 +45,7 @@ def measure_cost(
     batch: int = 1,
     shared_a: bool = False,
 ) -> Cost:
-    """The cost of a choice on a denoiser without an adapter; see `step_cost`."""
+    """The cost of a choice on a denoiser without an adapter; see `measure_step_cost`."""
     adapter = inject_adapter(denoiser, space, choice, 0, shared_a=shared_a)
     try:
         return measure_step_cost(denoiser, adapter, family, latents, text, batch)
@@ -67,12 +67,8 @@ def measure_step_cost(
     Backward stops at the first trained module, so a choice that begins late is cheaper. Memory counts the
     weights, for trained ones gradient and two moments of AdamW, and what forward keeps for backward.
     """
-    n_trained, n_base, counter, kept = (
-        adapter.n_trained(),
-        sum(parameter.numel() for parameter in denoiser.parameters()),
-        FlopCounter(),
-        KeptBytes(denoiser),
-    )
+    n_trained, n_base = adapter.n_trained(), sum(parameter.numel() for parameter in denoiser.parameters())
+    counter, kept = FlopCounter(), KeptBytes(denoiser)
     if n_trained:
         device = next(denoiser.parameters()).device
         noisy, time = torch.zeros(1, *latents, device=device), torch.zeros(1, device=device)
@@ -175,47 +171,58 @@ def survey_space(denoiser: nn.Module, space: SearchSpace) -> dict:
     does not fit.
     """
     modules = space.module_names(list_trainable_modules(denoiser))
-    owner = {name: group for group, names in modules.items() for name in names}
-    found: dict[str, Any] = {
-        "space": space.name,
-        "total": sum(parameter.numel() for parameter in denoiser.parameters()),
-        "methods": {},
-        "groups": [{"name": group, "modules": names, "parameters": {}} for group, names in modules.items()],
+    methods: dict[str, dict[str, Any]] = {}
+    groups: dict[str, dict[str, Any]] = {
+        name: {"name": name, "modules": members, "parameters": {}} for name, members in modules.items()
     }
     for method in space.methods:
-        groups = space.groups_for(method)
+        everything_on = space.choice(space.groups_for(method), method, 0.5)
         always = count_parameters(denoiser, space, space.choice((), method, 0.5))
-        everything = count_parameters(denoiser, space, space.choice(groups, method, 0.5))
-        found["methods"][method] = {"all_on": sum(everything.values()), "all_off": sum(always.values())}
-        for group in found["groups"]:
-            if group["name"] in groups:
-                group["parameters"][method] = sum(
-                    n
-                    for name, n in everything.items()
-                    if name not in always and find_owner(name, owner) == group["name"]
-                )
-        cost = measure_typical_cost(denoiser, space, space.choice(groups, method, 0.5))
-        found["methods"][method] |= {"cost": cost and asdict(cost)}
-    return found
+        everything = count_parameters(denoiser, space, everything_on)
+        cost = measure_typical_cost(denoiser, space, everything_on)
+        methods[method] = {
+            "all_on": sum(everything.values()),
+            "all_off": sum(always.values()),
+            "cost": cost and asdict(cost),
+        }
+        added = {name: n for name, n in everything.items() if name not in always}
+        by_group = sum_by_group(added, find_owners(modules))
+        for name in space.groups_for(method):
+            groups[name]["parameters"][method] = by_group[name]
+    return {
+        "space": space.name,
+        "total": sum(parameter.numel() for parameter in denoiser.parameters()),
+        "methods": methods,
+        "groups": list(groups.values()),
+    }
+
+
+def find_owners(modules: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """The group of each module."""
+    return {name: group for group, names in modules.items() for name in names}
+
+
+def sum_by_group(parameters: Mapping[str, int], owners: Mapping[str, str]) -> Counter[str]:
+    """How many of the parameters, which are counted by name, lie in each group's modules."""
+    sums: Counter[str] = Counter()
+    for name, n in parameters.items():
+        if group := find_owner(name, owners):
+            sums[group] += n
+    return sums
 
 
 def list_blocks(denoiser: nn.Module, space: SearchSpace) -> list[dict]:
     """The denoiser's blocks in the order of a forward pass: their parameters, and how many of these lie in
     each group's modules."""
-    owner = {
-        name: group
-        for group, names in space.module_names(list_trainable_modules(denoiser)).items()
-        for name in names
-    }
-    found: dict[str, dict] = {}
+    owners = find_owners(space.module_names(list_trainable_modules(denoiser)))
+    by_block: dict[str, dict[str, int]] = {}
     for name, parameter in denoiser.named_parameters():
-        block = found.setdefault(
-            name_block(name), {"name": name_block(name), "parameters": 0, "groups": Counter()}
-        )
-        block["parameters"] += parameter.numel()
-        if group := find_owner(name, owner):
-            block["groups"][group] += parameter.numel()
-    return sorted(found.values(), key=lambda block: LATE.get(block["name"].partition(".")[0], 0))
+        by_block.setdefault(name_block(name), {})[name] = parameter.numel()
+    blocks = [
+        {"name": block, "parameters": sum(counts.values()), "groups": sum_by_group(counts, owners)}
+        for block, counts in by_block.items()
+    ]
+    return sorted(blocks, key=lambda block: LATE.get(block["name"].partition(".")[0], 0))
 
 
 def name_block(parameter: str) -> str:
@@ -227,18 +234,18 @@ def name_block(parameter: str) -> str:
 
 def count_parameters(denoiser: nn.Module, space: SearchSpace, choice: Choice) -> dict[str, int]:
     adapter: Adapter = inject_adapter(denoiser, space, choice, 0)
-    found = {name: parameter.numel() for name, parameter in adapter.named_parameters().items()}
+    counts = {name: parameter.numel() for name, parameter in adapter.named_parameters().items()}
     adapter.remove()
-    return found
+    return counts
 
 
-def find_owner(parameter: str, owner: dict[str, str]) -> str | None:
+def find_owner(parameter: str, owners: Mapping[str, str]) -> str | None:
     """The group of the module that a parameter's name begins with."""
     name = parameter
     while "." in name:
         name = name.rpartition(".")[0]
-        if name in owner:
-            return owner[name]
+        if name in owners:
+            return owners[name]
     return None
 
 

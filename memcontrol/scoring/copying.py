@@ -1,7 +1,18 @@
-"""Owns the figures of memorization and copying: pure functions of feature matrices [n, d], numpy or torch.
+"""Owns the rewards of memorization and copying: pure functions of feature matrices [n, d], numpy or torch.
 
-Every value is an Estimate: a float that knows its error or interval. Distances are Euclidean, sums are
-float64.
+Every value is an Estimate, which knows its error or interval. Distances are Euclidean, sums are float64.
+
+Notations
+
+N, T, H: Numbers of generated, training and held-out images; D: dimensions of their features.
+d_1 .. d_k: Distances of one image to its k nearest training images, rising.
+d_T, d_H: Distances of the generated images to the nearest training and to the nearest held-out one, [N].
+r = d_T / d_H: What tells copies; far below 1 where an image is nearer to what was trained on.
+real: The same of the held-out images, each left out of its own reference, [H].
+line: The ratio that 99 % of real images exceed: of `real`, the one of rank 1 + int(0.01 (H - 1)).
+M = mean log(d_H / d_T): The memorization distance, each term clipped to +-log 4.
+m: Rows that are drawn of either reference for M, min(T, H).
+K: Neighbours that are kept for the null of M, N_NEIGHBOURS.
 """
 
 from __future__ import annotations
@@ -9,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -46,9 +57,10 @@ def authpct(generated, train) -> Estimate:
     the held-out images' value."""
     g, t = check_matrix(generated, "generated", dtype=None), check_matrix(train, "train", 2, dtype=None)
     refuse_unlike_widths(g, t)
-    distances, indices = nearest(g, t)
-    rows, places = np.unique(indices[:, 0], return_inverse=True)
-    return convert_to_percent(estimate_share(nearest_others(t, 1, rows)[places, 0] < distances[:, 0]))
+    d, nearest_rows = take_first(*nearest(g, t))  # [N] both
+    rows, places = np.unique(nearest_rows, return_inverse=True)
+    own = nearest_others(t, 1, rows)[places, 0]  # [N], of each image's nearest training point
+    return convert_to_percent(estimate_share(own < d))
 
 
 def mq(
@@ -63,8 +75,9 @@ def mq(
     d1 .. dk are squared distances of an image to its k nearest training images, the nearest included; in
     pixels of 0..1 as published. Squares make 0.5 an ordinary distance ratio of some 0.7.
     """
-    squares = measure_distances(generated, train, k) ** 2
-    return int((squares[:, 0] / np.maximum(squares.mean(1), 1e-300) < threshold).sum())
+    squares = measure_distances(generated, train, k) ** 2  # [N, k]
+    ratios = squares[:, 0] / np.maximum(squares.mean(1), 1e-300)
+    return int((ratios < threshold).sum())
 
 
 def measure_distances(generated, train, k: int) -> np.ndarray:
@@ -83,8 +96,8 @@ def carlini_rate(
 ) -> Estimate:
     """The share of images with d1 < alpha mean(d1 .. dk), distances to the k nearest training images (Carlini
     et al. 2023, arXiv 2301.13188, section 5). Needs many more training images than k."""
-    distances = measure_distances(generated, train, k)
-    return estimate_share(distances[:, 0] < alpha * distances.mean(1))
+    d = measure_distances(generated, train, k)  # [N, k]
+    return estimate_share(d[:, 0] < alpha * d.mean(1))
 
 
 def tile_distances(images, n_tiles: int = 4) -> np.ndarray:
@@ -116,12 +129,12 @@ def extraction(
     """
     import networkx
 
-    found: dict[str, list[bool]] = {"component": [], "clique": []}
+    hits: dict[str, list[bool]] = {"component": [], "clique": []}
     for images in generations:
         graph = networkx.from_numpy_array(np.triu(tile_distances(images) < threshold, 1))
-        found["component"].append(max(map(len, networkx.connected_components(graph))) >= least)
-        found["clique"].append(max(map(len, networkx.find_cliques(graph))) >= least)
-    return {name: estimate_share(np.array(hits)) for name, hits in found.items()}
+        hits["component"].append(max(map(len, networkx.connected_components(graph))) >= least)
+        hits["clique"].append(max(map(len, networkx.find_cliques(graph))) >= least)
+    return {name: estimate_share(np.array(by_prompt)) for name, by_prompt in hits.items()}
 
 
 @dataclass(frozen=True)
@@ -195,16 +208,21 @@ def nearest_versions(
     queries: tuple[np.ndarray, ...], references: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Nearest references over all versions of each query (as it is, mirrored): each reference counted once,
-    at its nearer one."""
-    found = [nearest(version, references, k) for version in queries]
-    if len(found) == 1:
-        return found[0]
-    distances, indices = (np.concatenate(parts, axis=1) for parts in zip(*found))
-    order = distances.argsort(axis=1, kind="stable")
-    distances, indices = np.take_along_axis(distances, order, 1), np.take_along_axis(indices, order, 1)
+    at its nearer one. Distances and rows, [N, k] both."""
+    by_version = [nearest(version, references, k) for version in queries]
+    if len(by_version) == 1:
+        return by_version[0]
+    distances, indices = (np.concatenate(parts, axis=1) for parts in zip(*by_version))
+    distances, indices = sort_neighbours(distances, indices)  # [N, versions k], a reference once a version
     k = min(k, len(references))
-    kept = [unique_first(row, k) for row in indices]
-    return np.take_along_axis(distances, np.array(kept), 1), np.take_along_axis(indices, np.array(kept), 1)
+    kept = np.array([unique_first(row, k) for row in indices])
+    return np.take_along_axis(distances, kept, 1), np.take_along_axis(indices, kept, 1)
+
+
+def sort_neighbours(distances: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Neighbours [N, K] by their distances, the first of equal ones first."""
+    order = distances.argsort(axis=1, kind="stable")
+    return np.take_along_axis(distances, order, 1), np.take_along_axis(indices, order, 1)
 
 
 def unique_first(row: np.ndarray, k: int) -> np.ndarray:
@@ -228,8 +246,8 @@ def copy_rate(generated, train, holdout, calibration=None) -> Estimate:
     space = make_space(generated, train, holdout)
     if calibration is None:
         return measure_copy_rate(space)
-    known = make_space(check_matrix(calibration, "calibration"), train, holdout)
-    return share_below_line(space, ratio(known.to_train[0], known.to_holdout))
+    real = make_space(check_matrix(calibration, "calibration"), train, holdout)
+    return share_below_line(space, ratio(real.to_train[0], real.to_holdout))
 
 
 def measure_copy_rate(space: DistanceSpace) -> Estimate:
@@ -257,48 +275,47 @@ def line_ratio(real: np.ndarray) -> float:
 
 
 def share_below_line(space: DistanceSpace, real: np.ndarray) -> Estimate:
-    share = estimate_share(ratio(space.to_train[0], space.to_holdout) < line_ratio(real))
-    share.p = hits_p_value(share, len(real))
-    return share
+    r = ratio(space.to_train[0], space.to_holdout)
+    share = estimate_share(r < line_ratio(real))
+    return replace(share, p=hits_p_value(share, len(real)))
 
 
 def measure_clear_copies(space: DistanceSpace) -> Estimate:
     """The share of images so near to a training image, relative to held-out ones, that without copying one
     such among all of them has a chance of 1 %. Few held-out images suffice for it, since it goes by how far
     below the line an image lies."""
-    made = ratio(space.to_train[0], space.to_holdout)
-    return estimate_share(tail_chances(real_ratios(space), made) * len(made) < 0.01)
+    r = ratio(space.to_train[0], space.to_holdout)
+    return estimate_share(tail_chances(real_ratios(space), r) * len(r) < 0.01)
 
 
-def tail_chances(real: np.ndarray, made: np.ndarray) -> np.ndarray:
-    """Of each ratio in `made` [N], the chance that a real image's is as low.
+def tail_chances(real: np.ndarray, r: np.ndarray) -> np.ndarray:
+    """Of each ratio [N], the chance that a real image's is as low.
 
     Near 0, P(ratio < r) goes as r to the power of the data's dimension, so the logarithm has an exponential
-    lower tail. Its rate is the mean excess of the tenth of the real ratios that is lowest (Hill 1975); that
-    this is an estimate makes the tail a Lomax.
+    lower tail. Its scale s is the mean excess e of the k real ratios that are lowest, a tenth of them (Hill
+    1975); that this is an estimate makes the tail a Lomax, k / (H + 1) (1 + e / (k s))^-k.
     """
-    logs = np.sort(np.log(np.maximum(real, 1e-12)))
-    k = min(max(5, len(logs) // 10), len(logs) - 1)
-    start, scale = logs[k], max(float((logs[k] - logs[:k]).mean()), 1e-6)
-    beyond = np.maximum(start - np.log(np.maximum(made, 1e-12)), 0)
-    return np.where(beyond > 0, k / (len(logs) + 1) * (1 + beyond / (k * scale)) ** -k, 1.0)
+    logs = np.sort(np.log(np.maximum(real, 1e-12)))  # [H]
+    n_real = len(logs)
+    k = min(max(5, n_real // 10), n_real - 1)
+    s = max(float((logs[k] - logs[:k]).mean()), 1e-6)
+    e = np.maximum(logs[k] - np.log(np.maximum(r, 1e-12)), 0)  # [N]
+    return np.where(e > 0, k / (n_real + 1) * (1 + e / (k * s)) ** -k, 1.0)
 
 
 def hits_p_value(share: Estimate, n_real: int) -> float:
     """The chance of as large a share without copying, its line drawn from n_real images."""
     assert share.contributions is not None
     n = len(share.contributions)
-    return beta_binomial_p(round(share * n), n, line_rank(n_real), n_real)
+    return beta_binomial_p(round(share.value * n), n, line_rank(n_real), n_real)
 
 
 def make_space(generated, train, holdout, seed: int = 0) -> DistanceSpace:
-    made, known, held = (
-        check_matrix(generated, "generated", dtype=None),
-        check_matrix(train, "train", dtype=None),
-        check_matrix(holdout, "holdout", 2, dtype=None),
-    )
-    refuse_unlike_widths(made, known, held)
-    return DistanceSpace((made,), known, held, (held,), seed)
+    g = check_matrix(generated, "generated", dtype=None)
+    t = check_matrix(train, "train", dtype=None)
+    h = check_matrix(holdout, "holdout", 2, dtype=None)
+    refuse_unlike_widths(g, t, h)
+    return DistanceSpace((g,), t, h, (h,), seed)
 
 
 def memorization(generated, train, holdout, seed: int = 0) -> Estimate:
@@ -313,60 +330,59 @@ def memorization(generated, train, holdout, seed: int = 0) -> Estimate:
 
 def measure_memorization(space: DistanceSpace) -> Estimate:
     floor = 1e-3 * float(np.median(space.held_to_train))
-    sets = list(zip((space.train, space.holdout), space.orders))
+    references = list(zip((space.train, space.holdout), space.orders))
     m = min(len(space.train), len(space.holdout))
     n_draws = 1 if len(space.train) == len(space.holdout) else N_REFERENCE_DRAWS
+    # a reference of m rows is the same in every draw
     whole = [
         nearest_versions(space.generated, rows[order], N_NEIGHBOURS) if len(rows) == m else None
-        for rows, order in sets
+        for rows, order in references
     ]
-    ratios, null = [], []
+    sides = np.repeat(np.array([TRAIN, HOLDOUT], np.int8), m)  # [2 m]
+    terms, null = [], []
     for draw in range(n_draws):
         rng = np.random.default_rng(derive_seed(space.seed, "memorization", draw))
-        found = [
-            known
-            or nearest_versions(space.generated, rows[order[rng.permutation(len(rows))[:m]]], N_NEIGHBOURS)
-            for known, (rows, order) in zip(whole, sets)
+        neighbours = [
+            known or nearest_versions(space.generated, draw_rows(rows, order, m, rng), N_NEIGHBOURS)
+            for known, (rows, order) in zip(whole, references)
         ]
-        distances, indices = merge_neighbours(found, m)
-        distances = np.maximum(distances, floor)
-        sides = np.repeat(np.array([TRAIN, HOLDOUT], np.int8), m)
-        ratios.append(log_ratios(distances, sides[indices]))
+        d, indices = merge_neighbours(neighbours, m)  # [N, 2 K] both
+        d = np.maximum(d, floor)
+        terms.append(log_ratios(d, sides[indices]))
         for _ in range(N_PERMUTATIONS // n_draws):
-            null.append(float(log_ratios(distances, rng.permutation(sides)[indices]).mean()))
-    contributions = np.mean(ratios, axis=0)
+            null.append(float(log_ratios(d, rng.permutation(sides)[indices]).mean()))
+    contributions = np.mean(terms, axis=0)  # [N]
     value = float(contributions.mean())
-    return Estimate(
-        value,
-        float(np.std(null)),
-        p=(1 + sum(x >= value for x in null)) / (1 + len(null)),
-        contributions=contributions,
-    )
+    p = (1 + sum(other >= value for other in null)) / (1 + len(null))
+    return Estimate(value, float(np.std(null)), p=p, contributions=contributions)
+
+
+def draw_rows(rows: np.ndarray, order: np.ndarray, m: int, rng: np.random.Generator) -> np.ndarray:
+    """m rows at random, without replacement: [m, D]."""
+    return rows[order[rng.permutation(len(rows))[:m]]]
 
 
 def canonical_order(rows: np.ndarray) -> np.ndarray:
     """An order of the rows by their content, so that draws do not depend on how a folder was listed: [N]."""
-    return np.array(
-        sorted(
-            range(len(rows)), key=lambda row: hashlib.blake2b(rows[row].tobytes(), digest_size=16).digest()
-        )
-    )
+    digests = [hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in rows]
+    return np.array(sorted(range(len(rows)), key=digests.__getitem__))
 
 
-def merge_neighbours(found: Sequence[tuple[np.ndarray, np.ndarray]], m: int) -> tuple[np.ndarray, np.ndarray]:
+def merge_neighbours(
+    by_set: Sequence[tuple[np.ndarray, np.ndarray]], m: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Neighbours in several sets of m rows, as one sorted list: distances, and rows in the sets laid end to
-    end. [N, K] both."""
-    distances = np.concatenate([distances for distances, _ in found], axis=1)
-    indices = np.concatenate([indices + i * m for i, (_, indices) in enumerate(found)], axis=1)
-    order = distances.argsort(axis=1, kind="stable")
-    return np.take_along_axis(distances, order, 1), np.take_along_axis(indices, order, 1)
+    end. [N, sets K] both."""
+    distances = np.concatenate([distances for distances, _ in by_set], axis=1)
+    indices = np.concatenate([indices + i * m for i, (_, indices) in enumerate(by_set)], axis=1)
+    return sort_neighbours(distances, indices)
 
 
 def log_ratios(distances: np.ndarray, sides: np.ndarray) -> np.ndarray:
-    """Clipped log ratios [N], from each image's sorted neighbours [N, K] and the side that each is on [N,
-    K]."""
-    to_train, to_holdout = (first_distance(distances, sides == side) for side in (TRAIN, HOLDOUT))
-    return np.clip(np.log(to_holdout / to_train), -CLIP, CLIP)
+    """The terms of M, clipped log(d_H / d_T) [N], from each image's sorted neighbours [N, K] and the side
+    that each is on [N, K]."""
+    d_train, d_holdout = (first_distance(distances, sides == side) for side in (TRAIN, HOLDOUT))
+    return np.clip(np.log(d_holdout / d_train), -CLIP, CLIP)
 
 
 def first_distance(distances: np.ndarray, chosen: np.ndarray) -> np.ndarray:

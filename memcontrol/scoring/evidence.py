@@ -8,10 +8,7 @@ from functools import cached_property
 import numpy as np
 
 from memcontrol.data.features import unit_rows
-from memcontrol.scoring.copying import (
-    DistanceSpace,
-    remember_once,
-)
+from memcontrol.scoring.copying import DistanceSpace, remember_once
 from memcontrol.scoring.quality import Gaussian, fit_gaussian
 
 
@@ -53,7 +50,8 @@ class Evidence:
 
     def space(self, name: str) -> DistanceSpace:
         if name not in self.cache:
-            self.cache[name] = (make_pixel_space if name == "pixels" else make_feature_space)(self)
+            make = make_pixel_space if name == "pixels" else make_feature_space
+            self.cache[name] = make(self)
         return self.cache[name]
 
 
@@ -73,9 +71,11 @@ def make_feature_space(evidence: Evidence) -> DistanceSpace:
     """Features centred on the mean of both references and scaled to unit length (cosine geometry)."""
     known, references = evidence.known["features"], (evidence.train.features, evidence.holdout.features)
     centre = remember_once(known, "centre", lambda: (references[0].mean(0) + references[1].mean(0)) / 2)
-    train, held = remember_once(
-        known, "on the sphere", lambda: [unit_rows(rows - centre) for rows in references]
-    )
+
+    def project() -> list[np.ndarray]:
+        return [unit_rows(rows - centre) for rows in references]
+
+    train, held = remember_once(known, "on the sphere", project)
     return DistanceSpace(
         (unit_rows(evidence.generated.features - centre),), train, held, (held,), evidence.seed, known
     )
@@ -84,10 +84,11 @@ def make_feature_space(evidence: Evidence) -> DistanceSpace:
 def describe_broken_images(pixels: np.ndarray) -> str:
     """Why images of pixels [N, 3 S], in 0..1, cannot be judged: a model that makes flat ones is broken. Empty
     if they can."""
-    flat_share = float((pixels.reshape(len(pixels), 3, -1).std(axis=2).max(axis=1) < 1e-3).mean())
+    spreads = pixels.reshape(len(pixels), 3, -1).std(axis=2).max(axis=1)  # [N], of the liveliest channel
+    flat_share = float((spreads < 1e-3).mean())
+    if flat_share <= 0.5:
+        return ""
     return (
         f"{flat_share:.0%} of the generated images are one flat colour; the model is broken (NaN, "
         "wrong precision or scaling)"
-        if flat_share > 0.5
-        else ""
     )

@@ -117,10 +117,8 @@ def load_clip(name: str) -> Callable[[np.ndarray, Sequence[str]], tuple[np.ndarr
     from transformers import AutoProcessor, CLIPModel
 
     try:
-        processor, (model, device) = (
-            AutoProcessor.from_pretrained(name),
-            place_network(CLIPModel.from_pretrained(name)),
-        )
+        processor = AutoProcessor.from_pretrained(name)
+        model, device = place_network(CLIPModel.from_pretrained(name))
     except (OSError, ValueError, KeyError) as error:
         raise MemControlError(
             f"rewards.clip '{name}' cannot be loaded as a CLIP model: {' '.join(str(error).split())[:200]}"

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
-from memcontrol.core.estimate import Estimate
+from memcontrol.core.estimate import Estimate, Measured
 from memcontrol.core.reward_table import FALSE_POSITIVES
 from memcontrol.scoring.copying import (
     authpct,
@@ -28,18 +27,17 @@ from memcontrol.scoring.quality import clip_score, fd_pca, fid, kid, mifid, prdc
 N_BALL = 5  # neighbours of precision, recall, density and coverage
 N_PAIRED = 200  # held-out images whose pairs calibrate the extraction attack
 
-
-MEASURES: list[Callable[[Evidence], dict[str, float]]] = []
+MEASURES: list[Callable[[Evidence], Measured]] = []
 
 
 def register_measure(function):
-    """Registers a function of the evidence that gives figures by name, most of them Estimates."""
+    """Registers a function of the evidence that gives rewards by name, most of them Estimates."""
     MEASURES.append(function)
     return function
 
 
 @register_measure
-def measure_frechet(evidence: Evidence) -> dict[str, float]:
+def measure_frechet(evidence: Evidence) -> Measured:
     """FD also on as many principal components as a quarter of the smaller set, 64 at the most."""
     held, made = evidence.holdout.features, evidence.generated.features
     k = max(1, min(64, len(made) // 4, len(held) // 4, held.shape[1]))
@@ -53,84 +51,76 @@ def measure_frechet(evidence: Evidence) -> dict[str, float]:
 
 
 @register_measure
-def measure_kernel_distance(evidence: Evidence) -> dict[str, float]:
+def measure_kernel_distance(evidence: Evidence) -> Measured:
     """Of features divided by the held-out ones' root mean square, since the kernel is not scale-free."""
     scale = math.sqrt(np.square(evidence.holdout.features, dtype=np.float64).mean())
     return {"kid": kid(evidence.holdout.features, evidence.generated.features, scale), "kid_scale": scale}
 
 
 @register_measure
-def measure_neighbourhoods(evidence: Evidence) -> dict[str, float]:
+def measure_neighbourhoods(evidence: Evidence) -> Measured:
     return dict(prdc(evidence.holdout.features, evidence.generated.features, N_BALL))
 
 
 @register_measure
-def measure_text_fit(evidence: Evidence) -> dict[str, float]:
+def measure_text_fit(evidence: Evidence) -> Measured:
     return {"clip_score": clip_score(*evidence.clip)} if evidence.clip else {}
 
 
 @register_measure
-def measure_memorization_distance(evidence: Evidence) -> dict[str, float]:
-    return add_worst(
-        {
-            f"memorization_{name}": measure_memorization(evidence.space(name))
-            for name in ("pixels", "features")
-        }
-    )
-
-
-def add_worst(found: dict[str, Any]) -> dict[str, Any]:
-    """Adds `memorization`, the larger M of pixels and features, and at least 0: below 0 is noise, never
-    "better"."""
-    worst = max((found["memorization_pixels"], found["memorization_features"]))
-    return found | {
-        "memorization": Estimate(max(worst, 0.0), worst.error, p=worst.p, contributions=worst.contributions)
-    }
-
-
-@register_measure
-def measure_copies(evidence: Evidence) -> dict[str, float]:
-    found = {
-        "copy_rate": measure_copy_rate(evidence.space("pixels")),
-        "copy_rate_features": measure_copy_rate(evidence.space("features")),
-    }
-    found |= {
-        "clear_copy_rate": max(
-            (measure_clear_copies(evidence.space(name)) for name in ("pixels", "features")), key=float
-        )
-    }
-    return found | {
-        "copy_rate_line": chance_rate(len(evidence.holdout.pixels)),
-        "copy_rate_n_real": len(evidence.holdout.pixels),
-    }
-
-
-@register_measure
-def measure_published(evidence: Evidence) -> dict[str, float]:
-    """Figures of other papers, for continuity: MQ and Carlini's rate in pixels, MIFID and AuthPct in
-    features, the last also of held-out images, whose value is what a model that copies nothing reaches."""
-    pixels, features = (
-        (evidence.generated.pixels, evidence.train.pixels),
-        (evidence.generated.features, evidence.train.features),
-    )
-    to_train = fid(evidence.train.gaussian, features[0])
-    both = {way: mifid(features[1], features[0], way, frechet=to_train) for way in ("kaggle", "torchmetrics")}
+def measure_memorization_distance(evidence: Evidence) -> Measured:
+    pixels, features = (measure_memorization(evidence.space(name)) for name in ("pixels", "features"))
     return {
-        "mq": float(mq(*pixels)),
-        "carlini_rate": carlini_rate(*pixels),
-        "mifid": both["kaggle"],
-        "mifid_torchmetrics": both["torchmetrics"],
-        "authpct": authpct(*features),
-        "authpct_holdout": remember_once(
-            evidence.known["features"],
-            "authpct of held-out",
-            lambda: authpct(evidence.holdout.features, features[1]),
-        ),
+        "memorization_pixels": pixels,
+        "memorization_features": features,
+        "memorization": find_worst(pixels, features),
+    }
+
+
+def find_worst(*distances: Estimate) -> Estimate:
+    """The reward `memorization`: the larger M, of pixels and features, and at least 0: below 0 is noise,
+    never "better"."""
+    worst = max(distances, key=float)
+    return Estimate(max(worst.value, 0.0), worst.error, p=worst.p, contributions=worst.contributions)
+
+
+@register_measure
+def measure_copies(evidence: Evidence) -> Measured:
+    pixels, features = evidence.space("pixels"), evidence.space("features")
+    n_real = len(evidence.holdout.pixels)
+    return {
+        "copy_rate": measure_copy_rate(pixels),
+        "copy_rate_features": measure_copy_rate(features),
+        "clear_copy_rate": max(measure_clear_copies(pixels), measure_clear_copies(features), key=float),
+        "copy_rate_line": chance_rate(n_real),
+        "copy_rate_n_real": n_real,
     }
 
 
 @register_measure
-def measure_nearest_distances(evidence: Evidence) -> dict[str, float]:
+def measure_published(evidence: Evidence) -> Measured:
+    """Rewards of other papers, for continuity: MQ and Carlini's rate in pixels, MIFID and AuthPct in
+    features, the last also of held-out images, whose value is what a model that copies nothing reaches."""
+    pixels, train_pixels = evidence.generated.pixels, evidence.train.pixels
+    features, train_features = evidence.generated.features, evidence.train.features
+    to_train = float(fid(evidence.train.gaussian, features))
+    authpct_holdout = remember_once(
+        evidence.known["features"],
+        "authpct of held-out",
+        lambda: authpct(evidence.holdout.features, train_features),
+    )
+    return {
+        "mq": float(mq(pixels, train_pixels)),
+        "carlini_rate": carlini_rate(pixels, train_pixels),
+        "mifid": mifid(train_features, features, "kaggle", frechet=to_train),
+        "mifid_torchmetrics": mifid(train_features, features, "torchmetrics", frechet=to_train),
+        "authpct": authpct(features, train_features),
+        "authpct_holdout": authpct_holdout,
+    }
+
+
+@register_measure
+def measure_nearest_distances(evidence: Evidence) -> Measured:
     """Average minimum pixel distances, for the eye only: no objective, since noise has the largest."""
     space = evidence.space("pixels")
     return {
@@ -140,12 +130,14 @@ def measure_nearest_distances(evidence: Evidence) -> dict[str, float]:
     }
 
 
-def measure_extraction(generations: np.ndarray, holdout: np.ndarray) -> dict[str, float]:
+def measure_extraction(generations: np.ndarray, holdout: np.ndarray) -> Measured:
     """The extraction attack on prompts' generations, uint8 [P, m, 3, H, W], its threshold the distance that 1
     % of pairs of held-out images, uint8 [N, 3, H, W], lie below."""
     apart = tile_distances(holdout / 255)
     threshold = float(np.quantile(apart[np.triu_indices(len(apart), 1)], FALSE_POSITIVES))
-    found = {f"extraction_{name}": share for name, share in extraction(generations / 255, threshold).items()}
+    found: Measured = {
+        f"extraction_{name}": share for name, share in extraction(generations / 255, threshold).items()
+    }
     n_groups = len(holdout) // generations.shape[1]
     if n_groups:  # what images that have nothing to do with each other get
         groups = holdout[: n_groups * generations.shape[1]].reshape(n_groups, -1, *holdout.shape[1:])

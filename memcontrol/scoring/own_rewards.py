@@ -9,7 +9,7 @@ from pathlib import Path
 
 from memcontrol.core.config import RewardsConfig
 from memcontrol.core.errors import MemControlError
-from memcontrol.core.estimate import Estimate
+from memcontrol.core.estimate import Estimate, strip_end
 from memcontrol.core.reward_table import DIRECTIONS, MAXIMIZE, MINIMIZE, OBJECTIVES, find_direction
 from memcontrol.scoring.evidence import Evidence
 
@@ -27,23 +27,25 @@ def reward(direction: str = MINIMIZE):
     return mark
 
 
-def compute_own_reward(place: str, evidence: Evidence) -> float:
-    """An Estimate keeps its error."""
+def compute_own_reward(place: str, evidence: Evidence) -> Estimate | float:
+    """An Estimate keeps its error. Raises MemControlError where the function fails or gives no finite
+    number."""
     function = load_own_reward(place)
     try:
         value = function(evidence)
     except Exception as error:
         raise MemControlError(f"reward {place} failed: {type(error).__name__}: {error}") from error
     try:
-        number = value if isinstance(value, Estimate) else float(value)
+        number = float(value)
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
-        raise MemControlError(f"reward {place} gave {value!r}; it must give a finite number")
-    return number
+        shown = number if isinstance(value, Estimate) else value
+        raise MemControlError(f"reward {place} gave {shown!r}; it must give a finite number")
+    return value if isinstance(value, Estimate) else number
 
 
-def load_own_reward(place: str) -> Callable[[Evidence], float]:
+def load_own_reward(place: str) -> Callable[[Evidence], Estimate | float]:
     """The function of FILE.py:FUNCTION. Raises MemControlError where there is none, or the file breaks."""
     path, _, name = place.rpartition(":")
     if not Path(path).is_file():
@@ -71,11 +73,13 @@ def load_own_reward(place: str) -> Callable[[Evidence], float]:
 def find_directions(rewards: RewardsConfig) -> list[str]:
     """Which way each objective is better. Raises MemControlError where a user's function is not there."""
     return [
-        getattr(load_own_reward(objective), "direction", MINIMIZE)
-        if ":" in objective
-        else find_direction(objective)
+        find_own_direction(objective) if ":" in objective else find_direction(objective)
         for objective in rewards.objectives
     ]
+
+
+def find_own_direction(place: str) -> str:
+    return getattr(load_own_reward(place), "direction", MINIMIZE)
 
 
 def check_rewards(rewards: RewardsConfig, n_features: int) -> None:
@@ -92,7 +96,7 @@ def check_rewards(rewards: RewardsConfig, n_features: int) -> None:
     if len(set(rewards.names)) < len(rewards.names):
         raise MemControlError(f"rewards.objectives: {', '.join(rewards.names)} names one twice")
     for name in rewards.limits:
-        if name.removesuffix("_low").removesuffix("_high") not in (*DIRECTIONS, *rewards.names):
+        if strip_end(name) not in (*DIRECTIONS, *rewards.names):
             raise MemControlError(
                 f"rewards.limits: '{name}' is unknown; allowed: "
                 f"{', '.join((*DIRECTIONS, *rewards.functions))}"

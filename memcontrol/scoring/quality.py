@@ -1,8 +1,7 @@
-"""Owns the metrics by name: those of quality, pure functions of feature matrices [n, d], numpy or torch;
+"""Owns the rewards by name: those of quality, pure functions of feature matrices [n, d], numpy or torch;
 those of copying are re-exported.
 
-Every value is an Estimate: a float that knows its error or interval. Distances are Euclidean, sums are
-float64.
+Every value is an Estimate, which knows its error or interval. Distances are Euclidean, sums are float64.
 """
 
 from __future__ import annotations
@@ -110,7 +109,8 @@ def fid(real, generated) -> Estimate:
             f"fid compares features of {len(x.mean)} and of {len(mean)} dimensions; use one "
             "extractor for both"
         )
-    shift, (trace, diagonal) = mean - x.mean, root_trace(factor @ x.factor.T)
+    shift = mean - x.mean
+    trace, diagonal = root_trace(factor @ x.factor.T)
     value = max(float(np.square(shift).sum() + np.square(factor).sum()) + x.trace - 2 * trace, 0.0)
     if rows is None:
         return Estimate(value)
@@ -160,20 +160,16 @@ def kid(real, generated, scale: float = 1.0) -> Estimate:
     # What is left when one row is left out, for each row.
     without_x = (xx.sum() - 2 * xx) / ((n - 1) * (n - 2)) - 2 * (xy.sum() - xy) / ((n - 1) * m)
     without_y = (yy.sum() - 2 * yy) / ((m - 1) * (m - 2)) - 2 * (xy.sum() - yx) / (n * (m - 1))
-    variance, value = (
-        (n - 1) * without_x.var() + (m - 1) * without_y.var(),
-        float(within_x + within_y - 2 * across),
-    )
-    return Estimate(
-        value, math.sqrt(variance), contributions=value + (m - 1) * (without_y.mean() - without_y)
-    )
+    variance = (n - 1) * without_x.var() + (m - 1) * without_y.var()
+    value = float(within_x + within_y - 2 * across)
+    contributions = value + (m - 1) * (without_y.mean() - without_y)  # [M]
+    return Estimate(value, math.sqrt(variance), contributions=contributions)
 
 
 def kernel_sums(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Of each row of x, the sum of (x.y / d + 1)^3 over all of y, in blocks: [N]."""
-    return np.concatenate(
-        [np.power(block @ y.T / x.shape[1] + 1, 3).sum(1) for block in split_blocks(x, 256)]
-    )
+    sums = [np.power(block @ y.T / x.shape[1] + 1, 3).sum(1) for block in split_blocks(x, 256)]
+    return np.concatenate(sums)
 
 
 def prdc(real, generated, k: int = 5) -> dict[str, Estimate]:
@@ -214,35 +210,30 @@ def mifid(
     """
     if direction not in ("kaggle", "torchmetrics"):
         raise MemControlError(f"mifid's direction is '{direction}'; allowed: kaggle, torchmetrics")
-    distance, value = (
-        cosine_distance(real, generated, direction),
-        fid(real, generated) if frechet is None else frechet,
-    )
+    d = cosine_distance(real, generated, direction)
+    value = float(fid(real, generated)) if frechet is None else frechet
     if direction == "torchmetrics" and value <= 1e-8:
         return Estimate(0.0)
-    return Estimate(value / (distance + 1e-14) if distance < threshold else float(value))
+    return Estimate(value / (d + 1e-14) if d < threshold else value)
 
 
 def cosine_distance(real, generated, direction: str = "kaggle") -> float:
     """Mean over one set of the least 1 - |cos| to the other."""
     x, y = check_matrix(real, "real", dtype=None), unit_rows(check_matrix(generated, "generated"))
     refuse_unlike_widths(x, y)
-    apart = [1 - np.abs(y @ unit_rows(block.astype(np.float64)).T) for block in split_blocks(x, 1024)]
-    least = (
-        np.min([block.min(1) for block in apart], axis=0)
-        if direction == "kaggle"
-        else np.concatenate([block.min(0) for block in apart])
-    )
+    blocks = [1 - np.abs(y @ unit_rows(block.astype(np.float64)).T) for block in split_blocks(x, 1024)]
+    if direction == "kaggle":
+        least = np.min([block.min(1) for block in blocks], axis=0)  # [M], of generated images
+    else:
+        least = np.concatenate([block.min(0) for block in blocks])  # [N], of real ones
     return float(least.mean())
 
 
 def clip_score(image_embeddings, text_embeddings) -> Estimate:
     """100 times the mean cosine of each image with its caption, at least 0 each (Hessel et al. 2021, arXiv
     2104.08718, without its factor of 2.5): embeddings [n, d] of one CLIP model, row by row."""
-    x, y = (
-        unit_rows(check_matrix(image_embeddings, "image embeddings", 2)),
-        unit_rows(check_matrix(text_embeddings, "text embeddings", 2)),
-    )
+    x = unit_rows(check_matrix(image_embeddings, "image embeddings", 2))
+    y = unit_rows(check_matrix(text_embeddings, "text embeddings", 2))
     if x.shape != y.shape:
         raise MemControlError(
             f"clip_score compares images and captions row by row and got {list(x.shape)} and {list(y.shape)}"

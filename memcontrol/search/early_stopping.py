@@ -11,7 +11,7 @@ import numpy as np
 
 from memcontrol.core.config import Config, EarlyStopping
 from memcontrol.core.files import write_json
-from memcontrol.core.reward_table import MAXIMIZE, read_error
+from memcontrol.core.reward_table import list_errors, list_losses, list_objectives
 from memcontrol.core.run_folder import RunFolder
 
 
@@ -33,14 +33,13 @@ class RungResult:
         objectives: dict[str, str],
         images: Mapping[str, np.ndarray] = {},
     ) -> RungResult:
-        signs = {name: -1.0 if direction == MAXIMIZE else 1.0 for name, direction in objectives.items()}
-        added = tuple(sign * images[name] if name in images else None for name, sign in signs.items())
-        return cls(
-            number,
-            tuple(sign * rewards[name] for name, sign in signs.items()),
-            tuple(read_error(name, rewards) for name in signs),
-            added,
-        )
+        """`objectives`: name to direction; `images`: what each sample adds to a reward, by name."""
+        losses, errors = list_losses(rewards, objectives), list_errors(rewards, objectives)
+        added = [
+            objective.sign * images[objective.name] if objective.name in images else None
+            for objective in list_objectives(objectives)
+        ]
+        return cls(number, tuple(losses), tuple(errors), tuple(added))
 
     def beaten_by(self, other: RungResult, beyond: float) -> bool:
         """Whether the other one is better in every objective, by more than `beyond` standard errors of the
@@ -51,10 +50,14 @@ class RungResult:
         )
 
     def error_of_difference(self, other: RungResult, i: int) -> float:
-        mine, theirs = (shown.contributions[i] if shown.contributions else None for shown in (self, other))
+        mine, theirs = self.find_contributions(i), other.find_contributions(i)
         if mine is None or theirs is None or len(mine) != len(theirs):
             return math.hypot(self.errors[i], other.errors[i])
         return float(np.std(mine - theirs, ddof=1)) / math.sqrt(len(mine))
+
+    def find_contributions(self, i: int) -> np.ndarray | None:
+        """What each sample added to the i-th objective, where that is known."""
+        return self.contributions[i] if self.contributions else None
 
 
 def weigh_peers(own: RungResult, peers: Sequence[RungResult], rule: EarlyStopping) -> tuple[list[int], bool]:
@@ -74,9 +77,9 @@ def judge_trial(
     if known:
         return known
     beaten, stops = weigh_peers(own, peers, rule)
-    found = {"rung": rung, "goes_on": not stops, "beaten_by": beaten, "n_peers": len(peers)}
-    write_json(run.judged_file, [*run.read_judgements(), found])
-    return found
+    judgement = {"rung": rung, "goes_on": not stops, "beaten_by": beaten, "n_peers": len(peers)}
+    write_json(run.judged_file, [*run.read_judgements(), judgement])
+    return judgement
 
 
 class EarlyStopper:

@@ -1,5 +1,21 @@
 """Owns the model that the search learns: a Gaussian process for each objective over masks and their settings,
-and the expected gain in hypervolume."""
+and the expected gain in hypervolume.
+
+Notations (Rasmussen and Williams 2006, chapters 2, 4 and 5)
+
+X: Points of N trials, as the model sees them, [N, F]; X_new: points that are asked about, [M, F].
+owner: Of each of the F columns, which of C coordinates it belongs to, [F].
+w: Weights of the coordinates, [C]; a column is scaled by the root of its coordinate's, [F].
+D: Squared distances of the points in each coordinate, [C, N, N]; r^2 = sum of w D over coordinates.
+k, dk: Matern 5/2 of r, and its derivative by r^2, [N, N] both.
+y: Values less their mean, in units of their standard deviation, [N].
+v_known: Known variances of y, [N]: all trials have the same prompts and noise, and most of this error with
+    them, so that only a share of it tells them apart.
+v_own: Known variances of y that no two trials share, and which count whole, [N].
+signal, noise, share: Variance of what is modelled, variance of a noise common to all, share of v_known.
+K = signal k + diag(share v_known + v_own + noise): The covariance of y, [N, N]; L: its Cholesky factor.
+alpha: K^-1 y, [N]; W: K^-1 - alpha alpha', [N, N].
+"""
 
 from __future__ import annotations
 
@@ -13,12 +29,8 @@ from scipy.optimize import minimize
 from scipy.special import ndtr
 
 SQRT5 = math.sqrt(5)
-# Log-normal priors (mean and sd of the log) in units of the objective's own spread: weights of the
-# coordinates, signal, noise. A
-# weight of 0.3 lets two masks that differ in one group share most of what is known of them.
-# The share is that of the known errors' variance which tells trials apart: all have the same prompts and
-# noise, and most of the error
-# with them.
+# Log-normal priors: mean and sd of the log. A weight of 0.3 lets two masks that differ in one group share
+# most of what is known of them.
 PRIORS = {
     "weight": (math.log(0.3), 1.5),
     "signal": (0.0, 1.0),
@@ -31,11 +43,11 @@ STARTS = (PRIORS["weight"][0], PRIORS["weight"][0] - 1.5)  # of the weights' log
 JITTER = 1e-9
 
 
-def matern(squares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def matern(r2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Matern 5/2 at squared distances, and its derivative by them (Rasmussen and Williams 2006, eq. 4.17)."""
-    r = np.sqrt(squares)
+    r = np.sqrt(r2)
     decay = np.exp(-SQRT5 * r)
-    return (1 + SQRT5 * r + 5 / 3 * squares) * decay, -5 / 6 * (1 + SQRT5 * r) * decay
+    return (1 + SQRT5 * r + 5 / 3 * r2) * decay, -5 / 6 * (1 + SQRT5 * r) * decay
 
 
 def squares_by_coordinate(a: np.ndarray, b: np.ndarray, owner: np.ndarray) -> np.ndarray:
@@ -55,7 +67,8 @@ def squared_distances(a: np.ndarray, b: np.ndarray, scale: np.ndarray) -> np.nda
 
 @dataclass(frozen=True)
 class Process:
-    """A Gaussian process that was conditioned on its points [N, F]; the weights are those of the columns."""
+    """A Gaussian process that was conditioned on its points X. `scale` [F] is that of their columns, `factor`
+    is L; `centre` and `spread` are the mean and standard deviation of the values."""
 
     points: np.ndarray
     scale: np.ndarray
@@ -65,56 +78,53 @@ class Process:
     centre: float
     spread: float
 
-    def predict(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and standard deviation [M] of the objective itself, without the noise of measuring it."""
-        k = self.signal * matern(squared_distances(points, self.points, self.scale))[0]  # [M, N]
-        left = solve_triangular(self.factor[0], k.T, lower=True)
-        variance = np.maximum(self.signal - (left**2).sum(0), 1e-12)
-        return self.centre + self.spread * (k @ self.alpha), self.spread * np.sqrt(variance)
+    def predict(self, X_new: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation [M] of the objective itself, without the noise of measuring it (eq.
+        2.25 and 2.26)."""
+        k_new = self.signal * self.correlate(X_new, self.points)  # [M, N]
+        v = solve_triangular(self.factor[0], k_new.T, lower=True)  # [N, M]
+        variance = np.maximum(self.signal - (v**2).sum(0), 1e-12)
+        return self.centre + self.spread * (k_new @ self.alpha), self.spread * np.sqrt(variance)
 
-    def contrast(self, points: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
+    def contrast(self, X_new: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
         """Mean and standard deviation of a weighted sum of the objective's values at points [M, F], whose
         weights [M] add to 0."""
-        k = self.signal * matern(squared_distances(points, self.points, self.scale))[0]
-        left = solve_triangular(self.factor[0], k.T @ weights, lower=True)
-        prior = self.signal * weights @ matern(squared_distances(points, points, self.scale))[0] @ weights
-        return self.spread * float(weights @ k @ self.alpha), self.spread * math.sqrt(
-            max(prior - left @ left, 0.0)
-        )
+        k_new = self.signal * self.correlate(X_new, self.points)  # [M, N]
+        v = solve_triangular(self.factor[0], k_new.T @ weights, lower=True)  # [N]
+        prior = self.signal * weights @ self.correlate(X_new, X_new) @ weights
+        variance = max(prior - v @ v, 0.0)
+        return self.spread * float(weights @ k_new @ self.alpha), self.spread * math.sqrt(variance)
+
+    def correlate(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """Correlations of the objective at points [M, F] and [N, F]: [M, N]."""
+        return matern(squared_distances(a, b, self.scale))[0]
 
 
 def negative_log_posterior(
-    logs: np.ndarray, y: np.ndarray, known: np.ndarray, own: np.ndarray, squares: np.ndarray
+    logs: np.ndarray, y: np.ndarray, v_known: np.ndarray, v_own: np.ndarray, D: np.ndarray
 ) -> tuple[float, np.ndarray]:
-    """Of hyperparameters (the logs of C weights, of signal, noise and share) given values [N] whose known
-    variances are `known`, and `own` those that no two trials share, and its gradient (Rasmussen and Williams
-    2006, eq. 5.8 and 5.9)."""
-    means, sds = (
-        np.array([PRIORS["weight"][i]] * len(squares) + [PRIORS[name][i] for name in COMMON]) for i in (0, 1)
-    )
-    weights, (signal, noise, share), identity = (
-        np.exp(logs[: -len(COMMON)]),
-        np.exp(logs[-len(COMMON) :]),
-        np.eye(len(y)),
-    )
-    k, slope = matern(np.tensordot(weights, squares, 1))
+    """Of hyperparameters, the logs [C + 3] of w, signal, noise and share, given y; and its gradient
+    (Rasmussen and Williams 2006, eq. 5.8 and 5.9)."""
+    w, (signal, noise, share) = np.exp(logs[: -len(COMMON)]), np.exp(logs[-len(COMMON) :])
+    k, dk = matern(np.tensordot(w, D, 1))  # [N, N] both
     try:
-        factor = cho_factor(signal * k + np.diag(share * known + own + noise + JITTER), lower=True)
+        L = cho_factor(signal * k + np.diag(share * v_known + v_own + noise + JITTER), lower=True)
     except np.linalg.LinAlgError:
         return 1e25, np.zeros_like(logs)
-    alpha = cho_solve(factor, y)
-    outer = cho_solve(factor, identity) - np.outer(alpha, alpha)
-    by_weight = 0.5 * signal * weights * np.tensordot(squares, outer * slope, 2)
-    gradient = np.array(
+    alpha = cho_solve(L, y)
+    W = cho_solve(L, np.eye(len(y))) - np.outer(alpha, alpha)
+    gradient = np.array(  # [C + 3]
         [
-            *by_weight,
-            0.5 * signal * (outer * k).sum(),
-            0.5 * noise * np.trace(outer),
-            0.5 * share * np.diag(outer) @ known,
+            *(0.5 * signal * w * np.tensordot(D, W * dk, 2)),
+            0.5 * signal * (W * k).sum(),
+            0.5 * noise * np.trace(W),
+            0.5 * share * np.diag(W) @ v_known,
         ]
     )
-    off = (logs - means) / sds
-    return 0.5 * y @ alpha + np.log(np.diag(factor[0])).sum() + 0.5 * (off**2).sum(), gradient + off / sds
+    means, sds = np.array([PRIORS["weight"]] * len(D) + [PRIORS[name] for name in COMMON]).T
+    z = (logs - means) / sds
+    value = 0.5 * y @ alpha + np.log(np.diag(L[0])).sum() + 0.5 * (z**2).sum()
+    return value, gradient + z / sds
 
 
 def fit_process(
@@ -130,41 +140,41 @@ def fit_process(
     hyperparameters at the posterior's mode. It believes its own mean at the points that are pending [P, F],
     so that the next draw goes elsewhere (the kriging believer of Ginsbourger et al. 2010)."""
     centre, spread = float(np.mean(values)), float(np.std(values)) or 1.0
-    y, known, own, squares = (
-        (values - centre) / spread,
-        (errors / spread) ** 2,
-        (own_errors / spread) ** 2,
-        squares_by_coordinate(points, points, owner),
-    )
-    starts = [np.array([weight] * len(squares) + [PRIORS[name][0] for name in COMMON]) for weight in STARTS]
-    bounds = [BOUNDS] * (len(squares) + 2) + [(BOUNDS[0], 0.0)]
-    ends = [
-        minimize(
-            negative_log_posterior,
-            start,
-            (y, known, own, squares),
-            jac=True,
-            method="L-BFGS-B",
-            bounds=bounds,
-        )
-        for start in starts
-    ]
-    *weights, signal, noise, share = np.exp(min(ends, key=lambda end: end.fun).x)
-    variances = share * known + own + noise
-    found = condition_process(points, y, variances, np.sqrt(np.array(weights)[owner]), signal, centre, spread)
+    y, v_known, v_own = (values - centre) / spread, (errors / spread) ** 2, (own_errors / spread) ** 2
+    mode = find_mode(y, v_known, v_own, squares_by_coordinate(points, points, owner))
+    *w, signal, noise, share = np.exp(mode)
+    variances = share * v_known + v_own + noise
+    process = condition_process(points, y, variances, np.sqrt(np.array(w)[owner]), signal, centre, spread)
     if not len(pending):
-        return found
-    believed = (found.predict(pending)[0] - centre) / spread
-    together = np.concatenate([variances, np.full(len(pending), noise)])
+        return process
+    believed = (process.predict(pending)[0] - centre) / spread
     return condition_process(
         np.concatenate([points, pending]),
         np.concatenate([y, believed]),
-        together,
-        found.scale,
+        np.concatenate([variances, np.full(len(pending), noise)]),
+        process.scale,
         signal,
         centre,
         spread,
     )
+
+
+def find_mode(y: np.ndarray, v_known: np.ndarray, v_own: np.ndarray, D: np.ndarray) -> np.ndarray:
+    """The most probable hyperparameters' logs [C + 3], from two starts."""
+    common = [PRIORS[name][0] for name in COMMON]
+    bounds = [BOUNDS] * (len(D) + 2) + [(BOUNDS[0], 0.0)]
+    ends = [
+        minimize(
+            negative_log_posterior,
+            np.array([weight] * len(D) + common),
+            (y, v_known, v_own, D),
+            jac=True,
+            method="L-BFGS-B",
+            bounds=bounds,
+        )
+        for weight in STARTS
+    ]
+    return min(ends, key=lambda end: end.fun).x
 
 
 def condition_process(
@@ -176,9 +186,10 @@ def condition_process(
     centre: float,
     spread: float,
 ) -> Process:
-    covariance = signal * matern(squared_distances(points, points, scale))[0] + np.diag(noise + JITTER)
-    factor = cho_factor(covariance, lower=True)
-    return Process(points, scale, signal, factor, cho_solve(factor, y), centre, spread)
+    """Of y and the variances of its noise, [N] both."""
+    K = signal * matern(squared_distances(points, points, scale))[0] + np.diag(noise + JITTER)
+    L = cho_factor(K, lower=True)
+    return Process(points, scale, signal, L, cho_solve(L, y), centre, spread)
 
 
 def expected_gain(
@@ -187,7 +198,7 @@ def expected_gain(
     """Expected hypervolume improvement [M] of two minimised objectives over a front [N, 2] that lies below
     the reference [2]: exact for independent normal posteriors (Emmerich, Deutz and Klinkenberg 2011)."""
     front = front[np.argsort(front[:, 0])]
-    # strips of the first objective
+    # strips of the first objective between the front's points, and the height below which each gains: [N + 1]
     lower, upper = np.concatenate([[-np.inf], front[:, 0]]), np.concatenate([front[:, 0], [reference[0]]])
     height = np.concatenate([[reference[1]], front[:, 1]])
 
@@ -195,8 +206,8 @@ def expected_gain(
         """The mean of how far objective i lies below each bound: [M, strips]."""
         mean, sd = means[i][:, None], sds[i][:, None]
         z = (bound[None] - mean) / sd
-        with np.errstate(invalid="ignore"):
-            found = sd * (z * ndtr(z) + np.exp(-0.5 * z**2) / math.sqrt(2 * math.pi))
-        return np.where(np.isneginf(bound)[None], 0.0, found)
+        with np.errstate(invalid="ignore"):  # at the bound that is not finite
+            gap = sd * (z * ndtr(z) + np.exp(-0.5 * z**2) / math.sqrt(2 * math.pi))
+        return np.where(np.isneginf(bound)[None], 0.0, gap)
 
     return ((below(upper, 0) - below(lower, 0)) * below(height, 1)).sum(1)

@@ -10,10 +10,11 @@ import numpy as np
 
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.estimate import Estimate
+from memcontrol.core.reward_table import list_objectives
 from memcontrol.core.space import SearchSpace
 from memcontrol.search.encoding import SpaceEncoding
-from memcontrol.search.gaussian_process import fit_process
-from memcontrol.search.surrogate import N_SPREAD, gather_training_set
+from memcontrol.search.gaussian_process import Process, fit_process
+from memcontrol.search.surrogate import N_SPREAD, TrainingSet, gather_training_set
 from memcontrol.study.record import Record
 
 
@@ -61,72 +62,85 @@ def measure_importance(records: Sequence[Record], space: SearchSpace) -> list[Ef
 
     Raises MemControlError where too few trials have ended to fit anything.
     """
-    points = SpaceEncoding(space)
-    evidence = gather_training_set(records, points, ())
-    if evidence is None or len(evidence.rows) < N_SPREAD:
-        n = 0 if evidence is None else len(evidence.rows)
+    encoding = SpaceEncoding(space)
+    known = gather_training_set(records, encoding, ())
+    if known is None or len(known.rows) < N_SPREAD:
+        n = 0 if known is None else len(known.rows)
         raise MemControlError(
             f"importance needs {N_SPREAD} ended trials, not counting the anchors none and full, "
             f"which no point of the space stands for; this study has {n}: search on, memcontrol "
             f"search STUDY.yaml --trials {N_SPREAD}"
         )
-    seen, nothing = points.seen(evidence.rows), np.empty((0, len(points.owner)))
-    objectives = next(record.objectives for record in records if record.finished)
-    processes = {
-        name: fit_process(
-            seen,
-            evidence.values[:, i],
-            evidence.errors[:, i],
-            evidence.own_errors[:, i],
-            nothing,
-            points.owner,
-        )
-        for i, name in enumerate(objectives)
-    }
-    signs = {name: -1.0 if direction == "maximize" else 1.0 for name, direction in objectives.items()}
-    found = []
-    for column, (name, low, high) in list_contrasts(points):
-        lows, highs = (
-            change_rows(points, evidence.rows, column, low),
-            change_rows(points, evidence.rows, column, high),
-        )
-        pairs = [(a, b) for a, b in zip(lows, highs) if a is not None and b is not None]
-        if not pairs:
+    objectives = list_objectives(next(record.objectives for record in records if record.finished))
+    processes = fit_objectives(known, encoding, len(objectives))
+    effects = []
+    for contrast in list_contrasts(encoding):
+        pairs = pair_rows(encoding, known.rows, contrast)
+        if not len(pairs):
             continue
-        there = points.seen(np.concatenate([[a for a, _ in pairs], [b for _, b in pairs]]))
+        there = encoding.seen(np.concatenate([pairs[:, 0], pairs[:, 1]]))  # [2 pairs, F]
         weights = np.repeat([-1 / len(pairs), 1 / len(pairs)], len(pairs))
-        effects = {}
-        for objective, process in processes.items():
+        by_objective = {}
+        for objective, process in zip(objectives, processes):
             value, error = process.contrast(there, weights)
-            effects[objective] = Estimate(signs[objective] * value, error)
-        first, last = (
-            [points.options[name][int(end)] for end in (low, high)] if name in points.options else [low, high]
+            by_objective[objective.name] = Estimate(objective.to_loss(value), error)
+        effects.append(Effect(contrast.name, *name_ends(encoding, contrast), by_objective, len(pairs)))
+    return effects
+
+
+def fit_objectives(known: TrainingSet, encoding: SpaceEncoding, n_objectives: int) -> list[Process]:
+    """A process of each objective's losses, nothing pending."""
+    seen, nothing = encoding.seen(known.rows), np.empty((0, len(encoding.owner)))
+    return [
+        fit_process(
+            seen, known.values[:, i], known.errors[:, i], known.own_errors[:, i], nothing, encoding.owner
         )
-        found.append(Effect(name, first, last, effects, len(pairs)))
-    return found
+        for i in range(n_objectives)
+    ]
 
 
-def list_contrasts(points: SpaceEncoding) -> list[tuple[int, tuple[str, float, float]]]:
-    """Each coordinate's column with its two ends; a method against the first one, in turn."""
-    found: list[tuple[int, tuple[str, float, float]]] = []
-    for i, (name, options) in enumerate(points.options.items()):
-        if len(options) > 1:
-            ordered = all(isinstance(option, (int, float)) for option in options)
-            found += [
-                (i, (name, 0, last)) for last in ([len(options) - 1] if ordered else range(1, len(options)))
-            ]
-    if points.rate_matters:
-        found.append((len(points.options), ("rate", 0.0, 1.0)))
-    return found
+@dataclass(frozen=True)
+class Contrast:
+    """The two ends of a coordinate: what its column in a row holds at either."""
+
+    column: int
+    name: str
+    low: float
+    high: float
 
 
-def change_rows(
-    points: SpaceEncoding, rows: np.ndarray, column: int, value: float
-) -> list[np.ndarray | None]:
-    """Each row with that value there, where a choice can have it with all else unchanged."""
-    found: list[np.ndarray | None] = []
+def list_contrasts(encoding: SpaceEncoding) -> list[Contrast]:
+    """Each coordinate's lowest against its highest option; a method against the first one, in turn."""
+    contrasts = []
+    for column, (name, options) in enumerate(encoding.options.items()):
+        ordered = all(isinstance(option, (int, float)) for option in options)
+        first = max(len(options) - 1, 1) if ordered else 1
+        contrasts += [Contrast(column, name, 0, last) for last in range(first, len(options))]
+    if encoding.rate_matters:
+        contrasts.append(Contrast(len(encoding.options), "rate", 0.0, 1.0))
+    return contrasts
+
+
+def name_ends(encoding: SpaceEncoding, contrast: Contrast) -> tuple[object, object]:
+    """The options at both ends; of the learning rate, its places."""
+    if contrast.name not in encoding.options:
+        return contrast.low, contrast.high
+    options = encoding.options[contrast.name]
+    return options[int(contrast.low)], options[int(contrast.high)]
+
+
+def pair_rows(encoding: SpaceEncoding, rows: np.ndarray, contrast: Contrast) -> np.ndarray:
+    """Rows at the contrast's low and high end [pairs, 2, columns]: those with which a choice can have either,
+    all else unchanged."""
+    pairs = []
     for row in rows:
-        new = row.copy()
-        new[column] = value
-        found.append(new if np.array_equal(points.row(points.choice(new)).round(2), new.round(2)) else None)
-    return found
+        pair = np.stack([row, row])
+        pair[:, contrast.column] = contrast.low, contrast.high
+        if all(is_possible(encoding, end) for end in pair):
+            pairs.append(pair)
+    return np.array(pairs)
+
+
+def is_possible(encoding: SpaceEncoding, row: np.ndarray) -> bool:
+    """Whether it is the row of its own choice."""
+    return np.array_equal(encoding.row(encoding.choice(row)).round(2), row.round(2))

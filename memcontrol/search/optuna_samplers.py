@@ -12,6 +12,7 @@ import optuna
 from optuna.trial import TrialState, create_trial
 
 from memcontrol.core.choice import Choice
+from memcontrol.core.reward_table import MINIMIZE
 from memcontrol.core.seeds import derive_seed
 from memcontrol.core.space import SearchSpace
 from memcontrol.search.surrogate import N_SPREAD, OUTSIDE, extrapolate_losses
@@ -32,7 +33,7 @@ class InMemoryStudy:
 
     def __init__(self, space: SearchSpace, n_objectives: int, limits: Sequence[Limit], kind: str):
         self.space, self.limits, self.kind = space, limits, kind
-        self.study = optuna.create_study(directions=["minimize"] * n_objectives)
+        self.study = optuna.create_study(directions=[MINIMIZE] * n_objectives)
         # the study's trial id, where it has one, and the state it mirrors, by number
         self.mirrored: dict[int, tuple[int | None, str]] = {}
         self.n_mirrored = 0  # trials that ended well

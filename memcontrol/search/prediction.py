@@ -131,7 +131,7 @@ def find_last_end(jobs: Sequence[float], n_workers: int) -> float:
 
 def expect_front_size(n: int) -> int:
     """How many trials will be measured again: the expected front of n points in the plane, 1 + 1/2 + ... +
-    1/n, taken twice, since others move up as figures come in."""
+    1/n, taken twice, since others move up as rewards come in."""
     return min(n, round(2 * sum(1 / i for i in range(1, n + 1))))
 
 

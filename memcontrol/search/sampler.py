@@ -20,7 +20,8 @@ from memcontrol.core.space import SearchSpace
 from memcontrol.search.encoding import SpaceEncoding
 from memcontrol.search.optuna_samplers import InMemoryStudy
 from memcontrol.search.surrogate import N_SPREAD, OUTSIDE, gather_training_set, propose_choices
-from memcontrol.study.pareto import Limit, find_front
+from memcontrol.study.pareto import Limit
+from memcontrol.study.pick import select_front
 from memcontrol.study.record import Record
 
 N_GP = 250  # trials up to which a Gaussian process is fitted: its cost grows with the cube of their number
@@ -58,7 +59,7 @@ class Sampler:
             n_objectives,
         )
         self.first = [choice for choice in map(self.within, first) if choice is not None]
-        self.points, self.mirror = SpaceEncoding(space), InMemoryStudy(space, n_objectives, limits, kind)
+        self.encoding, self.mirror = SpaceEncoding(space), InMemoryStudy(space, n_objectives, limits, kind)
 
     def draw(self, records: Sequence[Record], hurried: bool = False) -> Choice:
         """The next choice. Raises SpaceExhausted when the space seems to hold no further one."""
@@ -80,14 +81,14 @@ class Sampler:
         if self.kind == "gp" or (
             self.kind == "auto" and self.n_objectives == 2 and len(records) <= N_GP and not hurried
         ):
-            evidence = (
-                gather_training_set(records, self.points, self.limits) if n_sampled >= N_SPREAD else None
+            training_set = (
+                gather_training_set(records, self.encoding, self.limits) if n_sampled >= N_SPREAD else None
             )
-            if evidence and len(evidence.values) >= N_SPREAD:
+            if training_set and len(training_set.values) >= N_SPREAD:
                 return lambda: self.drawn(
                     known,
                     itertools.chain(
-                        propose_choices(evidence, self.points, seed),
+                        propose_choices(training_set, self.encoding, seed),
                         self.flipped(select_parents(records), seed),
                     ),
                 )
@@ -191,8 +192,5 @@ def is_known(choice: Choice, known: dict[frozenset[str], list[Choice]]) -> bool:
 def select_parents(records: Sequence[Record]) -> list[Choice]:
     """Choices on the front, among those that the space holds; before there is one, all of these."""
     own = [record for record in records if record.choice is not None and record.anchor not in OUTSIDE]
-    finished = [record for record in own if record.finished]
-    return [
-        record.chosen
-        for record in ([finished[i] for i in find_front([record.losses for record in finished])] or own)
-    ]
+    front = select_front([record for record in own if record.finished])
+    return [record.chosen for record in front or own]

@@ -1,20 +1,29 @@
-"""Owns what a search has learned: the evidence of its trials, and the choices that a model of it promises
-most of."""
+"""Owns what a search has learned: the training set that its trials are, and the choices that a model of it
+promises most of.
+
+Notations
+
+rows: Choices as the encoding has them, [N, coordinates + 1]; X: the same as the model sees them, [N, F].
+values: Losses of the N trials that ended, less is better, [N, 2]; means: the model's, without noise.
+errors, own_errors: Standard errors of measuring, and of fine-tuning by luck, [N, 2] both.
+excesses: By how much each limit is exceeded, at most 0 where it is kept, [N, limits].
+pending: Rows of trials that run, [P, coordinates + 1]; the model believes its own mean of them.
+front, reference: Points that no other dominates, [n, 2], and the point that hypervolumes are measured from.
+"""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.special import ndtr
 
 from memcontrol.core.choice import Choice
-from memcontrol.core.reward_table import read_error
 from memcontrol.search.early_stopping import RungResult
 from memcontrol.search.encoding import SpaceEncoding
-from memcontrol.search.gaussian_process import expected_gain, fit_process
+from memcontrol.search.gaussian_process import Process, expected_gain, fit_process
 from memcontrol.study.pareto import Limit, find_front
 from memcontrol.study.record import Record
 from memcontrol.study.replicates import average_fine_tunings, errors_by_luck, estimate_spread
@@ -28,9 +37,7 @@ OUTSIDE = ("none", "full")  # anchors that no point of the space stands for
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """What a model learns from: the rows of N trials that ended, their losses, these losses' errors of
-    measuring and those of fine-tuning by luck [N, 2]; by how much they exceed each limit [N, limits]; the
-    rows of those that run."""
+    """What a model learns from; see the notations."""
 
     rows: np.ndarray
     values: np.ndarray
@@ -41,7 +48,7 @@ class TrainingSet:
 
 
 def gather_training_set(
-    records: Sequence[Record], points: SpaceEncoding, limits: Sequence[Limit]
+    records: Sequence[Record], encoding: SpaceEncoding, limits: Sequence[Limit]
 ) -> TrainingSet | None:
     """None before any trial ended well. A trial that was stopped early counts as what it promised, one that
     diverged as the worst that was seen."""
@@ -51,42 +58,37 @@ def gather_training_set(
         return None
     stopped = [record for record in own if record.state == "PRUNED" and record.rungs]
     diverged = [record for record in own if record.state == "PRUNED" and not record.rungs]
-    values, errors = (
-        np.array([average_fine_tunings(record) for record in ended]),
-        np.array([collect_errors(record) for record in ended]),
-    )
-    over = np.array([list(compute_excesses(record.rewards, limits).values()) for record in ended])
+    running = [record for record in own if record.state == "RUNNING"]
+    together, n_diverged = ended + stopped + diverged, len(diverged)
+    losses = np.array([average_fine_tunings(record) for record in ended])
+    errors = np.array([record.errors for record in ended])
+    excesses = np.array([list(compute_excesses(record.rewards, limits).values()) for record in ended])
     promises = [extrapolate_losses(record, ended) for record in stopped]
     return TrainingSet(
-        rows=np.array([points.row(record.chosen) for record in ended + stopped + diverged]),
-        values=np.concatenate(
+        rows=encode_records(together, encoding),
+        values=np.vstack(
+            [losses, *(promised for promised, _ in promises), repeat_row(losses.max(0), n_diverged)]
+        ),
+        errors=np.vstack([errors, *(error for _, error in promises), repeat_row(errors.max(0), n_diverged)]),
+        own_errors=errors_by_luck(together, estimate_spread(records)),
+        excesses=np.vstack(
             [
-                values,
-                *(promised[None] for promised, _ in promises),
-                np.repeat(values.max(0)[None], len(diverged), 0),
+                excesses,
+                repeat_row(excesses.mean(0), len(stopped)),
+                repeat_row(excesses.max(0), n_diverged),
             ]
         ),
-        errors=np.concatenate(
-            [
-                errors,
-                *(error[None] for _, error in promises),
-                np.repeat(errors.max(0)[None], len(diverged), 0),
-            ]
-        ),
-        own_errors=errors_by_luck(ended + stopped + diverged, estimate_spread(records)),
-        excesses=np.concatenate(
-            [
-                over,
-                np.repeat(over.mean(0)[None], len(stopped), 0),
-                np.repeat(over.max(0)[None], len(diverged), 0),
-            ]
-        ),
-        pending=np.array([points.row(record.chosen) for record in own if record.state == "RUNNING"]),
+        pending=encode_records(running, encoding),
     )
 
 
-def collect_errors(record: Record) -> list[float]:
-    return [read_error(name, record.rewards) for name in record.objectives]
+def encode_records(records: Sequence[Record], encoding: SpaceEncoding) -> np.ndarray:
+    return np.array([encoding.row(record.chosen) for record in records])
+
+
+def repeat_row(row: np.ndarray, n: int) -> np.ndarray:
+    """The row [K] n times: [n, K]."""
+    return np.repeat(row[None], n, 0)
 
 
 def extrapolate_losses(record: Record, ended: Sequence[Record]) -> tuple[np.ndarray, np.ndarray]:
@@ -112,55 +114,84 @@ def winsorize(values: np.ndarray) -> np.ndarray:
     return np.minimum(values, median + N_BEYOND * (median - best))
 
 
-def propose_choices(evidence: TrainingSet, points: SpaceEncoding, seed: int) -> Iterator[Choice]:
-    """Choices by how much hypervolume they promise, those that should keep the limits: random ones and the
-    neighbours of the front, then the neighbours of the best of these."""
-    rng, pending = random.Random(seed), evidence.pending.reshape(-1, len(points.names) + 1)
-    seen, awaited, none = points.seen(evidence.rows), points.seen(pending), np.zeros(len(evidence.rows))
-    values = winsorize(evidence.values)
+@dataclass(frozen=True)
+class Surrogate:
+    """A process for each objective, and one for each limit that some trials keep and some exceed."""
+
+    encoding: SpaceEncoding
+    processes: list[Process]
+    guards: list[Process]
+
+    def means(self, X: np.ndarray) -> np.ndarray:
+        """What the losses would be without their noise: [M, 2]."""
+        return np.stack([process.predict(X)[0] for process in self.processes], 1)
+
+    def allowed(self, X: np.ndarray) -> np.ndarray:
+        """Which points should keep the limits: [M]."""
+        allowed = np.full(len(X), True)
+        for guard in self.guards:
+            allowed &= guard.predict(X)[0] <= 0
+        return allowed
+
+    def score(self, rows: np.ndarray, front: np.ndarray, reference: np.ndarray) -> np.ndarray:
+        """The expected gain in hypervolume over a front, times the chance that the limits are kept: [M]."""
+        X = self.encoding.seen(rows)
+        chance = np.ones(len(rows))
+        for mean, sd in (guard.predict(X) for guard in self.guards):
+            chance *= ndtr(-mean / sd)
+        means, sds = zip(*(process.predict(X) for process in self.processes))
+        return expected_gain(means, sds, front, reference) * chance
+
+
+def fit_surrogate(known: TrainingSet, encoding: SpaceEncoding, pending: np.ndarray) -> Surrogate:
+    """`pending`: rows [P, coordinates + 1]."""
+    X, awaited, none = encoding.seen(known.rows), encoding.seen(pending), np.zeros(len(known.rows))
+    values, errors, own = winsorize(known.values), known.errors, known.own_errors
     processes = [
-        fit_process(
-            seen, values[:, i], evidence.errors[:, i], evidence.own_errors[:, i], awaited, points.owner
-        )
-        for i in (0, 1)
+        fit_process(X, values[:, i], errors[:, i], own[:, i], awaited, encoding.owner) for i in (0, 1)
     ]
     guards = [
-        fit_process(seen, column, none, none, awaited, points.owner)
-        for column in evidence.excesses.T
+        fit_process(X, column, none, none, awaited, encoding.owner)
+        for column in known.excesses.T
         if np.ptp(column) > 0
     ]
-    there = np.concatenate([seen, awaited])
-    # what the values would be without their noise
-    means = np.stack([process.predict(there)[0] for process in processes], 1)
-    allowed = (
-        np.all([guard.predict(there)[0] <= 0 for guard in guards], axis=0)
-        if guards
-        else np.full(len(there), True)
-    )
+    return Surrogate(encoding, processes, guards)
+
+
+def propose_choices(known: TrainingSet, encoding: SpaceEncoding, seed: int) -> Iterator[Choice]:
+    """Choices by how much hypervolume they promise, those that should keep the limits: random ones and the
+    neighbours of the front, then the neighbours of the best of these."""
+    pending = known.pending.reshape(-1, len(encoding.names) + 1)
+    surrogate = fit_surrogate(known, encoding, pending)
+    there = np.concatenate([known.rows, pending])  # [N + P, coordinates + 1]
+    X = encoding.seen(there)
+    means, allowed = surrogate.means(X), surrogate.allowed(X)
     reference = means.max(0) + 0.1 * np.ptp(means, 0)
-    best = means[allowed][find_front(means[allowed].tolist())] if allowed.any() else reference[None]
+    front = means[allowed][find_front(means[allowed])] if allowed.any() else reference[None]
 
     def score(rows: np.ndarray) -> np.ndarray:
-        chance = np.ones(len(rows))
-        for mean, sd in (guard.predict(points.seen(rows)) for guard in guards):
-            chance *= ndtr(-mean / sd)
-        means, sds = zip(*(process.predict(points.seen(rows)) for process in processes))
-        return expected_gain(means, sds, best, reference) * chance
+        return surrogate.score(rows, front, reference)
 
-    parents = np.concatenate([evidence.rows, pending])[find_front(means.tolist())]
-    rows = points.canonical(
-        np.concatenate([points.random(N_RANDOM, rng), *(points.neighbours(row) for row in parents)])
-    )
+    randoms = encoding.random(N_RANDOM, random.Random(seed))
+    neighbours = [encoding.neighbours(row) for row in there[find_front(means)]]
+    rows, scores = climb(encoding.canonical(np.concatenate([randoms, *neighbours])), score, encoding)
+    for i in np.argsort(-scores, kind="stable"):
+        yield encoding.choice(rows[i])
+
+
+def climb(
+    rows: np.ndarray, score: Callable[[np.ndarray], np.ndarray], encoding: SpaceEncoding
+) -> tuple[np.ndarray, np.ndarray]:
+    """The rows and, N_CLIMBS times, the neighbours of the best N_BEST that were not climbed from; with their
+    scores."""
     scores = score(rows)
     climbed: set[bytes] = set()
     for _ in range(N_CLIMBS):
-        top = [
-            row for row in rows[np.argsort(-scores, kind="stable")[:N_BEST]] if row.tobytes() not in climbed
-        ]
+        best = rows[np.argsort(-scores, kind="stable")[:N_BEST]]
+        top = [row for row in best if row.tobytes() not in climbed]
         if not top:
             break
         climbed |= {row.tobytes() for row in top}
-        new = points.canonical(np.concatenate([points.neighbours(row) for row in top]))
+        new = encoding.canonical(np.concatenate([encoding.neighbours(row) for row in top]))
         rows, scores = np.concatenate([rows, new]), np.concatenate([scores, score(new)])
-    for i in np.argsort(-scores, kind="stable"):
-        yield points.choice(rows[i])
+    return rows, scores

@@ -3,14 +3,14 @@ and whether it still grows."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from memcontrol.core.estimate import Estimate
-from memcontrol.core.reward_table import read_error
+from memcontrol.core.reward_table import list_errors, list_losses
 from memcontrol.study.pareto import find_front, hypervolume
-from memcontrol.study.record import Record, orient_values
+from memcontrol.study.record import Record
 
 N_REDRAWS = 200
 N_WALKS = 40  # redrawn searches, for the error at every trial
@@ -29,28 +29,21 @@ def find_reference_point(records: Sequence[Record]) -> list[float] | None:
     return [float(value) for value in losses.max(0) + MARGIN * np.ptp(losses, 0)]
 
 
-def collect_measured(records: Sequence[Record]) -> tuple[list[list[float]], np.ndarray]:
+def collect_measured(records: Sequence[Record]) -> tuple[np.ndarray, np.ndarray]:
     """What the search measured (not what was measured again, which only the front is): losses, and their
-    standard errors [N, M]."""
-    losses = [
-        orient_values([record.searched[name] for name in record.objectives], record.objectives.values())
-        for record in records
-    ]
-    return losses, np.array(
-        [[read_error(name, record.searched) for name in record.objectives] for record in records]
-    ).reshape(len(losses), -1)
+    standard errors, [N, M] both."""
+    losses = [list_losses(record.searched, record.objectives) for record in records]
+    errors = [list_errors(record.searched, record.objectives) for record in records]
+    return np.array(losses), np.array(errors)
 
 
 def estimate_hypervolume(records: Sequence[Record], reference: Sequence[float], seed: int = 0) -> Estimate:
     """The hypervolume of what the search measured, with its standard error by redrawing every value from its
     own error."""
     losses, errors = collect_measured([record for record in records if record.finished])
-    rng = np.random.default_rng(seed)
-    draws = (
-        [hypervolume(rng.normal(losses, errors), reference) for _ in range(N_REDRAWS)]
-        if losses and errors.any()
-        else [0.0]
-    )
+    rng, draws = np.random.default_rng(seed), [0.0]
+    if errors.any():
+        draws = [hypervolume(rng.normal(losses, errors), reference) for _ in range(N_REDRAWS)]
     return Estimate(hypervolume(losses, reference), float(np.std(draws)))
 
 
@@ -59,44 +52,37 @@ def trace_hypervolume(
 ) -> dict[int, Estimate]:
     """The hypervolume by the number of trials that had ended well, in the order of their ends, with its
     standard error: after each of them, or after some N_PLACES numbers of them where there are more."""
-    losses, errors = collect_measured(
-        sorted(
-            (record for record in records if record.finished),
-            key=lambda record: (record.ended, record.number),
-        )
-    )
-    places, rng = (
-        np.unique(np.linspace(1, len(losses), min(len(losses), N_PLACES), dtype=int)).tolist(),
-        np.random.default_rng(seed),
-    )
-    draws = zip(*(accumulate_volumes(rng.normal(losses, errors), places, reference) for _ in range(N_WALKS)))
-    found = accumulate_volumes(np.asarray(losses), places, reference)
-    return {
-        place: Estimate(volume, float(np.std(drawn))) for place, volume, drawn in zip(places, found, draws)
-    }
+    losses, errors = collect_measured(sort_by_end(record for record in records if record.finished))
+    n, rng = len(losses), np.random.default_rng(seed)
+    places = np.unique(np.linspace(1, n, min(n, N_PLACES), dtype=int)).tolist()
+    volumes = accumulate_volumes(losses, places, reference)
+    walks = [accumulate_volumes(rng.normal(losses, errors), places, reference) for _ in range(N_WALKS)]
+    sds = [float(np.std(by_walk)) for by_walk in zip(*walks)]
+    return {place: Estimate(volume, sd) for place, volume, sd in zip(places, volumes, sds)}
+
+
+def sort_by_end(records: Iterable[Record]) -> list[Record]:
+    """In the order of their ends."""
+    return sorted(records, key=lambda record: (record.ended, record.number))
 
 
 def accumulate_volumes(losses: np.ndarray, places: Sequence[int], reference: Sequence[float]) -> list[float]:
     """The hypervolume of the first points, by how many."""
-    kept, found = losses[:0], []
+    front, volumes = losses[:0], []
     for first, last in zip([0, *places], places):
-        kept = np.concatenate([kept, losses[first:last]])
-        kept = kept[find_front(kept)]
-        found.append(hypervolume(kept, reference))
-    return found
+        front = np.concatenate([front, losses[first:last]])
+        front = front[find_front(front)]
+        volumes.append(hypervolume(front, reference))
+    return volumes
 
 
 def is_flat(records: Sequence[Record], reference: Sequence[float], n: int) -> bool:
     """Whether the last n sampled trials to end have raised the hypervolume by no more than its noise."""
-    sampled = sorted(
-        (record for record in records if record.anchor is None and record.state in ("COMPLETE", "PRUNED")),
-        key=lambda record: (record.ended, record.number),
-    )
-    if len(sampled) < n:
+    sampled = [record for record in records if record.anchor is None]
+    ended = sort_by_end(record for record in sampled if record.state in ("COMPLETE", "PRUNED"))
+    if len(ended) < n:
         return False
-    last = {record.number for record in sampled[-n:]}
-    now, before = (
-        estimate_hypervolume(records, reference),
-        estimate_hypervolume([record for record in records if record.number not in last], reference),
-    )
-    return now - before <= (now.error or 0)
+    last = {record.number for record in ended[-n:]}
+    now = estimate_hypervolume(records, reference)
+    before = estimate_hypervolume([record for record in records if record.number not in last], reference)
+    return now.value - before.value <= (now.error or 0)

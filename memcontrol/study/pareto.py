@@ -31,8 +31,8 @@ class Limit:
 
 def parse_limit(text: str, known: Sequence[str]) -> Limit:
     """ "fid<=12" as a Limit on one of the `known` rewards. Raises MemControlError."""
-    found = re.fullmatch(r"\s*(\w+)\s*(<=|>=)\s*(\S+)\s*", text)
-    reward, sign, bound = found.groups() if found else ("", "", "")
+    match = re.fullmatch(r"\s*(\w+)\s*(<=|>=)\s*(\S+)\s*", text)
+    reward, sign, bound = match.groups() if match else ("", "", "")
     try:
         limit = Limit(reward, sign, float(bound))
     except ValueError:
@@ -78,11 +78,11 @@ def hypervolume(points: Sequence[Sequence[float]] | np.ndarray, reference: Seque
         tops = np.concatenate([[reference[1]], best[:-1, 1]])
         return float(((reference[0] - best[:, 0]) * (tops - best[:, 1])).sum())
     rising = best[np.argsort(best[:, -1], kind="stable")]
-    tops = np.concatenate([rising[1:, -1], [reference[-1]]])
+    heights = np.diff(rising[:, -1], append=reference[-1])  # of the slab that begins at each point
     return sum(
-        (top - low) * hypervolume(rising[: i + 1, :-1], reference[:-1])
-        for i, (low, top) in enumerate(zip(rising[:, -1], tops))
-        if top > low
+        height * hypervolume(rising[: i + 1, :-1], reference[:-1])
+        for i, height in enumerate(heights)
+        if height > 0
     )
 
 
@@ -94,10 +94,8 @@ def find_knee(points: Sequence[Sequence[float]], reference: Sequence[float] | No
     """
     lows = [min(column) for column in zip(*points)]
     highs = reference or [max(column) for column in zip(*points)]
-
-    def distance(point: Sequence[float]) -> float:
-        return sum(
-            ((x - low) / (high - low if high > low else 1)) ** 2 for x, low, high in zip(point, lows, highs)
-        )
-
-    return min(range(len(points)), key=lambda i: (distance(points[i]), tuple(points[i])))
+    widths = [high - low if high > low else 1 for low, high in zip(lows, highs)]
+    squares = [
+        sum(((x - low) / width) ** 2 for x, low, width in zip(point, lows, widths)) for point in points
+    ]
+    return min(range(len(points)), key=lambda i: (squares[i], tuple(points[i])))

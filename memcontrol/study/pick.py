@@ -8,7 +8,7 @@ import numpy as np
 
 from memcontrol.core.choice import Choice
 from memcontrol.core.errors import MemControlError
-from memcontrol.core.reward_table import read_error
+from memcontrol.core.estimate import Rewards
 from memcontrol.study.pareto import Limit, find_front, find_knee, parse_limit
 from memcontrol.study.record import Record
 from memcontrol.study.store import Study
@@ -26,20 +26,19 @@ def require_finished(records: Sequence[Record]) -> list[Record]:
 
 def select_front(records: Sequence[Record]) -> list[Record]:
     """The records that no other dominates, best in the first objective first."""
-    return [records[i] for i in find_front([record.losses for record in records])]
+    losses = [record.losses for record in records]
+    return [records[i] for i in find_front(losses)]
 
 
 def select_to_confirm(records: Sequence[Record], limits: Sequence[Limit] = ()) -> list[Record]:
     """What must be measured again before a front is reported: every trial on it, on the front of those that
-    keep the study's limits, and full fine-tuning, which they are compared with. As figures come in, others
+    keep the study's limits, and full fine-tuning, which they are compared with. As rewards come in, others
     may move up; none left: done."""
     complete = [record for record in records if record.finished]
-    best = select_front(complete) + select_front(
-        [record for record in complete if keeps_limits(record, limits)]
-    )
-    return [
-        record for record in complete if not record.confirmed and (record in best or record.anchor == "full")
-    ]
+    keeping = [record for record in complete if keeps_limits(record, limits)]
+    wanted = select_front(complete) + select_front(keeping)
+    wanted += [record for record in complete if record.anchor == "full"]
+    return [record for record in complete if not record.confirmed and record in wanted]
 
 
 def select_ties(records: Sequence[Record]) -> list[Record]:
@@ -47,10 +46,8 @@ def select_ties(records: Sequence[Record]) -> list[Record]:
     that they beat in none; or off the front, but not so beaten by any."""
     if not records:
         return []
-    losses, errors = (
-        np.array([record.losses for record in records]),
-        np.array([[read_error(name, record.rewards) for name in record.objectives] for record in records]),
-    )
+    losses = np.array([record.losses for record in records])
+    errors = np.array([record.errors for record in records])
     best = set(find_front(losses))
     return [record for i, record in enumerate(records) if (i in best) == is_clearly_beaten(losses, errors, i)]
 
@@ -58,8 +55,9 @@ def select_ties(records: Sequence[Record]) -> list[Record]:
 def is_clearly_beaten(losses: np.ndarray, errors: np.ndarray, i: int) -> bool:
     """Whether of all trials [N, M] one is better than the i-th in some objective by more than two standard
     errors of the difference, and worse in none by as much."""
-    beyond, gains = 2 * np.hypot(errors, errors[i]), losses[i] - losses
-    return bool(((gains > beyond).any(1) & ~(-gains > beyond).any(1)).any())
+    beyond, gains = 2 * np.hypot(errors, errors[i]), losses[i] - losses  # [N, M] both
+    better, worse = (gains > beyond).any(1), (-gains > beyond).any(1)
+    return bool((better & ~worse).any())
 
 
 def keeps_limits(record: Record, limits: Sequence[Limit]) -> bool:
@@ -93,20 +91,13 @@ def choose_trial(
     parsed = [parse_limit(text, list(complete[0].rewards)) for text in limits]
     allowed = [record for record in complete if record.anchor != "none" and keeps_limits(record, parsed)]
     if not allowed:
-        best = {
-            limit.reward: (min if limit.sign == "<=" else max)(
-                record.rewards[limit.reward] for record in complete
-            )
-            for limit in parsed
-        }
-        reached = ", ".join(f"{name} {value:.4g}" for name, value in best.items())
         raise MemControlError(
-            f"no finished trial keeps {' and '.join(limits)}; the best reached: {reached}"
+            f"no finished trial keeps {' and '.join(limits)}; the best reached: "
+            f"{describe_reached(complete, parsed)}"
             if limits
             else "of this study only the untrained base has finished; let the search run on"
         )
-    if any(record.confirmed for record in allowed):
-        allowed = [record for record in allowed if record.confirmed]
+    allowed = [record for record in allowed if record.confirmed] or allowed
     keeping = [record for record in allowed if keeps_limits(record, wanted)]
     points = select_front(keeping or allowed)
     if rule == "quality":
@@ -116,16 +107,30 @@ def choose_trial(
     if rule != "knee":
         raise MemControlError(f"rule '{rule}' is unknown; allowed: {', '.join(RULES)}")
     full = next((record.losses for record in complete if record.anchor == "full"), None)
-    for condition in (
-        lambda record: not full or record.losses[0] <= full[0] + TOLERANCE * abs(full[0]),
-        is_not_copying,
-    ):
-        points = [record for record in points if condition(record)] or points
+    if full:
+        points = [record for record in points if is_nearly_as_good(record, full)] or points
+    points = [record for record in points if is_not_copying(record)] or points
     return points[find_knee([record.losses for record in points], full)]
 
 
+def describe_reached(records: Sequence[Record], limits: Sequence[Limit]) -> str:
+    """The best of each limited reward: "fid 18.4, recall 0.49"."""
+    best = {}
+    for limit in limits:
+        values = [record.rewards[limit.reward] for record in records]
+        best[limit.reward] = min(values) if limit.sign == "<=" else max(values)
+    return ", ".join(f"{name} {value:.4g}" for name, value in best.items())
+
+
+def is_nearly_as_good(record: Record, full: Sequence[float]) -> bool:
+    """Whether its first loss is at most TOLERANCE worse than that of full fine-tuning."""
+    return record.losses[0] <= full[0] + TOLERANCE * abs(full[0])
+
+
 def is_not_copying(record: Record) -> bool:
-    return record.rewards.get("copy_rate_low", 0.0) <= record.rewards.get("copy_rate_line", 0.0)
+    """Whether the interval of its copy rate reaches what is expected without copying."""
+    low = Rewards(record.rewards).low("copy_rate")
+    return low is None or low <= record.rewards.get("copy_rate_line", 0.0)
 
 
 def find_pick(records: Sequence[Record], study: Study) -> Record | None:

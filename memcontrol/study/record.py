@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from memcontrol.core.choice import Choice
-from memcontrol.core.reward_table import MAXIMIZE
+from memcontrol.core.reward_table import list_errors, list_losses
 from memcontrol.core.run_folder import StudyFolder
 
 
@@ -61,7 +60,12 @@ class Record:
     @property
     def losses(self) -> list[float]:
         """The values, with those that are maximised negated: less is better in each."""
-        return [-value if self.objectives[name] == MAXIMIZE else value for name, value in self.values.items()]
+        return list_losses(self.rewards, self.objectives) if self.finished else []
+
+    @property
+    def errors(self) -> list[float]:
+        """The standard errors of the losses; 0 where nothing is known of one."""
+        return list_errors(self.rewards, self.objectives)
 
     def as_running(self) -> Record:
         """As it was before it ended."""
@@ -95,10 +99,6 @@ class Record:
             "begun": self.begun,
             "ended": self.ended or None,
         }
-
-
-def orient_values(values: Sequence[float], directions: Iterable[str]) -> list[float]:
-    return [-value if direction == MAXIMIZE else value for value, direction in zip(values, directions)]
 
 
 def add_result(record: Record, result: dict) -> Record:

@@ -20,7 +20,7 @@ from optuna.trial import TrialState, create_trial
 from memcontrol.core.choice import Choice
 from memcontrol.core.config import Config, find_differing_keys, flatten_keys, load_config
 from memcontrol.core.errors import MemControlError
-from memcontrol.core.reward_table import MAXIMIZE, MINIMIZE, find_direction
+from memcontrol.core.reward_table import MAXIMIZE, MINIMIZE, find_direction, list_losses
 from memcontrol.core.run_folder import StudyFolder
 from memcontrol.core.space import SearchSpace
 from memcontrol.study.artifacts import attach_pictures
@@ -43,7 +43,7 @@ from memcontrol.study.optuna_private import (
     write_attribute,
 )
 from memcontrol.study.pareto import Limit, find_knee
-from memcontrol.study.record import Record, add_result, format_time, orient_values
+from memcontrol.study.record import Record, add_result, format_time
 
 Returned = TypeVar("Returned")
 CONFIRMED_KEY, REPLICATES_KEY = "confirmed:", "replicates:"  # and the trial's number
@@ -194,16 +194,12 @@ class Study:
         """
         if self.kept[number].state not in ("RUNNING", "WAITING"):
             return
-        objectives = self.config.rewards.names
+        objectives = self.objectives
         complete = [result for result in results if result["state"] == "COMPLETE"]
         for result in complete:
             self.check_measured(result)
-        values = [[result["rewards"][name] for name in objectives] for result in complete]
-        best = (
-            complete[find_knee([orient_values(point, self.directions) for point in values])]
-            if complete
-            else results[0]
-        )
+        losses = [list_losses(result["rewards"], objectives) for result in complete]
+        best = complete[find_knee(losses)] if complete else results[0]
         told: dict[str, Any] = {
             "result": {
                 key: best[key] for key in ("choice", "rewards", "reason", "seconds", "rungs") if key in best
@@ -250,7 +246,7 @@ class Study:
 
 
 def refuse_incomparable(a: Mapping, b: Mapping, what: str) -> None:
-    """Raises MemControlError where two figures were measured with different things."""
+    """Raises MemControlError where two rewards were measured with different things."""
     a, b = flatten_keys(dict(a)), flatten_keys(dict(b))
     differing = [
         f"{key} ({a.get(key)} and {b.get(key)})" for key in sorted({*a, *b}) if a.get(key) != b.get(key)

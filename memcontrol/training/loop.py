@@ -1,5 +1,18 @@
 """Owns the inner loop of one shard: draws batches, skips, augments, steps; what it knows between rounds is a
-Shard."""
+Shard.
+
+Notations
+
+B: Images of a batch, inner.batch_size; forward takes it in slices of inner.micro_batch_size.
+N, n: Images of the training set, and of the shard; rows: numbers of images in the training set, [B].
+C, h, w: Channels and sides of the latents.
+slot: One unit of the shard's budget, with one optimizer step at most; share: how much of the budget is done.
+loss: Of each image, the mean squared error of the denoiser's prediction, [B].
+memory: The loss that is usual at a timestep (IET-AGC, arXiv 2407.15328).
+u = ratio loss / memory: How close an image is to the skip threshold, [B]; below 1 it is skipped.
+bar: An image with 1 <= u < bar is queued for augmentation (IET-AGC+).
+keep: Which images are trained on now, [B]; n_kept: how many; room: how many more the step takes.
+"""
 
 from __future__ import annotations
 
@@ -49,6 +62,9 @@ class Batch:
     noised: Noised
     text: Text
 
+    def part(self, rows: slice) -> tuple[Noised, Text]:
+        return self.noised.part(rows), {name: tensor[rows] for name, tensor in self.text.items()}
+
 
 class Loop:
     """Takes the steps of one shard in one round, with the adapter's parameters, their optimizer and their
@@ -57,14 +73,8 @@ class Loop:
     def __init__(
         self, base: Base, adapter: Adapter, material: Material, inner: InnerConfig, shard: Shard, seed: int
     ):
-        self.base, self.adapter, self.material, self.inner, self.shard, self.seed = (
-            base,
-            adapter,
-            material,
-            inner,
-            shard,
-            seed,
-        )
+        self.base, self.adapter, self.material = base, adapter, material
+        self.inner, self.shard, self.seed = inner, shard, seed
         self.trained = adapter.trained()
         self.parameters: list[Tensor] = list(self.trained.values())
         self.optimizer = OPTIMIZERS[inner.optimizer](adapter.groups(), inner.weight_decay)
@@ -132,14 +142,13 @@ class Loop:
         return self.batch(rows, data.mean[rows], data.deviation[rows], generator, number)
 
     def from_queue(self, base: float) -> Batch:
-        """The queue's first images, augmented: RandAugment at base * mean exp(-5 d), d = |ratio loss -
-        memory| / memory."""
+        """The queue's first images, augmented: RandAugment at base * mean exp(-5 |u - 1|)."""
         shard, size = self.shard, self.inner.batch_size
-        rows, closeness = shard.queue[:size], shard.queue_closeness[:size]
+        rows, u = shard.queue[:size], shard.queue_closeness[:size]
         shard.queue, shard.queue_closeness = shard.queue[size:], shard.queue_closeness[size:]
         number = shard.counts["augmented_batches"]
         shard.counts["augmented_batches"] += 1
-        strength = float(torch.exp(-5 * (closeness - 1).abs()).mean())
+        strength = float(torch.exp(-5 * (u - 1).abs()).mean())
         pixels = augment_images(
             self.material.pixels(rows.tolist()), base * strength, derive_seed(self.seed, "augmented", number)
         )
@@ -151,8 +160,8 @@ class Loop:
     def batch(
         self, rows: Tensor, mean: Tensor, deviation: Tensor, generator: torch.Generator, number: object
     ) -> Batch:
-        """Latents drawn from their posterior, noised; some captions replaced by the empty one, some
-        edited."""
+        """Latents drawn from their posterior's mean and deviation [B, C, h, w], noised; some captions
+        replaced by the empty one, some edited."""
         inner, device = self.inner, self.base.device
         clean = mean + deviation * torch.randn(mean.shape, generator=generator)  # [B, C, h, w]
         dropped = torch.rand(len(rows), generator=generator) < inner.caption_dropout
@@ -161,29 +170,30 @@ class Loop:
         return Batch(rows, noised, {name: tensor.to(device) for name, tensor in text.items()})
 
     def texts(self, rows: Tensor, dropped: Tensor, seed: int) -> Text:
+        """Encodings of the images' captions, edited and with noise as the config says; of those that are
+        `dropped` [B], the empty one's."""
         data, inner = self.material.data, self.inner
         text = data.texts(torch.where(dropped, 0, data.caption_rows[rows]))
         if self.words:
-            before = [
-                "" if gone else self.material.captions[row]
-                for row, gone in zip(rows.tolist(), dropped.tolist())
-            ]
-            after = edit_captions(before, inner.captions, self.words, seed)
-            changed = [i for i, (old, new) in enumerate(zip(before, after)) if old != new and not dropped[i]]
-            if changed:
-                for name, tensor in self.base.encode_captions([after[i] for i in changed]).items():
-                    text[name][changed] = tensor.to(text[name])
+            self.edit_texts(text, rows, dropped, seed)
         return add_text_noise(text, inner.embedding_noise, seed) if inner.embedding_noise and text else text
+
+    def edit_texts(self, text: Text, rows: Tensor, dropped: Tensor, seed: int) -> None:
+        """Replaces the encodings of captions that an edit changes."""
+        captions = (self.material.captions[row] for row in rows.tolist())
+        before = ["" if gone else caption for caption, gone in zip(captions, dropped.tolist())]
+        after = edit_captions(before, self.inner.captions, self.words, seed)
+        changed = [i for i, (old, new) in enumerate(zip(before, after)) if old != new and not dropped[i]]
+        if changed:
+            for name, tensor in self.base.encode_captions([after[i] for i in changed]).items():
+                text[name][changed] = tensor.to(text[name])
 
     def learn(self, batch: Batch, losses: list[float], room: int, from_queue: bool = False) -> int:
         """Adds the gradients of the images that are kept, `room` at the most, each by 1 / batch_size. How
         many were kept."""
-        found, n_kept = [], 0
+        seen, n_kept = [], 0
         for rows in iterate_slices(len(batch.rows), self.inner.micro_batch_size):
-            noised, text = (
-                batch.noised.part(rows),
-                {name: tensor[rows] for name, tensor in batch.text.items()},
-            )
+            noised, text = batch.part(rows)
             with self.autocast():
                 loss, predicted = self.base.denoised(noised, text)
             keep = self.verdict(loss.detach(), predicted.detach(), noised, text, batch.rows[rows], from_queue)
@@ -194,42 +204,39 @@ class Loop:
             n_kept += (n_new := int(keep.sum()))
             if n_new:
                 self.scaler.scale((loss * weight).sum() / self.inner.batch_size).backward()
-            found.append(loss.detach())
-        self.note(torch.cat(found), batch, losses, remember=not from_queue)
+            seen.append(loss.detach())
+        self.note(torch.cat(seen), batch, losses, remember=not from_queue)
         self.shard.counts["trained"] += n_kept
         return n_kept
 
     @torch.no_grad()
     def screen(self, batch: Batch, losses: list[float]) -> None:
         """Scores a batch without gradients and queues what is not skipped."""
-        found = []
+        seen = []
         for rows in iterate_slices(len(batch.rows), self.inner.micro_batch_size):
-            noised, text = (
-                batch.noised.part(rows),
-                {name: tensor[rows] for name, tensor in batch.text.items()},
-            )
+            noised, text = batch.part(rows)
             with self.autocast():
                 loss, predicted = self.base.denoised(noised, text)
             self.verdict(loss, predicted, noised, text, batch.rows[rows], False)
-            found.append(loss)
-        self.note(torch.cat(found), batch, losses, remember=True)
+            seen.append(loss)
+        self.note(torch.cat(seen), batch, losses, remember=True)
 
     def autocast(self) -> AbstractContextManager:
         precision = getattr(torch, self.inner.precision)
         return torch.autocast(self.base.device.type, precision, enabled=precision != torch.float32)
 
-    def note(self, found: Tensor, batch: Batch, losses: list[float], remember: bool) -> None:
-        """The mean loss for the record, all losses for the memory, once the whole batch was judged by what it
-        knew before."""
-        losses.append(float(found.mean()))
+    def note(self, loss: Tensor, batch: Batch, losses: list[float], remember: bool) -> None:
+        """The mean loss for the record, all losses [B] for the memory, once the whole batch was judged by
+        what it knew before."""
+        losses.append(float(loss.mean()))
         if not math.isfinite(losses[-1]):
             raise Diverged(
                 f"the loss became {losses[-1]} after {self.shard.counts['steps']} steps (learning "
                 f"rate {self.adapter.said_rates()})"
             )
-        self.shard.counts["seen"] += len(found)
+        self.shard.counts["seen"] += len(loss)
         if self.shard.memory and remember:
-            self.shard.memory.update(found, batch.noised.timesteps)
+            self.shard.memory.update(loss, batch.noised.timesteps)
 
     def verdict(
         self, loss: Tensor, predicted: Tensor, noised: Noised, text: Text, rows: Tensor, from_queue: bool
@@ -248,9 +255,9 @@ class Loop:
         self.count_skips(rows[known_too_well.cpu()])
         keep &= ~known_too_well
         if rule and not from_queue:
-            closeness = self.shard.memory.closeness(loss, noised.timesteps)
-            waits = keep & ((closeness < rule.bar) | (rule.rule == "kept"))
-            self.enqueue(rows[waits.cpu()], closeness[waits])
+            u = self.shard.memory.closeness(loss, noised.timesteps)
+            waits = keep & ((u < rule.bar) | (rule.rule == "kept"))
+            self.enqueue(rows[waits.cpu()], u[waits])
             keep &= ~waits
         return keep
 
@@ -274,6 +281,7 @@ class Loop:
             )[1]
 
     def weights(self, timesteps: Tensor) -> Tensor | float:
+        """Of each image's loss [B], by min-SNR where the config asks for it."""
         schedule = self.base.schedule
         if self.inner.min_snr is None:
             return 1.0

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import torch
 
-from memcontrol.core.estimate import Estimate
+from memcontrol.core.estimate import Estimate, Measured
 from memcontrol.core.seeds import derive_seed
 from memcontrol.model.base import Base, Encoded
 from memcontrol.training.mitigations import noise_norms
@@ -55,13 +55,13 @@ def estimate_loss_gap(known: np.ndarray, held: np.ndarray) -> Estimate:
     return Estimate(float(1 - ratio), math.sqrt(variances[0] + ratio**2 * variances[1]) / float(held.mean()))
 
 
-def measure_probe_rewards(base: Base, train: Encoded, holdout: Encoded, seed: int) -> dict[str, float]:
+def measure_probe_rewards(base: Base, train: Encoded, holdout: Encoded, seed: int) -> Measured:
     """The loss gap, and MemControl's noise norm of training images: mean, largest (of means over draws), and
     its ratio to held-out images, without which it means little. Without captions the gap alone."""
     (known, norms), (held, held_norms) = (
         probe_losses(base, data, seed, norms=True) for data in (train, holdout)
     )
-    found: dict[str, float] = {
+    found: Measured = {
         "loss_gap": estimate_loss_gap(known.mean(0).double().numpy(), held.mean(0).double().numpy())
     }
     if not train.text:

@@ -7,12 +7,13 @@ import resource
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from memcontrol.core.config import EarlyStopping
+from memcontrol.core.estimate import Rewards
 from memcontrol.core.files import write_json
 from memcontrol.core.jobs import HelpJob
 from memcontrol.core.run_folder import (
@@ -21,11 +22,9 @@ from memcontrol.core.run_folder import (
 )
 from memcontrol.core.spec import Spec, read_spec
 from memcontrol.model.adapter import Adapter, inject_adapter
-from memcontrol.model.base import Base
-from memcontrol.scoring.score import flatten_rewards, pool_scores
+from memcontrol.scoring.score import pool_scores
 from memcontrol.training.probe import measure_probe_rewards
 from memcontrol.training.rounds import ProcessGroup, TrainLog, train_rounds
-from memcontrol.training.shard import Material
 from memcontrol.trial.loaded import LoadedModels
 from memcontrol.trial.pictures import save_pictures
 from memcontrol.trial.samples import (
@@ -85,57 +84,63 @@ def shrink_forward(spec: Spec) -> Spec | None:
 def train_and_score(
     folder: Path, spec: Spec, loaded: LoadedModels, progress: Callable[..., None], rung: float | None
 ) -> dict:
-    started, early = time.monotonic(), spec.config.search.early_stopping
+    started, run = time.monotonic(), RunFolder(folder)
     base, material = loaded.base(spec.config), loaded.material(spec)
     adapter = inject_choice(base.denoiser, spec)
     try:
-        log = fine_tune(
-            folder,
-            spec,
-            loaded,
-            adapter,
-            lambda done, total, **said: progress("train", done, total, **said),
-            rung=rung,
-        )
-        if log.paused and rung and early:
-            with adapter.folded():
-                figures = score_at_rung(
-                    RunFolder(folder).rung_contributions_file(rung),
-                    base,
-                    material,
-                    lower_samples(spec, early),
-                    loaded,
-                    progress,
-                )
-            found = {
-                "rung": rung,
-                "n_steps": log.n_steps,
-                "rewards": flatten_rewards(figures),
-                "seconds": round(time.monotonic() - started, 2),
-            }
-            write_json(RunFolder(folder).rung_file(rung), found)
-            return found
-        n_trained, n_all = (
-            adapter.n_trained(),
-            sum(parameter.numel() for parameter in base.denoiser.parameters()),
-        )
+        # Train: to the end, or to a rung, which is then all.
+        log = fine_tune(folder, spec, loaded, adapter, partial(progress, "train"), rung=rung)
+        if log.paused and rung:
+            return score_rung(run, rung, spec, loaded, adapter, log, started, progress)
+
+        # Save what was learned; sample and probe the model while it is there.
         adapter.save(folder, spec.description())
-        costs = loaded.cost(spec, adapter, material.data)
+        n_trained, costs = adapter.n_trained(), measure_costs(spec, loaded, adapter)
         with adapter.folded():
-            probes = measure_probe_rewards(
-                base, material.data, loaded.unseen(spec, spec.reference), spec.sampling_seed
-            )
-            samples = sample_images(base, material, spec, lambda done, total: progress("sample", done, total))
+            unseen = loaded.unseen(spec, spec.reference)
+            probes = measure_probe_rewards(base, material.data, unseen, spec.sampling_seed)
+            samples = sample_images(base, material, spec, partial(progress, "sample"))
     finally:
         adapter.remove()
-    run = RunFolder(folder)
     save_samples(run.samples_file, samples)
-    trained_at, seen = time.monotonic(), gather_evidence(samples, spec, loaded)
-    figures = score_samples(samples, seen, spec, loaded)
-    result = {
+
+    # Score the samples.
+    trained_at, evidence = time.monotonic(), gather_evidence(samples, spec, loaded)
+    measured = score_samples(samples, evidence, spec, loaded)
+    rewards = Rewards.from_estimates(measured | probes).to_plain() | costs
+    result = make_result(run, spec, loaded, log, rewards, n_trained, len(samples["images"]))
+    now = time.monotonic()
+    seconds = {"seconds": round(now - started, 2), "scoring_seconds": round(now - trained_at, 2)}
+
+    # Write what is read beside the result, and the result last.
+    save_contributions(run.contributions_file, measured, samples["rows"])
+    save_pictures(run, samples, evidence, spec, loaded)
+    write_json(run.training_file, make_training_record(log, spec, loaded))
+    write_json(run.result_file, result | seconds)
+    return result | seconds
+
+
+def measure_costs(spec: Spec, loaded: LoadedModels, adapter: Adapter) -> dict[str, float]:
+    """What is known of the choice itself: the share that it trains, and what a step costs."""
+    base, material = loaded.base(spec.config), loaded.material(spec)
+    n_all = sum(parameter.numel() for parameter in base.denoiser.parameters())
+    return {"trained_fraction": adapter.n_trained() / n_all} | loaded.cost(spec, adapter, material.data)
+
+
+def make_result(
+    run: RunFolder,
+    spec: Spec,
+    loaded: LoadedModels,
+    log: TrainLog,
+    rewards: dict[str, float],
+    n_trained: int,
+    n_samples: int,
+) -> dict:
+    """What result.json holds, less its times."""
+    return {
         "state": "COMPLETE",
         "choice": spec.choice.as_dict(),
-        "rewards": flatten_rewards(figures | probes) | {"trained_fraction": n_trained / n_all} | costs,
+        "rewards": rewards,
         "n_trained": n_trained,
         "n_steps": log.n_steps,
         "images_seen": log.images_seen,
@@ -145,34 +150,42 @@ def train_and_score(
         "reference": spec.reference,
         "measured_with": describe_measurement(spec, loaded),
         "micro_batch_size": spec.config.inner.micro_batch_size,
-        "n_samples": len(samples["images"]),
-        "seconds": round(time.monotonic() - started, 2),
-        "scoring_seconds": round(time.monotonic() - trained_at, 2),
+        "n_samples": n_samples,
     }
-    save_contributions(run.contributions_file, figures, samples["rows"])
-    save_pictures(run, samples, seen, spec, loaded)
-    write_json(run.training_file, make_training_record(log, spec, loaded))
-    write_json(run.result_file, result)
-    return result
 
 
-def score_at_rung(
-    path: Path,
-    base: Base,
-    material: Material,
+def score_rung(
+    run: RunFolder,
+    rung: float,
     spec: Spec,
     loaded: LoadedModels,
+    adapter: Adapter,
+    log: TrainLog,
+    started: float,
     progress: Callable[..., None],
-) -> dict[str, float]:
-    """The figures of few samples, of the prompts and noise that all trials have in common; what each adds
-    goes beside the rung's file."""
-    samples = sample_images(base, material, spec, lambda done, total: progress("rung", done, total))
-    figures = score_samples(samples, gather_evidence(samples, spec, loaded), spec, loaded)
-    save_contributions(path, figures, samples["rows"])
-    return figures
+) -> dict:
+    """The rewards of few samples, of the prompts and noise that all trials have in common. Writes the rung's
+    file, and what each sample adds beside it."""
+    few = lower_samples(spec)
+    base, material = loaded.base(spec.config), loaded.material(spec)
+    with adapter.folded():
+        samples = sample_images(base, material, few, partial(progress, "rung"))
+        measured = score_samples(samples, gather_evidence(samples, few, loaded), few, loaded)
+    save_contributions(run.rung_contributions_file(rung), measured, samples["rows"])
+    found = {
+        "rung": rung,
+        "n_steps": log.n_steps,
+        "rewards": Rewards.from_estimates(measured).to_plain(),
+        "seconds": round(time.monotonic() - started, 2),
+    }
+    write_json(run.rung_file(rung), found)
+    return found
 
 
-def lower_samples(spec: Spec, rule: EarlyStopping) -> Spec:
+def lower_samples(spec: Spec) -> Spec:
+    """As many as are drawn at a rung, and no extraction attack."""
+    rule = spec.config.search.early_stopping
+    assert rule is not None, "only early stopping has rungs"
     fewer = {"rewards.n_samples": rule.n_samples, "rewards.extraction": None}
     return replace(spec, config=spec.config.replaced(fewer))
 
@@ -180,7 +193,7 @@ def lower_samples(spec: Spec, rule: EarlyStopping) -> Spec:
 def confirm_trial(folder: Path, loaded: LoadedModels, progress: Callable[..., None]) -> dict:
     """Samples a finished trial's model again, from fresh prompts and noise, as often as rewards.confirm says,
     and writes confirmed.json: the rewards as means over these draws. A search picks lucky trials; these
-    figures know nothing of that."""
+    rewards know nothing of that."""
     spec = read_spec(folder)
     base, material, n = loaded.base(spec.config), loaded.material(spec), spec.config.rewards.confirm
     adapter, draws = inject_choice(base.denoiser, spec), []
@@ -198,14 +211,14 @@ def confirm_trial(folder: Path, loaded: LoadedModels, progress: Callable[..., No
             draws.append(score_samples(samples, gather_evidence(samples, fresh, loaded), fresh, loaded))
     finally:
         adapter.remove()
-    known, figures = RunFolder(folder).read_result()["rewards"], pool_scores(draws)
+    known = RunFolder(folder).read_result()["rewards"]
     of_model = {
         name: known[name]
         for name in known
         if name.startswith(("loss_gap", "noise_norm", "trained_fraction", "step_gflops", "memory_mib"))
     }
     found = {
-        "rewards": flatten_rewards(figures) | of_model,
+        "rewards": Rewards.from_estimates(pool_scores(draws)).to_plain() | of_model,
         "n_draws": n,
         "n_samples": n * spec.config.rewards.n_samples,
     }

@@ -1,4 +1,4 @@
-"""Owns how a fine-tuned model is measured: samples of prompts and noise common to all trials, the figures
+"""Owns how a fine-tuned model is measured: samples of prompts and noise common to all trials, the rewards
 made from them, and what numbers were measured with, since those measured differently are never compared."""
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from memcontrol.core.errors import Diverged
+from memcontrol.core.estimate import Measured
 from memcontrol.core.files import replace_file
 from memcontrol.core.run_folder import RunFolder, StudyFolder
 from memcontrol.core.seeds import derive_seed
@@ -23,7 +24,7 @@ from memcontrol.training.mitigations import add_random_words, add_text_noise, li
 from memcontrol.training.shard import Material
 from memcontrol.trial.loaded import LoadedModels, describe_images
 
-REWARDS_VERSION = 1  # of the figures: raised whenever one of them would come out otherwise
+REWARDS_VERSION = 1  # of the rewards: raised whenever one of them would come out otherwise
 
 
 def sample_images(base: Base, material: Material, spec: Spec, progress: Callable) -> dict[str, np.ndarray]:
@@ -113,22 +114,22 @@ def gather_evidence(samples: Mapping[str, np.ndarray], spec: Spec, loaded: Loade
 
 
 def score_samples(
-    samples: Mapping[str, np.ndarray], found: Evidence, spec: Spec, loaded: LoadedModels
-) -> dict[str, float]:
-    """The figures of one set of samples, of which `found` is the evidence. Raises Diverged where they cannot
-    be judged."""
-    broken = describe_broken_images(found.generated.pixels)
+    samples: Mapping[str, np.ndarray], evidence: Evidence, spec: Spec, loaded: LoadedModels
+) -> Measured:
+    """The rewards of one set of samples, whose evidence is given. Raises Diverged where they cannot be
+    judged."""
+    broken = describe_broken_images(evidence.generated.pixels)
     if broken:
         raise Diverged(broken)
-    attack = {}
+    attack: Measured = {}
     if "extraction" in samples:
         held = loaded.parts(spec)[spec.reference]
         attack = measure_extraction(samples["extraction"], held.take(range(len(held))[:N_PAIRED]).pixels())
-    return score_evidence(found, spec.config.rewards.functions) | attack
+    return score_evidence(evidence, spec.config.rewards.functions) | attack
 
 
 def describe_measurement(spec: Spec, loaded: LoadedModels) -> dict[str, object]:
-    """All that figures depend on beside the model itself."""
+    """All that rewards depend on beside the model itself."""
     rewards = spec.config.rewards
     sampling = rewards.model_dump(
         mode="json",
@@ -155,11 +156,13 @@ def describe_measurement(spec: Spec, loaded: LoadedModels) -> dict[str, object]:
     }
 
 
-def save_contributions(path: Path, found: Mapping[str, float], prompts: np.ndarray) -> None:
-    """What each image adds to each figure [N], and the prompt that it was made from, for comparisons in
+def save_contributions(path: Path, measured: Measured, prompts: np.ndarray) -> None:
+    """What each image adds to each reward [N], and the prompt that it was made from, for comparisons in
     pairs."""
     added: dict[str, Any] = {
-        name: values for name, values in collect_contributions(found).items() if len(values) == len(prompts)
+        name: values
+        for name, values in collect_contributions(measured).items()
+        if len(values) == len(prompts)
     }
     with replace_file(path) as part, open(part, "wb") as file:
         np.savez_compressed(file, prompts=prompts, **added)

@@ -8,9 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from memcontrol.core.choice import Choice
-from memcontrol.core.reward_table import MAXIMIZE, format_reward, read_interval
+from memcontrol.core.reward_table import (
+    MAXIMIZE,
+    Objective,
+    format_reward,
+    list_losses,
+    list_objectives,
+    read_interval,
+)
 from memcontrol.study.pick import select_front, select_ties
-from memcontrol.study.record import Record, orient_values
+from memcontrol.study.record import Record
 from memcontrol.view.marks import MARKS, SAMPLED
 from memcontrol.view.words import describe_choice, find_title
 
@@ -40,9 +47,7 @@ def mark_trials(records: Sequence[Record], picked: Record | None, n_groups: int)
 def list_finished(trials: Sequence[TrialData], objectives: Mapping[str, str]) -> list[TrialData]:
     """Best in the first objective first."""
     finished = [trial for trial in trials if trial["state"] == "COMPLETE"]
-    return sorted(
-        finished, key=lambda trial: orient_values(list(trial["values"].values()), objectives.values())
-    )
+    return sorted(finished, key=lambda trial: list_losses(trial["values"], objectives))
 
 
 def list_standings(trials: Sequence[TrialData], objectives: Mapping[str, str]) -> list[TrialData]:
@@ -123,15 +128,14 @@ class FrontData:
 
 def make_front_data(trials: Sequence[TrialData], objectives: Mapping[str, str]) -> FrontData:
     """Of finished trials, which `mark_trials` gives, over the first two objectives (name to direction)."""
-    x_name, y_name = list(objectives)[:2]
-    points = [make_point(trial, x_name, y_name) for trial in trials]
-    ways = [objectives[x_name], objectives[y_name]]
+    x, y = list_objectives(objectives)[:2]
+    points = [make_point(trial, x.name, y.name) for trial in trials]
     on_front = [point for point in points if point.is_on_front]
     return FrontData(
         points=tuple(points),
-        front=tuple(sorted(on_front, key=lambda point: orient_values([point.x, point.y], ways))),
-        x_axis=make_axis(x_name, ways[0], [point.x for point in points]),
-        y_axis=make_axis(y_name, ways[1], [point.y for point in points]),
+        front=tuple(sorted(on_front, key=lambda point: (x.to_loss(point.x), y.to_loss(point.y)))),
+        x_axis=make_axis(x, [point.x for point in points]),
+        y_axis=make_axis(y, [point.y for point in points]),
     )
 
 
@@ -163,6 +167,6 @@ def measure_reaches(values: Sequence[float], intervals: Sequence[Interval]) -> l
     ]
 
 
-def make_axis(name: str, direction: str, values: Sequence[float]) -> FrontAxis:
-    better = "higher is better" if direction == MAXIMIZE else "lower is better"
-    return FrontAxis(find_title(name), better, is_log=0 < 3 * min(values) < max(values))
+def make_axis(objective: Objective, values: Sequence[float]) -> FrontAxis:
+    better = "higher is better" if objective.direction == MAXIMIZE else "lower is better"
+    return FrontAxis(find_title(objective.name), better, is_log=0 < 3 * min(values) < max(values))

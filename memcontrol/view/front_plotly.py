@@ -86,7 +86,7 @@ def plot_hypervolume(records: Sequence[Record], reference: Sequence[float], titl
     for sign in (1, -1):  # the band's upper edge, then the lower one, filled up to it
         figure.add_scatter(
             x=numbers,
-            y=[max(v + sign * 2 * (v.error or 0.0), 0.0) for v in volumes.values()],
+            y=[max(v.value + sign * 2 * (v.error or 0.0), 0.0) for v in volumes.values()],
             mode="lines",
             line={"width": 0, "shape": "hv"},
             fill=None if sign > 0 else "tonexty",

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from html import escape
 
+from memcontrol.core.estimate import READ_95
 from memcontrol.view.front_data import LOG_TICKS, FrontAxis, FrontData, FrontPoint
 from memcontrol.view.html import read_asset
 from memcontrol.view.marks import MARKS, PICK
@@ -157,7 +158,7 @@ def draw_effect_bar(value: float, error: float, most: float) -> str:
     """An effect as a bar from the middle, with its 95 % interval; `most` fills half the width."""
     scale = 46 / (most or 1)
     begin, end = sorted((50.0, 50 + scale * value))
-    low, high = (min(max(50 + scale * (value + sign * 1.96 * error), 1), 99) for sign in (-1, 1))
+    low, high = (min(max(50 + scale * (value + sign * READ_95 * error), 1), 99) for sign in (-1, 1))
     side, width = "up" if value > 0 else "down", max(end - begin, 0.4)
     return (
         '<svg class="bar" viewBox="0 0 100 12" preserveAspectRatio="none" aria-hidden="true">'

@@ -15,7 +15,7 @@ from typing import Any
 from memcontrol.core.choice import EVERYTHING, Choice
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import read_json
-from memcontrol.core.reward_table import REWARDS
+from memcontrol.core.reward_table import REWARDS, list_objectives
 from memcontrol.core.run_folder import RunFolder, StudyFolder
 from memcontrol.core.space import SearchSpace
 from memcontrol.core.version import __version__
@@ -93,12 +93,13 @@ def summarize_hypervolume(study: Study) -> dict[str, Any] | None:
     reference = study.attributes.get("reference") or find_reference_point(records)
     if reference is None:
         return None
-    volume = estimate_hypervolume(records, reference)
-    signs = {name: -1 if direction == "maximize" else 1 for name, direction in study.objectives.items()}
+    volume, objectives = estimate_hypervolume(records, reference), list_objectives(study.objectives)
     return {
         "value": float(volume),
         "error": volume.error,
-        "reference": {name: sign * value for (name, sign), value in zip(signs.items(), reference)},
+        "reference": {
+            objective.name: objective.to_loss(loss) for objective, loss in zip(objectives, reference)
+        },
     }
 
 

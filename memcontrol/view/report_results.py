@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from memcontrol.core.choice import EVERYTHING
+from memcontrol.core.estimate import READ_95
 from memcontrol.core.reward_table import format_reward
 from memcontrol.core.run_folder import RunFolder
 from memcontrol.search.importance import label_change
@@ -188,7 +189,7 @@ def render_drivers(facts: ReportData) -> str:
 def find_largest_effect(effects: Sequence[dict[str, Any]], name: str) -> float:
     """The far end of the largest bar."""
     found = [effect["effects"][name] for effect in effects]
-    return max(abs(one["value"]) + 1.96 * one["error"] for one in found)
+    return max(abs(one["value"]) + READ_95 * one["error"] for one in found)
 
 
 def render_effect(effect: dict[str, Any], most: dict[str, float]) -> str:

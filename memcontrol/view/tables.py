@@ -77,7 +77,7 @@ def make_importance_table(effects: Sequence[Effect], name: str) -> Table:
 
 def format_effect(value: Estimate) -> Text:
     error = value.error or 0
-    return Text(f"{value:+.3g} ± {error:.2g}", style="bold" if abs(value) > 2 * error else "dim")
+    return Text(f"{value:+.3g} ± {error:.2g}", style="bold" if abs(value.value) > 2 * error else "dim")
 
 
 def make_study_table(
@@ -157,7 +157,7 @@ def name_better(name: str, value: Estimate) -> str:
     """Which run is, by the difference of the first from the second."""
     if value.holds_zero:
         return "tie"
-    is_first = (value < 0) == (find_direction(name) == MINIMIZE)
+    is_first = (value.value < 0) == (find_direction(name) == MINIMIZE)
     return "first" if is_first else "second"
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from memcontrol.core.choice import EVERYTHING, Choice
+from memcontrol.core.estimate import Rewards
 from memcontrol.core.reward_table import CLIP, FALSE_POSITIVES, REWARDS
 
 
@@ -45,16 +46,16 @@ def write_verdict(rewards: dict[str, float], n: int) -> str:
             f"Copying is visible: {clear} of {n} images are far nearer to a training image than any "
             f"real image would be; {said}"
         )
-    if rewards["copy_rate_p"] < 0.01:
+    if Rewards(rewards).p("copy_rate") < 0.01:
         return f"Copying is visible: {said}"
-    if rewards["memorization_p"] < 0.01:
+    if Rewards(rewards).p("memorization") < 0.01:
         return f"The images lean towards the training set, without copies that stand out: {said}"
     return f"No copying is visible at this sample size: {said}"
 
 
 def describe_copy_rate(rewards: dict[str, float], n: int) -> str:
-    rate, low, high = (rewards[f"copy_rate{end}"] for end in ("", "_low", "_high"))
-    line, p = rewards["copy_rate_line"], format_p(rewards["copy_rate_p"])
+    rate, (low, high) = rewards["copy_rate"], Rewards(rewards).interval("copy_rate")
+    line, p = rewards["copy_rate_line"], format_p(Rewards(rewards).p("copy_rate"))
     return (
         f"{rate:.1%} of {n} images ({low:.1%} to {high:.1%}) are nearer to a training image than "
         f"{1 - FALSE_POSITIVES:.0%} of real images are, where {line:.1%} is expected without copying, p {p}"
@@ -62,6 +63,6 @@ def describe_copy_rate(rewards: dict[str, float], n: int) -> str:
 
 
 def describe_memorization(rewards: dict[str, float]) -> str:
-    value, error = rewards["memorization"], rewards["memorization_error"]
-    p = format_p(rewards["memorization_p"])
+    value, error = rewards["memorization"], Rewards(rewards).error("memorization")
+    p = format_p(Rewards(rewards).p("memorization"))
     return f"memorization distance {value:.3f} ± {error:.3f} of at most {CLIP:.2f}, p {p}"
