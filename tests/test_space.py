@@ -207,7 +207,7 @@ def test_a_thousand_random_choices_survive_json_and_the_samplers_coordinates(val
         }
         choice = space.choice_at(point)
         assert Choice.from_dict(json.loads(json.dumps(choice.as_dict()))) == choice
-        back = space.choice_at(space.point_of(choice))
+        back = space.choice_at(space.find_point(choice))
         assert back.groups == choice.groups and back.same_as(choice)
 
 

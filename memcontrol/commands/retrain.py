@@ -4,7 +4,7 @@ fine-tuning at the same budget."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,12 @@ from memcontrol.core.choice import Choice
 from memcontrol.core.config import Config, describe_config
 from memcontrol.core.console import log_to_file
 from memcontrol.core.errors import MemControlError
-from memcontrol.core.jobs import Event, GivenUp, TrialJob
+from memcontrol.core.jobs import GivenUp, TrialJob
 from memcontrol.core.run_folder import RunFolder, StudyFolder, refuse_results_among
 from memcontrol.core.space_yaml import load_space
 from memcontrol.core.spec import Spec
 from memcontrol.execution.executor import Executor
-from memcontrol.execution.job_queue import N_TRIES, JobQueue
+from memcontrol.execution.job_queue import N_TRIES, JobQueue, Show
 from memcontrol.execution.make import open_executor
 from memcontrol.search.locks import hold_folder_lock
 from memcontrol.search.orchestrator import run_preparation
@@ -27,7 +27,6 @@ from memcontrol.study.place import StudyPlace
 from memcontrol.view.live import EventLog
 
 BASELINE = "baseline"
-Show = Callable[[Event], None]
 
 
 @dataclass(frozen=True)

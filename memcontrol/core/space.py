@@ -123,7 +123,7 @@ class SearchSpace:
             [name for name in allowed if params[name]], method, params["rate"], params["rank"], methods, ranks
         )
 
-    def point_of(self, choice: Choice) -> dict[str, Any]:
+    def find_point(self, choice: Choice) -> dict[str, Any]:
         """Where a choice lies in `coordinates` and `rate`; what it leaves open is at the first option."""
         coordinates = self.coordinates()
         point: dict[str, Any] = {name: options[0] for name, options in coordinates.items()}

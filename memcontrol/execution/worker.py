@@ -88,13 +88,13 @@ def make_progress(
     return progress
 
 
-def run_preparation(job: PrepareJob, loaded, say: SendEvent) -> Prepared:
+def prepare_folder(job: PrepareJob, loaded, say: SendEvent) -> Prepared:
     from memcontrol.trial.prepare import prepare_study
 
     return Prepared(job, **prepare_study(job.config, job.folder, loaded, lambda line: say(Warned(job, line))))
 
 
-def run_calibration(job: CalibrateJob, loaded, say: SendEvent) -> Calibrated:
+def calibrate_folder(job: CalibrateJob, loaded, say: SendEvent) -> Calibrated:
     from memcontrol.trial.calibrate import calibrate
 
     progress = make_progress(job, say)
@@ -102,7 +102,7 @@ def run_calibration(job: CalibrateJob, loaded, say: SendEvent) -> Calibrated:
     return Calibrated(job, found.as_dict())
 
 
-def run_confirmation(job: ConfirmJob, loaded, say: SendEvent) -> Done:
+def confirm_folder(job: ConfirmJob, loaded, say: SendEvent) -> Done:
     from memcontrol.trial.run import confirm_trial
 
     confirm_trial(job.folder, loaded, make_progress(job, say))
@@ -129,9 +129,9 @@ def attempt_trial(job: TrialJob, loaded, say: SendEvent) -> Done:
 
 
 _RUN: dict[type[Job], Callable[..., Event]] = {
-    PrepareJob: run_preparation,
-    CalibrateJob: run_calibration,
-    ConfirmJob: run_confirmation,
+    PrepareJob: prepare_folder,
+    CalibrateJob: calibrate_folder,
+    ConfirmJob: confirm_folder,
     TrialJob: attempt_trial,
 }
 

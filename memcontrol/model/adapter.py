@@ -85,27 +85,25 @@ def check_space(denoiser: nn.Module, space: SearchSpace) -> None:
         check_ownership(denoiser, targets, space)
 
 
+def name_mechanism(method: str) -> str | None:
+    """What changes a weight under a method; biases are changed by nothing else."""
+    if method == "bias":
+        return None
+    return method if method in WRAPPING else "weights"
+
+
 def check_ownership(denoiser: nn.Module, targets: Sequence[Target], space: SearchSpace) -> None:
     """Raises MemControlError where two mechanisms would change one weight, whose changes could then not be
     told apart."""
     owners: dict[str, str] = {}
     for target in targets:
         scaled = target.method == "difffit" and not is_norm(denoiser.get_submodule(target.module))
-        mechanism = (
-            None
-            if target.method == "bias"
-            else "scales"
-            if scaled
-            else target.method
-            if target.method in WRAPPING
-            else "weights"
-        )
+        mechanism = "scales" if scaled else name_mechanism(target.method)
         name = find_output_layer(denoiser, target.module) if scaled else target.module
         if mechanism and owners.setdefault(name, mechanism) != mechanism:
             raise MemControlError(
-                f"space '{space.name}': module '{name}' is trained as {owners[name]} and as "
-                f"{mechanism} in one choice; "
-                "take it out of one group or of 'always'"
+                f"space '{space.name}': module '{name}' is trained as {owners[name]} and as {mechanism} in one "
+                "choice; take it out of one group or of 'always'"
             )
 
 

@@ -13,6 +13,7 @@ from memcontrol.model.parts import suits
 N_GROUPS = 16
 DERIVED_METHODS = ("lora", "svdiff", "difffit", "attention")
 LOW, HIGH = 1e-5, 1e-3
+WAY = ("down_blocks", "mid_block", "up_blocks")  # a U-Net registers its middle last
 
 
 def derive_space(denoiser: nn.Module, base: str) -> str:
@@ -21,20 +22,7 @@ def derive_space(denoiser: nn.Module, base: str) -> str:
     A block is a numbered child of a list ("up_blocks.2"), or a child of the denoiser that holds layers of its
     own.
     """
-    blocks: dict[str, list[int]] = {}  # list name: numbers of its members; none for a single block
-    for name in list_trainable_modules(denoiser):
-        if suits("lora", denoiser.get_submodule(name)):
-            parts = name.split(".")
-            if len(parts) > 1:
-                blocks.setdefault(parts[0], [])
-                if parts[1].isdigit() and int(parts[1]) not in blocks[parts[0]]:
-                    blocks[parts[0]].append(int(parts[1]))
-    way = ("down_blocks", "mid_block", "up_blocks")  # a U-Net registers its middle last
-    kept = [name for name in blocks if blocks[name] or name.endswith("block")]
-    blocks = {
-        name: blocks[name]
-        for name in sorted(kept, key=lambda name: way.index(name) if name in way else len(way))
-    }
+    blocks = find_blocks(denoiser)
     length = -(-sum(max(1, len(numbers)) for numbers in blocks.values()) // N_GROUPS)
     groups = {}
     for name, numbers in blocks.items():
@@ -54,6 +42,20 @@ def derive_space(denoiser: nn.Module, base: str) -> str:
         "rank": [2, 4, 8, 16],
     }
     return yaml.dump(values, Dumper=PlainDumper, sort_keys=False, width=1000)
+
+
+def find_blocks(denoiser: nn.Module) -> dict[str, list[int]]:
+    """List name to the numbers of its members, none for a single block; in the order of a forward pass."""
+    blocks: dict[str, list[int]] = {}
+    for name in list_trainable_modules(denoiser):
+        parts = name.split(".")
+        if len(parts) > 1 and suits("lora", denoiser.get_submodule(name)):
+            numbers = blocks.setdefault(parts[0], [])
+            if parts[1].isdigit() and int(parts[1]) not in numbers:
+                numbers.append(int(parts[1]))
+    kept = [name for name in blocks if blocks[name] or name.endswith("block")]
+    kept.sort(key=lambda name: WAY.index(name) if name in WAY else len(WAY))
+    return {name: blocks[name] for name in kept}
 
 
 class PlainDumper(yaml.SafeDumper):

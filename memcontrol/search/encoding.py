@@ -50,7 +50,7 @@ class SpaceEncoding:
         return np.eye(len(options)) / math.sqrt(2)
 
     def row(self, choice: Choice) -> np.ndarray:
-        point = self.space.point_of(choice)
+        point = self.space.find_point(choice)
         return np.array(
             [*(self.options[name].index(point[name]) for name in self.names), point["rate"]], dtype=float
         )

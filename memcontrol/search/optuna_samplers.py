@@ -148,7 +148,7 @@ def mirror_record(
     }
     return create_trial(
         state=TrialState.RUNNING if values is None else TrialState.COMPLETE,
-        params=space.point_of(choice),
+        params=space.find_point(choice),
         distributions=make_distributions(space),
         values=values,
         system_attrs=constraints,

@@ -114,7 +114,7 @@ class Sampler:
         """The choice of another study as this space has it, its learning rate within the range; None where it
         has not all of it."""
         try:
-            own = self.space.choice_at(self.space.point_of(choice))
+            own = self.space.choice_at(self.space.find_point(choice))
         except (KeyError, MemControlError):
             return None
         return (
@@ -129,7 +129,7 @@ class Sampler:
         rng = random.Random(seed)
         options = {**self.space.coordinates(), "rate": ()}
         for attempt in range(N_FLIPS if parents else 0):
-            point = self.space.point_of(rng.choice(parents))
+            point = self.space.find_point(rng.choice(parents))
             for name in rng.sample(list(options), min(len(options), 1 + attempt // N_FLIPS_ALIKE)):
                 others = [option for option in options[name] if option != point[name]]
                 point[name] = rng.random() if name == "rate" else rng.choice(others or [point[name]])

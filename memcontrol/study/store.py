@@ -407,7 +407,7 @@ def make_record(trial: optuna.trial.FrozenTrial, objectives: dict[str, str]) -> 
 def make_readable_params(choice: Choice, space: SearchSpace) -> dict[str, Any]:
     """The choice as the dashboard shows it: which groups are on, how they are trained, and the learning
     rate."""
-    point = space.point_of(choice)
+    point = space.find_point(choice)
     del point["rate"]
     if choice.rank is None:
         del point["rank"]

@@ -112,7 +112,7 @@ class Display(Observer):
         if not self.live:
             minutes = (time.monotonic() - self.started) / 60
             text = describe_choice(job.choice, self.n_groups)
-            say(self.console, f"{minutes:.1f} min: {text}: {describe_end(job)}")
+            say(self.console, f"{minutes:.1f} min: {text}: {name_end(job)}")
         if isinstance(job, TrialJob) and not goes_on(job):
             self.done[-1 if job.number is None else job.number] += 1
             if job.choice.method != "none":  # it trains nothing and would make the rest look short
@@ -178,7 +178,7 @@ def goes_on(job: TrialJob | ConfirmJob) -> bool:
     return isinstance(job, TrialJob) and bool(job.rung) and not RunFolder(job.folder).has_result
 
 
-def describe_end(job: TrialJob | ConfirmJob) -> str:
+def name_end(job: TrialJob | ConfirmJob) -> str:
     if isinstance(job, ConfirmJob):
         return "measured again"
     if goes_on(job):
