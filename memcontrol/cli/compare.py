@@ -12,7 +12,7 @@ from memcontrol.core.console import print_json
 
 def add_compare(subparsers) -> None:
     compare = add_command(
-        subparsers, "compare", run_compare, "two runs figure by figure, in pairs over their common prompts"
+        subparsers, "compare", run_compare, "two runs reward by reward, in pairs over their common prompts"
     )
     compare.add_argument("run_a", type=Path, metavar="RUN_DIR", help="a run folder, of a trial or of retrain")
     compare.add_argument("run_b", type=Path, metavar="RUN_DIR", help="another, of the same study and kind")

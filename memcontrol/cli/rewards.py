@@ -11,7 +11,7 @@ from memcontrol.core.console import print_json
 
 def add_rewards(subparsers) -> None:
     rewards = add_command(
-        subparsers, "rewards", run_rewards, "list every figure: direction, interval, cost, meaning"
+        subparsers, "rewards", run_rewards, "list every reward: direction, interval, cost, meaning"
     )
     add_json(rewards, "one JSON object on stdout")
 

@@ -102,8 +102,8 @@ def check_ownership(denoiser: nn.Module, targets: Sequence[Target], space: Searc
         name = find_output_layer(denoiser, target.module) if scaled else target.module
         if mechanism and owners.setdefault(name, mechanism) != mechanism:
             raise MemControlError(
-                f"space '{space.name}': module '{name}' is trained as {owners[name]} and as {mechanism} in one "
-                "choice; take it out of one group or of 'always'"
+                f"space '{space.name}': module '{name}' is trained as {owners[name]} and as {mechanism} in "
+                "one choice; take it out of one group or of 'always'"
             )
 
 

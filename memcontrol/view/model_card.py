@@ -34,7 +34,7 @@ LIMITS = (
     "It was fine-tuned on few images of one kind: outside of it, nothing is known of its quality.",
 )
 EXPORTED_WITH = ("torch", "diffusers", "peft")
-# what the figures call held-out images, by the part that they are
+# what the rewards call held-out images, by the part that they are
 UNSEEN = {"holdout": "held-out", "test": "test"}
 PART_TITLES = {
     "holdout": "images held out of the search",
@@ -138,7 +138,7 @@ def tell_how_measured(spec: Spec, result: dict[str, Any]) -> str:
 
 
 def make_card_table(spec: Spec, columns: dict[str, dict[str, float]]) -> str:
-    """A row for each figure that was measured, a column for each model's rewards."""
+    """A row for each reward that was measured, a column for each model's rewards."""
     measured = next(iter(columns.values()))
     rows = [
         [

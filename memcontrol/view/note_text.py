@@ -28,7 +28,7 @@ MEASURED_AGAIN = (
 
 
 def write_trial_note(record: Record, space: SearchSpace) -> str:
-    """What was trained, and every figure with its interval."""
+    """What was trained, and every reward with its interval."""
     parts = [
         f"**{describe_choice(record.choice, len(space.groups))}**" if record.choice else "",
         ANCHORS.get(record.anchor or "", "a sampled mask"),
@@ -67,7 +67,7 @@ def describe_replicates(record: Record) -> str:
 
 
 def write_rewards_table(record: Record) -> str:
-    """A row for each figure: what the search measured, and over fresh draws."""
+    """A row for each reward: what the search measured, and over fresh draws."""
     measured = {"as searched": record.searched}
     if record.confirmed:
         measured["measured again"] = record.confirmed
@@ -81,7 +81,7 @@ def write_rewards_table(record: Record) -> str:
         for name in names
         if any(name in rewards for rewards in measured.values())
     ]
-    return format_markdown_table(["figure", *measured, "better"], rows)
+    return format_markdown_table(["reward", *measured, "better"], rows)
 
 
 def write_study_note(

@@ -170,17 +170,15 @@ def sum_costs(records: Sequence[Record], folder: Path) -> dict[str, float]:
 def format_csv(facts: dict[str, Any]) -> str:
     """A row for each trial: what it is, its groups, and every figure."""
     measured = dict.fromkeys(name for trial in facts["trials"] for name in trial["rewards"])
-    figures = [name for name in REWARDS if name in measured] + sorted(set(measured) - set(REWARDS))
+    names = [name for name in REWARDS if name in measured] + sorted(set(measured) - set(REWARDS))
     groups, out = facts["space"]["groups"], io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(
-        ["trial", "anchor", "state", *MARK_COLUMNS, *CHOICE_COLUMNS, *groups, *figures, "seconds"]
-    )
-    writer.writerows(list_cells(trial, groups, figures) for trial in facts["trials"])
+    writer.writerow(["trial", "anchor", "state", *MARK_COLUMNS, *CHOICE_COLUMNS, *groups, *names, "seconds"])
+    writer.writerows(list_cells(trial, groups, names) for trial in facts["trials"])
     return out.getvalue()
 
 
-def list_cells(trial: TrialData, groups: Sequence[str], figures: Sequence[str]) -> list[Any]:
+def list_cells(trial: TrialData, groups: Sequence[str], names: Sequence[str]) -> list[Any]:
     """Of one row."""
     choice = trial["choice"] or {}
     on = choice.get("groups", ())
@@ -191,6 +189,6 @@ def list_cells(trial: TrialData, groups: Sequence[str], figures: Sequence[str]) 
         *(int(trial[name]) for name in MARK_COLUMNS),
         *(choice.get(name) for name in CHOICE_COLUMNS),
         *(int(name in on or EVERYTHING in on) for name in groups),
-        *(trial["rewards"].get(name, "") for name in figures),
+        *(trial["rewards"].get(name, "") for name in names),
         trial["seconds"],
     ]

@@ -34,7 +34,7 @@ from memcontrol.view.html import (
 from memcontrol.view.words import find_title, name_groups
 
 ReportData = dict[str, Any]  # what report_data collects
-BESIDE_OBJECTIVES = ("copy_rate", "trained_fraction")  # figures that a table of trials always has
+BESIDE_OBJECTIVES = ("copy_rate", "trained_fraction")  # rewards that a table of trials always has
 PAIRS_TITLE = "Generated images and the training images nearest to them"
 
 
@@ -89,9 +89,9 @@ def render_standing(trial: TrialData, names: Sequence[str]) -> str:
     places = name_places(trial)
     places += ["+"] if trial["confirmed"] else []
     places += ["<b>the pick</b>"] if trial["pick"] else []
-    figures = [format_reward(name, trial["rewards"]) for name in names]
+    rewards = [format_reward(name, trial["rewards"]) for name in names]
     about = [escape(trial["anchor"] or "sampled"), escape(trial["said"])]
-    return render_row([str(trial["trial"]), *about, *figures, ", ".join(places)], trial["trial"])
+    return render_row([str(trial["trial"]), *about, *rewards, ", ".join(places)], trial["trial"])
 
 
 def render_retrained(facts: ReportData) -> str:

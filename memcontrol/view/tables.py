@@ -1,4 +1,4 @@
-"""Owns the tables that are printed, and the lines below them: trials, retrained runs, differences, figures,
+"""Owns the tables that are printed, and the lines below them: trials, retrained runs, differences, rewards,
 what drives what."""
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ WIDE = 10_000
 
 @dataclass(frozen=True)
 class RewardsTable:
-    """A row for each (name, what it is, rewards): the usual figures, and whatever else is an objective; on a
+    """A row for each (name, what it is, rewards): the usual rewards, and whatever else is an objective; on a
     narrow terminal fewer of them, so that what a row is stays to be read."""
 
     rows: Sequence[tuple[str, str, dict[str, float]]]
@@ -134,7 +134,7 @@ def describe_difference(name: str, apart: dict[str, Estimate]) -> str:
 
 
 def format_difference(name: str, value: Estimate) -> tuple[str, str]:
-    """The difference and its interval, signed, in the form of the figure."""
+    """The difference and its interval, signed, in the form of the reward."""
     form = REWARDS[name].form.replace(":", ":+") if name in REWARDS else "{:+.3f}"
     return form.format(value), f"{form.format(value.low)} to {form.format(value.high)}"
 
@@ -142,10 +142,10 @@ def format_difference(name: str, value: Estimate) -> tuple[str, str]:
 def make_differences_table(
     apart: dict[str, Estimate], first: dict[str, float], second: dict[str, float], title: str
 ) -> Table:
-    """A row for each figure: both runs' values, the difference, its interval, and which run is better beyond
+    """A row for each reward: both runs' values, the difference, its interval, and which run is better beyond
     it."""
     table = Table(title=title, title_justify="left", expand=False)
-    for heading in ("figure", "first", "second", "first - second", "95 %, paired over prompts", "better"):
+    for heading in ("reward", "first", "second", "first - second", "95 %, paired over prompts", "better"):
         table.add_column(heading)
     for name, value in apart.items():
         both = format_reward(name, first), format_reward(name, second)
@@ -162,18 +162,18 @@ def name_better(name: str, value: Estimate) -> str:
 
 
 def make_rewards_table() -> Table:
-    """Every figure: its name in a study file, direction, interval, cost, meaning; * for those that can be
+    """Every reward: its name in a study file, direction, interval, cost, meaning; * for those that can be
     objectives."""
     table = Table(expand=False)
     for heading in ("name (* can be an objective)", "better", "interval", "cost", "meaning"):
         table.add_column(heading)
-    for name, figure in REWARDS.items():
+    for name, reward in REWARDS.items():
         table.add_row(
-            f"{'*' if figure.objective else ' '} {name}",
-            figure.direction,
-            figure.interval,
-            figure.cost,
-            figure.meaning,
+            f"{'*' if reward.objective else ' '} {name}",
+            reward.direction,
+            reward.interval,
+            reward.cost,
+            reward.meaning,
         )
     return table
 
