@@ -15,6 +15,13 @@ def printed(*args):
     return json.loads(run(*args, "--json", check=True).stdout)
 
 
+@pytest.fixture
+def copied(shown, tmp_path):
+    """The finished study for a test that searches it: other processes read and search theirs at the same
+    time."""
+    return Path(shutil.copytree(shown.parent, tmp_path / "copied")) / shown.name
+
+
 def test_functions_give_what_commands_print(shown):
     folder = Path(printed("status", shown)["trials"][0]["run"]).parent
     assert [record.as_dict() for record in memcontrol.front(shown)] == printed("front", shown)
@@ -31,16 +38,15 @@ def test_functions_give_what_commands_print(shown):
     }
 
 
-def test_a_search_from_python_continues_and_says_nothing_when_quiet(shown, capfd):
-    before = memcontrol.status(shown)
-    found = memcontrol.search(shown, quiet=True)
+def test_a_search_from_python_continues_and_says_nothing_when_quiet(copied, capfd):
+    before = memcontrol.status(copied)
+    found = memcontrol.search(copied, quiet=True)
     assert found == [record for record in before if record.finished]
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_lost_database_is_rebuilt_from_runs_of_the_same_config_only(shown, tmp_path):
-    study = tmp_path / "lost" / shown.name
-    shutil.copytree(shown.parent, study.parent)
+def test_a_lost_database_is_rebuilt_from_runs_of_the_same_config_only(copied):
+    study = copied
     before = [record for record in memcontrol.status(study) if record.finished]
     next(study.parent.rglob("study.db")).unlink()
     with pytest.raises(MemControlError, match=r"inner.max_grad_norm \(1.0 there, 2.0 here\)"):
@@ -71,14 +77,14 @@ def test_every_name_is_there_and_no_other():
         getattr(memcontrol, "nonsense")  # noqa: B009
 
 
-def test_quiet_and_verbose(shown):
+def test_quiet_and_verbose(copied):
     def search(*options):
-        return run("search", shown, *options, check=True)
+        return run("search", copied, *options, check=True)
 
     assert search("--quiet").stderr == search("--quiet").stdout == ""
     loud = search("--verbose").stderr
     assert " INFO " in loud or " DEBUG " in loud
-    log = next(shown.parent.rglob("search.log")).read_text()
+    log = next(copied.parent.rglob("search.log")).read_text()
     assert "lora" in log and " INFO " in log
     assert (
         "begins: search of" in log
