@@ -55,7 +55,7 @@ def measure(name: str, device: str) -> dict:
     denoiser = unet((160, 320, 640, 640), SIDE).to(device)
     space = load_space("sd15-sites-complete")
     site = VARIANTS[name]
-    choice = space.choice((site[0],), site[1], 0.5) if site else space.anchors()["full"][1]
+    choice = space.choice((site[0],), site[1], 0.5) if site else space.list_anchors()["full"][1]
     adapter = inject_adapter(denoiser, space, choice, 0)
     if not site:
         adapter.parts[0].original.clear()  # what plain full fine-tuning does not hold

@@ -31,7 +31,7 @@ def searched(folder: Path, url: str, n_workers: int, seconds: float) -> list[dic
     from memcontrol.search.sampler import PrefetchedChoices, Sampler
 
     executor, waits, hurries = simulated.Simulated(n_workers, seconds), [], []
-    take, prepared = PrefetchedChoices.take, Sampler.prepared
+    take, prepared = PrefetchedChoices.take, Sampler.prepare_draw
 
     def timed_take(ahead, records, *args):
         started = time.perf_counter()
@@ -56,11 +56,11 @@ def searched(folder: Path, url: str, n_workers: int, seconds: float) -> list[dic
             }
         )
     )
-    PrefetchedChoices.take, Sampler.prepared = timed_take, counted
+    PrefetchedChoices.take, Sampler.prepare_draw = timed_take, counted
     try:
         simulated.search(study_file, executor).close()
     finally:
-        PrefetchedChoices.take, Sampler.prepared = take, prepared
+        PrefetchedChoices.take, Sampler.prepare_draw = take, prepared
     late = [wait for n, wait in waits if n >= N_BEFORE]
     hurried = [hurried for n, hurried in hurries if n >= N_BEFORE]
     return [

@@ -103,9 +103,9 @@ def fine_tune(folder: Path, masks: list[str]) -> None:
             todo.append(TrialJob(run.path, choice, rung=next(open_rungs) if groups else None))
     n_left = len(todo)
     while n_left:
-        while todo and jobs.room() > 0:
+        while todo and jobs.count_room() > 0:
             jobs.add(todo.popleft())
-        for event in jobs.ends():
+        for event in jobs.collect_ends():
             if isinstance(event, GivenUp):
                 raise RuntimeError(event.reason)
             if event.job.rung is None:

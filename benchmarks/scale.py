@@ -166,11 +166,11 @@ def studies() -> list[dict]:
 
 def fill(study, space, n: int) -> None:
     """Anchors, then random masks with figures that trade off."""
-    rng, options = random.Random(0), space.coordinates()
-    for anchor, candidates in space.anchors().items():
+    rng, options = random.Random(0), space.list_coordinates()
+    for anchor, candidates in space.list_anchors().items():
         tell(study, study.begin(candidates[:1], space, anchor), candidates[0], rng)
     for _ in range(n - 3):
-        choice = space.choice_at(
+        choice = space.make_choice_at(
             {name: rng.choice(list(values)) for name, values in options.items()} | {"rate": rng.random()}
         )
         tell(study, study.begin([choice], space), choice, rng)

@@ -50,7 +50,7 @@ def copied(n: int, device: str) -> dict:
         random_material(N_IMAGES, SIDE).data,
     )
     choice, parameters = (
-        space.choice(space.groups_for("lora"), "lora", 0.5),
+        space.choice(space.select_groups("lora"), "lora", 0.5),
         sum(parameter.numel() for parameter in first.denoiser.parameters()),
     )
     bases = [first, *(base_of(copy.deepcopy(first.denoiser), device) for _ in range(n - 1))]
@@ -64,7 +64,7 @@ def copied(n: int, device: str) -> dict:
                 text = {
                     name: tensor.to(device) for name, tensor in data.texts(data.caption_rows[rows]).items()
                 }
-                loss, _ = base.denoised(base.noised(data.mean[rows].to(device), generator), text)
+                loss, _ = base.denoise(base.add_noise(data.mean[rows].to(device), generator), text)
                 loss.mean().backward()
                 torch.nn.utils.clip_grad_norm_(mine, 1.0)
                 optimizer.step()
@@ -88,7 +88,11 @@ def measure(shards: str, device: str) -> dict:
 
     base, space = base_of(unet(WIDTHS, SIDE), device), load_space("sd15-sites-complete")
     adapter = inject_adapter(
-        base.denoiser, space, space.choice(space.groups_for("lora"), "lora", 0.5), 0, shared_a=shards != "1"
+        base.denoiser,
+        space,
+        space.choice(space.select_groups("lora"), "lora", 0.5),
+        0,
+        shared_a=shards != "1",
     )
     inner = InnerConfig(
         budget_images=N_STEPS * BATCH, batch_size=BATCH, rounds=N_ROUNDS, ensemble={"shards": int(shards)}

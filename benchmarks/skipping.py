@@ -38,7 +38,7 @@ def measure(name: str, widths: tuple, side: int, batch: int, device: str) -> dic
 
     base, space = base_of(unet(widths, side), device), load_space("sd15-sites-complete")
     material, rows = random_material(200, side), torch.arange(200)
-    adapter = inject_adapter(base.denoiser, space, space.choice(space.groups_for("lora"), "lora", 0.5), 0)
+    adapter = inject_adapter(base.denoiser, space, space.choice(space.select_groups("lora"), "lora", 0.5), 0)
     loops = {}
     for skip in (None, SkipConfig(ratio=1e9)):
         shard = Shard(
@@ -51,7 +51,7 @@ def measure(name: str, widths: tuple, side: int, batch: int, device: str) -> dic
     times: dict[bool, list[float]] = {False: [], True: []}
     for _ in range(N_STEPS):
         for on, loop in loops.items():
-            times[on].append(seconds(partial(loop.slot, 0.5), device))
+            times[on].append(seconds(partial(loop.take_slot, 0.5), device))
     losses, timesteps, loop = (
         torch.rand(batch, device=device),
         torch.randint(1000, (batch,), device=device),

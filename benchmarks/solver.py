@@ -76,13 +76,13 @@ def figures(run: Path, loaded, steps: int, ddim: bool) -> dict[str, float]:
 
     spec = read_spec(run)
     spec = replace(spec, config=spec.config.replaced({"rewards.sampling_steps": steps}))
-    base, material = loaded.base(spec.config), loaded.material(spec)
+    base, material = loaded.base(spec.config), loaded.make_material(spec)
     adapter, solver = inject_choice(base.denoiser, spec), base.pipeline.scheduler
     try:
         adapter.load(run)
         if ddim:
             base.pipeline.scheduler = DDIMScheduler.from_config(solver.config)
-        with adapter.folded():
+        with adapter.fold():
             samples = sample_images(base, material, spec, lambda done, total: None)
     finally:
         base.pipeline.scheduler = solver

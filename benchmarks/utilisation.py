@@ -65,9 +65,9 @@ def measured(method: str, layout: str, device: str) -> dict:
         random_material(batch, side).data,
     )
     choice = (
-        space.choice(space.groups_for("lora"), "lora", 0.5)
+        space.choice(space.select_groups("lora"), "lora", 0.5)
         if method == "lora"
-        else space.anchors()["full"][1]
+        else space.list_anchors()["full"][1]
     )
     adapter = inject_adapter(base.denoiser, space, choice, 0)
     optimizer = torch.optim.AdamW(adapter.groups(), fused=True)
@@ -83,7 +83,7 @@ def measured(method: str, layout: str, device: str) -> dict:
 
     def step() -> None:
         with torch.autocast(device, getattr(torch, precision), enabled=precision != "float32"):
-            loss = base.denoised(base.noised(clean, generator), text)[0].mean()
+            loss = base.denoise(base.add_noise(clean, generator), text)[0].mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

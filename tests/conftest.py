@@ -131,7 +131,7 @@ def material(base, tmp_path_factory):
         tmp_path_factory.mktemp("cache"),
     )
     parts = load_parts(config.data, 32, 0)
-    encoded = {part: base.encoded(images, cache, "tiny") for part, images in parts.items()}
+    encoded = {part: base.load_encoded(images, cache, "tiny") for part, images in parts.items()}
     images = parts["train"]
     return Material(
         encoded["train"], images.captions, lambda rows: images.take(rows).pixels(), lambda: encoded["holdout"]

@@ -30,7 +30,7 @@ class Simulated(Executor):
         self.running: list[tuple[float, float, dict]] = []
         self.busy, self.first, self.last, self.n_ended = 0.0, None, 0.0, 0
 
-    def free(self):
+    def count_free(self):
         return self.places - len(self.running)
 
     def submit(self, job):

@@ -70,7 +70,7 @@ def choice_of(space, methods):
 @torch.no_grad()
 def output(base):
     generator = torch.Generator().manual_seed(0)
-    shape = base.posterior(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))[0].shape[1:]
+    shape = base.encode_posterior(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))[0].shape[1:]
     text = base.encode_captions(["a photo of a digit", "a red face"])
     return base.family.predict(
         base.denoiser, torch.randn(2, *shape, generator=generator), torch.tensor([3, 700]), text
@@ -126,7 +126,7 @@ def check_contract(base, space, choice, tmp_path):
         states.append(disturbed(adapter, seed))
     changed = output(base)
     assert not torch.allclose(changed, before, atol=1e-4)
-    with adapter.folded():
+    with adapter.fold():
         assert torch.allclose(output(base), changed, atol=1e-4, rtol=1e-4), "folded weights are others"
     assert torch.equal(output(base), changed), "folding left something behind"
     mean = adapter.average(states, [1, 2, 1])
@@ -168,7 +168,7 @@ def check_contract(base, space, choice, tmp_path):
 def test_contract(bases, family, method, tmp_path):
     base = bases(family)
     space = space_of(base.denoiser, [method])
-    for modules in space.module_names(list_trainable_modules(base.denoiser)).values():
+    for modules in space.match_modules(list_trainable_modules(base.denoiser)).values():
         if not any(suits(method, base.denoiser.get_submodule(name)) for name in modules):
             pytest.skip(f"a group of {family} has nothing that {method} trains")
     check_contract(base, space, choice_of(space, (method,)), tmp_path)
@@ -186,7 +186,7 @@ def test_contract_of_mixed_choices(bases, family, methods, tmp_path):
 
 def test_full_and_none(bases, tmp_path):
     base = bases("tiny")
-    full = SPACE.anchors()["full"][1]
+    full = SPACE.list_anchors()["full"][1]
     check_contract(base, SPACE, full, tmp_path)
     assert inject_adapter(base.denoiser, SPACE, full, 0).n_trained() == sum(
         parameter.numel() for parameter in base.denoiser.parameters()
@@ -326,7 +326,7 @@ def test_counts_by_hand(bases):
     )
     assert adapter.n_trained() == wanted
     adapter.remove()
-    names = SPACE.module_names(list_trainable_modules(base.denoiser))["mid_attention"]
+    names = SPACE.match_modules(list_trainable_modules(base.denoiser))["mid_attention"]
     layers = [base.denoiser.get_submodule(name) for name in names]
     adapter = inject_adapter(base.denoiser, SPACE, Choice(("mid_attention",), "lora", 1e-3, 4), 0)
     assert adapter.n_trained() == sum(4 * (layer.in_features + layer.out_features) for layer in layers)

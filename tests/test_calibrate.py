@@ -118,5 +118,5 @@ def test_choices_to_calibrate_with_are_the_anchors_and_a_few_others():
         "full": 1,
         "sampled": 3,
     }
-    assert all(kinds[name][0] in anchors for name, anchors in space.anchors().items())
+    assert all(kinds[name][0] in anchors for name, anchors in space.list_anchors().items())
     assert pick_calibration_choices(space, 0) == kinds

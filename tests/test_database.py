@@ -59,7 +59,7 @@ def new_name():
 
 
 def choice(i, method="lora"):
-    return SPACE.choice(SPACE.groups_for(method)[: 1 + i % 5], method, 0.1 + i / 100)
+    return SPACE.choice(SPACE.select_groups(method)[: 1 + i % 5], method, 0.1 + i / 100)
 
 
 def result(one, fid, **rest):

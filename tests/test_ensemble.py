@@ -49,7 +49,7 @@ def by_hand(base, material, choice, n_shards, n_rounds, n_steps, **inner):
             adapter.load_state(shared)
             loop = Loop(base, adapter, material, settings, shard, derive_seed(3, "shard", i) if i else 3)
             for step in range(per_round):
-                loop.slot((number * per_round + step + 1) / (n_rounds * per_round))
+                loop.take_slot((number * per_round + step + 1) / (n_rounds * per_round))
             states.append(adapter.state())
         weights = [len(shard.rows) / N_IMAGES for shard in shards]
         shared = {name: sum(w * state[name] for w, state in zip(weights, states)) for name in shared}
@@ -85,7 +85,7 @@ def test_the_budget_is_the_same_however_many_shards(trained):
 
 def test_divergence_by_hand(base, material, trained):
     """Root mean square distance of the shards from their mean, over that from the start, weighted by size."""
-    kept, plain = {}, Rounds.divergence
+    kept, plain = {}, Rounds.measure_divergence
 
     def watched(self, number):
         kept[number] = [
@@ -95,11 +95,11 @@ def test_divergence_by_hand(base, material, trained):
         kept["start"] = self.initial
         return plain(self, number)
 
-    Rounds.divergence = watched
+    Rounds.measure_divergence = watched
     try:
         log, _ = trained(FULL, ensemble={"shards": 2, "split": "contiguous"}, rounds=1, budget_images=8 * 6)
     finally:
-        Rounds.divergence = plain
+        Rounds.measure_divergence = plain
     flat = [
         (n, torch.cat([weights[name].flatten() for name in sorted(weights)]).double())
         for n, weights in kept[0]

@@ -149,7 +149,7 @@ def test_features_of_the_data_are_kept_on_disk_by_content(study_file):
     config, folder = load_config(study), locate_study_folder(study, "small")
     prepare_study(config.model_dump(mode="json"), folder, LoadedModels(), print)
     space = load_space(config.space)
-    spec = Spec(config, space, space.anchors()["none"][0], folder, "search", "holdout", 32)
+    spec = Spec(config, space, space.list_anchors()["none"][0], folder, "search", "holdout", 32)
     samples = {
         "images": np.random.default_rng(0).integers(0, 256, (8, 3, 32, 32), dtype=np.uint8),
         "rows": np.arange(8),
@@ -229,7 +229,7 @@ def test_a_model_that_makes_flat_images_is_pruned_by_name(study_file, monkeypatc
     config, folder = load_config(study), locate_study_folder(study, "small")
     prepare_study(config.model_dump(mode="json"), folder, loaded, print)
     space = load_space(config.space)
-    spec = Spec(config, space, space.anchors()["none"][0], folder, "search", "holdout", 32)
+    spec = Spec(config, space, space.list_anchors()["none"][0], folder, "search", "holdout", 32)
     spec.write(folder / "flat")
     monkeypatch.setattr(
         type(loaded.base(config)),

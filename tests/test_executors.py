@@ -99,14 +99,14 @@ def until_end(executor, also=lambda event: None):
 
 class TestContract:
     def test_jobs_end_once_and_free_their_place(self, executor, tmp_path):
-        assert executor.free() == 1
+        assert executor.count_free() == 1
         executor.submit(prepare_job(tmp_path))
-        assert executor.free() == 0
+        assert executor.count_free() == 0
         end = until_end(executor)
         assert (
             isinstance(end, Prepared)
             and end.sizes == {"train": 32, "holdout": 40, "test": 48}
-            and executor.free() == 1
+            and executor.count_free() == 1
         )
         choice, kinds = CHOICE, set()
         spec = Spec(small(), load_space("digits"), choice, tmp_path, "search", "holdout", 32)
@@ -153,13 +153,13 @@ class TestContract:
             isinstance(end, Failed)
             and "Traceback" in end.traceback
             and "log.txt" in end.reason
-            and executor.free() == 1
+            and executor.count_free() == 1
         )
 
     def test_a_users_error_ends_the_job_with_its_line(self, executor, tmp_path):
         executor.submit(prepare_job(tmp_path, base="./none-such"))
         end = until_end(executor)
-        assert isinstance(end, Stopped) and "no such folder" in end.reason and executor.free() == 1
+        assert isinstance(end, Stopped) and "no such folder" in end.reason and executor.count_free() == 1
 
 
 @pytest.fixture
@@ -173,7 +173,11 @@ def test_a_worker_that_dies_loses_its_job_and_is_started_again(local, tmp_path):
     local.submit(prepare_job(tmp_path))
     os.kill(local.workers[0].process.pid, signal.SIGKILL)
     end = until_end(local)
-    assert isinstance(end, Lost) and end.reason == "its worker process died (signal 9)" and local.free() == 1
+    assert (
+        isinstance(end, Lost)
+        and end.reason == "its worker process died (signal 9)"
+        and local.count_free() == 1
+    )
     local.submit(prepare_job(tmp_path))
     assert isinstance(until_end(local), Prepared)
 
@@ -199,7 +203,7 @@ class Scripted(Executor):
     def __init__(self, *script):
         self.script, self.taken = list(script), []
 
-    def free(self):
+    def count_free(self):
         return 1
 
     def submit(self, job):
@@ -238,13 +242,13 @@ def test_a_second_attempt_takes_a_folder_over(tmp_path):
     first.progress("train", 1, 10)
     assert read_progress(tmp_path)["done"] == 1
     second = begin_attempt(tmp_path)
-    assert second.current() and not first.current() and read_progress(tmp_path) is None
+    assert second.is_current() and not first.is_current() and read_progress(tmp_path) is None
     first.written_at = 0.0
     with pytest.raises(Superseded):
         first.progress("train", 2, 10)
     with open(tmp_path / "attempts.jsonl", "a") as file:
         file.write('{"identity": "cut sh')
-    assert second.current() and len(read_attempts(tmp_path)) == 2
+    assert second.is_current() and len(read_attempts(tmp_path)) == 2
 
 
 def test_out_of_memory_goes_on_with_smaller_forwards(tmp_path, monkeypatch):

@@ -170,7 +170,7 @@ def test_the_loss_of_velocity_prediction_by_hand(tmp_path):
     base = load_base(str(build("sd-v", tmp_path / "sd-v")))
     clean, text = torch.randn(2, 4, 8, 8), base.encode_captions(["a", "b"])
     with torch.no_grad():
-        losses, _ = base.denoised(base.noised(clean, torch.Generator().manual_seed(1)), text)
+        losses, _ = base.denoise(base.add_noise(clean, torch.Generator().manual_seed(1)), text)
         generator = torch.Generator().manual_seed(1)
         noise, times = (
             torch.randn(clean.shape, generator=generator),
@@ -190,8 +190,8 @@ def test_the_loss_of_a_flow_by_hand(tmp_path):
     base = load_base(str(build("sd3", tmp_path / "sd3")))
     clean, text = torch.randn(3, 4, 16, 16), base.encode_captions(["a", "b", "c"])
     with torch.no_grad():
-        noised = base.noised(clean, torch.Generator().manual_seed(1))
-        losses, _ = base.denoised(noised, text)
+        noised = base.add_noise(clean, torch.Generator().manual_seed(1))
+        losses, _ = base.denoise(noised, text)
         generator = torch.Generator().manual_seed(1)
         noise, normal = torch.randn(clean.shape, generator=generator), torch.randn(3, generator=generator)
         level = 1 / (1 + torch.exp(-normal))

@@ -16,7 +16,7 @@ def records_of(space, n, rewards, seed=0):
     rng, points, found = np.random.default_rng(seed), SpaceEncoding(space), []
     import random
 
-    rows = points.canonical(points.random(2 * n, random.Random(seed)))
+    rows = points.canonicalize(points.random(2 * n, random.Random(seed)))
     for row in rng.permutation(rows)[:n]:
         choice = points.choice(row)
         if choice.groups:

@@ -27,8 +27,8 @@ def test_losses_are_the_squared_error_of_the_noise_predicted(base):
         base.encode_captions(["a", "b", "c"]),
     )
     with torch.no_grad():
-        noised = base.noised(clean, torch.Generator().manual_seed(7))
-        losses, _ = base.denoised(noised, text)
+        noised = base.add_noise(clean, torch.Generator().manual_seed(7))
+        losses, _ = base.denoise(noised, text)
         generator = torch.Generator().manual_seed(7)
         noise = torch.randn(clean.shape, generator=generator)
         expected_timesteps = torch.randint(1000, (3,), generator=generator)
@@ -68,7 +68,7 @@ def test_samples_are_those_of_the_plain_pipeline(base):
 def test_encoding_is_the_autoencoders_and_happens_once(base, tmp_path, monkeypatch):
     config = load_config({"name": "a", "data": {"path": "digits", "train": 20, "holdout": 20, "test": 20}})
     images = load_parts(config.data, 32, 0)["train"]
-    encoded = base.encoded(images, tmp_path, "tiny")
+    encoded = base.load_encoded(images, tmp_path, "tiny")
     with torch.no_grad():
         pixels = torch.from_numpy(images.pixels()).float() / 127.5 - 1
         expected = base.pipeline.vae.encode(pixels).latent_dist.mean * base.pipeline.vae.config.scaling_factor
@@ -79,7 +79,7 @@ def test_encoding_is_the_autoencoders_and_happens_once(base, tmp_path, monkeypat
         encoded.text["prompt_embeds"][0], base.encode_captions([""])["prompt_embeds"][0], atol=1e-5
     )
     monkeypatch.setattr(type(base), "encode_images", lambda *_: 1 / 0)
-    assert torch.equal(base.encoded(images, tmp_path, "tiny").mean, encoded.mean)
+    assert torch.equal(base.load_encoded(images, tmp_path, "tiny").mean, encoded.mean)
     reconstructed = base.pipeline.vae.decode(
         expected / base.pipeline.vae.config.scaling_factor
     ).sample.detach()

@@ -24,7 +24,7 @@ COST = TrialCost(
     rest_bytes=5000,
     rounds_bytes=700,
 )
-ANCHORS = load_space("digits").anchors()
+ANCHORS = load_space("digits").list_anchors()
 
 
 UNTRAINED = replace(COST, setup_seconds=0.0, step_seconds=0.0)

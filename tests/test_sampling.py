@@ -36,8 +36,8 @@ def test_suggestions_never_repeat_and_depend_on_records_and_seed_alone(kind, tmp
         assert choice == suggest(records, kind=kind)
         assert (
             choice.groups
-            and set(choice.groups) <= set(SPACE.groups_for(choice.method))
-            and not any(choice.same_as(other) for other in seen)
+            and set(choice.groups) <= set(SPACE.select_groups(choice.method))
+            and not any(choice.is_same_as(other) for other in seen)
         )
         seen.append(choice)
         number = study.begin([choice], SPACE)
@@ -81,7 +81,8 @@ def test_the_samplers_coordinates_give_the_choice_back(tmp_path):
     study.begin([choice], SPACE)
     frozen = mirror_record(study.records()[0], SPACE)
     assert (
-        frozen.params.keys() == make_distributions(SPACE).keys() and SPACE.choice_at(frozen.params) == choice
+        frozen.params.keys() == make_distributions(SPACE).keys()
+        and SPACE.make_choice_at(frozen.params) == choice
     )
     low, high = SPACE.learning_rate["lora"]
     assert math.isclose(frozen.params["rate"], math.log(2.5e-3 / low) / math.log(high / low))
@@ -93,9 +94,9 @@ def test_mixed_suggestions_are_recorded_as_they_are(tmp_path):
         choice = suggest(study.records(), MIXED)
         number = study.begin([choice], MIXED)
         record = study.records()[number]
-        assert record.choice == choice and MIXED.choice_at(mirror_record(record, MIXED).params).same_as(
-            choice
-        )
+        assert record.choice == choice and MIXED.make_choice_at(
+            mirror_record(record, MIXED).params
+        ).is_same_as(choice)
         study.finish(number, [result(choice, 10 - len(choice.groups))])
 
 
@@ -106,7 +107,7 @@ def test_limits_steer_the_sampler_away(tmp_path):
     rng = random.Random(0)
     for i in range(24):
         method = ("lora", "attention")[i % 2]
-        choice = SPACE.choice(SPACE.groups_for(method)[: 1 + i % 3], method, rng.random())
+        choice = SPACE.choice(SPACE.select_groups(method)[: 1 + i % 3], method, rng.random())
         told = result(choice, 10.0)
         told["rewards"]["copy_rate"] = 0.01 if method == "lora" else 0.5
         study.finish(study.begin([choice], SPACE), [told])
@@ -148,7 +149,7 @@ class Slow:
     def __init__(self):
         self.let, self.seen = threading.Semaphore(0), []
 
-    def prepared(self, records, hurried):
+    def prepare_draw(self, records, hurried):
         self.seen.append([record.number for record in records])
 
         def draw():
@@ -204,7 +205,7 @@ def test_what_cannot_keep_up_gives_way_to_what_can():
     hurried = []
 
     class Tardy:
-        def prepared(self, records, hurry):
+        def prepare_draw(self, records, hurry):
             hurried.append(hurry)
             return lambda: time.sleep(0 if hurry else 0.2) or len(hurried)
 

@@ -25,15 +25,15 @@ def refused(values, words):
 
 
 def test_patterns_match_whole_names():
-    assert parse_space(GOOD, "mine").module_names(NAMES) == {"a": ["a.x", "a.y"], "b": ["b.x", "b.y"]}
+    assert parse_space(GOOD, "mine").match_modules(NAMES) == {"a": ["a.x", "a.y"], "b": ["b.x", "b.y"]}
 
 
 def test_a_pattern_that_matches_nothing_and_a_shared_module_are_named():
     with pytest.raises(MemControlError, match=re.escape("pattern 'b\\.x' of group 'b' matches no")):
-        parse_space(GOOD, "mine").module_names(["a.x", "b.y"])
+        parse_space(GOOD, "mine").match_modules(["a.x", "b.y"])
     shared = {**GOOD, "groups": {"a": r"a\..*", "b": r".\.x"}}
     with pytest.raises(MemControlError, match="groups 'a' and 'b' share module 'a.x'"):
-        parse_space(shared, "mine").module_names(NAMES)
+        parse_space(shared, "mine").match_modules(NAMES)
     with pytest.raises(MemControlError, match="unknown group 'z'; space 'mine' has a, b"):
         parse_space(GOOD, "mine").check_choice(Choice(("z",), "lora", 1e-3, 4))
 
@@ -45,7 +45,7 @@ def test_a_group_may_name_its_methods():
         "learning_rate": {"lora": [1e-4, 1e-2], "attention": [1e-5, 1e-3], "full": [1e-5, 1e-3]},
     }
     space = parse_space(values, "mine")
-    assert space.groups_for("lora") == ("a", "b") and space.groups_for("attention") == ("a",)
+    assert space.select_groups("lora") == ("a", "b") and space.select_groups("attention") == ("a",)
     refused(
         {**values, "groups": {"a": {"patterns": "a", "method": ["lora"]}}},
         "allowed: patterns, methods, rank, alpha",
@@ -83,7 +83,7 @@ def test_spaces_of_stable_diffusion_fit_the_embedded_base(name, base):
     from memcontrol.model.adapter import list_trainable_modules
 
     space = load_space(name)
-    groups = space.module_names(list_trainable_modules(base.denoiser))
+    groups = space.match_modules(list_trainable_modules(base.denoiser))
     assert all(groups.values()) and parse_space(dump_space(space), name) == space
     assert yaml.safe_load(list_shipped_spaces()[name].read_text())["description"]
 
@@ -91,21 +91,21 @@ def test_spaces_of_stable_diffusion_fit_the_embedded_base(name, base):
 def test_sites_are_the_sixteen_of_stable_diffusion(base):
     from memcontrol.model.adapter import list_trainable_modules
 
-    groups = load_space("sd15-sites").module_names(list_trainable_modules(base.denoiser))
+    groups = load_space("sd15-sites").match_modules(list_trainable_modules(base.denoiser))
     assert len(groups) == 16 and all(len(modules) == 8 for modules in groups.values())
 
 
 def test_what_counts_as_the_same_choice():
     choice = Choice(("a", "b"), "lora", 1e-3, 4)
-    assert choice.same_as(Choice(("b", "a"), "lora", 1.09e-3, 4))
+    assert choice.is_same_as(Choice(("b", "a"), "lora", 1.09e-3, 4))
     for other in (
         (("a",), "lora", 1e-3, 4),
         (("a", "b"), "lora", 1.2e-3, 4),
         (("a", "b"), "lora", 1e-3, 2),
         (("a", "b"), "attention", 1e-3, None),
     ):
-        assert not choice.same_as(Choice(*other))
-    assert Choice((), "none", 0.0).same_as(Choice((), "none", 0.0))
+        assert not choice.is_same_as(Choice(*other))
+    assert Choice((), "none", 0.0).is_same_as(Choice((), "none", 0.0))
 
 
 def test_choices_survive_json_and_refuse_nonsense():
@@ -126,12 +126,12 @@ def test_choices_survive_json_and_refuse_nonsense():
 def test_anchors_are_tried_at_the_middles_of_the_thirds():
     space = parse_space({**GOOD, "learning_rate": {"lora": [1e-6, 1.0], "full": [1e-6, 1.0]}}, "mine")
     for anchor in ("all", "full"):
-        assert [choice.learning_rate for choice in space.anchors()[anchor]] == [1e-5, 1e-3, 1e-1]
+        assert [choice.learning_rate for choice in space.list_anchors()[anchor]] == [1e-5, 1e-3, 1e-1]
     assert interpolate_rate((1e-4, 1e-2), 0.5) == 1e-3
 
 
 def test_anchors():
-    anchors = parse_space(GOOD, "mine").anchors()
+    anchors = parse_space(GOOD, "mine").list_anchors()
     assert [choice.method for choice in anchors["none"]] == ["none"]
     assert {choice.groups for choice in anchors["all"]} == {("a", "b")} and len(anchors["all"]) == len(
         anchors["full"]
@@ -159,7 +159,7 @@ MIXED = {
 
 def test_a_mixed_choice_by_hand():
     space = parse_space(MIXED, "mixed")
-    assert space.coordinates() == {
+    assert space.list_coordinates() == {
         "a": (False, True),
         "b": (False, True),
         "c": (False, True),
@@ -168,7 +168,7 @@ def test_a_mixed_choice_by_hand():
         "rank": (2, 4),
         "b.rank": (8, 16),
     }
-    choice = space.choice_at(
+    choice = space.make_choice_at(
         {
             "a": True,
             "b": True,
@@ -183,7 +183,7 @@ def test_a_mixed_choice_by_hand():
     assert choice.methods == ("svdiff", "lora", "difffit")
     assert choice.setting("a") == Setting("svdiff", 1e-4) and choice.setting("b") == Setting("lora", 1e-3, 16)
     assert choice.setting("c") == Setting("difffit", 1e-2)
-    other = space.choice_at(
+    other = space.make_choice_at(
         {
             "a": True,
             "b": True,
@@ -195,20 +195,20 @@ def test_a_mixed_choice_by_hand():
             "rate": 0.5,
         }
     )
-    assert not choice.same_as(other) and choice.same_as(choice)
+    assert not choice.is_same_as(other) and choice.is_same_as(choice)
 
 
 @pytest.mark.parametrize("values", [GOOD, MIXED], ids=["uniform", "mixed"])
 def test_a_thousand_random_choices_survive_json_and_the_samplers_coordinates(values):
     space, rng = parse_space(values, "mine"), random.Random(0)
     for _ in range(1000):
-        point = {name: rng.choice(options) for name, options in space.coordinates().items()} | {
+        point = {name: rng.choice(options) for name, options in space.list_coordinates().items()} | {
             "rate": rng.random()
         }
-        choice = space.choice_at(point)
+        choice = space.make_choice_at(point)
         assert Choice.from_dict(json.loads(json.dumps(choice.as_dict()))) == choice
-        back = space.choice_at(space.find_point(choice))
-        assert back.groups == choice.groups and back.same_as(choice)
+        back = space.make_choice_at(space.find_point(choice))
+        assert back.groups == choice.groups and back.is_same_as(choice)
 
 
 def test_a_mask_with_no_group_on_is_a_choice():

@@ -108,7 +108,7 @@ def test_a_steps_cost_falls_with_the_earliest_trained_block(architecture):
     assert cost["down_0"].step_gflops / forward == pytest.approx(2.0, abs=0.2)
     assert cost["up_3"].step_gflops / forward == pytest.approx(1.25, abs=0.15)
     assert cost["down_0"].memory_mib > cost["up_1"].memory_mib > cost["up_3"].memory_mib
-    full = measure_typical_cost(denoiser, space, space.anchors()["full"][0])
+    full = measure_typical_cost(denoiser, space, space.list_anchors()["full"][0])
     assert full.parameters == SD15 and full.step_gflops / forward == pytest.approx(3.0, abs=0.2)
     none = measure_typical_cost(denoiser, space, space.choice((), "lora", 0.5))
     assert (

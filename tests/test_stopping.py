@@ -45,7 +45,7 @@ def test_in_pairs_what_all_samples_share_cancels():
         for i, (values, error) in enumerate(zip((first, second), errors))
     ]
     assert not alone[0].beaten_by(alone[1], 1.0) and paired[0].beaten_by(paired[1], 1.0)
-    assert paired[0].error_of_difference(paired[1], 0) == pytest.approx((first - second).std(ddof=1) / 8)
+    assert paired[0].measure_difference_error(paired[1], 0) == pytest.approx((first - second).std(ddof=1) / 8)
 
 
 def test_a_maximised_objective_is_a_loss_with_its_sign_turned():

@@ -39,7 +39,7 @@ def result(choice, fid, memorization=0.1, state="COMPLETE"):
 
 
 def test_an_anchor_stands_for_the_best_of_its_candidates(tmp_path):
-    study, candidates = opened(tmp_path), SPACE.anchors()["full"]
+    study, candidates = opened(tmp_path), SPACE.list_anchors()["full"]
     number = study.begin(candidates, SPACE, "full")
     assert [(r.state, r.anchor, r.choice) for r in study.records()] == [("RUNNING", "full", None)]
     study.finish(
@@ -81,10 +81,11 @@ MIXED = parse_space(
 def test_a_thousand_random_choices_survive_the_database_and_safetensors(tmp_path):
     rng, study = random.Random(0), opened(tmp_path)
     points = [
-        {name: rng.choice(options) for name, options in MIXED.coordinates().items()} | {"rate": rng.random()}
+        {name: rng.choice(options) for name, options in MIXED.list_coordinates().items()}
+        | {"rate": rng.random()}
         for _ in range(1000)
     ]
-    choices = [MIXED.choice_at(point) for point in points]
+    choices = [MIXED.make_choice_at(point) for point in points]
     study.begin(choices, MIXED, "all")
     assert list(opened(tmp_path).records()[0].candidates) == choices
     for choice in choices:
@@ -148,7 +149,7 @@ def test_an_objective_may_be_maximised(tmp_path):
         config, tmp_path, tmp_path / "s.yaml", create=True, directions=["minimize", "maximize"]
     )
     for i, (fid, recall) in enumerate(((9.0, 0.4), (8.0, 0.6), (7.0, 0.1))):
-        told = result(SPACE.choice(SPACE.groups_for("lora")[: 1 + i], "lora", 0.5), fid)
+        told = result(SPACE.choice(SPACE.select_groups("lora")[: 1 + i], "lora", 0.5), fid)
         told["rewards"]["recall"] = recall
         study.finish(study.begin([Choice.from_dict(told["choice"])], SPACE), [told])
     records = open_study(config, tmp_path, tmp_path / "s.yaml", create=False).records()

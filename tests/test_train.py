@@ -116,7 +116,7 @@ def test_a_run_is_plain_adamw_on_the_batches_mean_loss(base, material, trained):
             data.mean[rows].shape, generator=generator
         )
         captions = torch.where(torch.rand(8, generator=generator) < 0.1, 0, data.caption_rows[rows])
-        losses, _ = base.denoised(base.noised(clean, generator), data.texts(captions))
+        losses, _ = base.denoise(base.add_noise(clean, generator), data.texts(captions))
         optimizer.zero_grad()
         losses.mean().backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -131,7 +131,7 @@ def test_micro_batches_change_no_gradient(loop):
     found = []
     for size in (None, 3, 1):
         one = loop(micro_batch_size=size)
-        assert one.plain_part([]) == 8
+        assert one.learn_plain([]) == 8
         found.append(gradients(one))
     assert same(found[0], found[1], 1e-6) and same(found[0], found[2], 1e-6)
 
@@ -140,12 +140,12 @@ def test_the_step_is_on_the_mean_gradient_of_the_images_kept(base, loop):
     """L = sum keep l / sum keep, the memory judged before and updated after; skipped images are counted."""
     one = loop(skip=SkipConfig(ratio=2.0), bank=0.3)
     batch = one.draw()
-    losses, _ = base.denoised(batch.noised, batch.text)
+    losses, _ = base.denoise(batch.noised, batch.text)
     keep = 2 * losses.detach() >= 0.3
     assert 0 < keep.sum() < 8
     expected = torch.autograd.grad((losses * keep).sum() / keep.sum(), one.parameters)
     one.shard.counts.clear()
-    n_kept = one.plain_part([])
+    n_kept = one.learn_plain([])
     one.inner = one.inner.replaced({"max_grad_norm": 1e9})
     one.optimizer.step = lambda: None
     one.step(n_kept)
@@ -165,7 +165,7 @@ def test_the_step_is_on_the_mean_gradient_of_the_images_kept(base, loop):
 def test_a_batch_that_is_skipped_whole_takes_no_step(loop):
     one = loop(skip=SkipConfig(), bank=1e6)
     before = {name: parameter.detach().clone() for name, parameter in one.trained.items()}
-    one.slot(0.5)
+    one.take_slot(0.5)
     assert one.shard.counts["steps"] == 0 and one.shard.counts["skipped"] == 8 and one.shard.losses[0] > 0
     assert (
         same(before, {name: parameter.detach() for name, parameter in one.trained.items()})
@@ -174,21 +174,21 @@ def test_a_batch_that_is_skipped_whole_takes_no_step(loop):
 
 
 def test_a_refilled_step_is_whole(loop):
-    assert loop(skip=SkipConfig(), bank=0.3).plain_part([]) < 8
+    assert loop(skip=SkipConfig(), bank=0.3).learn_plain([]) < 8
     refilled = loop(skip=SkipConfig(refill=20), bank=0.3)
-    assert refilled.plain_part([]) == 8
+    assert refilled.learn_plain([]) == 8
     assert refilled.shard.counts["trained"] == 8 and refilled.shard.counts["batches"] > 1
 
 
 def test_min_snr_weighs_each_loss(base, loop):
     one = loop(min_snr=5.0)
     batch = one.draw()
-    losses, _ = base.denoised(batch.noised, batch.text)
+    losses, _ = base.denoise(batch.noised, batch.text)
     kept = base.schedule.alphas_cumprod[batch.noised.timesteps]
     weights = torch.minimum(kept / (1 - kept), torch.tensor(5.0)) / (kept / (1 - kept))
     expected = torch.autograd.grad((losses * weights).mean(), one.parameters)
     one.shard.counts.clear()
-    one.plain_part([])
+    one.learn_plain([])
     assert all(
         torch.allclose(found, wanted, atol=1e-6) for found, wanted in zip(gradients(one).values(), expected)
     )
@@ -198,19 +198,19 @@ def test_images_with_a_large_noise_norm_are_dropped(base, loop):
     one = loop(norm_threshold="decile", batch_size=10, caption_dropout=0.0)
     batch = one.draw()
     with torch.no_grad():
-        _, with_caption = base.denoised(batch.noised, batch.text)
+        _, with_caption = base.denoise(batch.noised, batch.text)
         empty = base.encode_captions([""])["prompt_embeds"].expand(10, -1, -1)
         without = base.denoiser(batch.noised.noisy, batch.noised.times, empty).sample
     norms = (with_caption - without).flatten(1).norm(dim=1)
     one.shard.counts.clear()
-    assert one.plain_part([]) == 9 and one.shard.counts["dropped"] == 1
+    assert one.learn_plain([]) == 9 and one.shard.counts["dropped"] == 1
     fixed = loop(norm_threshold=float(norms.sort().values[4]), batch_size=10, caption_dropout=0.0)
-    assert fixed.plain_part([]) == 4
+    assert fixed.learn_plain([]) == 4
 
 
 def test_input_perturbation_and_noise_offset_by_hand(base):
     clean, generator = torch.randn(4, 4, 8, 8), torch.Generator().manual_seed(5)
-    found = base.noised(clean, torch.Generator().manual_seed(5), offset=0.1, perturbation=0.2)
+    found = base.add_noise(clean, torch.Generator().manual_seed(5), offset=0.1, perturbation=0.2)
     noise, timesteps = (
         torch.randn(clean.shape, generator=generator),
         torch.randint(1000, (4,), generator=generator),
@@ -229,31 +229,31 @@ def test_zones_train_queue_and_skip(base, loop):
     one = loop(skip=SkipConfig(ratio=2.0), augmentation=AugmentationConfig(bar=2.0), bank=0.2)
     batch = one.draw()
     with torch.no_grad():
-        u = 2 * base.denoised(batch.noised, batch.text)[0] / 0.2
+        u = 2 * base.denoise(batch.noised, batch.text)[0] / 0.2
     one.shard.counts.clear()
-    assert one.plain_part([]) == (u >= 2).sum()
+    assert one.learn_plain([]) == (u >= 2).sum()
     assert (
         one.shard.queue.tolist() == batch.rows[(u >= 1) & (u < 2)].tolist()
         and one.shard.counts["skipped"] == (u < 1).sum()
     )
     assert torch.allclose(one.shard.queue_closeness, u[(u >= 1) & (u < 2)].double())
     for _ in range(20):
-        if one.queue_is_full():
+        if one.is_queue_full():
             break
-        one.plain_part([])
+        one.learn_plain([])
     waiting, bank = one.shard.queue.tolist(), one.shard.memory.bank.clone()
-    assert one.augmented_part([]) > 0 and one.shard.queue.tolist() == waiting[8:]
+    assert one.learn_augmented([]) > 0 and one.shard.queue.tolist() == waiting[8:]
     assert torch.equal(one.shard.memory.bank, bank) and one.shard.counts["augmented_batches"] == 1
 
 
 def test_the_rule_kept_trains_nothing_but_augmented_images(loop):
     one = loop(skip=SkipConfig(), augmentation=AugmentationConfig(rule="kept", retest=False))
-    one.slot(0.5)
+    one.take_slot(0.5)
     assert (
         one.shard.counts["steps"] == one.shard.counts["augmented_batches"] == 1 and len(one.shard.queue) == 0
     )
     full = loop(skip=SkipConfig(), augmentation=AugmentationConfig(rule="kept"), bank=1e6)
-    full.slot(0.5)
+    full.take_slot(0.5)
     assert (
         full.shard.counts["steps"] == 0
         and full.shard.counts["skipped"] == 8 * 8
@@ -280,7 +280,7 @@ def test_the_rule_kept_trains_nothing_but_augmented_images(loop):
 def test_every_image_that_was_seen_is_accounted_for(loop, inner):
     one = loop(**inner, bank=0.2 if "skip" in inner else None)
     for _ in range(6):
-        one.slot(0.5)
+        one.take_slot(0.5)
     counts = one.shard.counts
     assert counts["seen"] == sum(
         counts[name] for name in ("trained", "skipped", "dropped", "queued", "surplus")
@@ -333,7 +333,7 @@ def test_the_moving_average_by_hand(loop):
     one = loop(ema=0.5)
     shadow = {name: parameter.detach().clone() for name, parameter in one.trained.items()}
     for step in range(1, 4):
-        one.slot(0.5)
+        one.take_slot(0.5)
         decay = min(0.5, (1 + step) / (10 + step))
         shadow = {
             name: decay * shadow[name] + (1 - decay) * parameter.detach()

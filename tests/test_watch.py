@@ -49,7 +49,7 @@ def test_status_of_an_interrupted_search_shows_its_runs(study_file):
     study = study_file()
     config, folder = load_config(study), locate_study_folder(study, "small")
     written = open_study(config, folder, study, create=True)
-    candidates = SPACE.anchors()["all"]
+    candidates = SPACE.list_anchors()["all"]
     written.begin(candidates, SPACE, "all")
     written.close()
     begin_attempt(folder / candidates[0].key).progress("train", 1, 2)
@@ -77,7 +77,7 @@ def test_pace_counts_what_is_left(study_file):
     study = study_file(search={"trials": 11, "workers": 2})
     config = load_config(study)
     written = open_study(config, study.parent, study, create=True)
-    choice = SPACE.choice(SPACE.groups_for("lora"), "lora", 0.5)
+    choice = SPACE.choice(SPACE.select_groups("lora"), "lora", 0.5)
     written.begin([choice], SPACE)
     (record,) = written.records()
     written.close()

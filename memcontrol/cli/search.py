@@ -89,7 +89,7 @@ def print_prediction(place: StudyPlace) -> None:
                 steps.show("calibrating with short trials", event.done, event.total)
 
         calibrations = run_calibrations(place.config, folder, JobQueue(executor, show))
-    for line in describe_prediction(predict_search(place.config, place.space.anchors(), calibrations)):
+    for line in describe_prediction(predict_search(place.config, place.space.list_anchors(), calibrations)):
         sys.stdout.write(f"# {line}\n")
 
 

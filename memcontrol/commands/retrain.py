@@ -134,4 +134,4 @@ def prepare_unsearched(place: StudyPlace, choice: Choice, executor: Executor, sh
     refuse_results_among(place.config.data.path, place.folder.path)
     with hold_folder_lock(place.folder.path):
         run_preparation(place.config, place.folder, JobQueue(executor, show))
-    return place.space.anchors()["full"][1]
+    return place.space.list_anchors()["full"][1]

@@ -34,10 +34,10 @@ class Attempt:
 
     def check(self) -> None:
         """Raises Superseded."""
-        if not self.current():
+        if not self.is_current():
             raise Superseded(f"another attempt has taken over {self.folder}")
 
-    def current(self) -> bool:
+    def is_current(self) -> bool:
         return read_attempts(self.folder)[-1]["identity"] == self.identity
 
     def progress(self, stage: str, done: int, total: int) -> None:

@@ -25,7 +25,7 @@ class Setting:
     learning_rate: float
     rank: int | None = None
 
-    def same_as(self, other: Setting) -> bool:
+    def is_same_as(self, other: Setting) -> bool:
         """The same method and rank, at a learning rate within 10 %."""
         if (self.method, self.rank) != (other.method, other.rank):
             return False
@@ -66,12 +66,12 @@ class Choice:
         """Eight hexadecimal digits that name the choice's folder."""
         return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()[:8]
 
-    def same_as(self, other: Choice) -> bool:
+    def is_same_as(self, other: Choice) -> bool:
         """The same groups, each with the same method and rank, at learning rates within 10 %."""
         if set(self.groups) != set(other.groups) or "none" in (self.method, other.method):
             return self.method == other.method == "none"
-        return self.default.same_as(other.default) and all(
-            self.setting(group).same_as(other.setting(group)) for group in self.groups
+        return self.default.is_same_as(other.default) and all(
+            self.setting(group).is_same_as(other.setting(group)) for group in self.groups
         )
 
     def as_dict(self) -> dict[str, Any]:

@@ -50,13 +50,13 @@ class SearchSpace:
     mix: bool = False
     description: str = ""
 
-    def anchors(self) -> dict[str, list[Choice]]:
+    def list_anchors(self) -> dict[str, list[Choice]]:
         """No training; plain PEFT with every group on; full fine-tuning: the last two at three learning rates
         each."""
         plain = self.methods[0]
         return {
             "none": [Choice((), "none", 0.0)],
-            "all": [self.choice(self.groups_for(plain), plain, share) for share in THIRDS],
+            "all": [self.choice(self.select_groups(plain), plain, share) for share in THIRDS],
             "full": [
                 Choice((EVERYTHING,), "full", interpolate_rate(self.learning_rate["full"], share))
                 for share in THIRDS
@@ -92,7 +92,7 @@ class SearchSpace:
         differing = tuple((group, own) for group, own in each.items() if own != default)
         return Choice(tuple(groups), default.method, default.learning_rate, default.rank, differing)
 
-    def coordinates(self) -> dict[str, tuple]:
+    def list_coordinates(self) -> dict[str, tuple]:
         """Name to options of every categorical coordinate that a choice is sampled in; beside them stands
         `rate`, in 0..1."""
         found: dict[str, tuple] = {group: (False, True) for group in self.groups}
@@ -109,7 +109,7 @@ class SearchSpace:
             f"{name}.rank": group.rank for name, group in self.groups.items() if group.rank != self.rank
         }
 
-    def choice_at(self, params: dict[str, Any]) -> Choice:
+    def make_choice_at(self, params: dict[str, Any]) -> Choice:
         """The choice at a point: a value for each of `coordinates` and for `rate`."""
         method = params.get("method", self.methods[0])
         methods = (
@@ -117,7 +117,7 @@ class SearchSpace:
             if self.mix
             else None
         )
-        allowed = self.groups if self.mix else self.groups_for(method)
+        allowed = self.groups if self.mix else self.select_groups(method)
         ranks = {name: params[f"{name}.rank"] for name in self.groups if f"{name}.rank" in params}
         return self.choice(
             [name for name in allowed if params[name]], method, params["rate"], params["rank"], methods, ranks
@@ -125,7 +125,7 @@ class SearchSpace:
 
     def find_point(self, choice: Choice) -> dict[str, Any]:
         """Where a choice lies in `coordinates` and `rate`; what it leaves open is at the first option."""
-        coordinates = self.coordinates()
+        coordinates = self.list_coordinates()
         point: dict[str, Any] = {name: options[0] for name, options in coordinates.items()}
         point |= {name: name in choice.groups for name in self.groups}
         own = {"method": choice.method, "rank": choice.rank}
@@ -142,16 +142,16 @@ class SearchSpace:
             "rate": min(max(math.log(choice.learning_rate / low) / math.log(high / low), 0.0), 1.0)
         }
 
-    def groups_for(self, method: str) -> tuple[str, ...]:
+    def select_groups(self, method: str) -> tuple[str, ...]:
         return tuple(group for group in self.groups if method in self.groups[group].methods)
 
-    def module_names(self, names: Sequence[str]) -> dict[str, list[str]]:
+    def match_modules(self, names: Sequence[str]) -> dict[str, list[str]]:
         """Group to the module names that its patterns match. Raises MemControlError: nothing matched, or
         shared modules."""
         found: dict[str, list[str]] = {}
         owner: dict[str, str] = {}
         for group in self.groups:
-            found[group] = self.matched(f"group '{group}'", self.groups[group].patterns, names)
+            found[group] = self.match_patterns(f"group '{group}'", self.groups[group].patterns, names)
             for name in found[group]:
                 if name in owner:
                     raise MemControlError(
@@ -161,7 +161,7 @@ class SearchSpace:
                 owner[name] = group
         return found
 
-    def matched(self, owner: str, patterns: Sequence[str], names: Sequence[str]) -> list[str]:
+    def match_patterns(self, owner: str, patterns: Sequence[str], names: Sequence[str]) -> list[str]:
         """The names that any pattern matches. Raises MemControlError where a pattern matches none."""
         found: list[str] = []
         for pattern in patterns:
@@ -175,9 +175,11 @@ class SearchSpace:
             found += modules
         return list(dict.fromkeys(found))
 
-    def always_names(self, names: Sequence[str]) -> list[tuple[str, list[str]]]:
+    def match_always(self, names: Sequence[str]) -> list[tuple[str, list[str]]]:
         """(method, module names) of what is trained in every choice."""
-        return [(method, self.matched("'always'", patterns, names)) for method, patterns in self.always]
+        return [
+            (method, self.match_patterns("'always'", patterns, names)) for method, patterns in self.always
+        ]
 
     def check_choice(self, choice: Choice) -> None:
         """Raises MemControlError where the choice names a group or a method that this space does not have for

@@ -25,19 +25,19 @@ class JobQueue:
         self.waiting: deque[Job] = deque()
         self.failures: Counter[Path] = Counter()  # of jobs that are no trials; a trial's are in its folder
 
-    def room(self) -> int:
+    def count_room(self) -> int:
         """How many more jobs would find a place at once."""
-        return self.executor.free() - len(self.waiting)
+        return self.executor.count_free() - len(self.waiting)
 
     def add(self, job: Job) -> None:
         self.waiting.append(job)
         self.hand_out()
 
     def hand_out(self) -> None:
-        while self.waiting and self.executor.free():
+        while self.waiting and self.executor.count_free():
             self.executor.submit(self.waiting.popleft())
 
-    def ends(self, timeout_seconds: float = 1.0) -> Iterator[Event]:
+    def collect_ends(self, timeout_seconds: float = 1.0) -> Iterator[Event]:
         """Ends so far, waiting up to the timeout for the first: one of END_EVENTS, but `GivenUp` in place of
         a last failure.
 
@@ -75,6 +75,6 @@ class JobQueue:
         self.waiting.extend(jobs)
         n_left = len(self.waiting) - n_before
         while n_left:
-            for event in self.ends():
+            for event in self.collect_ends():
                 n_left -= 1
                 yield event

@@ -24,7 +24,7 @@ class Inline(Executor):
         self.waiting: list[Job] = []
         self.loaded = None
 
-    def free(self) -> int:
+    def count_free(self) -> int:
         return 1 - len(self.waiting)
 
     def submit(self, job: Job) -> None:
@@ -59,7 +59,7 @@ class Local(Executor):
         threads = max(1, (os.cpu_count() or 1) // n_workers)
         self.workers = [Worker(i, threads, self.said, n_processes) for i in range(n_workers)]
 
-    def free(self) -> int:
+    def count_free(self) -> int:
         return sum(worker.job is None for worker in self.workers)
 
     def submit(self, job: Job) -> None:

@@ -53,7 +53,7 @@ class Ray(Executor):
         self.ray, self.settings, self.time_limit_seconds = connect_ray(settings), settings, time_limit_seconds
         self.places = [Place() for _ in range(n_workers)]
 
-    def free(self) -> int:
+    def count_free(self) -> int:
         return sum(place.job is None for place in self.places)
 
     def submit(self, job: Job) -> None:

@@ -66,7 +66,7 @@ class Slurm(Executor):
         self.running: list[Running] = []
         self.submitter = make_submitter(settings, StudyFolder(folder).slurm)
 
-    def free(self) -> int:
+    def count_free(self) -> int:
         return self.n_workers - len(self.running)
 
     def submit(self, job: Job) -> None:

@@ -59,10 +59,10 @@ def find_targets(denoiser: nn.Module, space: SearchSpace, choice: Choice) -> lis
 
     found = [
         Target(name, method, choice.learning_rate)
-        for method, always in space.always_names(names)
+        for method, always in space.match_always(names)
         for name in suited(always, method)
     ]
-    modules = space.module_names(names)
+    modules = space.match_modules(names)
     for group in choice.groups:
         setting = choice.setting(group)
         own = suited(modules[group], setting.method)
@@ -81,7 +81,7 @@ def check_space(denoiser: nn.Module, space: SearchSpace) -> None:
     """Raises MemControlError where a pattern matches nothing, groups share a module, or a method suits no
     module of its group."""
     for method in space.methods:
-        targets = find_targets(denoiser, space, space.choice(space.groups_for(method), method, 0.5))
+        targets = find_targets(denoiser, space, space.choice(space.select_groups(method), method, 0.5))
         check_ownership(denoiser, targets, space)
 
 
@@ -227,12 +227,12 @@ class Adapter:
         self.load_state(load_file(RunFolder(folder).adapter_file))
 
     @contextlib.contextmanager
-    def folded(self) -> Iterator[None]:
+    def fold(self) -> Iterator[None]:
         """For many forward passes without training: every changed weight is computed once. Outputs change by
         rounding; the weights come back bit for bit."""
         with contextlib.ExitStack() as stack, torch.no_grad(), parametrize.cached():
             for part in self.parts:
-                stack.enter_context(part.folded())
+                stack.enter_context(part.fold())
             yield
 
     def fuse(self) -> None:

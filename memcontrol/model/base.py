@@ -161,7 +161,7 @@ class Base:
         )
         return self.pixels_per_latent * inner
 
-    def noised(
+    def add_noise(
         self,
         clean: Tensor,
         generator: torch.Generator,
@@ -210,7 +210,7 @@ class Base:
             (1000 * share).long().clamp(max=999),
         )
 
-    def denoised(self, noised: Noised, text: Text) -> tuple[Tensor, Tensor]:
+    def denoise(self, noised: Noised, text: Text) -> tuple[Tensor, Tensor]:
         """The denoising loss of each latent, unreduced [B], and the prediction [B, C, h, w]."""
         predicted = self.family.predict(self.denoiser, noised.noisy, noised.times, text)
         return (predicted.float() - noised.target.float()).square().mean(dim=(1, 2, 3)), predicted
@@ -220,7 +220,7 @@ class Base:
         """Mean and deviation of the latent posterior, scaled as the denoiser expects: each [N, C, h, w]."""
         means, deviations = zip(
             *(
-                self.posterior(
+                self.encode_posterior(
                     torch.from_numpy(
                         images.take(range(start, min(start + ENCODE_BATCH, len(images)))).pixels()
                     )
@@ -230,7 +230,7 @@ class Base:
         )
         return torch.cat(means), torch.cat(deviations)
 
-    def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def encode_posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Of uint8 pixels [B, 3, H, W]; without an autoencoder the pixels themselves, in -1..1."""
         scaled, vae = pixels.to(self.device).float() / 127.5 - 1, getattr(self.pipeline, "vae", None)
         if vae is None:
@@ -281,9 +281,9 @@ class Base:
                 for name, tensor in empty.items()
             }
             call = (
-                self.unconditional(generators)
+                self.make_unconditional_call(generators)
                 if not text
-                else self.conditional(generators, own, none, guidance, resolution)
+                else self.make_conditional_call(generators, own, none, guidance, resolution)
             )
             if guidance_from and guidance > 1:
                 call |= delay_guidance(guidance, round(guidance_from * steps))
@@ -291,7 +291,7 @@ class Base:
             progress(start + len(generators), len(seeds))
         return (np.concatenate(images).transpose(0, 3, 1, 2) * 255 + 0.5).astype(np.uint8)
 
-    def conditional(
+    def make_conditional_call(
         self, generators: Sequence[torch.Generator], text: Text, empty: Text, guidance: float, resolution: int
     ) -> dict:
         side = resolution // self.pixels_per_latent
@@ -299,18 +299,18 @@ class Base:
         noise = torch.stack(
             [torch.randn(channels, side, side, generator=generator) for generator in generators]
         )
-        call = self.family.sampled(self.pipeline, text, empty, guidance)
+        call = self.family.make_call(self.pipeline, text, empty, guidance)
         return {
             **call,
-            "latents": self.family.latents(noise).to(self.device),
+            "latents": self.family.pack_latents(noise).to(self.device),
             "height": resolution,
             "width": resolution,
         }
 
-    def unconditional(self, generators: Sequence[torch.Generator]) -> dict:
+    def make_unconditional_call(self, generators: Sequence[torch.Generator]) -> dict:
         return {"batch_size": len(generators), "generator": list(generators)}
 
-    def encoded(self, images: Images, cache: Path, base_name: str) -> Encoded:
+    def load_encoded(self, images: Images, cache: Path, base_name: str) -> Encoded:
         """The images' latents and encodings, computed once per content and base and kept under `cache`."""
         path = cache / f"latents-{images.digest}-{digest_base(base_name)}.safetensors"
         stored = load_or_make(path, lambda: self.encode(images))

@@ -170,13 +170,13 @@ def survey_space(denoiser: nn.Module, space: SearchSpace) -> dict:
     A group's count is what it adds to what the space always trains. Raises MemControlError where the space
     does not fit.
     """
-    modules = space.module_names(list_trainable_modules(denoiser))
+    modules = space.match_modules(list_trainable_modules(denoiser))
     methods: dict[str, dict[str, Any]] = {}
     groups: dict[str, dict[str, Any]] = {
         name: {"name": name, "modules": members, "parameters": {}} for name, members in modules.items()
     }
     for method in space.methods:
-        everything_on = space.choice(space.groups_for(method), method, 0.5)
+        everything_on = space.choice(space.select_groups(method), method, 0.5)
         always = count_parameters(denoiser, space, space.choice((), method, 0.5))
         everything = count_parameters(denoiser, space, everything_on)
         cost = measure_typical_cost(denoiser, space, everything_on)
@@ -187,7 +187,7 @@ def survey_space(denoiser: nn.Module, space: SearchSpace) -> dict:
         }
         added = {name: n for name, n in everything.items() if name not in always}
         by_group = sum_by_group(added, find_owners(modules))
-        for name in space.groups_for(method):
+        for name in space.select_groups(method):
             groups[name]["parameters"][method] = by_group[name]
     return {
         "space": space.name,
@@ -214,7 +214,7 @@ def sum_by_group(parameters: Mapping[str, int], owners: Mapping[str, str]) -> Co
 def list_blocks(denoiser: nn.Module, space: SearchSpace) -> list[dict]:
     """The denoiser's blocks in the order of a forward pass: their parameters, and how many of these lie in
     each group's modules."""
-    owners = find_owners(space.module_names(list_trainable_modules(denoiser)))
+    owners = find_owners(space.match_modules(list_trainable_modules(denoiser)))
     by_block: dict[str, dict[str, int]] = {}
     for name, parameter in denoiser.named_parameters():
         by_block.setdefault(name_block(name), {})[name] = parameter.numel()
@@ -257,4 +257,6 @@ def measure_typical_cost(denoiser: nn.Module, space: SearchSpace, choice: Choice
         return None
     side = config.get("sample_size") or 128
     channels = config.in_channels // family.packing
-    return measure_cost(denoiser, space, choice, family, (channels, side, side), family.text_shapes(config))
+    return measure_cost(
+        denoiser, space, choice, family, (channels, side, side), family.list_text_shapes(config)
+    )

@@ -30,7 +30,7 @@ class Family:
         1000 s."""
         return denoiser(noisy, time, text["prompt_embeds"]).sample
 
-    def sampled(self, pipeline, text: Text, empty: Text, guidance: float) -> dict:
+    def make_call(self, pipeline, text: Text, empty: Text, guidance: float) -> dict:
         """Arguments of the pipeline's call; `empty` are encodings of the empty caption, as many."""
         return {
             **text,
@@ -38,11 +38,11 @@ class Family:
             "guidance_scale": guidance,
         }
 
-    def latents(self, noise: Tensor) -> Tensor:
+    def pack_latents(self, noise: Tensor) -> Tensor:
         """Noise [N, C, h, w] in the form in which the pipeline takes it."""
         return noise
 
-    def text_shapes(self, config) -> dict[str, tuple[int, ...]]:
+    def list_text_shapes(self, config) -> dict[str, tuple[int, ...]]:
         """Shapes of one caption's encodings, as the full-size models have them."""
         return {"prompt_embeds": (77, config.cross_attention_dim)}
 
@@ -66,7 +66,7 @@ class StableDiffusionXL(Family):
         added = {"text_embeds": text["pooled_prompt_embeds"], "time_ids": sizes}
         return denoiser(noisy, time, text["prompt_embeds"], added_cond_kwargs=added).sample
 
-    def text_shapes(self, config) -> dict[str, tuple[int, ...]]:
+    def list_text_shapes(self, config) -> dict[str, tuple[int, ...]]:
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         return {"prompt_embeds": (77, config.cross_attention_dim), "pooled_prompt_embeds": (pooled,)}
 
@@ -91,7 +91,7 @@ class StableDiffusion3(Family):
             pooled_projections=text["pooled_prompt_embeds"],
         ).sample
 
-    def text_shapes(self, config) -> dict[str, tuple[int, ...]]:
+    def list_text_shapes(self, config) -> dict[str, tuple[int, ...]]:
         return {
             "prompt_embeds": (77 + 256, config.joint_attention_dim),
             "pooled_prompt_embeds": (config.pooled_projection_dim,),
@@ -120,7 +120,7 @@ class Flux(Family):
             noisy.new_full((len(noisy),), self.trained_guidance) if denoiser.config.guidance_embeds else None
         )
         packed = denoiser(
-            hidden_states=self.latents(noisy),
+            hidden_states=self.pack_latents(noisy),
             timestep=time / 1000,
             guidance=guidance,
             pooled_projections=text["pooled_prompt_embeds"],
@@ -132,16 +132,16 @@ class Flux(Family):
         tiles = packed.unflatten(1, (height // 2, width // 2)).unflatten(3, (-1, 2, 2))
         return tiles.permute(0, 3, 1, 4, 2, 5).reshape(noisy.shape)
 
-    def sampled(self, pipeline, text: Text, empty: Text, guidance: float) -> dict:
+    def make_call(self, pipeline, text: Text, empty: Text, guidance: float) -> dict:
         if pipeline.transformer.config.guidance_embeds or guidance == 1:
             return {**text, "guidance_scale": guidance}
-        return {**super().sampled(pipeline, text, empty, 1.0), "true_cfg_scale": guidance}
+        return {**super().make_call(pipeline, text, empty, 1.0), "true_cfg_scale": guidance}
 
-    def latents(self, noise: Tensor) -> Tensor:
+    def pack_latents(self, noise: Tensor) -> Tensor:
         tiles = noise.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # [N, C, h/2, 2, w/2, 2]
         return tiles.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # [N, h w / 4, 4 C]
 
-    def text_shapes(self, config) -> dict[str, tuple[int, ...]]:
+    def list_text_shapes(self, config) -> dict[str, tuple[int, ...]]:
         return {
             "prompt_embeds": (512, config.joint_attention_dim),
             "pooled_prompt_embeds": (config.pooled_projection_dim,),
@@ -175,14 +175,14 @@ class PixArt(Family):
         ).sample
         return predicted[:, : noisy.shape[1]]
 
-    def sampled(self, pipeline, text: Text, empty: Text, guidance: float) -> dict:
+    def make_call(self, pipeline, text: Text, empty: Text, guidance: float) -> dict:
         return {
-            **super().sampled(pipeline, text, empty, guidance),
+            **super().make_call(pipeline, text, empty, guidance),
             "negative_prompt": None,
             "use_resolution_binning": False,
         }
 
-    def text_shapes(self, config) -> dict[str, tuple[int, ...]]:
+    def list_text_shapes(self, config) -> dict[str, tuple[int, ...]]:
         return {"prompt_embeds": (300, config.caption_channels), "prompt_attention_mask": (300,)}
 
 
@@ -210,7 +210,7 @@ class Unconditional(Family):
     def predict(self, denoiser, noisy: Tensor, time: Tensor, text: Text) -> Tensor:
         return denoiser(noisy, time).sample
 
-    def text_shapes(self, config) -> dict[str, tuple[int, ...]]:
+    def list_text_shapes(self, config) -> dict[str, tuple[int, ...]]:
         return {}
 
 

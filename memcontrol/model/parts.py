@@ -111,7 +111,7 @@ class Tuner(ABC):
     def load(self, state: State) -> None:
         """Takes in what a state holds beside `learned`."""
 
-    def folded(self) -> AbstractContextManager:
+    def fold(self) -> AbstractContextManager:
         """What was learned lies in plain weights as long as it lasts."""
         return nullcontext()
 

@@ -159,14 +159,14 @@ class Peft(Tuner):
         for name, layer in self.layers.items():
             own = [key for key in self.learned if key.startswith(f"{name}.")]
             if self.method == "lora":
-                found |= self.refactored(
+                found |= self.refactor_mean(
                     name, layer, [{key: state[key] for key in own} for state in states], mean, weights
                 )
             else:
-                found |= self.restarted(name, layer, own, states, weights)
+                found |= self.restart_mean(name, layer, own, states, weights)
         return found
 
-    def refactored(
+    def refactor_mean(
         self, name: str, layer: Any, states: Sequence[State], mean: State, weights: Sequence[float]
     ) -> State:
         """The mean of the products BA: its best factors of the same rank, and what they leave over as an
@@ -189,7 +189,7 @@ class Peft(Tuner):
             f"{name}.offset": offset,
         }
 
-    def restarted(
+    def restart_mean(
         self, name: str, layer: Any, own: Sequence[str], states: Sequence[State], weights: Sequence[float]
     ) -> State:
         """The mean change of the weight as an offset, under an adapter that starts anew: no factors of this
@@ -219,7 +219,7 @@ class Peft(Tuner):
         return found
 
     @contextlib.contextmanager
-    def folded(self) -> Iterator[None]:
+    def fold(self) -> Iterator[None]:
         layers = (
             []
             if self.method in LINEAR

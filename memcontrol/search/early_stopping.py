@@ -45,11 +45,11 @@ class RungResult:
         """Whether the other one is better in every objective, by more than `beyond` standard errors of the
         difference: in pairs over the samples where that is possible."""
         return all(
-            other.losses[i] + beyond * self.error_of_difference(other, i) < self.losses[i]
+            other.losses[i] + beyond * self.measure_difference_error(other, i) < self.losses[i]
             for i in range(len(self.losses))
         )
 
-    def error_of_difference(self, other: RungResult, i: int) -> float:
+    def measure_difference_error(self, other: RungResult, i: int) -> float:
         mine, theirs = self.find_contributions(i), other.find_contributions(i)
         if mine is None or theirs is None or len(mine) != len(theirs):
             return math.hypot(self.errors[i], other.errors[i])
@@ -105,11 +105,13 @@ class EarlyStopper:
         if self.rule is None or number not in self.runs:
             return True
         return all(
-            judge_trial(run, *self.shown(number, run, one["rung"]), self.rule)["goes_on"]
+            judge_trial(run, *self.compare_at(number, run, one["rung"]), self.rule)["goes_on"]
             for one in run.read_rungs(self.config)
         )
 
-    def shown(self, number: int, run: RunFolder, rung: float) -> tuple[float, RungResult, list[RungResult]]:
+    def compare_at(
+        self, number: int, run: RunFolder, rung: float
+    ) -> tuple[float, RungResult, list[RungResult]]:
         """The rung, what the trial showed there, and what all others did."""
         found = {
             other: RungResult.of(other, one["rewards"], self.objectives, folder.read_rung_contributions(rung))

@@ -25,7 +25,7 @@ class SpaceEncoding:
     place in 0..1."""
 
     def __init__(self, space: SearchSpace):
-        self.space, self.options = space, space.coordinates()
+        self.space, self.options = space, space.list_coordinates()
         self.names = list(self.options)
         self.rate_matters = any(
             math.log(high / low) > SAME_RATE for low, high in space.learning_rate.values()
@@ -57,9 +57,9 @@ class SpaceEncoding:
 
     def choice(self, row: np.ndarray) -> Choice:
         params = {name: options[int(i)] for (name, options), i in zip(self.options.items(), row)}
-        return self.space.choice_at({**params, "rate": float(row[-1])})
+        return self.space.make_choice_at({**params, "rate": float(row[-1])})
 
-    def canonical(self, rows: np.ndarray) -> np.ndarray:
+    def canonicalize(self, rows: np.ndarray) -> np.ndarray:
         """Each row as that of its own choice, once: what a method cannot train is off, what a choice leaves
         open is at its first option."""
         return (
@@ -84,7 +84,7 @@ class SpaceEncoding:
             dtype=float,
         )
 
-    def neighbours(self, row: np.ndarray) -> np.ndarray:
+    def list_neighbours(self, row: np.ndarray) -> np.ndarray:
         """All rows that differ in one coordinate."""
         found = []
         for i, options in enumerate(self.options.values()):

@@ -46,7 +46,7 @@ class InMemoryStudy:
             for record in records:
                 self.follow(record, ended)
 
-    def asked(self, n_sampled: int, seed: int) -> Iterator[Choice]:
+    def ask_choices(self, n_sampled: int, seed: int) -> Iterator[Choice]:
         """What Optuna's sampler draws; each draw counts as a running trial to the next."""
         trials = []
         try:
@@ -55,7 +55,7 @@ class InMemoryStudy:
                 params = trials[-1].params
                 if n_sampled < N_SPREAD:
                     params = {**params, **draw_spread_point(n_sampled + attempt, self.space, seed)}
-                yield self.space.choice_at(params)
+                yield self.space.make_choice_at(params)
         finally:
             for trial in trials:
                 self.study.tell(trial, state=TrialState.FAIL)
@@ -111,7 +111,7 @@ def draw_spread_point(i: int, space: SearchSpace, seed: int) -> dict[str, Any]:
     to be compared."""
     turn, rng = i // len(space.methods), random.Random(derive_seed(seed, "spread", i))
     point = {}
-    for name, options in space.coordinates().items():
+    for name, options in space.list_coordinates().items():
         if name in space.groups:
             point[name] = rng.random() < 0.75
         elif name == "method":

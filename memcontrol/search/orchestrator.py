@@ -198,12 +198,12 @@ class Search:
         for record in records:
             if record.state == "RUNNING":
                 self.admit(record.number, record.candidates)  # less those whose result is already there
-        for anchor, candidates in self.space.anchors().items():
+        for anchor, candidates in self.space.list_anchors().items():
             if not any(record.anchor == anchor for record in records):
                 self.admit(self.study.begin(candidates, self.space, anchor), tuple(candidates))
         with contextlib.closing(self.ahead):
             while self.fill() or self.open:
-                for event in self.jobs.ends():
+                for event in self.jobs.collect_ends():
                     self.end(event)
                     self.fill()
                 self.observer.tick()
@@ -217,7 +217,7 @@ class Search:
     def fill(self) -> bool:
         """Gives every free place a job, sampling new choices as needed. Whether anything is left to wait
         for."""
-        while self.jobs.room() > 0:
+        while self.jobs.count_room() > 0:
             if not self.waiting:
                 if not self.sample():
                     break

@@ -41,7 +41,7 @@ def run_calibrations(config: Config, folder: Path, jobs: JobQueue) -> list[Calib
     """Short trials on every worker at once, as a search runs them, in a folder that is removed again. Raises
     MemControlError."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    places = [StudyFolder(folder).calibration(i) for i in range(jobs.room())]
+    places = [StudyFolder(folder).calibration(i) for i in range(jobs.count_room())]
     try:
         ends = list(jobs.run([CalibrateJob(place, config.model_dump(mode="json")) for place in places]))
     finally:

@@ -58,14 +58,14 @@ class Sampler:
             kind,
             n_objectives,
         )
-        self.first = [choice for choice in map(self.within, first) if choice is not None]
+        self.first = [choice for choice in map(self.fit_choice, first) if choice is not None]
         self.encoding, self.mirror = SpaceEncoding(space), InMemoryStudy(space, n_objectives, limits, kind)
 
     def draw(self, records: Sequence[Record], hurried: bool = False) -> Choice:
         """The next choice. Raises SpaceExhausted when the space seems to hold no further one."""
-        return self.prepared(records, hurried)()
+        return self.prepare_draw(records, hurried)()
 
-    def prepared(self, records: Sequence[Record], hurried: bool = False) -> Callable[[], Choice]:
+    def prepare_draw(self, records: Sequence[Record], hurried: bool = False) -> Callable[[], Choice]:
         """The draw, to be made in any thread before the next is prepared. A hurried one is cheap."""
         records = [*records[:-1], *(record.as_running() for record in records[-1:])]
         seed = derive_seed(self.seed, "suggest", len(records)) % 2**32
@@ -85,20 +85,22 @@ class Sampler:
                 gather_training_set(records, self.encoding, self.limits) if n_sampled >= N_SPREAD else None
             )
             if training_set and len(training_set.values) >= N_SPREAD:
-                return lambda: self.drawn(
+                return lambda: self.pick_new(
                     known,
                     itertools.chain(
                         propose_choices(training_set, self.encoding, seed),
-                        self.flipped(select_parents(records), seed),
+                        self.flip_choices(select_parents(records), seed),
                     ),
                 )
         self.mirror.show(records, seed)
-        return lambda: self.drawn(
+        return lambda: self.pick_new(
             known,
-            itertools.chain(self.mirror.asked(n_sampled, seed), self.flipped(select_parents(records), seed)),
+            itertools.chain(
+                self.mirror.ask_choices(n_sampled, seed), self.flip_choices(select_parents(records), seed)
+            ),
         )
 
-    def drawn(self, known: dict[frozenset[str], list[Choice]], choices: Iterable[Choice]) -> Choice:
+    def pick_new(self, known: dict[frozenset[str], list[Choice]], choices: Iterable[Choice]) -> Choice:
         # matrices this small are done seven times sooner by one thread, which also leaves the cores to the
         # workers
         with threadpool_limits(1):
@@ -110,11 +112,11 @@ class Sampler:
             "the space is exhausted"
         )
 
-    def within(self, choice: Choice) -> Choice | None:
+    def fit_choice(self, choice: Choice) -> Choice | None:
         """The choice of another study as this space has it, its learning rate within the range; None where it
         has not all of it."""
         try:
-            own = self.space.choice_at(self.space.find_point(choice))
+            own = self.space.make_choice_at(self.space.find_point(choice))
         except (KeyError, MemControlError):
             return None
         return (
@@ -123,17 +125,17 @@ class Sampler:
             else None
         )
 
-    def flipped(self, parents: Sequence[Choice], seed: int) -> Iterator[Choice]:
+    def flip_choices(self, parents: Sequence[Choice], seed: int) -> Iterator[Choice]:
         """Choices on the front with one coordinate changed, then two and more: where a sampler repeats
         itself, it has come to such a place."""
         rng = random.Random(seed)
-        options = {**self.space.coordinates(), "rate": ()}
+        options = {**self.space.list_coordinates(), "rate": ()}
         for attempt in range(N_FLIPS if parents else 0):
             point = self.space.find_point(rng.choice(parents))
             for name in rng.sample(list(options), min(len(options), 1 + attempt // N_FLIPS_ALIKE)):
                 others = [option for option in options[name] if option != point[name]]
                 point[name] = rng.random() if name == "rate" else rng.choice(others or [point[name]])
-            yield self.space.choice_at(point)
+            yield self.space.make_choice_at(point)
 
 
 class PrefetchedChoices:
@@ -155,7 +157,7 @@ class PrefetchedChoices:
                 for i, choice in enumerate(self.ready)
             ]
             self.drawing = self.pool.submit(
-                self.sampler.prepared([*records, *ahead], may_hurry and self.is_late())
+                self.sampler.prepare_draw([*records, *ahead], may_hurry and self.is_late())
             )
 
     def is_late(self) -> bool:
@@ -186,7 +188,7 @@ class PrefetchedChoices:
 
 
 def is_known(choice: Choice, known: dict[frozenset[str], list[Choice]]) -> bool:
-    return any(choice.same_as(other) for other in known.get(frozenset(choice.groups), ()))
+    return any(choice.is_same_as(other) for other in known.get(frozenset(choice.groups), ()))
 
 
 def select_parents(records: Sequence[Record]) -> list[Choice]:

@@ -173,8 +173,8 @@ def propose_choices(known: TrainingSet, encoding: SpaceEncoding, seed: int) -> I
         return surrogate.score(rows, front, reference)
 
     randoms = encoding.random(N_RANDOM, random.Random(seed))
-    neighbours = [encoding.neighbours(row) for row in there[find_front(means)]]
-    rows, scores = climb(encoding.canonical(np.concatenate([randoms, *neighbours])), score, encoding)
+    neighbours = [encoding.list_neighbours(row) for row in there[find_front(means)]]
+    rows, scores = climb(encoding.canonicalize(np.concatenate([randoms, *neighbours])), score, encoding)
     for i in np.argsort(-scores, kind="stable"):
         yield encoding.choice(rows[i])
 
@@ -192,6 +192,6 @@ def climb(
         if not top:
             break
         climbed |= {row.tobytes() for row in top}
-        new = encoding.canonical(np.concatenate([encoding.neighbours(row) for row in top]))
+        new = encoding.canonicalize(np.concatenate([encoding.list_neighbours(row) for row in top]))
         rows, scores = np.concatenate([rows, new]), np.concatenate([scores, score(new)])
     return rows, scores

@@ -422,6 +422,6 @@ def make_readable_distributions(params: dict[str, Any], space: SearchSpace) -> d
 
 def make_distributions(space: SearchSpace) -> dict[str, BaseDistribution]:
     found: dict[str, BaseDistribution] = {
-        name: CategoricalDistribution(options) for name, options in space.coordinates().items()
+        name: CategoricalDistribution(options) for name, options in space.list_coordinates().items()
     }
     return found | {"rate": FloatDistribution(0, 1)}

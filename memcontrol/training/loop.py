@@ -83,22 +83,22 @@ class Loop:
         edits = inner.captions.any and bool(material.data.text)
         self.words = list_vocabulary(base.pipeline.tokenizer) if edits else []
 
-    def slot(self, share: float) -> None:
+    def take_slot(self, share: float) -> None:
         """One unit of the budget, `share` of the shard's units done with it: at most one optimizer step.
         Raises Diverged."""
         for group in self.optimizer.param_groups:
             group["lr"] = group["rate"] * learning_rate_factor(share, self.inner)
         self.optimizer.zero_grad()
         losses: list[float] = []
-        n_kept = self.augmented_part(losses)
+        n_kept = self.learn_augmented(losses)
         if not n_kept and not (self.inner.augmentation and self.inner.augmentation.rule == "kept"):
-            n_kept = self.plain_part(losses)
+            n_kept = self.learn_plain(losses)
         if losses:
             self.shard.losses.append(sum(losses) / len(losses))
         if n_kept:
             self.step(n_kept)
 
-    def plain_part(self, losses: list[float]) -> int:
+    def learn_plain(self, losses: list[float]) -> int:
         """Gradients of batches until as many images were kept as a batch has, or the draws are used up. How
         many were kept."""
         n_kept = 0
@@ -108,16 +108,16 @@ class Loop:
                 break
         return n_kept
 
-    def augmented_part(self, losses: list[float]) -> int:
+    def learn_augmented(self, losses: list[float]) -> int:
         """Gradients of a batch of augmented images, once the queue holds one; rule `kept` first scores
         batches to fill it."""
         rule = self.inner.augmentation
         if rule is None:
             return 0
         for _ in range(max(self.n_draws, SCREENINGS) if rule.rule == "kept" else 0):
-            if not self.queue_is_full():
+            if not self.is_queue_full():
                 self.screen(self.draw(), losses)
-        if not self.queue_is_full():
+        if not self.is_queue_full():
             return 0
         return self.learn(self.from_queue(rule.base), [], self.inner.batch_size, from_queue=True)
 
@@ -126,7 +126,7 @@ class Loop:
         """How many batches a step may look at."""
         return self.inner.skip.refill if self.inner.skip else 1
 
-    def queue_is_full(self) -> bool:
+    def is_queue_full(self) -> bool:
         return len(self.shard.queue) >= self.inner.batch_size
 
     def draw(self) -> Batch:
@@ -153,7 +153,9 @@ class Loop:
             self.material.pixels(rows.tolist()), base * strength, derive_seed(self.seed, "augmented", number)
         )
         with torch.no_grad():
-            mean, deviation = (tensor.cpu() for tensor in self.base.posterior(torch.from_numpy(pixels)))
+            mean, deviation = (
+                tensor.cpu() for tensor in self.base.encode_posterior(torch.from_numpy(pixels))
+            )
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "augmented step", number))
         return self.batch(rows, mean, deviation, generator, f"augmented {number}")
 
@@ -166,7 +168,9 @@ class Loop:
         clean = mean + deviation * torch.randn(mean.shape, generator=generator)  # [B, C, h, w]
         dropped = torch.rand(len(rows), generator=generator) < inner.caption_dropout
         text = self.texts(rows, dropped, derive_seed(self.seed, "captions", number))
-        noised = self.base.noised(clean.to(device), generator, inner.noise_offset, inner.input_perturbation)
+        noised = self.base.add_noise(
+            clean.to(device), generator, inner.noise_offset, inner.input_perturbation
+        )
         return Batch(rows, noised, {name: tensor.to(device) for name, tensor in text.items()})
 
     def texts(self, rows: Tensor, dropped: Tensor, seed: int) -> Text:
@@ -195,8 +199,10 @@ class Loop:
         for rows in iterate_slices(len(batch.rows), self.inner.micro_batch_size):
             noised, text = batch.part(rows)
             with self.autocast():
-                loss, predicted = self.base.denoised(noised, text)
-            keep = self.verdict(loss.detach(), predicted.detach(), noised, text, batch.rows[rows], from_queue)
+                loss, predicted = self.base.denoise(noised, text)
+            keep = self.judge_images(
+                loss.detach(), predicted.detach(), noised, text, batch.rows[rows], from_queue
+            )
             fits = n_kept + keep.cumsum(0) <= room
             self.shard.counts["surplus"] += int((keep & ~fits).sum())
             keep &= fits
@@ -216,8 +222,8 @@ class Loop:
         for rows in iterate_slices(len(batch.rows), self.inner.micro_batch_size):
             noised, text = batch.part(rows)
             with self.autocast():
-                loss, predicted = self.base.denoised(noised, text)
-            self.verdict(loss, predicted, noised, text, batch.rows[rows], False)
+                loss, predicted = self.base.denoise(noised, text)
+            self.judge_images(loss, predicted, noised, text, batch.rows[rows], False)
             seen.append(loss)
         self.note(torch.cat(seen), batch, losses, remember=True)
 
@@ -238,7 +244,7 @@ class Loop:
         if self.shard.memory and remember:
             self.shard.memory.update(loss, batch.noised.timesteps)
 
-    def verdict(
+    def judge_images(
         self, loss: Tensor, predicted: Tensor, noised: Noised, text: Text, rows: Tensor, from_queue: bool
     ) -> Tensor:
         """Which images [B] to train on now; counts those dropped and skipped, and queues those that are to be
@@ -246,7 +252,7 @@ class Loop:
         keep, rule = torch.ones_like(loss, dtype=torch.bool), self.inner.augmentation
         if self.inner.norm_threshold:
             keep &= below_threshold(
-                noise_norms(predicted, self.without_caption(noised, text)), self.inner.norm_threshold
+                noise_norms(predicted, self.predict_without_caption(noised, text)), self.inner.norm_threshold
             )
             self.shard.counts["dropped"] += len(keep) - int(keep.sum())
         if not self.shard.memory or (from_queue and not (rule and rule.retest)):
@@ -272,13 +278,13 @@ class Loop:
         self.shard.counts["queued"] += len(rows)
 
     @torch.no_grad()
-    def without_caption(self, noised: Noised, text: Text) -> Tensor:
+    def predict_without_caption(self, noised: Noised, text: Text) -> Tensor:
         """The prediction [B, C, h, w] for the empty caption."""
         empty = self.material.data.texts(torch.zeros(len(noised.noisy), dtype=torch.long))
         with self.autocast():
-            return self.base.denoised(
-                noised, {name: tensor.to(text[name]) for name, tensor in empty.items()}
-            )[1]
+            return self.base.denoise(noised, {name: tensor.to(text[name]) for name, tensor in empty.items()})[
+                1
+            ]
 
     def weights(self, timesteps: Tensor) -> Tensor | float:
         """Of each image's loss [B], by min-SNR where the config asks for it."""

@@ -30,11 +30,11 @@ def probe_losses(
     ]
     for draw in range(N_PROBE_DRAWS):
         generator = torch.Generator().manual_seed(derive_seed(seed, "probe", draw))
-        noised = base.noised(clean, generator, quantile=(draw + 0.5) / N_PROBE_DRAWS)
+        noised = base.add_noise(clean, generator, quantile=(draw + 0.5) / N_PROBE_DRAWS)
         text, empty = ({name: tensor.to(base.device) for name, tensor in each.items()} for each in texts)
-        losses, predicted = base.denoised(noised, text)
+        losses, predicted = base.denoise(noised, text)
         apart = (
-            noise_norms(predicted, base.denoised(noised, empty)[1])
+            noise_norms(predicted, base.denoise(noised, empty)[1])
             if norms and text
             else torch.zeros_like(losses)
         )

@@ -130,7 +130,7 @@ class Rounds:
     def start_file(self) -> Path:
         return self.files.folder / "start.json"
 
-    def gap(self) -> float:
+    def measure_gap(self) -> float:
         return measure_loss_gap(self.base, self.material.data, self.material.holdout(), self.seed)
 
     def run(self, n_rounds: int) -> TrainLog:
@@ -138,9 +138,9 @@ class Rounds:
 
         # The loss gap before anything is learned: two sets of images differ a little.
         if self.inner.stop_gap and self.team.rank == 0 and not self.start_file.exists():
-            write_json(self.start_file, self.gap())
+            write_json(self.start_file, self.measure_gap())
 
-        for number in range(self.first_open(), n_rounds):
+        for number in range(self.find_first_open(), n_rounds):
             # This process's shards, from where the last round left them.
             for shard in range(self.n_shards):
                 if self.team.owns(shard) and not self.files.shard(number, shard).exists():
@@ -156,7 +156,7 @@ class Rounds:
         self.take(last)
         return replace(self.log(last), paused=not stopped and last < self.n_rounds - 1)
 
-    def first_open(self) -> int:
+    def find_first_open(self) -> int:
         """The round to go on with; one that ended the training early is repeated as a look at its files."""
         done = [number for number in range(self.n_rounds) if self.files.end(number).exists()]
         return 0 if not done else done[-1] if read_json(self.files.end(done[-1]))["stopped"] else done[-1] + 1
@@ -173,13 +173,13 @@ class Rounds:
             else None
         )
 
-    def slots(self, number: int, shard: int) -> tuple[int, int]:
+    def count_slots(self, number: int, shard: int) -> tuple[int, int]:
         """First and last + 1 of the budget's steps that a shard has in a round: all steps in turn, as equal
         as can be."""
         part, n_parts = number * self.n_shards + shard, self.n_rounds * self.n_shards
         return part * self.inner.budget_steps // n_parts, (part + 1) * self.inner.budget_steps // n_parts
 
-    def shard_seed(self, shard: int) -> int:
+    def derive_shard_seed(self, shard: int) -> int:
         return derive_seed(self.seed, "shard", shard) if shard else self.seed
 
     def train_shard(self, number: int, shard: int) -> None:
@@ -190,10 +190,10 @@ class Rounds:
             Counter(stored.shard.counts),
             len(stored.shard.losses),
         )
-        (first, end), state = self.slots(number, shard), stored.shard
-        lengths = [last - start for start, last in (self.slots(i, shard) for i in range(self.n_rounds))]
+        (first, end), state = self.count_slots(number, shard), stored.shard
+        lengths = [last - start for start, last in (self.count_slots(i, shard) for i in range(self.n_rounds))]
         for i in range(end - first):
-            loop.slot((sum(lengths[:number]) + i + 1) / sum(lengths))
+            loop.take_slot((sum(lengths[:number]) + i + 1) / sum(lengths))
             done = state.counts - counts
             self.progress(
                 first + i + 1,
@@ -213,7 +213,7 @@ class Rounds:
                     for name in ("steps", "seen", "trained", "skipped", "dropped", "queued", "surplus")
                 },
                 "loss": sum(losses) / len(losses) if losses else None,
-                "moved": self.moved(stored.weights),
+                "moved": self.measure_move(stored.weights),
                 "seconds": round(time.monotonic() - started, 3),
             }
         )
@@ -229,7 +229,7 @@ class Rounds:
             self.material,
             self.inner,
             stored.shard,
-            self.shard_seed(stored.shard.number),
+            self.derive_shard_seed(stored.shard.number),
         )
         loop.load_moments(stored.moments)
         if stored.scaler:
@@ -239,7 +239,7 @@ class Rounds:
         stored.moments, stored.ema = {}, {}
         return loop
 
-    def moved(self, before: State) -> float | None:
+    def measure_move(self, before: State) -> float | None:
         """How far the parameters trained are from where they were."""
         if self.n_shards == 1:
             return None
@@ -260,7 +260,7 @@ class Rounds:
         """What a shard begins a round with."""
         if number == 0:
             return self.fresh(shard)
-        stored = self.files.read_shard(number - 1, shard, self.kept_by_shards(number - 1))
+        stored = self.files.read_shard(number - 1, shard, self.list_kept(number - 1))
         if self.averages(number - 1):
             mean = self.files.mean(number - 1)
             stored.weights, stored.ema = select_tensors(mean, "weights"), select_tensors(mean, "ema")
@@ -268,10 +268,10 @@ class Rounds:
             if select_tensors(mean, "offsets"):  # factors were made anew: their moments belong to others
                 stored.moments = {}
         if rule := self.exchanges(number - 1):
-            self.change_images(stored.shard, self.members(number - 1, rule)[shard])
+            self.change_images(stored.shard, self.exchange_members(number - 1, rule)[shard])
         return stored
 
-    def kept_by_shards(self, number: int) -> tuple[str, ...]:
+    def list_kept(self, number: int) -> tuple[str, ...]:
         """What each shard goes on with as it left it; the rest comes from the round's mean."""
         if not self.averages(number):
             return STATE_KINDS
@@ -286,7 +286,7 @@ class Rounds:
         zeros = torch.zeros(len(data.mean), dtype=torch.long)
         return ShardState(Shard(shard, rows, zeros, zeros.clone(), memory), self.initial, {}, {}, {}, [])
 
-    def members(self, number: int, rule: RedistributionConfig) -> list[Tensor]:
+    def exchange_members(self, number: int, rule: RedistributionConfig) -> list[Tensor]:
         """Who has which images after a round's exchange."""
         shards = [self.files.read_shard(number, shard).shard for shard in range(self.n_shards)]
         return exchange_images(
@@ -315,7 +315,7 @@ class Rounds:
         end: dict[str, Any] = {"divergence": None, "gap": None, "stopped": False}
         if not self.files.end(number).exists():
             if self.n_shards > 1:
-                end["divergence"] = self.divergence(number)
+                end["divergence"] = self.measure_divergence(number)
             if self.averages(number):
                 self.average(number)
             if (
@@ -324,7 +324,7 @@ class Rounds:
                 and (self.n_shards == 1 or self.averages(number))
             ):
                 self.take(number)
-                end["gap"] = self.gap() - read_json(self.start_file)
+                end["gap"] = self.measure_gap() - read_json(self.start_file)
                 end["stopped"] = end["gap"] > self.inner.stop_gap
             write_json(self.files.end(number), end)
         self.files.drop_before(number, range(self.n_shards), means=self.averages(number))
@@ -340,10 +340,10 @@ class Rounds:
             ema = self.adapter.average([one.weights | one.ema | offsets for one in stored], sizes)
             if any(name.endswith(".offset") for name in ema) and not last:
                 ema = mean  # factors were made anew, so their moving average starts from them
-        moments = self.mean_moments(number, sizes) if self.inner.ensemble.moments == "averaged" else {}
+        moments = self.average_moments(number, sizes) if self.inner.ensemble.moments == "averaged" else {}
         self.files.write_mean(number, mean, {name: tensor.clone() for name, tensor in ema.items()}, moments)
 
-    def divergence(self, number: int) -> float:
+    def measure_divergence(self, number: int) -> float:
         """How far the shards are apart: root mean square distance from their mean over that from where they
         last were one.
 
@@ -360,7 +360,7 @@ class Rounds:
                 moved += size * float((one.weights[name] - start[name]).square().sum())
         return math.sqrt(apart / moved) if moved else 0.0
 
-    def mean_moments(self, number: int, sizes: Sequence[int]) -> State:
+    def average_moments(self, number: int, sizes: Sequence[int]) -> State:
         """One shard's moments after the other: they are twice as large as what is trained."""
         mean: State = {}
         for shard, size in enumerate(sizes):

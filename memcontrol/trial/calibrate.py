@@ -94,14 +94,14 @@ def shorten_config(config: Config, n_batches: int) -> Config:
 
 def pick_calibration_choices(space: SearchSpace, seed: int) -> dict[str, list[Choice]]:
     """The anchors at their middle rates, and a few random choices."""
-    anchors, rng = space.anchors(), random.Random(derive_seed(seed, "calibrate"))
+    anchors, rng = space.list_anchors(), random.Random(derive_seed(seed, "calibrate"))
     found = {name: [choices[len(choices) // 2]] for name, choices in anchors.items()}
-    options = space.coordinates()
+    options = space.list_coordinates()
     points = (
         {name: rng.choice(list(values)) for name, values in options.items()} | {"rate": 0.5}
         for _ in range(N_SAMPLED)
     )
-    return {**found, "sampled": [space.choice_at(point) for point in points]}
+    return {**found, "sampled": [space.make_choice_at(point) for point in points]}
 
 
 def measure_parts(folder: Path, spec: Spec, loaded: LoadedModels) -> TrialCost:

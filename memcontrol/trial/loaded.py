@@ -85,26 +85,26 @@ class LoadedModels:
             lambda: self.parts(spec)["train"].take(range(spec.n_train)),
         )
 
-    def encoded(self, spec: Spec, images: Images) -> Encoded:
+    def load_encoded(self, spec: Spec, images: Images) -> Encoded:
         base, name = self.base(spec.config), spec.config.base
         return self.once(
             ("encoded", images.digest, name),
-            lambda: base.encoded(images, StudyFolder(spec.study_folder).cache, name),
+            lambda: base.load_encoded(images, StudyFolder(spec.study_folder).cache, name),
         )
 
-    def material(self, spec: Spec) -> Material:
+    def make_material(self, spec: Spec) -> Material:
         images = self.train_images(spec)
         return Material(
-            self.encoded(spec, images),
+            self.load_encoded(spec, images),
             images.captions,
             lambda rows: images.take(rows).pixels(),
-            lambda: self.unseen(spec, "holdout"),
+            lambda: self.load_unseen(spec, "holdout"),
         )
 
-    def unseen(self, spec: Spec, part: str) -> Encoded:
+    def load_unseen(self, spec: Spec, part: str) -> Encoded:
         """The first images of a part that is not trained on, for probes."""
         images = self.parts(spec)[part]
-        return self.encoded(spec, images.take(range(len(images))[:N_PROBED]))
+        return self.load_encoded(spec, images.take(range(len(images))[:N_PROBED]))
 
     def cost(self, spec: Spec, adapter: Adapter, data: Encoded) -> dict[str, float]:
         """What a step with the injected adapter costs: the rewards step_gflops and memory_mib."""

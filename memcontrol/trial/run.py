@@ -85,7 +85,7 @@ def train_and_score(
     folder: Path, spec: Spec, loaded: LoadedModels, progress: Callable[..., None], rung: float | None
 ) -> dict:
     started, run = time.monotonic(), RunFolder(folder)
-    base, material = loaded.base(spec.config), loaded.material(spec)
+    base, material = loaded.base(spec.config), loaded.make_material(spec)
     adapter = inject_choice(base.denoiser, spec)
     try:
         # Train: to the end, or to a rung, which is then all.
@@ -96,8 +96,8 @@ def train_and_score(
         # Save what was learned; sample and probe the model while it is there.
         adapter.save(folder, spec.description())
         n_trained, costs = adapter.n_trained(), measure_costs(spec, loaded, adapter)
-        with adapter.folded():
-            unseen = loaded.unseen(spec, spec.reference)
+        with adapter.fold():
+            unseen = loaded.load_unseen(spec, spec.reference)
             probes = measure_probe_rewards(base, material.data, unseen, spec.sampling_seed)
             samples = sample_images(base, material, spec, partial(progress, "sample"))
     finally:
@@ -122,7 +122,7 @@ def train_and_score(
 
 def measure_costs(spec: Spec, loaded: LoadedModels, adapter: Adapter) -> dict[str, float]:
     """What is known of the choice itself: the share that it trains, and what a step costs."""
-    base, material = loaded.base(spec.config), loaded.material(spec)
+    base, material = loaded.base(spec.config), loaded.make_material(spec)
     n_all = sum(parameter.numel() for parameter in base.denoiser.parameters())
     return {"trained_fraction": adapter.n_trained() / n_all} | loaded.cost(spec, adapter, material.data)
 
@@ -167,8 +167,8 @@ def score_rung(
     """The rewards of few samples, of the prompts and noise that all trials have in common. Writes the rung's
     file, and what each sample adds beside it."""
     few = lower_samples(spec)
-    base, material = loaded.base(spec.config), loaded.material(spec)
-    with adapter.folded():
+    base, material = loaded.base(spec.config), loaded.make_material(spec)
+    with adapter.fold():
         samples = sample_images(base, material, few, partial(progress, "rung"))
         measured = score_samples(samples, gather_evidence(samples, few, loaded), few, loaded)
     save_contributions(run.rung_contributions_file(rung), measured, samples["rows"])
@@ -195,13 +195,13 @@ def confirm_trial(folder: Path, loaded: LoadedModels, progress: Callable[..., No
     and writes confirmed.json: the rewards as means over these draws. A search picks lucky trials; these
     rewards know nothing of that."""
     spec = read_spec(folder)
-    base, material, n = loaded.base(spec.config), loaded.material(spec), spec.config.rewards.confirm
+    base, material, n = loaded.base(spec.config), loaded.make_material(spec), spec.config.rewards.confirm
     adapter, draws = inject_choice(base.denoiser, spec), []
     try:
         adapter.load(folder)
         for i in range(n):
             fresh = replace(spec, purpose=f"{spec.purpose} confirmed {i}")
-            with adapter.folded():
+            with adapter.fold():
                 samples = sample_images(
                     base,
                     material,
@@ -242,7 +242,7 @@ def fine_tune(
         return train_rounds(
             loaded.base(spec.config),
             adapter,
-            loaded.material(spec),
+            loaded.make_material(spec),
             spec.config.inner,
             seed=spec.seed,
             folder=RunFolder(folder).rounds,
