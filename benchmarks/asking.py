@@ -30,7 +30,7 @@ def searched(folder: Path, url: str, n_workers: int, seconds: float) -> list[dic
 
     from memcontrol.search.sampler import PrefetchedChoices, Sampler
 
-    executor, waits, hurries = simulated.Simulated(n_workers, seconds), [], []
+    executor, waits, hurries = simulated.Simulated(n_workers, seconds, clock=time), [], []
     take, prepared = PrefetchedChoices.take, Sampler.prepare_draw
 
     def timed_take(ahead, records, *args):

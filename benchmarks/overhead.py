@@ -34,7 +34,7 @@ def searched(folder: Path, server) -> list[dict]:
     from memcontrol.search.sampler import PrefetchedChoices, Sampler
     from memcontrol.study.store import Study
 
-    executor = simulated.Simulated(N_WORKERS, SECONDS)
+    executor = simulated.Simulated(N_WORKERS, SECONDS, clock=time)
     watched = {
         "draw, in its own thread": (Sampler, "drawn"),
         "wait for a choice": (PrefetchedChoices, "take"),

@@ -132,3 +132,12 @@ def test_an_anchor_whose_choices_all_fail_is_one_failure_and_the_search_goes_on(
     )
     assert sum(record.finished for record in study.records()) == N_SAMPLED + 2
     study.close()
+
+
+def test_places_are_busy_until_no_trial_is_left(tmp_path):
+    """Three of them, and trials of ten seconds and eleven: none waits before the last trials, which two may
+    end without."""
+    executor = Simulated(3, seconds=10.0)
+    search(study_in(tmp_path, workers=3, sampler="random"), executor).close()
+    idle = 3 * (executor.last - executor.first) - executor.busy
+    assert executor.n_ended > 3 * 3 and -1e-6 < idle < 2 * 11 + 1e-6

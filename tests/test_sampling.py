@@ -8,12 +8,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from simulated import Clock
 from test_study import MIXED, SPACE, opened, result
 
 from benchmarks.sampling import measured
 from memcontrol.core.choice import Choice
 from memcontrol.core.errors import MemControlError, SpaceExhausted
 from memcontrol.core.space_yaml import parse_space
+from memcontrol.search import sampler
 from memcontrol.search.optuna_samplers import mirror_record
 from memcontrol.search.sampler import PrefetchedChoices, Sampler
 from memcontrol.search.surrogate import winsorize
@@ -199,24 +201,26 @@ def test_a_sampler_that_learns_beats_one_that_does_not():
     assert ratios["tpe"] > ratios["nsga2"] > ratios["random"]
 
 
-def test_what_cannot_keep_up_gives_way_to_what_can():
+def test_sampler_hurries_while_draws_take_longer_than_trials(monkeypatch):
     """A model that takes longer for a choice than four workers for a trial is used now and then only; the
-    rest is drawn in a hurry."""
-    hurried = []
+    rest is drawn in a hurry. By a clock that only draws and trials move."""
+    clock, hurried = Clock(), []
+    monkeypatch.setattr(sampler, "time", clock)
 
     class Tardy:
         def prepare_draw(self, records, hurry):
             hurried.append(hurry)
-            return lambda: time.sleep(0 if hurry else 0.2) or len(hurried)
+            return lambda: clock.sleep(0 if hurry else 0.2)
 
     ahead = PrefetchedChoices(Tardy())
     for _ in range(14):
         ahead.take([])
-        time.sleep(0.01)
+        clock.sleep(0.01)
     assert not any(hurried[:9]) and hurried[9:] == [True] * 5
     for _ in range(12):
         ahead.prepare([], 1)
-        time.sleep(0.25)
+        ahead.drawing.result()  # it is drawn while trials run
+        clock.sleep(0.05)
         ahead.take([])
     ahead.close()
     assert not hurried[-1]  # it had the time again

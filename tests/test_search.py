@@ -295,23 +295,6 @@ def test_a_full_disk_is_named_and_what_was_done_is_kept(study_file, n_bytes):
     assert_sound(trials_of(study), 2)
 
 
-def test_a_swallowed_ctrl_c_ends_the_search_all_the_same():
-    """A library that catches KeyboardInterrupt in a callback of its own, as it happens now and then, must not
-    keep a search alive."""
-    code = (
-        "import os, signal\nfrom memcontrol.core import interrupt\ninterrupt.remember()\n"
-        "try:\n os.kill(os.getpid(), signal.SIGINT)\n while True: pass\nexcept KeyboardInterrupt: pass\n"
-        "try:\n interrupt.check()\nexcept KeyboardInterrupt: print('remembered')"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    assert done.stdout == "remembered\n"
-
-
 def test_a_diverging_loss_prunes_the_trial_and_the_study_goes_on(study_file, tmp_path):
     space = tmp_path / "wild.yaml"
     space.write_text(
