@@ -1,5 +1,6 @@
-"""Owns the rewards as plain functions of feature matrices under their public name; see memcontrol.scoring."""
+"""Owns the rewards as plain functions of feature matrices, under a public name; see memcontrol.scoring."""
 
+from memcontrol.core.estimate import Estimate
 from memcontrol.scoring.copying import (
     PRESETS,
     authpct,
@@ -10,17 +11,22 @@ from memcontrol.scoring.copying import (
     mq,
     tile_distances,
 )
-from memcontrol.scoring.quality import clip_score, fd_pca, fid, kid, mifid, prdc
+from memcontrol.scoring.quality import Gaussian, clip_score, cosine_distance, fd_pca, fid, kid, mifid, prdc
+from memcontrol.scoring.quality import fit_gaussian as gaussian
 
 __all__ = [
     "PRESETS",
+    "Estimate",
+    "Gaussian",
     "authpct",
     "carlini_rate",
     "clip_score",
     "copy_rate",
+    "cosine_distance",
     "extraction",
     "fd_pca",
     "fid",
+    "gaussian",
     "kid",
     "memorization",
     "mifid",

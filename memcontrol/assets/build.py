@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from memcontrol.scoring.extractors import TinyFeatures
 
-ASSETS = Path(__file__).parent
+_ASSETS = Path(__file__).parent
 SIZE = 32
 CHARACTERS = string.digits + string.ascii_uppercase + string.ascii_lowercase
 FONTS = (
@@ -288,7 +288,7 @@ def cosine_rate(optimizer, rate: float, share: float) -> None:
         group["lr"] = rate * min(1, 50 * share + 0.02) * (0.5 + 0.5 * np.cos(np.pi * share))
 
 
-def train_vae(vae, images: torch.Tensor, n_steps: int, generator: torch.Generator, say) -> None:
+def _train_vae(vae, images: torch.Tensor, n_steps: int, generator: torch.Generator, say) -> None:
     """L1 + MSE reconstruction with a light KL, then scales latents to unit deviation (latent diffusion,
     Rombach et al. 2022)."""
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=1e-4)
@@ -309,7 +309,7 @@ def train_vae(vae, images: torch.Tensor, n_steps: int, generator: torch.Generato
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
 
 
-def train_denoiser(
+def _train_denoiser(
     pipe, latents: torch.Tensor, captions: list[str], n_steps: int, generator: torch.Generator, say
 ) -> None:
     """Noise prediction with the text encoder trained along; one caption in ten is empty, for guidance. Keeps
@@ -346,7 +346,7 @@ def train_denoiser(
     average.copy_to(parameters)
 
 
-def train_features(page: Page, n_steps: int, generator: torch.Generator, say) -> TinyFeatures:
+def _train_features(page: Page, n_steps: int, generator: torch.Generator, say) -> TinyFeatures:
     """A feature network that must tell character, font and drawing apart, so that its features see shape as
     well as style."""
     images = to_tensor(page.images)
@@ -377,7 +377,7 @@ def train_features(page: Page, n_steps: int, generator: torch.Generator, say) ->
     return network
 
 
-def build_assets(
+def _build_assets(
     out: Path, *, n_images: int, vae_steps: int, feature_steps: int, denoiser_steps: int, seed: int, say
 ) -> None:
     """Writes out/tiny (a diffusers pipeline) and out/features.safetensors."""
@@ -392,15 +392,15 @@ def build_assets(
     pipe = make_pipeline()
     say("autoencoder")
     with_clouds = torch.cat([images, to_tensor(draw_clouds(n_images // 4, rng))])
-    train_vae(pipe.vae, with_clouds, vae_steps, generator, say)
+    _train_vae(pipe.vae, with_clouds, vae_steps, generator, say)
     with torch.no_grad():
         latents = torch.cat([pipe.vae.encode(chunk).latent_dist.mean for chunk in images.split(128)])
     latents = latents * pipe.vae.config.scaling_factor  # [N, 4, 8, 8]
     say("feature network")
-    network = train_features(page, feature_steps, generator, say)
+    network = _train_features(page, feature_steps, generator, say)
     save_file(network.state_dict(), out / "features.safetensors")
     say("denoiser")
-    train_denoiser(pipe, latents, page.captions, denoiser_steps, generator, say)
+    _train_denoiser(pipe, latents, page.captions, denoiser_steps, generator, say)
     pipe.save_pretrained(out / "tiny")
 
 
@@ -409,14 +409,14 @@ def build_from_command_line() -> None:
         prog="python -m memcontrol.tiny", description="Rebuild the embedded base and feature network."
     )
     parser.add_argument(
-        "--out", type=Path, default=ASSETS, help="folder to write (default: the package's own assets)"
+        "--out", type=Path, default=_ASSETS, help="folder to write (default: the package's own assets)"
     )
     parser.add_argument("--n-images", type=int, default=24_000)
     parser.add_argument("--vae-steps", type=int, default=1_500)
     parser.add_argument("--feature-steps", type=int, default=1_500)
     parser.add_argument("--denoiser-steps", type=int, default=3_600)
     parser.add_argument("--seed", type=int, default=0)
-    build_assets(**vars(parser.parse_args()), say=lambda line: print(line, file=sys.stderr, flush=True))
+    _build_assets(**vars(parser.parse_args()), say=lambda line: print(line, file=sys.stderr, flush=True))
 
 
 if __name__ == "__main__":

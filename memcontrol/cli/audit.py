@@ -12,7 +12,7 @@ from memcontrol.core.console import make_console, print_json, say
 
 def add_audit(subparsers) -> None:
     audit = add_command(
-        subparsers, "audit", run_audit, "how much a model or a folder of images copies a training set"
+        subparsers, "audit", _run_audit, "how much a model or a folder of images copies a training set"
     )
     source = audit.add_mutually_exclusive_group(required=True)
     source.add_argument(
@@ -42,7 +42,7 @@ def add_audit(subparsers) -> None:
     audit.add_argument(
         "--extractor", default="tiny", help="the feature network (default: tiny, which knows characters)"
     )
-    add_sampling(audit)
+    _add_sampling(audit)
     audit.add_argument(
         "--skip-unreadable",
         action="store_true",
@@ -51,7 +51,7 @@ def add_audit(subparsers) -> None:
     audit.add_argument("--json", action="store_true", help="print audit.json on stdout as well")
 
 
-def add_sampling(audit: argparse.ArgumentParser) -> None:
+def _add_sampling(audit: argparse.ArgumentParser) -> None:
     sampling = audit.add_argument_group("sampling from a pipeline")
     sampling.add_argument(
         "--samples", type=make_whole_parser(8), metavar="N", help="images to sample (default: 256)"
@@ -67,7 +67,7 @@ def add_sampling(audit: argparse.ArgumentParser) -> None:
     sampling.add_argument("--seed", type=int, help="of captions and noise (default: 0)")
 
 
-def run_audit(args: argparse.Namespace) -> int:
+def _run_audit(args: argparse.Namespace) -> int:
     from memcontrol.commands.audit import SAMPLING, Source, audit_source, read_pairs
     from memcontrol.view.audit_page import write_audit
     from memcontrol.view.live import Steps, shorten_path

@@ -12,14 +12,14 @@ from memcontrol.core.console import print_json
 
 def add_compare(subparsers) -> None:
     compare = add_command(
-        subparsers, "compare", run_compare, "two runs reward by reward, in pairs over their common prompts"
+        subparsers, "compare", _run_compare, "two runs reward by reward, in pairs over their common prompts"
     )
     compare.add_argument("run_a", type=Path, metavar="RUN_DIR", help="a run folder, of a trial or of retrain")
     compare.add_argument("run_b", type=Path, metavar="RUN_DIR", help="another, of the same study and kind")
     add_json(compare, "one JSON object on stdout")
 
 
-def run_compare(args: argparse.Namespace) -> int:
+def _run_compare(args: argparse.Namespace) -> int:
     from memcontrol.commands.compare import measure_differences, read_finished_result
     from memcontrol.view.tables import make_differences_table
 

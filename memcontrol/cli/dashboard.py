@@ -12,7 +12,7 @@ from memcontrol.core.console import make_console, say
 
 def add_dashboard(subparsers) -> None:
     dashboard = add_command(
-        subparsers, "dashboard", run_dashboard, "serve the study in optuna-dashboard, read-only"
+        subparsers, "dashboard", _run_dashboard, "serve the study in optuna-dashboard, read-only"
     )
     add_study(dashboard)
     dashboard.add_argument(
@@ -39,7 +39,7 @@ def add_dashboard(subparsers) -> None:
     )
 
 
-def run_dashboard(args: argparse.Namespace) -> int:
+def _run_dashboard(args: argparse.Namespace) -> int:
     from memcontrol.commands.dashboard import open_dashboard
 
     server, address = open_dashboard(

@@ -10,7 +10,7 @@ from memcontrol.cli.arguments import add_command, make_whole_parser
 
 def add_demo(subparsers) -> None:
     text = "search, pick and retrain on the embedded digits, from one command"
-    demo = add_command(subparsers, "demo", run_demo, text)
+    demo = add_command(subparsers, "demo", _run_demo, text)
     demo.add_argument(
         "--out", type=Path, default=Path("runs/demo"), help="folder to work in (default: runs/demo)"
     )
@@ -21,7 +21,7 @@ def add_demo(subparsers) -> None:
     demo.add_argument("--seed", type=int, default=0, help="the study's seed (default: 0)")
 
 
-def run_demo(args: argparse.Namespace) -> int:
+def _run_demo(args: argparse.Namespace) -> int:
     from memcontrol.cli.retrain import plan_pick, show_retraining
     from memcontrol.cli.search import show_search
     from memcontrol.commands.demo import write_demo_study

@@ -11,7 +11,7 @@ from memcontrol.core.console import make_console, say
 
 
 def add_export(subparsers) -> None:
-    export = add_command(subparsers, "export", run_export, "write a run's model for plain diffusers")
+    export = add_command(subparsers, "export", _run_export, "write a run's model for plain diffusers")
     export.add_argument(
         "run_dir", type=Path, metavar="RUN_DIR", help="a run folder, of a trial or of retrain"
     )
@@ -23,7 +23,7 @@ def add_export(subparsers) -> None:
     )
 
 
-def run_export(args: argparse.Namespace) -> int:
+def _run_export(args: argparse.Namespace) -> int:
     from memcontrol.commands.export import describe_loading, export
 
     out = export(args.run_dir, args.out, args.format)

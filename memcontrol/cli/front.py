@@ -13,7 +13,7 @@ from memcontrol.core.console import make_console, print_json, say, warn
 if TYPE_CHECKING:
     from memcontrol.study.store import Study
 
-ONCE = (
+_ONCE = (
     "some of these were measured once only, as the search chose them, and may look better than "
     "they are; the end "
     "of the search measures them again"
@@ -21,12 +21,12 @@ ONCE = (
 
 
 def add_front(subparsers) -> None:
-    front = add_command(subparsers, "front", run_front, "list the Pareto front")
+    front = add_command(subparsers, "front", _run_front, "list the Pareto front")
     add_study(front)
     add_json(front)
 
 
-def run_front(args: argparse.Namespace) -> int:
+def _run_front(args: argparse.Namespace) -> int:
     from memcontrol.study.pick import require_finished, select_front
     from memcontrol.study.place import StudyPlace
 
@@ -34,11 +34,11 @@ def run_front(args: argparse.Namespace) -> int:
         if args.json:
             print_json([record.as_dict() for record in select_front(require_finished(study.records()))])
         else:
-            print_front(study)
+            _print_front(study)
     return 0
 
 
-def print_front(study: Study) -> None:
+def _print_front(study: Study) -> None:
     """With those that errors leave on or off it."""
     from memcontrol.core.space_yaml import load_space
     from memcontrol.study.pick import require_finished, select_front, select_ties, select_to_confirm
@@ -51,4 +51,4 @@ def print_front(study: Study) -> None:
     if spread := describe_spread(complete):
         say(make_console(), spread)
     if study.config.rewards.confirm and select_to_confirm(complete):
-        warn(make_console(), ONCE)
+        warn(make_console(), _ONCE)

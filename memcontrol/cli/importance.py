@@ -11,13 +11,13 @@ from memcontrol.core.console import print_json
 
 def add_importance(subparsers) -> None:
     importance = add_command(
-        subparsers, "importance", run_importance, "which groups drive which reward, with error"
+        subparsers, "importance", _run_importance, "which groups drive which reward, with error"
     )
     add_study(importance)
     add_json(importance)
 
 
-def run_importance(args: argparse.Namespace) -> int:
+def _run_importance(args: argparse.Namespace) -> int:
     from memcontrol.core.space_yaml import load_space
     from memcontrol.search.importance import measure_importance
     from memcontrol.study.place import StudyPlace

@@ -9,12 +9,12 @@ from pathlib import Path
 from memcontrol.cli.arguments import add_command
 from memcontrol.core.console import make_console, say, warn
 
-N_WARNINGS = 12
+_N_WARNINGS = 12
 
 
 def add_init(subparsers) -> None:
     text = "look at a folder of images and write a study for it, with the reason beside each value"
-    init = add_command(subparsers, "init", run_init, text)
+    init = add_command(subparsers, "init", _run_init, text)
     init.add_argument(
         "images",
         type=Path,
@@ -34,7 +34,7 @@ def add_init(subparsers) -> None:
     )
 
 
-def run_init(args: argparse.Namespace) -> int:
+def _run_init(args: argparse.Namespace) -> int:
     from memcontrol.commands.init import list_warnings, propose_study
     from memcontrol.view.live import Steps, shorten_path
 
@@ -43,10 +43,10 @@ def run_init(args: argparse.Namespace) -> int:
         proposal = propose_study(args.images, args.out, args.name, args.base, steps.show)
     say(screen, proposal.text)
     warnings = list_warnings(proposal.seen)
-    for warning in warnings[:N_WARNINGS]:
+    for warning in warnings[:_N_WARNINGS]:
         warn(screen, warning)
-    if len(warnings) > N_WARNINGS:
-        warn(screen, f"and {len(warnings) - N_WARNINGS} more of the kind")
+    if len(warnings) > _N_WARNINGS:
+        warn(screen, f"and {len(warnings) - _N_WARNINGS} more of the kind")
     say(screen, f"next: memcontrol search {shorten_path(proposal.path)}")
     sys.stdout.write(f"{proposal.path}\n")
     return 0

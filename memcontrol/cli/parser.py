@@ -27,13 +27,13 @@ from memcontrol.cli.status import add_status
 from memcontrol.core.version import __version__
 
 
-def add_completion(subparsers) -> None:
+def _add_completion(subparsers) -> None:
     text = "print a script that lets a shell complete memcontrol's commands and options"
-    completion = add_command(subparsers, "completion", run_completion, text)
+    completion = add_command(subparsers, "completion", _run_completion, text)
     completion.add_argument("shell", choices=("bash", "zsh", "tcsh"), help="which shell")
 
 
-COMMANDS = (
+_COMMANDS = (
     add_demo,
     add_init,
     add_search,
@@ -49,7 +49,7 @@ COMMANDS = (
     add_compare,
     add_rewards,
     add_spaces,
-    add_completion,
+    _add_completion,
 )
 
 
@@ -62,7 +62,7 @@ def make_parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"memcontrol {__version__}")
     add_levels(top)
     subparsers = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in COMMANDS:
+    for add in _COMMANDS:
         add(subparsers)
     return top
 
@@ -77,20 +77,20 @@ def parse_arguments(top: argparse.ArgumentParser) -> argparse.Namespace:
     return args
 
 
-def run_completion(args: argparse.Namespace) -> int:
+def _run_completion(args: argparse.Namespace) -> int:
     import shtab
 
     top = make_parser()
-    for action in list_actions(top):
+    for action in _list_actions(top):
         if action.type is Path:
             action.complete = shtab.FILE  # type: ignore[attr-defined]  # where shtab looks for it
     sys.stdout.write(shtab.complete(top, args.shell))
     return 0
 
 
-def list_actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+def _list_actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
     for action in parser._actions:
         yield action
         if isinstance(action, argparse._SubParsersAction):
             for inner in action.choices.values():
-                yield from list_actions(inner)
+                yield from _list_actions(inner)

@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 
 def add_pick(subparsers) -> None:
-    pick = add_command(subparsers, "pick", run_pick, "choose one trial of the study")
+    pick = add_command(subparsers, "pick", _run_pick, "choose one trial of the study")
     add_study(pick)
     add_pick_arguments(pick)
     add_json(pick, "one JSON object on stdout")
 
 
-def run_pick(args: argparse.Namespace) -> int:
+def _run_pick(args: argparse.Namespace) -> int:
     from memcontrol.study.pick import choose_record
     from memcontrol.study.place import StudyPlace
 
@@ -32,11 +32,11 @@ def run_pick(args: argparse.Namespace) -> int:
         if args.json:
             print_json(record.as_dict())
         else:
-            print_pick(study, record, by_rule=args.trial is None)
+            _print_pick(study, record, by_rule=args.trial is None)
     return 0
 
 
-def print_pick(study: Study, record: Record, by_rule: bool) -> None:
+def _print_pick(study: Study, record: Record, by_rule: bool) -> None:
     from memcontrol.core.space_yaml import load_space
     from memcontrol.view.tables import make_study_table
 

@@ -26,11 +26,11 @@ def warn_of_pick(study, picked, screen) -> None:
             "memcontrol pick ... --trial N",
         )
     if picked and not keeps_limits(picked, study.limits):
-        bounds = ", ".join(describe_bound(limit, picked) for limit in study.limits)
+        bounds = ", ".join(_describe_bound(limit, picked) for limit in study.limits)
         warn(screen, f"no trial keeps the study's limits, {bounds}; the pick leaves them aside")
 
 
-def describe_bound(limit, picked) -> str:
+def _describe_bound(limit, picked) -> str:
     from memcontrol.core.reward_table import format_reward
 
     value = format_reward(limit.reward, picked.rewards) or "none"

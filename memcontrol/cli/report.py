@@ -15,7 +15,7 @@ def add_report(subparsers) -> None:
     report = add_command(
         subparsers,
         "report",
-        run_report,
+        _run_report,
         "write one page about the study that needs no network, or its data",
     )
     add_study(report)
@@ -32,7 +32,7 @@ def add_report(subparsers) -> None:
     )
 
 
-def run_report(args: argparse.Namespace) -> int:
+def _run_report(args: argparse.Namespace) -> int:
     from memcontrol.commands.report import report
     from memcontrol.view.report_data import format_csv
 

@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from memcontrol.execution.executor import Executor
     from memcontrol.study.place import StudyPlace
 
-Rows = list[tuple[str, str, dict[str, float]]]
+_Rows = list[tuple[str, str, dict[str, float]]]
 
 
 def add_retrain(subparsers) -> None:
     text = "retrain a choice on the full training set, scored on test data beside full fine-tuning"
-    retrain = add_command(subparsers, "retrain", run_retrain, text)
+    retrain = add_command(subparsers, "retrain", _run_retrain, text)
     add_study(retrain)
     add_pick_arguments(retrain)
     retrain.add_argument(
@@ -36,7 +36,7 @@ def add_retrain(subparsers) -> None:
     )
 
 
-def run_retrain(args: argparse.Namespace) -> int:
+def _run_retrain(args: argparse.Namespace) -> int:
     from memcontrol.execution.make import open_executor
     from memcontrol.study.place import StudyPlace
 
@@ -45,7 +45,7 @@ def run_retrain(args: argparse.Namespace) -> int:
     place = StudyPlace.load(args.study)
     with open_executor(place.config, place.folder.path) as executor:
         if args.choice:
-            plan = plan_choice(place, read_choice(args.choice), args.out, executor)
+            plan = _plan_choice(place, _read_choice(args.choice), args.out, executor)
         else:
             plan = plan_pick(place, args.trial, args.rule, args.limit, args.out)
         show_retraining(plan, executor)
@@ -67,7 +67,7 @@ def plan_pick(
         return Retraining(place.folder, study.config, choice, find_full(study), out)
 
 
-def plan_choice(place: StudyPlace, choice: Choice, out: Path | None, executor: Executor) -> Retraining:
+def _plan_choice(place: StudyPlace, choice: Choice, out: Path | None, executor: Executor) -> Retraining:
     """Of a choice from a file, which may be another study's; this one need not have been searched."""
     from memcontrol.commands.retrain import Retraining, prepare_unsearched
     from memcontrol.study.pick import find_full
@@ -84,7 +84,7 @@ def plan_choice(place: StudyPlace, choice: Choice, out: Path | None, executor: E
     return Retraining(place.folder, place.config, choice, full, out)
 
 
-def read_choice(path: Path) -> Choice:
+def _read_choice(path: Path) -> Choice:
     from memcontrol.core.choice import Choice
 
     try:
@@ -108,15 +108,15 @@ def show_retraining(plan: Retraining, executor: Executor) -> None:
     space, screen = load_space(plan.config.space), make_console()
     space.check_choice(plan.choice)
     names = {name: describe_choice(choice, len(space.groups)) for name, choice in plan.choices.items()}
-    rewards = retrain_shown(plan, executor, names, len(space.groups), screen)
+    rewards = _retrain_shown(plan, executor, names, len(space.groups), screen)
     wanted = ["baseline"] if plan.is_full else ["baseline", "pick"]
-    rows: Rows = [(name, names[name], rewards[name]) for name in wanted]
+    rows: _Rows = [(name, names[name], rewards[name]) for name in wanted]
     screen.print(RewardsTable(rows, "retrained on the full training set, scored on test data"))
-    show_pairs(plan, rows, screen)
-    show_gains(plan, rewards, screen)
+    _show_pairs(plan, rows, screen)
+    _show_gains(plan, rewards, screen)
 
 
-def retrain_shown(
+def _retrain_shown(
     plan: Retraining, executor: Executor, names: dict[str, str], n_groups: int, screen
 ) -> dict[str, dict[str, float]]:
     """The rewards of the pick and of the baseline, with a live display while they are trained."""
@@ -136,7 +136,7 @@ def retrain_shown(
     return {name: result["rewards"] for name, result in results.items()}
 
 
-def show_pairs(plan: Retraining, rows: Rows, screen) -> None:
+def _show_pairs(plan: Retraining, rows: _Rows, screen) -> None:
     from memcontrol.commands.compare import load_nearest_pairs
     from memcontrol.core.run_folder import RunFolder
     from memcontrol.trial.loaded import LoadedModels
@@ -152,7 +152,7 @@ def show_pairs(plan: Retraining, rows: Rows, screen) -> None:
     say(screen, f"images beside their nearest training images: {shorten_path(path)}")
 
 
-def show_gains(plan: Retraining, rewards: dict[str, dict[str, float]], screen) -> None:
+def _show_gains(plan: Retraining, rewards: dict[str, dict[str, float]], screen) -> None:
     from memcontrol.commands.compare import measure_differences
     from memcontrol.view.live import shorten_path
     from memcontrol.view.tables import describe_gains

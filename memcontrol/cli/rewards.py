@@ -11,12 +11,12 @@ from memcontrol.core.console import print_json
 
 def add_rewards(subparsers) -> None:
     rewards = add_command(
-        subparsers, "rewards", run_rewards, "list every reward: direction, interval, cost, meaning"
+        subparsers, "rewards", _run_rewards, "list every reward: direction, interval, cost, meaning"
     )
     add_json(rewards, "one JSON object on stdout")
 
 
-def run_rewards(args: argparse.Namespace) -> int:
+def _run_rewards(args: argparse.Namespace) -> int:
     from dataclasses import asdict
 
     from memcontrol.core.reward_table import REWARDS

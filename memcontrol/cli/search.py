@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def add_search(subparsers) -> None:
-    search = add_command(subparsers, "search", run_search_command, "run or continue a study")
+    search = add_command(subparsers, "search", _run_search_command, "run or continue a study")
     add_study(search)
     search.add_argument(
         "overrides",
@@ -40,7 +40,7 @@ def add_search(subparsers) -> None:
     )
 
 
-def run_search_command(args: argparse.Namespace) -> int:
+def _run_search_command(args: argparse.Namespace) -> int:
     from memcontrol.commands.search import list_overrides
     from memcontrol.execution.make import open_executor
     from memcontrol.study.place import StudyPlace
@@ -48,8 +48,8 @@ def run_search_command(args: argparse.Namespace) -> int:
     overrides = list_overrides(args.overrides, args.trials, args.workers, args.executor)
     place = StudyPlace.load(args.study, overrides)
     if args.dry_run:
-        print_config(place)
-        print_prediction(place)
+        _print_config(place)
+        _print_prediction(place)
         return 0
     with open_executor(place.config, place.folder.path) as executor:
         show_search(place, executor)
@@ -60,7 +60,7 @@ def run_search_command(args: argparse.Namespace) -> int:
     return 0
 
 
-def print_config(place: StudyPlace) -> None:
+def _print_config(place: StudyPlace) -> None:
     import yaml
 
     from memcontrol.study.database import hide_password, validate_url
@@ -73,7 +73,7 @@ def print_config(place: StudyPlace) -> None:
     sys.stdout.flush()
 
 
-def print_prediction(place: StudyPlace) -> None:
+def _print_prediction(place: StudyPlace) -> None:
     """As comments: what is printed stays YAML."""
     from memcontrol.core.jobs import Progress
     from memcontrol.execution.job_queue import JobQueue
@@ -98,10 +98,10 @@ def show_search(place: StudyPlace, executor: Executor) -> None:
 
     run_search(place, executor)
     with contextlib.closing(place.open()) as study:
-        show_study(study, place, make_console())
+        _show_study(study, place, make_console())
 
 
-def show_study(study: Study, place: StudyPlace, screen) -> None:
+def _show_study(study: Study, place: StudyPlace, screen) -> None:
     """The trials of a finished search, the pick among them, and the picture of the front."""
     from memcontrol.study.pick import find_pick, require_finished
     from memcontrol.view.front_data import make_front_data, mark_trials

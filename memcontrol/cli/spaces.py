@@ -11,7 +11,7 @@ from memcontrol.core.errors import MemControlError
 
 
 def add_spaces(subparsers) -> None:
-    spaces = add_command(subparsers, "spaces", run_spaces, "list, show or check search spaces")
+    spaces = add_command(subparsers, "spaces", _run_spaces, "list, show or check search spaces")
     actions = spaces.add_subparsers(
         dest="action", required=True, metavar="list | show | check", help="what to do"
     )
@@ -35,17 +35,17 @@ def add_spaces(subparsers) -> None:
     add_json(check)
 
 
-def run_spaces(args: argparse.Namespace) -> int:
+def _run_spaces(args: argparse.Namespace) -> int:
     if args.action == "list":
-        list_spaces()
+        _list_spaces()
     elif args.action == "show":
-        sys.stdout.write(read_space(args.name, args.base))
+        sys.stdout.write(_read_space(args.name, args.base))
     else:
-        check_fit(args)
+        _check_fit(args)
     return 0
 
 
-def list_spaces() -> None:
+def _list_spaces() -> None:
     from memcontrol.core.space_yaml import list_shipped_spaces, load_space
 
     for name in list_shipped_spaces():
@@ -53,7 +53,7 @@ def list_spaces() -> None:
         sys.stdout.write(f"{name:26} {len(space.groups):3} groups  {space.description}\n")
 
 
-def read_space(name: str, base: str) -> str:
+def _read_space(name: str, base: str) -> str:
     """The YAML of a shipped space, or of one that is derived."""
     from memcontrol.core.space_yaml import list_shipped_spaces
 
@@ -70,7 +70,7 @@ def read_space(name: str, base: str) -> str:
     return shipped[name].read_text(encoding="utf-8")
 
 
-def check_fit(args: argparse.Namespace) -> None:
+def _check_fit(args: argparse.Namespace) -> None:
     from memcontrol.core.space_yaml import load_space
     from memcontrol.model.base import make_empty_denoiser
     from memcontrol.model.cost import survey_space
@@ -79,10 +79,10 @@ def check_fit(args: argparse.Namespace) -> None:
     if args.json:
         print_json(found)
     else:
-        print_survey(found)
+        _print_survey(found)
 
 
-def print_survey(found: dict) -> None:
+def _print_survey(found: dict) -> None:
     write, total = sys.stdout.write, found["total"]
     for group in found["groups"]:
         parts = [f"{method} {n:,} ({n / total:.4%})" for method, n in group["parameters"].items()]
@@ -92,13 +92,13 @@ def print_survey(found: dict) -> None:
     for method, counts in found["methods"].items():
         on, off, cost = counts["all_on"], counts["all_off"], counts["cost"]
         write(f"{method:12} all groups on {on:13,} ({on / total:8.4%})   off {off:13,}")
-        write(f"   {describe_cost(cost)} for a step of one image\n" if cost else "\n")
+        write(f"   {_describe_cost(cost)} for a step of one image\n" if cost else "\n")
 
 
-def describe_cost(cost: dict[str, float]) -> str:
-    return f"{format_size(cost['step_gflops'])} GFLOP and {format_size(cost['memory_mib'])} MiB"
+def _describe_cost(cost: dict[str, float]) -> str:
+    return f"{_format_size(cost['step_gflops'])} GFLOP and {_format_size(cost['memory_mib'])} MiB"
 
 
-def format_size(value: float) -> str:
+def _format_size(value: float) -> str:
     """Three digits of what is small, no decimals of what is large."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

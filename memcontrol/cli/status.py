@@ -18,32 +18,32 @@ if TYPE_CHECKING:
 
 
 def add_status(subparsers) -> None:
-    status = add_command(subparsers, "status", run_status, "list all trials with their state")
+    status = add_command(subparsers, "status", _run_status, "list all trials with their state")
     add_study(status)
     add_json(status)
 
 
-def run_status(args: argparse.Namespace) -> int:
+def _run_status(args: argparse.Namespace) -> int:
     from memcontrol.study.place import StudyPlace
 
     place = StudyPlace.load(args.study)
     with contextlib.closing(place.open()) as study:
-        found = read_status(place, study)
+        found = _read_status(place, study)
         if args.json:
             print_json(found)
         else:
-            print_status(found, study, place)
+            _print_status(found, study, place)
     return 0
 
 
-def read_status(place: StudyPlace, study: Study) -> dict[str, Any]:
+def _read_status(place: StudyPlace, study: Study) -> dict[str, Any]:
     """What `--json` prints: of each trial also its runs, with the place and progress of those at work."""
     from memcontrol.search.locks import is_searching
     from memcontrol.study.running import estimate_pace, list_runs
     from memcontrol.view.report_data import summarize_hypervolume
 
     records, folder = study.records(), place.folder.path
-    flat, pace = is_over(study, place.config.search.stop_when_flat), estimate_pace(records, place.config)
+    flat, pace = _is_over(study, place.config.search.stop_when_flat), estimate_pace(records, place.config)
     return {
         "study": study.config.name,
         "searching": is_searching(folder, study.url, study.config.name),
@@ -55,7 +55,7 @@ def read_status(place: StudyPlace, study: Study) -> dict[str, Any]:
     }
 
 
-def is_over(study: Study, n: int | None) -> bool:
+def _is_over(study: Study, n: int | None) -> bool:
     """Whether search.stop_when_flat ends it."""
     from memcontrol.study.hypervolume import is_flat
 
@@ -63,7 +63,7 @@ def is_over(study: Study, n: int | None) -> bool:
     return bool(n and reference and is_flat(study.records(), reference, n))
 
 
-def print_status(found: dict[str, Any], study: Study, place: StudyPlace) -> None:
+def _print_status(found: dict[str, Any], study: Study, place: StudyPlace) -> None:
     from memcontrol.core.space_yaml import load_space
     from memcontrol.view.tables import make_study_table
 
@@ -76,13 +76,13 @@ def print_status(found: dict[str, Any], study: Study, place: StudyPlace) -> None
     }
     for state, word in words.items():
         sys.stdout.write(f"{word}: {sum(record.state == state for record in records)}\n")
-    print_progress(found)
+    _print_progress(found)
     for record, trial in zip(records, found["trials"]):
-        print_trial(record, trial["runs"], words[record.state], n_groups, found["searching"], place)
+        _print_trial(record, trial["runs"], words[record.state], n_groups, found["searching"], place)
     print_table(make_study_table(records, n_groups, f"{study.config.name}: finished trials"))
 
 
-def print_progress(found: dict[str, Any]) -> None:
+def _print_progress(found: dict[str, Any]) -> None:
     if volume := found["hypervolume"]:
         point = ", ".join(f"{name} {value:.4g}" for name, value in volume["reference"].items())
         sys.stdout.write(f"hypervolume: {volume['value']:.4g} ± {volume['error']:.2g}, from {point}\n")
@@ -95,7 +95,7 @@ def print_progress(found: dict[str, Any]) -> None:
         sys.stdout.write(f"about {pace:.0f} runs an hour, about {left:.1f} minutes left\n")
 
 
-def print_trial(
+def _print_trial(
     record: Record, runs: list[dict], word: str, n_groups: int, searching: bool, place: StudyPlace
 ) -> None:
     """Why it ended as it did, or where it runs."""

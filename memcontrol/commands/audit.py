@@ -37,15 +37,15 @@ from memcontrol.trial.samples import read_samples
 from memcontrol.view.audit_page import N_SHOWN
 from memcontrol.view.words import write_verdict
 
-FEWEST = 8
-MOST_SAME = 0.05
-N_ATTACK = 10  # images of each attacked caption
+_FEWEST = 8
+_MOST_SAME = 0.05
+_N_ATTACK = 10  # images of each attacked caption
 # of an audited pipeline
 SAMPLING: dict[str, Any] = {"samples": 256, "attacked": 0, "steps": 20, "guidance": 1.0, "seed": 0}
 ShowProgress = Callable[[str, int, int], None]
 
 
-def sample_pipeline(
+def _sample_pipeline(
     model: str,
     captions: list[str],
     samples: int,
@@ -86,12 +86,12 @@ def sample_pipeline(
         .tolist()
     )
     attack = (
-        sampled("extraction attack", [prompt for prompt in prompts for _ in range(N_ATTACK)])
+        sampled("extraction attack", [prompt for prompt in prompts for _ in range(_N_ATTACK)])
         if prompts
         else None
     )
     return wrap_samples(pixels), None if attack is None else attack.reshape(
-        len(prompts), N_ATTACK, *attack.shape[1:]
+        len(prompts), _N_ATTACK, *attack.shape[1:]
     )
 
 
@@ -175,7 +175,7 @@ def audit_source(
         generated = read_folder_pictures("generated", source.images, warn, source.skip_unreadable)
     else:
         captions = sorted(read_captions(source.train).values()) if source.train else []
-        generated, attack = sample_pipeline(
+        generated, attack = _sample_pipeline(
             str(source.model), captions, **{**SAMPLING, **source.sampling}, progress=progress
         )
     return (
@@ -202,21 +202,21 @@ def judge_images(
 ) -> dict:
     """Every reward of the audit, as audit.json holds it; `attack` is what an extraction attack sampled, uint8
     [P, m, 3, H, W]. Raises MemControlError where the images cannot be judged."""
-    check_pictures(generated, train, holdout)
+    _check_pictures(generated, train, holdout)
     network = load_extractor(extractor)
     made, known, held = (
-        describe_pictures(pictures, network.extract, progress) for pictures in (generated, train, holdout)
+        _describe_pictures(pictures, network.extract, progress) for pictures in (generated, train, holdout)
     )
     if broken := describe_broken_images(made.pixels):
         raise MemControlError(f"{broken}, so nothing can be judged")
     evidence = Evidence(made, known, held)
     progress("judging", 0, 2)
-    measured = score_evidence(evidence) | judge_attack(attack, holdout)
+    measured = score_evidence(evidence) | _judge_attack(attack, holdout)
     rewards = Rewards.from_estimates(measured).to_plain()
     progress("judging", 1, 2)
     space = evidence.space("pixels")
     same = float((space.to_holdout < 1e-6).mean())
-    if same > MOST_SAME:
+    if same > _MOST_SAME:
         raise MemControlError(
             f"{same:.0%} of the generated images are held-out images themselves; hold out images "
             "that the model never saw and that are not audited, since copying could not be seen"
@@ -242,12 +242,12 @@ def judge_images(
         "threshold": float(limit),
         "rewards": rewards,
         "copies": copies,
-        "duplicates": find_duplicates(space, train, progress),
+        "duplicates": _find_duplicates(space, train, progress),
         "cannot_see": list(BLIND_SPOTS),
     }
 
 
-def judge_attack(attack: np.ndarray | None, holdout: Pictures) -> Measured:
+def _judge_attack(attack: np.ndarray | None, holdout: Pictures) -> Measured:
     """What the extraction attack found, all images brought to one size."""
     if attack is None:
         return {}
@@ -259,11 +259,11 @@ def judge_attack(attack: np.ndarray | None, holdout: Pictures) -> Measured:
     )
 
 
-def check_pictures(generated: Pictures, train: Pictures, holdout: Pictures) -> None:
+def _check_pictures(generated: Pictures, train: Pictures, holdout: Pictures) -> None:
     for part in (generated, train, holdout):
-        if len(part) < FEWEST:
+        if len(part) < _FEWEST:
             raise MemControlError(
-                f"{part.title} has {len(part)} images; an audit needs at least {FEWEST} of each, "
+                f"{part.title} has {len(part)} images; an audit needs at least {_FEWEST} of each, "
                 "and some hundred to say much"
             )
     held = dict(zip(holdout.digests, holdout.names))
@@ -275,7 +275,7 @@ def check_pictures(generated: Pictures, train: Pictures, holdout: Pictures) -> N
             )
 
 
-def describe_pictures(pictures: Pictures, extract: Callable, progress: ShowProgress) -> Descriptors:
+def _describe_pictures(pictures: Pictures, extract: Callable, progress: ShowProgress) -> Descriptors:
     """Descriptors of all images, read in chunks: pixels [N, 3072], features [N, D]."""
     views: Descriptors | None = None
     for start in range(0, len(pictures), PICTURES_CHUNK):
@@ -291,7 +291,7 @@ def describe_pictures(pictures: Pictures, extract: Callable, progress: ShowProgr
     return views
 
 
-def find_duplicates(space: DistanceSpace, train: Pictures, progress: ShowProgress) -> list[dict]:
+def _find_duplicates(space: DistanceSpace, train: Pictures, progress: ShowProgress) -> list[dict]:
     """Pairs of training images at less than half the distance that 99 % of held-out images keep from their
     nearest training image.
 

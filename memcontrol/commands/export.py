@@ -22,7 +22,7 @@ from memcontrol.trial.loaded import derive_scratch_seed
 from memcontrol.trial.run import inject_choice
 from memcontrol.view.model_card import write_card
 
-FORMATS = ("adapter", "pipeline", "denoiser")
+_FORMATS = ("adapter", "pipeline", "denoiser")
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers' load_lora_weights looks for
 COMFYUI_FILE = "comfyui/lora.safetensors"
 
@@ -37,7 +37,7 @@ def export(run: str | Path, out: str | Path, format: str | None = None) -> Path:
     """
     place, out = RunFolder(Path(run)), Path(out)
     spec = read_spec(place.path)
-    check_export(place, spec, out, format)
+    _check_export(place, spec, out, format)
     with name_full_disk(out):
         # The base, with what was learned put into it.
         pipeline = open_pipeline(spec.config.base)
@@ -50,23 +50,23 @@ def export(run: str | Path, out: str | Path, format: str | None = None) -> Path:
 
         # The files, and the card that says what they are.
         out.mkdir(parents=True, exist_ok=True)
-        if (format or choose_format(adapter, spec)) == "adapter":
-            write_adapter(adapter, place, part, out, spec)
+        if (format or _choose_format(adapter, spec)) == "adapter":
+            _write_adapter(adapter, place, part, out, spec)
         else:
             adapter.fuse()
             (denoiser if format == "denoiser" else pipeline).save_pretrained(out)
-        code = write_loading_code(out, spec, type(denoiser).__name__, part)
+        code = _write_loading_code(out, spec, type(denoiser).__name__, part)
         is_conditional = getattr(pipeline, "tokenizer", None) is not None
         write_card(out, spec, place.read_result(), code, (out / LORA_FILE).is_file(), is_conditional)
     return out
 
 
-def check_export(run: RunFolder, spec: Spec, out: Path, format: str | None) -> None:
+def _check_export(run: RunFolder, spec: Spec, out: Path, format: str | None) -> None:
     """Raises MemControlError."""
     if not run.is_complete:
         raise MemControlError(f"run {run.path} has not finished; export takes finished runs")
-    if format not in (None, *FORMATS):
-        raise MemControlError(f"format '{format}' is unknown; allowed: {', '.join(FORMATS)}")
+    if format not in (None, *_FORMATS):
+        raise MemControlError(f"format '{format}' is unknown; allowed: {', '.join(_FORMATS)}")
     if spec.config.inner.from_scratch and format == "adapter":
         raise MemControlError(
             "this run trained a denoiser that was drawn anew, which no adapter holds; export it with "
@@ -76,25 +76,25 @@ def check_export(run: RunFolder, spec: Spec, out: Path, format: str | None) -> N
         raise MemControlError(f"{out} exists and is not an empty folder; give another one")
 
 
-def is_lora(adapter: Adapter) -> bool:
-    config = find_lone_config(adapter)
+def _is_lora(adapter: Adapter) -> bool:
+    config = _find_lone_config(adapter)
     return config is not None and config.peft_type == "LORA"
 
 
-def choose_format(adapter: Adapter, spec: Spec) -> str:
-    return "adapter" if is_lora(adapter) and not spec.config.inner.from_scratch else "pipeline"
+def _choose_format(adapter: Adapter, spec: Spec) -> str:
+    return "adapter" if _is_lora(adapter) and not spec.config.inner.from_scratch else "pipeline"
 
 
-def write_adapter(adapter: Adapter, run: RunFolder, part: str, out: Path, spec: Spec) -> None:
+def _write_adapter(adapter: Adapter, run: RunFolder, part: str, out: Path, spec: Spec) -> None:
     """`part` is what the pipeline calls its denoiser."""
-    if is_lora(adapter):
-        write_lora(adapter, part, out, spec)
+    if _is_lora(adapter):
+        _write_lora(adapter, part, out, spec)
     else:
         shutil.copyfile(run.adapter_file, RunFolder(out).adapter_file)
-        write_peft(adapter, out)
+        _write_peft(adapter, out)
 
 
-def write_loading_code(out: Path, spec: Spec, denoiser_class: str, part: str) -> str:
+def _write_loading_code(out: Path, spec: Spec, denoiser_class: str, part: str) -> str:
     """What a reader of the folder's card types, with the folder's name and, but for a Hub id, the base's in
     place of paths; `part` is what the pipeline calls its denoiser."""
     base = spec.config.base if not Path(spec.config.base).exists() else Path(spec.config.base).name
@@ -137,14 +137,14 @@ def describe_loading(run: Path, out: Path) -> str:
     )
 
 
-def find_lone_config(adapter: Adapter):
+def _find_lone_config(adapter: Adapter):
     """peft's configuration, where the adapter is one of peft's and nothing else."""
     configs = [getattr(part, "config", None) for part in adapter.parts]
     dense = any(name.endswith(".offset") for name in adapter.state())
     return configs[0] if len(configs) == 1 and not dense else None
 
 
-def collect_peft_state(adapter: Adapter) -> dict[str, torch.Tensor]:
+def _collect_peft_state(adapter: Adapter) -> dict[str, torch.Tensor]:
     from peft import get_peft_model_state_dict
 
     return {
@@ -153,13 +153,13 @@ def collect_peft_state(adapter: Adapter) -> dict[str, torch.Tensor]:
     }
 
 
-def write_lora(adapter: Adapter, prefix: str, out: Path, spec: Spec) -> None:
+def _write_lora(adapter: Adapter, prefix: str, out: Path, spec: Spec) -> None:
     """The standard LoRA file, its configuration in the header (without it a reader guesses alpha), and one
     for ComfyUI."""
     from safetensors.torch import save_file
 
-    config, state = find_lone_config(adapter), collect_peft_state(adapter)
-    settings = {f"{prefix}.{key}": value for key, value in convert_sets(config.to_dict()).items()}
+    config, state = _find_lone_config(adapter), _collect_peft_state(adapter)
+    settings = {f"{prefix}.{key}": value for key, value in _convert_sets(config.to_dict()).items()}
     metadata = {"format": "pt", "memcontrol": format_header(spec.description())}
     (out / COMFYUI_FILE).parent.mkdir()
     with replace_file(out / LORA_FILE) as part:
@@ -169,10 +169,10 @@ def write_lora(adapter: Adapter, prefix: str, out: Path, spec: Spec) -> None:
             metadata | {"lora_adapter_metadata": format_header(settings)},
         )
     with replace_file(out / COMFYUI_FILE) as part:
-        save_file(make_comfyui_state(adapter, prefix, state), part, metadata)
+        save_file(_make_comfyui_state(adapter, prefix, state), part, metadata)
 
 
-def make_comfyui_state(
+def _make_comfyui_state(
     adapter: Adapter, prefix: str, state: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """ComfyUI reads a U-Net's LoRA under kohya's names and a transformer's under diffusers' ones; alpha is a
@@ -198,23 +198,23 @@ def make_comfyui_state(
     return found
 
 
-def write_peft(adapter: Adapter, out: Path) -> None:
+def _write_peft(adapter: Adapter, out: Path) -> None:
     """adapter_config.json and adapter_model.safetensors, as PeftModel.from_pretrained reads them, where all
     is of one peft method."""
     from safetensors.torch import save_file
 
-    config = find_lone_config(adapter)
+    config = _find_lone_config(adapter)
     if config is not None:
         config.save_pretrained(out)
         with replace_file(out / "adapter_model.safetensors") as part:
             save_file(
-                {f"base_model.model.{name}": tensor for name, tensor in collect_peft_state(adapter).items()},
+                {f"base_model.model.{name}": tensor for name, tensor in _collect_peft_state(adapter).items()},
                 part,
                 {"format": "pt"},
             )
 
 
-def convert_sets(settings: dict) -> dict:
+def _convert_sets(settings: dict) -> dict:
     """peft's configuration as JSON can hold it."""
     return {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
 

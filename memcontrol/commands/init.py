@@ -19,8 +19,8 @@ from memcontrol.core.run_folder import locate_study_folder, refuse_results_among
 from memcontrol.data.look import FolderSummary, summarize_folder
 from memcontrol.data.split import FEWEST_IMAGES, split_records
 
-STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-SPACES = {  # of bases that lie on this machine, by the class of their pipeline
+_STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+_SPACES = {  # of bases that lie on this machine, by the class of their pipeline
     "StableDiffusionPipeline": "sd15-blocks",
     "StableDiffusionXLPipeline": "sdxl-blocks",
     "StableDiffusion3Pipeline": "sd3-blocks",
@@ -30,9 +30,9 @@ SPACES = {  # of bases that lie on this machine, by the class of their pipeline
     "SanaPipeline": "sana-blocks",
     "DDPMPipeline": "ddpm-cifar10",
 }
-TINY_SIDE = 32  # pixels of the embedded base
-SEED = 0
-FEW = 256  # held-out images below which FID is coarse: four for each feature of the smallest network
+_TINY_SIDE = 32  # pixels of the embedded base
+_SEED = 0
+_FEW = 256  # held-out images below which FID is coarse: four for each feature of the smallest network
 
 
 def init(
@@ -60,23 +60,23 @@ def propose_study(
 ) -> Proposal:
     """Looks at the images and writes a study for them. Raises MemControlError: what `out`, `name` or `base`
     is, or too few images."""
-    name = name or derive_name(folder)
+    name = name or _derive_name(folder)
     path = out or Path(f"{name}.yaml")
     if not re.fullmatch(NAME, name):
         raise MemControlError(f"--name is '{name}'; {NAME_RULE}")
     if path.exists():
         raise MemControlError(f"{path} exists; give another file with --out, or remove it")
-    check_base(base)
+    _check_base(base)
     refuse_results_among(str(folder), locate_study_folder(path, name))
     seen = summarize_folder(folder, progress)
-    proposal = Proposal(path, write_proposal(folder, seen, name, base, path), seen)
+    proposal = Proposal(path, _write_proposal(folder, seen, name, base, path), seen)
     with replace_file(path) as part:
         part.write_text(proposal.text, encoding="utf-8")
     load_config(path)
     return proposal
 
 
-def check_base(base: str | None) -> None:
+def _check_base(base: str | None) -> None:
     """Raises MemControlError for what is no pipeline, as far as can be told without loading it."""
     from memcontrol.model.base import check_base_path
 
@@ -90,12 +90,12 @@ def check_base(base: str | None) -> None:
         )
 
 
-def write_proposal(folder: Path, seen: FolderSummary, name: str, base: str | None, path: Path) -> str:
+def _write_proposal(folder: Path, seen: FolderSummary, name: str, base: str | None, path: Path) -> str:
     """The study file. Raises MemControlError where there are too few images."""
-    n_gpus = count_gpus()
-    base = base or (STABLE_DIFFUSION if n_gpus else "tiny")
-    shares = {} if seen.parts else choose_shares(seen)
-    sizes = count_split(seen, shares) if shares else count_given(seen)
+    n_gpus = _count_gpus()
+    base = base or (_STABLE_DIFFUSION if n_gpus else "tiny")
+    shares = {} if seen.parts else _choose_shares(seen)
+    sizes = _count_split(seen, shares) if shares else _count_given(seen)
     n_train = sizes["train"]
     budget = min(max(100 * n_train, 2_000), max(10_000, 10 * n_train))
     text = "\n".join(
@@ -103,79 +103,81 @@ def write_proposal(folder: Path, seen: FolderSummary, name: str, base: str | Non
             f"# Proposed by memcontrol init, after a look at {seen.n} images. Change what you know "
             "better; docs/study-file.md has every key.",
             f"name: {name}",
-            format_line("base", json.dumps(base), explain_base(base, n_gpus)),
+            _format_line("base", json.dumps(base), _explain_base(base, n_gpus)),
             "data:",
-            format_line(
-                "  path", json.dumps(express_path(path, folder), ensure_ascii=False), explain_data(seen, base)
+            _format_line(
+                "  path",
+                json.dumps(_express_path(path, folder), ensure_ascii=False),
+                _explain_data(seen, base),
             ),
             *(
-                format_line(f"  {part}", str(share), f"{sizes[part]} images, {USES[part]}")
+                _format_line(f"  {part}", str(share), f"{sizes[part]} images, {_USES[part]}")
                 for part, share in shares.items()
             ),
             *(
-                [format_line("  skip_unreadable", "true", f"{len(seen.unreadable)} cannot be decoded")]
+                [_format_line("  skip_unreadable", "true", f"{len(seen.unreadable)} cannot be decoded")]
                 if seen.unreadable
                 else []
             ),
-            format_line(
+            _format_line(
                 "space",
                 choose_space(base),
                 "which layers may be trained: memcontrol spaces show, or check with --base",
             ),
             "inner:",
-            format_line(
+            _format_line(
                 "  budget_images",
                 str(budget),
                 f"each fine-tuning sees every one of the {n_train} training images "
                 f"{budget / n_train:.0f} times: enough to see copying",
             ),
-            format_line(
+            _format_line(
                 "  batch_size", str(min(16, n_train)), "less where the GPU's memory does not suffice"
             ),
             "rewards:",
-            format_line("  objectives", "[fid, memorization]", explain_objectives(sizes["holdout"])),
+            _format_line("  objectives", "[fid, memorization]", _explain_objectives(sizes["holdout"])),
             "search:",
-            format_line(
+            _format_line(
                 "  trials", "20", "beside the three anchors: no training, plain PEFT, full fine-tuning"
             ),
-            format_line(
+            _format_line(
                 "  workers",
                 str(n_gpus or min(os.cpu_count() or 1, 8)),
                 "one for each GPU" if n_gpus else "one for each core, at most 8",
             ),
-            format_line("  seed", str(SEED), "of everything that is drawn"),
+            _format_line("  seed", str(_SEED), "of everything that is drawn"),
         ]
     )
     return f"{text}\n"
 
 
-USES = {"train": "to fine-tune on", "holdout": "to compare with in the search", "test": "for retrain alone"}
+_USES = {"train": "to fine-tune on", "holdout": "to compare with in the search", "test": "for retrain alone"}
 
 
-def format_line(key: str, value: str, why: str) -> str:
+def _format_line(key: str, value: str, why: str) -> str:
     return f"{f'{key}: {value}':30} # {why}"
 
 
-def count_gpus() -> int:
+def _count_gpus() -> int:
     import torch
 
     return torch.cuda.device_count()
 
 
-def derive_name(folder: Path) -> str:
+def _derive_name(folder: Path) -> str:
     # accents go, their letters stay
     plain = unicodedata.normalize("NFKD", folder.resolve().name).encode("ascii", "ignore").decode()
     return re.sub(r"[^A-Za-z0-9._-]+", "-", plain).strip("-._") or "study"
 
 
-def express_path(study_file: Path, folder: Path) -> str:
+def _express_path(study_file: Path, folder: Path) -> str:
     """The images' path in the study file: relative where they lie beside or below it, so that both may move
     together."""
     images, home = folder.resolve(), study_file.resolve().parent
     return images.relative_to(home).as_posix() if images.is_relative_to(home) else str(images)
 
 
-def choose_shares(seen: FolderSummary) -> dict[str, float | int]:
+def _choose_shares(seen: FolderSummary) -> dict[str, float | int]:
     """Half is trained on; where a quarter is too few to hold out, as many as it takes. Copies of an image
     stay together, and count once."""
     n = seen.n - sum(len(names) - 1 for names in seen.copies)
@@ -185,7 +187,7 @@ def choose_shares(seen: FolderSummary) -> dict[str, float | int]:
             f"{FEWEST_IMAGES} each at least, and some hundred to say much; add images"
         )
     halves: dict[str, float | int] = {"train": 0.5, "holdout": 0.25, "test": 0.25}
-    enough = min(count_split(seen, halves).values()) >= FEWEST_IMAGES
+    enough = min(_count_split(seen, halves).values()) >= FEWEST_IMAGES
     return (
         halves
         if enough
@@ -193,17 +195,17 @@ def choose_shares(seen: FolderSummary) -> dict[str, float | int]:
     )
 
 
-def count_split(seen: FolderSummary, shares: dict[str, float | int]) -> dict[str, int]:
+def _count_split(seen: FolderSummary, shares: dict[str, float | int]) -> dict[str, int]:
     """How many images each part will have, by the split that a search with this seed makes."""
     return {
         part: len(records)
         for part, records in split_records(
-            list(seen.records), DataConfig.model_validate({"path": "-", **shares}), SEED
+            list(seen.records), DataConfig.model_validate({"path": "-", **shares}), _SEED
         ).items()
     }
 
 
-def count_given(seen: FolderSummary) -> dict[str, int]:
+def _count_given(seen: FolderSummary) -> dict[str, int]:
     missing = [part for part in PARTS if not seen.parts.get(part)]
     if missing:
         raise MemControlError(
@@ -214,11 +216,11 @@ def count_given(seen: FolderSummary) -> dict[str, int]:
     return seen.parts
 
 
-def explain_base(base: str, n_gpus: int) -> str:
+def _explain_base(base: str, n_gpus: int) -> str:
     if base == "tiny":
         return (
             "embedded, knows printed characters: to try the whole way; for photographs give a real "
-            "one, such as " + STABLE_DIFFUSION
+            "one, such as " + _STABLE_DIFFUSION
         )
     return (
         "a folder in diffusers' format, or a Hub id"
@@ -227,14 +229,14 @@ def explain_base(base: str, n_gpus: int) -> str:
     )
 
 
-def explain_data(seen: FolderSummary, base: str) -> str:
+def _explain_data(seen: FolderSummary, base: str) -> str:
     least, median, most = seen.sides
     said = [
         f"shorter sides {least} to {most} pixels, median {median}" if least != most else f"{least} pixels"
     ]
     said[0] += (
         "; squares are cut and resized to the base's own resolution"
-        + (f", {TINY_SIDE}" if base == "tiny" else "")
+        + (f", {_TINY_SIDE}" if base == "tiny" else "")
         + " (data.resolution: another)"
     )
     if seen.parts:
@@ -254,10 +256,10 @@ def explain_data(seen: FolderSummary, base: str) -> str:
     return "; ".join(said)
 
 
-def explain_objectives(n_holdout: int) -> str:
+def _explain_objectives(n_holdout: int) -> str:
     return "quality, then copying" + (
         f"; FID against {n_holdout} held-out images is coarse: read it with its error"
-        if n_holdout < FEW
+        if n_holdout < _FEW
         else ""
     )
 
@@ -265,7 +267,9 @@ def explain_objectives(n_holdout: int) -> str:
 def choose_space(base: str) -> str:
     index = Path(base) / "model_index.json"
     if index.is_file():
-        return SPACES.get(json.loads(index.read_text(encoding="utf-8")).get("_class_name", ""), "sd15-blocks")
+        return _SPACES.get(
+            json.loads(index.read_text(encoding="utf-8")).get("_class_name", ""), "sd15-blocks"
+        )
     return "digits" if base == "tiny" else "sd15-blocks"
 
 

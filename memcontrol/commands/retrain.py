@@ -26,7 +26,7 @@ from memcontrol.study.pick import choose_record, find_full
 from memcontrol.study.place import StudyPlace
 from memcontrol.view.live import EventLog
 
-BASELINE = "baseline"
+_BASELINE = "baseline"
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,13 @@ class Retraining:
 
     @property
     def choices(self) -> dict[str, Choice]:
-        return {"pick": self.choice, BASELINE: self.full}
+        return {"pick": self.choice, _BASELINE: self.full}
 
     @property
     def runs(self) -> dict[str, Path]:
         """Full fine-tuning has one folder for every pick of the study."""
         own = self.out or self.folder.retrained(self.choice).path
-        return {"pick": own, BASELINE: own if self.is_full else self.folder.retrained(self.full).path}
+        return {"pick": own, _BASELINE: own if self.is_full else self.folder.retrained(self.full).path}
 
     def make_specs(self) -> dict[Path, Spec]:
         """By run folder. As many passes over the data as in the search, so the budget grows with the training
@@ -98,7 +98,7 @@ def run_retraining(plan: Retraining, executor: Executor, show: Show) -> dict[str
         if isinstance(event, GivenUp):
             where = event.job and event.job.folder
             raise MemControlError(f"retraining in {where} failed {N_TRIES} times: {event.reason}")
-    return {name: read_complete_result(run) for name, run in plan.runs.items()}
+    return {name: _read_complete_result(run) for name, run in plan.runs.items()}
 
 
 def has_result(run: Path, spec: Spec) -> bool:
@@ -112,7 +112,7 @@ def has_result(run: Path, spec: Spec) -> bool:
     return stored["state"] == "COMPLETE"
 
 
-def read_complete_result(run: Path) -> dict:
+def _read_complete_result(run: Path) -> dict:
     result = RunFolder(run).read_result()
     if result["state"] != "COMPLETE":
         raise MemControlError(f"retraining in {run} ended as {result['state']}: {result['reason']}")

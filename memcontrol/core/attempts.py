@@ -15,7 +15,7 @@ from typing import Any
 from memcontrol.core.files import read_json, write_json
 from memcontrol.core.run_folder import RunFolder
 
-PROGRESS_SECONDS = 1.0
+_PROGRESS_SECONDS = 1.0
 
 
 class Superseded(Exception):
@@ -42,7 +42,7 @@ class Attempt:
 
     def progress(self, stage: str, done: int, total: int) -> None:
         """Says how far it is, at most once a second. Raises Superseded."""
-        if time.monotonic() - self.written_at < PROGRESS_SECONDS:
+        if time.monotonic() - self.written_at < _PROGRESS_SECONDS:
             return
         self.written_at = time.monotonic()
         self.check()

@@ -12,7 +12,7 @@ from memcontrol.core.errors import MemControlError
 
 RANKED = ("lora", "dora", "loha", "lokr", "oft")  # their size is a rank; of oft, the block size
 SEARCHED_METHODS = (*RANKED, "ia3", "ln_tuning", "svdiff", "difffit", "attention", "norm", "bias", "full")
-METHODS = ("none", *SEARCHED_METHODS)
+_METHODS = ("none", *SEARCHED_METHODS)
 EVERYTHING = "*"  # stands for the whole denoiser, in the anchor `full`
 SAME_RATE = math.log(1.1)  # learning rates within 10 % count as the same choice
 
@@ -105,12 +105,12 @@ class Choice:
                 "learning_rate and, for lora, rank"
             ) from None
         for setting in (choice.default, *(setting for _, setting in choice.per_group)):
-            check_setting(setting)
+            _check_setting(setting)
         return choice
 
 
-def check_setting(setting: Setting) -> None:
-    if setting.method not in METHODS:
-        raise MemControlError(f"choice: method '{setting.method}' is unknown; allowed: {', '.join(METHODS)}")
+def _check_setting(setting: Setting) -> None:
+    if setting.method not in _METHODS:
+        raise MemControlError(f"choice: method '{setting.method}' is unknown; allowed: {', '.join(_METHODS)}")
     if setting.method in RANKED and not (type(setting.rank) is int and setting.rank > 0):
         raise MemControlError(f"choice: method {setting.method} needs a whole-number rank")

@@ -10,7 +10,7 @@ from typing import Any, get_args
 from pydantic import BaseModel
 
 NAME_RULE = "use letters, digits, '.', '_' and '-', a letter or digit first"  # of config.NAME
-EXAMPLES = {
+_EXAMPLES = {
     "data": "{path: images}",
     "inner": "{budget_images: 20000}",
     "ensemble": "{shards: 4}",
@@ -28,7 +28,7 @@ EXAMPLES = {
 
 
 # by pydantic's type of a problem, what the value should be; in braces what its `ctx` tells
-SHOULD = {
+_SHOULD = {
     "bool_type": "be a valid boolean",
     "dict_type": "be a valid dictionary",
     "float_type": "be a valid number",
@@ -41,7 +41,7 @@ SHOULD = {
     "less_than_equal": "be less than or equal to {le:g}",
 }
 # the same, where the sentence is not about the value
-WORDS = {
+_WORDS = {
     "invalid_key": "keys should be strings",
     "string_pattern_mismatch": NAME_RULE,
     "string_too_short": "string should have at least {min_length} character",
@@ -66,10 +66,10 @@ def explain_problems(problems: Sequence[Mapping[str, Any]], model: type[BaseMode
     for problem in problems:
         found, advice = explain_problem(problem, model)
         sentences.setdefault(found, []).extend(advice)
-    return "; ".join(join_advice(found, advice) for found, advice in sentences.items())
+    return "; ".join(_join_advice(found, advice) for found, advice in sentences.items())
 
 
-def join_advice(found: str, advice: Sequence[Advice]) -> str:
+def _join_advice(found: str, advice: Sequence[Advice]) -> str:
     if not advice:
         return found
     alternatives = ", or ".join(each.words for each in advice)
@@ -82,56 +82,56 @@ def explain_problem(problem: Mapping[str, Any], model: type[BaseModel]) -> tuple
     if kind == "value_error":  # of a validator of ours, which says it all
         return str(problem["ctx"]["error"]), []
     if kind == "extra_forbidden":
-        return explain_unknown_key(problem["loc"], model)
-    path = find_known_path(problem["loc"], model)
+        return _explain_unknown_key(problem["loc"], model)
+    path = _find_known_path(problem["loc"], model)
     key = ".".join(path)
     if kind == "missing":
         return f"key '{key}' is missing", []
-    return f"key '{key}' is {problem['input']!r}", [advise(problem, path[-1])]
+    return f"key '{key}' is {problem['input']!r}", [_advise(problem, path[-1])]
 
 
-def advise(problem: Mapping[str, Any], key: str) -> Advice:
+def _advise(problem: Mapping[str, Any], key: str) -> Advice:
     """What to write instead of a value; what the tables lack is said in pydantic's own words."""
     kind, context = problem["type"], problem.get("ctx", {})
     if kind == "model_type":
-        return Advice(f"should be keys and values, such as {EXAMPLES.get(key, '{}')}", "it ")
-    if kind in SHOULD:
-        return Advice(f"should {SHOULD[kind].format(**context)}", "it ")
-    if kind in WORDS:
+        return Advice(f"should be keys and values, such as {_EXAMPLES.get(key, '{}')}", "it ")
+    if kind in _SHOULD:
+        return Advice(f"should {_SHOULD[kind].format(**context)}", "it ")
+    if kind in _WORDS:
         owner = context.get("field_type", "").lower()
-        return Advice(WORDS[kind].format(**context, owner=owner))
+        return Advice(_WORDS[kind].format(**context, owner=owner))
     return Advice(problem["msg"])
 
 
-def explain_unknown_key(place: Sequence[str | int], model: type[BaseModel]) -> tuple[str, list[Advice]]:
+def _explain_unknown_key(place: Sequence[str | int], model: type[BaseModel]) -> tuple[str, list[Advice]]:
     """With the key that was probably meant: of the same name elsewhere, or nearly so among its neighbours."""
     key, last = ".".join(str(part) for part in place), str(place[-1])
-    valid = list(find_model(place[:-1], model).model_fields)
+    valid = list(_find_model(place[:-1], model).model_fields)
     before = key[: -len(last)]
     meant = [
-        *(known for known in list_places(model) if known.rpartition(".")[2] == last),
+        *(known for known in _list_places(model) if known.rpartition(".")[2] == last),
         *(before + name for name in difflib.get_close_matches(last, valid, 1)),
     ]
     hint = f"did you mean {meant[0]}? " if meant else ""
     return f"unknown key '{key}'", [Advice(f"{hint}allowed: {', '.join(valid)}")]
 
 
-def find_known_path(place: Sequence[str | int], model: type[BaseModel]) -> list[str]:
+def _find_known_path(place: Sequence[str | int], model: type[BaseModel]) -> list[str]:
     """The keys of a place, without what pydantic adds: members of a union, items of a tuple, keys of a
     mapping."""
-    known = {path.rpartition(".")[2] for path in list_places(model)}
+    known = {path.rpartition(".")[2] for path in _list_places(model)}
     return [str(part) for part in place if str(part) in known] or [str(place[0])]
 
 
-def list_places(model: type[BaseModel], before: str = "") -> Iterator[str]:
+def _list_places(model: type[BaseModel], before: str = "") -> Iterator[str]:
     """The dotted keys of a model and of all models inside it."""
     for name in model.model_fields:
         yield f"{before}{name}"
-        if (inside := find_model([name], model)) is not model:
-            yield from list_places(inside, f"{before}{name}.")
+        if (inside := _find_model([name], model)) is not model:
+            yield from _list_places(inside, f"{before}{name}.")
 
 
-def find_model(place: Sequence, model: type[BaseModel]) -> type[BaseModel]:
+def _find_model(place: Sequence, model: type[BaseModel]) -> type[BaseModel]:
     """The model of the keys at a place, such as ("inner", "skip"); a key that has none leaves it as it is."""
     for part in place:
         inner = model.model_fields[part].annotation

@@ -15,7 +15,7 @@ from memcontrol.core.version import __version__
 
 QUIET, NORMAL, VERBOSE = "quiet", "normal", "verbose"
 LOG = logging.getLogger("memcontrol")
-FORM = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
+_FORM = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
 level = NORMAL  # of this process
 
 
@@ -55,7 +55,7 @@ def log_to_file(path: Path, what: str) -> Iterator[None]:
     LOG.setLevel(logging.DEBUG if level == VERBOSE else logging.INFO)
     LOG.propagate = False
     for handler in handlers:
-        handler.setFormatter(FORM)
+        handler.setFormatter(_FORM)
         LOG.addHandler(handler)
     LOG.info("memcontrol %s begins: %s", __version__, what)
     try:

@@ -11,7 +11,7 @@ import numpy as np
 
 from memcontrol.core.errors import MemControlError
 
-NORMAL_95 = 1.959963984540054
+_NORMAL_95 = 1.959963984540054
 _ERROR, _LOW, _HIGH, _P = "_error", "_low", "_high", "_p"  # spelt here and nowhere else
 # Half a 95 % interval in standard errors, as it is read back. Rounded, unlike NORMAL_95: plots, ties,
 # hypervolumes and what a search draws next rest on it from the first study on, and stay as they were.
@@ -44,7 +44,7 @@ class Estimate:
             return
         for name, sign in (("low", -1), ("high", 1)):
             if getattr(self, name) is None:
-                object.__setattr__(self, name, self.value + sign * NORMAL_95 * self.error)
+                object.__setattr__(self, name, self.value + sign * _NORMAL_95 * self.error)
 
     def __float__(self) -> float:
         return self.value
@@ -74,7 +74,7 @@ class Rewards:
         for name, value in measured.items():
             plain[name] = float(value)
             if isinstance(value, Estimate):
-                plain |= list_beside(name, value)
+                plain |= _list_beside(name, value)
         return cls(plain)
 
     def to_plain(self) -> dict[str, float]:
@@ -116,7 +116,7 @@ class Rewards:
         return text
 
 
-def list_beside(name: str, estimate: Estimate) -> dict[str, float]:
+def _list_beside(name: str, estimate: Estimate) -> dict[str, float]:
     """What stands beside an estimate's value: its error or, without one, its interval; and its p."""
     ends = {_LOW: estimate.low, _HIGH: estimate.high} if estimate.error is None else {_ERROR: estimate.error}
     beside = ends | {_P: estimate.p}
@@ -148,9 +148,9 @@ def convert_to_percent(share: Estimate) -> Estimate:
 
 def wilson_interval(share: float, n: int) -> tuple[float, float]:
     """The 95 % interval of a share of n (Wilson 1927)."""
-    centre = share + NORMAL_95**2 / (2 * n)
-    half = NORMAL_95 * math.sqrt(share * (1 - share) / n + NORMAL_95**2 / (4 * n * n))
-    total = 1 + NORMAL_95**2 / n
+    centre = share + _NORMAL_95**2 / (2 * n)
+    half = _NORMAL_95 * math.sqrt(share * (1 - share) / n + _NORMAL_95**2 / (4 * n * n))
+    total = 1 + _NORMAL_95**2 / n
     # rounding must not shut out 0 or 1
     return min(share, max(0.0, (centre - half) / total)), max(share, min(1.0, (centre + half) / total))
 
@@ -209,16 +209,16 @@ def paired_difference(a: Estimate, b: Estimate, prompts=None, n_draws: int = 100
 def spearman(x: Sequence[float], y: Sequence[float]) -> Estimate:
     """Rank correlation, ties at their mean rank, with the 95 % interval of Fisher's z and Bonett and Wright's
     variance (2000)."""
-    ranks = mean_ranks(x), mean_ranks(y)
+    ranks = _mean_ranks(x), _mean_ranks(y)
     if any(rank.std() == 0 for rank in ranks):
         return Estimate(0.0, low=-1.0, high=1.0)
     rho = float(np.clip(np.corrcoef(*ranks)[0, 1], -1, 1))
-    half = NORMAL_95 * math.sqrt((1 + rho**2 / 2) / max(len(x) - 3, 1))
+    half = _NORMAL_95 * math.sqrt((1 + rho**2 / 2) / max(len(x) - 3, 1))
     z = math.atanh(min(max(rho, -1 + 1e-12), 1 - 1e-12))
     return Estimate(rho, low=math.tanh(z - half), high=math.tanh(z + half))
 
 
-def mean_ranks(values: Sequence[float]) -> np.ndarray:
+def _mean_ranks(values: Sequence[float]) -> np.ndarray:
     """The place of each value [N] among all, the mean of their places for equal ones."""
     rising = np.sort(values)
     return np.array([np.flatnonzero(rising == value).mean() for value in values])
@@ -227,7 +227,7 @@ def mean_ranks(values: Sequence[float]) -> np.ndarray:
 def pool_estimates(draws: Sequence[Estimate]) -> Estimate:
     """The mean of one reward over independent draws of the same number of images: as biased as each, with a
     smaller error."""
-    value, contributions = float(np.mean([draw.value for draw in draws])), pool_contributions(draws)
+    value, contributions = float(np.mean([draw.value for draw in draws])), _pool_contributions(draws)
     errors = [draw.error for draw in draws if draw.error is not None]
     if len(errors) == len(draws):
         error = math.sqrt(sum(error**2 for error in errors)) / len(draws)
@@ -242,18 +242,18 @@ def pool_estimates(draws: Sequence[Estimate]) -> Estimate:
         if draw.low is not None and draw.high is not None
     ]
     if len(reaches) == len(draws):
-        below, above = map(pooled_reach, zip(*reaches))
+        below, above = map(_pooled_reach, zip(*reaches))
         return Estimate(value, low=value - below, high=value + above, contributions=contributions)
     return Estimate(value, contributions=contributions)
 
 
-def pool_contributions(draws: Sequence[Estimate]) -> np.ndarray | None:
+def _pool_contributions(draws: Sequence[Estimate]) -> np.ndarray | None:
     """Those of all draws, end to end; None where one has none."""
     known = [draw.contributions for draw in draws if draw.contributions is not None]
     return np.concatenate(known) if len(known) == len(draws) else None
 
 
-def pooled_reach(reaches: Sequence[float]) -> float:
+def _pooled_reach(reaches: Sequence[float]) -> float:
     """How far a mean's interval goes to one side, from those of its independent parts (MOVER: Zou and Donner,
     Statistics in Medicine 2008)."""
     return math.sqrt(sum(reach**2 for reach in reaches)) / len(reaches)

@@ -12,9 +12,9 @@ from pathlib import Path
 from memcontrol.core.errors import DiskFull
 
 PACKAGE = Path(__file__).parent.parent  # where assets and, in a wheel, search spaces lie
-NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # the system's and SQLite's, wrapped by others
-NO_SPACE_WORDS = ("No space left", "File too large", "Disk quota exceeded", "database or disk is full")
+_NO_SPACE_WORDS = ("No space left", "File too large", "Disk quota exceeded", "database or disk is full")
 
 
 @contextlib.contextmanager
@@ -43,7 +43,9 @@ def name_full_disk(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if getattr(error, "errno", None) in NO_SPACE or any(words in str(error) for words in NO_SPACE_WORDS):
+        if getattr(error, "errno", None) in _NO_SPACE or any(
+            words in str(error) for words in _NO_SPACE_WORDS
+        ):
             raise DiskFull(
                 f"no space left to write {path}: free some space, then run the same command again"
             ) from error

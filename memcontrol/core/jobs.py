@@ -164,8 +164,8 @@ class GivenUp(Failed):
     kind: ClassVar[str] = "given up"
 
 
-FAILED_EVENTS = (Failed, Lost)
-END_EVENTS = (Prepared, Calibrated, Done, Stopped, *FAILED_EVENTS)
+_FAILED_EVENTS = (Failed, Lost)
+END_EVENTS = (Prepared, Calibrated, Done, Stopped, *_FAILED_EVENTS)
 _JOBS = {kind.kind: kind for kind in (PrepareJob, CalibrateJob, TrialJob, ConfirmJob, HelpJob)}
 _EVENTS = {kind.kind: kind for kind in (Progress, Warned, *END_EVENTS, GivenUp)}
 

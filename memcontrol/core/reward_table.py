@@ -15,11 +15,11 @@ FALSE_POSITIVES = 0.01
 
 MINIMIZE: Final = "minimize"
 MAXIMIZE: Final = "maximize"
-BESIDE = "read beside others"
+_BESIDE = "read beside others"
 
 
 @dataclass(frozen=True)
-class RewardInfo:
+class _RewardInfo:
     """`objective`: whether a search may optimise it. `form`: how its value is written."""
 
     title: str
@@ -31,77 +31,77 @@ class RewardInfo:
     meaning: str
 
 
-WILSON, DELTA, NONE = "Wilson, 95 %", "standard error, delta method", "none"
-FEATURES, NEIGHBOURS = "features of the samples", "nearest neighbours"
-DENOISER = "four passes of 64 images through the denoiser"
-FREE = "none: known before training"
+_WILSON, _DELTA, _NONE = "Wilson, 95 %", "standard error, delta method", "none"
+_FEATURES, _NEIGHBOURS = "features of the samples", "nearest neighbours"
+_DENOISER = "four passes of 64 images through the denoiser"
+_FREE = "none: known before training"
 
 REWARDS = {
-    "fid": RewardInfo(
+    "fid": _RewardInfo(
         title="FID",
         form="{:.2f}",
         direction=MINIMIZE,
         objective=True,
-        interval=DELTA,
-        cost=FEATURES,
+        interval=_DELTA,
+        cost=_FEATURES,
         meaning="Frechet distance to held-out images; biased upward at few samples: (few) where there are "
         "under four for each feature",
     ),
-    "fd_pca": RewardInfo(
+    "fd_pca": _RewardInfo(
         title="FD of components",
         form="{:.3f}",
         direction=MINIMIZE,
         objective=True,
-        interval=DELTA,
-        cost=FEATURES,
+        interval=_DELTA,
+        cost=_FEATURES,
         meaning="the same on the held-out images' first principal components",
     ),
-    "kid": RewardInfo(
+    "kid": _RewardInfo(
         title="KID",
         form="{:.3f}",
         direction=MINIMIZE,
         objective=True,
         interval="standard error, jackknife",
-        cost=FEATURES,
+        cost=_FEATURES,
         meaning="kernel distance to held-out images; unbiased, may be below 0",
     ),
-    "precision": RewardInfo(
+    "precision": _RewardInfo(
         title="precision",
         form="{:.3f}",
         direction=MAXIMIZE,
         objective=False,
-        interval=WILSON,
-        cost=NEIGHBOURS,
+        interval=_WILSON,
+        cost=_NEIGHBOURS,
         meaning="share of samples among real images; blur raises it",
     ),
-    "recall": RewardInfo(
+    "recall": _RewardInfo(
         title="recall",
         form="{:.3f}",
         direction=MAXIMIZE,
         objective=True,
-        interval=WILSON,
-        cost=NEIGHBOURS,
+        interval=_WILSON,
+        cost=_NEIGHBOURS,
         meaning="share of held-out images among samples; grows with n alone",
     ),
-    "density": RewardInfo(
+    "density": _RewardInfo(
         title="density",
         form="{:.3f}",
         direction=MAXIMIZE,
         objective=False,
-        interval=NONE,
-        cost=NEIGHBOURS,
+        interval=_NONE,
+        cost=_NEIGHBOURS,
         meaning="real images' balls that a sample lies in; blur raises it",
     ),
-    "coverage": RewardInfo(
+    "coverage": _RewardInfo(
         title="coverage",
         form="{:.3f}",
         direction=MAXIMIZE,
         objective=True,
-        interval=WILSON,
-        cost=NEIGHBOURS,
+        interval=_WILSON,
+        cost=_NEIGHBOURS,
         meaning="share of held-out images with a sample in their ball; grows with n alone",
     ),
-    "clip_score": RewardInfo(
+    "clip_score": _RewardInfo(
         title="CLIP score",
         form="{:.2f}",
         direction=MAXIMIZE,
@@ -110,241 +110,241 @@ REWARDS = {
         cost="a CLIP model on the samples",
         meaning="how well samples fit their captions (with rewards.clip)",
     ),
-    "memorization": RewardInfo(
+    "memorization": _RewardInfo(
         title="memorization",
         form="{:.3f}",
         direction=MINIMIZE,
         objective=True,
         interval="standard error and p, label permutation",
-        cost=NEIGHBOURS,
+        cost=_NEIGHBOURS,
         meaning="M: log of distance to held-out over distance to training images, in pixels or in "
         "features, whichever is larger; at least 0",
     ),
-    "memorization_pixels": RewardInfo(
+    "memorization_pixels": _RewardInfo(
         title="M, pixels",
         form="{:.3f}",
         direction=MINIMIZE,
         objective=False,
         interval="standard error and p, label permutation",
-        cost=NEIGHBOURS,
+        cost=_NEIGHBOURS,
         meaning="M in pixels, mirror images included; 0 without copying",
     ),
-    "memorization_features": RewardInfo(
+    "memorization_features": _RewardInfo(
         title="M, features",
         form="{:.3f}",
         direction=MINIMIZE,
         objective=False,
         interval="standard error and p, label permutation",
-        cost=NEIGHBOURS,
+        cost=_NEIGHBOURS,
         meaning="M in the feature network",
     ),
-    "copy_rate": RewardInfo(
+    "copy_rate": _RewardInfo(
         title="copied (95 %)",
         form="{:.1%}",
         direction=MINIMIZE,
         objective=True,
-        interval=WILSON,
-        cost=NEIGHBOURS,
+        interval=_WILSON,
+        cost=_NEIGHBOURS,
         meaning="share nearer to a training image than 99 % of real images; about 1 % is chance, more "
         "where held-out images are few",
     ),
-    "copy_rate_features": RewardInfo(
+    "copy_rate_features": _RewardInfo(
         title="copied, features",
         form="{:.1%}",
         direction=MINIMIZE,
         objective=False,
-        interval=WILSON,
-        cost=NEIGHBOURS,
+        interval=_WILSON,
+        cost=_NEIGHBOURS,
         meaning="the same in the feature network",
     ),
-    "clear_copy_rate": RewardInfo(
+    "clear_copy_rate": _RewardInfo(
         title="clear copies",
         form="{:.1%}",
         direction=MINIMIZE,
         objective=False,
-        interval=WILSON,
-        cost=NEIGHBOURS,
+        interval=_WILSON,
+        cost=_NEIGHBOURS,
         meaning="share so near to a training image that one such among all has a chance of 1 % without "
         "copying",
     ),
-    "loss_gap": RewardInfo(
+    "loss_gap": _RewardInfo(
         title="loss gap",
         form="{:.3f}",
         direction=MINIMIZE,
         objective=True,
         interval="standard error over images",
-        cost=DENOISER,
+        cost=_DENOISER,
         meaning="how much lower the loss is on training than on held-out images; needs no sampling",
     ),
-    "noise_norm_mean": RewardInfo(
+    "noise_norm_mean": _RewardInfo(
         title="noise norm",
         form="{:.3f}",
         direction=MINIMIZE,
         objective=True,
-        interval=NONE,
-        cost=DENOISER,
+        interval=_NONE,
+        cost=_DENOISER,
         meaning="MemControl's reward: how far a training caption moves the prediction",
     ),
-    "noise_norm_max": RewardInfo(
+    "noise_norm_max": _RewardInfo(
         title="noise norm, largest",
         form="{:.3f}",
         direction=MINIMIZE,
         objective=True,
-        interval=NONE,
-        cost=DENOISER,
+        interval=_NONE,
+        cost=_DENOISER,
         meaning="of the training images, the largest",
     ),
-    "noise_norm_ratio": RewardInfo(
+    "noise_norm_ratio": _RewardInfo(
         title="noise norm, ratio",
         form="{:.3f}",
         direction=MINIMIZE,
         objective=True,
-        interval=NONE,
-        cost=DENOISER,
+        interval=_NONE,
+        cost=_DENOISER,
         meaning="to held-out images, without which it means little",
     ),
-    "extraction_component": RewardInfo(
+    "extraction_component": _RewardInfo(
         title="extracted, components",
         form="{:.1%}",
         direction=MINIMIZE,
         objective=True,
-        interval=WILSON,
+        interval=_WILSON,
         cost="samples of its own (rewards.extraction)",
         meaning="prompts whose samples agree, chained by pairs (MemControl's code)",
     ),
-    "extraction_clique": RewardInfo(
+    "extraction_clique": _RewardInfo(
         title="extracted, cliques",
         form="{:.1%}",
         direction=MINIMIZE,
         objective=True,
-        interval=WILSON,
+        interval=_WILSON,
         cost="samples of its own (rewards.extraction)",
         meaning="prompts whose samples all agree with each other (Carlini)",
     ),
-    "extraction_component_holdout": RewardInfo(
+    "extraction_component_holdout": _RewardInfo(
         title="components, held out",
         form="{:.1%}",
-        direction=BESIDE,
+        direction=_BESIDE,
         objective=False,
-        interval=WILSON,
+        interval=_WILSON,
         cost="samples of its own (rewards.extraction)",
         meaning="the same of groups of held-out images: what no extraction gives",
     ),
-    "extraction_clique_holdout": RewardInfo(
+    "extraction_clique_holdout": _RewardInfo(
         title="cliques, held out",
         form="{:.1%}",
-        direction=BESIDE,
+        direction=_BESIDE,
         objective=False,
-        interval=WILSON,
+        interval=_WILSON,
         cost="samples of its own (rewards.extraction)",
         meaning="the same of groups of held-out images",
     ),
-    "mq": RewardInfo(
+    "mq": _RewardInfo(
         title="MQ",
         form="{:.0f}",
         direction=MINIMIZE,
         objective=False,
-        interval=NONE,
-        cost=NEIGHBOURS,
+        interval=_NONE,
+        cost=_NEIGHBOURS,
         meaning="IET-AGC's count below 0.5; homogeneous data raise it without copying",
     ),
-    "carlini_rate": RewardInfo(
+    "carlini_rate": _RewardInfo(
         title="Carlini's rate",
         form="{:.1%}",
         direction=MINIMIZE,
         objective=False,
-        interval=WILSON,
-        cost=NEIGHBOURS,
+        interval=_WILSON,
+        cost=_NEIGHBOURS,
         meaning="nearest distance below half the mean of the 50 nearest",
     ),
-    "mifid": RewardInfo(
+    "mifid": _RewardInfo(
         title="MIFID",
         form="{:.2f}",
         direction=MINIMIZE,
         objective=False,
-        interval=NONE,
-        cost=FEATURES,
+        interval=_NONE,
+        cost=_FEATURES,
         meaning="Kaggle's direction; for continuity: a perfect copy scores best",
     ),
-    "mifid_torchmetrics": RewardInfo(
+    "mifid_torchmetrics": _RewardInfo(
         title="MIFID, torchmetrics",
         form="{:.2f}",
         direction=MINIMIZE,
         objective=False,
-        interval=NONE,
-        cost=FEATURES,
+        interval=_NONE,
+        cost=_FEATURES,
         meaning="the other direction of its nearest neighbours",
     ),
-    "authpct": RewardInfo(
+    "authpct": _RewardInfo(
         title="AuthPct",
         form="{:.1f}",
         direction=MAXIMIZE,
         objective=False,
-        interval=WILSON,
-        cost=NEIGHBOURS,
+        interval=_WILSON,
+        cost=_NEIGHBOURS,
         meaning="low: copying; compare with the held-out images' value",
     ),
-    "authpct_holdout": RewardInfo(
+    "authpct_holdout": _RewardInfo(
         title="AuthPct, held out",
         form="{:.1f}",
-        direction=BESIDE,
+        direction=_BESIDE,
         objective=False,
-        interval=WILSON,
-        cost=NEIGHBOURS,
+        interval=_WILSON,
+        cost=_NEIGHBOURS,
         meaning="what copying nothing gives",
     ),
-    "amd_train": RewardInfo(
+    "amd_train": _RewardInfo(
         title="to train",
         form="{:.2f}",
-        direction=BESIDE,
+        direction=_BESIDE,
         objective=False,
-        interval=NONE,
-        cost=NEIGHBOURS,
+        interval=_NONE,
+        cost=_NEIGHBOURS,
         meaning="mean distance to the nearest training image: noise has the largest",
     ),
-    "amd_holdout": RewardInfo(
+    "amd_holdout": _RewardInfo(
         title="to held out",
         form="{:.2f}",
-        direction=BESIDE,
+        direction=_BESIDE,
         objective=False,
-        interval=NONE,
-        cost=NEIGHBOURS,
+        interval=_NONE,
+        cost=_NEIGHBOURS,
         meaning="mean distance to the nearest held-out image",
     ),
-    "amd_holdout_train": RewardInfo(
+    "amd_holdout_train": _RewardInfo(
         title="held out to train",
         form="{:.2f}",
-        direction=BESIDE,
+        direction=_BESIDE,
         objective=False,
-        interval=NONE,
-        cost=NEIGHBOURS,
+        interval=_NONE,
+        cost=_NEIGHBOURS,
         meaning="what real images have",
     ),
-    "trained_fraction": RewardInfo(
+    "trained_fraction": _RewardInfo(
         title="trained",
         form="{:.2%}",
         direction=MINIMIZE,
         objective=True,
         interval="exact",
-        cost=FREE,
+        cost=_FREE,
         meaning="share of the denoiser's parameters that are trained",
     ),
-    "step_gflops": RewardInfo(
+    "step_gflops": _RewardInfo(
         title="GFLOP a step",
         form="{:.3g}",
         direction=MINIMIZE,
         objective=True,
         interval="exact",
-        cost=FREE,
+        cost=_FREE,
         meaning="of one image's training step",
     ),
-    "memory_mib": RewardInfo(
+    "memory_mib": _RewardInfo(
         title="MiB a step",
         form="{:.3g}",
         direction=MINIMIZE,
         objective=True,
         interval="exact",
-        cost=FREE,
+        cost=_FREE,
         meaning="of one training step",
     ),
 }
@@ -357,10 +357,10 @@ BLIND_SPOTS = (  # what no reward sees
     "Copies that were rotated, cropped or redrawn may be missed; mirrored ones are seen in pixels.",
 )
 
-ENOUGH_SAMPLES = 4  # samples for each feature, below which a FID ranks by chance
+_ENOUGH_SAMPLES = 4  # samples for each feature, below which a FID ranks by chance
 
 OBJECTIVES = tuple(name for name, reward in REWARDS.items() if reward.objective)
-DIRECTIONS = {name: reward.direction for name, reward in REWARDS.items() if reward.direction != BESIDE}
+DIRECTIONS = {name: reward.direction for name, reward in REWARDS.items() if reward.direction != _BESIDE}
 
 
 @dataclass(frozen=True)
@@ -413,5 +413,5 @@ def read_error(name: str, rewards: Mapping[str, float]) -> float:
 def format_reward(name: str, rewards: Mapping[str, float]) -> str:
     """The value with its interval: "22.6 ± 0.8", "1.2% (0.4%-2.8%)"; empty where it was not measured."""
     form = REWARDS[name].form if name in REWARDS else "{:.3f}"
-    few = name == "fid" and rewards.get("fid_samples_per_feature", ENOUGH_SAMPLES) < ENOUGH_SAMPLES
+    few = name == "fid" and rewards.get("fid_samples_per_feature", _ENOUGH_SAMPLES) < _ENOUGH_SAMPLES
     return Rewards(rewards).written(name, form, " (few)" if few else "")

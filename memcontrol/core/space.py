@@ -12,7 +12,7 @@ from typing import Any
 from memcontrol.core.choice import EVERYTHING, RANKED, Choice, Setting
 from memcontrol.core.errors import MemControlError
 
-THIRDS = (1 / 6, 3 / 6, 5 / 6)  # the middles of a range's three thirds
+_THIRDS = (1 / 6, 3 / 6, 5 / 6)  # the middles of a range's three thirds
 
 
 def interpolate_rate(limits: tuple[float, float], share: float) -> float:
@@ -56,10 +56,10 @@ class SearchSpace:
         plain = self.methods[0]
         return {
             "none": [Choice((), "none", 0.0)],
-            "all": [self.choice(self.select_groups(plain), plain, share) for share in THIRDS],
+            "all": [self.choice(self.select_groups(plain), plain, share) for share in _THIRDS],
             "full": [
                 Choice((EVERYTHING,), "full", interpolate_rate(self.learning_rate["full"], share))
-                for share in THIRDS
+                for share in _THIRDS
             ],
         }
 

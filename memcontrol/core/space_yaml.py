@@ -16,14 +16,14 @@ from memcontrol.core.files import PACKAGE
 from memcontrol.core.space import Group, SearchSpace
 
 
-def find_space_folder() -> Path:
+def _find_space_folder() -> Path:
     """In a wheel the spaces lie inside the package; in a source tree, beside it."""
     inside = PACKAGE / "search_spaces"
     return inside if inside.is_dir() else PACKAGE.parent / "search_spaces"
 
 
 def list_shipped_spaces() -> dict[str, Path]:
-    return {path.stem: path for path in sorted(find_space_folder().glob("*.yaml"))}
+    return {path.stem: path for path in sorted(_find_space_folder().glob("*.yaml"))}
 
 
 def load_space(name_or_file: str) -> SearchSpace:
@@ -61,27 +61,27 @@ def parse_space(values: Any, name: str) -> SearchSpace:
         refuse(f"a group may not be called '{reserved}'")
     if not isinstance(mix, bool):
         refuse(f"'mix' is {mix!r}; allowed: true or false")
-    methods = parse_methods("'methods'", values.get("methods", ["lora"]), SEARCHED_METHODS, refuse)
+    methods = _parse_methods("'methods'", values.get("methods", ["lora"]), SEARCHED_METHODS, refuse)
     rank, alpha = (
-        parse_ranks("'rank'", values.get("rank", [4]), refuse),
-        parse_alpha("'alpha'", values.get("alpha", 1.0), refuse),
+        _parse_ranks("'rank'", values.get("rank", [4]), refuse),
+        _parse_alpha("'alpha'", values.get("alpha", 1.0), refuse),
     )
     return SearchSpace(
         name=name,
         groups={
-            str(group): parse_group(str(group), entry, Group((), methods, rank, alpha), refuse)
+            str(group): _parse_group(str(group), entry, Group((), methods, rank, alpha), refuse)
             for group, entry in groups.items()
         },
         methods=methods,
-        learning_rate=parse_rates(values.get("learning_rate"), dict.fromkeys([*methods, "full"]), refuse),
+        learning_rate=_parse_rates(values.get("learning_rate"), dict.fromkeys([*methods, "full"]), refuse),
         rank=rank,
-        always=parse_always(values.get("always", []), refuse),
+        always=_parse_always(values.get("always", []), refuse),
         mix=mix,
         description=" ".join(str(values.get("description", "")).split()),
     )
 
 
-def parse_group(name: str, entry: Any, default: Group, refuse) -> Group:
+def _parse_group(name: str, entry: Any, default: Group, refuse) -> Group:
     """A group as patterns alone takes methods, ranks and alpha from the space."""
     if not isinstance(entry, dict):
         entry = {"patterns": entry}
@@ -90,35 +90,35 @@ def parse_group(name: str, entry: Any, default: Group, refuse) -> Group:
         refuse(f"group '{name}' has {', '.join(map(str, entry))}; allowed: {', '.join(allowed)}")
     where = f"group '{name}'"
     return Group(
-        parse_patterns(where, entry["patterns"], refuse),
-        parse_methods(f"{where}: 'methods'", entry["methods"], default.methods, refuse)
+        _parse_patterns(where, entry["patterns"], refuse),
+        _parse_methods(f"{where}: 'methods'", entry["methods"], default.methods, refuse)
         if "methods" in entry
         else default.methods,
-        parse_ranks(f"{where}: 'rank'", entry["rank"], refuse) if "rank" in entry else default.rank,
-        parse_alpha(f"{where}: 'alpha'", entry["alpha"], refuse) if "alpha" in entry else default.alpha,
+        _parse_ranks(f"{where}: 'rank'", entry["rank"], refuse) if "rank" in entry else default.rank,
+        _parse_alpha(f"{where}: 'alpha'", entry["alpha"], refuse) if "alpha" in entry else default.alpha,
     )
 
 
-def parse_methods(where: str, methods: Any, allowed: Sequence[str], refuse) -> tuple[str, ...]:
+def _parse_methods(where: str, methods: Any, allowed: Sequence[str], refuse) -> tuple[str, ...]:
     if not isinstance(methods, list) or not methods or not set(map(str, methods)) <= set(allowed):
         refuse(f"{where} is {methods!r}; allowed: a list of {', '.join(allowed)}")
     return tuple(dict.fromkeys(methods))
 
 
-def parse_always(entries: Any, refuse) -> tuple[tuple[str, tuple[str, ...]], ...]:
+def _parse_always(entries: Any, refuse) -> tuple[tuple[str, tuple[str, ...]], ...]:
     if not isinstance(entries, list) or not all(
         isinstance(entry, dict) and set(entry) == {"method", "patterns"} for entry in entries
     ):
         refuse(f"'always' is {entries!r}; allowed: a list of {{method: ..., patterns: ...}}")
     allowed = [method for method in SEARCHED_METHODS if method not in RANKED]
     for entry in entries:
-        parse_methods("'always': method", [entry["method"]], allowed, refuse)
+        _parse_methods("'always': method", [entry["method"]], allowed, refuse)
     return tuple(
-        (entry["method"], parse_patterns("'always'", entry["patterns"], refuse)) for entry in entries
+        (entry["method"], _parse_patterns("'always'", entry["patterns"], refuse)) for entry in entries
     )
 
 
-def parse_patterns(where: str, patterns: Any, refuse) -> tuple[str, ...]:
+def _parse_patterns(where: str, patterns: Any, refuse) -> tuple[str, ...]:
     patterns = [patterns] if isinstance(patterns, str) else patterns
     if (
         not isinstance(patterns, list)
@@ -134,7 +134,7 @@ def parse_patterns(where: str, patterns: Any, refuse) -> tuple[str, ...]:
     return tuple(patterns)
 
 
-def parse_rates(ranges: Any, methods: Collection[str], refuse) -> dict[str, tuple[float, float]]:
+def _parse_rates(ranges: Any, methods: Collection[str], refuse) -> dict[str, tuple[float, float]]:
     if not isinstance(ranges, dict) or set(ranges) != set(methods):
         refuse(f"'learning_rate' must give a range [low, high] for each of {', '.join(methods)}")
     found = {}
@@ -149,13 +149,13 @@ def parse_rates(ranges: Any, methods: Collection[str], refuse) -> dict[str, tupl
     return found
 
 
-def parse_ranks(where: str, ranks: Any, refuse) -> tuple[int, ...]:
+def _parse_ranks(where: str, ranks: Any, refuse) -> tuple[int, ...]:
     if not isinstance(ranks, list) or not ranks or not all(type(rank) is int and rank > 0 for rank in ranks):
         refuse(f"{where} is {ranks!r}; allowed: a list of whole numbers above 0")
     return tuple(sorted(set(ranks)))
 
 
-def parse_alpha(where: str, alpha: Any, refuse) -> float:
+def _parse_alpha(where: str, alpha: Any, refuse) -> float:
     """alpha / rank, the factor on a low-rank adapter's output."""
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < math.inf:
         refuse(f"{where} is {alpha!r}; allowed: a number above 0 (alpha / rank)")

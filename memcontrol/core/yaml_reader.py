@@ -12,7 +12,7 @@ import yaml
 from memcontrol.core.errors import MemControlError
 
 
-class EachKeyOnce(yaml.SafeLoader):
+class _EachKeyOnce(yaml.SafeLoader):
     """The safe loader, but a key given twice is an error: one of the two would be lost in silence."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
@@ -26,7 +26,7 @@ class EachKeyOnce(yaml.SafeLoader):
 def read_yaml(path: Path, keys: Sequence[str]) -> dict:
     """The file's mapping; `keys` are those that it may have, for the error. Raises MemControlError."""
     try:
-        values = convert_exponents(yaml.load(path.read_text(encoding="utf-8"), Loader=EachKeyOnce))
+        values = _convert_exponents(yaml.load(path.read_text(encoding="utf-8"), Loader=_EachKeyOnce))
     except FileNotFoundError:
         raise MemControlError(
             f"{path}: no such file; give a study file in YAML, see the README for an example"
@@ -52,20 +52,20 @@ def read_yaml(path: Path, keys: Sequence[str]) -> dict:
     return values
 
 
-EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
+_EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 
 
 def parse_number(text: str) -> Any:
-    return convert_exponents(yaml.safe_load(text))
+    return _convert_exponents(yaml.safe_load(text))
 
 
-def convert_exponents(value: Any) -> Any:
+def _convert_exponents(value: Any) -> Any:
     """YAML 1.1 reads 1e-3 and 1e4 as text; people mean a number, and a whole one where it is whole."""
     if isinstance(value, dict):
-        return {key: convert_exponents(inner) for key, inner in value.items()}
+        return {key: _convert_exponents(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [convert_exponents(inner) for inner in value]
-    if not isinstance(value, str) or not EXPONENT.fullmatch(value):
+        return [_convert_exponents(inner) for inner in value]
+    if not isinstance(value, str) or not _EXPONENT.fullmatch(value):
         return value
     number = float(value)
     return int(number) if number.is_integer() else number

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from memcontrol.core.errors import MemControlError
 
 # candidates beyond those asked for: float32 products may rank neighbours of equal distance wrongly
-N_SPARE = 32
+_N_SPARE = 32
 REFERENCE_BLOCK = 16384
 
 
@@ -20,7 +20,7 @@ def check_matrix(features, name: str, least: int = 1, dtype=np.float64) -> np.nd
     Raises MemControlError: another shape, too few rows, not finite.
     """
     found = np.asarray(
-        features.detach().cpu().to(widen_type(features.dtype)) if hasattr(features, "detach") else features
+        features.detach().cpu().to(_widen_type(features.dtype)) if hasattr(features, "detach") else features
     )
     try:
         found = found.astype(dtype or (np.float32 if found.dtype == np.float32 else np.float64), copy=False)
@@ -38,7 +38,7 @@ def check_matrix(features, name: str, least: int = 1, dtype=np.float64) -> np.nd
     return found
 
 
-def widen_type(dtype):
+def _widen_type(dtype):
     """A torch type that numpy knows: float32 in place of half precision."""
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
@@ -82,16 +82,18 @@ def nearest(
     go to the lower index. Memory beyond the inputs does not grow with their number.
     """
     k = min(k, len(references))
-    n_candidates = min(k + N_SPARE, len(references))
+    n_candidates = min(k + _N_SPARE, len(references))
     # anywhere among them will do: products of small numbers lose fewer digits
     centre = blockwise_mean(references[:REFERENCE_BLOCK])
     found = []
     for rows in np.array_split(queries, max(1, -(-len(queries) // chunk))):
         if 4 * n_candidates > len(references):  # nearly all of them: one product gives every distance
-            found.append(nearest_among_all(rows, references, centre, k))
+            found.append(_nearest_among_all(rows, references, centre, k))
         else:
             found.append(
-                nearest_among(rows, references, nearest_candidates(rows, references, centre, n_candidates), k)
+                _nearest_among(
+                    rows, references, _nearest_candidates(rows, references, centre, n_candidates), k
+                )
             )
     distances, indices = zip(*found)
     return np.concatenate(distances), np.concatenate(indices)
@@ -106,7 +108,9 @@ def split_blocks(rows: np.ndarray, size: int = REFERENCE_BLOCK) -> list[np.ndarr
     return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
-def nearest_candidates(queries: np.ndarray, references: np.ndarray, centre: np.ndarray, n: int) -> np.ndarray:
+def _nearest_candidates(
+    queries: np.ndarray, references: np.ndarray, centre: np.ndarray, n: int
+) -> np.ndarray:
     """Indices [N, n] of the references nearest by a float32 product, in any order."""
     centre = centre.astype(np.float32)
     left = torch.from_numpy(queries.astype(np.float32, copy=False) - centre)
@@ -115,7 +119,7 @@ def nearest_candidates(queries: np.ndarray, references: np.ndarray, centre: np.n
         right = torch.from_numpy(block.astype(np.float32, copy=False) - centre)
         # squared distances less the query's own square
         scores = torch.addmm(torch.linalg.vector_norm(right, dim=1).square(), left, right.T, alpha=-2)
-        values, places = least_columns(scores, n)
+        values, places = _least_columns(scores, n)
         values, places = (
             torch.cat([best[0], values], 1),
             torch.cat([best[1], places + number * REFERENCE_BLOCK], 1),
@@ -125,7 +129,7 @@ def nearest_candidates(queries: np.ndarray, references: np.ndarray, centre: np.n
     return best[1].numpy()
 
 
-def least_columns(scores: Tensor, n: int, depth: int = 16) -> tuple[Tensor, Tensor]:
+def _least_columns(scores: Tensor, n: int, depth: int = 16) -> tuple[Tensor, Tensor]:
     """The n least of each row [N, M] and their columns [N, n]. Columns go in groups of `depth` first: the n
     least are in the n groups whose minima are least, and a minimum is ten times as fast as a selection."""
     width = scores.shape[1] // depth
@@ -140,7 +144,7 @@ def least_columns(scores: Tensor, n: int, depth: int = 16) -> tuple[Tensor, Tens
     return values, columns.gather(1, places)
 
 
-def nearest_among(
+def _nearest_among(
     queries: np.ndarray, references: np.ndarray, chosen: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k nearest of each query's candidates [N, n], by float64 differences."""
@@ -150,15 +154,15 @@ def nearest_among(
     return np.take_along_axis(distances, order, 1), np.take_along_axis(chosen, order, 1)
 
 
-def nearest_among_all(
+def _nearest_among_all(
     queries: np.ndarray, references: np.ndarray, centre: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k nearest of all references, by a float64 product; the nearest N_SPARE by differences."""
     left, right = (np.asarray(x, np.float64) - centre for x in (queries, references))
     squares = np.square(left).sum(1)[:, None] + np.square(right).sum(1) - 2 * left @ right.T  # [N, M]
-    distances, n_exact = np.sqrt(np.maximum(squares, 0)), min(N_SPARE, len(references))
+    distances, n_exact = np.sqrt(np.maximum(squares, 0)), min(_N_SPARE, len(references))
     nearest_few = np.argpartition(distances, n_exact - 1, axis=1)[:, :n_exact]
-    exact, places = nearest_among(queries, references, nearest_few, n_exact)
+    exact, places = _nearest_among(queries, references, nearest_few, n_exact)
     np.put_along_axis(distances, places, exact, 1)
     order = np.argsort(distances, axis=1, kind="stable")[:, :k]
     return np.take_along_axis(distances, order, 1), order

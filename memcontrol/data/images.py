@@ -19,7 +19,7 @@ from memcontrol.core.config import DIGITS, PARTS
 from memcontrol.core.errors import MemControlError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
-METADATA = ("metadata.jsonl", "metadata.csv")
+_METADATA = ("metadata.jsonl", "metadata.csv")
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,12 @@ class Images:
 
     def pixels(self) -> np.ndarray:
         """uint8 [N, 3, resolution, resolution]."""
-        read = make_digit_reader() if self.source == DIGITS else make_folder_reader(Path(self.source))
+        read = _make_digit_reader() if self.source == DIGITS else _make_folder_reader(Path(self.source))
         squares = [crop_square(read(record.name), self.resolution) for record in self.records]
         return np.stack(squares).transpose(0, 3, 1, 2)
 
 
-def make_digit_reader():
+def _make_digit_reader():
     """Reads scikit-learn's handwritten digits (UCI optdigits test set) as dark ink on white paper, 8 x 8
     pixels."""
     from sklearn.datasets import load_digits
@@ -74,7 +74,7 @@ def make_digit_reader():
     return lambda name: Image.fromarray(paper[int(name)]).convert("RGB")
 
 
-def make_folder_reader(folder: Path):
+def _make_folder_reader(folder: Path):
     return lambda name: decode_image(folder / name)
 
 
@@ -85,7 +85,7 @@ def decode_image(path: Path) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd but readable files: palettes, EXIF blocks, huge pictures
             with Image.open(path) as image:
-                return convert_to_rgb(ImageOps.exif_transpose(image))
+                return _convert_to_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError:
         raise MemControlError(
             f"image {path} is not there any more; restore it, or where the images have moved, set "
@@ -98,7 +98,7 @@ def decode_image(path: Path) -> Image.Image:
         ) from None
 
 
-def convert_to_rgb(image: Image.Image) -> Image.Image:
+def _convert_to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         grey = np.asarray(image, np.float64)
         return Image.fromarray((grey * (255 / max(65535.0, grey.max()))).astype(np.uint8)).convert("RGB")
@@ -128,8 +128,8 @@ def list_digit_records() -> list[ImageRecord]:
 def read_captions(folder: Path) -> dict[str, str]:
     """Image path inside the folder to caption, from every metadata file of the imagefolder kind below it."""
     captions: dict[str, str] = {}
-    for file in sorted(path for name in METADATA for path in folder.rglob(name)):
-        for number, row in enumerate(read_metadata_rows(file), start=1):
+    for file in sorted(path for name in _METADATA for path in folder.rglob(name)):
+        for number, row in enumerate(_read_metadata_rows(file), start=1):
             name = row.get("file_name")
             if not isinstance(name, str) or not name:
                 raise MemControlError(
@@ -146,7 +146,7 @@ def read_captions(folder: Path) -> dict[str, str]:
     return captions
 
 
-def read_metadata_rows(file: Path) -> list[dict]:
+def _read_metadata_rows(file: Path) -> list[dict]:
     try:
         text = file.read_text(encoding="utf-8-sig")
         if file.suffix == ".csv":
@@ -166,7 +166,7 @@ def read_records(folder: Path, captions: dict[str, str], skip_unreadable: bool, 
     names = sorted(
         name
         for name in (path.relative_to(folder).as_posix() for path in folder.rglob("*"))
-        if is_image(folder, name, captions)
+        if _is_image(folder, name, captions)
     )
     records = []
     for name in names:
@@ -179,12 +179,12 @@ def read_records(folder: Path, captions: dict[str, str], skip_unreadable: bool, 
             continue
         digest = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()[:16]
         records.append(
-            ImageRecord(name, captions.get(name, "" if captions else derive_caption(name)), digest)
+            ImageRecord(name, captions.get(name, "" if captions else _derive_caption(name)), digest)
         )
     return records
 
 
-def is_image(folder: Path, name: str, captions: dict[str, str]) -> bool:
+def _is_image(folder: Path, name: str, captions: dict[str, str]) -> bool:
     hidden = any(part.startswith(".") for part in Path(name).parts)
     return (
         not hidden
@@ -193,7 +193,7 @@ def is_image(folder: Path, name: str, captions: dict[str, str]) -> bool:
     )
 
 
-def derive_caption(name: str) -> str:
+def _derive_caption(name: str) -> str:
     """Without metadata the caption is the innermost folder's name, unless that folder is a part."""
     parent = Path(name).parent.name
     return "" if parent in PARTS else parent

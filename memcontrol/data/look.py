@@ -17,9 +17,9 @@ from memcontrol.data.features import nearest, pixel_features
 from memcontrol.data.images import ImageRecord, Images, decode_image, read_captions, read_records
 from memcontrol.data.split import FEWEST_IMAGES
 
-N_COMPARED, N_GREY = 4_000, 200  # images that are looked at for near copies, and for colour
+_N_COMPARED, _N_GREY = 4_000, 200  # images that are looked at for near copies, and for colour
 # of the median distance between an image and the third nearest other one: the nearest may be a twin of each
-NEAR = 0.25
+_NEAR = 0.25
 
 
 @dataclass(frozen=True)
@@ -62,22 +62,22 @@ def summarize_folder(folder: Path, progress: Callable[[str, int, int], None]) ->
     progress("reading images", 1, 3)
     given = [part for part in PARTS if (folder / part).is_dir()]
     parts = {part: sum(record.name.startswith(f"{part}/") for record in records) for part in given}
-    near = find_near_pairs(folder, records)
+    near = _find_near_pairs(folder, records)
     progress("reading images", 3, 3)
     unread = tuple(text.removeprefix("skipped: image ") for text in unreadable)
     return FolderSummary(
         tuple(records),
         parts,
-        measure_sides(folder, records),
-        are_grey(folder, records),
-        group_copies(records),
+        _measure_sides(folder, records),
+        _are_grey(folder, records),
+        _group_copies(records),
         near,
         unread,
         bool(captions),
     )
 
 
-def measure_sides(folder: Path, records: list[ImageRecord]) -> tuple[int, int, int]:
+def _measure_sides(folder: Path, records: list[ImageRecord]) -> tuple[int, int, int]:
     shorter = []
     for record in records:
         with Image.open(folder / record.name) as image:
@@ -85,24 +85,24 @@ def measure_sides(folder: Path, records: list[ImageRecord]) -> tuple[int, int, i
     return min(shorter), int(statistics.median(shorter)), max(shorter)
 
 
-def are_grey(folder: Path, records: list[ImageRecord]) -> bool:
+def _are_grey(folder: Path, records: list[ImageRecord]) -> bool:
     """Whether the first images have no colour, however they are stored."""
-    pixels = (np.asarray(decode_image(folder / record.name)) for record in records[:N_GREY])
+    pixels = (np.asarray(decode_image(folder / record.name)) for record in records[:_N_GREY])
     return all(
         (image[..., 0] == image[..., 1]).all() and (image[..., 1] == image[..., 2]).all() for image in pixels
     )
 
 
-def group_copies(records: list[ImageRecord]) -> tuple[tuple[str, ...], ...]:
+def _group_copies(records: list[ImageRecord]) -> tuple[tuple[str, ...], ...]:
     groups: dict[str, list[str]] = {}
     for record in records:
         groups.setdefault(record.digest, []).append(record.name)
     return tuple(tuple(names) for names in groups.values() if len(names) > 1)
 
 
-def find_near_pairs(folder: Path, records: list[ImageRecord]) -> tuple[tuple[str, str], ...]:
+def _find_near_pairs(folder: Path, records: list[ImageRecord]) -> tuple[tuple[str, str], ...]:
     """Images that are nearly the same and not quite, of the first N_COMPARED, nearest first."""
-    different = list({record.digest: record for record in records}.values())[:N_COMPARED]
+    different = list({record.digest: record for record in records}.values())[:_N_COMPARED]
     if len(different) < FEWEST_IMAGES:
         return ()
     features = pixel_features(Images(str(folder), 32, tuple(different)).pixels())
@@ -111,7 +111,7 @@ def find_near_pairs(folder: Path, records: list[ImageRecord]) -> tuple[tuple[str
     other, apart = np.where(own, indices[:, 1], indices[:, 0]), distances[:, 1]
     found = {
         tuple(sorted((i, int(other[i])))): float(apart[i])
-        for i in np.flatnonzero(apart < NEAR * np.median(distances[:, 3])).tolist()
+        for i in np.flatnonzero(apart < _NEAR * np.median(distances[:, 3])).tolist()
     }
     return tuple(
         (different[i].name, different[j].name) for i, j in sorted(found, key=lambda pair: found[pair])

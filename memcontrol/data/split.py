@@ -27,7 +27,7 @@ def load_parts(config: DataConfig, resolution: int, seed: int, warn=lambda line:
     if config.path == DIGITS:
         parts = split_records(list_digit_records(), config, seed)
     else:
-        parts = list_folder_parts(Path(config.path), config, seed, warn)
+        parts = _list_folder_parts(Path(config.path), config, seed, warn)
     for part, records in parts.items():
         if len(records) < FEWEST_IMAGES:
             raise MemControlError(
@@ -37,7 +37,7 @@ def load_parts(config: DataConfig, resolution: int, seed: int, warn=lambda line:
     return {part: Images(config.path, resolution, tuple(records)) for part, records in parts.items()}
 
 
-def list_folder_parts(folder: Path, config: DataConfig, seed: int, warn) -> dict[str, list[ImageRecord]]:
+def _list_folder_parts(folder: Path, config: DataConfig, seed: int, warn) -> dict[str, list[ImageRecord]]:
     """The parts of an image folder: its sub-folders train, holdout and test, or one pool split by the
     config."""
     if not folder.is_dir():
@@ -60,11 +60,11 @@ def list_folder_parts(folder: Path, config: DataConfig, seed: int, warn) -> dict
     if not given:
         return split_records(records, config, seed)
     parts = {part: [record for record in records if record.name.startswith(f"{part}/")] for part in PARTS}
-    refuse_shared_images(parts)
+    _refuse_shared_images(parts)
     return parts
 
 
-def refuse_shared_images(parts: dict[str, list[ImageRecord]]) -> None:
+def _refuse_shared_images(parts: dict[str, list[ImageRecord]]) -> None:
     seen: dict[str, tuple[str, str]] = {}
     for part, records in parts.items():
         for record in records:
@@ -79,7 +79,7 @@ def refuse_shared_images(parts: dict[str, list[ImageRecord]]) -> None:
 
 def split_records(records: list[ImageRecord], config: DataConfig, seed: int) -> dict[str, list[ImageRecord]]:
     """A random disjoint split; images with the same pixels stay in one part, so that none is in two."""
-    sizes = count_parts(len(records), config)
+    sizes = _count_parts(len(records), config)
     groups: dict[str, list[ImageRecord]] = {}
     for record in records:
         groups.setdefault(record.digest, []).append(record)
@@ -93,7 +93,7 @@ def split_records(records: list[ImageRecord], config: DataConfig, seed: int) -> 
     return parts
 
 
-def count_parts(n: int, config: DataConfig) -> dict[str, int]:
+def _count_parts(n: int, config: DataConfig) -> dict[str, int]:
     given = {part: getattr(config, part) for part in PARTS}
     sizes = {part: size if isinstance(size, int) else round(n * size) for part, size in given.items()}
     if sum(sizes.values()) > n + len(PARTS) - 1:

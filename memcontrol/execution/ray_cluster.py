@@ -17,7 +17,7 @@ from memcontrol.execution.executor import Executor, describe_overrun, pick_time_
 from memcontrol.execution.worker import COMMAND, collect_events
 
 
-class RayWorker:
+class _RayWorker:
     """What an actor is: jobs one after another with one set of loaded models, as in
     `memcontrol.execution.worker`."""
 
@@ -50,7 +50,11 @@ class Ray(Executor):
     """An actor with its own GPUs and cores for each place, on an existing cluster or on one started here."""
 
     def __init__(self, settings: RayConfig, n_workers: int, time_limit_seconds: float | None = None):
-        self.ray, self.settings, self.time_limit_seconds = connect_ray(settings), settings, time_limit_seconds
+        self.ray, self.settings, self.time_limit_seconds = (
+            _connect_ray(settings),
+            settings,
+            time_limit_seconds,
+        )
         self.places = [Place() for _ in range(n_workers)]
 
     def count_free(self) -> int:
@@ -72,7 +76,7 @@ class Ray(Executor):
         environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive"}
         remote = self.ray.remote(
             num_cpus=self.settings.cpus, num_gpus=gpus, max_restarts=0, runtime_env={"env_vars": environment}
-        )(RayWorker)
+        )(_RayWorker)
         return remote.remote()
 
     def events(self, timeout_seconds: float) -> Iterator[Event]:
@@ -116,14 +120,14 @@ class Ray(Executor):
             place.actor = place.job = None
 
 
-def try_connection(address: str | None) -> None:
+def _try_connection(address: str | None) -> None:
     """Raises OSError where nobody listens: Ray itself would try for many minutes."""
     host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
     if colon and port.isdigit():
         socket.create_connection((host, int(port)), timeout=5).close()
 
 
-def connect_ray(settings: RayConfig):
+def _connect_ray(settings: RayConfig):
     """The ray module, connected. Raises MemControlError where it is missing or the cluster cannot be
     reached."""
     try:
@@ -135,7 +139,7 @@ def connect_ray(settings: RayConfig):
     if not ray.is_initialized():
         local: dict[str, Any] = {} if settings.address else {"include_dashboard": False}
         try:
-            try_connection(settings.address)
+            _try_connection(settings.address)
             ray.init(
                 address=settings.address,
                 namespace="memcontrol",

@@ -18,8 +18,8 @@ from memcontrol.core.run_folder import StudyFolder
 from memcontrol.execution.executor import Executor, describe_overrun, pick_time_limit, read_new_progress
 from memcontrol.execution.worker import COMMAND, collect_events
 
-SLURM_POLL_SECONDS = 2.0
-GONE = (
+_SLURM_POLL_SECONDS = 2.0
+_GONE = (
     "BOOT_FAIL",
     "CANCELLED",
     "DEADLINE",
@@ -32,7 +32,7 @@ GONE = (
 )
 
 
-class SlurmTask:
+class _SlurmTask:
     """What runs in a Slurm job; preempted, it is submitted again and goes on from the trial's last round."""
 
     def __call__(self, values: dict) -> list[dict]:
@@ -64,7 +64,7 @@ class Slurm(Executor):
     def __init__(self, settings: SlurmConfig, n_workers: int, time_limit_seconds: float | None, folder: Path):
         self.n_workers, self.time_limit_seconds = n_workers, time_limit_seconds
         self.running: list[Running] = []
-        self.submitter = make_submitter(settings, StudyFolder(folder).slurm)
+        self.submitter = _make_submitter(settings, StudyFolder(folder).slurm)
 
     def count_free(self) -> int:
         return self.n_workers - len(self.running)
@@ -73,7 +73,7 @@ class Slurm(Executor):
         from submitit.core.utils import FailedJobError
 
         try:
-            self.running.append(Running(job, self.submitter.submit(SlurmTask(), job.to_json())))
+            self.running.append(Running(job, self.submitter.submit(_SlurmTask(), job.to_json())))
         except FailedJobError as error:
             reason = " ".join(str(error).split())[-300:]
             raise MemControlError(
@@ -87,10 +87,10 @@ class Slurm(Executor):
         deadline = time.monotonic() + timeout_seconds
         while not any(self.has_result(one) for one in self.running) and time.monotonic() < deadline:
             time.sleep(0.1)
-        states = query_states([one.submitted.job_id for one in self.running])
+        states = _query_states([one.submitted.job_id for one in self.running])
         for one in list(self.running):
             state = states.get(one.submitted.job_id, "")
-            if self.has_result(one) or state in GONE:
+            if self.has_result(one) or state in _GONE:
                 self.running.remove(one)
                 yield from self.ended(one, state)
             else:
@@ -134,7 +134,7 @@ class Slurm(Executor):
         self.running = []
 
 
-def query_states(ids: list[str]) -> dict[str, str]:
+def _query_states(ids: list[str]) -> dict[str, str]:
     """Slurm's word for each job that it still knows; needs no accounting database."""
     done = subprocess.run(
         ["squeue", "--noheader", "--states=all", "--format=%A %T", f"--jobs={','.join(ids)}"],
@@ -146,7 +146,7 @@ def query_states(ids: list[str]) -> dict[str, str]:
     return dict(line.split() for line in done.stdout.splitlines())
 
 
-def make_submitter(settings: SlurmConfig, folder: Path):
+def _make_submitter(settings: SlurmConfig, folder: Path):
     """submitit's executor. Raises MemControlError where it or Slurm is missing."""
     try:
         import submitit

@@ -58,7 +58,7 @@ def run_job(job: Job, loaded, say: SendEvent) -> None:
         say(Failed(job, str(error)))
     except Exception as error:
         traceback.print_exc()
-        say(Failed(job, describe_failure(error, job), traceback.format_exc()))
+        say(Failed(job, _describe_failure(error, job), traceback.format_exc()))
 
 
 def collect_events(values: dict, loaded) -> list[dict]:
@@ -66,19 +66,19 @@ def collect_events(values: dict, loaded) -> list[dict]:
     in the job's folder."""
     job = parse_job(values)
     said: list[Event] = []
-    redirect_output(job.folder / job.log_name)
+    _redirect_output(job.folder / job.log_name)
     run_job(job, loaded, said.append)
     return [event.to_json() for event in said if not isinstance(event, Progress)]
 
 
-def describe_failure(error: Exception, job: Job) -> str:
+def _describe_failure(error: Exception, job: Job) -> str:
     import torch
 
     kind = "out of memory on the GPU" if isinstance(error, torch.OutOfMemoryError) else type(error).__name__
     return f"{kind}: {str(error).splitlines()[0] if str(error) else ''} (see {job.folder / job.log_name})"
 
 
-def make_progress(
+def _make_progress(
     job: Job, say: SendEvent, tell: Callable[[str, int, int], None] = lambda *_: None
 ) -> Callable[..., None]:
     def progress(stage: str, done: int, total: int, **said) -> None:
@@ -88,24 +88,24 @@ def make_progress(
     return progress
 
 
-def prepare_folder(job: PrepareJob, loaded, say: SendEvent) -> Prepared:
+def _prepare_folder(job: PrepareJob, loaded, say: SendEvent) -> Prepared:
     from memcontrol.trial.prepare import prepare_study
 
     return Prepared(job, **prepare_study(job.config, job.folder, loaded, lambda line: say(Warned(job, line))))
 
 
-def calibrate_folder(job: CalibrateJob, loaded, say: SendEvent) -> Calibrated:
+def _calibrate_folder(job: CalibrateJob, loaded, say: SendEvent) -> Calibrated:
     from memcontrol.trial.calibrate import calibrate
 
-    progress = make_progress(job, say)
+    progress = _make_progress(job, say)
     found = calibrate(job.config, job.folder, loaded, lambda line: None, progress)
     return Calibrated(job, found.as_dict())
 
 
-def confirm_folder(job: ConfirmJob, loaded, say: SendEvent) -> Done:
+def _confirm_folder(job: ConfirmJob, loaded, say: SendEvent) -> Done:
     from memcontrol.trial.run import confirm_trial
 
-    confirm_trial(job.folder, loaded, make_progress(job, say))
+    confirm_trial(job.folder, loaded, _make_progress(job, say))
     return Done(job)
 
 
@@ -117,7 +117,7 @@ def attempt_trial(job: TrialJob, loaded, say: SendEvent) -> Done:
 
     attempt, run = begin_attempt(job.folder), RunFolder(job.folder)
     try:
-        run_trial(job.folder, loaded, make_progress(job, say, attempt.progress), job.rung)
+        run_trial(job.folder, loaded, _make_progress(job, say, attempt.progress), job.rung)
     except Diverged as error:
         attempt.check()
         choice = read_spec(job.folder).choice.as_dict()
@@ -129,14 +129,14 @@ def attempt_trial(job: TrialJob, loaded, say: SendEvent) -> Done:
 
 
 _RUN: dict[type[Job], Callable[..., Event]] = {
-    PrepareJob: prepare_folder,
-    CalibrateJob: calibrate_folder,
-    ConfirmJob: confirm_folder,
+    PrepareJob: _prepare_folder,
+    CalibrateJob: _calibrate_folder,
+    ConfirmJob: _confirm_folder,
     TrialJob: attempt_trial,
 }
 
 
-def read_jobs() -> SimpleQueue[Job]:
+def _read_jobs() -> SimpleQueue[Job]:
     """Jobs as they come; when the orchestrator is gone, however it died, the process ends at once."""
     queue: SimpleQueue[Job] = SimpleQueue()
 
@@ -149,7 +149,7 @@ def read_jobs() -> SimpleQueue[Job]:
     return queue
 
 
-def redirect_output(path: Path) -> None:
+def _redirect_output(path: Path) -> None:
     """Whatever any library prints goes to the job's log."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab") as file:
@@ -157,10 +157,10 @@ def redirect_output(path: Path) -> None:
         os.dup2(file.fileno(), 2)
 
 
-def run_worker() -> None:
+def _run_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the orchestrator's to handle
     out = os.fdopen(os.dup(1), "w", buffering=1)
-    jobs = read_jobs()
+    jobs = _read_jobs()
 
     def say(event: Event) -> None:
         out.write(json.dumps(event.to_json()) + "\n")
@@ -170,9 +170,9 @@ def run_worker() -> None:
     loaded = LoadedModels(COMMAND)
     while True:
         job = jobs.get()
-        redirect_output(job.folder / job.log_name)
+        _redirect_output(job.folder / job.log_name)
         run_job(job, loaded, say)
 
 
 if __name__ == "__main__":
-    run_worker()
+    _run_worker()

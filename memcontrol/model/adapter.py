@@ -44,7 +44,7 @@ def list_trainable_modules(denoiser: nn.Module) -> list[str]:
     ]
 
 
-def find_targets(denoiser: nn.Module, space: SearchSpace, choice: Choice) -> list[Target]:
+def _find_targets(denoiser: nn.Module, space: SearchSpace, choice: Choice) -> list[Target]:
     """What a choice trains: first what the space always trains, then its groups.
 
     Raises MemControlError: an unknown group, or a method with nothing to train in a group.
@@ -81,24 +81,24 @@ def check_space(denoiser: nn.Module, space: SearchSpace) -> None:
     """Raises MemControlError where a pattern matches nothing, groups share a module, or a method suits no
     module of its group."""
     for method in space.methods:
-        targets = find_targets(denoiser, space, space.choice(space.select_groups(method), method, 0.5))
-        check_ownership(denoiser, targets, space)
+        targets = _find_targets(denoiser, space, space.choice(space.select_groups(method), method, 0.5))
+        _check_ownership(denoiser, targets, space)
 
 
-def name_mechanism(method: str) -> str | None:
+def _name_mechanism(method: str) -> str | None:
     """What changes a weight under a method; biases are changed by nothing else."""
     if method == "bias":
         return None
-    return method if method in WRAPPING else "weights"
+    return method if method in _WRAPPING else "weights"
 
 
-def check_ownership(denoiser: nn.Module, targets: Sequence[Target], space: SearchSpace) -> None:
+def _check_ownership(denoiser: nn.Module, targets: Sequence[Target], space: SearchSpace) -> None:
     """Raises MemControlError where two mechanisms would change one weight, whose changes could then not be
     told apart."""
     owners: dict[str, str] = {}
     for target in targets:
         scaled = target.method == "difffit" and not is_norm(denoiser.get_submodule(target.module))
-        mechanism = "scales" if scaled else name_mechanism(target.method)
+        mechanism = "scales" if scaled else _name_mechanism(target.method)
         name = find_output_layer(denoiser, target.module) if scaled else target.module
         if mechanism and owners.setdefault(name, mechanism) != mechanism:
             raise MemControlError(
@@ -107,18 +107,18 @@ def check_ownership(denoiser: nn.Module, targets: Sequence[Target], space: Searc
             )
 
 
-def select_parameters(denoiser: nn.Module, target: Target) -> dict[str, nn.Parameter]:
+def _select_parameters(denoiser: nn.Module, target: Target) -> dict[str, nn.Parameter]:
     """The existing parameters that a target trains as they are."""
     module = denoiser.get_submodule(target.module)
     own = dict(module.named_parameters(recurse=False))
-    if target.method in WRAPPING:
+    if target.method in _WRAPPING:
         own = {}
     elif target.method == "bias" or (target.method == "difffit" and not is_norm(module)):
         own = {name: parameter for name, parameter in own.items() if name == "bias"}
     return {f"{target.module}.{name}": parameter for name, parameter in own.items()}
 
 
-WRAPPING = (*PEFT, "svdiff")
+_WRAPPING = (*PEFT, "svdiff")
 
 
 class Adapter:
@@ -132,7 +132,7 @@ class Adapter:
             parameter.requires_grad_(True)
         norms = [module for module in denoiser.modules() if isinstance(module, nn.GroupNorm)]
         self.hooks = [
-            norm.register_forward_pre_hook(make_input_contiguous)
+            norm.register_forward_pre_hook(_make_input_contiguous)
             for norm in norms
             if any(p.requires_grad for p in norm.parameters())
         ]
@@ -253,7 +253,7 @@ class Adapter:
             hook.remove()
 
 
-def make_input_contiguous(norm: nn.GroupNorm, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor] | None:
+def _make_input_contiguous(norm: nn.GroupNorm, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor] | None:
     """Torch's CPU backward of a GroupNorm crashes where only its weight or bias is trained and the input is
     in channels-last order."""
     (hidden,) = inputs
@@ -282,12 +282,12 @@ def inject_adapter(
     if EVERYTHING in choice.groups:
         whole = dict(denoiser.named_parameters())
         return Adapter(denoiser, [Weights(whole, dict.fromkeys(whole, choice.learning_rate))])
-    targets = find_targets(denoiser, space, choice)
-    check_ownership(denoiser, targets, space)
+    targets = _find_targets(denoiser, space, choice)
+    _check_ownership(denoiser, targets, space)
     plain: dict[str, nn.Parameter] = {}
     rates: dict[str, float] = {}
     for target in targets:  # before anything is wrapped: names and parameters are the base's own
-        found = select_parameters(denoiser, target)
+        found = _select_parameters(denoiser, target)
         plain |= found
         rates |= dict.fromkeys(found, target.rate)
     parts: list[Tuner] = [Weights(plain, rates)] if plain else []

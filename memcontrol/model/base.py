@@ -286,7 +286,7 @@ class Base:
                 else self.make_conditional_call(generators, own, none, guidance, resolution)
             )
             if guidance_from and guidance > 1:
-                call |= delay_guidance(guidance, round(guidance_from * steps))
+                call |= _delay_guidance(guidance, round(guidance_from * steps))
             images.append(self.pipeline(**call, num_inference_steps=steps, output_type="np").images)
             progress(start + len(generators), len(seeds))
         return (np.concatenate(images).transpose(0, 3, 1, 2) * 255 + 0.5).astype(np.uint8)
@@ -329,7 +329,7 @@ class Base:
         return {"mean": mean, "deviation": deviation, "caption_rows": rows, **text}
 
 
-def delay_guidance(guidance: float, n_without: int) -> dict:
+def _delay_guidance(guidance: float, n_without: int) -> dict:
     """Arguments of a pipeline's call that leave the first steps without guidance."""
 
     def after(pipeline, step: int, timestep, tensors: dict) -> dict:

@@ -19,10 +19,10 @@ from memcontrol.core.space import SearchSpace
 from memcontrol.model.adapter import Adapter, inject_adapter, list_trainable_modules
 from memcontrol.model.families import FAMILIES_BY_DENOISER, Family, Text
 
-aten = torch.ops.aten
-BYTES = 4  # of a float32
+_aten = torch.ops.aten
+_BYTES = 4  # of a float32
 # diffusers' U-Nets register the middle block last
-LATE = {"mid_block": 1, "up_blocks": 2, "conv_norm_out": 3, "conv_out": 3}
+_LATE = {"mid_block": 1, "up_blocks": 2, "conv_norm_out": 3, "conv_out": 3}
 
 
 @dataclass(frozen=True)
@@ -68,41 +68,46 @@ def measure_step_cost(
     weights, for trained ones gradient and two moments of AdamW, and what forward keeps for backward.
     """
     n_trained, n_base = adapter.n_trained(), sum(parameter.numel() for parameter in denoiser.parameters())
-    counter, kept = FlopCounter(), KeptBytes(denoiser)
+    counter, kept = _FlopCounter(), _KeptBytes(denoiser)
     if n_trained:
         device = next(denoiser.parameters()).device
         noisy, time = torch.zeros(1, *latents, device=device), torch.zeros(1, device=device)
         encodings: Text = {name: torch.zeros(1, *shape, device=device) for name, shape in text.items()}
         with counter:
-            with FusedAttention(), torch.autograd.graph.saved_tensors_hooks(kept.note, lambda tensor: tensor):
+            with (
+                _FusedAttention(),
+                torch.autograd.graph.saved_tensors_hooks(kept.note, lambda tensor: tensor),
+            ):
                 predicted = family.predict(denoiser, noisy, time, encodings)
             predicted.sum().backward()
         for parameter in adapter.parameters():
             parameter.grad = None
-    memory = BYTES * (n_base + 3 * n_trained) + batch * kept.n_bytes
+    memory = _BYTES * (n_base + 3 * n_trained) + batch * kept.n_bytes
     return Cost(n_trained, counter.n_flops / 1e9, memory / 2**20)
 
 
-def count_attention(query: Tensor, key: Tensor, value: Tensor, *args, **kwargs) -> int:
+def _count_attention(query: Tensor, key: Tensor, value: Tensor, *args, **kwargs) -> int:
     return sdpa_flop_count(query.shape, key.shape, value.shape)
 
 
-def count_attention_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *args, **kwargs) -> int:
+def _count_attention_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *args, **kwargs
+) -> int:
     """Twice forward, as the mathematics has it: what a kernel computes again to save memory is no work
     done."""
-    return 2 * count_attention(query, key, value)
+    return 2 * _count_attention(query, key, value)
 
 
-class FlopCounter(TorchDispatchMode):
+class _FlopCounter(TorchDispatchMode):
     """Adds up the FLOPs of matrix products, convolutions and attention by torch's formulas. Torch's own
     counter takes every other operation apart too, for ten times the time."""
 
     formulas: Mapping[Any, Any] = flop_registry | {
-        aten._scaled_dot_product_flash_attention_for_cpu: count_attention,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: count_attention_backward,
-        aten._scaled_dot_product_flash_attention_backward: count_attention_backward,
-        aten._scaled_dot_product_efficient_attention_backward: count_attention_backward,
-        aten._scaled_dot_product_cudnn_attention_backward: count_attention_backward,
+        _aten._scaled_dot_product_flash_attention_for_cpu: _count_attention,
+        _aten._scaled_dot_product_flash_attention_for_cpu_backward: _count_attention_backward,
+        _aten._scaled_dot_product_flash_attention_backward: _count_attention_backward,
+        _aten._scaled_dot_product_efficient_attention_backward: _count_attention_backward,
+        _aten._scaled_dot_product_cudnn_attention_backward: _count_attention_backward,
     }
 
     def __init__(self):
@@ -117,17 +122,17 @@ class FlopCounter(TorchDispatchMode):
         return out
 
 
-class FusedAttention(TorchFunctionMode):
+class _FusedAttention(TorchFunctionMode):
     """On the meta device attention as real devices have it: there it would keep [heads, n, n] for
     backward."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         is_attention = func is nn.functional.scaled_dot_product_attention
-        return attend_fused(*args, **kwargs) if is_attention else func(*args, **kwargs)
+        return _attend_fused(*args, **kwargs) if is_attention else func(*args, **kwargs)
 
 
-def attend_fused(
+def _attend_fused(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -141,12 +146,12 @@ def attend_fused(
         return nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-    return aten._scaled_dot_product_flash_attention_for_cpu(
+    return _aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
     )[0]
 
 
-class KeptBytes:
+class _KeptBytes:
     """Adds up what autograd keeps for backward, beside parameters; each storage once."""
 
     def __init__(self, denoiser: nn.Module):
@@ -177,8 +182,8 @@ def survey_space(denoiser: nn.Module, space: SearchSpace) -> dict:
     }
     for method in space.methods:
         everything_on = space.choice(space.select_groups(method), method, 0.5)
-        always = count_parameters(denoiser, space, space.choice((), method, 0.5))
-        everything = count_parameters(denoiser, space, everything_on)
+        always = _count_parameters(denoiser, space, space.choice((), method, 0.5))
+        everything = _count_parameters(denoiser, space, everything_on)
         cost = measure_typical_cost(denoiser, space, everything_on)
         methods[method] = {
             "all_on": sum(everything.values()),
@@ -186,7 +191,7 @@ def survey_space(denoiser: nn.Module, space: SearchSpace) -> dict:
             "cost": cost and asdict(cost),
         }
         added = {name: n for name, n in everything.items() if name not in always}
-        by_group = sum_by_group(added, find_owners(modules))
+        by_group = _sum_by_group(added, _find_owners(modules))
         for name in space.select_groups(method):
             groups[name]["parameters"][method] = by_group[name]
     return {
@@ -197,16 +202,16 @@ def survey_space(denoiser: nn.Module, space: SearchSpace) -> dict:
     }
 
 
-def find_owners(modules: Mapping[str, Sequence[str]]) -> dict[str, str]:
+def _find_owners(modules: Mapping[str, Sequence[str]]) -> dict[str, str]:
     """The group of each module."""
     return {name: group for group, names in modules.items() for name in names}
 
 
-def sum_by_group(parameters: Mapping[str, int], owners: Mapping[str, str]) -> Counter[str]:
+def _sum_by_group(parameters: Mapping[str, int], owners: Mapping[str, str]) -> Counter[str]:
     """How many of the parameters, which are counted by name, lie in each group's modules."""
     sums: Counter[str] = Counter()
     for name, n in parameters.items():
-        if group := find_owner(name, owners):
+        if group := _find_owner(name, owners):
             sums[group] += n
     return sums
 
@@ -214,32 +219,32 @@ def sum_by_group(parameters: Mapping[str, int], owners: Mapping[str, str]) -> Co
 def list_blocks(denoiser: nn.Module, space: SearchSpace) -> list[dict]:
     """The denoiser's blocks in the order of a forward pass: their parameters, and how many of these lie in
     each group's modules."""
-    owners = find_owners(space.match_modules(list_trainable_modules(denoiser)))
+    owners = _find_owners(space.match_modules(list_trainable_modules(denoiser)))
     by_block: dict[str, dict[str, int]] = {}
     for name, parameter in denoiser.named_parameters():
-        by_block.setdefault(name_block(name), {})[name] = parameter.numel()
+        by_block.setdefault(_name_block(name), {})[name] = parameter.numel()
     blocks = [
-        {"name": block, "parameters": sum(counts.values()), "groups": sum_by_group(counts, owners)}
+        {"name": block, "parameters": sum(counts.values()), "groups": _sum_by_group(counts, owners)}
         for block, counts in by_block.items()
     ]
-    return sorted(blocks, key=lambda block: LATE.get(block["name"].partition(".")[0], 0))
+    return sorted(blocks, key=lambda block: _LATE.get(block["name"].partition(".")[0], 0))
 
 
-def name_block(parameter: str) -> str:
+def _name_block(parameter: str) -> str:
     """Of "down_blocks.1.attentions.0.norm.weight", "down_blocks.1"; of "conv_in.weight", "conv_in"."""
     first, _, rest = parameter.partition(".")
     second = rest.partition(".")[0]
     return f"{first}.{second}" if second.isdigit() else first
 
 
-def count_parameters(denoiser: nn.Module, space: SearchSpace, choice: Choice) -> dict[str, int]:
+def _count_parameters(denoiser: nn.Module, space: SearchSpace, choice: Choice) -> dict[str, int]:
     adapter: Adapter = inject_adapter(denoiser, space, choice, 0)
     counts = {name: parameter.numel() for name, parameter in adapter.named_parameters().items()}
     adapter.remove()
     return counts
 
 
-def find_owner(parameter: str, owners: Mapping[str, str]) -> str | None:
+def _find_owner(parameter: str, owners: Mapping[str, str]) -> str | None:
     """The group of the module that a parameter's name begins with."""
     name = parameter
     while "." in name:

@@ -47,7 +47,7 @@ class Family:
         return {"prompt_embeds": (77, config.cross_attention_dim)}
 
 
-class StableDiffusionXL(Family):
+class _StableDiffusionXL(Family):
     """Two text encoders, and the image's size as a condition."""
 
     pixels_per_latent = 8
@@ -71,7 +71,7 @@ class StableDiffusionXL(Family):
         return {"prompt_embeds": (77, config.cross_attention_dim), "pooled_prompt_embeds": (pooled,)}
 
 
-class StableDiffusion3(Family):
+class _StableDiffusion3(Family):
     """MMDiT with up to three text encoders and rectified flow (arXiv 2403.03206)."""
 
     denoiser, flow = "transformer", True
@@ -98,7 +98,7 @@ class StableDiffusion3(Family):
         }
 
 
-class Flux(Family):
+class _Flux(Family):
     """A flow transformer on packed 2 x 2 latents; the guidance of distilled models is an input, as in
     sampling."""
 
@@ -148,7 +148,7 @@ class Flux(Family):
         }
 
 
-class PixArt(Family):
+class _PixArt(Family):
     """A diffusion transformer with a masked T5 caption; half of its output may be a learned variance (arXiv
     2310.00426)."""
 
@@ -186,7 +186,7 @@ class PixArt(Family):
         return {"prompt_embeds": (300, config.caption_channels), "prompt_attention_mask": (300,)}
 
 
-class Sana(PixArt):
+class _Sana(_PixArt):
     """A linear-attention flow transformer over a 32-fold autoencoder, captions by a language model (arXiv
     2410.10629)."""
 
@@ -214,14 +214,14 @@ class Unconditional(Family):
         return {}
 
 
-FAMILIES: dict[str, type[Family]] = {
+_FAMILIES: dict[str, type[Family]] = {
     "StableDiffusionPipeline": Family,
-    "StableDiffusionXLPipeline": StableDiffusionXL,
-    "StableDiffusion3Pipeline": StableDiffusion3,
-    "FluxPipeline": Flux,
-    "PixArtAlphaPipeline": PixArt,
-    "PixArtSigmaPipeline": PixArt,
-    "SanaPipeline": Sana,
+    "StableDiffusionXLPipeline": _StableDiffusionXL,
+    "StableDiffusion3Pipeline": _StableDiffusion3,
+    "FluxPipeline": _Flux,
+    "PixArtAlphaPipeline": _PixArt,
+    "PixArtSigmaPipeline": _PixArt,
+    "SanaPipeline": _Sana,
     "DDPMPipeline": Unconditional,
     "DDIMPipeline": Unconditional,
 }
@@ -229,21 +229,21 @@ FAMILIES: dict[str, type[Family]] = {
 
 def find_family(pipeline_class: str, base: str) -> Family:
     """Raises MemControlError for a pipeline that no family knows."""
-    if pipeline_class not in FAMILIES:
+    if pipeline_class not in _FAMILIES:
         raise MemControlError(
             f"base '{base}' is a {pipeline_class}, which MemControl cannot train; it can train "
-            f"{', '.join(FAMILIES)}"
+            f"{', '.join(_FAMILIES)}"
         )
-    return FAMILIES[pipeline_class]()
+    return _FAMILIES[pipeline_class]()
 
 
 FAMILIES_BY_DENOISER = {
     "UNet2DConditionModel": lambda config: (
-        StableDiffusionXL() if config.addition_embed_type == "text_time" else Family()
+        _StableDiffusionXL() if config.addition_embed_type == "text_time" else Family()
     ),
-    "SD3Transformer2DModel": lambda config: StableDiffusion3(),
-    "FluxTransformer2DModel": lambda config: Flux(),
-    "PixArtTransformer2DModel": lambda config: PixArt(),
-    "SanaTransformer2DModel": lambda config: Sana(),
+    "SD3Transformer2DModel": lambda config: _StableDiffusion3(),
+    "FluxTransformer2DModel": lambda config: _Flux(),
+    "PixArtTransformer2DModel": lambda config: _PixArt(),
+    "SanaTransformer2DModel": lambda config: _Sana(),
     "UNet2DModel": lambda config: Unconditional(),
 }

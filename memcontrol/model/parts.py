@@ -37,7 +37,7 @@ def is_norm(module: nn.Module) -> bool:
     return "Norm" in type(module).__name__ and getattr(module, "weight", None) is not None
 
 
-def is_layer(module: nn.Module) -> bool:
+def _is_layer(module: nn.Module) -> bool:
     """Linear and ordinary Conv2d; peft cannot merge adapters of grouped convolutions."""
     return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
 
@@ -63,9 +63,9 @@ def suits(method: str, module: nn.Module) -> bool:
     """Whether the method has anything to train in the module itself."""
     own = dict(module.named_parameters(recurse=False))
     if method == "oft":  # peft's rotation of kernels larger than 1 x 1 ignores their padding
-        return isinstance(module, nn.Linear) or (is_layer(module) and module.kernel_size == (1, 1))
+        return isinstance(module, nn.Linear) or (_is_layer(module) and module.kernel_size == (1, 1))
     if method in RANKED or method in ("ia3", "attention"):
-        return is_layer(module)
+        return _is_layer(module)
     if method in ("norm", "ln_tuning"):
         return is_norm(module)
     if method == "bias":
@@ -73,7 +73,7 @@ def suits(method: str, module: nn.Module) -> bool:
     if method == "svdiff":
         return is_norm(module) or isinstance(module, (nn.Linear, nn.Conv2d))
     if method == "difffit":
-        return is_norm(module) or is_layer(module) or find_last_linear(module) is not None
+        return is_norm(module) or _is_layer(module) or find_last_linear(module) is not None
     return bool(own)  # full
 
 
@@ -132,7 +132,7 @@ class Weights(Tuner):
             parameter.copy_(self.original[name])
 
 
-class SpectralShift(nn.Module):
+class _SpectralShift(nn.Module):
     """W + U diag(relu(s + delta) - s) V', exactly W at delta = 0 (SV-Diff: Han et al. 2023, arXiv 2303.11305,
     eq. 2-3).
 
@@ -145,13 +145,13 @@ class SpectralShift(nn.Module):
         self.cache = cache
         self.factors: tuple[Tensor, ...] = ()
         self.delta = nn.Parameter(
-            torch.zeros(min(flatten_weight(weight).shape), dtype=weight.dtype, device=weight.device)
+            torch.zeros(min(_flatten_weight(weight).shape), dtype=weight.dtype, device=weight.device)
         )
 
     def forward(self, weight: Tensor) -> Tensor:
         if not self.factors:
             self.factors = tuple(
-                factor.to(weight) for factor in decompose_weight(weight.detach(), self.cache)
+                factor.to(weight) for factor in _decompose_weight(weight.detach(), self.cache)
             )
         left, values, right = self.factors
         return weight + ((left * (torch.relu(values + self.delta) - values)) @ right).view_as(weight)
@@ -163,14 +163,14 @@ class SpectralShift(nn.Module):
         return sum(w * torch.relu(values + delta) for w, delta in zip(weights, deltas)) - values
 
 
-def flatten_weight(weight: Tensor) -> Tensor:
+def _flatten_weight(weight: Tensor) -> Tensor:
     """A convolution's kernel as [out, in * h * w], a norm's scale as [1, C]."""
     return weight[None] if weight.ndim == 1 else weight.flatten(1)
 
 
-def decompose_weight(weight: Tensor, cache: Path | None) -> tuple[Tensor, Tensor, Tensor]:
+def _decompose_weight(weight: Tensor, cache: Path | None) -> tuple[Tensor, Tensor, Tensor]:
     """U [m, k], s [k], V' [k, n] of the weight as a matrix, in float32."""
-    flat = flatten_weight(weight.float())
+    flat = _flatten_weight(weight.float())
     if cache is None or flat.is_meta:
         return torch.linalg.svd(flat, full_matrices=False)
     content = hashlib.sha256(flat.cpu().numpy().tobytes()).hexdigest()[:24]
@@ -191,7 +191,7 @@ class SvDiff(Tuner):
         for target, module in zip(targets, self.modules):
             name = f"{target.module}.delta"
             self.rates[name] = norm_rate if is_norm(module) and norm_rate is not None else target.rate
-            self.shifts[name] = SpectralShift(module.weight, cache)
+            self.shifts[name] = _SpectralShift(module.weight, cache)
             # unsafe: no trial run, it would decompose
             parametrize.register_parametrization(module, "weight", self.shifts[name], unsafe=True)
         self.learned = {name: shift.delta for name, shift in self.shifts.items()}
@@ -215,7 +215,7 @@ class SvDiff(Tuner):
             parametrize.remove_parametrizations(module, "weight", leave_parametrized)
 
 
-class OutputScale(nn.Module):
+class _OutputScale(nn.Module):
     """Multiplies a layer's output by gamma = 1 + shift, as rows of its weight or bias; weight decay then
     pulls gamma to 1."""
 
@@ -241,7 +241,7 @@ class DiffFit(Tuner):
         for target in targets:
             name = find_output_layer(denoiser, target.module)
             layer, scales = self.layers.setdefault(name, (denoiser.get_submodule(name), []))
-            scale = OutputScale(layer.weight)
+            scale = _OutputScale(layer.weight)
             for tensor in ("weight", "bias"):
                 if getattr(layer, tensor) is not None:
                     parametrize.register_parametrization(layer, tensor, scale, unsafe=True)

@@ -15,52 +15,52 @@ from torch import Tensor, nn
 from memcontrol.model.parts import State, Target, Tuner
 
 
-def make_lora_config(targets: Sequence[Target], **settings):
+def _make_lora_config(targets: Sequence[Target], **settings):
     from peft import LoraConfig
 
-    return LoraConfig(**match_targets(targets), **match_sizes(targets, "r", "lora_alpha"), **settings)
+    return LoraConfig(**_match_targets(targets), **_match_sizes(targets, "r", "lora_alpha"), **settings)
 
 
-def make_dora_config(targets: Sequence[Target]):
-    return make_lora_config(targets, use_dora=True)
+def _make_dora_config(targets: Sequence[Target]):
+    return _make_lora_config(targets, use_dora=True)
 
 
-def make_loha_config(targets: Sequence[Target]):
+def _make_loha_config(targets: Sequence[Target]):
     from peft import LoHaConfig
 
-    return LoHaConfig(**match_targets(targets), **match_sizes(targets, "r", "alpha"))
+    return LoHaConfig(**_match_targets(targets), **_match_sizes(targets, "r", "alpha"))
 
 
-def make_lokr_config(targets: Sequence[Target]):
+def _make_lokr_config(targets: Sequence[Target]):
     from peft import LoKrConfig
 
-    return LoKrConfig(**match_targets(targets), **match_sizes(targets, "r", "alpha"))
+    return LoKrConfig(**_match_targets(targets), **_match_sizes(targets, "r", "alpha"))
 
 
-def make_oft_config(targets: Sequence[Target]):
+def _make_oft_config(targets: Sequence[Target]):
     from peft import OFTConfig
 
-    return OFTConfig(**match_targets(targets), oft_block_size=targets[0].rank, r=0, use_cayley_neumann=False)
+    return OFTConfig(**_match_targets(targets), oft_block_size=targets[0].rank, r=0, use_cayley_neumann=False)
 
 
-def make_ia3_config(targets: Sequence[Target]):
+def _make_ia3_config(targets: Sequence[Target]):
     from peft import IA3Config
 
-    return IA3Config(**match_targets(targets), feedforward_modules=[])
+    return IA3Config(**_match_targets(targets), feedforward_modules=[])
 
 
-def make_ln_tuning_config(targets: Sequence[Target]):
+def _make_ln_tuning_config(targets: Sequence[Target]):
     from peft import LNTuningConfig
 
-    return LNTuningConfig(**match_targets(targets))
+    return LNTuningConfig(**_match_targets(targets))
 
 
-def match_targets(targets: Sequence[Target]) -> dict[str, Any]:
+def _match_targets(targets: Sequence[Target]) -> dict[str, Any]:
     # a string: peft shortens long lists to suffixes
     return {"target_modules": "|".join(re.escape(target.module) for target in targets)}
 
 
-def match_sizes(targets: Sequence[Target], rank: str, alpha: str) -> dict[str, Any]:
+def _match_sizes(targets: Sequence[Target], rank: str, alpha: str) -> dict[str, Any]:
     """The most frequent rank and alpha, and patterns for the targets that have others."""
     sizes = [(target.rank, target.rank * target.alpha) for target in targets]
     usual = max(sizes, key=sizes.count)
@@ -76,15 +76,15 @@ def match_sizes(targets: Sequence[Target], rank: str, alpha: str) -> dict[str, A
 
 
 PEFT = {
-    "lora": make_lora_config,
-    "dora": make_dora_config,
-    "loha": make_loha_config,
-    "lokr": make_lokr_config,
-    "oft": make_oft_config,
-    "ia3": make_ia3_config,
-    "ln_tuning": make_ln_tuning_config,
+    "lora": _make_lora_config,
+    "dora": _make_dora_config,
+    "loha": _make_loha_config,
+    "lokr": _make_lokr_config,
+    "oft": _make_oft_config,
+    "ia3": _make_ia3_config,
+    "ln_tuning": _make_ln_tuning_config,
 }
-LINEAR = ("ia3", "ln_tuning")  # the weight is linear in the parameters, so their mean is exact
+_LINEAR = ("ia3", "ln_tuning")  # the weight is linear in the parameters, so their mean is exact
 
 
 class Peft(Tuner):
@@ -121,7 +121,7 @@ class Peft(Tuner):
         }
         self.start = (
             {}
-            if method in LINEAR
+            if method in _LINEAR
             else {name: parameter.detach().clone() for name, parameter in self.learned.items()}
         )
         self.original: dict[str, Tensor] = {}  # weights of the base that an offset has been added to
@@ -153,7 +153,7 @@ class Peft(Tuner):
 
     @torch.no_grad()
     def average(self, mean: State, states: Sequence[State], weights: Sequence[float]) -> State:
-        if self.method in LINEAR:
+        if self.method in _LINEAR:
             return {}
         found: State = {}
         for name, layer in self.layers.items():
@@ -222,7 +222,7 @@ class Peft(Tuner):
     def fold(self) -> Iterator[None]:
         layers = (
             []
-            if self.method in LINEAR
+            if self.method in _LINEAR
             else [(layer, layer.get_base_layer().weight) for layer in self.layers.values()]
         )
         before = [(weight.data, weight.detach().clone()) for _, weight in layers]

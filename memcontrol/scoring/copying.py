@@ -37,10 +37,10 @@ from memcontrol.data.features import (
     refuse_unlike_widths,
 )
 
-N_PERMUTATIONS = 400
-N_NEIGHBOURS = 96
-N_REFERENCE_DRAWS = 5
-TRAIN, HOLDOUT = 1, 2
+_N_PERMUTATIONS = 400
+_N_NEIGHBOURS = 96
+_N_REFERENCE_DRAWS = 5
+_TRAIN, _HOLDOUT = 1, 2
 
 # Thresholds as published: MQ's of squared distances, Carlini's alpha, the extraction attack's tile distance
 # (224 pixels, 0..1).
@@ -57,7 +57,7 @@ def authpct(generated, train) -> Estimate:
     the held-out images' value."""
     g, t = check_matrix(generated, "generated", dtype=None), check_matrix(train, "train", 2, dtype=None)
     refuse_unlike_widths(g, t)
-    d, nearest_rows = take_first(*nearest(g, t))  # [N] both
+    d, nearest_rows = _take_first(*nearest(g, t))  # [N] both
     rows, places = np.unique(nearest_rows, return_inverse=True)
     own = nearest_others(t, 1, rows)[places, 0]  # [N], of each image's nearest training point
     return convert_to_percent(estimate_share(own < d))
@@ -75,12 +75,12 @@ def mq(
     d1 .. dk are squared distances of an image to its k nearest training images, the nearest included; in
     pixels of 0..1 as published. Squares make 0.5 an ordinary distance ratio of some 0.7.
     """
-    squares = measure_distances(generated, train, k) ** 2  # [N, k]
+    squares = _measure_distances(generated, train, k) ** 2  # [N, k]
     ratios = squares[:, 0] / np.maximum(squares.mean(1), 1e-300)
     return int((ratios < threshold).sum())
 
 
-def measure_distances(generated, train, k: int) -> np.ndarray:
+def _measure_distances(generated, train, k: int) -> np.ndarray:
     """Of each generated image to its k nearest training images, or to all of them where there are fewer: [N,
     k]."""
     g, t = check_matrix(generated, "generated", dtype=None), check_matrix(train, "train", 2, dtype=None)
@@ -96,7 +96,7 @@ def carlini_rate(
 ) -> Estimate:
     """The share of images with d1 < alpha mean(d1 .. dk), distances to the k nearest training images (Carlini
     et al. 2023, arXiv 2301.13188, section 5). Needs many more training images than k."""
-    d = measure_distances(generated, train, k)  # [N, k]
+    d = _measure_distances(generated, train, k)  # [N, k]
     return estimate_share(d[:, 0] < alpha * d.mean(1))
 
 
@@ -153,12 +153,12 @@ class DistanceSpace:
     @cached_property
     def to_train(self) -> tuple[np.ndarray, np.ndarray]:
         """Each generated image's distance to its nearest training image, and which it is: [N], [N]."""
-        return take_first(*nearest_versions(self.generated, self.train, 1))
+        return _take_first(*_nearest_versions(self.generated, self.train, 1))
 
     @cached_property
     def nearest_held(self) -> tuple[np.ndarray, np.ndarray]:
         """The same for held-out images."""
-        return take_first(*nearest_versions(self.generated, self.holdout, 1))
+        return _take_first(*_nearest_versions(self.generated, self.holdout, 1))
 
     @property
     def to_holdout(self) -> np.ndarray:
@@ -169,21 +169,21 @@ class DistanceSpace:
         return remember_once(
             self.known,
             "held to train",
-            lambda: take_first(*nearest_versions(self.held_queries, self.train, 1))[0],
+            lambda: _take_first(*_nearest_versions(self.held_queries, self.train, 1))[0],
         )
 
     @property
     def held_to_others(self) -> np.ndarray:
         """Each held-out image's distance to its nearest other held-out image: [H]."""
         return remember_once(
-            self.known, "held to others", lambda: distances_to_others(self.held_queries, self.holdout)
+            self.known, "held to others", lambda: _distances_to_others(self.held_queries, self.holdout)
         )
 
     @property
     def orders(self) -> tuple[np.ndarray, np.ndarray]:
         """Canonical orders of the training and held-out rows."""
         return remember_once(
-            self.known, "orders", lambda: (canonical_order(self.train), canonical_order(self.holdout))
+            self.known, "orders", lambda: (_canonical_order(self.train), _canonical_order(self.holdout))
         )
 
 
@@ -193,18 +193,18 @@ def remember_once(known: dict[str, Any], name: str, make: Callable[[], Any]) -> 
     return known[name]
 
 
-def distances_to_others(queries: tuple[np.ndarray, ...], points: np.ndarray) -> np.ndarray:
+def _distances_to_others(queries: tuple[np.ndarray, ...], points: np.ndarray) -> np.ndarray:
     """Of each point, of which queries are versions, to the nearest other point: [H]."""
-    distances, indices = nearest_versions(queries, points, 2)
+    distances, indices = _nearest_versions(queries, points, 2)
     own = indices == np.arange(len(indices))[:, None]
     return np.where(own[:, 0], distances[:, -1], distances[:, 0])
 
 
-def take_first(distances: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _take_first(distances: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return distances[:, 0], indices[:, 0]
 
 
-def nearest_versions(
+def _nearest_versions(
     queries: tuple[np.ndarray, ...], references: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Nearest references over all versions of each query (as it is, mirrored): each reference counted once,
@@ -213,19 +213,19 @@ def nearest_versions(
     if len(by_version) == 1:
         return by_version[0]
     distances, indices = (np.concatenate(parts, axis=1) for parts in zip(*by_version))
-    distances, indices = sort_neighbours(distances, indices)  # [N, versions k], a reference once a version
+    distances, indices = _sort_neighbours(distances, indices)  # [N, versions k], a reference once a version
     k = min(k, len(references))
-    kept = np.array([unique_first(row, k) for row in indices])
+    kept = np.array([_unique_first(row, k) for row in indices])
     return np.take_along_axis(distances, kept, 1), np.take_along_axis(indices, kept, 1)
 
 
-def sort_neighbours(distances: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _sort_neighbours(distances: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Neighbours [N, K] by their distances, the first of equal ones first."""
     order = distances.argsort(axis=1, kind="stable")
     return np.take_along_axis(distances, order, 1), np.take_along_axis(indices, order, 1)
 
 
-def unique_first(row: np.ndarray, k: int) -> np.ndarray:
+def _unique_first(row: np.ndarray, k: int) -> np.ndarray:
     return np.sort(np.unique(row, return_index=True)[1])[:k]
 
 
@@ -243,15 +243,15 @@ def copy_rate(generated, train, holdout, calibration=None) -> Estimate:
     the share below this line; `p` is the chance of as many hits without copying, which knows that the line
     itself errs.
     """
-    space = make_space(generated, train, holdout)
+    space = _make_space(generated, train, holdout)
     if calibration is None:
         return measure_copy_rate(space)
-    real = make_space(check_matrix(calibration, "calibration"), train, holdout)
-    return share_below_line(space, ratio(real.to_train[0], real.to_holdout))
+    real = _make_space(check_matrix(calibration, "calibration"), train, holdout)
+    return _share_below_line(space, ratio(real.to_train[0], real.to_holdout))
 
 
 def measure_copy_rate(space: DistanceSpace) -> Estimate:
-    return share_below_line(space, real_ratios(space))
+    return _share_below_line(space, real_ratios(space))
 
 
 def real_ratios(space: DistanceSpace) -> np.ndarray:
@@ -259,22 +259,22 @@ def real_ratios(space: DistanceSpace) -> np.ndarray:
     return ratio(space.held_to_train, space.held_to_others)
 
 
-def line_rank(n_real: int) -> int:
+def _line_rank(n_real: int) -> int:
     """Which of the real images' ratios, the smallest being the first, is the line."""
     return 1 + int(FALSE_POSITIVES * (n_real - 1))
 
 
 def chance_rate(n_real: int) -> float:
     """What a model that copies nothing has on average, the line drawn from n_real images."""
-    return line_rank(n_real) / (n_real + 1)
+    return _line_rank(n_real) / (n_real + 1)
 
 
 def line_ratio(real: np.ndarray) -> float:
     """The ratio that 99 % of real images exceed."""
-    return float(np.sort(real)[line_rank(len(real)) - 1])
+    return float(np.sort(real)[_line_rank(len(real)) - 1])
 
 
-def share_below_line(space: DistanceSpace, real: np.ndarray) -> Estimate:
+def _share_below_line(space: DistanceSpace, real: np.ndarray) -> Estimate:
     r = ratio(space.to_train[0], space.to_holdout)
     share = estimate_share(r < line_ratio(real))
     return replace(share, p=hits_p_value(share, len(real)))
@@ -307,10 +307,10 @@ def hits_p_value(share: Estimate, n_real: int) -> float:
     """The chance of as large a share without copying, its line drawn from n_real images."""
     assert share.contributions is not None
     n = len(share.contributions)
-    return beta_binomial_p(round(share.value * n), n, line_rank(n_real), n_real)
+    return beta_binomial_p(round(share.value * n), n, _line_rank(n_real), n_real)
 
 
-def make_space(generated, train, holdout, seed: int = 0) -> DistanceSpace:
+def _make_space(generated, train, holdout, seed: int = 0) -> DistanceSpace:
     g = check_matrix(generated, "generated", dtype=None)
     t = check_matrix(train, "train", dtype=None)
     h = check_matrix(holdout, "holdout", 2, dtype=None)
@@ -325,67 +325,67 @@ def memorization(generated, train, holdout, seed: int = 0) -> Estimate:
     equal size: the larger one is drawn down, five times. 0 where training images are no nearer than held-out
     ones, positive for copying. The null keeps the pooled reference and permutes which half is called train.
     """
-    return measure_memorization(make_space(generated, train, holdout, seed))
+    return measure_memorization(_make_space(generated, train, holdout, seed))
 
 
 def measure_memorization(space: DistanceSpace) -> Estimate:
     floor = 1e-3 * float(np.median(space.held_to_train))
     references = list(zip((space.train, space.holdout), space.orders))
     m = min(len(space.train), len(space.holdout))
-    n_draws = 1 if len(space.train) == len(space.holdout) else N_REFERENCE_DRAWS
+    n_draws = 1 if len(space.train) == len(space.holdout) else _N_REFERENCE_DRAWS
     # a reference of m rows is the same in every draw
     whole = [
-        nearest_versions(space.generated, rows[order], N_NEIGHBOURS) if len(rows) == m else None
+        _nearest_versions(space.generated, rows[order], _N_NEIGHBOURS) if len(rows) == m else None
         for rows, order in references
     ]
-    sides = np.repeat(np.array([TRAIN, HOLDOUT], np.int8), m)  # [2 m]
+    sides = np.repeat(np.array([_TRAIN, _HOLDOUT], np.int8), m)  # [2 m]
     terms, null = [], []
     for draw in range(n_draws):
         rng = np.random.default_rng(derive_seed(space.seed, "memorization", draw))
         neighbours = [
-            known or nearest_versions(space.generated, draw_rows(rows, order, m, rng), N_NEIGHBOURS)
+            known or _nearest_versions(space.generated, _draw_rows(rows, order, m, rng), _N_NEIGHBOURS)
             for known, (rows, order) in zip(whole, references)
         ]
-        d, indices = merge_neighbours(neighbours, m)  # [N, 2 K] both
+        d, indices = _merge_neighbours(neighbours, m)  # [N, 2 K] both
         d = np.maximum(d, floor)
-        terms.append(log_ratios(d, sides[indices]))
-        for _ in range(N_PERMUTATIONS // n_draws):
-            null.append(float(log_ratios(d, rng.permutation(sides)[indices]).mean()))
+        terms.append(_log_ratios(d, sides[indices]))
+        for _ in range(_N_PERMUTATIONS // n_draws):
+            null.append(float(_log_ratios(d, rng.permutation(sides)[indices]).mean()))
     contributions = np.mean(terms, axis=0)  # [N]
     value = float(contributions.mean())
     p = (1 + sum(other >= value for other in null)) / (1 + len(null))
     return Estimate(value, float(np.std(null)), p=p, contributions=contributions)
 
 
-def draw_rows(rows: np.ndarray, order: np.ndarray, m: int, rng: np.random.Generator) -> np.ndarray:
+def _draw_rows(rows: np.ndarray, order: np.ndarray, m: int, rng: np.random.Generator) -> np.ndarray:
     """m rows at random, without replacement: [m, D]."""
     return rows[order[rng.permutation(len(rows))[:m]]]
 
 
-def canonical_order(rows: np.ndarray) -> np.ndarray:
+def _canonical_order(rows: np.ndarray) -> np.ndarray:
     """An order of the rows by their content, so that draws do not depend on how a folder was listed: [N]."""
     digests = [hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in rows]
     return np.array(sorted(range(len(rows)), key=digests.__getitem__))
 
 
-def merge_neighbours(
+def _merge_neighbours(
     by_set: Sequence[tuple[np.ndarray, np.ndarray]], m: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Neighbours in several sets of m rows, as one sorted list: distances, and rows in the sets laid end to
     end. [N, sets K] both."""
     distances = np.concatenate([distances for distances, _ in by_set], axis=1)
     indices = np.concatenate([indices + i * m for i, (_, indices) in enumerate(by_set)], axis=1)
-    return sort_neighbours(distances, indices)
+    return _sort_neighbours(distances, indices)
 
 
-def log_ratios(distances: np.ndarray, sides: np.ndarray) -> np.ndarray:
+def _log_ratios(distances: np.ndarray, sides: np.ndarray) -> np.ndarray:
     """The terms of M, clipped log(d_H / d_T) [N], from each image's sorted neighbours [N, K] and the side
     that each is on [N, K]."""
-    d_train, d_holdout = (first_distance(distances, sides == side) for side in (TRAIN, HOLDOUT))
+    d_train, d_holdout = (_first_distance(distances, sides == side) for side in (_TRAIN, _HOLDOUT))
     return np.clip(np.log(d_holdout / d_train), -CLIP, CLIP)
 
 
-def first_distance(distances: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+def _first_distance(distances: np.ndarray, chosen: np.ndarray) -> np.ndarray:
     """The distance of the first chosen neighbour of each row, or of the last neighbour where none is chosen:
     [N]."""
     column = np.where(chosen.any(1), chosen.argmax(1), -1)

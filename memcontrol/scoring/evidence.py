@@ -50,12 +50,12 @@ class Evidence:
 
     def space(self, name: str) -> DistanceSpace:
         if name not in self.cache:
-            make = make_pixel_space if name == "pixels" else make_feature_space
+            make = _make_pixel_space if name == "pixels" else _make_feature_space
             self.cache[name] = make(self)
         return self.cache[name]
 
 
-def make_pixel_space(evidence: Evidence) -> DistanceSpace:
+def _make_pixel_space(evidence: Evidence) -> DistanceSpace:
     generated, held = evidence.generated, evidence.holdout
     return DistanceSpace(
         (generated.pixels, generated.mirrored),
@@ -67,7 +67,7 @@ def make_pixel_space(evidence: Evidence) -> DistanceSpace:
     )
 
 
-def make_feature_space(evidence: Evidence) -> DistanceSpace:
+def _make_feature_space(evidence: Evidence) -> DistanceSpace:
     """Features centred on the mean of both references and scaled to unit length (cosine geometry)."""
     known, references = evidence.known["features"], (evidence.train.features, evidence.holdout.features)
     centre = remember_once(known, "centre", lambda: (references[0].mean(0) + references[1].mean(0)) / 2)

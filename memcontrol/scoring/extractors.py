@@ -19,13 +19,13 @@ from memcontrol.core.files import PACKAGE
 from memcontrol.data.features import pixel_features, shrink_images
 
 TINY_FEATURES = PACKAGE / "assets" / "features.safetensors"
-EXTRACT_BATCH = 64
-NORMALIZE = {
+_EXTRACT_BATCH = 64
+_NORMALIZE = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "half": ((0.5,) * 3, (0.5,) * 3),
     "unit": ((0.0,) * 3, (1.0,) * 3),
 }
-EXTRACTOR_KINDS = (
+_EXTRACTOR_KINDS = (
     "tiny, pixels, inception[:WEIGHTS], transformers:MODEL, "
     "torchscript:PATH[,side=224][,normalize=imagenet|half|unit]"
 )
@@ -61,7 +61,7 @@ class TinyFeatures(nn.Module):
         return self.head(self.body(images))
 
 
-def load_tiny() -> Extractor:
+def _load_tiny() -> Extractor:
     """The embedded network, trained on printed characters."""
     from safetensors.torch import load_file
 
@@ -71,16 +71,16 @@ def load_tiny() -> Extractor:
     return Extractor(
         f"tiny-sha256:{digest}",
         TinyFeatures.n_features,
-        make_batched(lambda pixels: network(shrink_images(pixels) * 2 - 1), torch.device("cpu"), 256),
+        _make_batched(lambda pixels: network(shrink_images(pixels) * 2 - 1), torch.device("cpu"), 256),
     )
 
 
-def make_pixel_extractor() -> Extractor:
+def _make_pixel_extractor() -> Extractor:
     """32 x 32 pixels in 0..1."""
     return Extractor("pixels-32", 3072, pixel_features)
 
 
-def load_transformers(name: str) -> Extractor:
+def _load_transformers(name: str) -> Extractor:
     """A vision model of the transformers library: its pooled output, or its image embedding (CLIP); brought
     to size by its own processor."""
     from memcontrol.model.base import quiet_libraries
@@ -94,7 +94,7 @@ def load_transformers(name: str) -> Extractor:
         raise MemControlError(
             f"rewards.extractor 'transformers:{name}' cannot be loaded: {' '.join(str(error).split())[:200]}"
         ) from None
-    model, device = place_network(model)
+    model, device = _place_network(model)
 
     def features(images: np.ndarray) -> Tensor:
         values = processor(images=list(images), return_tensors="pt")["pixel_values"].to(device)
@@ -105,7 +105,9 @@ def load_transformers(name: str) -> Extractor:
         pooled = getattr(output, "pooler_output", None)
         return output.last_hidden_state[:, 0] if pooled is None else pooled.flatten(1)
 
-    return probe_width(f"transformers:{name}-sha256:{digest_network(model)}", make_batched(features, device))
+    return _probe_width(
+        f"transformers:{name}-sha256:{_digest_network(model)}", _make_batched(features, device)
+    )
 
 
 def load_clip(name: str) -> Callable[[np.ndarray, Sequence[str]], tuple[np.ndarray, np.ndarray]]:
@@ -118,7 +120,7 @@ def load_clip(name: str) -> Callable[[np.ndarray, Sequence[str]], tuple[np.ndarr
 
     try:
         processor = AutoProcessor.from_pretrained(name)
-        model, device = place_network(CLIPModel.from_pretrained(name))
+        model, device = _place_network(CLIPModel.from_pretrained(name))
     except (OSError, ValueError, KeyError) as error:
         raise MemControlError(
             f"rewards.clip '{name}' cannot be loaded as a CLIP model: {' '.join(str(error).split())[:200]}"
@@ -127,10 +129,10 @@ def load_clip(name: str) -> Callable[[np.ndarray, Sequence[str]], tuple[np.ndarr
     @torch.no_grad()
     def embed(images: np.ndarray, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         found = []
-        for start in range(0, len(images), EXTRACT_BATCH):
+        for start in range(0, len(images), _EXTRACT_BATCH):
             batch = processor(
-                images=list(images[start : start + EXTRACT_BATCH]),
-                text=list(captions[start : start + EXTRACT_BATCH]),
+                images=list(images[start : start + _EXTRACT_BATCH]),
+                text=list(captions[start : start + _EXTRACT_BATCH]),
                 return_tensors="pt",
                 padding=True,
                 truncation=True,
@@ -145,7 +147,7 @@ def load_clip(name: str) -> Callable[[np.ndarray, Sequence[str]], tuple[np.ndarr
     return embed
 
 
-def load_torchscript(text: str) -> Extractor:
+def _load_torchscript(text: str) -> Extractor:
     """A TorchScript file that takes float [N, 3, side, side] and gives [N, D], such as SSCD's; options follow
     the path after commas."""
     path, *options = text.split(",")
@@ -154,13 +156,13 @@ def load_torchscript(text: str) -> Extractor:
     )
     if (
         not values["side"].isdigit()
-        or values["normalize"] not in NORMALIZE
+        or values["normalize"] not in _NORMALIZE
         or len(values) > 2
         or any("=" not in option for option in options)
     ):
         raise MemControlError(
             f"rewards.extractor 'torchscript:{text}': allowed after the path are side=NUMBER and "
-            f"normalize={'|'.join(NORMALIZE)}"
+            f"normalize={'|'.join(_NORMALIZE)}"
         )
     if not Path(path).is_file():
         raise MemControlError(
@@ -170,12 +172,12 @@ def load_torchscript(text: str) -> Extractor:
         with warnings.catch_warnings():
             # torch.jit is old, and what descriptors are published in
             warnings.simplefilter("ignore", DeprecationWarning)
-            network, device = place_network(torch.jit.load(path, map_location="cpu"))
+            network, device = _place_network(torch.jit.load(path, map_location="cpu"))
     except RuntimeError as error:
         raise MemControlError(
             f"rewards.extractor '{path}' is no TorchScript file: {str(error).splitlines()[0][:150]}"
         ) from None
-    side, (mean, deviation) = int(values["side"]), NORMALIZE[values["normalize"]]
+    side, (mean, deviation) = int(values["side"]), _NORMALIZE[values["normalize"]]
 
     def features(images: np.ndarray) -> Tensor:
         scaled = (shrink_images(images, side) - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(
@@ -184,13 +186,13 @@ def load_torchscript(text: str) -> Extractor:
         return network(scaled.to(device)).flatten(1)
 
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
-    return probe_width(
+    return _probe_width(
         f"torchscript:{Path(path).name}-{side}-{values['normalize']}-sha256:{digest}",
-        make_batched(features, device),
+        _make_batched(features, device),
     )
 
 
-def load_inception(weights: str) -> Extractor:
+def _load_inception(weights: str) -> Extractor:
     """Inception's 2,048 pooled features as torch-fidelity computes them for FID; from its own download, or a
     local weights file."""
     try:
@@ -201,24 +203,24 @@ def load_inception(weights: str) -> Extractor:
             f"cannot be imported ({type(error).__name__}); "
             "install memcontrol[inception], or use another extractor"
         ) from None
-    network, device = place_network(
+    network, device = _place_network(
         FeatureExtractorInceptionV3(
             "inception-v3-compat", ["2048"], feature_extractor_weights_path=weights or None
         )
     )
-    return probe_width(
-        f"inception-2048-sha256:{digest_network(network)}",
-        make_batched(lambda images: network(torch.from_numpy(images).to(device))[0], device),
+    return _probe_width(
+        f"inception-2048-sha256:{_digest_network(network)}",
+        _make_batched(lambda images: network(torch.from_numpy(images).to(device))[0], device),
     )
 
 
-def place_network(network: nn.Module) -> tuple[Any, torch.device]:
+def _place_network(network: nn.Module) -> tuple[Any, torch.device]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return network.eval().to(device), device
 
 
-def make_batched(
-    features: Callable[[np.ndarray], Tensor], device: torch.device, size: int = EXTRACT_BATCH
+def _make_batched(
+    features: Callable[[np.ndarray], Tensor], device: torch.device, size: int = _EXTRACT_BATCH
 ) -> Callable[[np.ndarray], np.ndarray]:
     """The function over images in batches, without gradients. Raises MemControlError where a feature is not
     finite."""
@@ -238,12 +240,12 @@ def make_batched(
     return extract
 
 
-def probe_width(pinned: str, extract: Callable[[np.ndarray], np.ndarray]) -> Extractor:
+def _probe_width(pinned: str, extract: Callable[[np.ndarray], np.ndarray]) -> Extractor:
     """With the number of features found out on one grey image."""
     return Extractor(pinned, extract(np.full((1, 3, 64, 64), 128, np.uint8)).shape[1], extract)
 
 
-def digest_network(network: nn.Module) -> str:
+def _digest_network(network: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(
@@ -257,9 +259,9 @@ def load_extractor(name: str) -> Extractor:
     """Raises MemControlError for a name of no kind, or one that cannot be loaded."""
     kind, _, rest = name.partition(":")
     if name in ("tiny", "pixels"):
-        return load_tiny() if name == "tiny" else make_pixel_extractor()
+        return _load_tiny() if name == "tiny" else _make_pixel_extractor()
     if kind == "inception":
-        return load_inception(rest)
+        return _load_inception(rest)
     if kind in ("transformers", "torchscript") and rest:
-        return load_transformers(rest) if kind == "transformers" else load_torchscript(rest)
-    raise MemControlError(f"rewards.extractor '{name}' is unknown; allowed: {EXTRACTOR_KINDS}")
+        return _load_transformers(rest) if kind == "transformers" else _load_torchscript(rest)
+    raise MemControlError(f"rewards.extractor '{name}' is unknown; allowed: {_EXTRACTOR_KINDS}")

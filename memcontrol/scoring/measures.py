@@ -24,20 +24,20 @@ from memcontrol.scoring.copying import (
 from memcontrol.scoring.evidence import Evidence
 from memcontrol.scoring.quality import clip_score, fd_pca, fid, kid, mifid, prdc
 
-N_BALL = 5  # neighbours of precision, recall, density and coverage
+_N_BALL = 5  # neighbours of precision, recall, density and coverage
 N_PAIRED = 200  # held-out images whose pairs calibrate the extraction attack
 
 MEASURES: list[Callable[[Evidence], Measured]] = []
 
 
-def register_measure(function):
+def _register_measure(function):
     """Registers a function of the evidence that gives rewards by name, most of them Estimates."""
     MEASURES.append(function)
     return function
 
 
-@register_measure
-def measure_frechet(evidence: Evidence) -> Measured:
+@_register_measure
+def _measure_frechet(evidence: Evidence) -> Measured:
     """FD also on as many principal components as a quarter of the smaller set, 64 at the most."""
     held, made = evidence.holdout.features, evidence.generated.features
     k = max(1, min(64, len(made) // 4, len(held) // 4, held.shape[1]))
@@ -50,25 +50,25 @@ def measure_frechet(evidence: Evidence) -> Measured:
     }
 
 
-@register_measure
-def measure_kernel_distance(evidence: Evidence) -> Measured:
+@_register_measure
+def _measure_kernel_distance(evidence: Evidence) -> Measured:
     """Of features divided by the held-out ones' root mean square, since the kernel is not scale-free."""
     scale = math.sqrt(np.square(evidence.holdout.features, dtype=np.float64).mean())
     return {"kid": kid(evidence.holdout.features, evidence.generated.features, scale), "kid_scale": scale}
 
 
-@register_measure
-def measure_neighbourhoods(evidence: Evidence) -> Measured:
-    return dict(prdc(evidence.holdout.features, evidence.generated.features, N_BALL))
+@_register_measure
+def _measure_neighbourhoods(evidence: Evidence) -> Measured:
+    return dict(prdc(evidence.holdout.features, evidence.generated.features, _N_BALL))
 
 
-@register_measure
-def measure_text_fit(evidence: Evidence) -> Measured:
+@_register_measure
+def _measure_text_fit(evidence: Evidence) -> Measured:
     return {"clip_score": clip_score(*evidence.clip)} if evidence.clip else {}
 
 
-@register_measure
-def measure_memorization_distance(evidence: Evidence) -> Measured:
+@_register_measure
+def _measure_memorization_distance(evidence: Evidence) -> Measured:
     pixels, features = (measure_memorization(evidence.space(name)) for name in ("pixels", "features"))
     return {
         "memorization_pixels": pixels,
@@ -84,8 +84,8 @@ def find_worst(*distances: Estimate) -> Estimate:
     return Estimate(max(worst.value, 0.0), worst.error, p=worst.p, contributions=worst.contributions)
 
 
-@register_measure
-def measure_copies(evidence: Evidence) -> Measured:
+@_register_measure
+def _measure_copies(evidence: Evidence) -> Measured:
     pixels, features = evidence.space("pixels"), evidence.space("features")
     n_real = len(evidence.holdout.pixels)
     return {
@@ -97,8 +97,8 @@ def measure_copies(evidence: Evidence) -> Measured:
     }
 
 
-@register_measure
-def measure_published(evidence: Evidence) -> Measured:
+@_register_measure
+def _measure_published(evidence: Evidence) -> Measured:
     """Rewards of other papers, for continuity: MQ and Carlini's rate in pixels, MIFID and AuthPct in
     features, the last also of held-out images, whose value is what a model that copies nothing reaches."""
     pixels, train_pixels = evidence.generated.pixels, evidence.train.pixels
@@ -119,8 +119,8 @@ def measure_published(evidence: Evidence) -> Measured:
     }
 
 
-@register_measure
-def measure_nearest_distances(evidence: Evidence) -> Measured:
+@_register_measure
+def _measure_nearest_distances(evidence: Evidence) -> Measured:
     """Average minimum pixel distances, for the eye only: no objective, since noise has the largest."""
     space = evidence.space("pixels")
     return {

@@ -73,12 +73,12 @@ def load_own_reward(place: str) -> Callable[[Evidence], Estimate | float]:
 def find_directions(rewards: RewardsConfig) -> list[str]:
     """Which way each objective is better. Raises MemControlError where a user's function is not there."""
     return [
-        find_own_direction(objective) if ":" in objective else find_direction(objective)
+        _find_own_direction(objective) if ":" in objective else find_direction(objective)
         for objective in rewards.objectives
     ]
 
 
-def find_own_direction(place: str) -> str:
+def _find_own_direction(place: str) -> str:
     return getattr(load_own_reward(place), "direction", MINIMIZE)
 
 

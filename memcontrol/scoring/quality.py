@@ -1,5 +1,4 @@
-"""Owns the rewards by name: those of quality, pure functions of feature matrices [n, d], numpy or torch;
-those of copying are re-exported.
+"""Owns the rewards of quality: pure functions of feature matrices [n, d], numpy or torch.
 
 Every value is an Estimate, which knows its error or interval. Distances are Euclidean, sums are float64.
 """
@@ -23,37 +22,7 @@ from memcontrol.data.features import (
     split_blocks,
     unit_rows,
 )
-from memcontrol.scoring.copying import (
-    PRESETS,
-    authpct,
-    carlini_rate,
-    copy_rate,
-    extraction,
-    memorization,
-    mq,
-    tile_distances,
-)
-
-__all__ = [
-    "PRESETS",
-    "Estimate",
-    "Gaussian",
-    "authpct",
-    "carlini_rate",
-    "clip_score",
-    "copy_rate",
-    "cosine_distance",
-    "extraction",
-    "fd_pca",
-    "fid",
-    "fit_gaussian",
-    "kid",
-    "memorization",
-    "mifid",
-    "mq",
-    "prdc",
-    "tile_distances",
-]
+from memcontrol.scoring.copying import PRESETS
 
 
 @dataclass(frozen=True)
@@ -110,7 +79,7 @@ def fid(real, generated) -> Estimate:
             "extractor for both"
         )
     shift = mean - x.mean
-    trace, diagonal = root_trace(factor @ x.factor.T)
+    trace, diagonal = _root_trace(factor @ x.factor.T)
     value = max(float(np.square(shift).sum() + np.square(factor).sum()) + x.trace - 2 * trace, 0.0)
     if rows is None:
         return Estimate(value)
@@ -121,7 +90,7 @@ def fid(real, generated) -> Estimate:
     )
 
 
-def root_trace(product: np.ndarray) -> tuple[float, np.ndarray]:
+def _root_trace(product: np.ndarray) -> tuple[float, np.ndarray]:
     """Trace and diagonal [n] of (M M')^(1/2), for M = [n, m].
 
     By eigenvectors of the smaller Gram matrix, faster than singular values. Their roots are taken as lengths
@@ -153,7 +122,7 @@ def kid(real, generated, scale: float = 1.0) -> Estimate:
     x, y = check_matrix(real, "real", 3) / scale, check_matrix(generated, "generated", 3) / scale
     refuse_unlike_widths(x, y)
     n, m = len(x), len(y)
-    xx, yy, xy, yx = (kernel_sums(p, q) for p, q in ((x, x), (y, y), (x, y), (y, x)))
+    xx, yy, xy, yx = (_kernel_sums(p, q) for p, q in ((x, x), (y, y), (x, y), (y, x)))
     for points, sums in ((x, xx), (y, yy)):
         sums -= np.power(np.square(points).sum(1) / x.shape[1] + 1, 3)  # an image with itself
     within_x, within_y, across = xx.sum() / (n * (n - 1)), yy.sum() / (m * (m - 1)), xy.sum() / (n * m)
@@ -166,7 +135,7 @@ def kid(real, generated, scale: float = 1.0) -> Estimate:
     return Estimate(value, math.sqrt(variance), contributions=contributions)
 
 
-def kernel_sums(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def _kernel_sums(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Of each row of x, the sum of (x.y / d + 1)^3 over all of y, in blocks: [N]."""
     sums = [np.power(block @ y.T / x.shape[1] + 1, 3).sum(1) for block in split_blocks(x, 256)]
     return np.concatenate(sums)

@@ -38,24 +38,24 @@ def collect_contributions(measured: Mapping[str, Estimate | float]) -> dict[str,
 
 def pool_scores(draws: Sequence[Measured]) -> Measured:
     """The rewards of one model over several draws of samples: means, with the errors that are left."""
-    pooled = {name: pool_reward([draw[name] for draw in draws]) for name in draws[0]}
+    pooled = {name: _pool_reward([draw[name] for draw in draws]) for name in draws[0]}
     # of the same held-out images each time: no draw adds to it
     pooled["authpct_holdout"] = draws[0]["authpct_holdout"]
     n_real = int(float(pooled["copy_rate_n_real"]))
     for name in ("copy_rate", "copy_rate_features"):
-        share = require_estimate(pooled, name)
+        share = _require_estimate(pooled, name)
         pooled[name] = replace(share, p=hits_p_value(share, n_real))
-    distances = (require_estimate(pooled, f"memorization_{space}") for space in ("pixels", "features"))
+    distances = (_require_estimate(pooled, f"memorization_{space}") for space in ("pixels", "features"))
     return pooled | {"memorization": find_worst(*distances)}
 
 
-def pool_reward(values: Sequence[Estimate | float]) -> Estimate | float:
+def _pool_reward(values: Sequence[Estimate | float]) -> Estimate | float:
     """The mean over draws; an Estimate where every draw gave one."""
     estimates = [value for value in values if isinstance(value, Estimate)]
     return pool_estimates(estimates) if len(estimates) == len(values) else mean(map(float, values))
 
 
-def require_estimate(measured: Measured, name: str) -> Estimate:
+def _require_estimate(measured: Measured, name: str) -> Estimate:
     value = measured[name]
     assert isinstance(value, Estimate), f"{name} has no error"
     return value

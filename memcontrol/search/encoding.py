@@ -12,10 +12,10 @@ import numpy as np
 from memcontrol.core.choice import SAME_RATE, Choice
 from memcontrol.core.space import SearchSpace
 
-STEPS = (-0.3, -0.1, 0.1, 0.3)  # of the learning rate's place in its range, to its neighbours
+_STEPS = (-0.3, -0.1, 0.1, 0.3)  # of the learning rate's place in its range, to its neighbours
 
 
-def drop_repeated(rows: np.ndarray) -> np.ndarray:
+def _drop_repeated(rows: np.ndarray) -> np.ndarray:
     """Each row once, in the order of their first places."""
     return np.array(list({row.tobytes(): row for row in rows}.values()))
 
@@ -63,7 +63,7 @@ class SpaceEncoding:
         """Each row as that of its own choice, once: what a method cannot train is off, what a choice leaves
         open is at its first option."""
         return (
-            drop_repeated(np.array([self.row(self.choice(row)) for row in drop_repeated(rows)]))
+            _drop_repeated(np.array([self.row(self.choice(row)) for row in _drop_repeated(rows)]))
             if len(rows)
             else rows
         )
@@ -92,7 +92,7 @@ class SpaceEncoding:
                 if other != row[i]:
                     found.append(row.copy())
                     found[-1][i] = other
-        for step in STEPS if self.rate_matters else ():
+        for step in _STEPS if self.rate_matters else ():
             found.append(row.copy())
             found[-1][-1] = min(max(row[-1] + step, 0.0), 1.0)
         return np.array(found)

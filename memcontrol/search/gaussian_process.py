@@ -28,26 +28,26 @@ from scipy.linalg import cho_factor, cho_solve, solve_triangular
 from scipy.optimize import minimize
 from scipy.special import ndtr
 
-SQRT5 = math.sqrt(5)
+_SQRT5 = math.sqrt(5)
 # Log-normal priors: mean and sd of the log. A weight of 0.3 lets two masks that differ in one group share
 # most of what is known of them.
-PRIORS = {
+_PRIORS = {
     "weight": (math.log(0.3), 1.5),
     "signal": (0.0, 1.0),
     "noise": (math.log(1e-3), 2.0),
     "share": (math.log(0.1), 1.5),
 }
-BOUNDS = (math.log(1e-6), math.log(1e3))
-COMMON = ("signal", "noise", "share")
-STARTS = (PRIORS["weight"][0], PRIORS["weight"][0] - 1.5)  # of the weights' logs
-JITTER = 1e-9
+_BOUNDS = (math.log(1e-6), math.log(1e3))
+_COMMON = ("signal", "noise", "share")
+_STARTS = (_PRIORS["weight"][0], _PRIORS["weight"][0] - 1.5)  # of the weights' logs
+_JITTER = 1e-9
 
 
-def matern(r2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _matern(r2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Matern 5/2 at squared distances, and its derivative by them (Rasmussen and Williams 2006, eq. 4.17)."""
     r = np.sqrt(r2)
-    decay = np.exp(-SQRT5 * r)
-    return (1 + SQRT5 * r + 5 / 3 * r2) * decay, -5 / 6 * (1 + SQRT5 * r) * decay
+    decay = np.exp(-_SQRT5 * r)
+    return (1 + _SQRT5 * r + 5 / 3 * r2) * decay, -5 / 6 * (1 + _SQRT5 * r) * decay
 
 
 def squares_by_coordinate(a: np.ndarray, b: np.ndarray, owner: np.ndarray) -> np.ndarray:
@@ -59,7 +59,7 @@ def squares_by_coordinate(a: np.ndarray, b: np.ndarray, owner: np.ndarray) -> np
     return squares
 
 
-def squared_distances(a: np.ndarray, b: np.ndarray, scale: np.ndarray) -> np.ndarray:
+def _squared_distances(a: np.ndarray, b: np.ndarray, scale: np.ndarray) -> np.ndarray:
     """Squared distances [N, M] of points whose columns are scaled first."""
     a, b = a * scale, b * scale
     return np.maximum((a**2).sum(1)[:, None] + (b**2).sum(1)[None] - 2 * a @ b.T, 0.0)
@@ -97,7 +97,7 @@ class Process:
 
     def correlate(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         """Correlations of the objective at points [M, F] and [N, F]: [M, N]."""
-        return matern(squared_distances(a, b, self.scale))[0]
+        return _matern(_squared_distances(a, b, self.scale))[0]
 
 
 def negative_log_posterior(
@@ -105,10 +105,10 @@ def negative_log_posterior(
 ) -> tuple[float, np.ndarray]:
     """Of hyperparameters, the logs [C + 3] of w, signal, noise and share, given y; and its gradient
     (Rasmussen and Williams 2006, eq. 5.8 and 5.9)."""
-    w, (signal, noise, share) = np.exp(logs[: -len(COMMON)]), np.exp(logs[-len(COMMON) :])
-    k, dk = matern(np.tensordot(w, D, 1))  # [N, N] both
+    w, (signal, noise, share) = np.exp(logs[: -len(_COMMON)]), np.exp(logs[-len(_COMMON) :])
+    k, dk = _matern(np.tensordot(w, D, 1))  # [N, N] both
     try:
-        L = cho_factor(signal * k + np.diag(share * v_known + v_own + noise + JITTER), lower=True)
+        L = cho_factor(signal * k + np.diag(share * v_known + v_own + noise + _JITTER), lower=True)
     except np.linalg.LinAlgError:
         return 1e25, np.zeros_like(logs)
     alpha = cho_solve(L, y)
@@ -121,7 +121,7 @@ def negative_log_posterior(
             0.5 * share * np.diag(W) @ v_known,
         ]
     )
-    means, sds = np.array([PRIORS["weight"]] * len(D) + [PRIORS[name] for name in COMMON]).T
+    means, sds = np.array([_PRIORS["weight"]] * len(D) + [_PRIORS[name] for name in _COMMON]).T
     z = (logs - means) / sds
     value = 0.5 * y @ alpha + np.log(np.diag(L[0])).sum() + 0.5 * (z**2).sum()
     return value, gradient + z / sds
@@ -141,7 +141,7 @@ def fit_process(
     so that the next draw goes elsewhere (the kriging believer of Ginsbourger et al. 2010)."""
     centre, spread = float(np.mean(values)), float(np.std(values)) or 1.0
     y, v_known, v_own = (values - centre) / spread, (errors / spread) ** 2, (own_errors / spread) ** 2
-    mode = find_mode(y, v_known, v_own, squares_by_coordinate(points, points, owner))
+    mode = _find_mode(y, v_known, v_own, squares_by_coordinate(points, points, owner))
     *w, signal, noise, share = np.exp(mode)
     variances = share * v_known + v_own + noise
     process = condition_process(points, y, variances, np.sqrt(np.array(w)[owner]), signal, centre, spread)
@@ -159,10 +159,10 @@ def fit_process(
     )
 
 
-def find_mode(y: np.ndarray, v_known: np.ndarray, v_own: np.ndarray, D: np.ndarray) -> np.ndarray:
+def _find_mode(y: np.ndarray, v_known: np.ndarray, v_own: np.ndarray, D: np.ndarray) -> np.ndarray:
     """The most probable hyperparameters' logs [C + 3], from two starts."""
-    common = [PRIORS[name][0] for name in COMMON]
-    bounds = [BOUNDS] * (len(D) + 2) + [(BOUNDS[0], 0.0)]
+    common = [_PRIORS[name][0] for name in _COMMON]
+    bounds = [_BOUNDS] * (len(D) + 2) + [(_BOUNDS[0], 0.0)]
     ends = [
         minimize(
             negative_log_posterior,
@@ -172,7 +172,7 @@ def find_mode(y: np.ndarray, v_known: np.ndarray, v_own: np.ndarray, D: np.ndarr
             method="L-BFGS-B",
             bounds=bounds,
         )
-        for weight in STARTS
+        for weight in _STARTS
     ]
     return min(ends, key=lambda end: end.fun).x
 
@@ -187,7 +187,7 @@ def condition_process(
     spread: float,
 ) -> Process:
     """Of y and the variances of its noise, [N] both."""
-    K = signal * matern(squared_distances(points, points, scale))[0] + np.diag(noise + JITTER)
+    K = signal * _matern(_squared_distances(points, points, scale))[0] + np.diag(noise + _JITTER)
     L = cho_factor(K, lower=True)
     return Process(points, scale, signal, L, cho_solve(L, y), centre, spread)
 

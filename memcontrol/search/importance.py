@@ -72,10 +72,10 @@ def measure_importance(records: Sequence[Record], space: SearchSpace) -> list[Ef
             f"search STUDY.yaml --trials {N_SPREAD}"
         )
     objectives = list_objectives(next(record.objectives for record in records if record.finished))
-    processes = fit_objectives(known, encoding, len(objectives))
+    processes = _fit_objectives(known, encoding, len(objectives))
     effects = []
-    for contrast in list_contrasts(encoding):
-        pairs = pair_rows(encoding, known.rows, contrast)
+    for contrast in _list_contrasts(encoding):
+        pairs = _pair_rows(encoding, known.rows, contrast)
         if not len(pairs):
             continue
         there = encoding.seen(np.concatenate([pairs[:, 0], pairs[:, 1]]))  # [2 pairs, F]
@@ -84,11 +84,11 @@ def measure_importance(records: Sequence[Record], space: SearchSpace) -> list[Ef
         for objective, process in zip(objectives, processes):
             value, error = process.contrast(there, weights)
             by_objective[objective.name] = Estimate(objective.to_loss(value), error)
-        effects.append(Effect(contrast.name, *name_ends(encoding, contrast), by_objective, len(pairs)))
+        effects.append(Effect(contrast.name, *_name_ends(encoding, contrast), by_objective, len(pairs)))
     return effects
 
 
-def fit_objectives(known: TrainingSet, encoding: SpaceEncoding, n_objectives: int) -> list[Process]:
+def _fit_objectives(known: TrainingSet, encoding: SpaceEncoding, n_objectives: int) -> list[Process]:
     """A process of each objective's losses, nothing pending."""
     seen, nothing = encoding.seen(known.rows), np.empty((0, len(encoding.owner)))
     return [
@@ -100,7 +100,7 @@ def fit_objectives(known: TrainingSet, encoding: SpaceEncoding, n_objectives: in
 
 
 @dataclass(frozen=True)
-class Contrast:
+class _Contrast:
     """The two ends of a coordinate: what its column in a row holds at either."""
 
     column: int
@@ -109,19 +109,19 @@ class Contrast:
     high: float
 
 
-def list_contrasts(encoding: SpaceEncoding) -> list[Contrast]:
+def _list_contrasts(encoding: SpaceEncoding) -> list[_Contrast]:
     """Each coordinate's lowest against its highest option; a method against the first one, in turn."""
     contrasts = []
     for column, (name, options) in enumerate(encoding.options.items()):
         ordered = all(isinstance(option, (int, float)) for option in options)
         first = max(len(options) - 1, 1) if ordered else 1
-        contrasts += [Contrast(column, name, 0, last) for last in range(first, len(options))]
+        contrasts += [_Contrast(column, name, 0, last) for last in range(first, len(options))]
     if encoding.rate_matters:
-        contrasts.append(Contrast(len(encoding.options), "rate", 0.0, 1.0))
+        contrasts.append(_Contrast(len(encoding.options), "rate", 0.0, 1.0))
     return contrasts
 
 
-def name_ends(encoding: SpaceEncoding, contrast: Contrast) -> tuple[object, object]:
+def _name_ends(encoding: SpaceEncoding, contrast: _Contrast) -> tuple[object, object]:
     """The options at both ends; of the learning rate, its places."""
     if contrast.name not in encoding.options:
         return contrast.low, contrast.high
@@ -129,18 +129,18 @@ def name_ends(encoding: SpaceEncoding, contrast: Contrast) -> tuple[object, obje
     return options[int(contrast.low)], options[int(contrast.high)]
 
 
-def pair_rows(encoding: SpaceEncoding, rows: np.ndarray, contrast: Contrast) -> np.ndarray:
+def _pair_rows(encoding: SpaceEncoding, rows: np.ndarray, contrast: _Contrast) -> np.ndarray:
     """Rows at the contrast's low and high end [pairs, 2, columns]: those with which a choice can have either,
     all else unchanged."""
     pairs = []
     for row in rows:
         pair = np.stack([row, row])
         pair[:, contrast.column] = contrast.low, contrast.high
-        if all(is_possible(encoding, end) for end in pair):
+        if all(_is_possible(encoding, end) for end in pair):
             pairs.append(pair)
     return np.array(pairs)
 
 
-def is_possible(encoding: SpaceEncoding, row: np.ndarray) -> bool:
+def _is_possible(encoding: SpaceEncoding, row: np.ndarray) -> bool:
     """Whether it is the row of its own choice."""
     return np.array_equal(encoding.row(encoding.choice(row)).round(2), row.round(2))

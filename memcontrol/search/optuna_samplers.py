@@ -21,9 +21,9 @@ from memcontrol.study.pareto import Limit
 from memcontrol.study.record import Record
 from memcontrol.study.store import compute_excesses, make_distributions
 
-POPULATION = 16
-GOLDEN = (5**0.5 - 1) / 2
-N_ASKS = 5  # draws of the sampler for one choice
+_POPULATION = 16
+_GOLDEN = (5**0.5 - 1) / 2
+_N_ASKS = 5  # draws of the sampler for one choice
 
 
 class InMemoryStudy:
@@ -40,7 +40,7 @@ class InMemoryStudy:
 
     def show(self, records: Sequence[Record], seed: int) -> None:
         """Makes ready for the next draw; a random one looks at no records."""
-        self.study.sampler = SAMPLERS[self.kind](seed)
+        self.study.sampler = _SAMPLERS[self.kind](seed)
         if self.kind != "random":
             ended = [record for record in records if record.finished]
             for record in records:
@@ -50,11 +50,11 @@ class InMemoryStudy:
         """What Optuna's sampler draws; each draw counts as a running trial to the next."""
         trials = []
         try:
-            for attempt in range(N_ASKS):
+            for attempt in range(_N_ASKS):
                 trials.append(self.study.ask(make_distributions(self.space)))
                 params = trials[-1].params
                 if n_sampled < N_SPREAD:
-                    params = {**params, **draw_spread_point(n_sampled + attempt, self.space, seed)}
+                    params = {**params, **_draw_spread_point(n_sampled + attempt, self.space, seed)}
                 yield self.space.make_choice_at(params)
         finally:
             for trial in trials:
@@ -72,7 +72,7 @@ class InMemoryStudy:
             storage.set_trial_state_values(trial_id, TrialState.FAIL)
         elif trial_id is not None and frozen is not None:
             if frozen.state == TrialState.COMPLETE:
-                storage.set_trial_system_attr(trial_id, GENERATION, self.n_mirrored // POPULATION)
+                storage.set_trial_system_attr(trial_id, GENERATION, self.n_mirrored // _POPULATION)
                 self.n_mirrored += 1
             for name, excess in frozen.system_attrs.items():
                 storage.set_trial_system_attr(trial_id, name, excess)
@@ -80,13 +80,13 @@ class InMemoryStudy:
         self.mirrored[record.number] = trial_id, record.state
 
 
-def make_nsga2(seed: int) -> optuna.samplers.BaseSampler:
+def _make_nsga2(seed: int) -> optuna.samplers.BaseSampler:
     """NSGA-II (Deb et al. 2002); what generation a trial belongs to is told by the mirror, in the order of
     their ends."""
-    return optuna.samplers.NSGAIISampler(population_size=POPULATION, seed=seed)
+    return optuna.samplers.NSGAIISampler(population_size=_POPULATION, seed=seed)
 
 
-def make_tpe(seed: int) -> optuna.samplers.BaseSampler:
+def _make_tpe(seed: int) -> optuna.samplers.BaseSampler:
     """Multivariate TPE with a constant liar for the trials still running (Watanabe 2023, arXiv
     2304.11127)."""
     with warnings.catch_warnings():
@@ -96,16 +96,16 @@ def make_tpe(seed: int) -> optuna.samplers.BaseSampler:
         )
 
 
-SAMPLERS = {
-    "auto": make_tpe,
-    "gp": make_tpe,
-    "tpe": make_tpe,
-    "nsga2": make_nsga2,
+_SAMPLERS = {
+    "auto": _make_tpe,
+    "gp": _make_tpe,
+    "tpe": _make_tpe,
+    "nsga2": _make_nsga2,
     "random": optuna.samplers.RandomSampler,
 }
 
 
-def draw_spread_point(i: int, space: SearchSpace, seed: int) -> dict[str, Any]:
+def _draw_spread_point(i: int, space: SearchSpace, seed: int) -> dict[str, Any]:
     """The i-th of the first choices: methods and ranks in turn, learning rates evenly over their range
     (golden-ratio steps), each group on with probability 3/4, since a mask of few groups rarely learns enough
     to be compared."""
@@ -120,7 +120,7 @@ def draw_spread_point(i: int, space: SearchSpace, seed: int) -> dict[str, Any]:
             point[name] = options[(len(options) // 2 + turn) % len(options)]
         else:
             point[name] = rng.choice(options)
-    return point | {"rate": (0.5 + turn * GOLDEN) % 1}
+    return point | {"rate": (0.5 + turn * _GOLDEN) % 1}
 
 
 def mirror_record(

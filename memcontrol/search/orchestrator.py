@@ -35,8 +35,8 @@ from memcontrol.study.place import StudyPlace
 from memcontrol.study.record import Record
 from memcontrol.study.store import Study, open_study
 
-CROWD = 4  # trials in flight for each choice that is drawn ahead: the more there are, the more end at once
-N_FAILURES = 3  # this many in a row mean that something other than the choices is wrong
+_CROWD = 4  # trials in flight for each choice that is drawn ahead: the more there are, the more end at once
+_N_FAILURES = 3  # this many in a row mean that something other than the choices is wrong
 
 
 def search_study(place: StudyPlace, executor: Executor, observer: Observer) -> Study:
@@ -58,7 +58,7 @@ def search_study(place: StudyPlace, executor: Executor, observer: Observer) -> S
         hold_study_lock(url, config.name) as lock,
     ):
         # What is wrong with the config is said before the images are read and anything is made.
-        check_place(place)
+        _check_place(place)
 
         # Images, base and space are checked in a worker, where their libraries are loaded anyway.
         jobs = JobQueue(executor, observer.heard)
@@ -82,27 +82,27 @@ def search_study(place: StudyPlace, executor: Executor, observer: Observer) -> S
 
         # Trials, then what is done again of the best of them.
         running = Search(place, study, jobs, observer, prepared.sizes)
-        with ending(observer):
+        with _ending(observer):
             running.run()
             confirm_front(study, running.runs, jobs)
             replicate_front(study, running.runs, jobs)
     return study
 
 
-def check_place(place: StudyPlace) -> None:
+def _check_place(place: StudyPlace) -> None:
     """Raises MemControlError: keys that differ from the study's own, an earlier study that is not there, runs
     of another config in the folder."""
     if place.is_searched():
         open_study(place.config, place.folder.path, place.file, create=True).close()
         return
-    read_earlier_front(place)
+    _read_earlier_front(place)
     space = load_space(place.config.space)
     for run in place.folder.list_runs():
         replace(read_spec(run.path), config=place.config, space=space).check_folder(run.path)
 
 
 @contextlib.contextmanager
-def ending(observer: Observer) -> Iterator[None]:
+def _ending(observer: Observer) -> Iterator[None]:
     """Tells that the search is over, where what was found can still be shown."""
     try:
         yield
@@ -121,7 +121,7 @@ def run_preparation(config: Config, folder: StudyFolder, jobs: JobQueue) -> Prep
     return end
 
 
-def read_earlier_front(place: StudyPlace) -> list[dict] | None:
+def _read_earlier_front(place: StudyPlace) -> list[dict] | None:
     """The front of the study that search.warm_start names, less its anchors that no space holds. Raises
     MemControlError."""
     name = place.config.search.warm_start
@@ -149,7 +149,7 @@ class RunningTrial:
     results: dict[Choice, dict] = field(default_factory=dict)
 
 
-def is_judged(record: Record) -> bool:
+def _is_judged(record: Record) -> bool:
     """Anchors are what others are compared with, and never stop."""
     return record.anchor is None and record.choice is not None
 
@@ -168,7 +168,7 @@ class Search:
         self.waiting: deque[tuple[int, Choice]] = deque()
         self.ahead = self.make_sampler(place)
         judged = {
-            record.number: self.runs.locate(record.chosen) for record in study.records() if is_judged(record)
+            record.number: self.runs.locate(record.chosen) for record in study.records() if _is_judged(record)
         }
         self.stops = EarlyStopper(self.config, study.objectives, judged)
         self.exhausted = self.flat = False
@@ -178,7 +178,7 @@ class Search:
     def make_sampler(self, place: StudyPlace) -> PrefetchedChoices:
         """One that begins with the front of an earlier study, where the config names one."""
         search, n_objectives = self.config.search, len(self.config.rewards.objectives)
-        stored = self.study.note("warm_start", lambda: read_earlier_front(place)) or []
+        stored = self.study.note("warm_start", lambda: _read_earlier_front(place)) or []
         first = [Choice.from_dict(choice) for choice in stored]
         sampler = Sampler(self.space, search.seed, n_objectives, self.study.limits, search.sampler, first)
         if n_lost := len(first) - len(sampler.first):
@@ -230,7 +230,7 @@ class Search:
         return bool(self.open)
 
     def draw_ahead(self) -> None:
-        n_wanted = min(self.n_left(), max(1, len(self.open) // CROWD))
+        n_wanted = min(self.n_left(), max(1, len(self.open) // _CROWD))
         with contextlib.suppress(SpaceExhausted):
             self.ahead.prepare(self.study.records(), n_wanted, self.config.search.workers > 1)
 
@@ -308,9 +308,10 @@ class Search:
             self.study.finish(number, [trial.results[candidate] for candidate in trial.candidates])
             del self.open[number]
             self.note_end(self.study.record(number))
-        if self.n_failures >= N_FAILURES:
+        if self.n_failures >= _N_FAILURES:
             raise TrialsKeepFailing(
-                f"{N_FAILURES} trials in a row failed for good, the last: {trial.results[choice]['reason']}; "
+                f"{_N_FAILURES} trials in a row failed for good, the last: "
+                f"{trial.results[choice]['reason']}; "
                 "mend what is behind it, and the same command goes on with further choices"
             )
 

@@ -62,11 +62,11 @@ def predict_search(
     """From one calibration of each worker, all made at the same time; `anchors` are those of the space."""
     n_runs = {name: len(choices) for name, choices in anchors.items()} | {"sampled": config.search.trials}
     costs = {kind: [cost for one in calibrations for cost in one.by_kind[kind]] for kind in n_runs}
-    n_batches = count_samples(config.rewards) / calibrations[0].batch_size
-    stretch = estimate_stretch(costs["none"], [one.two_batches for one in calibrations], n_batches)
+    n_batches = _count_samples(config.rewards) / calibrations[0].batch_size
+    stretch = _estimate_stretch(costs["none"], [one.two_batches for one in calibrations], n_batches)
     n_workers = len(calibrations)
     runs = {
-        kind: predict_run_seconds(found, config.inner.budget_steps, stretch) for kind, found in costs.items()
+        kind: _predict_run_seconds(found, config.inner.budget_steps, stretch) for kind, found in costs.items()
     }
     n_confirmed = expect_front_size(config.search.trials + len(anchors)) if config.rewards.confirm else 0
     confirming = (
@@ -79,34 +79,34 @@ def predict_search(
         runs=runs,
         n_runs=n_runs,
         memory_mib=max(one.peak_mib for one in calibrations),
-        disk_mib=predict_disk_bytes(calibrations[0].shared_bytes, costs, n_runs, n_batches) / 2**20,
-        checkpoints_mib=predict_checkpoint_bytes(costs, n_workers) / 2**20,
+        disk_mib=_predict_disk_bytes(calibrations[0].shared_bytes, costs, n_runs, n_batches) / 2**20,
+        checkpoints_mib=_predict_checkpoint_bytes(costs, n_workers) / 2**20,
         n_confirmed=n_confirmed,
         n_workers=n_workers,
         stops_early=config.search.early_stopping is not None,
     )
 
 
-def count_samples(rewards: RewardsConfig) -> int:
+def _count_samples(rewards: RewardsConfig) -> int:
     """How many images a trial makes."""
     attack = rewards.extraction
     return rewards.n_samples + (attack.prompts * attack.images if attack else 0)
 
 
-def estimate_stretch(one: Sequence[TrialCost], two: Sequence[TrialCost], n_batches: float) -> float:
+def _estimate_stretch(one: Sequence[TrialCost], two: Sequence[TrialCost], n_batches: float) -> float:
     """How many times as long it takes to sample and score n batches as one, from trials of one batch and of
     two: each further batch adds their difference."""
     once, twice = (statistics.mean(cost.after_seconds for cost in costs) for costs in (one, two))
     return (once + (n_batches - 1) * (twice - once)) / once
 
 
-def predict_run_seconds(costs: Sequence[TrialCost], n_steps: int, stretch: float) -> float:
+def _predict_run_seconds(costs: Sequence[TrialCost], n_steps: int, stretch: float) -> float:
     return statistics.mean(
         cost.setup_seconds + n_steps * cost.step_seconds + stretch * cost.after_seconds for cost in costs
     )
 
 
-def predict_disk_bytes(
+def _predict_disk_bytes(
     shared_bytes: int, costs: Mapping[str, Sequence[TrialCost]], n_runs: Mapping[str, int], n_batches: float
 ) -> float:
     """Of the study's folder at the end of the search."""
@@ -116,7 +116,7 @@ def predict_disk_bytes(
     )
 
 
-def predict_checkpoint_bytes(costs: Mapping[str, Sequence[TrialCost]], n_workers: int) -> float:
+def _predict_checkpoint_bytes(costs: Mapping[str, Sequence[TrialCost]], n_workers: int) -> float:
     """Where every worker trains the kind that has the largest."""
     return n_workers * max(statistics.mean(cost.rounds_bytes for cost in found) for found in costs.values())
 

@@ -24,9 +24,9 @@ from memcontrol.study.pareto import Limit
 from memcontrol.study.pick import select_front
 from memcontrol.study.record import Record
 
-N_GP = 250  # trials up to which a Gaussian process is fitted: its cost grows with the cube of their number
-N_TAKES = 9
-N_FLIPS, N_FLIPS_ALIKE = 1000, 50  # changes of choices on the front, where every other draw is known
+_N_GP = 250  # trials up to which a Gaussian process is fitted: its cost grows with the cube of their number
+_N_TAKES = 9
+_N_FLIPS, _N_FLIPS_ALIKE = 1000, 50  # changes of choices on the front, where every other draw is known
 
 
 class Sampler:
@@ -74,12 +74,12 @@ class Sampler:
             for choice in record.candidates:
                 known[frozenset(choice.groups)].append(choice)
         if self.first and (
-            new := next((choice for choice in self.first if not is_known(choice, known)), None)
+            new := next((choice for choice in self.first if not _is_known(choice, known)), None)
         ):
             return lambda: new
         n_sampled = sum(record.anchor is None for record in records)
         if self.kind == "gp" or (
-            self.kind == "auto" and self.n_objectives == 2 and len(records) <= N_GP and not hurried
+            self.kind == "auto" and self.n_objectives == 2 and len(records) <= _N_GP and not hurried
         ):
             training_set = (
                 gather_training_set(records, self.encoding, self.limits) if n_sampled >= N_SPREAD else None
@@ -89,14 +89,14 @@ class Sampler:
                     known,
                     itertools.chain(
                         propose_choices(training_set, self.encoding, seed),
-                        self.flip_choices(select_parents(records), seed),
+                        self.flip_choices(_select_parents(records), seed),
                     ),
                 )
         self.mirror.show(records, seed)
         return lambda: self.pick_new(
             known,
             itertools.chain(
-                self.mirror.ask_choices(n_sampled, seed), self.flip_choices(select_parents(records), seed)
+                self.mirror.ask_choices(n_sampled, seed), self.flip_choices(_select_parents(records), seed)
             ),
         )
 
@@ -105,10 +105,10 @@ class Sampler:
         # workers
         with threadpool_limits(1):
             for choice in choices:
-                if (choice.groups or self.space.always) and not is_known(choice, known):
+                if (choice.groups or self.space.always) and not _is_known(choice, known):
                     return choice
         raise SpaceExhausted(
-            f"space '{self.space.name}': {N_FLIPS} draws gave no choice that was not tried before; "
+            f"space '{self.space.name}': {_N_FLIPS} draws gave no choice that was not tried before; "
             "the space is exhausted"
         )
 
@@ -130,9 +130,9 @@ class Sampler:
         itself, it has come to such a place."""
         rng = random.Random(seed)
         options = {**self.space.list_coordinates(), "rate": ()}
-        for attempt in range(N_FLIPS if parents else 0):
+        for attempt in range(_N_FLIPS if parents else 0):
             point = self.space.find_point(rng.choice(parents))
-            for name in rng.sample(list(options), min(len(options), 1 + attempt // N_FLIPS_ALIKE)):
+            for name in rng.sample(list(options), min(len(options), 1 + attempt // _N_FLIPS_ALIKE)):
                 others = [option for option in options[name] if option != point[name]]
                 point[name] = rng.random() if name == "rate" else rng.choice(others or [point[name]])
             yield self.space.make_choice_at(point)
@@ -145,7 +145,7 @@ class PrefetchedChoices:
         self.sampler, self.pool = sampler, ThreadPoolExecutor(1, "sampler")
         self.ready: deque[Choice] = deque()
         self.drawing: Future[Choice] | None = None
-        self.takes: deque[tuple[float, float]] = deque(maxlen=N_TAKES)  # when, and how long it waited
+        self.takes: deque[tuple[float, float]] = deque(maxlen=_N_TAKES)  # when, and how long it waited
 
     def prepare(self, records: Sequence[Record], n_wanted: int, may_hurry: bool = True) -> None:
         """Begins a draw where fewer than `n_wanted` choices are ready; those that are count as running
@@ -162,7 +162,7 @@ class PrefetchedChoices:
 
     def is_late(self) -> bool:
         """Whether workers have spent more than a tenth of the time waiting for choices."""
-        return len(self.takes) == N_TAKES and sum(waited for _, waited in self.takes) > 0.1 * (
+        return len(self.takes) == _N_TAKES and sum(waited for _, waited in self.takes) > 0.1 * (
             self.takes[-1][0] - self.takes[0][0]
         )
 
@@ -187,11 +187,11 @@ class PrefetchedChoices:
         self.pool.shutdown(wait=False, cancel_futures=True)
 
 
-def is_known(choice: Choice, known: dict[frozenset[str], list[Choice]]) -> bool:
+def _is_known(choice: Choice, known: dict[frozenset[str], list[Choice]]) -> bool:
     return any(choice.is_same_as(other) for other in known.get(frozenset(choice.groups), ()))
 
 
-def select_parents(records: Sequence[Record]) -> list[Choice]:
+def _select_parents(records: Sequence[Record]) -> list[Choice]:
     """Choices on the front, among those that the space holds; before there is one, all of these."""
     own = [record for record in records if record.choice is not None and record.anchor not in OUTSIDE]
     front = select_front([record for record in own if record.finished])

@@ -29,8 +29,8 @@ from memcontrol.study.record import Record
 from memcontrol.study.replicates import average_fine_tunings, errors_by_luck, estimate_spread
 from memcontrol.study.store import compute_excesses
 
-N_RANDOM, N_CLIMBS, N_BEST = 300, 4, 8  # of the choices that the model looks at
-N_BEYOND = 3.0  # how far beyond the median a loss may lie, in distances of the best from it
+_N_RANDOM, _N_CLIMBS, _N_BEST = 300, 4, 8  # of the choices that the model looks at
+_N_BEYOND = 3.0  # how far beyond the median a loss may lie, in distances of the best from it
 N_SPREAD = 6  # sampled trials before anything is modelled
 OUTSIDE = ("none", "full")  # anchors that no point of the space stands for
 
@@ -65,28 +65,28 @@ def gather_training_set(
     excesses = np.array([list(compute_excesses(record.rewards, limits).values()) for record in ended])
     promises = [extrapolate_losses(record, ended) for record in stopped]
     return TrainingSet(
-        rows=encode_records(together, encoding),
+        rows=_encode_records(together, encoding),
         values=np.vstack(
-            [losses, *(promised for promised, _ in promises), repeat_row(losses.max(0), n_diverged)]
+            [losses, *(promised for promised, _ in promises), _repeat_row(losses.max(0), n_diverged)]
         ),
-        errors=np.vstack([errors, *(error for _, error in promises), repeat_row(errors.max(0), n_diverged)]),
+        errors=np.vstack([errors, *(error for _, error in promises), _repeat_row(errors.max(0), n_diverged)]),
         own_errors=errors_by_luck(together, estimate_spread(records)),
         excesses=np.vstack(
             [
                 excesses,
-                repeat_row(excesses.mean(0), len(stopped)),
-                repeat_row(excesses.max(0), n_diverged),
+                _repeat_row(excesses.mean(0), len(stopped)),
+                _repeat_row(excesses.max(0), n_diverged),
             ]
         ),
-        pending=encode_records(running, encoding),
+        pending=_encode_records(running, encoding),
     )
 
 
-def encode_records(records: Sequence[Record], encoding: SpaceEncoding) -> np.ndarray:
+def _encode_records(records: Sequence[Record], encoding: SpaceEncoding) -> np.ndarray:
     return np.array([encoding.row(record.chosen) for record in records])
 
 
-def repeat_row(row: np.ndarray, n: int) -> np.ndarray:
+def _repeat_row(row: np.ndarray, n: int) -> np.ndarray:
     """The row [K] n times: [n, K]."""
     return np.repeat(row[None], n, 0)
 
@@ -111,11 +111,11 @@ def winsorize(values: np.ndarray) -> np.ndarray:
     """Losses [N, 2], the worst of them cut: what is far from the front need not be known in its distance, and
     would leave little of the model's scale to what is near."""
     best, median = values.min(0), np.median(values, axis=0)
-    return np.minimum(values, median + N_BEYOND * (median - best))
+    return np.minimum(values, median + _N_BEYOND * (median - best))
 
 
 @dataclass(frozen=True)
-class Surrogate:
+class _Surrogate:
     """A process for each objective, and one for each limit that some trials keep and some exceed."""
 
     encoding: SpaceEncoding
@@ -143,7 +143,7 @@ class Surrogate:
         return expected_gain(means, sds, front, reference) * chance
 
 
-def fit_surrogate(known: TrainingSet, encoding: SpaceEncoding, pending: np.ndarray) -> Surrogate:
+def _fit_surrogate(known: TrainingSet, encoding: SpaceEncoding, pending: np.ndarray) -> _Surrogate:
     """`pending`: rows [P, coordinates + 1]."""
     X, awaited, none = encoding.seen(known.rows), encoding.seen(pending), np.zeros(len(known.rows))
     values, errors, own = winsorize(known.values), known.errors, known.own_errors
@@ -155,14 +155,14 @@ def fit_surrogate(known: TrainingSet, encoding: SpaceEncoding, pending: np.ndarr
         for column in known.excesses.T
         if np.ptp(column) > 0
     ]
-    return Surrogate(encoding, processes, guards)
+    return _Surrogate(encoding, processes, guards)
 
 
 def propose_choices(known: TrainingSet, encoding: SpaceEncoding, seed: int) -> Iterator[Choice]:
     """Choices by how much hypervolume they promise, those that should keep the limits: random ones and the
     neighbours of the front, then the neighbours of the best of these."""
     pending = known.pending.reshape(-1, len(encoding.names) + 1)
-    surrogate = fit_surrogate(known, encoding, pending)
+    surrogate = _fit_surrogate(known, encoding, pending)
     there = np.concatenate([known.rows, pending])  # [N + P, coordinates + 1]
     X = encoding.seen(there)
     means, allowed = surrogate.means(X), surrogate.allowed(X)
@@ -172,22 +172,22 @@ def propose_choices(known: TrainingSet, encoding: SpaceEncoding, seed: int) -> I
     def score(rows: np.ndarray) -> np.ndarray:
         return surrogate.score(rows, front, reference)
 
-    randoms = encoding.random(N_RANDOM, random.Random(seed))
+    randoms = encoding.random(_N_RANDOM, random.Random(seed))
     neighbours = [encoding.list_neighbours(row) for row in there[find_front(means)]]
-    rows, scores = climb(encoding.canonicalize(np.concatenate([randoms, *neighbours])), score, encoding)
+    rows, scores = _climb(encoding.canonicalize(np.concatenate([randoms, *neighbours])), score, encoding)
     for i in np.argsort(-scores, kind="stable"):
         yield encoding.choice(rows[i])
 
 
-def climb(
+def _climb(
     rows: np.ndarray, score: Callable[[np.ndarray], np.ndarray], encoding: SpaceEncoding
 ) -> tuple[np.ndarray, np.ndarray]:
     """The rows and, N_CLIMBS times, the neighbours of the best N_BEST that were not climbed from; with their
     scores."""
     scores = score(rows)
     climbed: set[bytes] = set()
-    for _ in range(N_CLIMBS):
-        best = rows[np.argsort(-scores, kind="stable")[:N_BEST]]
+    for _ in range(_N_CLIMBS):
+        best = rows[np.argsort(-scores, kind="stable")[:_N_BEST]]
         top = [row for row in best if row.tobytes() not in climbed]
         if not top:
             break

@@ -18,16 +18,16 @@ from memcontrol.core.errors import MemControlError
 
 PATIENCE_SECONDS = 600
 RETRY_SECONDS = 2.0
-N_EVICTIONS = 10
-NUMBERS = itertools.count(1)  # of locks in this process
-HOLDER_QUERY = """
+_N_EVICTIONS = 10
+_NUMBERS = itertools.count(1)  # of locks in this process
+_HOLDER_QUERY = """
 SELECT a.pid, a.application_name, coalesce(host(a.client_addr), 'local') AS address, a.backend_start
 FROM pg_locks l JOIN pg_stat_activity a USING (pid)
 WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 1
     AND (l.classid::bigint << 32) + l.objid::bigint = :key
 """
 # what libpq adds, and our cure answers
-ASKED = " Is the server running on that host and accepting TCP/IP connections?"
+_ASKED = " Is the server running on that host and accepting TCP/IP connections?"
 Result = TypeVar("Result")
 Tell = Callable[[str], None]
 
@@ -90,7 +90,7 @@ def hide_password(url: str) -> str:
     return re.sub(r"(://[^:/@]*):.*@", r"\1:***@", re.sub(r"(password=)[^&]*", r"\1***", url))
 
 
-CURES = {
+_CURES = {
     "password authentication failed": "check the user and the password",
     "no password supplied": "give the password in the URL, or in PGPASSWORD or ~/.pgpass",
     r"role .* does not exist": "create the role: storage/roles.sql does",
@@ -113,8 +113,8 @@ CURES = {
 
 def explain_open_error(url: str, error: Exception) -> MemControlError:
     """What went wrong in one line, and its cure."""
-    cause = find_database_error(error) or error
-    reason = " ".join(str(getattr(cause, "orig", None) or cause).split())[:300].removesuffix(ASKED)
+    cause = _find_database_error(error) or error
+    reason = " ".join(str(getattr(cause, "orig", None) or cause).split())[:300].removesuffix(_ASKED)
     if "Failed to import DB access module" in reason:
         reason = (
             f"the driver of {hide_password(url).partition(':')[0]} is not installed: No module "
@@ -126,13 +126,13 @@ def explain_open_error(url: str, error: Exception) -> MemControlError:
         password = make_url(url).password
         reason = reason.replace(str(password), "***") if password else reason
     cure = next(
-        (cure for pattern, cure in CURES.items() if re.search(pattern, reason)),
+        (cure for pattern, cure in _CURES.items() if re.search(pattern, reason)),
         "give for example sqlite:///study.db",
     )
     return MemControlError(f"storage {hide_password(url)} cannot be opened: {reason}; {cure}")
 
 
-def find_database_error(error: BaseException | None) -> BaseException | None:
+def _find_database_error(error: BaseException | None) -> BaseException | None:
     """SQLAlchemy's error behind another one, such as Optuna's."""
     from sqlalchemy.exc import SQLAlchemyError
 
@@ -141,12 +141,12 @@ def find_database_error(error: BaseException | None) -> BaseException | None:
     return error
 
 
-def is_away(error: BaseException, url: str) -> bool:
+def _is_away(error: BaseException, url: str) -> bool:
     """Whether it is the connection that failed, so that waiting may help; not a wrong statement, right or
     password."""
     import sqlalchemy.exc
 
-    cause = find_database_error(error)
+    cause = _find_database_error(error)
     if not isinstance(
         cause, (sqlalchemy.exc.OperationalError, sqlalchemy.exc.InterfaceError, sqlalchemy.exc.TimeoutError)
     ):
@@ -179,7 +179,7 @@ def retry_while_away(
                 say(f"the database is back after {time.monotonic() - away_since:.0f} s; the search goes on")
             return found
         except Exception as error:
-            if not is_away(error, url):
+            if not _is_away(error, url):
                 raise
             if away_since is None:
                 away_since = time.monotonic()
@@ -198,7 +198,7 @@ def retry_while_away(
                 time.sleep(0.1)
 
 
-def compute_lock_key(name: str) -> int:
+def _compute_lock_key(name: str) -> int:
     """Of the study's advisory lock."""
     return int.from_bytes(hashlib.sha256(f"memcontrol {name}".encode()).digest()[:8], signed=True)
 
@@ -211,7 +211,7 @@ def find_lock_holder(url: str, name: str) -> str | None:
     with create_engine(
         url, poolclass=NullPool, connect_args=make_connection_arguments()
     ).connect() as connection:
-        holder = connection.execute(text(HOLDER_QUERY), {"key": compute_lock_key(name)}).first()
+        holder = connection.execute(text(_HOLDER_QUERY), {"key": _compute_lock_key(name)}).first()
     return holder.application_name if holder else None
 
 
@@ -224,11 +224,11 @@ class StudyLock:
         from sqlalchemy.pool import NullPool
 
         self.url, self.name = url, name
-        self.label = f"{name_process()}, lock {next(NUMBERS)}"
+        self.label = f"{name_process()}, lock {next(_NUMBERS)}"
         self.engine = create_engine(
             url, poolclass=NullPool, connect_args=make_connection_arguments(name=self.label)
         )
-        self.key = compute_lock_key(name)
+        self.key = _compute_lock_key(name)
         self.connection: Any = None
 
     def take(self) -> None:
@@ -237,10 +237,10 @@ class StudyLock:
 
         self.drop()
         self.connection = self.engine.connect().execution_options(isolation_level="AUTOCOMMIT")
-        for _ in range(N_EVICTIONS):
+        for _ in range(_N_EVICTIONS):
             if self.connection.execute(text("SELECT pg_try_advisory_lock(:key)"), {"key": self.key}).scalar():
                 return
-            holder = self.connection.execute(text(HOLDER_QUERY), {"key": self.key}).first()
+            holder = self.connection.execute(text(_HOLDER_QUERY), {"key": self.key}).first()
             if holder is None or holder.application_name != self.label:
                 break
             # The server has not noticed yet that our own lost connection is gone.

@@ -12,10 +12,10 @@ from memcontrol.core.reward_table import list_errors, list_losses
 from memcontrol.study.pareto import find_front, hypervolume
 from memcontrol.study.record import Record
 
-N_REDRAWS = 200
-N_WALKS = 40  # redrawn searches, for the error at every trial
+_N_REDRAWS = 200
+_N_WALKS = 40  # redrawn searches, for the error at every trial
 N_PLACES = 200  # of a history
-MARGIN = 0.1
+_MARGIN = 0.1
 
 
 def find_reference_point(records: Sequence[Record]) -> list[float] | None:
@@ -26,10 +26,10 @@ def find_reference_point(records: Sequence[Record]) -> list[float] | None:
     losses = np.array([record.losses for record in anchors if record.finished])
     if len(losses) < 2 or any(record.state == "RUNNING" for record in anchors):
         return None
-    return [float(value) for value in losses.max(0) + MARGIN * np.ptp(losses, 0)]
+    return [float(value) for value in losses.max(0) + _MARGIN * np.ptp(losses, 0)]
 
 
-def collect_measured(records: Sequence[Record]) -> tuple[np.ndarray, np.ndarray]:
+def _collect_measured(records: Sequence[Record]) -> tuple[np.ndarray, np.ndarray]:
     """What the search measured (not what was measured again, which only the front is): losses, and their
     standard errors, [N, M] both."""
     losses = [list_losses(record.searched, record.objectives) for record in records]
@@ -40,10 +40,10 @@ def collect_measured(records: Sequence[Record]) -> tuple[np.ndarray, np.ndarray]
 def estimate_hypervolume(records: Sequence[Record], reference: Sequence[float], seed: int = 0) -> Estimate:
     """The hypervolume of what the search measured, with its standard error by redrawing every value from its
     own error."""
-    losses, errors = collect_measured([record for record in records if record.finished])
+    losses, errors = _collect_measured([record for record in records if record.finished])
     rng, draws = np.random.default_rng(seed), [0.0]
     if errors.any():
-        draws = [hypervolume(rng.normal(losses, errors), reference) for _ in range(N_REDRAWS)]
+        draws = [hypervolume(rng.normal(losses, errors), reference) for _ in range(_N_REDRAWS)]
     return Estimate(hypervolume(losses, reference), float(np.std(draws)))
 
 
@@ -52,21 +52,21 @@ def trace_hypervolume(
 ) -> dict[int, Estimate]:
     """The hypervolume by the number of trials that had ended well, in the order of their ends, with its
     standard error: after each of them, or after some N_PLACES numbers of them where there are more."""
-    losses, errors = collect_measured(sort_by_end(record for record in records if record.finished))
+    losses, errors = _collect_measured(_sort_by_end(record for record in records if record.finished))
     n, rng = len(losses), np.random.default_rng(seed)
     places = np.unique(np.linspace(1, n, min(n, N_PLACES), dtype=int)).tolist()
-    volumes = accumulate_volumes(losses, places, reference)
-    walks = [accumulate_volumes(rng.normal(losses, errors), places, reference) for _ in range(N_WALKS)]
+    volumes = _accumulate_volumes(losses, places, reference)
+    walks = [_accumulate_volumes(rng.normal(losses, errors), places, reference) for _ in range(_N_WALKS)]
     sds = [float(np.std(by_walk)) for by_walk in zip(*walks)]
     return {place: Estimate(volume, sd) for place, volume, sd in zip(places, volumes, sds)}
 
 
-def sort_by_end(records: Iterable[Record]) -> list[Record]:
+def _sort_by_end(records: Iterable[Record]) -> list[Record]:
     """In the order of their ends."""
     return sorted(records, key=lambda record: (record.ended, record.number))
 
 
-def accumulate_volumes(losses: np.ndarray, places: Sequence[int], reference: Sequence[float]) -> list[float]:
+def _accumulate_volumes(losses: np.ndarray, places: Sequence[int], reference: Sequence[float]) -> list[float]:
     """The hypervolume of the first points, by how many."""
     front, volumes = losses[:0], []
     for first, last in zip([0, *places], places):
@@ -79,7 +79,7 @@ def accumulate_volumes(losses: np.ndarray, places: Sequence[int], reference: Seq
 def is_flat(records: Sequence[Record], reference: Sequence[float], n: int) -> bool:
     """Whether the last n sampled trials to end have raised the hypervolume by no more than its noise."""
     sampled = [record for record in records if record.anchor is None]
-    ended = sort_by_end(record for record in sampled if record.state in ("COMPLETE", "PRUNED"))
+    ended = _sort_by_end(record for record in sampled if record.state in ("COMPLETE", "PRUNED"))
     if len(ended) < n:
         return False
     last = {record.number for record in ended[-n:]}

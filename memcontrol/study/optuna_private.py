@@ -83,12 +83,12 @@ class Notes:
     def read(self, trial_id: int | None) -> str:
         from optuna_dashboard import get_note
 
-        return get_note(NoteOwner(self.study, self, trial_id))
+        return get_note(_NoteOwner(self.study, self, trial_id))
 
     def save(self, trial_id: int | None, text: str) -> None:
         from optuna_dashboard import save_note
 
-        save_note(NoteOwner(self.study, self, trial_id), text)
+        save_note(_NoteOwner(self.study, self, trial_id), text)
 
     def get_study_system_attrs(self, study_id: int) -> dict[str, Any]:
         return self.attributes
@@ -99,7 +99,7 @@ class Notes:
 
 
 @dataclass(frozen=True)
-class NoteOwner:
+class _NoteOwner:
     """What the library's notes ask of a trial, and no more: a real optuna.Trial would ask the sampler for
     parameters. Without an id it stands for the study."""
 

@@ -13,8 +13,8 @@ from memcontrol.study.pareto import Limit, find_front, find_knee, parse_limit
 from memcontrol.study.record import Record
 from memcontrol.study.store import Study
 
-TOLERANCE = 0.05
-RULES = ("knee", "quality", "memorization")
+_TOLERANCE = 0.05
+_RULES = ("knee", "quality", "memorization")
 
 
 def require_finished(records: Sequence[Record]) -> list[Record]:
@@ -49,10 +49,12 @@ def select_ties(records: Sequence[Record]) -> list[Record]:
     losses = np.array([record.losses for record in records])
     errors = np.array([record.errors for record in records])
     best = set(find_front(losses))
-    return [record for i, record in enumerate(records) if (i in best) == is_clearly_beaten(losses, errors, i)]
+    return [
+        record for i, record in enumerate(records) if (i in best) == _is_clearly_beaten(losses, errors, i)
+    ]
 
 
-def is_clearly_beaten(losses: np.ndarray, errors: np.ndarray, i: int) -> bool:
+def _is_clearly_beaten(losses: np.ndarray, errors: np.ndarray, i: int) -> bool:
     """Whether of all trials [N, M] one is better than the i-th in some objective by more than two standard
     errors of the difference, and worse in none by as much."""
     beyond, gains = 2 * np.hypot(errors, errors[i]), losses[i] - losses  # [N, M] both
@@ -93,7 +95,7 @@ def choose_trial(
     if not allowed:
         raise MemControlError(
             f"no finished trial keeps {' and '.join(limits)}; the best reached: "
-            f"{describe_reached(complete, parsed)}"
+            f"{_describe_reached(complete, parsed)}"
             if limits
             else "of this study only the untrained base has finished; let the search run on"
         )
@@ -105,15 +107,15 @@ def choose_trial(
     if rule == "memorization":
         return min(points, key=lambda record: record.losses[::-1])
     if rule != "knee":
-        raise MemControlError(f"rule '{rule}' is unknown; allowed: {', '.join(RULES)}")
+        raise MemControlError(f"rule '{rule}' is unknown; allowed: {', '.join(_RULES)}")
     full = next((record.losses for record in complete if record.anchor == "full"), None)
     if full:
-        points = [record for record in points if is_nearly_as_good(record, full)] or points
-    points = [record for record in points if is_not_copying(record)] or points
+        points = [record for record in points if _is_nearly_as_good(record, full)] or points
+    points = [record for record in points if _is_not_copying(record)] or points
     return points[find_knee([record.losses for record in points], full)]
 
 
-def describe_reached(records: Sequence[Record], limits: Sequence[Limit]) -> str:
+def _describe_reached(records: Sequence[Record], limits: Sequence[Limit]) -> str:
     """The best of each limited reward: "fid 18.4, recall 0.49"."""
     best = {}
     for limit in limits:
@@ -122,12 +124,12 @@ def describe_reached(records: Sequence[Record], limits: Sequence[Limit]) -> str:
     return ", ".join(f"{name} {value:.4g}" for name, value in best.items())
 
 
-def is_nearly_as_good(record: Record, full: Sequence[float]) -> bool:
+def _is_nearly_as_good(record: Record, full: Sequence[float]) -> bool:
     """Whether its first loss is at most TOLERANCE worse than that of full fine-tuning."""
-    return record.losses[0] <= full[0] + TOLERANCE * abs(full[0])
+    return record.losses[0] <= full[0] + _TOLERANCE * abs(full[0])
 
 
-def is_not_copying(record: Record) -> bool:
+def _is_not_copying(record: Record) -> bool:
     """Whether the interval of its copy rate reaches what is expected without copying."""
     low = Rewards(record.rewards).low("copy_rate")
     return low is None or low <= record.rewards.get("copy_rate_line", 0.0)

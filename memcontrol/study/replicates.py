@@ -21,7 +21,7 @@ def select_to_replicate(records: Sequence[Record], n: int) -> list[Record]:
     return [record for record in trained if record.number in best and len(record.replicates) < n]
 
 
-def collect_losses(record: Record) -> np.ndarray:
+def _collect_losses(record: Record) -> np.ndarray:
     """The losses of a finished trial's fine-tunings [1 + replicates, objectives], as the search measured
     them."""
     fine_tunings = (record.searched, *record.replicates)
@@ -31,7 +31,7 @@ def collect_losses(record: Record) -> np.ndarray:
 def estimate_spread(records: Sequence[Record]) -> np.ndarray | None:
     """The standard deviation [objectives] between fine-tunings of the same choice, pooled over all that were
     fine-tuned again. The noise of drawing samples is in it. None where none was."""
-    again = [collect_losses(record) for record in records if record.finished and record.replicates]
+    again = [_collect_losses(record) for record in records if record.finished and record.replicates]
     if not again:
         return None
     squares = sum(len(losses) * losses.var(0) for losses in again)  # [objectives]
@@ -41,7 +41,7 @@ def estimate_spread(records: Sequence[Record]) -> np.ndarray | None:
 
 def average_fine_tunings(record: Record) -> np.ndarray:
     """A finished trial's losses [objectives]: the mean over its fine-tunings, where there are several."""
-    return collect_losses(record).mean(0) if record.replicates else np.array(record.losses)
+    return _collect_losses(record).mean(0) if record.replicates else np.array(record.losses)
 
 
 def errors_by_luck(records: Sequence[Record], spread: np.ndarray | None) -> np.ndarray:

@@ -14,7 +14,7 @@ from memcontrol.core.config import Config
 from memcontrol.core.run_folder import RunFolder, StudyFolder
 from memcontrol.study.record import Record
 
-QUIET_SECONDS = 120  # without a word for so long, a run is said to be silent
+_QUIET_SECONDS = 120  # without a word for so long, a run is said to be silent
 
 
 def list_runs(record: Record, folder: Path) -> list[dict[str, Any]]:
@@ -62,7 +62,7 @@ def describe_run(run: dict[str, Any], is_here: bool = True) -> str:
     silent = (
         datetime.now(UTC) - datetime.fromisoformat((progress or {}).get("at") or run["started"])
     ).total_seconds()
-    return text + (f", silent for {silent / 60:.0f} minutes" if silent > QUIET_SECONDS else "")
+    return text + (f", silent for {silent / 60:.0f} minutes" if silent > _QUIET_SECONDS else "")
 
 
 def estimate_pace(records: Sequence[Record], config: Config) -> dict[str, float]:

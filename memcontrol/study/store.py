@@ -46,9 +46,9 @@ from memcontrol.study.pareto import Limit, find_knee
 from memcontrol.study.record import Record, add_result, format_time
 
 Returned = TypeVar("Returned")
-CONFIRMED_KEY, REPLICATES_KEY = "confirmed:", "replicates:"  # and the trial's number
+_CONFIRMED_KEY, _REPLICATES_KEY = "confirmed:", "replicates:"  # and the trial's number
 # before the names of our attributes: system attributes, since dashboards print user attributes whole
-OWN = "memcontrol:"
+_OWN = "memcontrol:"
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 logging.getLogger("alembic").setLevel(logging.ERROR)
 
@@ -107,17 +107,17 @@ class Study:
         close_storage(self.storage)
 
     def read(self) -> None:
-        self.attributes = select_own(read_attributes(self.inner))
+        self.attributes = _select_own(read_attributes(self.inner))
         for trial in self.inner.get_trials(deepcopy=False):
             self.keep(trial, get_trial_id(trial))
 
     def keep(self, trial: optuna.trial.FrozenTrial, trial_id: int) -> None:
         self.ids[trial.number] = trial_id
         confirmed, replicates = (
-            self.attributes.get(f"{name}{trial.number}", ()) for name in (CONFIRMED_KEY, REPLICATES_KEY)
+            self.attributes.get(f"{name}{trial.number}", ()) for name in (_CONFIRMED_KEY, _REPLICATES_KEY)
         )
         self.kept[trial.number] = replace(
-            make_record(trial, self.objectives),
+            _make_record(trial, self.objectives),
             confirmed=dict(confirmed),
             replicates=tuple(replicates),
             folder=self.folder,
@@ -133,12 +133,12 @@ class Study:
     def confirm(self, number: int, rewards: dict[str, float]) -> None:
         """Records what a trial's fresh draws gave. Beside the trial: Optuna's finished trials are never
         changed."""
-        self.write(f"{CONFIRMED_KEY}{number}", rewards)
+        self.write(f"{_CONFIRMED_KEY}{number}", rewards)
         self.kept[number] = replace(self.kept[number], confirmed=rewards)
 
     def replicate(self, number: int, rewards: Sequence[dict[str, float]]) -> None:
         """Records what further fine-tunings of a trial's choice gave."""
-        self.write(f"{REPLICATES_KEY}{number}", list(rewards))
+        self.write(f"{_REPLICATES_KEY}{number}", list(rewards))
         self.kept[number] = replace(self.kept[number], replicates=tuple(rewards))
 
     def note(self, name: str, make: Callable[[], Any]) -> Any:
@@ -148,20 +148,20 @@ class Study:
         return self.attributes.get(name)
 
     def write(self, name: str, value: Any) -> None:
-        self.patiently(lambda: write_attribute(self.inner, f"{OWN}{name}", value))
+        self.patiently(lambda: write_attribute(self.inner, f"{_OWN}{name}", value))
         self.attributes[name] = value
 
     def begin(self, candidates: Sequence[Choice], space: SearchSpace, anchor: str | None = None) -> int:
         """Records a running trial, complete in one transaction: a crash leaves all of it or nothing. Returns
         its number."""
-        params = make_readable_params(candidates[0], space) if anchor is None else {}
+        params = _make_readable_params(candidates[0], space) if anchor is None else {}
         wanted = [choice.as_dict() for choice in candidates]
         frozen = create_trial(
             state=TrialState.RUNNING,
             params=params,
-            distributions=make_readable_distributions(params, space),
+            distributions=_make_readable_distributions(params, space),
             user_attrs={"anchor": anchor} if anchor else {},
-            system_attrs={f"{OWN}candidates": wanted},
+            system_attrs={f"{_OWN}candidates": wanted},
         )
         tried = False
 
@@ -183,7 +183,7 @@ class Study:
         """The running trial of these candidates, which no other ever has."""
         trials = self.inner.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         return next(
-            (trial for trial in trials if trial.system_attrs.get(f"{OWN}candidates") == candidates), None
+            (trial for trial in trials if trial.system_attrs.get(f"{_OWN}candidates") == candidates), None
         )
 
     def finish(self, number: int, results: Sequence[dict]) -> None:
@@ -221,7 +221,7 @@ class Study:
             if self.lock:
                 self.lock.check()
             for key, value in told.items():
-                self.storage.set_trial_system_attr(trial_id, f"{OWN}{key}", value)
+                self.storage.set_trial_system_attr(trial_id, f"{_OWN}{key}", value)
             for name, excess in compute_excesses(best.get("rewards", {}), self.limits).items():
                 self.storage.set_trial_system_attr(trial_id, name_constraint(name), excess)
             run = StudyFolder(self.folder).run(Choice.from_dict(best["choice"]))
@@ -286,14 +286,14 @@ def open_study(
     is away. Raises MemControlError."""
     known, url = is_searched(config, folder, study_file), resolve_storage_url(config, folder, study_file)
     if not known and not create:
-        raise explain_no_study(config, study_file, folder)
-    storage = open_storage(url)
+        raise _explain_no_study(config, study_file, folder)
+    storage = _open_storage(url)
     if known:
         inner = optuna.load_study(study_name=config.name, storage=storage)
         try:
             return Study(
                 inner,
-                check_config_agrees(inner, config) if create else read_stored_config(inner),
+                _check_config_agrees(inner, config) if create else _read_stored_config(inner),
                 folder,
                 url,
                 say,
@@ -311,7 +311,7 @@ def open_study(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         inner.set_metric_names(objectives)
-    write_attribute(inner, f"{OWN}config", config.model_dump_json())
+    write_attribute(inner, f"{_OWN}config", config.model_dump_json())
     return Study(inner, config, folder, url, say, lock)
 
 
@@ -321,14 +321,14 @@ def is_searched(config: Config, folder: Path, study_file: Path) -> bool:
     absent = url.startswith("sqlite:///") and not Path(url.removeprefix("sqlite:///")).is_file()
     if absent:
         return False
-    storage = open_storage(url)
+    storage = _open_storage(url)
     try:
         return config.name in optuna.get_all_study_names(storage)
     finally:
         close_storage(storage)
 
 
-def open_storage(url: str) -> optuna.storages.RDBStorage:
+def _open_storage(url: str) -> optuna.storages.RDBStorage:
     import sqlalchemy.exc
 
     try:
@@ -346,7 +346,7 @@ def open_storage(url: str) -> optuna.storages.RDBStorage:
         raise explain_open_error(url, error) from None
 
 
-def explain_no_study(config: Config, study_file: Path, folder: Path) -> MemControlError:
+def _explain_no_study(config: Config, study_file: Path, folder: Path) -> MemControlError:
     if config.storage:
         return MemControlError(
             f"storage {hide_password(config.storage)} holds no study '{config.name}'; name the "
@@ -358,8 +358,8 @@ def explain_no_study(config: Config, study_file: Path, folder: Path) -> MemContr
     )
 
 
-def read_stored_config(inner: optuna.Study) -> Config:
-    stored = read_attributes(inner).get(f"{OWN}config")
+def _read_stored_config(inner: optuna.Study) -> Config:
+    stored = read_attributes(inner).get(f"{_OWN}config")
     if stored is None:
         raise MemControlError(
             f"study '{inner.study_name}' in this storage was not made by memcontrol; choose another name"
@@ -367,8 +367,8 @@ def read_stored_config(inner: optuna.Study) -> Config:
     return load_config(json.loads(stored))
 
 
-def check_config_agrees(inner: optuna.Study, config: Config) -> Config:
-    differing = find_differing_keys(read_stored_config(inner), config)
+def _check_config_agrees(inner: optuna.Study, config: Config) -> Config:
+    differing = find_differing_keys(_read_stored_config(inner), config)
     if differing:
         raise MemControlError(
             f"study '{config.name}' was begun with another config: {'; '.join(differing)}; restore "
@@ -377,13 +377,13 @@ def check_config_agrees(inner: optuna.Study, config: Config) -> Config:
     return config
 
 
-def select_own(attributes: Mapping[str, Any]) -> dict[str, Any]:
+def _select_own(attributes: Mapping[str, Any]) -> dict[str, Any]:
     """Ours among Optuna's system attributes."""
-    return {name.removeprefix(OWN): value for name, value in attributes.items() if name.startswith(OWN)}
+    return {name.removeprefix(_OWN): value for name, value in attributes.items() if name.startswith(_OWN)}
 
 
-def make_record(trial: optuna.trial.FrozenTrial, objectives: dict[str, str]) -> Record:
-    attributes = select_own(trial.system_attrs)
+def _make_record(trial: optuna.trial.FrozenTrial, objectives: dict[str, str]) -> Record:
+    attributes = _select_own(trial.system_attrs)
     candidates = tuple(Choice.from_dict(values) for values in attributes.get("candidates", ()))
     result = attributes.get("result", {})
     if not result and trial.state == TrialState.COMPLETE:
@@ -404,7 +404,7 @@ def make_record(trial: optuna.trial.FrozenTrial, objectives: dict[str, str]) -> 
     )
 
 
-def make_readable_params(choice: Choice, space: SearchSpace) -> dict[str, Any]:
+def _make_readable_params(choice: Choice, space: SearchSpace) -> dict[str, Any]:
     """The choice as the dashboard shows it: which groups are on, how they are trained, and the learning
     rate."""
     point = space.find_point(choice)
@@ -414,7 +414,7 @@ def make_readable_params(choice: Choice, space: SearchSpace) -> dict[str, Any]:
     return point | {"learning_rate": choice.learning_rate}
 
 
-def make_readable_distributions(params: dict[str, Any], space: SearchSpace) -> dict[str, BaseDistribution]:
+def _make_readable_distributions(params: dict[str, Any], space: SearchSpace) -> dict[str, BaseDistribution]:
     lows, highs = zip(*space.learning_rate.values())
     found = make_distributions(space) | {"learning_rate": FloatDistribution(min(lows), max(highs), log=True)}
     return {name: found[name] for name in params}

@@ -8,11 +8,11 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-N_OPERATIONS = 2
-FULL = 30.0  # the scale of magnitudes: 30 is the strongest
+_N_OPERATIONS = 2
+_FULL = 30.0  # the scale of magnitudes: 30 is the strongest
 
 
-def warp_image(image: Image.Image, matrix: tuple[float, ...]) -> Image.Image:
+def _warp_image(image: Image.Image, matrix: tuple[float, ...]) -> Image.Image:
     """Affine, about the centre; what comes in from outside has the colour of the image's own border."""
     pixels = np.asarray(image)
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
@@ -25,13 +25,13 @@ def warp_image(image: Image.Image, matrix: tuple[float, ...]) -> Image.Image:
     )
 
 
-def rotate_image(image: Image.Image, strength: float) -> Image.Image:
+def _rotate_image(image: Image.Image, strength: float) -> Image.Image:
     angle = np.deg2rad(30 * strength)
     cos, sin = float(np.cos(angle)), float(np.sin(angle))
-    return warp_image(image, (cos, -sin, 0, sin, cos, 0))
+    return _warp_image(image, (cos, -sin, 0, sin, cos, 0))
 
 
-def make_enhancer(kind: type) -> Callable[[Image.Image, float], Image.Image]:
+def _make_enhancer(kind: type) -> Callable[[Image.Image, float], Image.Image]:
     return lambda image, strength: kind(image).enhance(1 + 0.9 * strength)
 
 
@@ -39,15 +39,15 @@ def make_enhancer(kind: type) -> Callable[[Image.Image, float], Image.Image]:
 # image as it is.
 OPERATIONS: tuple[Callable[[Image.Image, float], Image.Image], ...] = (
     lambda image, strength: image,
-    lambda image, strength: warp_image(image, (1, 0.3 * strength, 0, 0, 1, 0)),
-    lambda image, strength: warp_image(image, (1, 0, 0, 0.3 * strength, 1, 0)),
-    lambda image, strength: warp_image(image, (1, 0, 0.45 * strength * image.width, 0, 1, 0)),
-    lambda image, strength: warp_image(image, (1, 0, 0, 0, 1, 0.45 * strength * image.height)),
-    rotate_image,
-    make_enhancer(ImageEnhance.Brightness),
-    make_enhancer(ImageEnhance.Color),
-    make_enhancer(ImageEnhance.Contrast),
-    make_enhancer(ImageEnhance.Sharpness),
+    lambda image, strength: _warp_image(image, (1, 0.3 * strength, 0, 0, 1, 0)),
+    lambda image, strength: _warp_image(image, (1, 0, 0, 0.3 * strength, 1, 0)),
+    lambda image, strength: _warp_image(image, (1, 0, 0.45 * strength * image.width, 0, 1, 0)),
+    lambda image, strength: _warp_image(image, (1, 0, 0, 0, 1, 0.45 * strength * image.height)),
+    _rotate_image,
+    _make_enhancer(ImageEnhance.Brightness),
+    _make_enhancer(ImageEnhance.Color),
+    _make_enhancer(ImageEnhance.Contrast),
+    _make_enhancer(ImageEnhance.Sharpness),
     lambda image, strength: ImageOps.posterize(image, 8 - round(4 * abs(strength))),
     lambda image, strength: ImageOps.solarize(image, 256 - round(256 * abs(strength))),
     lambda image, strength: Image.blend(image, ImageOps.autocontrast(image), abs(strength)),
@@ -57,8 +57,8 @@ OPERATIONS: tuple[Callable[[Image.Image, float], Image.Image], ...] = (
 
 def augment_images(pixels: np.ndarray, magnitude: float, seed: int) -> np.ndarray:
     """uint8 [B, 3, H, W], each image through two random operations at a magnitude of 0 (none) to 30."""
-    draw, strength = random.Random(seed), min(magnitude / FULL, 1.0)
+    draw, strength = random.Random(seed), min(magnitude / _FULL, 1.0)
     images = [Image.fromarray(image) for image in pixels.transpose(0, 2, 3, 1)]
-    for _ in range(N_OPERATIONS):
+    for _ in range(_N_OPERATIONS):
         images = [draw.choice(OPERATIONS)(image, draw.choice((-1, 1)) * strength) for image in images]
     return np.stack([np.asarray(image) for image in images]).transpose(0, 3, 1, 2)

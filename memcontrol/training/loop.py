@@ -42,7 +42,7 @@ from memcontrol.training.mitigations import (
 )
 from memcontrol.training.shard import Material, Shard
 
-OPTIMIZERS: dict[str, Callable] = {
+_OPTIMIZERS: dict[str, Callable] = {
     "adamw": lambda groups, decay: torch.optim.AdamW(groups, weight_decay=decay, fused=True),
     "adam": lambda groups, decay: torch.optim.Adam(groups, weight_decay=decay, fused=True),
     "nadam": lambda groups, decay: torch.optim.NAdam(groups, weight_decay=decay, decoupled_weight_decay=True),
@@ -50,8 +50,8 @@ OPTIMIZERS: dict[str, Callable] = {
     "adafactor": lambda groups, decay: torch.optim.Adafactor(groups, weight_decay=decay),
     "sgd": lambda groups, decay: torch.optim.SGD(groups, weight_decay=decay, momentum=0.9),
 }
-FUSED = ("adamw", "adam")
-SCREENINGS = 8  # batches that augmentation by rule `kept` may score for one step
+_FUSED = ("adamw", "adam")
+_SCREENINGS = 8  # batches that augmentation by rule `kept` may score for one step
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Loop:
         self.inner, self.shard, self.seed = inner, shard, seed
         self.trained = adapter.trained()
         self.parameters: list[Tensor] = list(self.trained.values())
-        self.optimizer = OPTIMIZERS[inner.optimizer](adapter.groups(), inner.weight_decay)
+        self.optimizer = _OPTIMIZERS[inner.optimizer](adapter.groups(), inner.weight_decay)
         self.scaler = torch.amp.GradScaler(base.device.type, enabled=inner.precision == "float16")
         self.shadows = [parameter.detach().clone() for parameter in self.parameters] if inner.ema else []
         edits = inner.captions.any and bool(material.data.text)
@@ -114,7 +114,7 @@ class Loop:
         rule = self.inner.augmentation
         if rule is None:
             return 0
-        for _ in range(max(self.n_draws, SCREENINGS) if rule.rule == "kept" else 0):
+        for _ in range(max(self.n_draws, _SCREENINGS) if rule.rule == "kept" else 0):
             if not self.is_queue_full():
                 self.screen(self.draw(), losses)
         if not self.is_queue_full():
@@ -196,7 +196,7 @@ class Loop:
         """Adds the gradients of the images that are kept, `room` at the most, each by 1 / batch_size. How
         many were kept."""
         seen, n_kept = [], 0
-        for rows in iterate_slices(len(batch.rows), self.inner.micro_batch_size):
+        for rows in _iterate_slices(len(batch.rows), self.inner.micro_batch_size):
             noised, text = batch.part(rows)
             with self.autocast():
                 loss, predicted = self.base.denoise(noised, text)
@@ -219,7 +219,7 @@ class Loop:
     def screen(self, batch: Batch, losses: list[float]) -> None:
         """Scores a batch without gradients and queues what is not skipped."""
         seen = []
-        for rows in iterate_slices(len(batch.rows), self.inner.micro_batch_size):
+        for rows in _iterate_slices(len(batch.rows), self.inner.micro_batch_size):
             noised, text = batch.part(rows)
             with self.autocast():
                 loss, predicted = self.base.denoise(noised, text)
@@ -330,7 +330,7 @@ class Loop:
             name, kind = key.rsplit(" ", 1)
             parameter = self.trained[name]
             # unfused optimizers keep their counters on the CPU
-            on_device = value.ndim or self.inner.optimizer in FUSED
+            on_device = value.ndim or self.inner.optimizer in _FUSED
             self.optimizer.state[parameter][kind] = value.to(parameter.device) if on_device else value.clone()
 
     def load_shadows(self, state: dict[str, Tensor]) -> None:
@@ -338,7 +338,7 @@ class Loop:
             shadow.copy_(state[name])
 
 
-def iterate_slices(n: int, size: int | None) -> Iterator[slice]:
+def _iterate_slices(n: int, size: int | None) -> Iterator[slice]:
     for start in range(0, n, size or n):
         yield slice(start, start + (size or n))
 

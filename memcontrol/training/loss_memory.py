@@ -10,7 +10,7 @@ from torch import Tensor
 
 from memcontrol.core.config import SkipConfig
 
-N_TIMESTEPS = 1000
+_N_TIMESTEPS = 1000
 
 
 @dataclass
@@ -30,7 +30,7 @@ class LossMemory:
         return cls(rule, *torch.zeros(2, rule.bins, dtype=torch.float64, device=device))
 
     def place(self, timesteps: Tensor) -> Tensor:
-        return timesteps * self.rule.bins // N_TIMESTEPS
+        return timesteps * self.rule.bins // _N_TIMESTEPS
 
     def usual(self, timesteps: Tensor) -> Tensor:
         """The memory at timesteps [B], 0 where nothing is known. Published as it is; corrected for its start

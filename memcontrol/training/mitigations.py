@@ -21,21 +21,21 @@ def edit_captions(
     """The captions with the rule's edits, each drawn by its probability (Somepalli et al. 2023, arXiv
     2305.20086, section 5)."""
     draw = random.Random(seed)
-    return [edit_caption(caption, rule, words, draw) for caption in captions]
+    return [_edit_caption(caption, rule, words, draw) for caption in captions]
 
 
-def edit_caption(caption: str, rule: CaptionsConfig, words: Sequence[str], draw: random.Random) -> str:
+def _edit_caption(caption: str, rule: CaptionsConfig, words: Sequence[str], draw: random.Random) -> str:
     replace, repeat, add = (
         draw.random() < share for share in (rule.replace, rule.repeat_word, rule.add_words)
     )
     if replace:
         return " ".join(draw.choices(words, k=rule.n_words))
     if repeat and caption.split():
-        caption = insert_words(caption, [draw.choice(caption.split())], draw)
-    return insert_words(caption, draw.choices(words, k=rule.n_words), draw) if add else caption
+        caption = _insert_words(caption, [draw.choice(caption.split())], draw)
+    return _insert_words(caption, draw.choices(words, k=rule.n_words), draw) if add else caption
 
 
-def insert_words(caption: str, words: Sequence[str], draw: random.Random) -> str:
+def _insert_words(caption: str, words: Sequence[str], draw: random.Random) -> str:
     """The caption with each word at a random place."""
     parts = caption.split()
     for word in words:

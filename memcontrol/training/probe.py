@@ -18,7 +18,7 @@ N_PROBE_IMAGES, N_PROBE_DRAWS = 32, 4
 
 
 @torch.no_grad()
-def probe_losses(
+def _probe_losses(
     base: Base, data: Encoded, seed: int, norms: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Losses, and norms of what a caption changes in the prediction (Wen et al. 2024, arXiv 2407.21720), of
@@ -44,11 +44,11 @@ def probe_losses(
 
 def measure_loss_gap(base: Base, train: Encoded, holdout: Encoded, seed: int) -> float:
     """(held-out loss - training loss) / held-out loss: 0 without memorization, towards 1 with it."""
-    known, held = (float(probe_losses(base, data, seed)[0].mean()) for data in (train, holdout))
+    known, held = (float(_probe_losses(base, data, seed)[0].mean()) for data in (train, holdout))
     return (held - known) / held
 
 
-def estimate_loss_gap(known: np.ndarray, held: np.ndarray) -> Estimate:
+def _estimate_loss_gap(known: np.ndarray, held: np.ndarray) -> Estimate:
     """The loss gap from losses by image [N] and [M], its error that of having drawn these images."""
     ratio = known.mean() / held.mean()
     variances = [np.var(losses, ddof=1) / len(losses) if len(losses) > 1 else 0.0 for losses in (known, held)]
@@ -59,10 +59,10 @@ def measure_probe_rewards(base: Base, train: Encoded, holdout: Encoded, seed: in
     """The loss gap, and MemControl's noise norm of training images: mean, largest (of means over draws), and
     its ratio to held-out images, without which it means little. Without captions the gap alone."""
     (known, norms), (held, held_norms) = (
-        probe_losses(base, data, seed, norms=True) for data in (train, holdout)
+        _probe_losses(base, data, seed, norms=True) for data in (train, holdout)
     )
     found: Measured = {
-        "loss_gap": estimate_loss_gap(known.mean(0).double().numpy(), held.mean(0).double().numpy())
+        "loss_gap": _estimate_loss_gap(known.mean(0).double().numpy(), held.mean(0).double().numpy())
     }
     if not train.text:
         return found

@@ -83,7 +83,7 @@ class RoundFiles:
             "scaler": loop.scaler.state_dict(),
             "records": records,
         }
-        save_state(self.shard(number, shard.number), found, {"memcontrol": json.dumps(said)})
+        _save_state(self.shard(number, shard.number), found, {"memcontrol": json.dumps(said)})
 
     def read_shard(self, number: int, shard: int, kinds: Collection[str] = ()) -> ShardState:
         """A shard's file; of the large tensors only those of the `kinds` (of KINDS) that are asked for."""
@@ -115,8 +115,10 @@ class RoundFiles:
 
     def write_mean(self, number: int, mean: State, ema: State, moments: State) -> None:
         """What a round's shards were averaged to."""
-        found = prefix_kinds(mean, "weights", "offsets") | prefix_kinds(ema, "ema", "ema_offsets")
-        save_state(self.mean(number), found | {f"moments {name}": moment for name, moment in moments.items()})
+        found = _prefix_kinds(mean, "weights", "offsets") | _prefix_kinds(ema, "ema", "ema_offsets")
+        _save_state(
+            self.mean(number), found | {f"moments {name}": moment for name, moment in moments.items()}
+        )
 
     def drop_before(self, number: int, shards: Iterable[int], means: bool) -> None:
         """The files that no round from this one on looks at; `means`: those of earlier averagings too."""
@@ -126,7 +128,7 @@ class RoundFiles:
             self.mean(i).unlink(missing_ok=True)
 
 
-def save_state(path: Path, found: State, metadata: dict[str, str] | None = None) -> None:
+def _save_state(path: Path, found: State, metadata: dict[str, str] | None = None) -> None:
     from safetensors.torch import save_file
 
     with replace_file(path) as part:
@@ -149,7 +151,7 @@ def select_tensors(path: Path | None, kind: str) -> State:
         }
 
 
-def prefix_kinds(state: State, kind: str, offsets: str) -> State:
+def _prefix_kinds(state: State, kind: str, offsets: str) -> State:
     return {
         f"{offsets if name.endswith('.offset') else kind} {name}": tensor for name, tensor in state.items()
     }

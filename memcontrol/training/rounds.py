@@ -31,7 +31,7 @@ from memcontrol.training.shards import deal_images, exchange_images
 
 TellProgress = Callable[..., None]  # (done, total, round=, loss=, skipped=)
 
-PLAN_POLL_SECONDS = 0.05
+_PLAN_POLL_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -84,11 +84,11 @@ def train_rounds(
     if not adapter.parameters():
         return TrainLog()
     plan = hashlib.sha256(f"{identity} {seed} {inner.model_dump_json()}".encode()).hexdigest()
-    clear_other_plans(folder, plan, team)
+    _clear_other_plans(folder, plan, team)
     return Rounds(base, adapter, material, inner, seed, folder, progress, team).run(n_rounds or inner.rounds)
 
 
-def clear_other_plans(folder: Path, plan: str, team: ProcessGroup) -> None:
+def _clear_other_plans(folder: Path, plan: str, team: ProcessGroup) -> None:
     """Clears away what another plan left in the folder; ranks above 0 wait until that is done."""
     path = folder / "plan.json"
     while not path.exists() or read_json(path) != plan:
@@ -96,7 +96,7 @@ def clear_other_plans(folder: Path, plan: str, team: ProcessGroup) -> None:
             shutil.rmtree(folder, ignore_errors=True)
             write_json(path, plan)
         else:
-            time.sleep(PLAN_POLL_SECONDS)
+            time.sleep(_PLAN_POLL_SECONDS)
 
 
 class Rounds:
@@ -393,11 +393,11 @@ class Rounds:
             for shard in missing:
                 if self.team.owns(shard):
                     self.train_shard(number, shard)
-            time.sleep(PLAN_POLL_SECONDS)
+            time.sleep(_PLAN_POLL_SECONDS)
 
     def wait_for(self, path: Path) -> dict:
         while not path.exists():
-            time.sleep(PLAN_POLL_SECONDS)
+            time.sleep(_PLAN_POLL_SECONDS)
         return read_json(path)
 
     def log(self, last: int) -> TrainLog:
@@ -405,7 +405,7 @@ class Rounds:
         stored = [self.files.read_shard(last, shard) for shard in range(self.n_shards)]
         counts = sum((one.shard.counts for one in stored), Counter())
         tenths = [
-            (one.shard.losses[: take_tenth(one)], one.shard.losses[-take_tenth(one) :])
+            (one.shard.losses[: _take_tenth(one)], one.shard.losses[-_take_tenth(one) :])
             for one in stored
             if one.shard.losses
         ]
@@ -423,16 +423,16 @@ class Rounds:
         return TrainLog(
             counts["steps"],
             counts["seen"],
-            average_losses([first for first, _ in tenths]),
-            average_losses([end for _, end in tenths]),
+            _average_losses([first for first, _ in tenths]),
+            _average_losses([end for _, end in tenths]),
             record,
         )
 
 
-def take_tenth(stored: ShardState) -> int:
+def _take_tenth(stored: ShardState) -> int:
     return max(1, len(stored.shard.losses) // 10)
 
 
-def average_losses(losses: list[list[float]]) -> float:
+def _average_losses(losses: list[list[float]]) -> float:
     each = [sum(part) / len(part) for part in losses]
     return sum(each) / len(each) if each else math.nan

@@ -25,11 +25,11 @@ def deal_images(split: str, n_shards: int, classes: Tensor, points: Tensor, seed
         by_class = order[classes[order].argsort(stable=True)]
         return [by_class[shard::n_shards].sort().values for shard in range(n_shards)]
     if split == "similar":
-        return split_similar(torch.arange(n), points.double(), n_shards)
+        return _split_similar(torch.arange(n), points.double(), n_shards)
     return [rows.sort().values for rows in order.tensor_split(n_shards)]
 
 
-def split_similar(rows: Tensor, points: Tensor, n_shards: int) -> list[Tensor]:
+def _split_similar(rows: Tensor, points: Tensor, n_shards: int) -> list[Tensor]:
     if n_shards == 1:
         return [rows.sort().values]
     centred = points[rows] - points[rows].mean(0)
@@ -37,7 +37,7 @@ def split_similar(rows: Tensor, points: Tensor, n_shards: int) -> list[Tensor]:
     along = rows[(centred @ directions[0]).argsort(stable=True)]
     n_low = n_shards // 2
     cut = round(len(rows) * n_low / n_shards)
-    return split_similar(along[:cut], points, n_low) + split_similar(along[cut:], points, n_shards - n_low)
+    return _split_similar(along[:cut], points, n_low) + _split_similar(along[cut:], points, n_shards - n_low)
 
 
 def exchange_images(
@@ -58,7 +58,7 @@ def exchange_images(
     )
     stay, leave = zip(
         *(
-            divide_rows(rows, counts, rule.share, derive_seed(seed, "ties", s))
+            _divide_rows(rows, counts, rule.share, derive_seed(seed, "ties", s))
             for s, (rows, counts) in enumerate(zip(members, skips))
         )
     )
@@ -69,7 +69,7 @@ def exchange_images(
     return found
 
 
-def divide_rows(rows: Tensor, counts: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
+def _divide_rows(rows: Tensor, counts: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
     """Rows that stay and rows that leave: the most skipped int(share n), at least one staying."""
     n_leave = min(int(len(rows) * share), len(rows) - 1)
     shuffled = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]

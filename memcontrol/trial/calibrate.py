@@ -23,8 +23,8 @@ from memcontrol.trial.loaded import LoadedModels
 from memcontrol.trial.prepare import prepare_study
 from memcontrol.trial.run import measure_peak_mib, run_trial
 
-N_STEPS, N_SAMPLED = 10, 3  # the fewest steps of each short trial; choices beside the anchors
-TWICE = "twice"  # the kind of the one that samples two batches
+_N_STEPS, _N_SAMPLED = 10, 3  # the fewest steps of each short trial; choices beside the anchors
+_TWICE = "twice"  # the kind of the one that samples two batches
 
 
 def calibrate(
@@ -54,13 +54,13 @@ def calibrate(
     # A short trial of each kind of choice, and one that samples twice as much.
     jobs = [
         *((kind, choice, 1) for kind, choices in kinds.items() for choice in choices),
-        (TWICE, kinds["none"][0], 2),
+        (_TWICE, kinds["none"][0], 2),
     ]
     costs: dict[str, list[TrialCost]] = {}
     for i, (kind, choice, n_batches) in enumerate(jobs):
         costs.setdefault(kind, []).append(run(f"{kind}-{i}", choice, n_batches))
         progress("calibrate", i + 1, len(jobs))
-    (two_batches,) = costs.pop(TWICE)
+    (two_batches,) = costs.pop(_TWICE)
     return Calibration(
         start_seconds=start_seconds,
         batch_size=ENCODE_BATCH,
@@ -74,13 +74,13 @@ def calibrate(
 def measure_shared_bytes(folder: Path) -> int:
     """What lies in a study's folder beside its runs."""
     runs = [path for path in folder.iterdir() if RunFolder(path).samples_file.exists()]
-    return sum(list_file_sizes(folder).values()) - sum(sum(list_file_sizes(run).values()) for run in runs)
+    return sum(_list_file_sizes(folder).values()) - sum(sum(_list_file_sizes(run).values()) for run in runs)
 
 
 def shorten_config(config: Config, n_batches: int) -> Config:
     """The same trial, of a few steps and samples."""
     inner = config.inner
-    n_steps = max(N_STEPS, 3 * inner.ensemble.shards * inner.rounds)  # most steps must end no round
+    n_steps = max(_N_STEPS, 3 * inner.ensemble.shards * inner.rounds)  # most steps must end no round
     return config.replaced(
         {
             "inner.budget_images": n_steps * inner.batch_size,
@@ -99,7 +99,7 @@ def pick_calibration_choices(space: SearchSpace, seed: int) -> dict[str, list[Ch
     options = space.list_coordinates()
     points = (
         {name: rng.choice(list(values)) for name, values in options.items()} | {"rate": 0.5}
-        for _ in range(N_SAMPLED)
+        for _ in range(_N_SAMPLED)
     )
     return {**found, "sampled": [space.make_choice_at(point) for point in points]}
 
@@ -117,8 +117,8 @@ def measure_parts(folder: Path, spec: Spec, loaded: LoadedModels) -> TrialCost:
     run_trial(folder, loaded, progress)
     ended = time.monotonic()
     step = statistics.median(later - before for before, later in itertools.pairwise(ends)) if ends else 0.0
-    run, sizes = RunFolder(folder), list_file_sizes(folder)
-    rounds, samples = sum(list_file_sizes(run.rounds).values()), sizes[run.samples_file]
+    run, sizes = RunFolder(folder), _list_file_sizes(folder)
+    rounds, samples = sum(_list_file_sizes(run.rounds).values()), sizes[run.samples_file]
     pictures = sizes[run.samples_picture] + sizes[run.pairs_picture]
     return TrialCost(
         setup_seconds=ends[-1] - len(ends) * step - started if ends else 0.0,
@@ -130,5 +130,5 @@ def measure_parts(folder: Path, spec: Spec, loaded: LoadedModels) -> TrialCost:
     )
 
 
-def list_file_sizes(folder: Path) -> dict[Path, int]:
+def _list_file_sizes(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}

@@ -121,7 +121,7 @@ class LoadedModels:
         name = f"features-{images.digest}-{hashlib.sha256(network.id.encode()).hexdigest()[:16]}"
         return self.once(
             ("views", name),
-            lambda: load_or_make_descriptors(
+            lambda: _load_or_make_descriptors(
                 cache / f"{name}.safetensors", lambda: describe_images(images.pixels(), network.extract)
             ),
         )
@@ -152,7 +152,7 @@ class LoadedModels:
         """The process of that rank, started when first needed, again if it died; it keeps the base loaded, as
         this one does."""
         if rank not in self.helpers or self.helpers[rank].poll() is not None:
-            self.helpers[rank] = start_helper(self.helper_command, rank)
+            self.helpers[rank] = _start_helper(self.helper_command, rank)
         return self.helpers[rank]
 
     def close(self) -> None:
@@ -162,7 +162,7 @@ class LoadedModels:
                 pass
 
 
-def start_helper(command: Sequence[str], rank: int) -> subprocess.Popen:
+def _start_helper(command: Sequence[str], rank: int) -> subprocess.Popen:
     """A worker process that shares this one's trials, on the GPU of its rank where this process sees
     several."""
     gpus = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
@@ -182,16 +182,16 @@ def describe_images(pixels: np.ndarray, extract: Callable) -> Descriptors:
     return Descriptors(pixel_features(pixels), extract(pixels))
 
 
-def load_or_make_descriptors(path: Path, make: Callable[[], Descriptors]) -> Descriptors:
+def _load_or_make_descriptors(path: Path, make: Callable[[], Descriptors]) -> Descriptors:
     """What the file holds; made and written where there is none."""
 
     def make_tensors() -> dict[str, torch.Tensor]:
         made = make()
-        return {"pixels": convert_to_tensor(made.pixels), "features": convert_to_tensor(made.features)}
+        return {"pixels": _convert_to_tensor(made.pixels), "features": _convert_to_tensor(made.features)}
 
     return Descriptors(**{name: tensor.numpy() for name, tensor in load_or_make(path, make_tensors).items()})
 
 
-def convert_to_tensor(array: np.ndarray) -> torch.Tensor:
+def _convert_to_tensor(array: np.ndarray) -> torch.Tensor:
     # one that may not be written is copied: torch, which does not know of such, would warn
     return torch.from_numpy(np.require(array, requirements=["C", "W"]))

@@ -17,9 +17,9 @@ from memcontrol.scoring.copying import ratio
 from memcontrol.scoring.evidence import Evidence
 from memcontrol.trial.loaded import LoadedModels
 
-SMALL, LARGE = 64, 128  # pixels of a tile's side: of images up to SMALL, and of larger ones
-GAP, N_COLUMNS, N_SAMPLES = 6, 12, 60
-TITLE_WIDTH, LINE = 72, 18
+_SMALL, _LARGE = 64, 128  # pixels of a tile's side: of images up to SMALL, and of larger ones
+_GAP, _N_COLUMNS, _N_SAMPLES = 6, 12, 60
+_TITLE_WIDTH, _LINE = 72, 18
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def make_strip(
     space = evidence.space("pixels")
     (distances, matches), (others, held) = space.to_train, space.nearest_held
     shares = ratio(distances, others)
-    rows = np.argsort(shares, kind="stable")[:N_COLUMNS]
+    rows = np.argsort(shares, kind="stable")[:_N_COLUMNS]
     training, held_out = (
         loaded.train_images(spec).take(matches[rows].tolist()),
         loaded.parts(spec)[spec.reference].take(held[rows].tolist()),
@@ -74,31 +74,35 @@ def save_png(picture: Image.Image, path: Path) -> None:
 
 def draw_samples(images: np.ndarray) -> Image.Image:
     """The first of uint8 [N, 3, H, W], in the order of their prompts, which all trials have in common."""
-    shown, side = images[:N_SAMPLES], choose_side(images)
-    sheet = Image.new("RGB", (N_COLUMNS * (side + GAP), -(-len(shown) // N_COLUMNS) * (side + GAP)), "white")
+    shown, side = images[:_N_SAMPLES], _choose_side(images)
+    sheet = Image.new(
+        "RGB", (_N_COLUMNS * (side + _GAP), -(-len(shown) // _N_COLUMNS) * (side + _GAP)), "white"
+    )
     for i, image in enumerate(shown):
-        sheet.paste(make_tile(image, side), (i % N_COLUMNS * (side + GAP), i // N_COLUMNS * (side + GAP)))
+        sheet.paste(
+            _make_tile(image, side), (i % _N_COLUMNS * (side + _GAP), i // _N_COLUMNS * (side + _GAP))
+        )
     return sheet
 
 
 def draw_pairs(strips: Sequence[Strip]) -> Image.Image:
     """For each run a strip of three rows, with what lies between the images below them."""
-    font, side = ImageFont.load_default(11), choose_side(strips[0].generated)
-    below = LINE + 3 * (side + GAP)  # of the pictures
-    height = below + 2 * LINE
-    sheet = Image.new("RGB", (TITLE_WIDTH + N_COLUMNS * (side + GAP), len(strips) * height), "white")
+    font, side = ImageFont.load_default(11), _choose_side(strips[0].generated)
+    below = _LINE + 3 * (side + _GAP)  # of the pictures
+    height = below + 2 * _LINE
+    sheet = Image.new("RGB", (_TITLE_WIDTH + _N_COLUMNS * (side + _GAP), len(strips) * height), "white")
     draw = ImageDraw.Draw(sheet)
     for s, strip in enumerate(strips):
         top = s * height
         draw.text((4, top + 2), strip.title, fill="black", font=font)
         for r, (name, images) in enumerate(strip.rows.items()):
-            row = top + LINE + r * (side + GAP)
+            row = top + _LINE + r * (side + _GAP)
             draw.text((4, row + side // 2 - 8), name, fill="black", font=font)
             for column, image in enumerate(images):
-                sheet.paste(make_tile(image, side), (TITLE_WIDTH + column * (side + GAP), row))
+                sheet.paste(_make_tile(image, side), (_TITLE_WIDTH + column * (side + _GAP), row))
         for column, (distance, share) in enumerate(zip(strip.distances, strip.shares)):
             draw.text(
-                (TITLE_WIDTH + column * (side + GAP), top + below),
+                (_TITLE_WIDTH + column * (side + _GAP), top + below),
                 f"d {distance:.2f}\n{share:.2f} of held",
                 fill="black",
                 font=font,
@@ -106,10 +110,10 @@ def draw_pairs(strips: Sequence[Strip]) -> Image.Image:
     return sheet
 
 
-def choose_side(images: np.ndarray) -> int:
-    return SMALL if images.shape[-1] <= SMALL else LARGE
+def _choose_side(images: np.ndarray) -> int:
+    return _SMALL if images.shape[-1] <= _SMALL else _LARGE
 
 
-def make_tile(image: np.ndarray, side: int) -> Image.Image:
+def _make_tile(image: np.ndarray, side: int) -> Image.Image:
     way = Image.Resampling.NEAREST if image.shape[-1] <= side else Image.Resampling.LANCZOS
     return Image.fromarray(image.transpose(1, 2, 0)).resize((side, side), way)

@@ -26,7 +26,7 @@ from memcontrol.scoring.extractors import Extractor
 from memcontrol.scoring.own_rewards import check_rewards, compute_own_reward, find_directions
 from memcontrol.trial.loaded import LoadedModels, describe_images
 
-MADE_WITH = ("memcontrol", "torch", "diffusers", "peft", "transformers", "optuna")
+_MADE_WITH = ("memcontrol", "torch", "diffusers", "peft", "transformers", "optuna")
 
 
 def prepare_study(values: dict, folder: Path, loaded: LoadedModels, warn: Callable[[str], None]) -> dict:
@@ -51,14 +51,14 @@ def prepare_study(values: dict, folder: Path, loaded: LoadedModels, warn: Callab
     check_mitigations(config, base)
 
     # The images, and whether a user's own rewards run on them.
-    resolution = choose_resolution(config, base)
+    resolution = _choose_resolution(config, base)
     parts = load_parts(config.data, resolution, config.search.seed, warn)
-    check_shards(config, len(parts["train"]))
-    try_own_rewards(config, parts, extractor)
+    _check_shards(config, len(parts["train"]))
+    _try_own_rewards(config, parts, extractor)
 
     # What the study was begun with.
     place = StudyFolder(folder)
-    record_split(place.split_file, parts, config, resolution)
+    _record_split(place.split_file, parts, config, resolution)
     write_json(place.network_file, list_blocks(base.denoiser, space))
     record_extractor(place.extractor_file, extractor.id, config)
     if "fid" in config.rewards.objectives and len(parts["holdout"]) < 4 * n_features:
@@ -69,19 +69,19 @@ def prepare_study(values: dict, folder: Path, loaded: LoadedModels, warn: Callab
     return {
         "sizes": {part: len(images) for part, images in parts.items()},
         "directions": find_directions(config.rewards),
-        "made_with": list_versions(),
+        "made_with": _list_versions(),
     }
 
 
-def list_versions() -> dict[str, str]:
+def _list_versions() -> dict[str, str]:
     """The versions and the device that the study's numbers were made with."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {platform.machine()}"
     return {"device": device, "python": platform.python_version()} | {
-        name: version(name) for name in MADE_WITH
+        name: version(name) for name in _MADE_WITH
     }
 
 
-def try_own_rewards(config: Config, parts: dict[str, Images], extractor: Extractor) -> None:
+def _try_own_rewards(config: Config, parts: dict[str, Images], extractor: Extractor) -> None:
     """Calls each reward of the user's once, held-out images taking the place of generated ones, so that a
     mistake in it costs no training. Raises MemControlError."""
     if not config.rewards.functions:
@@ -120,7 +120,7 @@ def check_mitigations(config: Config, base: Base) -> None:
         )
 
 
-def check_shards(config: Config, n_images: int) -> None:
+def _check_shards(config: Config, n_images: int) -> None:
     """Raises MemControlError where a shard would be empty."""
     n_train, n_shards = config.search.count_train(n_images), config.inner.ensemble.shards
     if n_shards > n_train:
@@ -129,7 +129,7 @@ def check_shards(config: Config, n_images: int) -> None:
         )
 
 
-def choose_resolution(config: Config, base) -> int:
+def _choose_resolution(config: Config, base) -> int:
     resolution, step = config.data.resolution or base.resolution, base.side_multiple
     if resolution % step:
         raise MemControlError(
@@ -150,7 +150,7 @@ def record_extractor(path: Path, pinned: str, config: Config) -> None:
         )
 
 
-def record_split(path: Path, parts: dict[str, Images], config: Config, resolution: int) -> None:
+def _record_split(path: Path, parts: dict[str, Images], config: Config, resolution: int) -> None:
     source = config.data.path if config.data.path == DIGITS else str(Path(config.data.path).resolve())
     record = {"source": source, "resolution": resolution, "parts": dump_parts(parts)}
     known = read_json(path) if path.exists() else record

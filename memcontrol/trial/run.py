@@ -65,14 +65,14 @@ def run_trial(
     try:
         return train_and_score(folder, spec, loaded, progress, rung)
     except torch.OutOfMemoryError:
-        smaller = shrink_forward(spec)
+        smaller = _shrink_forward(spec)
         if smaller is None:
             raise
     torch.cuda.empty_cache()
     return train_and_score(folder, smaller, loaded, progress, rung)
 
 
-def shrink_forward(spec: Spec) -> Spec | None:
+def _shrink_forward(spec: Spec) -> Spec | None:
     """The spec with half the images in a forward; None where that is not allowed or there is one only."""
     inner = spec.config.inner
     size = (inner.micro_batch_size or inner.batch_size) // 2
@@ -89,13 +89,13 @@ def train_and_score(
     adapter = inject_choice(base.denoiser, spec)
     try:
         # Train: to the end, or to a rung, which is then all.
-        log = fine_tune(folder, spec, loaded, adapter, partial(progress, "train"), rung=rung)
+        log = _fine_tune(folder, spec, loaded, adapter, partial(progress, "train"), rung=rung)
         if log.paused and rung:
-            return score_rung(run, rung, spec, loaded, adapter, log, started, progress)
+            return _score_rung(run, rung, spec, loaded, adapter, log, started, progress)
 
         # Save what was learned; sample and probe the model while it is there.
         adapter.save(folder, spec.description())
-        n_trained, costs = adapter.n_trained(), measure_costs(spec, loaded, adapter)
+        n_trained, costs = adapter.n_trained(), _measure_costs(spec, loaded, adapter)
         with adapter.fold():
             unseen = loaded.load_unseen(spec, spec.reference)
             probes = measure_probe_rewards(base, material.data, unseen, spec.sampling_seed)
@@ -108,26 +108,26 @@ def train_and_score(
     trained_at, evidence = time.monotonic(), gather_evidence(samples, spec, loaded)
     measured = score_samples(samples, evidence, spec, loaded)
     rewards = Rewards.from_estimates(measured | probes).to_plain() | costs
-    result = make_result(run, spec, loaded, log, rewards, n_trained, len(samples["images"]))
+    result = _make_result(run, spec, loaded, log, rewards, n_trained, len(samples["images"]))
     now = time.monotonic()
     seconds = {"seconds": round(now - started, 2), "scoring_seconds": round(now - trained_at, 2)}
 
     # Write what is read beside the result, and the result last.
     save_contributions(run.contributions_file, measured, samples["rows"])
     save_pictures(run, samples, evidence, spec, loaded)
-    write_json(run.training_file, make_training_record(log, spec, loaded))
+    write_json(run.training_file, _make_training_record(log, spec, loaded))
     write_json(run.result_file, result | seconds)
     return result | seconds
 
 
-def measure_costs(spec: Spec, loaded: LoadedModels, adapter: Adapter) -> dict[str, float]:
+def _measure_costs(spec: Spec, loaded: LoadedModels, adapter: Adapter) -> dict[str, float]:
     """What is known of the choice itself: the share that it trains, and what a step costs."""
     base, material = loaded.base(spec.config), loaded.make_material(spec)
     n_all = sum(parameter.numel() for parameter in base.denoiser.parameters())
     return {"trained_fraction": adapter.n_trained() / n_all} | loaded.cost(spec, adapter, material.data)
 
 
-def make_result(
+def _make_result(
     run: RunFolder,
     spec: Spec,
     loaded: LoadedModels,
@@ -144,8 +144,8 @@ def make_result(
         "n_trained": n_trained,
         "n_steps": log.n_steps,
         "images_seen": log.images_seen,
-        "first_loss": keep_finite(log.first_loss),
-        "last_loss": keep_finite(log.last_loss),
+        "first_loss": _keep_finite(log.first_loss),
+        "last_loss": _keep_finite(log.last_loss),
         "rungs": run.read_rungs(spec.config),
         "reference": spec.reference,
         "measured_with": describe_measurement(spec, loaded),
@@ -154,7 +154,7 @@ def make_result(
     }
 
 
-def score_rung(
+def _score_rung(
     run: RunFolder,
     rung: float,
     spec: Spec,
@@ -166,7 +166,7 @@ def score_rung(
 ) -> dict:
     """The rewards of few samples, of the prompts and noise that all trials have in common. Writes the rung's
     file, and what each sample adds beside it."""
-    few = lower_samples(spec)
+    few = _lower_samples(spec)
     base, material = loaded.base(spec.config), loaded.make_material(spec)
     with adapter.fold():
         samples = sample_images(base, material, few, partial(progress, "rung"))
@@ -182,7 +182,7 @@ def score_rung(
     return found
 
 
-def lower_samples(spec: Spec) -> Spec:
+def _lower_samples(spec: Spec) -> Spec:
     """As many as are drawn at a rung, and no extraction attack."""
     rule = spec.config.search.early_stopping
     assert rule is not None, "only early stopping has rungs"
@@ -226,7 +226,7 @@ def confirm_trial(folder: Path, loaded: LoadedModels, progress: Callable[..., No
     return found
 
 
-def fine_tune(
+def _fine_tune(
     folder: Path,
     spec: Spec,
     loaded: LoadedModels,
@@ -262,12 +262,12 @@ def help_train(job: HelpJob, loaded: LoadedModels) -> None:
     spec, group = read_spec(job.folder), ProcessGroup(job.rank, job.size)
     adapter = inject_choice(loaded.base(spec.config).denoiser, spec)
     try:
-        fine_tune(job.folder, spec, loaded, adapter, lambda *_, **said: None, group, job.rung)
+        _fine_tune(job.folder, spec, loaded, adapter, lambda *_, **said: None, group, job.rung)
     finally:
         adapter.remove()
 
 
-def make_training_record(log: TrainLog, spec: Spec, loaded: LoadedModels) -> dict:
+def _make_training_record(log: TrainLog, spec: Spec, loaded: LoadedModels) -> dict:
     """What training.json holds: each shard's rounds, how far shards were apart, how often each image was
     skipped, peak memory."""
     names = [record.name for record in loaded.train_images(spec).records]
@@ -291,5 +291,5 @@ def measure_peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
-def keep_finite(value: float) -> float | None:
+def _keep_finite(value: float) -> float | None:
     return value if np.isfinite(value) else None

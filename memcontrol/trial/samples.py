@@ -24,7 +24,7 @@ from memcontrol.training.mitigations import add_random_words, add_text_noise, li
 from memcontrol.training.shard import Material
 from memcontrol.trial.loaded import LoadedModels, describe_images
 
-REWARDS_VERSION = 1  # of the rewards: raised whenever one of them would come out otherwise
+_REWARDS_VERSION = 1  # of the rewards: raised whenever one of them would come out otherwise
 
 
 def sample_images(base: Base, material: Material, spec: Spec, progress: Callable) -> dict[str, np.ndarray]:
@@ -39,7 +39,7 @@ def sample_images(base: Base, material: Material, spec: Spec, progress: Callable
     n_all = n + (attack.prompts * attack.images if attack else 0)
     rows = np.random.default_rng(derive_seed(spec.sampling_seed, "captions")).integers(n_captions, size=n)
     seeds = [derive_seed(spec.sampling_seed, "noise", i) for i in range(n)]
-    images = generate_images(base, material, spec, rows, seeds, lambda done, total: progress(done, n_all))
+    images = _generate_images(base, material, spec, rows, seeds, lambda done, total: progress(done, n_all))
     found = {"images": images, "rows": rows, "seeds": np.array(seeds)}
     if attack:
         prompts = np.random.default_rng(derive_seed(spec.sampling_seed, "extraction")).permutation(
@@ -48,7 +48,7 @@ def sample_images(base: Base, material: Material, spec: Spec, progress: Callable
         seeds = [
             derive_seed(spec.sampling_seed, "extraction", i) for i in range(len(prompts) * attack.images)
         ]
-        images = generate_images(
+        images = _generate_images(
             base,
             material,
             spec,
@@ -60,7 +60,7 @@ def sample_images(base: Base, material: Material, spec: Spec, progress: Callable
     return found
 
 
-def generate_images(
+def _generate_images(
     base: Base, material: Material, spec: Spec, rows: np.ndarray, seeds: list[int], progress: Callable
 ) -> np.ndarray:
     """An image for each training caption and noise: uint8 [N, 3, H, W]."""
@@ -144,7 +144,7 @@ def describe_measurement(spec: Spec, loaded: LoadedModels) -> dict[str, object]:
         },
     )
     return {
-        "figures": REWARDS_VERSION,
+        "figures": _REWARDS_VERSION,
         "extractor": loaded.extractor(rewards.extractor).id,
         "pixels": "32 x 32, bilinear, antialiased",
         "resolution": loaded.parts(spec)[spec.reference].resolution,

@@ -15,7 +15,7 @@ from memcontrol.core.reward_table import REWARDS, format_reward
 from memcontrol.view.html import make_data_uri, read_asset, render_document, render_list
 
 N_SHOWN = 24
-AUDIT_REWARDS = (
+_AUDIT_REWARDS = (
     "clear_copy_rate",
     "copy_rate",
     "copy_rate_features",
@@ -41,16 +41,16 @@ AUDIT_REWARDS = (
 def write_audit(found: dict, pairs: Iterable[tuple[np.ndarray, np.ndarray]], out: Path) -> None:
     """Writes out/audit.json and the self-contained out/audit.html; `pairs` are the generated and the training
     image, uint8 [3, H, W], of each of the first copies."""
-    cards = "".join(render_pair(one, *pair) for one, pair in zip(found["copies"], pairs))
+    cards = "".join(_render_pair(one, *pair) for one, pair in zip(found["copies"], pairs))
     write_json(out / "audit.json", found)
     with replace_file(out / "audit.html") as part:
-        part.write_text(render_audit(found, cards), encoding="utf-8")
+        part.write_text(_render_audit(found, cards), encoding="utf-8")
 
 
-def render_pair(one: dict, generated: np.ndarray, training: np.ndarray) -> str:
+def _render_pair(one: dict, generated: np.ndarray, training: np.ndarray) -> str:
     mark = "copy" if one["copy"] else "like"
     images = "".join(
-        f'<img src="{encode_png(image)}" alt="{kind}">'
+        f'<img src="{_encode_png(image)}" alt="{kind}">'
         for kind, image in (("generated", generated), ("training", training))
     )
     names = f"{escape(one['generated'])}<br>{escape(one['training'])}"
@@ -58,43 +58,43 @@ def render_pair(one: dict, generated: np.ndarray, training: np.ndarray) -> str:
     return f'<figure class="{mark}">{images}<figcaption>{names}<br>{escape(distance)}</figcaption></figure>'
 
 
-def encode_png(image: np.ndarray) -> str:
+def _encode_png(image: np.ndarray) -> str:
     """As a data URI."""
     buffer = io.BytesIO()
     Image.fromarray(image.transpose(1, 2, 0)).save(buffer, format="PNG")
     return make_data_uri("image/png", buffer.getvalue())
 
 
-def render_audit(found: dict, cards: str) -> str:
+def _render_audit(found: dict, cards: str) -> str:
     parts = [
         f'<h1>Audit of copying</h1><p class="verdict">{escape(found["verdict"])}</p>',
-        f"<p>{escape(describe_sizes(found))}</p>",
-        f"<h2>Figures</h2>{render_figures(found['rewards'])}",
+        f"<p>{escape(_describe_sizes(found))}</p>",
+        f"<h2>Figures</h2>{_render_figures(found['rewards'])}",
         "<h2>Most suspicious images beside their nearest training images</h2>",
         f'<p>Framed in red: nearer than 99 % of real images are.</p><div class="pairs">{cards}</div>',
-        f"<h2>Training images that are nearly the same</h2>{render_duplicates(found['duplicates'])}",
+        f"<h2>Training images that are nearly the same</h2>{_render_duplicates(found['duplicates'])}",
         f"<h2>What this cannot see</h2>{render_list(found['cannot_see'])}",
     ]
     return render_document("Audit of copying", read_asset("audit.css"), "\n".join(parts))
 
 
-def describe_sizes(found: dict) -> str:
+def _describe_sizes(found: dict) -> str:
     sizes = ", ".join(f"{n:,} {title}" for title, n in found["sizes"].items())
     side = found["side"]
     return f"{sizes} images, brought to {side} x {side} pixels; features by {found['extractor']}."
 
 
-def render_figures(rewards: dict[str, float]) -> str:
-    rows = [render_figure(name, rewards) for name in AUDIT_REWARDS if name in rewards]
+def _render_figures(rewards: dict[str, float]) -> str:
+    rows = [_render_figure(name, rewards) for name in _AUDIT_REWARDS if name in rewards]
     head = "<tr><th>figure</th><th>value (95 %)</th><th>meaning</th></tr>"
     return f"<table>{head}{''.join(rows)}</table>"
 
 
-def render_figure(name: str, rewards: dict[str, float]) -> str:
+def _render_figure(name: str, rewards: dict[str, float]) -> str:
     info = REWARDS[name]
     return f"<tr><td>{info.title}</td><td>{format_reward(name, rewards)}</td><td>{info.meaning}</td></tr>"
 
 
-def render_duplicates(duplicates: list[dict]) -> str:
+def _render_duplicates(duplicates: list[dict]) -> str:
     lines = [" and ".join(pair["images"]) for pair in duplicates]
     return render_list(lines) if lines else "<p>None were found.</p>"

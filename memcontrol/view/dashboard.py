@@ -24,12 +24,12 @@ from memcontrol.study.database import is_postgresql, make_connection_arguments, 
 from memcontrol.study.optuna_private import close_storage
 from memcontrol.view.dashboard_guard import LOOPBACK, App, guard_app
 
-SQLITE = "sqlite:///"
-TOKEN = r"[A-Za-z0-9_-]{16,}"
-ANY = ("0.0.0.0", "::", "")  # noqa: S104  # all interfaces of the machine, which is reached by its name
+_SQLITE = "sqlite:///"
+_TOKEN = r"[A-Za-z0-9_-]{16,}"
+_ANY = ("0.0.0.0", "::", "")  # noqa: S104  # all interfaces of the machine, which is reached by its name
 
 
-class Server(ThreadingMixIn, WSGIServer):
+class _Server(ThreadingMixIn, WSGIServer):
     """A thread for each request: a page asks for many things at once."""
 
     daemon_threads = True
@@ -39,11 +39,11 @@ class Server(ThreadingMixIn, WSGIServer):
             super().handle_error(request, client_address)
 
 
-class Quiet(WSGIRequestHandler):
+class _Quiet(WSGIRequestHandler):
     def log_message(self, format: str, *args: Any) -> None: ...
 
 
-def make_read_only_arguments(url: str) -> dict[str, Any]:
+def _make_read_only_arguments(url: str) -> dict[str, Any]:
     """For sqlalchemy.create_engine: connections on which the database itself refuses every change."""
     if is_postgresql(url):
         return make_engine_arguments(url) | {
@@ -53,7 +53,7 @@ def make_read_only_arguments(url: str) -> dict[str, Any]:
         }
 
     def connect() -> sqlite3.Connection:
-        connection = sqlite3.connect(url.removeprefix(SQLITE), check_same_thread=False, timeout=30)
+        connection = sqlite3.connect(url.removeprefix(_SQLITE), check_same_thread=False, timeout=30)
         connection.execute("PRAGMA query_only = ON")
         return connection
 
@@ -63,7 +63,7 @@ def make_read_only_arguments(url: str) -> dict[str, Any]:
 def make_application(url: str, folder: Path, writable: bool, token: str | None) -> App:
     from optuna_dashboard import wsgi
 
-    arguments = make_engine_arguments(url) if writable else make_read_only_arguments(url)
+    arguments = make_engine_arguments(url) if writable else _make_read_only_arguments(url)
     storage = RDBStorage(
         url, engine_kwargs=arguments, skip_compatibility_check=True, skip_table_creation=True
     )
@@ -75,7 +75,7 @@ def find_study_id(url: str, name: str) -> int:
     """Optuna's number of the study, which the dashboard's addresses have."""
     storage = RDBStorage(
         url,
-        engine_kwargs=make_read_only_arguments(url),
+        engine_kwargs=_make_read_only_arguments(url),
         skip_compatibility_check=True,
         skip_table_creation=True,
     )
@@ -89,17 +89,17 @@ def start_server(
     url: str, folder: Path, name: str, host: str, port: int, token: str | None, writable: bool
 ) -> tuple[WSGIServer, str]:
     """A server that listens, and the address to open. Raises MemControlError."""
-    token = choose_token(host, token)
-    server = bind_server(make_application(url, folder, writable, token), host, port)
-    reached = socket.gethostname() if host in ANY else f"[{host}]" if ":" in host else host
+    token = _choose_token(host, token)
+    server = _bind_server(make_application(url, folder, writable, token), host, port)
+    reached = socket.gethostname() if host in _ANY else f"[{host}]" if ":" in host else host
     address = f"http://{reached}:{server.server_port}/dashboard/studies/{find_study_id(url, name)}"
     return server, address + (f"?token={token}" if token else "")
 
 
-def choose_token(host: str, token: str | None) -> str | None:
+def _choose_token(host: str, token: str | None) -> str | None:
     """None on loopback, unless one is given; elsewhere one is drawn. Raises MemControlError for one that can
     be guessed, or that an address or a cookie cannot hold."""
-    if token and not re.fullmatch(TOKEN, token):
+    if token and not re.fullmatch(_TOKEN, token):
         raise MemControlError(
             "the token (--token or MEMCONTROL_TOKEN) needs 16 or more letters, digits, '-' or '_'; "
             "leave it out, and one is drawn"
@@ -107,11 +107,11 @@ def choose_token(host: str, token: str | None) -> str | None:
     return token or (None if host in LOOPBACK else secrets.token_urlsafe(16))
 
 
-def bind_server(app: App, host: str, port: int) -> WSGIServer:
+def _bind_server(app: App, host: str, port: int) -> WSGIServer:
     """A server that listens; `serve_forever` runs it. Port 0 takes any free one. Raises MemControlError."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
-        return make_server(host, port, app, server_class=Server, handler_class=Quiet)
+        return make_server(host, port, app, server_class=_Server, handler_class=_Quiet)
     except (OSError, OverflowError) as error:
         raise MemControlError(
             f"cannot listen on {host}, port {port}: {getattr(error, 'strerror', None) or error}; "

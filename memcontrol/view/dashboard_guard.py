@@ -10,11 +10,11 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
-READING = ("GET", "HEAD", "OPTIONS")
-COOKIE = "memcontrol_token"
-Environ = dict[str, Any]
-Start = Callable[..., Any]
-App = Callable[[Environ, Start], Iterable[bytes]]
+_READING = ("GET", "HEAD", "OPTIONS")
+_COOKIE = "memcontrol_token"
+_Environ = dict[str, Any]
+_Start = Callable[..., Any]
+App = Callable[[_Environ, _Start], Iterable[bytes]]
 
 
 def guard_app(app: App, writable: bool, token: str | None) -> App:
@@ -23,70 +23,70 @@ def guard_app(app: App, writable: bool, token: str | None) -> App:
     in the URL as ?token=, then in a cookie, or as a bearer. What would write is refused unless `writable`,
     and then only from the dashboard's own pages."""
 
-    def answer(environ: Environ, start: Start) -> Iterable[bytes]:
-        given = token and read_token(environ)
+    def answer(environ: _Environ, start: _Start) -> Iterable[bytes]:
+        given = token and _read_token(environ)
         if token and not (given and hmac.compare_digest(given.encode(), token.encode())):
-            return refuse_request(
+            return _refuse_request(
                 start,
                 "401 Unauthorized",
                 "open the address that `memcontrol dashboard` printed, with its token",
             )
-        if not token and read_host(environ) not in LOOPBACK:
-            return refuse_request(
+        if not token and _read_host(environ) not in LOOPBACK:
+            return _refuse_request(
                 start,
                 "403 Forbidden",
                 "this dashboard answers on loopback only; memcontrol dashboard --host ... asks for "
                 "a token instead",
             )
-        if environ["REQUEST_METHOD"] not in READING:
+        if environ["REQUEST_METHOD"] not in _READING:
             if not writable:
-                return refuse_request(
+                return _refuse_request(
                     start,
                     "405 Method Not Allowed",
                     "this dashboard is read-only; memcontrol dashboard --writable allows changes",
-                    ("Allow", ", ".join(READING)),
+                    ("Allow", ", ".join(_READING)),
                 )
-            if not is_own_page(environ):
-                return refuse_request(
+            if not _is_own_page(environ):
+                return _refuse_request(
                     start, "403 Forbidden", "changes are taken from the dashboard's own pages only"
                 )
-        return app(environ, add_cookie(start, token) if token and read_url_token(environ) else start)
+        return app(environ, _add_cookie(start, token) if token and _read_url_token(environ) else start)
 
     return answer
 
 
-def refuse_request(start: Start, status: str, said: str, *headers: tuple[str, str]) -> Iterable[bytes]:
+def _refuse_request(start: _Start, status: str, said: str, *headers: tuple[str, str]) -> Iterable[bytes]:
     body = f'{{"reason": "{said}"}}'.encode()
     start(status, [("Content-Type", "application/json"), ("Content-Length", str(len(body))), *headers])
     return [body]
 
 
-def read_token(environ: Environ) -> str | None:
+def _read_token(environ: _Environ) -> str | None:
     bearer = environ.get("HTTP_AUTHORIZATION", "")
     if bearer.startswith("Bearer "):
         return bearer.removeprefix("Bearer ")
     try:
-        cookie = SimpleCookie(environ.get("HTTP_COOKIE", "")).get(COOKIE)
+        cookie = SimpleCookie(environ.get("HTTP_COOKIE", "")).get(_COOKIE)
     except CookieError:
         cookie = None
-    return read_url_token(environ) or (cookie.value if cookie else None)
+    return _read_url_token(environ) or (cookie.value if cookie else None)
 
 
-def read_url_token(environ: Environ) -> str | None:
+def _read_url_token(environ: _Environ) -> str | None:
     return next(iter(parse_qs(environ.get("QUERY_STRING", "")).get("token", [])), None)
 
 
-def add_cookie(start: Start, token: str) -> Start:
+def _add_cookie(start: _Start, token: str) -> _Start:
     """So that the address need not be carried along."""
-    cookie = ("Set-Cookie", f"{COOKIE}={token}; HttpOnly; SameSite=Strict; Path=/")
+    cookie = ("Set-Cookie", f"{_COOKIE}={token}; HttpOnly; SameSite=Strict; Path=/")
     return lambda status, headers, *rest: start(status, [*headers, cookie], *rest)
 
 
-def read_host(environ: Environ) -> str | None:
+def _read_host(environ: _Environ) -> str | None:
     return urlsplit(f"//{environ.get('HTTP_HOST', '')}").hostname
 
 
-def is_own_page(environ: Environ) -> bool:
+def _is_own_page(environ: _Environ) -> bool:
     """Whether a browser says that the page which asks is the dashboard's; a program that is no browser sends
     no Origin."""
     origin = environ.get("HTTP_ORIGIN")

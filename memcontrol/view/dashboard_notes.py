@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 
-PUBLISH_SECONDS = 30.0  # between two looks at the whole study
-FRONT, HYPERVOLUME = "front", "hypervolume"
+_PUBLISH_SECONDS = 30.0  # between two looks at the whole study
+_FRONT, _HYPERVOLUME = "front", "hypervolume"
 
 
 class Publisher(Observer):
@@ -45,7 +45,7 @@ class Publisher(Observer):
 
     def opened(self, study: Study) -> None:
         self.study = study
-        self.written = study.patiently(lambda: read_notes(study))
+        self.written = study.patiently(lambda: _read_notes(study))
 
     def tick(self) -> None:
         """Publishes at most every PUBLISH_SECONDS: what is written grows with the study."""
@@ -62,7 +62,7 @@ class Publisher(Observer):
         if changed or over:
             self.write(records, changed, over)
         self.seen = {record.number: record for record in records}
-        self.due = time.monotonic() + PUBLISH_SECONDS
+        self.due = time.monotonic() + _PUBLISH_SECONDS
 
     def write(self, records: Sequence[Record], changed: Sequence[Record], over: bool) -> None:
         notes = self.study.patiently(lambda: Notes(self.study.inner))
@@ -74,9 +74,9 @@ class Publisher(Observer):
         self.note(notes, None, write_study_note(config, self.space, trials, objectives, self.data, over))
         complete = [trial for trial in trials if trial["state"] == "COMPLETE"]
         if complete and len(objectives) > 1:
-            self.plot(FRONT, plot_front(make_front_data(complete, objectives), f"{config.name}: front"))
+            self.plot(_FRONT, plot_front(make_front_data(complete, objectives), f"{config.name}: front"))
         if reference := self.study.attributes.get("reference") or find_reference_point(records):
-            self.plot(HYPERVOLUME, plot_hypervolume(records, reference, f"{config.name}: hypervolume"))
+            self.plot(_HYPERVOLUME, plot_hypervolume(records, reference, f"{config.name}: hypervolume"))
 
     def plot(self, name: str, figure: Figure) -> None:
         from optuna_dashboard import save_plotly_graph_object
@@ -89,7 +89,7 @@ class Publisher(Observer):
             self.written[number] = text
 
 
-def read_notes(study: Study) -> dict[int | None, str]:
+def _read_notes(study: Study) -> dict[int | None, str]:
     """Our part of every note, by its trial's number; None: the study's own."""
     numbers: dict[int | None, int | None] = {trial_id: number for number, trial_id in study.ids.items()}
     numbers[None] = None

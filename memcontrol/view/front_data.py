@@ -129,7 +129,7 @@ class FrontData:
 def make_front_data(trials: Sequence[TrialData], objectives: Mapping[str, str]) -> FrontData:
     """Of finished trials, which `mark_trials` gives, over the first two objectives (name to direction)."""
     x, y = list_objectives(objectives)[:2]
-    points = [make_point(trial, x.name, y.name) for trial in trials]
+    points = [_make_point(trial, x.name, y.name) for trial in trials]
     on_front = [point for point in points if point.is_on_front]
     return FrontData(
         points=tuple(points),
@@ -139,7 +139,7 @@ def make_front_data(trials: Sequence[TrialData], objectives: Mapping[str, str]) 
     )
 
 
-def make_point(trial: TrialData, x_name: str, y_name: str) -> FrontPoint:
+def _make_point(trial: TrialData, x_name: str, y_name: str) -> FrontPoint:
     return FrontPoint(
         trial=trial["trial"],
         kind=trial["anchor"] or SAMPLED,

@@ -35,7 +35,7 @@ def plot_front(data: FrontData, title: str) -> Figure:
         points = [point for point in data.points if point.kind == kind]
         marker = {"symbol": mark.symbol, "color": mark.colour, "size": 9}
         if points:
-            figure.add_scatter(**describe_points(points), mode="markers", name=mark.title, marker=marker)
+            figure.add_scatter(**_describe_points(points), mode="markers", name=mark.title, marker=marker)
     if data.pick:
         ring = {"symbol": "circle-open", "size": 20, "color": PICK, "line": {"width": 2}}
         x, y = list_xy([data.pick])
@@ -43,21 +43,21 @@ def plot_front(data: FrontData, title: str) -> Figure:
     return figure
 
 
-def describe_points(points: Sequence[FrontPoint]) -> dict[str, Any]:
+def _describe_points(points: Sequence[FrontPoint]) -> dict[str, Any]:
     """Where they lie, how far their intervals go, and what is told of each."""
     x, y = list_xy(points)
     return {
         "x": x,
         "y": y,
-        "error_x": make_error_bars(x, [point.x_interval for point in points]),
-        "error_y": make_error_bars(y, [point.y_interval for point in points]),
+        "error_x": _make_error_bars(x, [point.x_interval for point in points]),
+        "error_y": _make_error_bars(y, [point.y_interval for point in points]),
         "text": [
             f"trial {point.trial}: {point.said}<br>{', '.join(point.choice.groups)}" for point in points
         ],
     }
 
 
-def make_error_bars(values: Sequence[float], intervals: Sequence[Interval]) -> dict[str, Any]:
+def _make_error_bars(values: Sequence[float], intervals: Sequence[Interval]) -> dict[str, Any]:
     below, above = measure_reaches(values, intervals)
     return {
         "type": "data",

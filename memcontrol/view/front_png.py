@@ -15,7 +15,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # of methods
-COLOURS = (MARKS[SAMPLED].colour, "#56B4E9", "#CC79A7", "#F0E442", "#8c564b", "#332288", "#44AA99", "#999933")
+_COLOURS = (
+    MARKS[SAMPLED].colour,
+    "#56B4E9",
+    "#CC79A7",
+    "#F0E442",
+    "#8c564b",
+    "#332288",
+    "#44AA99",
+    "#999933",
+)
 
 
 def draw_front_png(data: FrontData, path: Path, title: str) -> None:
@@ -34,30 +43,30 @@ def draw_front_png(data: FrontData, path: Path, title: str) -> None:
 
 
 def draw_front(axes: Axes, data: FrontData, title: str) -> None:
-    scatter_sampled(axes, data)
+    _scatter_sampled(axes, data)
     axes.step(*list_xy(data.front), where="post", color="black", linewidth=1, label="front", zorder=1)
-    draw_intervals(axes, [point for point in data.points if point.stands_out])
-    scatter_anchors(axes, data)
+    _draw_intervals(axes, [point for point in data.points if point.stands_out])
+    _scatter_anchors(axes, data)
     if data.pick:
-        circle_pick(axes, data.pick)
+        _circle_pick(axes, data.pick)
     axes.set(xlabel=data.x_axis.title, ylabel=data.y_axis.title, title=title)
-    scale_x(axes, data.x_axis)
+    _scale_x(axes, data.x_axis)
     axes.legend(fontsize=8)
 
 
-def scatter_sampled(axes: Axes, data: FrontData) -> None:
+def _scatter_sampled(axes: Axes, data: FrontData) -> None:
     """A colour for each set of methods."""
     sampled = [point for point in data.points if not point.is_anchor]
-    for methods, colour in zip(sorted({name_methods(point) for point in sampled}), cycle(COLOURS)):
-        points = [point for point in sampled if name_methods(point) == methods]
+    for methods, colour in zip(sorted({_name_methods(point) for point in sampled}), cycle(_COLOURS)):
+        points = [point for point in sampled if _name_methods(point) == methods]
         axes.scatter(*list_xy(points), s=28, color=colour, label=f"sampled: {methods}", zorder=2)
 
 
-def name_methods(point: FrontPoint) -> str:
+def _name_methods(point: FrontPoint) -> str:
     return "+".join(point.choice.methods)
 
 
-def scatter_anchors(axes: Axes, data: FrontData) -> None:
+def _scatter_anchors(axes: Axes, data: FrontData) -> None:
     for kind, mark in MARKS.items():
         points = [point for point in data.points if point.is_anchor and point.kind == kind]
         if points:
@@ -66,7 +75,7 @@ def scatter_anchors(axes: Axes, data: FrontData) -> None:
             )
 
 
-def draw_intervals(axes: Axes, points: Sequence[FrontPoint]) -> None:
+def _draw_intervals(axes: Axes, points: Sequence[FrontPoint]) -> None:
     x, y = list_xy(points)
     axes.errorbar(
         x,
@@ -81,7 +90,7 @@ def draw_intervals(axes: Axes, points: Sequence[FrontPoint]) -> None:
     )
 
 
-def circle_pick(axes: Axes, pick: FrontPoint) -> None:
+def _circle_pick(axes: Axes, pick: FrontPoint) -> None:
     axes.scatter(
         *list_xy([pick]),
         s=260,
@@ -94,7 +103,7 @@ def circle_pick(axes: Axes, pick: FrontPoint) -> None:
     )
 
 
-def scale_x(axes: Axes, axis: FrontAxis) -> None:
+def _scale_x(axes: Axes, axis: FrontAxis) -> None:
     from matplotlib import ticker
 
     if axis.is_log:

@@ -12,11 +12,11 @@ from memcontrol.view.front_data import LOG_TICKS, FrontAxis, FrontData, FrontPoi
 from memcontrol.view.html import read_asset
 from memcontrol.view.marks import MARKS, PICK
 
-WIDTH, HEIGHT = 480, 380
-LEFT, RIGHT, TOP, BOTTOM = 66, WIDTH - 16, 14, HEIGHT - 54  # of the field that the axes span
+_WIDTH, _HEIGHT = 480, 380
+_LEFT, _RIGHT, _TOP, _BOTTOM = 66, _WIDTH - 16, 14, _HEIGHT - 54  # of the field that the axes span
 
 
-class AxisScale:
+class _AxisScale:
     """From values to pixels between `begin` and `end`. All `values` lie inside, and the `ends` of intervals,
     but for those that would stretch a logarithmic axis; what lies beyond is drawn at its edge."""
 
@@ -52,68 +52,68 @@ class AxisScale:
 def draw_front_svg(data: FrontData) -> str:
     """All points, with 95 % intervals for those on the front and the anchors; the others are drawn pale."""
     told = [point for point in data.points if point.stands_out]
-    across = AxisScale(
+    across = _AxisScale(
         data.x_axis.is_log,
         [point.x for point in data.points],
         [end for point in told for end in point.x_interval],
-        LEFT,
-        RIGHT,
+        _LEFT,
+        _RIGHT,
     )
-    up = AxisScale(
+    up = _AxisScale(
         data.y_axis.is_log,
         [point.y for point in data.points],
         [end for point in told for end in point.y_interval],
-        BOTTOM,
-        TOP,
+        _BOTTOM,
+        _TOP,
     )
     # what matters lies on top
     points = sorted(data.points, key=lambda point: (point.is_on_front, point.is_anchor))
     parts = [
-        *draw_axes(across, up),
-        *draw_labels(data),
-        draw_front_line(data.front, across, up),
-        *(draw_point(point, across, up) for point in points),
+        *_draw_axes(across, up),
+        *_draw_labels(data),
+        _draw_front_line(data.front, across, up),
+        *(_draw_point(point, across, up) for point in points),
     ]
-    return wrap_svg(WIDTH, HEIGHT, "The Pareto front", parts)
+    return _wrap_svg(_WIDTH, _HEIGHT, "The Pareto front", parts)
 
 
-def draw_axes(across: AxisScale, up: AxisScale) -> list[str]:
+def _draw_axes(across: _AxisScale, up: _AxisScale) -> list[str]:
     return [
-        draw_line("axis", LEFT, BOTTOM, RIGHT, BOTTOM),
-        draw_line("axis", LEFT, TOP, LEFT, BOTTOM),
-        *(draw_x_tick(value, f"{across(value):.1f}") for value in across.ticks),
-        *(draw_y_tick(value, up(value)) for value in up.ticks),
+        _draw_line("axis", _LEFT, _BOTTOM, _RIGHT, _BOTTOM),
+        _draw_line("axis", _LEFT, _TOP, _LEFT, _BOTTOM),
+        *(_draw_x_tick(value, f"{across(value):.1f}") for value in across.ticks),
+        *(_draw_y_tick(value, up(value)) for value in up.ticks),
     ]
 
 
-def draw_x_tick(value: float, x: str) -> str:
-    text = f'<text x="{x}" y="{BOTTOM + 18}" text-anchor="middle">{value:g}</text>'
-    return draw_line("tick", x, BOTTOM, x, BOTTOM + 4) + text
+def _draw_x_tick(value: float, x: str) -> str:
+    text = f'<text x="{x}" y="{_BOTTOM + 18}" text-anchor="middle">{value:g}</text>'
+    return _draw_line("tick", x, _BOTTOM, x, _BOTTOM + 4) + text
 
 
-def draw_y_tick(value: float, y: float) -> str:
-    text = f'<text x="{LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>'
-    return draw_line("tick", LEFT - 4, f"{y:.1f}", LEFT, f"{y:.1f}") + text
+def _draw_y_tick(value: float, y: float) -> str:
+    text = f'<text x="{_LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>'
+    return _draw_line("tick", _LEFT - 4, f"{y:.1f}", _LEFT, f"{y:.1f}") + text
 
 
-def draw_line(kind: str, x1: object, y1: object, x2: object, y2: object) -> str:
+def _draw_line(kind: str, x1: object, y1: object, x2: object, y2: object) -> str:
     return f'<line class="{kind}" x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}"/>'
 
 
-def draw_labels(data: FrontData) -> list[str]:
-    across, middle = (LEFT + RIGHT) / 2, (TOP + BOTTOM) / 2
+def _draw_labels(data: FrontData) -> list[str]:
+    across, middle = (_LEFT + _RIGHT) / 2, (_TOP + _BOTTOM) / 2
     turned = f'transform="translate(16 {middle}) rotate(-90)"'
     return [
-        f'<text x="{across}" y="{HEIGHT - 12}" text-anchor="middle">{label_axis(data.x_axis)}</text>',
-        f'<text {turned} text-anchor="middle">{label_axis(data.y_axis)}</text>',
+        f'<text x="{across}" y="{_HEIGHT - 12}" text-anchor="middle">{_label_axis(data.x_axis)}</text>',
+        f'<text {turned} text-anchor="middle">{_label_axis(data.y_axis)}</text>',
     ]
 
 
-def label_axis(axis: FrontAxis) -> str:
+def _label_axis(axis: FrontAxis) -> str:
     return escape(f"{axis.name} ({axis.better}, logarithmic)" if axis.is_log else axis.title)
 
 
-def draw_front_line(points: Sequence[FrontPoint], across: AxisScale, up: AxisScale) -> str:
+def _draw_front_line(points: Sequence[FrontPoint], across: _AxisScale, up: _AxisScale) -> str:
     """Steps from each point to the next: first as far as its x, then to its y."""
     places = [(f"{across(point.x):.1f}", f"{up(point.y):.1f}") for point in points]
     if not places:
@@ -122,9 +122,9 @@ def draw_front_line(points: Sequence[FrontPoint], across: AxisScale, up: AxisSca
     return f'<path class="front" d="M{x} {y}{"".join(f"H{x}V{y}" for x, y in rest)}"/>'
 
 
-def draw_point(point: FrontPoint, across: AxisScale, up: AxisScale) -> str:
+def _draw_point(point: FrontPoint, across: _AxisScale, up: _AxisScale) -> str:
     x, y = f"{across(point.x):.1f}", f"{up(point.y):.1f}"
-    bars = draw_error_bars(point, across, up) if point.stands_out else ""
+    bars = _draw_error_bars(point, across, up) if point.stands_out else ""
     ring = f'<circle class="pick" cx="{x}" cy="{y}" r="11"/>' if point.is_pick else ""
     kind = f"point {point.kind}" if point.stands_out else f"point {point.kind} dim"
     place = f'data-trial="{point.trial}" transform="translate({x} {y})"'
@@ -132,7 +132,7 @@ def draw_point(point: FrontPoint, across: AxisScale, up: AxisScale) -> str:
     return f'{bars}{ring}<g class="{kind}" tabindex="0" {place}>{shape}</g>'
 
 
-def draw_error_bars(point: FrontPoint, across: AxisScale, up: AxisScale) -> str:
+def _draw_error_bars(point: FrontPoint, across: _AxisScale, up: _AxisScale) -> str:
     x, y = across(point.x), up(point.y)
     left, right = map(across, point.x_interval)
     low, high = map(up, point.y_interval)
@@ -142,13 +142,13 @@ def draw_error_bars(point: FrontPoint, across: AxisScale, up: AxisScale) -> str:
 
 def draw_legend() -> str:
     """The shapes, as HTML."""
-    items = [draw_key(16, mark.shape, mark.title, kind) for kind, mark in MARKS.items()]
-    items.append(draw_key(24, '<circle class="pick" r="10"/>', "the pick"))
-    items.append(draw_key(16, '<path class="front" d="M-8 -4H0V4H8"/>', "the front"))
+    items = [_draw_key(16, mark.shape, mark.title, kind) for kind, mark in MARKS.items()]
+    items.append(_draw_key(24, '<circle class="pick" r="10"/>', "the pick"))
+    items.append(_draw_key(16, '<path class="front" d="M-8 -4H0V4H8"/>', "the front"))
     return f'<p class="legend">{"".join(items)}</p>'
 
 
-def draw_key(side: int, shape: str, title: str, kind: str = "") -> str:
+def _draw_key(side: int, shape: str, title: str, kind: str = "") -> str:
     box = f"{-side // 2} {-side // 2} {side} {side}"
     classes = f"key {kind}" if kind else "key"
     return f'<span><svg viewBox="{box}" class="{classes}" aria-hidden="true">{shape}</svg> {title}</span>'
@@ -168,13 +168,13 @@ def draw_effect_bar(value: float, error: float, most: float) -> str:
     )
 
 
-def wrap_svg(width: int, height: int, name: str, parts: Sequence[str]) -> str:
+def _wrap_svg(width: int, height: int, name: str, parts: Sequence[str]) -> str:
     box = f'xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}"'
-    style = f"<style>{compose_style()}</style>"
+    style = f"<style>{_compose_style()}</style>"
     return f'<svg {box} role="img" aria-label="{escape(name)}">{style}{"".join(parts)}</svg>'
 
 
-def compose_style() -> str:
+def _compose_style() -> str:
     """The page's colours where the drawing stands in the page, and those of the marks where it stands
     alone."""
     pick = f".pick {{ fill: none; stroke: var(--pick, {PICK}); stroke-width: 2.5; }}"

@@ -21,13 +21,13 @@ from memcontrol.study.record import Record
 from memcontrol.study.store import Study
 from memcontrol.view.words import describe_choice
 
-REFRESH_SECONDS = 0.5
-LOADING = "loading the base, reading the images"
-STAGES = {
+_REFRESH_SECONDS = 0.5
+_LOADING = "loading the base, reading the images"
+_STAGES = {
     "train": (0.0, 0.8),
     "confirm": (0.0, 1.0),
 }  # of a job: where in its time a stage begins, and its length
-SCORING = (0.8, 0.15)  # any other stage of a trial
+_SCORING = (0.8, 0.15)  # any other stage of a trial
 
 
 def describe_step(event: Progress) -> str:
@@ -45,7 +45,7 @@ def describe_step(event: Progress) -> str:
 class Display(Observer):
     """Follows a search's events: a live block on a terminal, else one line for each finished trial."""
 
-    def __init__(self, console: Console, n_sampled: int, n_groups: int, n_workers: int, note: str = LOADING):
+    def __init__(self, console: Console, n_sampled: int, n_groups: int, n_workers: int, note: str = _LOADING):
         self.console, self.n_sampled, self.n_groups, self.n_workers = console, n_sampled, n_groups, n_workers
         self.records: list[Record] = []
         self.running: dict[
@@ -91,7 +91,7 @@ class Display(Observer):
 
     def show_progress(self, event: Progress, job: TrialJob | ConfirmJob) -> None:
         self.begun_at.setdefault(job.folder, time.monotonic())
-        begin, length = STAGES.get(event.stage, SCORING)
+        begin, length = _STAGES.get(event.stage, _SCORING)
         self.running[job.folder] = self.describe_run(event, job), begin + length * event.done / event.total
 
     def describe_run(self, event: Progress, job: TrialJob | ConfirmJob) -> str:
@@ -112,14 +112,14 @@ class Display(Observer):
         if not self.live:
             minutes = (time.monotonic() - self.started) / 60
             text = describe_choice(job.choice, self.n_groups)
-            say(self.console, f"{minutes:.1f} min: {text}: {name_end(job)}")
-        if isinstance(job, TrialJob) and not goes_on(job):
+            say(self.console, f"{minutes:.1f} min: {text}: {_name_end(job)}")
+        if isinstance(job, TrialJob) and not _goes_on(job):
             self.done[-1 if job.number is None else job.number] += 1
             if job.choice.method != "none":  # it trains nothing and would make the rest look short
                 self.lengths.append(time.monotonic() - self.begun_at.pop(job.folder, time.monotonic()))
 
     def refresh(self) -> None:
-        if time.monotonic() - self.shown < REFRESH_SECONDS:
+        if time.monotonic() - self.shown < _REFRESH_SECONDS:
             return
         self.shown = time.monotonic()
         self.read()
@@ -129,10 +129,10 @@ class Display(Observer):
     def read(self) -> None:
         if self.study is None:
             return
-        before = {record.number for record in self.records if has_ended(record)}
+        before = {record.number for record in self.records if _has_ended(record)}
         self.records = self.study.records()
         for record in self.records:
-            if not self.live and has_ended(record) and record.number not in before:
+            if not self.live and _has_ended(record) and record.number not in before:
                 say(self.console, self.line(record))
 
     def line(self, record: Record) -> str:
@@ -142,7 +142,7 @@ class Display(Observer):
         return f"trial {record.number} ({record.anchor or 'sampled'}): {text}: {what}"
 
     def block(self) -> Group:
-        n_ended = sum(has_ended(record) for record in self.records)
+        n_ended = sum(_has_ended(record) for record in self.records)
         total = self.n_sampled + 3
         minutes = (time.monotonic() - self.started) / 60
         head = (
@@ -173,15 +173,15 @@ class Display(Observer):
         return f", about {minutes:.1f} min left"
 
 
-def goes_on(job: TrialJob | ConfirmJob) -> bool:
+def _goes_on(job: TrialJob | ConfirmJob) -> bool:
     """Whether the job was the way to a rung, and the trial has not ended there."""
     return isinstance(job, TrialJob) and bool(job.rung) and not RunFolder(job.folder).has_result
 
 
-def name_end(job: TrialJob | ConfirmJob) -> str:
+def _name_end(job: TrialJob | ConfirmJob) -> str:
     if isinstance(job, ConfirmJob):
         return "measured again"
-    if goes_on(job):
+    if _goes_on(job):
         return f"measured at {job.rung:.0%} of its budget"
     return "run ended" if job.replicate is None else "fine-tuned again"
 
@@ -240,7 +240,7 @@ class Steps:
         say(self.progress.console, f"warning: {line}")
 
 
-def has_ended(record: Record) -> bool:
+def _has_ended(record: Record) -> bool:
     return record.state in ("COMPLETE", "PRUNED", "FAIL")
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Mark:
+class _Mark:
     """`symbol` is plotly's, `marker` matplotlib's, `shape` in SVG around 0, 0."""
 
     title: str
@@ -19,9 +19,9 @@ class Mark:
 
 SAMPLED = "sampled"
 MARKS = {
-    SAMPLED: Mark("sampled mask", "#0072B2", "circle", "o", '<circle r="5"/>'),
-    "none": Mark("no training", "#7f7f7f", "square", "s", '<rect x="-5" y="-5" width="10" height="10"/>'),
-    "all": Mark("plain PEFT (all)", "#E69F00", "triangle-up", "^", '<path d="M0 -7 6 5 -6 5Z"/>'),
-    "full": Mark("full fine-tuning", "#D55E00", "diamond", "D", '<path d="M0 -7 7 0 0 7 -7 0Z"/>'),
+    SAMPLED: _Mark("sampled mask", "#0072B2", "circle", "o", '<circle r="5"/>'),
+    "none": _Mark("no training", "#7f7f7f", "square", "s", '<rect x="-5" y="-5" width="10" height="10"/>'),
+    "all": _Mark("plain PEFT (all)", "#E69F00", "triangle-up", "^", '<path d="M0 -7 6 5 -6 5Z"/>'),
+    "full": _Mark("full fine-tuning", "#D55E00", "diamond", "D", '<path d="M0 -7 7 0 0 7 -7 0Z"/>'),
 }
 PICK = "#009E73"

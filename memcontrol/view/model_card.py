@@ -16,7 +16,7 @@ from memcontrol.core.spec import Spec
 from memcontrol.core.version import __version__
 from memcontrol.view.words import describe_choice, format_markdown_table, name_groups, write_verdict
 
-CARD_REWARDS = (
+_CARD_REWARDS = (
     "fid",
     "kid",
     "recall",
@@ -29,14 +29,14 @@ CARD_REWARDS = (
     "extraction_clique",
     "loss_gap",
 )
-LIMITS = (
+_LIMITS = (
     *BLIND_SPOTS,
     "It was fine-tuned on few images of one kind: outside of it, nothing is known of its quality.",
 )
-EXPORTED_WITH = ("torch", "diffusers", "peft")
+_EXPORTED_WITH = ("torch", "diffusers", "peft")
 # what the rewards call held-out images, by the part that they are
-UNSEEN = {"holdout": "held-out", "test": "test"}
-PART_TITLES = {
+_UNSEEN = {"holdout": "held-out", "test": "test"}
+_PART_TITLES = {
     "holdout": "images held out of the search",
     "test": "test images that neither the fine-tuning nor the search has seen",
 }
@@ -51,7 +51,7 @@ def write_card(
         part.write_text(f"---\n{head}---\n\n{compose_body(spec, result, code)}", encoding="utf-8")
 
 
-def find_baseline(spec: Spec, result: dict[str, Any]) -> dict[str, Any]:
+def _find_baseline(spec: Spec, result: dict[str, Any]) -> dict[str, Any]:
     """Full fine-tuning that was retrained beside the run and measured alike; empty where there is none."""
     for run in StudyFolder(spec.study_folder).list_retrained():
         other = run.read_result()
@@ -66,18 +66,18 @@ def make_metadata(spec: Spec, is_lora: bool, is_conditional: bool) -> dict[str, 
     task, base = "text-to-image" if is_conditional else "unconditional-image-generation", spec.config.base
     tags = ["diffusers", task, "memcontrol", *(["lora"] if is_lora else [])]
     known = {}
-    if is_public(base):
+    if _is_public(base):
         known = {"base_model": base, "base_model_relation": "adapter" if is_lora else "finetune"}
     return {"license": "other", "library_name": "diffusers", "pipeline_tag": task, **known, "tags": tags}
 
 
-def is_public(base: str) -> bool:
+def _is_public(base: str) -> bool:
     """Whether it is a name that the Hub knows."""
     return base != "tiny" and not Path(base).exists()
 
 
 def compose_body(spec: Spec, result: dict[str, Any], code: str) -> str:
-    full = find_baseline(spec, result) if spec.choice.method != "full" else {}
+    full = _find_baseline(spec, result) if spec.choice.method != "full" else {}
     columns = {"this model": result["rewards"]}
     if full:
         columns["full fine-tuning"] = full["rewards"]
@@ -85,30 +85,30 @@ def compose_body(spec: Spec, result: dict[str, Any], code: str) -> str:
         f"# {spec.config.name}",
         "A fine-tuned diffusion model, and how much it copies its training images. MemControl "
         "searches which parameters to fine-tune, so that quality stays and copying goes.",
-        list_facts(spec, result),
+        _list_facts(spec, result),
         "## How to load it",
         f"```python\n{code}\n```",
         "## How much it copies",
         write_verdict(result["rewards"], result["n_samples"]),
-        tell_how_measured(spec, result),
-        make_card_table(spec, columns),
+        _tell_how_measured(spec, result),
+        _make_card_table(spec, columns),
         "## Limits",
-        "\n".join(f"- {line}" for line in LIMITS),
+        "\n".join(f"- {line}" for line in _LIMITS),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def list_facts(spec: Spec, result: dict[str, Any]) -> str:
+def _list_facts(spec: Spec, result: dict[str, Any]) -> str:
     """What it is made of and how."""
     config, choice, base = spec.config, spec.choice, spec.config.base
     trained = format_reward("trained_fraction", result["rewards"])
     groups = name_groups(choice.groups, "nothing")
-    exported_with = ", ".join(f"{name} {version(name)}" for name in EXPORTED_WITH)
+    exported_with = ", ".join(f"{name} {version(name)}" for name in _EXPORTED_WITH)
     facts = {
-        "Base": base if is_public(base) else Path(base).name,
+        "Base": base if _is_public(base) else Path(base).name,
         "Trained": f"{describe_choice(choice, len(spec.space.groups))}: {groups} ({trained} of the denoiser)",
         "Images": f"{spec.n_train:,} private images; they are not part of this folder",
-        "Budget": describe_budget(spec, result["measured_with"]["resolution"]),
+        "Budget": _describe_budget(spec, result["measured_with"]["resolution"]),
         "Made by": f"[MemControl](https://arxiv.org/abs/2405.19458) {__version__}, study `{config.name}`, "
         f"choice `{choice.key}`; exported with {exported_with}",
         "License": "the base's license and the rights in the images bind this model; say above, in place of "
@@ -117,7 +117,7 @@ def list_facts(spec: Spec, result: dict[str, Any]) -> str:
     return "\n".join(f"- **{name}**: {text}" for name, text in facts.items())
 
 
-def describe_budget(spec: Spec, resolution: int) -> str:
+def _describe_budget(spec: Spec, resolution: int) -> str:
     inner = spec.config.inner
     shards = f", in {inner.ensemble.shards} shards" if inner.ensemble.shards > 1 else ""
     return (
@@ -126,18 +126,18 @@ def describe_budget(spec: Spec, resolution: int) -> str:
     )
 
 
-def tell_how_measured(spec: Spec, result: dict[str, Any]) -> str:
+def _tell_how_measured(spec: Spec, result: dict[str, Any]) -> str:
     settings = result["measured_with"]
     sampling = settings["sampling"]
     return (
         f"Measured on {result['n_samples']} samples ({sampling['sampling_steps']} steps, guidance "
-        f"{sampling['guidance']:g}) against {PART_TITLES[spec.reference]}, in pixels and with the "
+        f"{sampling['guidance']:g}) against {_PART_TITLES[spec.reference]}, in pixels and with the "
         f"feature network `{settings['extractor']}`, with standard errors or 95 % intervals; (few): "
         "too few samples for an unbiased FID."
     )
 
 
-def make_card_table(spec: Spec, columns: dict[str, dict[str, float]]) -> str:
+def _make_card_table(spec: Spec, columns: dict[str, dict[str, float]]) -> str:
     """A row for each reward that was measured, a column for each model's rewards."""
     measured = next(iter(columns.values()))
     rows = [
@@ -145,14 +145,14 @@ def make_card_table(spec: Spec, columns: dict[str, dict[str, float]]) -> str:
             REWARDS[name].title,
             *(format_reward(name, rewards) for rewards in columns.values()),
             REWARDS[name].direction,
-            REWARDS[name].meaning.replace("held-out", UNSEEN[spec.reference]),
+            REWARDS[name].meaning.replace("held-out", _UNSEEN[spec.reference]),
         ]
-        for name in list_shown_rewards(spec)
+        for name in _list_shown_rewards(spec)
         if name in measured
     ]
     return format_markdown_table(["figure", *columns, "better", "meaning"], rows)
 
 
-def list_shown_rewards(spec: Spec) -> list[str]:
-    own = [name for name in spec.config.rewards.names if name in REWARDS and name not in CARD_REWARDS]
-    return [*CARD_REWARDS, *own]
+def _list_shown_rewards(spec: Spec) -> list[str]:
+    own = [name for name in spec.config.rewards.names if name in REWARDS and name not in _CARD_REWARDS]
+    return [*_CARD_REWARDS, *own]

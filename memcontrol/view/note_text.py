@@ -14,13 +14,13 @@ from memcontrol.view.front_data import TrialData, list_standings, name_places
 from memcontrol.view.words import describe_choice, find_title, format_markdown_table
 
 YOURS = "\n\n---\n*What is written below this line is yours and is kept.*"
-ANCHORS = {
+_ANCHORS = {
     "none": "the base as it is, untrained",
     "all": "plain PEFT: every group is trained; the best of three learning rates",
     "full": "full fine-tuning, which every mask is compared with; the best of three learning rates",
 }
-STATES = {"COMPLETE": "complete", "RUNNING": "running", "PRUNED": "stopped early", "FAIL": "failed"}
-MEASURED_AGAIN = (
+_STATES = {"COMPLETE": "complete", "RUNNING": "running", "PRUNED": "stopped early", "FAIL": "failed"}
+_MEASURED_AGAIN = (
     "The front was measured again over fresh draws, since the best of many are partly lucky. This table, the "
     "plots and the report show that; the dashboard's own graphs and lists show values as the search measured "
     "them."
@@ -31,16 +31,16 @@ def write_trial_note(record: Record, space: SearchSpace) -> str:
     """What was trained, and every reward with its interval."""
     parts = [
         f"**{describe_choice(record.choice, len(space.groups))}**" if record.choice else "",
-        ANCHORS.get(record.anchor or "", "a sampled mask"),
-        describe_groups(record, space),
-        describe_end(record),
-        write_rewards_table(record) if record.rewards else "",
-        describe_replicates(record),
+        _ANCHORS.get(record.anchor or "", "a sampled mask"),
+        _describe_groups(record, space),
+        _describe_end(record),
+        _write_rewards_table(record) if record.rewards else "",
+        _describe_replicates(record),
     ]
     return "\n\n".join(filter(None, parts))
 
 
-def describe_groups(record: Record, space: SearchSpace) -> str:
+def _describe_groups(record: Record, space: SearchSpace) -> str:
     """Which are trained, and which are not; empty where no mask tells them apart."""
     if not record.choice or not record.choice.groups or record.anchor == "full":
         return ""
@@ -49,14 +49,14 @@ def describe_groups(record: Record, space: SearchSpace) -> str:
     return f"Trained groups: {', '.join(record.choice.groups)}{frozen}"
 
 
-def describe_end(record: Record) -> str:
+def _describe_end(record: Record) -> str:
     """Why it ended without a result, where that is known."""
     if not record.reason:
         return ""
     return f"{'Stopped early' if record.state == 'PRUNED' else 'Failed'}: {record.reason}"
 
 
-def describe_replicates(record: Record) -> str:
+def _describe_replicates(record: Record) -> str:
     if not record.replicates:
         return ""
     runs = [
@@ -66,7 +66,7 @@ def describe_replicates(record: Record) -> str:
     return f"Fine-tuned again from other seeds: {'; '.join(runs)}"
 
 
-def write_rewards_table(record: Record) -> str:
+def _write_rewards_table(record: Record) -> str:
     """A row for each reward: what the search measured, and over fresh draws."""
     measured = {"as searched": record.searched}
     if record.confirmed:
@@ -98,11 +98,11 @@ def write_study_note(
     lines = {
         "Space": f"{config.space}, {len(space.groups)} groups, {', '.join(space.methods)}",
         "Base": config.base,
-        "Images": describe_image_parts(config, data),
+        "Images": _describe_image_parts(config, data),
         "Each trial": f"{inner.budget_images} images in {inner.budget_steps} steps of {inner.batch_size}; "
         f"scored on {config.rewards.n_samples} samples",
-        "Objectives": ", ".join(map(describe_objective, config.rewards.names)),
-        "Trials": count_states(trials, over) or "none yet",
+        "Objectives": ", ".join(map(_describe_objective, config.rewards.names)),
+        "Trials": _count_states(trials, over) or "none yet",
     }
     parts = [
         f"# {config.name}\nWhich parameters to fine-tune, so that quality stays and memorization goes.\n"
@@ -112,24 +112,24 @@ def write_study_note(
     if complete:
         parts += ["## Anchors and front", write_standings(complete, objectives)]
     if any(trial["confirmed"] for trial in complete):
-        parts.append(MEASURED_AGAIN)
+        parts.append(_MEASURED_AGAIN)
     return "\n\n".join(parts)
 
 
-def describe_image_parts(config: Config, data: Mapping[str, Any]) -> str:
+def _describe_image_parts(config: Config, data: Mapping[str, Any]) -> str:
     if not data.get("parts"):
         return str(config.data.path)
     sizes = ", ".join(f"{part['images']} {name}" for name, part in data["parts"].items())
     return f"{config.data.path}, {data['resolution']} pixels; {sizes}"
 
 
-def describe_objective(name: str) -> str:
+def _describe_objective(name: str) -> str:
     return f"{find_title(name)} ({REWARDS[name].direction})" if name in REWARDS else name
 
 
-def count_states(trials: Sequence[TrialData], over: bool) -> str:
+def _count_states(trials: Sequence[TrialData], over: bool) -> str:
     """Such as "7 complete, 1 running"."""
-    words = STATES | ({"RUNNING": "interrupted"} if over else {})
+    words = _STATES | ({"RUNNING": "interrupted"} if over else {})
     counts = Counter(trial["state"] for trial in trials)
     return ", ".join(f"{counts[state]} {word}" for state, word in words.items() if counts[state])
 

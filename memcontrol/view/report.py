@@ -39,7 +39,7 @@ from memcontrol.view.report_results import (
 )
 from memcontrol.view.words import find_title
 
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
 def write_report(facts: ReportData, path: Path, with_images: bool = True) -> None:
@@ -62,21 +62,21 @@ def render_page(facts: ReportData, with_images: bool) -> str:
         render_masks,
         render_drivers,
         render_pairs if with_images else render_no_pairs,
-        render_fates,
-        render_images,
-        render_setting,
-        render_cost,
-        render_reproduction,
-        render_limits,
+        _render_fates,
+        _render_images,
+        _render_setting,
+        _render_cost,
+        _render_reproduction,
+        _render_limits,
     )
-    body = render_question(facts) + "".join(section(facts) for section in sections)
+    body = _render_question(facts) + "".join(section(facts) for section in sections)
     script = f"<script>\n{read_asset('report.js')}</script>"
     title = f"{facts['study']}: MemControl"
-    return render_document(title, read_asset("report.css"), f"{body}\n{script}", POLICY)
+    return render_document(title, read_asset("report.css"), f"{body}\n{script}", _POLICY)
 
 
-def render_question(facts: ReportData) -> str:
-    base, images = take_last_part(facts["config"]["base"]), take_last_part(facts["config"]["data"]["path"])
+def _render_question(facts: ReportData) -> str:
+    base, images = _take_last_part(facts["config"]["base"]), _take_last_part(facts["config"]["data"]["path"])
     asked = (
         f"Which parameters of {base} can be fine-tuned on {images} so that quality stays and copying of "
         "training images goes?"
@@ -86,17 +86,17 @@ def render_question(facts: ReportData) -> str:
     full = next((trial for trial in finished if trial["anchor"] == "full"), None)
     answer = "No trial but the untrained base has finished yet."
     if picked:
-        answer = describe_answer(facts, picked, full)
+        answer = _describe_answer(facts, picked, full)
     return f"<h1>{escape(facts['study'])}</h1>{render_paragraph(asked)}{render_paragraph(answer, 'lead')}"
 
 
-def take_last_part(path: str) -> str:
+def _take_last_part(path: str) -> str:
     """A name, or the last part of a path: where files lie on a machine is not for a page that is passed
     on."""
     return Path(path).name if Path(path).is_absolute() else path
 
 
-def describe_answer(facts: ReportData, picked: TrialData, full: TrialData | None) -> str:
+def _describe_answer(facts: ReportData, picked: TrialData, full: TrialData | None) -> str:
     """The pick, beside full fine-tuning."""
     names = add_names(facts["objectives"], ["copy_rate"])
     against = ""
@@ -116,7 +116,7 @@ def describe_answer(facts: ReportData, picked: TrialData, full: TrialData | None
     )
 
 
-def render_fates(facts: ReportData) -> str:
+def _render_fates(facts: ReportData) -> str:
     """What became of the images in the inner loop."""
     if not facts["training"]:
         return ""
@@ -132,7 +132,7 @@ def render_fates(facts: ReportData) -> str:
     about = "No image was to be skipped (inner.skip is not set)."
     if facts["config"]["inner"]["skip"]:
         about = "The study skips images by their loss."
-    rows = [render_counts(counts, used) for counts in facts["training"]]
+    rows = [_render_counts(counts, used) for counts in facts["training"]]
     return render_section(
         "What became of the images in fine-tuning",
         render_paragraph(about, "note"),
@@ -140,13 +140,13 @@ def render_fates(facts: ReportData) -> str:
     )
 
 
-def render_counts(counts: dict[str, int], names: list[str]) -> str:
+def _render_counts(counts: dict[str, int], names: list[str]) -> str:
     drawn = max(counts["seen"], 1)
     cells = [f"{counts[name]:,} ({counts[name] / drawn:.0%})" for name in names]
     return render_row([str(counts["trial"]), *cells], counts["trial"])
 
 
-def render_images(facts: ReportData) -> str:
+def _render_images(facts: ReportData) -> str:
     data = facts["data"]
     if not data:
         return render_section("Images", render_paragraph("split.json is not on this machine.", "note"))
@@ -160,7 +160,7 @@ def render_images(facts: ReportData) -> str:
         for name, part in data["parts"].items()
     ]
     about = (
-        f"{take_last_part(data['source'])}, {data['resolution']} x {data['resolution']} pixels; no "
+        f"{_take_last_part(data['source'])}, {data['resolution']} x {data['resolution']} pixels; no "
         "image, by its exact pixels, is in two parts. The hash is of the pixels and captions "
         "(SHA-256, 16 digits)."
     )
@@ -168,7 +168,7 @@ def render_images(facts: ReportData) -> str:
     return render_section("Images", render_paragraph(about), table)
 
 
-def render_setting(facts: ReportData) -> str:
+def _render_setting(facts: ReportData) -> str:
     space, objectives, limits = facts["space"], facts["objectives"], facts["limits"]
     ranges = space["learning_rate"].items()
     rows = {
@@ -177,17 +177,17 @@ def render_setting(facts: ReportData) -> str:
         "methods": ", ".join(space["methods"]),
         "learning rates": "; ".join(f"{method} {low:g} to {high:g}" for method, (low, high) in ranges),
         "ranks": ", ".join(map(str, space["rank"])),
-        "each fine-tuning": describe_fine_tuning(facts["config"]["inner"]),
-        "scored on": describe_scoring(facts["config"]["rewards"]),
+        "each fine-tuning": _describe_fine_tuning(facts["config"]["inner"]),
+        "scored on": _describe_scoring(facts["config"]["rewards"]),
         "objectives": ", ".join(f"{find_title(name)} ({way})" for name, way in objectives.items()),
         "limits": ", ".join(f"{name} {bound:g}" for name, bound in limits.items()) or "none",
-        "trials": describe_trials(facts["trials"], facts["config"]["search"]),
-        "hypervolume": describe_volume(facts["hypervolume"]),
+        "trials": _describe_trials(facts["trials"], facts["config"]["search"]),
+        "hypervolume": _describe_volume(facts["hypervolume"]),
     }
     return render_section("Space and budget", render_definitions(rows))
 
 
-def describe_fine_tuning(inner: dict[str, Any]) -> str:
+def _describe_fine_tuning(inner: dict[str, Any]) -> str:
     n_shards = inner["ensemble"]["shards"]
     shards = f", {n_shards} shards" if n_shards > 1 else ""
     return (
@@ -196,7 +196,7 @@ def describe_fine_tuning(inner: dict[str, Any]) -> str:
     )
 
 
-def describe_scoring(rewards: dict[str, Any]) -> str:
+def _describe_scoring(rewards: dict[str, Any]) -> str:
     return (
         f"{rewards['n_samples']} samples, {rewards['sampling_steps']} steps at guidance "
         f"{rewards['guidance']:g}, features of {rewards['extractor']}; the front again over "
@@ -204,21 +204,21 @@ def describe_scoring(rewards: dict[str, Any]) -> str:
     )
 
 
-def describe_trials(trials: list[TrialData], search: dict[str, Any]) -> str:
+def _describe_trials(trials: list[TrialData], search: dict[str, Any]) -> str:
     counts = Counter(trial["state"] for trial in trials)
     states = [state for state in ("COMPLETE", "PRUNED", "FAIL", "RUNNING") if counts[state]]
     said = ", ".join(f"{counts[state]} {state.lower()}" for state in states)
     return f"{said}; {search['sampler']} sampler, seed {search['seed']}"
 
 
-def describe_volume(volume: dict[str, Any] | None) -> str:
+def _describe_volume(volume: dict[str, Any] | None) -> str:
     if not volume:
         return "not known before the anchors have ended"
     reference = [f"{find_title(name)} {value:.4g}" for name, value in volume["reference"].items()]
     return f"{volume['value']:.4g} ± {volume['error']:.2g}, from {', '.join(reference)}"
 
 
-def render_cost(facts: ReportData) -> str:
+def _render_cost(facts: ReportData) -> str:
     spent, made = facts["cost"], facts["made_with"]
     about = (
         f"{spent['runs']} fine-tunings with their scoring took {spent['hours']:.2f} hours of a "
@@ -233,9 +233,9 @@ def render_cost(facts: ReportData) -> str:
     return render_section("Cost and versions", render_paragraph(about), render_definitions(rows))
 
 
-def render_reproduction(facts: ReportData) -> str:
+def _render_reproduction(facts: ReportData) -> str:
     name = facts["study"]
-    given, whole = (format_study_file(facts[key], facts["config"]) for key in ("given", "config"))
+    given, whole = (_format_study_file(facts[key], facts["config"]) for key in ("given", "config"))
     commands = (
         f"memcontrol search {name}.yaml --workers 1\n"
         f"memcontrol pick {name}.yaml\n"
@@ -254,14 +254,14 @@ def render_reproduction(facts: ReportData) -> str:
     )
 
 
-def format_study_file(keys: dict[str, Any], config: dict[str, Any]) -> str:
+def _format_study_file(keys: dict[str, Any], config: dict[str, Any]) -> str:
     """As YAML, the base and the images by name only."""
-    data = {**keys["data"], "path": take_last_part(config["data"]["path"])}
-    shown = {**keys, "base": take_last_part(config["base"]), "data": data}
+    data = {**keys["data"], "path": _take_last_part(config["data"]["path"])}
+    shown = {**keys, "base": _take_last_part(config["base"]), "data": data}
     return yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)
 
 
-def render_limits(facts: ReportData) -> str:
+def _render_limits(facts: ReportData) -> str:
     names = add_names(facts["objectives"], ["memorization", "copy_rate", "fid"])
     meanings = {find_title(name): REWARDS[name].meaning for name in names if name in REWARDS}
     return render_section(

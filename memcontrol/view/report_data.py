@@ -28,10 +28,10 @@ from memcontrol.study.store import Study
 from memcontrol.view.front_data import TrialData, mark_trials
 from memcontrol.view.words import describe_choice
 
-FATES = ("seen", "trained", "skipped", "dropped", "queued", "surplus")
+_FATES = ("seen", "trained", "skipped", "dropped", "queued", "surplus")
 # of the CSV
-MARK_COLUMNS = ("front", "tie", "pick", "confirmed")
-CHOICE_COLUMNS = ("method", "rank", "learning_rate")
+_MARK_COLUMNS = ("front", "tie", "pick", "confirmed")
+_CHOICE_COLUMNS = ("method", "rank", "learning_rate")
 
 
 def collect_report_data(study: Study, space: SearchSpace, folder: Path) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def collect_report_data(study: Study, space: SearchSpace, folder: Path) -> dict[
     blocks = StudyFolder(folder).read_blocks()
     trials = mark_trials(records, find_pick(records, study), len(space.groups))
     for trial, record in zip(trials, records):
-        trial["blocks"] = [compute_trained_share(record, block) for block in blocks]
+        trial["blocks"] = [_compute_trained_share(record, block) for block in blocks]
     return {
         "study": config.name,
         "written": datetime.now().isoformat(timespec="minutes"),
@@ -54,20 +54,20 @@ def collect_report_data(study: Study, space: SearchSpace, folder: Path) -> dict[
         "data": StudyFolder(folder).summarize_data(),
         "config": config.model_dump(mode="json"),
         "given": config.model_dump(mode="json", exclude_defaults=True),
-        "space": summarize_space(space, config.space),
+        "space": _summarize_space(space, config.space),
         "trials": trials,
         "blocks": [block["name"] for block in blocks],
         "hypervolume": summarize_hypervolume(study),
-        "importance": summarize_importance(records, space),
-        "spread": summarize_spread(complete, study),
-        "training": list_fates(complete),
-        "retrained": list_retrained(folder, len(space.groups)),
-        "cost": sum_costs(records, folder),
+        "importance": _summarize_importance(records, space),
+        "spread": _summarize_spread(complete, study),
+        "training": _list_fates(complete),
+        "retrained": _list_retrained(folder, len(space.groups)),
+        "cost": _sum_costs(records, folder),
         "made_with": study.attributes.get("made_with", {}),
     }
 
 
-def summarize_space(space: SearchSpace, name: str) -> dict[str, Any]:
+def _summarize_space(space: SearchSpace, name: str) -> dict[str, Any]:
     return {
         "name": name,
         "description": space.description,
@@ -78,7 +78,7 @@ def summarize_space(space: SearchSpace, name: str) -> dict[str, Any]:
     }
 
 
-def compute_trained_share(record: Record, block: dict[str, Any]) -> float:
+def _compute_trained_share(record: Record, block: dict[str, Any]) -> float:
     """The share of a block's parameters that lie in modules which the trial trains."""
     groups = record.choice.groups if record.choice else ()
     if EVERYTHING in groups:
@@ -103,13 +103,13 @@ def summarize_hypervolume(study: Study) -> dict[str, Any] | None:
     }
 
 
-def summarize_spread(complete: Sequence[Record], study: Study) -> dict[str, float] | None:
+def _summarize_spread(complete: Sequence[Record], study: Study) -> dict[str, float] | None:
     """By objective, between fine-tunings of the same choice; None where none was repeated."""
     spread = estimate_spread(complete)
     return None if spread is None else dict(zip(study.objectives, spread.tolist()))
 
 
-def summarize_importance(records: Sequence[Record], space: SearchSpace) -> list[dict[str, Any]]:
+def _summarize_importance(records: Sequence[Record], space: SearchSpace) -> list[dict[str, Any]]:
     """Empty where too few trials have ended."""
     try:
         return [effect.as_dict() for effect in measure_importance(records, space)]
@@ -117,26 +117,26 @@ def summarize_importance(records: Sequence[Record], space: SearchSpace) -> list[
         return []
 
 
-def list_fates(complete: Sequence[Record]) -> list[dict[str, int]]:
+def _list_fates(complete: Sequence[Record]) -> list[dict[str, int]]:
     """What became of the images in each trial on the front, and in full fine-tuning, where that is known."""
     front = select_front(complete)
     told = [record for record in complete if record in front or record.anchor == "full"]
-    fates = {record.number: count_fates(record.run) for record in told}
+    fates = {record.number: _count_fates(record.run) for record in told}
     return [{"trial": number} | counts for number, counts in fates.items() if counts]
 
 
-def count_fates(run: Path) -> dict[str, int]:
+def _count_fates(run: Path) -> dict[str, int]:
     """What became of the images that a fine-tuning drew; empty where the run folder is elsewhere."""
     path = RunFolder(run).training_file
     if not path.is_file():
         return {}
     total: Counter[str] = Counter()
     for shard in read_json(path).get("shards", ()):  # none, where nothing was trained
-        total.update({name: shard.get(name, 0) for name in FATES})
+        total.update({name: shard.get(name, 0) for name in _FATES})
     return dict(total)
 
 
-def list_retrained(folder: Path, n_groups: int) -> list[dict[str, Any]]:
+def _list_retrained(folder: Path, n_groups: int) -> list[dict[str, Any]]:
     """The runs of `memcontrol retrain` that ended well, full fine-tuning first: choice, rewards on test
     images, folder."""
     results = [(run.path, run.read_result()) for run in StudyFolder(folder).list_retrained()]
@@ -154,7 +154,7 @@ def list_retrained(folder: Path, n_groups: int) -> list[dict[str, Any]]:
     return sorted(runs, key=lambda run: run["choice"]["method"] != "full")
 
 
-def sum_costs(records: Sequence[Record], folder: Path) -> dict[str, float]:
+def _sum_costs(records: Sequence[Record], folder: Path) -> dict[str, float]:
     """The fine-tunings that ended, each with its scoring: how many, their hours, the seconds of the median
     one."""
     runs = (StudyFolder(folder).run(choice) for record in records for choice in record.candidates)
@@ -173,12 +173,14 @@ def format_csv(facts: dict[str, Any]) -> str:
     names = [name for name in REWARDS if name in measured] + sorted(set(measured) - set(REWARDS))
     groups, out = facts["space"]["groups"], io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["trial", "anchor", "state", *MARK_COLUMNS, *CHOICE_COLUMNS, *groups, *names, "seconds"])
-    writer.writerows(list_cells(trial, groups, names) for trial in facts["trials"])
+    writer.writerow(
+        ["trial", "anchor", "state", *_MARK_COLUMNS, *_CHOICE_COLUMNS, *groups, *names, "seconds"]
+    )
+    writer.writerows(_list_cells(trial, groups, names) for trial in facts["trials"])
     return out.getvalue()
 
 
-def list_cells(trial: TrialData, groups: Sequence[str], names: Sequence[str]) -> list[Any]:
+def _list_cells(trial: TrialData, groups: Sequence[str], names: Sequence[str]) -> list[Any]:
     """Of one row."""
     choice = trial["choice"] or {}
     on = choice.get("groups", ())
@@ -186,8 +188,8 @@ def list_cells(trial: TrialData, groups: Sequence[str], names: Sequence[str]) ->
         trial["trial"],
         trial["anchor"] or "sampled",
         trial["state"],
-        *(int(trial[name]) for name in MARK_COLUMNS),
-        *(choice.get(name) for name in CHOICE_COLUMNS),
+        *(int(trial[name]) for name in _MARK_COLUMNS),
+        *(choice.get(name) for name in _CHOICE_COLUMNS),
         *(int(name in on or EVERYTHING in on) for name in groups),
         *(trial["rewards"].get(name, "") for name in names),
         trial["seconds"],

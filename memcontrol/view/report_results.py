@@ -34,8 +34,8 @@ from memcontrol.view.html import (
 from memcontrol.view.words import find_title, name_groups
 
 ReportData = dict[str, Any]  # what report_data collects
-BESIDE_OBJECTIVES = ("copy_rate", "trained_fraction")  # rewards that a table of trials always has
-PAIRS_TITLE = "Generated images and the training images nearest to them"
+_BESIDE_OBJECTIVES = ("copy_rate", "trained_fraction")  # rewards that a table of trials always has
+_PAIRS_TITLE = "Generated images and the training images nearest to them"
 
 
 def add_names(names: Iterable[str], more: Iterable[str]) -> list[str]:
@@ -70,7 +70,7 @@ def render_front(facts: ReportData) -> str:
 
 
 def render_standings(facts: ReportData) -> str:
-    names = add_names(facts["objectives"], BESIDE_OBJECTIVES)
+    names = add_names(facts["objectives"], _BESIDE_OBJECTIVES)
     trials = list_standings(facts["trials"], facts["objectives"])
     note = (
         "Figures with their standard errors, or 95 % intervals in brackets; (few): samples under "
@@ -80,12 +80,12 @@ def render_standings(facts: ReportData) -> str:
     heads = ["trial", "", "choice", *map(find_title, names), ""]
     return render_section(
         "Front and anchors",
-        render_table(heads, [render_standing(trial, names) for trial in trials]),
+        render_table(heads, [_render_standing(trial, names) for trial in trials]),
         render_paragraph(note, "note"),
     )
 
 
-def render_standing(trial: TrialData, names: Sequence[str]) -> str:
+def _render_standing(trial: TrialData, names: Sequence[str]) -> str:
     places = name_places(trial)
     places += ["+"] if trial["confirmed"] else []
     places += ["<b>the pick</b>"] if trial["pick"] else []
@@ -98,7 +98,7 @@ def render_retrained(facts: ReportData) -> str:
     """What to trust: trained anew from another seed on all training images, scored on test images."""
     if not facts["retrained"]:
         return ""
-    names = add_names(facts["objectives"], BESIDE_OBJECTIVES)
+    names = add_names(facts["objectives"], _BESIDE_OBJECTIVES)
     rows = [
         render_row([escape(run["said"]), *(format_reward(name, run["rewards"]) for name in names)])
         for run in facts["retrained"]
@@ -128,10 +128,10 @@ def render_masks(facts: ReportData) -> str:
             "network from input to output; the number is the share of its parameters, in per cent, "
             "that lie in trained modules."
         )
-        rows = [render_mask(trial, blocks, trial["blocks"]) for trial in trials]
+        rows = [_render_mask(trial, blocks, trial["blocks"]) for trial in trials]
     else:
-        rows = [render_mask(trial, groups, find_trained(trial, groups)) for trial in trials]
-    lines = [describe_mask(trial) for trial in trials]
+        rows = [_render_mask(trial, groups, _find_trained(trial, groups)) for trial in trials]
+    lines = [_describe_mask(trial) for trial in trials]
     return render_section(
         "Which layers",
         render_paragraph(about, "note"),
@@ -140,27 +140,27 @@ def render_masks(facts: ReportData) -> str:
     )
 
 
-def find_trained(trial: TrialData, groups: Sequence[str]) -> list[float]:
+def _find_trained(trial: TrialData, groups: Sequence[str]) -> list[float]:
     """1 for each group that the trial trains, 0 for the others."""
     on = trial["choice"]["groups"]
     return [float(name in on or EVERYTHING in on) for name in groups]
 
 
-def render_mask(trial: TrialData, columns: Sequence[str], shares: Sequence[float]) -> str:
+def _render_mask(trial: TrialData, columns: Sequence[str], shares: Sequence[float]) -> str:
     number, groups = trial["trial"], ", ".join(trial["choice"]["groups"])
     head = f"{number} {trial['anchor'] or ''}{' (the pick)' if trial['pick'] else ''}"
-    cells = "".join(render_share(name, share) for name, share in zip(columns, shares))
+    cells = "".join(_render_share(name, share) for name, share in zip(columns, shares))
     return f'<tr data-trial="{number}" title="{escape(groups)}"><th>{head}</th>{cells}</tr>'
 
 
-def render_share(name: str, share: float) -> str:
+def _render_share(name: str, share: float) -> str:
     """A cell, the darker the larger the share."""
     colour, title = f"rgba(var(--on), {0.07 + 0.78 * share:.2f})", f"{escape(name)}: {share:.0%}"
     text = f"{100 * share:.0f}" if share else ""
     return f'<td style="background: {colour}" title="{title}">{text}</td>'
 
 
-def describe_mask(trial: TrialData) -> str:
+def _describe_mask(trial: TrialData) -> str:
     groups = name_groups(trial["choice"]["groups"], "only what is always trained")
     return f"trial {trial['trial']}, {trial['said']}: {groups}"
 
@@ -173,8 +173,8 @@ def render_drivers(facts: ReportData) -> str:
             "fine-tuning."
         )
         return render_section(title, render_paragraph(about, "note"))
-    most = {name: find_largest_effect(facts["importance"], name) for name in objectives}
-    rows = [render_effect(effect, most) for effect in facts["importance"]]
+    most = {name: _find_largest_effect(facts["importance"], name) for name in objectives}
+    rows = [_render_effect(effect, most) for effect in facts["importance"]]
     about = (
         "What each objective changes by, in its own units, when one thing changes and all else "
         "stays, by the model that the search has learned, with standard errors (bars: 95 %). Pale: "
@@ -186,13 +186,13 @@ def render_drivers(facts: ReportData) -> str:
     return render_section(title, render_paragraph(about, "note"), render_table(heads, rows))
 
 
-def find_largest_effect(effects: Sequence[dict[str, Any]], name: str) -> float:
+def _find_largest_effect(effects: Sequence[dict[str, Any]], name: str) -> float:
     """The far end of the largest bar."""
     found = [effect["effects"][name] for effect in effects]
     return max(abs(one["value"]) + READ_95 * one["error"] for one in found)
 
 
-def render_effect(effect: dict[str, Any], most: dict[str, float]) -> str:
+def _render_effect(effect: dict[str, Any], most: dict[str, float]) -> str:
     """`most`: by objective, what fills half a bar."""
     cells, is_sure = [escape(label_change(effect["coordinate"], effect["from"], effect["to"]))], False
     for name, largest in most.items():
@@ -209,21 +209,21 @@ def render_pairs(facts: ReportData) -> str:
     found = [trial for trial in trials if RunFolder(Path(trial["run"])).pairs_picture.is_file()]
     if not found:
         about = "The run folders with the images are not on this machine."
-        return render_section(PAIRS_TITLE, render_paragraph(about, "note"))
-    figures = [render_pair_figure(trial) for trial in sorted(found, key=lambda trial: trial["pick"])]
+        return render_section(_PAIRS_TITLE, render_paragraph(about, "note"))
+    figures = [_render_pair_figure(trial) for trial in sorted(found, key=lambda trial: trial["pick"])]
     about = (
         "The generated images that come nearest to a training image, relative to held-out ones, "
         "most suspicious first; below each its distance (d), and that as a share of the distance "
         "to the nearest held-out image. This part shows training images."
     )
-    return render_section(PAIRS_TITLE, render_paragraph(about, "note"), *figures)
+    return render_section(_PAIRS_TITLE, render_paragraph(about, "note"), *figures)
 
 
 def render_no_pairs(facts: ReportData) -> str:
-    return render_section(PAIRS_TITLE, render_paragraph("Left out of this report on request.", "note"))
+    return render_section(_PAIRS_TITLE, render_paragraph("Left out of this report on request.", "note"))
 
 
-def render_pair_figure(trial: TrialData) -> str:
+def _render_pair_figure(trial: TrialData) -> str:
     address = make_data_uri("image/png", RunFolder(Path(trial["run"])).pairs_picture.read_bytes())
     said = escape(f"{describe_trial(trial)}; {describe_rewards(['copy_rate'], trial['rewards'])}")
     image = f'<img alt="{said}" src="{address}">'

@@ -20,10 +20,10 @@ from memcontrol.study.record import Record
 from memcontrol.study.replicates import estimate_spread
 from memcontrol.view.words import describe_choice, find_title
 
-N_RANKED = 12  # trials that a rank correlation needs to say anything
-COLUMNS = ("fid", "kid", "memorization", "copy_rate", "amd_train", "amd_holdout", "trained_fraction")
-DROPPED = ("amd_holdout", "amd_train", "kid", "trained_fraction")  # in this order, where there is no room
-WIDE = 10_000
+_N_RANKED = 12  # trials that a rank correlation needs to say anything
+_COLUMNS = ("fid", "kid", "memorization", "copy_rate", "amd_train", "amd_holdout", "trained_fraction")
+_DROPPED = ("amd_holdout", "amd_train", "kid", "trained_fraction")  # in this order, where there is no room
+_WIDE = 10_000
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class RewardsTable:
     note: str = ""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        columns = [*(name for name in self.objectives if name not in COLUMNS), *COLUMNS]
-        for name in DROPPED:
+        columns = [*(name for name in self.objectives if name not in _COLUMNS), *_COLUMNS]
+        for name in _DROPPED:
             if self.measure_width(columns, console, options) <= options.max_width:
                 break
             columns = [other for other in columns if other != name or other in self.objectives]
@@ -46,7 +46,7 @@ class RewardsTable:
 
     def measure_width(self, columns: Sequence[str], console: Console, options: ConsoleOptions) -> int:
         """Of the whole table, where nothing had to be shortened."""
-        return Measurement.get(console, options.update(max_width=WIDE), self.make_table(columns)).maximum
+        return Measurement.get(console, options.update(max_width=_WIDE), self.make_table(columns)).maximum
 
     def make_table(self, columns: Sequence[str]) -> Table:
         table = Table(
@@ -70,12 +70,12 @@ def make_importance_table(effects: Sequence[Effect], name: str) -> Table:
         table.add_column(find_title(objective), justify="right")
     table.add_column("choices", justify="right")
     for effect in effects:
-        cells = [format_effect(value) for value in effect.effects.values()]
+        cells = [_format_effect(value) for value in effect.effects.values()]
         table.add_row(effect.label, *cells, str(effect.n_choices))
     return table
 
 
-def format_effect(value: Estimate) -> Text:
+def _format_effect(value: Estimate) -> Text:
     error = value.error or 0
     return Text(f"{value:+.3g} ± {error:.2g}", style="bold" if abs(value.value) > 2 * error else "dim")
 
@@ -95,7 +95,7 @@ def make_study_table(
     places |= {record.number: "=" for record in select_ties(others)}
     rows = [
         (
-            mark_trial(record, places.get(record.number, " "), record is picked),
+            _mark_trial(record, places.get(record.number, " "), record is picked),
             describe_choice(record.chosen, n_groups),
             record.rewards,
         )
@@ -107,7 +107,7 @@ def make_study_table(
     return RewardsTable(rows, title, list(complete[0].objectives) if complete else (), note)
 
 
-def mark_trial(record: Record, place: str, is_picked: bool) -> str:
+def _mark_trial(record: Record, place: str, is_picked: bool) -> str:
     """Such as ">*+12 all": the pick, on the front, measured again, trial 12, the anchor `all`."""
     name = f"{record.number} {record.anchor}" if record.anchor else str(record.number)
     return f"{'>' if is_picked else ' '}{place}{'+' if record.confirmed else ' '}{name}"
@@ -119,21 +119,21 @@ def describe_gains(full: dict[str, float], picked: dict[str, float], apart: dict
     names = {"fid": "FID", "memorization": "memorization distance", "copy_rate": "copy rate"}
     return [
         f"{title}: {format_reward(key, full)} with full fine-tuning, {format_reward(key, picked)} "
-        f"with the chosen mask{describe_difference(key, apart)}"
+        f"with the chosen mask{_describe_difference(key, apart)}"
         for key, title in names.items()
     ]
 
 
-def describe_difference(name: str, apart: dict[str, Estimate]) -> str:
+def _describe_difference(name: str, apart: dict[str, Estimate]) -> str:
     """ "; difference -4.2 (-5.3 to -3.1), paired over prompts", and whether it is one."""
     if name not in apart:
         return ""
     value = apart[name]
-    difference, interval = format_difference(name, value)
+    difference, interval = _format_difference(name, value)
     return f"; difference {difference} ({interval}{', a tie' if value.holds_zero else ''})"
 
 
-def format_difference(name: str, value: Estimate) -> tuple[str, str]:
+def _format_difference(name: str, value: Estimate) -> tuple[str, str]:
     """The difference and its interval, signed, in the form of the reward."""
     form = REWARDS[name].form.replace(":", ":+") if name in REWARDS else "{:+.3f}"
     return form.format(value), f"{form.format(value.low)} to {form.format(value.high)}"
@@ -149,11 +149,11 @@ def make_differences_table(
         table.add_column(heading)
     for name, value in apart.items():
         both = format_reward(name, first), format_reward(name, second)
-        table.add_row(find_title(name), *both, *format_difference(name, value), name_better(name, value))
+        table.add_row(find_title(name), *both, *_format_difference(name, value), _name_better(name, value))
     return table
 
 
-def name_better(name: str, value: Estimate) -> str:
+def _name_better(name: str, value: Estimate) -> str:
     """Which run is, by the difference of the first from the second."""
     if value.holds_zero:
         return "tie"
@@ -186,7 +186,7 @@ def describe_rank_agreement(records: Sequence[Record]) -> str:
         for record in records
         if record.finished and "loss_gap" in record.searched
     ]
-    if len(pairs) < N_RANKED:
+    if len(pairs) < _N_RANKED:
         return ""
     found = spearman(*zip(*pairs))
     return (

@@ -39,7 +39,7 @@ def format_p(p: float) -> str:
 
 def write_verdict(rewards: dict[str, float], n: int) -> str:
     """One sentence with its error, on the rewards of `n` images."""
-    said = f"{describe_copy_rate(rewards, n)}; {describe_memorization(rewards)}."
+    said = f"{_describe_copy_rate(rewards, n)}; {_describe_memorization(rewards)}."
     clear = round(rewards["clear_copy_rate"] * n)
     if clear:
         return (
@@ -53,7 +53,7 @@ def write_verdict(rewards: dict[str, float], n: int) -> str:
     return f"No copying is visible at this sample size: {said}"
 
 
-def describe_copy_rate(rewards: dict[str, float], n: int) -> str:
+def _describe_copy_rate(rewards: dict[str, float], n: int) -> str:
     rate, (low, high) = rewards["copy_rate"], Rewards(rewards).interval("copy_rate")
     line, p = rewards["copy_rate_line"], format_p(Rewards(rewards).p("copy_rate"))
     return (
@@ -62,7 +62,7 @@ def describe_copy_rate(rewards: dict[str, float], n: int) -> str:
     )
 
 
-def describe_memorization(rewards: dict[str, float]) -> str:
+def _describe_memorization(rewards: dict[str, float]) -> str:
     value, error = rewards["memorization"], Rewards(rewards).error("memorization")
     p = format_p(Rewards(rewards).p("memorization"))
     return f"memorization distance {value:.3f} ± {error:.3f} of at most {CLIP:.2f}, p {p}"
