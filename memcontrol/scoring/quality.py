@@ -52,7 +52,8 @@ def fit_gaussian(features) -> Gaussian:
     mean, factor = blockwise_mean(rows), np.empty((0, rows.shape[1]))
     for block in split_blocks(rows):
         stacked = np.concatenate([factor, (block - mean) / math.sqrt(len(rows) - 1)])
-        factor = np.linalg.qr(stacked, mode="r")  # type: ignore[assignment]  # numpy's stubs know no mode that gives R alone
+        # numpy's stubs know no mode that gives R alone
+        factor = np.linalg.qr(stacked, mode="r")  # type: ignore[assignment]
     return Gaussian(mean, factor)
 
 
