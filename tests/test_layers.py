@@ -49,6 +49,25 @@ def test_every_module_opens_with_what_it_owns_and_no_folder_is_crowded():
     assert max(len(list((PACKAGE / name).glob("*.py"))) for name in ORDER) <= 20
 
 
+def list_names(path):
+    """What a module defines at its top level."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            yield node.name
+        elif isinstance(node, ast.Assign):
+            names = (name for target in node.targets for name in ast.walk(target))
+            yield from (name.id for name in names if isinstance(name, ast.Name))
+
+
+def test_a_name_is_defined_in_one_module_and_none_ends_in_of():
+    homes = {}
+    for path in MODULES:
+        for name in set(list_names(path)):
+            assert homes.setdefault(name, path) == path, f"{name} in {homes[name]} and {path}"
+        for node in ast.walk(ast.parse(path.read_text())):
+            assert not (isinstance(node, ast.FunctionDef) and node.name.endswith("_of")), (path, node.name)
+
+
 def test_few_modules_import_optuna():
     users = {
         f"{path.parent.name}.{path.stem}"
