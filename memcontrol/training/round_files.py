@@ -38,11 +38,21 @@ class ShardState:
     records: list[dict]
 
 
+def locate_plan(folder: Path) -> Path:
+    """What the folder's rounds depend on."""
+    return folder / "plan.json"
+
+
 class RoundFiles:
     """Of one fine-tuning: its rounds and shards by number, counted from 0."""
 
     def __init__(self, folder: Path, skip: SkipConfig | None, device: torch.device):
         self.folder, self.skip, self.device = folder, skip, device
+
+    @property
+    def start(self) -> Path:
+        """The loss gap before anything was learned."""
+        return self.folder / "start.json"
 
     def shard(self, number: int, shard: int) -> Path:
         return self.folder / f"{number:04}-{shard:02}.safetensors"

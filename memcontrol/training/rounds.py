@@ -25,7 +25,7 @@ from memcontrol.model.parts import State
 from memcontrol.training.loop import Loop
 from memcontrol.training.loss_memory import LossMemory
 from memcontrol.training.probe import measure_loss_gap
-from memcontrol.training.round_files import STATE_KINDS, RoundFiles, ShardState, select_tensors
+from memcontrol.training.round_files import STATE_KINDS, RoundFiles, ShardState, locate_plan, select_tensors
 from memcontrol.training.shard import Material, Shard
 from memcontrol.training.shards import deal_images, exchange_images
 
@@ -90,7 +90,7 @@ def train_rounds(
 
 def _clear_other_plans(folder: Path, plan: str, team: ProcessGroup) -> None:
     """Clears away what another plan left in the folder; ranks above 0 wait until that is done."""
-    path = folder / "plan.json"
+    path = locate_plan(folder)
     while not path.exists() or read_json(path) != plan:
         if team.rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
@@ -126,10 +126,6 @@ class Rounds:
             {name: tensor.cpu() for name, tensor in adapter.state().items()} if self.n_shards > 1 else {}
         )
 
-    @property
-    def start_file(self) -> Path:
-        return self.files.folder / "start.json"
-
     def measure_gap(self) -> float:
         return measure_loss_gap(self.base, self.material.data, self.material.holdout(), self.seed)
 
@@ -137,8 +133,8 @@ class Rounds:
         last, stopped = n_rounds - 1, False
 
         # The loss gap before anything is learned: two sets of images differ a little.
-        if self.inner.stop_gap and self.team.rank == 0 and not self.start_file.exists():
-            write_json(self.start_file, self.measure_gap())
+        if self.inner.stop_gap and self.team.rank == 0 and not self.files.start.exists():
+            write_json(self.files.start, self.measure_gap())
 
         for number in range(self.find_first_open(), n_rounds):
             # This process's shards, from where the last round left them.
@@ -324,7 +320,7 @@ class Rounds:
                 and (self.n_shards == 1 or self.averages(number))
             ):
                 self.take(number)
-                end["gap"] = self.measure_gap() - read_json(self.start_file)
+                end["gap"] = self.measure_gap() - read_json(self.files.start)
                 end["stopped"] = end["gap"] > self.inner.stop_gap
             write_json(self.files.end(number), end)
         self.files.drop_before(number, range(self.n_shards), means=self.averages(number))
