@@ -62,10 +62,8 @@ def parse_space(values: Any, name: str) -> SearchSpace:
     if not isinstance(mix, bool):
         refuse(f"'mix' is {mix!r}; allowed: true or false")
     methods = _parse_methods("'methods'", values.get("methods", ["lora"]), SEARCHED_METHODS, refuse)
-    rank, alpha = (
-        _parse_ranks("'rank'", values.get("rank", [4]), refuse),
-        _parse_alpha("'alpha'", values.get("alpha", 1.0), refuse),
-    )
+    rank = _parse_ranks("'rank'", values.get("rank", [4]), refuse)
+    alpha = _parse_alpha("'alpha'", values.get("alpha", 1.0), refuse)
     return SearchSpace(
         name=name,
         groups={

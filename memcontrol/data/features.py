@@ -120,10 +120,8 @@ def _nearest_candidates(
         # squared distances less the query's own square
         scores = torch.addmm(torch.linalg.vector_norm(right, dim=1).square(), left, right.T, alpha=-2)
         values, places = _least_columns(scores, n)
-        values, places = (
-            torch.cat([best[0], values], 1),
-            torch.cat([best[1], places + number * REFERENCE_BLOCK], 1),
-        )
+        values = torch.cat([best[0], values], 1)
+        places = torch.cat([best[1], places + number * REFERENCE_BLOCK], 1)
         order = values.topk(min(n, values.shape[1]), dim=1, largest=False, sorted=False).indices
         best = values.gather(1, order), places.gather(1, order)
     return best[1].numpy()

@@ -50,11 +50,9 @@ class Ray(Executor):
     """An actor with its own GPUs and cores for each place, on an existing cluster or on one started here."""
 
     def __init__(self, settings: RayConfig, n_workers: int, time_limit_seconds: float | None = None):
-        self.ray, self.settings, self.time_limit_seconds = (
-            _connect_ray(settings),
-            settings,
-            time_limit_seconds,
-        )
+        self.ray = _connect_ray(settings)
+        self.settings = settings
+        self.time_limit_seconds = time_limit_seconds
         self.places = [Place() for _ in range(n_workers)]
 
     def count_free(self) -> int:

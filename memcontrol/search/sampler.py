@@ -51,13 +51,11 @@ class Sampler:
             raise MemControlError(
                 f"search.sampler: gp models two objectives, and there are {n_objectives}; use auto or tpe"
             )
-        self.space, self.seed, self.limits, self.kind, self.n_objectives = (
-            space,
-            seed,
-            limits,
-            kind,
-            n_objectives,
-        )
+        self.space = space
+        self.seed = seed
+        self.limits = limits
+        self.kind = kind
+        self.n_objectives = n_objectives
         self.first = [choice for choice in map(self.fit_choice, first) if choice is not None]
         self.encoding, self.mirror = SpaceEncoding(space), InMemoryStudy(space, n_objectives, limits, kind)
 

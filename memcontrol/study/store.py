@@ -67,14 +67,12 @@ class Study:
         say: Tell = lambda line: None,
         lock: StudyLock | None = None,
     ):
-        self.inner, self.config, self.folder, self.url, self.say, self.lock = (
-            inner,
-            config,
-            folder,
-            url,
-            say,
-            lock,
-        )
+        self.inner = inner
+        self.config = config
+        self.folder = folder
+        self.url = url
+        self.say = say
+        self.lock = lock
         self.directions = [direction.name.lower() for direction in inner.directions]
         self.kept: dict[int, Record] = {}
         self.ids: dict[int, int] = {}  # Optuna's trial ids by number
@@ -207,11 +205,9 @@ class Study:
         }
         if len(results) > 1:
             told["tried"] = [{k: r.get(k) for k in ("choice", "state", "rewards", "reason")} for r in results]
-        trial_id, state, tried = (
-            self.ids[number],
-            TrialState.COMPLETE if complete else TrialState[best["state"]],
-            False,
-        )
+        trial_id = self.ids[number]
+        state = TrialState.COMPLETE if complete else TrialState[best["state"]]
+        tried = False
 
         def write() -> None:
             nonlocal tried

@@ -181,11 +181,9 @@ class Rounds:
     def train_shard(self, number: int, shard: int) -> None:
         """One shard's part of a round, from what the last round left to its file."""
         started, stored = time.monotonic(), self.start(number, shard)
-        loop, counts, n_losses = (
-            self.loop(number, stored),
-            Counter(stored.shard.counts),
-            len(stored.shard.losses),
-        )
+        loop = self.loop(number, stored)
+        counts = Counter(stored.shard.counts)
+        n_losses = len(stored.shard.losses)
         (first, end), state = self.count_slots(number, shard), stored.shard
         lengths = [last - start for start, last in (self.count_slots(i, shard) for i in range(self.n_rounds))]
         for i in range(end - first):
@@ -293,11 +291,9 @@ class Rounds:
         )
 
     def change_images(self, shard: Shard, rows: Tensor) -> None:
-        shard.rows, shard.skips, shard.exchanged_at = (
-            rows,
-            torch.zeros_like(shard.skips),
-            shard.counts["batches"],
-        )
+        shard.rows = rows
+        shard.skips = torch.zeros_like(shard.skips)
+        shard.exchanged_at = shard.counts["batches"]
         mine = torch.isin(shard.queue, rows)
         shard.queue, shard.queue_closeness = shard.queue[mine], shard.queue_closeness[mine]
 

@@ -51,10 +51,8 @@ def make_strip(
     (distances, matches), (others, held) = space.to_train, space.nearest_held
     shares = ratio(distances, others)
     rows = np.argsort(shares, kind="stable")[:_N_COLUMNS]
-    training, held_out = (
-        loaded.train_images(spec).take(matches[rows].tolist()),
-        loaded.parts(spec)[spec.reference].take(held[rows].tolist()),
-    )
+    training = loaded.train_images(spec).take(matches[rows].tolist())
+    held_out = loaded.parts(spec)[spec.reference].take(held[rows].tolist())
     return Strip(
         title, samples["images"][rows], training.pixels(), held_out.pixels(), distances[rows], shares[rows]
     )

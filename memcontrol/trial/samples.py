@@ -31,11 +31,9 @@ def sample_images(base: Base, material: Material, spec: Spec, progress: Callable
     """n_samples images from training captions, where copying shows: `images`, the `rows` of the training
     captions used, and the `seeds` of each image's noise; where the study asks for it, the images of an
     `extraction` attack, [P, m, 3, H, W]. Captions and noise are the same for all trials of a purpose."""
-    n, attack, n_captions = (
-        spec.config.rewards.n_samples,
-        spec.config.rewards.extraction,
-        len(material.data.caption_rows),
-    )
+    n = spec.config.rewards.n_samples
+    attack = spec.config.rewards.extraction
+    n_captions = len(material.data.caption_rows)
     n_all = n + (attack.prompts * attack.images if attack else 0)
     rows = np.random.default_rng(derive_seed(spec.sampling_seed, "captions")).integers(n_captions, size=n)
     seeds = [derive_seed(spec.sampling_seed, "noise", i) for i in range(n)]
