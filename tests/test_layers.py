@@ -87,9 +87,8 @@ def test_few_modules_import_optuna():
 
 def test_the_orchestrating_process_needs_no_torch():
     code = (
-        "import sys, memcontrol.cli, memcontrol.search.orchestrator, "
-        "memcontrol.commands.retrain, memcontrol.view.live, memcontrol.study.pick; "
-        "sys.exit('torch' in sys.modules)"
+        "import sys, memcontrol.cli, memcontrol.search.orchestrator, memcontrol.commands.retrain, "
+        "memcontrol.view.live, memcontrol.study.pick; sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 

@@ -142,8 +142,7 @@ def table(rows: list[dict]) -> str:
         one, each = means(rows, arm), " ".join(f"{row['copy_rate']:.1%}" for row in rows if row["arm"] == arm)
         lines.append(
             f"| {arm} | {one['fid']:.1f} | {one['copy_rate']:.1%} | {each} | {one['mq']:.0f} | "
-            f"{one['memorization']:.2f} "
-            f"| {one['skipped']:.1%} | {one['steps']:.0f} | {one['seen']:.0f} |"
+            f"{one['memorization']:.2f} | {one['skipped']:.1%} | {one['steps']:.0f} | {one['seen']:.0f} |"
         )
     return "\n".join(lines) + "\n"
 

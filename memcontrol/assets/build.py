@@ -41,14 +41,11 @@ INKS = {
 }
 # One learned merge per frequent word keeps captions short; the corpus is this vocabulary, not a crawl.
 CAPTION_WORDS = (
-    "a an the of in on at and with to from is one two three four five six seven eight nine zero "
-    "printed handwritten "
-    "digit letter capital bold slanted blurred red green blue orange purple black white grey image "
-    "photo photograph "
-    "picture painting drawing person man woman child face dog cat bird flower tree car house "
-    "street sky sea chest x-ray "
-    "scan no finding normal abnormal left right small large young old style artist portrait "
-    "landscape"
+    "a an the of in on at and with to from is one two three four five six seven eight nine zero printed "
+    "handwritten digit letter capital bold slanted blurred red green blue orange purple black white grey "
+    "image photo photograph picture painting drawing person man woman child face dog cat bird flower tree "
+    "car house street sky sea chest x-ray scan no finding normal abnormal left right small large young old "
+    "style artist portrait landscape"
 ).split()
 
 

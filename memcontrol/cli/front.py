@@ -14,9 +14,8 @@ if TYPE_CHECKING:
     from memcontrol.study.store import Study
 
 _ONCE = (
-    "some of these were measured once only, as the search chose them, and may look better than "
-    "they are; the end "
-    "of the search measures them again"
+    "some of these were measured once only, as the search chose them, and may look better than they are; "
+    "the end of the search measures them again"
 )
 
 

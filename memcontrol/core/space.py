@@ -168,9 +168,8 @@ class SearchSpace:
             modules = [name for name in names if re.fullmatch(pattern, name)]
             if not modules:
                 raise MemControlError(
-                    f"space '{self.name}': pattern '{pattern}' of {owner} matches no module of the "
-                    "base that can be trained; "
-                    f"names look like '{names[len(names) // 2]}'"
+                    f"space '{self.name}': pattern '{pattern}' of {owner} matches no module of the base "
+                    f"that can be trained; names look like '{names[len(names) // 2]}'"
                 )
             found += modules
         return list(dict.fromkeys(found))

@@ -94,8 +94,7 @@ class Spec:
         if differing:
             raise MemControlError(
                 f"{folder} holds a run of study '{there.config.name}' with another config: "
-                f"{'; '.join(differing)}; restore these keys, choose another "
-                "name, or remove that folder"
+                f"{'; '.join(differing)}; restore these keys, choose another name, or remove that folder"
             )
 
 

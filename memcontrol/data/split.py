@@ -71,9 +71,8 @@ def _refuse_shared_images(parts: dict[str, list[ImageRecord]]) -> None:
             other, name = seen.setdefault(record.digest, (part, record.name))
             if other != part:
                 raise MemControlError(
-                    f"data: {other} and {part} share an image: '{name}' and '{record.name}' have "
-                    "the same pixels; "
-                    "remove one, since copying could not be told from chance"
+                    f"data: {other} and {part} share an image: '{name}' and '{record.name}' have the same "
+                    "pixels; remove one, since copying could not be told from chance"
                 )
 
 

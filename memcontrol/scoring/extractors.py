@@ -199,9 +199,8 @@ def _load_inception(weights: str) -> Extractor:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except (ImportError, RuntimeError) as error:
         raise MemControlError(
-            "rewards.extractor 'inception' needs torch-fidelity and a matching torchvision, which "
-            f"cannot be imported ({type(error).__name__}); "
-            "install memcontrol[inception], or use another extractor"
+            "rewards.extractor 'inception' needs torch-fidelity and a matching torchvision, which cannot "
+            f"be imported ({type(error).__name__}); install memcontrol[inception], or use another extractor"
         ) from None
     network, device = _place_network(
         FeatureExtractorInceptionV3(

@@ -183,9 +183,8 @@ class Search:
         sampler = Sampler(self.space, search.seed, n_objectives, self.study.limits, search.sampler, first)
         if n_lost := len(first) - len(sampler.first):
             self.warn(
-                f"{n_lost} of {len(first)} choices on the front of {search.warm_start} have groups "
-                "or methods "
-                f"that space '{self.config.space}' lacks, and are not tried (search.warm_start)"
+                f"{n_lost} of {len(first)} choices on the front of {search.warm_start} have groups or "
+                f"methods that space '{self.config.space}' lacks, and are not tried (search.warm_start)"
             )
         return PrefetchedChoices(sampler)
 

@@ -78,9 +78,8 @@ def validate_url(url: str) -> str:
     except (ValueError, ArgumentError):
         raise MemControlError(
             f"storage {hide_password(url)} is no database URL; write it as "
-            "postgresql+psycopg2://USER@HOST:PORT/DATABASE or sqlite:///FILE, with the "
-            "password in PGPASSWORD or, in the URL, its special characters percent-encoded (@ as "
-            "%40, : as %3A)"
+            "postgresql+psycopg2://USER@HOST:PORT/DATABASE or sqlite:///FILE, with the password in "
+            "PGPASSWORD or, in the URL, its special characters percent-encoded (@ as %40, : as %3A)"
         ) from None
     return url
 
@@ -98,14 +97,12 @@ _CURES = {
     "permission denied": "the role must own the tables or have been granted them: storage/roles.sql does",
     "Connection refused": "start PostgreSQL there, or correct host and port",
     "Can't load plugin|NoSuchModule": "write postgresql+psycopg2://USER@HOST/DATABASE, "
-    "postgresql+psycopg:// for psycopg 3, or "
-    "sqlite:///FILE",
+    "postgresql+psycopg:// for psycopg 3, or sqlite:///FILE",
     "read-only transaction": "this role may only read; a search needs the one that owns the tables",
     "could not translate host name": "check the host's name",
     "Name or service not known": "check the host's name",
-    "no longer compatible|schema": "upgrade the tables after a backup: "
-    "optuna storage upgrade --storage URL, see "
-    "storage/README.md",
+    "no longer compatible|schema": "upgrade the tables after a backup: optuna storage upgrade --storage "
+    "URL, see storage/README.md",
     "No module named 'psycopg2'": "install memcontrol[postgresql]",
     "No module named 'psycopg'": "install psycopg[binary], or write postgresql+psycopg2://",
 }

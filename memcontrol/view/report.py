@@ -160,9 +160,8 @@ def _render_images(facts: ReportData) -> str:
         for name, part in data["parts"].items()
     ]
     about = (
-        f"{_take_last_part(data['source'])}, {data['resolution']} x {data['resolution']} pixels; no "
-        "image, by its exact pixels, is in two parts. The hash is of the pixels and captions "
-        "(SHA-256, 16 digits)."
+        f"{_take_last_part(data['source'])}, {data['resolution']} x {data['resolution']} pixels; no image, "
+        "by its exact pixels, is in two parts. The hash is of the pixels and captions (SHA-256, 16 digits)."
     )
     table = render_table(["part", "images", "hash", "use"], rows)
     return render_section("Images", render_paragraph(about), table)
@@ -242,9 +241,8 @@ def _render_reproduction(facts: ReportData) -> str:
         f"memcontrol retrain {name}.yaml"
     )
     about = (
-        "The study file, less what is at its default. The same config, seed, images (compare the "
-        "hashes) and CPU give the same numbers with one worker; on GPUs they agree within the "
-        "errors above."
+        "The study file, less what is at its default. The same config, seed, images (compare the hashes) "
+        "and CPU give the same numbers with one worker; on GPUs they agree within the errors above."
     )
     return render_section(
         "How to reproduce it",
