@@ -6,11 +6,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import sqlite3
+
 import numpy as np
 import pytest
 import torch
 import yaml
 from PIL import Image
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
 
 torch.set_num_threads(1)
 
@@ -24,6 +28,22 @@ SMALL = {
     "rewards": {"n_samples": 64, "force": True, "sampling_steps": 1, "confirm": 0},
     "search": {"trials": 1, "workers": 1, "executor": "inline"},
 }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_the_disk():
+    """Whoever is killed leaves what it wrote, synced or not; only a power cut would not, and no test makes
+    one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
+        event.listen(Engine, "connect", leave_sync_to_the_system)
+        yield
+        event.remove(Engine, "connect", leave_sync_to_the_system)
+
+
+def leave_sync_to_the_system(connection, record):
+    if isinstance(connection, sqlite3.Connection):
+        connection.execute("PRAGMA synchronous = OFF")
 
 
 @pytest.fixture(scope="session")
