@@ -4,7 +4,7 @@ VENV := .venv
 CODE := memcontrol tests benchmarks docs
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo check test chaos clean
+.PHONY: demo check quick test chaos clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/memcontrol demo --out runs/demo
@@ -16,6 +16,10 @@ check: $(VENV)/tested
 
 test: $(VENV)/tested
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --dist worksteal
+
+# What trains nothing and starts no process, in under a minute.
+quick: $(VENV)/tested
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --dist worksteal -m "not slow"
 
 # A search on a real PostgreSQL while everything it stands on is killed, frozen and stopped: about ten minutes.
 chaos: $(VENV)/tested

@@ -192,3 +192,38 @@ def trained(base, material, tmp_path):
             adapter.remove()
 
     return run
+
+
+SLOW = {"base", "executor", "local", "material", "postgresql", "ray_cluster", "shown", "study_file", "trained"}
+SLOW_FILES = {  # that start processes or services, or fine-tune, by themselves
+    "test_adapters.py",
+    "test_audit.py",
+    "test_benchmarks.py",
+    "test_calibrate.py",
+    "test_chaos.py",
+    "test_compose.py",
+    "test_database.py",
+    "test_demo.py",
+    "test_ensemble.py",
+    "test_export.py",
+    "test_families.py",
+    "test_growth.py",
+    "test_old_study.py",
+    "test_orchestrate.py",
+    "test_propose.py",
+    "test_publish.py",
+    "test_readme.py",
+    "test_replicates.py",
+    "test_sampling.py",
+    "test_search.py",
+    "test_seeing.py",
+    "test_spaces_shipped.py",
+    "test_stopping.py",
+}
+
+
+def pytest_collection_modifyitems(items):
+    """`make quick` leaves out what is marked slow."""
+    for item in items:
+        if item.path.name in SLOW_FILES or SLOW & set(item.fixturenames):
+            item.add_marker("slow")

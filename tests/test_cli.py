@@ -73,6 +73,7 @@ def test_a_dry_run_refuses_what_a_search_refuses(study_file):
     )
 
 
+@pytest.mark.slow
 def test_spaces(tmp_path):
     listed = run("spaces", "list").stdout
     assert "digits" in listed and "sd15-sites" in listed

@@ -32,6 +32,7 @@ def drawn(n, seed, scale=1.0, shift=0.0):
 REAL = drawn(4000, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric, tolerance", [(fid, 0.35), (kid, 0.25)])
 def test_errors_are_the_spread_of_fresh_samples(metric, tolerance):
     found = [metric(REAL, drawn(400, seed, 1.3, 0.2)) for seed in range(1, 61)]

@@ -314,6 +314,7 @@ def blurred(images, radius):
     ).transpose(0, 3, 1, 2)
 
 
+@pytest.mark.slow
 def test_real_images_blur_collapse_and_noise_do_not_count_as_copies():
     """And copies do, among real digits: M grows with their share, the copy rate's interval holds it, swapped
     labels change M's sign."""

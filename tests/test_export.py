@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from small_pipelines import build
-from test_adapters import disturbed, space_of
+from test_adapters import disturb, space_of
 
 from memcontrol import load_adapter
 from memcontrol.commands.export import COMFYUI_FILE, LORA_FILE, export
@@ -85,7 +85,7 @@ def finished_run(folder, base_name, method, mix=()):
     spec = Spec(config, space, choice, folder.parent, "search", "holdout", 10)
     spec.write(folder)
     adapter = inject_choice(denoiser, spec)
-    disturbed(adapter, 1)
+    disturb(adapter, adapter.state(), 1)
     adapter.save(folder, spec.description())
     adapter.fuse()
     write_json(

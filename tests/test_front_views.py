@@ -12,6 +12,7 @@ from PIL import Image
 
 from memcontrol.core.choice import Choice
 from memcontrol.core.estimate import Estimate
+from memcontrol.core.reward_table import Objective
 from memcontrol.search.importance import Effect
 from memcontrol.study.record import Record
 from memcontrol.view.front_data import list_standings, make_axis, make_front_data, mark_trials
@@ -265,7 +266,7 @@ def test_the_pictures_agree_on_the_logarithmic_axis(study):
     [((10, 30), False), ((10, 30.1), True), ((0, 5), False), ((-1, 5), False), ((2, 2), False)],
 )
 def test_an_axis_is_logarithmic_where_values_span_over_three_times_the_smallest(values, is_log):
-    assert make_axis("fid", "minimize", values).is_log == is_log
+    assert make_axis(Objective("fid", "minimize"), values).is_log == is_log
 
 
 @pytest.mark.parametrize("study", [LOGARITHMIC, MAXIMISED], ids=["logarithmic", "maximised"])
