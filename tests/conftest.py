@@ -194,7 +194,17 @@ def trained(base, material, tmp_path):
     return run
 
 
-SLOW = {"base", "executor", "local", "material", "postgresql", "ray_cluster", "shown", "study_file", "trained"}
+SLOW_FIXTURES = {
+    "base",
+    "executor",
+    "local",
+    "material",
+    "postgresql",
+    "ray_cluster",
+    "shown",
+    "study_file",
+    "trained",
+}
 SLOW_FILES = {  # that start processes or services, or fine-tune, by themselves
     "test_adapters.py",
     "test_audit.py",
@@ -225,5 +235,5 @@ SLOW_FILES = {  # that start processes or services, or fine-tune, by themselves
 def pytest_collection_modifyitems(items):
     """`make quick` leaves out what is marked slow."""
     for item in items:
-        if item.path.name in SLOW_FILES or SLOW & set(item.fixturenames):
+        if item.path.name in SLOW_FILES or SLOW_FIXTURES & set(item.fixturenames):
             item.add_marker("slow")
