@@ -2,6 +2,7 @@
 what they import, which takes a new process seconds."""
 
 import atexit
+import contextlib
 import multiprocessing
 import os
 import subprocess
@@ -29,9 +30,10 @@ FORKS.set_forkserver_preload(
 )
 
 
-def run(*args, cwd=None, check=False, before=None):
-    """The finished process of a command; `before` is called in it first. Where `check` is set, it must have
-    succeeded."""
+@contextlib.contextmanager
+def started(*args, cwd=None, before=None):
+    """The process of a command, and the files that take its stdout and its stderr; `before` is called in it
+    first. It is killed if it is still there when the block is left."""
     words = [*map(str, args)]
     with tempfile.TemporaryDirectory() as folder:
         said = [Path(folder, name) for name in ("stdout", "stderr")]
@@ -39,9 +41,19 @@ def run(*args, cwd=None, check=False, before=None):
             target=command, args=(words, said, cwd or os.getcwd(), dict(os.environ), before)
         )
         process.start()
+        try:
+            yield process, said
+        finally:
+            process.kill()
+            process.join()
+
+
+def run(*args, cwd=None, check=False, before=None):
+    """The finished process of a command. Where `check` is set, it must have succeeded."""
+    with started(*args, cwd=cwd, before=before) as (process, said):
         process.join()
         done = subprocess.CompletedProcess(
-            [*NEW_PROCESS, *words], process.exitcode, *(path.read_text() for path in said)
+            [*NEW_PROCESS, *map(str, args)], process.exitcode, *(path.read_text() for path in said)
         )
     assert not check or done.returncode == 0, done
     return done

@@ -218,6 +218,7 @@ def test_what_a_study_does_not_measure_is_no_objective():
 
 def test_a_model_that_makes_flat_images_is_pruned_by_name(study_file, monkeypatch):
     from memcontrol.core.config import load_config
+    from memcontrol.core.jobs import TrialJob
     from memcontrol.core.run_folder import locate_study_folder
     from memcontrol.core.space_yaml import load_space
     from memcontrol.core.spec import Spec
@@ -236,7 +237,7 @@ def test_a_model_that_makes_flat_images_is_pruned_by_name(study_file, monkeypatc
         "sample",
         lambda self, *args, seeds, **rest: np.full((len(seeds), 3, 32, 32), 7, np.uint8),
     )
-    attempt_trial(folder / "flat", loaded, lambda said: None)
+    attempt_trial(TrialJob(folder / "flat", spec.choice), loaded, lambda said: None)
     result = json.loads((folder / "flat" / "result.json").read_text())
     assert (
         result["state"] == "PRUNED" and "100% of the generated images are one flat colour" in result["reason"]

@@ -7,7 +7,7 @@ import pytest
 from memcontrol.core.config import load_config
 from memcontrol.core.errors import MemControlError
 from memcontrol.execution import make
-from memcontrol.execution.local import Inline, Local
+from memcontrol.execution.local import Inline, Local, Worker
 from memcontrol.execution.make import make_executor, open_executor
 
 
@@ -15,7 +15,8 @@ def config_with(**search):
     return load_config({"name": "s", "data": "digits", "search": search})
 
 
-def test_executor_is_the_one_that_the_config_names(tmp_path):
+def test_executor_is_the_one_that_the_config_names(tmp_path, monkeypatch):
+    monkeypatch.setattr(Worker, "spawn", lambda worker: None)
     assert isinstance(make_executor(config_with(executor="inline", workers=1), tmp_path), Inline)
     local = make_executor(config_with(workers=3, time_limit_minutes=1.5), tmp_path)
     assert isinstance(local, Local) and local.count_free() == 3 and local.time_limit_seconds == 90
