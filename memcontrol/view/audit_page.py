@@ -69,7 +69,7 @@ def _render_audit(found: dict, cards: str) -> str:
     parts = [
         f'<h1>Audit of copying</h1><p class="verdict">{escape(found["verdict"])}</p>',
         f"<p>{escape(_describe_sizes(found))}</p>",
-        f"<h2>Figures</h2>{_render_figures(found['rewards'])}",
+        f"<h2>Rewards</h2>{_render_rewards(found['rewards'])}",
         "<h2>Most suspicious images beside their nearest training images</h2>",
         f'<p>Framed in red: nearer than 99 % of real images are.</p><div class="pairs">{cards}</div>',
         f"<h2>Training images that are nearly the same</h2>{_render_duplicates(found['duplicates'])}",
@@ -84,13 +84,13 @@ def _describe_sizes(found: dict) -> str:
     return f"{sizes} images, brought to {side} x {side} pixels; features by {found['extractor']}."
 
 
-def _render_figures(rewards: dict[str, float]) -> str:
-    rows = [_render_figure(name, rewards) for name in _AUDIT_REWARDS if name in rewards]
-    head = "<tr><th>figure</th><th>value (95 %)</th><th>meaning</th></tr>"
+def _render_rewards(rewards: dict[str, float]) -> str:
+    rows = [_render_reward(name, rewards) for name in _AUDIT_REWARDS if name in rewards]
+    head = "<tr><th>reward</th><th>value (95 %)</th><th>meaning</th></tr>"
     return f"<table>{head}{''.join(rows)}</table>"
 
 
-def _render_figure(name: str, rewards: dict[str, float]) -> str:
+def _render_reward(name: str, rewards: dict[str, float]) -> str:
     info = REWARDS[name]
     return f"<tr><td>{info.title}</td><td>{format_reward(name, rewards)}</td><td>{info.meaning}</td></tr>"
 

@@ -150,7 +150,7 @@ def _make_card_table(spec: Spec, columns: dict[str, dict[str, float]]) -> str:
         for name in _list_shown_rewards(spec)
         if name in measured
     ]
-    return format_markdown_table(["figure", *columns, "better", "meaning"], rows)
+    return format_markdown_table(["reward", *columns, "better", "meaning"], rows)
 
 
 def _list_shown_rewards(spec: Spec) -> list[str]:
