@@ -31,7 +31,7 @@ _SCORING = (0.8, 0.15)  # any other stage of a trial
 
 
 def describe_step(event: Progress) -> str:
-    """Where a fine-tuning is: "step 120/230, round 3, loss 0.123, 14 % skipped"."""
+    """Where a fine-tuning is: "step 120/230, round 3, loss 0.123, 14% skipped"."""
     parts = [f"step {event.done}/{event.total}"]
     if event.round is not None:
         parts.append(f"round {event.round}")
