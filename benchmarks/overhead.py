@@ -36,7 +36,7 @@ def searched(folder: Path, server) -> list[dict]:
 
     executor = simulated.Simulated(N_WORKERS, SECONDS, clock=time)
     watched = {
-        "draw, in its own thread": (Sampler, "drawn"),
+        "draw, in its own thread": (Sampler, "pick_new"),
         "wait for a choice": (PrefetchedChoices, "take"),
         "begin": (Study, "begin"),
         "tell": (Study, "finish"),

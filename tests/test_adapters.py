@@ -84,6 +84,17 @@ def copy_weights(denoiser):
     return {name: tensor.clone() for name, tensor in denoiser.state_dict().items()}
 
 
+def fuse_state(base, space, choice, state):
+    """The plain weights that a state stands for; the base is put back."""
+    before = copy_weights(base.denoiser)
+    adapter = inject_adapter(base.denoiser, space, choice, 7)
+    adapter.load_state(state)
+    adapter.fuse()
+    fused = copy_weights(base.denoiser)
+    base.denoiser.load_state_dict(before)
+    return fused
+
+
 @torch.no_grad()
 def disturb(adapter, start, seed):
     """The adapter's state after a random step from the start."""
@@ -107,8 +118,9 @@ class Life:
         self.see_average(adapter)
         self.see_end(adapter, folder)
         self.see_another(folder)
-        self.weights = [self.fuse(self.states[0]), self.fuse(self.states[1]), self.fused_weights]
-        self.mean_weights = self.fuse(self.mean)
+        kept = [*self.states[:2], self.mean]
+        first, second, self.mean_weights = (fuse_state(base, space, choice, state) for state in kept)
+        self.weights = [first, second, self.fused_weights]
 
     def see_start(self, adapter):
         denoiser, self.at_start = self.base.denoiser, output(self.base)
@@ -156,15 +168,6 @@ class Life:
         another.fuse()
         self.fused, self.fused_weights = output(self.base), copy_weights(self.base.denoiser)
         self.base.denoiser.load_state_dict(self.plain)
-
-    def fuse(self, state):
-        """The plain weights that a state stands for."""
-        adapter = inject_adapter(self.base.denoiser, self.space, self.choice, 7)
-        adapter.load_state(state)
-        adapter.fuse()
-        fused = copy_weights(self.base.denoiser)
-        self.base.denoiser.load_state_dict(self.plain)
-        return fused
 
 
 def list_cases():

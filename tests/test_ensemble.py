@@ -130,7 +130,7 @@ def test_a_shared_a_is_never_trained(trained):
 @pytest.mark.parametrize("method", ("lora", "dora", "svdiff", "difffit"))
 def test_what_is_kept_is_the_mean_of_the_shards_changes(base, trained, method, monkeypatch):
     """Every method, both factors trained: the weights after a round are the mean of the shards' weights."""
-    from test_adapters import fused_weights, space_of
+    from test_adapters import fuse_state, space_of
 
     space = space_of(base.denoiser, [method])
     choice = space.choice(("first", "second"), method, 0.8)
@@ -152,10 +152,10 @@ def test_what_is_kept_is_the_mean_of_the_shards_changes(base, trained, method, m
         budget_images=8 * 6,
         weight_decay=0.0,
     )
-    before = fused_weights(base, space, choice, inject_and_state(base, space, choice))
-    each = [(n, fused_weights(base, space, choice, state)) for n, state in kept["shards"]]
-    expected = {name: sum(n * weights[name] for n, weights in each) / N_IMAGES for name in before}
-    after = fused_weights(base, space, choice, found)
+    before = fuse_state(base, space, choice, inject_and_state(base, space, choice))
+    each = [(n, fuse_state(base, space, choice, state)) for n, state in kept["shards"]]
+    expected = {name: sum(n * weights[name].double() for n, weights in each) / N_IMAGES for name in before}
+    after = fuse_state(base, space, choice, found)
     assert max(float((after[name] - expected[name]).abs().max()) for name in expected) < 1e-6
     assert max(float((after[name] - before[name]).abs().max()) for name in expected) > 1e-4
 

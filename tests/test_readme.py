@@ -33,6 +33,7 @@ def name_page(page):
 ELSEWHERE = {  # other tests run these, each with what it needs
     "make demo": "test_demo",
     "make test": "this",
+    "make quick": "a part of this",
     "make check": ".ci/run",
     "make chaos": "test_chaos",
     "memcontrol audit --model my-pipeline": "test_audit, sampling takes minutes",
