@@ -21,7 +21,7 @@ test: $(VENV)/tested
 quick: $(VENV)/tested
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --dist worksteal -m "not slow"
 
-# A search on a real PostgreSQL while everything it stands on is killed, frozen and stopped: about ten minutes.
+# A search on a real PostgreSQL while everything it stands on is killed, frozen and stopped: five to ten minutes.
 chaos: $(VENV)/tested
 	OMP_NUM_THREADS=1 $(VENV)/bin/python tests/chaos.py
 

@@ -196,7 +196,7 @@ def generate_functions() -> str:
     """Each public function: its signature and docstring."""
     import memcontrol
 
-    names = sorted(memcontrol.__all__)
+    names = sorted(name for name in memcontrol.__all__ if inspect.isfunction(getattr(memcontrol, name)))
     return join_blocks(describe_function(name, getattr(memcontrol, name)) for name in names)
 
 

@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING
 from memcontrol.core.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from memcontrol import estimate as estimate
+    from memcontrol import models as models
+    from memcontrol import rewards as rewards
     from memcontrol.commands.audit import audit
     from memcontrol.commands.compare import compare
     from memcontrol.commands.dashboard import dashboard
@@ -25,9 +28,11 @@ if TYPE_CHECKING:
     from memcontrol.commands.retrain import retrain
     from memcontrol.commands.search import search
     from memcontrol.commands.status import status
+    from memcontrol.core.errors import MemControlError
     from memcontrol.scoring.own_rewards import reward
 
 __all__ = [
+    "MemControlError",
     "audit",
     "compare",
     "dashboard",
@@ -43,23 +48,31 @@ __all__ = [
     "search",
     "status",
 ]
-_ELSEWHERE = {"load_adapter": "memcontrol.commands.export", "reward": "memcontrol.scoring.own_rewards"}
+_ELSEWHERE = {
+    "MemControlError": "memcontrol.core.errors",
+    "load_adapter": "memcontrol.commands.export",
+    "reward": "memcontrol.scoring.own_rewards",
+}
+_MODULES = ("estimate", "models", "rewards")  # for scripts; in __all__ they would hide their own imports
 
 
 def __getattr__(name: str):
     """Imported when asked for: `memcontrol --help` must be instant, and a reward brings numpy and torch."""
+    if name in _MODULES:
+        return import_module(f"memcontrol.{name}")
     if name not in __all__:
         raise AttributeError(f"module 'memcontrol' has no attribute '{name}'")
     return getattr(import_module(_ELSEWHERE.get(name, f"memcontrol.commands.{name}")), name)
 
 
 def __dir__() -> list[str]:
-    return [*__all__, "__version__"]
+    return [*__all__, *_MODULES, "__version__"]
 
 
 class _Face(ModuleType):
     """Keeps `memcontrol.search` the command: importing the package of that name would put itself in its
-    place."""
+    place. So `from memcontrol.search.sampler import Sampler` works, `import memcontrol.search.sampler as s`
+    does not."""
 
     def __setattr__(self, name: str, value: object) -> None:
         if not (name in __all__ and isinstance(value, ModuleType)):

@@ -16,7 +16,7 @@ from memcontrol.core.estimate import (
     pool_estimates,
     spearman,
 )
-from memcontrol.core.reward_table import REWARDS, format_reward, list_losses, list_objectives, read_error
+from memcontrol.core.reward_table import REWARDS, format_reward, list_errors, list_losses, list_objectives
 from memcontrol.scoring.copying import copy_rate, memorization
 from memcontrol.scoring.own_rewards import reward
 from memcontrol.scoring.quality import fid, kid
@@ -151,11 +151,8 @@ def test_rewards_are_written_with_their_error():
         "2.00",
         "",
     ]
-    assert (
-        read_error("fid", rewards) == 0.8
-        and read_error("copy_rate", rewards) == pytest.approx(0.024 / 3.92)
-        and read_error("amd_train", rewards) == 0
-    )
+    errors = list_errors(rewards, ("fid", "copy_rate", "amd_train"))
+    assert errors == pytest.approx([0.8, 0.024 / 3.92, 0])
     assert all(reward.interval and reward.cost and reward.meaning for reward in REWARDS.values())
 
 

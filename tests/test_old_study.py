@@ -1,5 +1,5 @@
-"""A study that was searched before the package had rooms (version 0.1.0 at its first layout) stays readable:
-its database, run folders and exported files; and its search goes on. tests/old_study holds it, less what is
+"""A study that was searched when all modules lay in one folder (version 0.1.0) stays readable: its
+database, run folders and exported files; and its search goes on. tests/old_study holds it, less what is
 large."""
 
 import json

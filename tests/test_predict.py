@@ -44,6 +44,19 @@ CALIBRATION = Calibration(
 )
 
 
+@pytest.mark.parametrize(
+    "n_samples, two_seconds, expected",
+    [(256, 3.0, 4.0), (256, 9.0, 16.0), (16, 9.0, 1.0), (16, 20.0, 1.0), (16, 3.0, 4.0)],
+)
+def test_prediction_is_within_what_batches_can_take_whatever_the_noise(n_samples, two_seconds, expected):
+    """A batch takes 4 s, so a further one takes from 0 s to 4 s, even if two seemed to take less than one or
+    more than twice as long; a quarter of a batch takes no negative time."""
+    rewards = {"n_samples": n_samples, "confirm": 0}
+    config = load_config({"name": "a", "data": "digits", "rewards": rewards, "search": {"trials": 2}})
+    noisy = replace(CALIBRATION, two_batches=replace(UNTRAINED, after_seconds=two_seconds))
+    assert predict_search(config, ANCHORS, [noisy]).runs["none"] == pytest.approx(expected)
+
+
 def test_a_prediction_is_the_sum_of_its_parts():
     config = load_config(
         {

@@ -59,7 +59,7 @@ def add_pick_arguments(command: argparse.ArgumentParser) -> None:
         "--limit",
         action="append",
         default=[],
-        metavar="fid<=12",
+        metavar="'fid<=12'",
         help="keep a reward within a bound (repeatable)",
     )
 

@@ -51,16 +51,16 @@ class Strict(BaseModel):
         Raises KeyError for a key that is not there, also for one inside a setting that is off."""
         copy = self
         for key, value in values.items():
-            copy = replace_at(copy, key.split("."), value)
+            copy = _replace_at(copy, key.split("."), value)
         return copy
 
 
-def replace_at(model: Strict, keys: Sequence[str], value: Any) -> Any:
+def _replace_at(model: Strict, keys: Sequence[str], value: Any) -> Any:
     """A copy of `model` with the value at the nested keys."""
     name, *inside = keys
     if not isinstance(model, Strict) or name not in type(model).model_fields:
         raise KeyError(name)
-    new = replace_at(getattr(model, name), inside, value) if inside else value
+    new = _replace_at(getattr(model, name), inside, value) if inside else value
     return model.model_copy(update={name: new})
 
 
@@ -358,7 +358,7 @@ class RewardsConfig(Strict):
         return {name: objective for name, objective in zip(self.names, self.objectives) if ":" in objective}
 
 
-def convert_list(value: Any) -> Any:
+def _convert_list(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -366,7 +366,7 @@ class EarlyStopping(Strict):
     """At each rung, a share of a trial's budget, both rewards are measured on few samples; a trial that many
     others beat stops."""
 
-    rungs: Annotated[tuple[Share, ...], BeforeValidator(convert_list), Field(min_length=1)] = (0.25, 0.5)
+    rungs: Annotated[tuple[Share, ...], BeforeValidator(_convert_list), Field(min_length=1)] = (0.25, 0.5)
     """shares of the budget at which a trial is measured and judged; each needs a round to end at"""
     n_samples: Count = 64
     """samples at a rung, of prompts and noise that all trials have in common"""
@@ -456,7 +456,7 @@ class SlurmConfig(Strict):
     """further options of sbatch, such as `{qos: long}`"""
 
 
-def expand_path(value: Any) -> Any:
+def _expand_path(value: Any) -> Any:
     return {"path": value} if isinstance(value, str) else value
 
 
@@ -470,7 +470,7 @@ class Config(Strict):
     file. It is never written into the study or a run folder, since it may hold a password"""
     base: str = "tiny"
     """the model to fine-tune: `tiny` (embedded), a folder in diffusers' format, or a Hub id"""
-    data: Annotated[DataConfig, BeforeValidator(expand_path)]
+    data: Annotated[DataConfig, BeforeValidator(_expand_path)]
     """the images; `data: digits` is short for `data: {path: digits}`"""
     space: str = "sd15-blocks"
     """which layers may be trained, and how: a shipped search space or a YAML file"""
@@ -523,18 +523,20 @@ def load_config(source: Path | str | dict, overrides: Sequence[str] = ()) -> Con
     MemControlError."""
     values = dict(source) if isinstance(source, dict) else read_yaml(Path(source), list(Config.model_fields))
     for override in overrides:
-        values = apply_override(values, override)
+        values = _apply_override(values, override)
     try:
         config = Config.model_validate(values)
         return (
-            config if isinstance(source, dict) else make_paths_absolute(config, Path(source).resolve().parent)
+            config
+            if isinstance(source, dict)
+            else _make_paths_absolute(config, Path(source).resolve().parent)
         )
     except ValidationError as error:
         where = "the config" if isinstance(source, dict) else str(source)
         raise MemControlError(f"{where}: {explain_problems(error.errors(), Config)}") from None
 
 
-def make_paths_absolute(config: Config, folder: Path) -> Config:
+def _make_paths_absolute(config: Config, folder: Path) -> Config:
     """Images and a user's own objectives lie relative to the study file; workers may run elsewhere."""
     objectives = tuple(
         f"{folder / objective.rpartition(':')[0]}:{name}" if ":" in objective else objective
@@ -544,22 +546,22 @@ def make_paths_absolute(config: Config, folder: Path) -> Config:
     return config.replaced({"data.path": path, "rewards.objectives": objectives})
 
 
-def apply_override(values: dict, override: str) -> dict:
+def _apply_override(values: dict, override: str) -> dict:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise MemControlError(f"override '{override}': write it as key=value, for example inner.batch_size=8")
     try:
-        return set_at(values, key.split("."), parse_number(text))
+        return _set_at(values, key.split("."), parse_number(text))
     except yaml.YAMLError:
         raise MemControlError(f"override '{override}': '{text}' is not valid YAML") from None
 
 
-def set_at(values: Any, keys: list[str], value: Any) -> dict:
+def _set_at(values: Any, keys: list[str], value: Any) -> dict:
     """`values` with `value` at the dotted place; a short form such as `data: digits` keeps its meaning."""
-    inside = expand_path(values) if values is not None else {}
+    inside = _expand_path(values) if values is not None else {}
     if not isinstance(inside, dict):
         inside = {}
-    return {**inside, keys[0]: set_at(inside.get(keys[0]), keys[1:], value) if keys[1:] else value}
+    return {**inside, keys[0]: _set_at(inside.get(keys[0]), keys[1:], value) if keys[1:] else value}
 
 
 def flatten_keys(values: dict, prefix: str = "") -> dict[str, Any]:
@@ -573,7 +575,7 @@ def flatten_keys(values: dict, prefix: str = "") -> dict[str, Any]:
 def find_differing_keys(stored: Config, given: Config, beside: Sequence[str] = ()) -> list[str]:
     """Dotted keys, of those that numbers depend on and are not below one of `beside`, whose values differ:
     "inner.batch_size (8 there, 16 here)"."""
-    there, here = (flatten_keys(make_comparable(config)) for config in (stored, given))
+    there, here = (flatten_keys(_make_comparable(config)) for config in (stored, given))
     return [
         f"{key} ({there.get(key)} there, {here.get(key)} here)"
         for key in sorted({*there, *here})
@@ -582,7 +584,7 @@ def find_differing_keys(stored: Config, given: Config, beside: Sequence[str] = (
     ]
 
 
-def make_comparable(config: Config) -> dict:
+def _make_comparable(config: Config) -> dict:
     """The config as a mapping, a user's own objectives by their files' names: a study's folder may move."""
     values = config.model_dump(mode="json")
     values["rewards"]["objectives"] = [Path(objective).name for objective in config.rewards.objectives]

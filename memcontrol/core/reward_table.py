@@ -405,11 +405,6 @@ def read_interval(name: str, rewards: Mapping[str, float]) -> tuple[float, float
     return Rewards(rewards).interval(name)
 
 
-def read_error(name: str, rewards: Mapping[str, float]) -> float:
-    """The standard error of a reward among `rewards`, from what is beside it; 0 where nothing is."""
-    return Rewards(rewards).error(name)
-
-
 def format_reward(name: str, rewards: Mapping[str, float]) -> str:
     """The value with its interval: "22.6 ± 0.8", "1.2% (0.4%-2.8%)"; empty where it was not measured."""
     form = REWARDS[name].form if name in REWARDS else "{:.3f}"

@@ -1,4 +1,4 @@
-"""Owns ?"""
+"""Owns seeds: one number derived from any parts, the same on every machine."""
 
 from __future__ import annotations
 

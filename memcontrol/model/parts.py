@@ -1,5 +1,5 @@
 """Owns how single modules are trained: plain weights, SV-Diff's spectral shifts and DiffFit's scales; peft's
-are in peft_tuners."""
+are in peft_parts."""
 
 from __future__ import annotations
 

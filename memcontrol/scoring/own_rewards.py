@@ -16,7 +16,9 @@ from memcontrol.scoring.evidence import Evidence
 
 def reward(direction: str = MINIMIZE):
     """Says which way a reward of a user's own is better: @reward(direction="maximize"). Without it, less is
-    better."""
+    better, as under @reward alone."""
+    if callable(direction):
+        return reward()(direction)
     if direction not in (MINIMIZE, MAXIMIZE):
         raise MemControlError(f"a reward's direction is '{direction}'; allowed: {MINIMIZE}, {MAXIMIZE}")
 
@@ -105,7 +107,7 @@ def check_rewards(rewards: RewardsConfig, n_features: int) -> None:
         key = name.split("_")[0]
         if name in (*rewards.objectives, *rewards.limits) and not getattr(rewards, key):
             raise MemControlError(
-                f"'{name}' is measured only where rewards.{key} says how; see docs/rewards.md"
+                f"'{name}' is measured only where rewards.{key} says how; see docs/study-file.md"
             )
     if "fid" in rewards.objectives and rewards.n_samples < 4 * n_features and not rewards.force:
         raise MemControlError(

@@ -95,9 +95,10 @@ def _count_samples(rewards: RewardsConfig) -> int:
 
 def _estimate_stretch(one: Sequence[TrialCost], two: Sequence[TrialCost], n_batches: float) -> float:
     """How many times as long it takes to sample and score n batches as one, from trials of one batch and of
-    two: each further batch adds their difference."""
+    two: each further batch adds their difference, which noise must make neither negative nor more than one
+    batch with all that comes but once."""
     once, twice = (statistics.mean(cost.after_seconds for cost in costs) for costs in (one, two))
-    return (once + (n_batches - 1) * (twice - once)) / once
+    return (once + (n_batches - 1) * min(max(twice - once, 0.0), once)) / once
 
 
 def _predict_run_seconds(costs: Sequence[TrialCost], n_steps: int, stretch: float) -> float:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from memcontrol.core.choice import Choice
+from memcontrol.core.errors import MemControlError
 from memcontrol.core.reward_table import list_errors, list_losses
 from memcontrol.core.run_folder import StudyFolder
 
@@ -38,8 +39,9 @@ class Record:
 
     @property
     def chosen(self) -> Choice:
-        """The choice of a trial that has one, as every finished one does."""
-        assert self.choice is not None, f"trial {self.number} has no choice yet"
+        """The choice of a trial that has one, as every finished one does. Raises MemControlError."""
+        if self.choice is None:
+            raise MemControlError(f"trial {self.number} has no choice yet; ask again when it has ended")
         return self.choice
 
     @property
