@@ -195,5 +195,6 @@ def test_a_maximised_objective_is_negated_as_a_loss():
 
 def test_a_direction_is_one_of_two():
     assert reward(direction="maximize")(lambda evidence: 0.0).direction == "maximize"
+    assert reward(lambda evidence: 0.0).direction == "minimize"  # as @reward alone
     with pytest.raises(MemControlError, match="direction is 'up'; allowed: minimize, maximize"):
         reward(direction="up")

@@ -42,6 +42,8 @@ def test_an_anchor_stands_for_the_best_of_its_candidates(tmp_path):
     study, candidates = opened(tmp_path), SPACE.list_anchors()["full"]
     number = study.begin(candidates, SPACE, "full")
     assert [(r.state, r.anchor, r.choice) for r in study.records()] == [("RUNNING", "full", None)]
+    with pytest.raises(MemControlError, match=f"trial {number} has no choice yet"):
+        study.records()[0].run  # noqa: B018
     study.finish(
         number,
         [
