@@ -81,7 +81,7 @@ def stable_diffusion() -> str:
     return str(folder)
 
 
-def base_of(denoiser: UNet2DConditionModel, device: str) -> Base:
+def make_base(denoiser: UNet2DConditionModel, device: str) -> Base:
     denoiser.to(device).requires_grad_(False).eval()
     schedule = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     return Base(SimpleNamespace(unet=denoiser), Family(), schedule, torch.device(device))

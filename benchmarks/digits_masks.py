@@ -58,10 +58,11 @@ def run(device: str) -> list[dict]:
     folder = Path(os.environ.get("FOLDER") or tempfile.mkdtemp())
     masks = ["".join(bits) for bits in itertools.product("01", repeat=len(SITES))]
     fine_tune(folder, masks)
-    rows = [row_of(folder / mask, mask) for mask in masks]
+    rows = [read_row(folder / mask, mask) for mask in masks]
     TABLE.write_text(json.dumps({"sites": list(SITES), "study": STUDY, "rows": rows}, indent=1) + "\n")
     np.savez_compressed(
-        IMAGES, **{name: values for mask in masks for name, values in images_of(folder / mask, mask).items()}
+        IMAGES,
+        **{name: values for mask in masks for name, values in read_images(folder / mask, mask).items()},
     )
     lowest = min(row["fid"] for row in rows)
     extremes = {
@@ -116,7 +117,7 @@ def fine_tune(folder: Path, masks: list[str]) -> None:
     jobs.executor.close()
 
 
-def row_of(run: Path, mask: str) -> dict:
+def read_row(run: Path, mask: str) -> dict:
     result = json.loads((run / "result.json").read_text())
 
     def kept(rewards: dict) -> dict:
@@ -134,7 +135,7 @@ def row_of(run: Path, mask: str) -> dict:
     }
 
 
-def images_of(run: Path, mask: str) -> dict[str, np.ndarray]:
+def read_images(run: Path, mask: str) -> dict[str, np.ndarray]:
     """What each sample adds to the figures at the rungs, for comparisons in pairs."""
 
     from memcontrol.core.run_folder import RunFolder

@@ -22,18 +22,18 @@ PATIENCE_SECONDS = 300
 
 def run(device: str) -> list[dict]:
     """Rows, one for each system."""
-    from chaos import FAULTS, Chaos, study_of
+    from chaos import FAULTS, Chaos, write_study
 
     with postgresql() as (folder, server):
-        plain = plain_chaos_of(Chaos)(
-            study_of(folder, "plain", server.url, N_TRIALS), server, N_TRIALS, FAULTS, SEED, print
+        plain = make_plain_chaos(Chaos)(
+            write_study(folder, "plain", server.url, N_TRIALS), server, N_TRIALS, FAULTS, SEED, print
         )
         plain.run()
-        ours = Chaos(study_of(folder, "ours", server.url, N_TRIALS), server, N_TRIALS, FAULTS, SEED, print)
+        ours = Chaos(write_study(folder, "ours", server.url, N_TRIALS), server, N_TRIALS, FAULTS, SEED, print)
         ours.run()
         return [
             row("study.optimize with heartbeats", plain.counts()),
-            row("memcontrol search", counts_of(ours)),
+            row("memcontrol search", count_faults(ours)),
         ]
 
 
@@ -51,7 +51,7 @@ def row(system: str, counts: Counter) -> dict:
     return {"system": system, **{name: counts[name] for name in names}}
 
 
-def plain_chaos_of(chaos: type) -> type:
+def make_plain_chaos(chaos: type) -> type:
     """The chaos suite's plan of faults, carried out on two processes of plain Optuna that a service manager
     begins again."""
 
@@ -168,7 +168,7 @@ def plain_chaos_of(chaos: type) -> type:
     return Plain
 
 
-def counts_of(chaos) -> Counter:
+def count_faults(chaos) -> Counter:
     from memcontrol.core.attempts import read_attempts
     from memcontrol.core.config import load_config
     from memcontrol.core.run_folder import RunFolder

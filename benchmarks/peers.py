@@ -163,7 +163,7 @@ def theirs(name: str, folder: Path, device: str) -> tuple[list[float], list[list
     from benchmarks._peers import RECIPES, trial
 
     loaded, trials = specs(folder, device)
-    tasks = [task_of(spec, loaded, device) for spec in trials]
+    tasks = [make_task(spec, loaded, device) for spec in trials]
     seconds, losses, fids = [], [], []
     for task in tasks:
         started = time.perf_counter()
@@ -174,7 +174,7 @@ def theirs(name: str, folder: Path, device: str) -> tuple[list[float], list[list
     return seconds, losses, fids
 
 
-def task_of(spec, loaded, device: str):
+def make_task(spec, loaded, device: str):
     """The trial as a peer gets it."""
     import torch
 

@@ -116,12 +116,12 @@ def replayed(
     sampler, records, running, ended, n_steps = Sampler(space, seed, 2, (), kind), [], [], [], 0
     there: dict[float, list[RungResult]] = {rung: [] for rung in RUNGS}
 
-    def mask_of(record: Record) -> str:
+    def draw_mask(record: Record) -> str:
         return "".join(str(int(site in record.choice.groups)) for site in SITES)
 
     def stops(record: Record) -> dict | None:
         """The rung at which it stops."""
-        row, measured = table.rows[mask_of(record)], []
+        row, measured = table.rows[draw_mask(record)], []
         for one in row["rungs"]:
             measured.append(
                 {
@@ -151,7 +151,7 @@ def replayed(
             )
             running.append(records[-1].number)
         number = running.pop(rng.randrange(len(running)))
-        row, stopped = table.rows[mask_of(records[number])], stops(records[number]) if early else None
+        row, stopped = table.rows[draw_mask(records[number])], stops(records[number]) if early else None
         n_steps += stopped["n_steps"] if stopped else row["n_steps"]
         if stopped:
             records[number] = replace(records[number], state="PRUNED", rungs=stopped["rungs"])

@@ -28,7 +28,7 @@ def run(device: str) -> list[dict]:
     return [*neighbours(), *caches(), *studies()]
 
 
-def seconds_of(call: Callable[[], object], n: int = 3) -> float:
+def time_call(call: Callable[[], object], n: int = 3) -> float:
     times = []
     for _ in range(n):
         started = time.perf_counter()
@@ -48,7 +48,7 @@ def neighbours() -> list[dict]:
     for name, (d, sizes) in {"pixels": PIXELS, "2048 features": FEATURES}.items():
         queries, references = rng.random((N_QUERIES, d), np.float32), rng.random((sizes[-1], d), np.float32)
         for n in sizes:
-            spent = seconds_of(lambda q=queries, r=references[:n]: nearest(q, r))
+            spent = time_call(lambda q=queries, r=references[:n]: nearest(q, r))
             rows.append(
                 row(f"nearest training image of {N_QUERIES} samples, {name}", f"{n:,} images", spent, "s")
             )
@@ -88,20 +88,20 @@ def caches() -> list[dict]:
         row(
             "reading it, once a worker",
             listed,
-            seconds_of(lambda: parse_parts(json.loads(json.dumps(stored)), "x", 512), 1),
+            time_call(lambda: parse_parts(json.loads(json.dumps(stored)), "x", 512), 1),
             "s",
         ),
-        row("the set's digest, once a worker", listed, seconds_of(lambda: images.digest, 1), "s"),
+        row("the set's digest, once a worker", listed, time_call(lambda: images.digest, 1), "s"),
         row(
             "a step's batch, the first of a pass",
             wanted,
-            seconds_of(lambda: (shuffle_rows.cache_clear(), select_batch_rows(N_WANTED, 32, 0, 0))),
+            time_call(lambda: (shuffle_rows.cache_clear(), select_batch_rows(N_WANTED, 32, 0, 0))),
             "s",
         ),
         row(
             "a step's batch, any other",
             wanted,
-            seconds_of(lambda: select_batch_rows(N_WANTED, 32, 0, 1)),
+            time_call(lambda: select_batch_rows(N_WANTED, 32, 0, 1)),
             "s",
         ),
     ]
@@ -147,14 +147,14 @@ def studies() -> list[dict]:
                     records
                 ),
             }
-            rows += [row(what, f"{n:,} trials", seconds_of(call, 1), "s") for what, call in parts.items()]
+            rows += [row(what, f"{n:,} trials", time_call(call, 1), "s") for what, call in parts.items()]
             publisher = Publisher(space, StudyFolder(folder))
             publisher.opened(again)
             rows.append(
                 row(
                     "all notes and plots",
                     f"{n:,} trials",
-                    seconds_of(publisher.publish, 1),
+                    time_call(publisher.publish, 1),
                     "s",
                 )
             )

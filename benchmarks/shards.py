@@ -40,12 +40,12 @@ def copied(n: int, device: str) -> dict:
 
     import torch
 
-    from benchmarks._models import base_of, random_material, unet
+    from benchmarks._models import make_base, random_material, unet
     from memcontrol.core.space_yaml import load_space
     from memcontrol.model.adapter import inject_adapter
 
     first, space, data = (
-        base_of(unet(WIDTHS, SIDE), device),
+        make_base(unet(WIDTHS, SIDE), device),
         load_space("sd15-sites-complete"),
         random_material(N_IMAGES, SIDE).data,
     )
@@ -53,7 +53,7 @@ def copied(n: int, device: str) -> dict:
         space.choice(space.select_groups("lora"), "lora", 0.5),
         sum(parameter.numel() for parameter in first.denoiser.parameters()),
     )
-    bases = [first, *(base_of(copy.deepcopy(first.denoiser), device) for _ in range(n - 1))]
+    bases = [first, *(make_base(copy.deepcopy(first.denoiser), device) for _ in range(n - 1))]
     trained = [inject_adapter(base.denoiser, space, choice, 0).parameters() for base in bases]
     optimizers = [torch.optim.AdamW(mine, lr=choice.learning_rate) for mine in trained]
     started, generator = time.perf_counter(), torch.Generator().manual_seed(0)
@@ -80,13 +80,13 @@ def copied(n: int, device: str) -> dict:
 def measure(shards: str, device: str) -> dict:
     if shards == COPIES:
         return copied(10, device)
-    from benchmarks._models import base_of, random_material, unet
+    from benchmarks._models import make_base, random_material, unet
     from memcontrol.core.config import InnerConfig
     from memcontrol.core.space_yaml import load_space
     from memcontrol.model.adapter import inject_adapter
     from memcontrol.training.rounds import train_rounds
 
-    base, space = base_of(unet(WIDTHS, SIDE), device), load_space("sd15-sites-complete")
+    base, space = make_base(unet(WIDTHS, SIDE), device), load_space("sd15-sites-complete")
     adapter = inject_adapter(
         base.denoiser,
         space,

@@ -28,7 +28,7 @@ def run(device: str) -> list[dict]:
 def measure(name: str, widths: tuple, side: int, batch: int, device: str) -> dict:
     import torch
 
-    from benchmarks._models import base_of, random_material, unet
+    from benchmarks._models import make_base, random_material, unet
     from memcontrol.core.config import InnerConfig, SkipConfig
     from memcontrol.core.space_yaml import load_space
     from memcontrol.model.adapter import inject_adapter
@@ -36,7 +36,7 @@ def measure(name: str, widths: tuple, side: int, batch: int, device: str) -> dic
     from memcontrol.training.loss_memory import LossMemory
     from memcontrol.training.shard import Shard
 
-    base, space = base_of(unet(widths, side), device), load_space("sd15-sites-complete")
+    base, space = make_base(unet(widths, side), device), load_space("sd15-sites-complete")
     material, rows = random_material(200, side), torch.arange(200)
     adapter = inject_adapter(base.denoiser, space, space.choice(space.select_groups("lora"), "lora", 0.5), 0)
     loops = {}

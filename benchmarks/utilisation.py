@@ -54,13 +54,13 @@ def measured(method: str, layout: str, device: str) -> dict:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from benchmarks._models import base_of, random_material, unet
+    from benchmarks._models import make_base, random_material, unet
     from memcontrol.core.space_yaml import load_space
     from memcontrol.model.adapter import inject_adapter
 
     widths, side, batch, precision, _ = SIZES[device]
     base, space, data = (
-        base_of(unet(widths, side), device),
+        make_base(unet(widths, side), device),
         load_space("sd15-sites-complete"),
         random_material(batch, side).data,
     )

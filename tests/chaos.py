@@ -45,7 +45,7 @@ FAULTS = Counter(
 )
 
 
-def study_of(folder: Path, name: str, url: str, trials: int, executor: str = "local", **keys) -> Path:
+def write_study(folder: Path, name: str, url: str, trials: int, executor: str = "local", **keys) -> Path:
     """Short trials; choices that do not depend on the order in which others end, so that any two runs ask for
     the same."""
     study = {
@@ -258,7 +258,7 @@ def violations(study_file: Path, trials: int, n_kills: int) -> list[str]:
     return found
 
 
-def front_of(study_file: Path) -> tuple[set[str], float]:
+def measure_front(study_file: Path) -> tuple[set[str], float]:
     """The keys of all choices, and the hypervolume of the values as searched, against the worst of each."""
     config = load_config(study_file)
     study = open_study(config, locate_study_folder(study_file, config.name), study_file, create=False)
@@ -277,7 +277,7 @@ def disturbed_and_not(folder: Path, trials: int, faults: Counter, seed: int, say
     """Runs both, and says what does not hold."""
     server = Postgres(folder / "pg")
     try:
-        chaos = Chaos(study_of(folder, "disturbed", server.url, trials), server, trials, faults, seed, say)
+        chaos = Chaos(write_study(folder, "disturbed", server.url, trials), server, trials, faults, seed, say)
         chaos.run()
         # an orchestrator's two workers go with it
         n_kills = 2 * faults["kill orchestrator"] + faults["kill worker"] + faults["freeze worker"]
@@ -285,10 +285,10 @@ def disturbed_and_not(folder: Path, trials: int, faults: Counter, seed: int, say
         if chaos.n_late:
             found.append(f"{chaos.n_late} faults came when all work was done; give it more trials")
         say(f"{time.monotonic() - chaos.started:5.0f} s: ended; the undisturbed run")
-        quiet = study_of(folder, "quiet", server.url, trials)
+        quiet = write_study(folder, "quiet", server.url, trials)
         subprocess.run([*SEARCH, quiet], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         found += violations(quiet, trials, 0)
-        a, b = front_of(chaos.study), front_of(quiet)
+        a, b = measure_front(chaos.study), measure_front(quiet)
         say(f"hypervolume {a[1]:.6g} disturbed, {b[1]:.6g} undisturbed")
         if a != b:
             found.append(

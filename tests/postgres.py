@@ -66,9 +66,9 @@ class Postgres:
 
     @property
     def url(self):
-        return self.url_of("owner", PASSWORD)
+        return self.write_url("owner", PASSWORD)
 
-    def url_of(self, user, password, database="postgres", driver="psycopg2"):
+    def write_url(self, user, password, database="postgres", driver="psycopg2"):
         return f"postgresql+{driver}://{user}:{password}@127.0.0.1:{self.port}/{database}"
 
     def run(self, program, *args):

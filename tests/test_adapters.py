@@ -33,17 +33,17 @@ def bases(tmp_path_factory):
     """Family name to its base, built and loaded once."""
     loaded = {}
 
-    def base_of(family):
+    def open_base(family):
         if family not in loaded:
             loaded[family] = load_base(
                 "tiny" if family == "tiny" else str(build(family, tmp_path_factory.mktemp("bases") / family))
             )
         return loaded[family]
 
-    return base_of
+    return open_base
 
 
-def space_of(denoiser, methods, mix=False):
+def make_space(denoiser, methods, mix=False):
     """Two groups: the first half of the denoiser's layers, and the second with another rank and alpha."""
     values = yaml.safe_load(derive_space(denoiser, "test"))
     names = list(values["groups"].values())
@@ -65,7 +65,7 @@ def space_of(denoiser, methods, mix=False):
     )
 
 
-def choice_of(space, methods):
+def make_choice(space, methods):
     first, second = methods if len(methods) == 2 else methods * 2
     return space.choice(("first", "second"), first, 0.5, methods={"second": second})
 
@@ -188,8 +188,8 @@ def life(request, bases, tmp_path_factory):
     base = bases(family)
     if not methods:
         return Life(base, SPACE, SPACE.list_anchors()["full"][1], folder)
-    space = space_of(base.denoiser, methods, mix=len(methods) > 1)
-    choice = choice_of(space, methods)
+    space = make_space(base.denoiser, methods, mix=len(methods) > 1)
+    choice = make_choice(space, methods)
     assert set(choice.methods) == set(methods)
     return Life(base, space, choice, folder)
 
@@ -245,11 +245,11 @@ class TestContract:
 @pytest.mark.parametrize("family, method", sorted(NOTHING_TO_TRAIN))
 def test_method_that_finds_nothing_in_a_group_is_named(bases, family, method):
     denoiser = bases(family).denoiser
-    space = space_of(denoiser, [method])
+    space = make_space(denoiser, [method])
     with pytest.raises(
         MemControlError, match=f"method {method} finds nothing to train in group '(first|second)'"
     ):
-        inject_adapter(denoiser, space, choice_of(space, (method,)), 0)
+        inject_adapter(denoiser, space, make_choice(space, (method,)), 0)
 
 
 def test_full_fine_tuning_trains_every_parameter(bases):
@@ -271,10 +271,10 @@ def test_choice_without_groups_trains_nothing(bases, choice, tmp_path):
 @pytest.mark.parametrize("method", ("lora", "dora", "loha", "lokr", "oft"))
 def test_the_start_depends_on_the_seed_alone(bases, method):
     base, starts = bases("tiny"), []
-    space = space_of(base.denoiser, [method])
+    space = make_space(base.denoiser, [method])
     for seed in (1, 1, 2):
         torch.manual_seed(len(starts))
-        adapter = inject_adapter(base.denoiser, space, choice_of(space, (method,)), seed)
+        adapter = inject_adapter(base.denoiser, space, make_choice(space, (method,)), seed)
         starts.append(adapter.state())
         adapter.remove()
     assert all(torch.equal(starts[0][name], starts[1][name]) for name in starts[0])
@@ -339,8 +339,8 @@ def test_a_norm_that_is_trained_first_takes_any_memory_layout(bases, method):
 
 def test_decay_pulls_difffits_scales_to_one(bases):
     base = bases("tiny")
-    space = space_of(base.denoiser, ["difffit"])
-    adapter = inject_adapter(base.denoiser, space, choice_of(space, ("difffit",)), 0)
+    space = make_space(base.denoiser, ["difffit"])
+    adapter = inject_adapter(base.denoiser, space, make_choice(space, ("difffit",)), 0)
     disturb(adapter, adapter.state(), 1)
     shifts = [
         parameter for name, parameter in adapter.named_parameters().items() if name.endswith("gamma_shift")

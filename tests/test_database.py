@@ -35,7 +35,7 @@ def storage(request, tmp_path):
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/s.db"
     server = request.getfixturevalue("postgres")
-    return server.url_of("owner", PASSWORD, driver=request.param)
+    return server.write_url("owner", PASSWORD, driver=request.param)
 
 
 OPEN = []
@@ -242,7 +242,7 @@ def test_mistakes_in_a_url_say_what_to_do_and_show_no_password(
     postgres, tmp_path, user, password, name, words
 ):
     with pytest.raises(MemControlError, match=words) as caught:
-        opened(tmp_path, postgres.url_of(user, password, name), new_name())
+        opened(tmp_path, postgres.write_url(user, password, name), new_name())
     assert password not in str(caught.value) and "***" in str(caught.value)
 
 
@@ -288,8 +288,8 @@ def test_a_role_without_rights_and_an_old_schema_say_what_to_do(postgres, tmp_pa
     opened(tmp_path, postgres.url, new_name())
     postgres.sql("CREATE ROLE guest LOGIN PASSWORD 'guest'", "CREATE DATABASE old")
     with pytest.raises(MemControlError, match="permission denied.*storage/roles.sql"):
-        opened(tmp_path, postgres.url_of("guest", "guest"), new_name())
-    old = postgres.url_of("owner", PASSWORD, "old")
+        opened(tmp_path, postgres.write_url("guest", "guest"), new_name())
+    old = postgres.write_url("owner", PASSWORD, "old")
     opened(tmp_path, old, new_name())
     import psycopg2
 
@@ -347,7 +347,7 @@ def roles(postgres):
 
 
 def test_the_reader_may_read_what_the_owner_writes_and_nothing_else(roles, tmp_path):
-    study = opened(tmp_path, roles.url_of("memcontrol", "own%27er", "memcontrol"), "roles")
+    study = opened(tmp_path, roles.write_url("memcontrol", "own%27er", "memcontrol"), "roles")
     study.begin([choice(0)], SPACE)
     read = lambda query, **rest: tool(
         roles,
@@ -376,7 +376,7 @@ def test_the_reader_may_read_what_the_owner_writes_and_nothing_else(roles, tmp_p
 
 def test_a_backup_comes_back_whole_and_never_over_studies(roles, tmp_path):
     owner = {"user": "memcontrol", "password": "own'er", "database": "memcontrol"}
-    study = opened(tmp_path, roles.url_of("memcontrol", "own%27er", "memcontrol"), "kept")
+    study = opened(tmp_path, roles.write_url("memcontrol", "own%27er", "memcontrol"), "kept")
     study.finish(study.begin([choice(0)], SPACE), [result(choice(0), 9.0)])
     tool(roles, STORAGE / "backup.sh", tmp_path / "a.dump", **owner)
     assert (tmp_path / "a.dump").stat().st_mode & 0o077 == 0 and not (tmp_path / "a.dump.part").exists()
@@ -385,7 +385,7 @@ def test_a_backup_comes_back_whole_and_never_over_studies(roles, tmp_path):
     tool(roles, "createdb", "-O", "memcontrol", "second")
     restored = tool(roles, STORAGE / "restore.sh", tmp_path / "a.dump", **{**owner, "database": "second"})
     assert "studies" in restored.stdout
-    again = opened(tmp_path, roles.url_of("memcontrol", "own%27er", "second"), "kept", create=False)
+    again = opened(tmp_path, roles.write_url("memcontrol", "own%27er", "second"), "kept", create=False)
     assert again.records() == study.records()
     failed = tool(
         roles, STORAGE / "backup.sh", tmp_path / "b.dump", check=False, **{**owner, "password": "wrong"}
@@ -398,8 +398,8 @@ def test_a_dashboard_by_the_reader_shows_the_study_and_changes_nothing(roles, tm
     from memcontrol.view.dashboard import find_study_id, make_application
 
     owner, reader = (
-        roles.url_of("memcontrol", "own%27er", "memcontrol"),
-        roles.url_of("memcontrol_reader", "reader", "memcontrol"),
+        roles.write_url("memcontrol", "own%27er", "memcontrol"),
+        roles.write_url("memcontrol_reader", "reader", "memcontrol"),
     )
     study = opened(tmp_path, owner, "looked-at")
     study.finish(study.begin([choice(0)], SPACE), [result(choice(0), 9.0)])

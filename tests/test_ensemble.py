@@ -130,9 +130,9 @@ def test_a_shared_a_is_never_trained(trained):
 @pytest.mark.parametrize("method", ("lora", "dora", "svdiff", "difffit"))
 def test_what_is_kept_is_the_mean_of_the_shards_changes(base, trained, method, monkeypatch):
     """Every method, both factors trained: the weights after a round are the mean of the shards' weights."""
-    from test_adapters import fuse_state, space_of
+    from test_adapters import fuse_state, make_space
 
-    space = space_of(base.denoiser, [method])
+    space = make_space(base.denoiser, [method])
     choice = space.choice(("first", "second"), method, 0.8)
     kept, plain = {}, Rounds.average
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from small_pipelines import build
-from test_adapters import disturb, space_of
+from test_adapters import disturb, make_space
 
 from memcontrol import load_adapter
 from memcontrol.commands.export import COMFYUI_FILE, LORA_FILE, export
@@ -79,7 +79,7 @@ def finished_run(folder, base_name, method, mix=()):
     """A run folder with an adapter that changes much, as a trial leaves it."""
     pipeline = open_pipeline(base_name)
     denoiser = getattr(pipeline, "unet", None) or pipeline.transformer
-    space = space_of(denoiser, [method, *mix], mix=bool(mix))
+    space = make_space(denoiser, [method, *mix], mix=bool(mix))
     config = load_config({"name": "test", "base": base_name, "data": "digits"})
     choice = space.choice(("first", "second"), method, 0.5, methods={"second": mix[0]} if mix else None)
     spec = Spec(config, space, choice, folder.parent, "search", "holdout", 10)
@@ -95,7 +95,7 @@ def finished_run(folder, base_name, method, mix=()):
     return pipeline
 
 
-def images_of(pipeline, call):
+def draw_images(pipeline, call):
     pipeline.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
     call = {"batch_size": 2} if call is None else {"prompt": ["a digit"] * 2, **call}
@@ -121,7 +121,7 @@ def test_fused_pipelines_of_every_family_and_lora_files_load_in_plain_diffusers(
     for family, method in fused.items():
         base = "tiny" if family == "tiny" else str(build(family, tmp_path / family))
         call = CALLS.get(family, CALL)
-        expected.append(images_of(finished_run(tmp_path / f"{family}-run", base, method), call))
+        expected.append(draw_images(finished_run(tmp_path / f"{family}-run", base, method), call))
         out = export(tmp_path / f"{family}-run", tmp_path / f"{family}-out", "pipeline")
         jobs.append(
             {"pipeline": str(out), "lora": None, "call": call, "out": str(tmp_path / f"{len(jobs)}.npy")}
@@ -134,7 +134,7 @@ def test_fused_pipelines_of_every_family_and_lora_files_load_in_plain_diffusers(
         "sd-v": "dora",
     }.items():
         base = "tiny" if family == "tiny" else str(tmp_path / family)
-        expected.append(images_of(finished_run(tmp_path / f"{family}-lora-run", base, method), CALL))
+        expected.append(draw_images(finished_run(tmp_path / f"{family}-lora-run", base, method), CALL))
         # ranks and alphas differ by group
         out = export(tmp_path / f"{family}-lora-run", tmp_path / f"{family}-lora")
         jobs.append(
@@ -152,18 +152,18 @@ def test_fused_pipelines_of_every_family_and_lora_files_load_in_plain_diffusers(
 
 @pytest.mark.parametrize("method, mix", [("lora", ()), ("svdiff", ()), ("oft", ()), ("difffit", ("lora",))])
 def test_an_exported_adapter_loads_by_memcontrol(tmp_path, method, mix):
-    expected = images_of(finished_run(tmp_path / "run", "tiny", method, mix), CALL)
+    expected = draw_images(finished_run(tmp_path / "run", "tiny", method, mix), CALL)
     out = export(tmp_path / "run", tmp_path / "out", "adapter")
     pipeline = open_pipeline("tiny")
-    before = images_of(pipeline, CALL)
+    before = draw_images(pipeline, CALL)
     adapter = load_adapter(pipeline, out)
-    assert np.abs(images_of(pipeline, CALL) - expected).max() < 2 / 255 < np.abs(before - expected).max()
+    assert np.abs(draw_images(pipeline, CALL) - expected).max() < 2 / 255 < np.abs(before - expected).max()
     adapter.remove()
-    assert np.array_equal(images_of(pipeline, CALL), before)
+    assert np.array_equal(draw_images(pipeline, CALL), before)
 
 
 def test_an_exported_adapter_loads_in_a_new_process(tmp_path):
-    expected = images_of(finished_run(tmp_path / "run", "tiny", "difffit", ("svdiff",)), CALL)
+    expected = draw_images(finished_run(tmp_path / "run", "tiny", "difffit", ("svdiff",)), CALL)
     out = export(tmp_path / "run", tmp_path / "out", "adapter")
     command = [
         sys.executable,

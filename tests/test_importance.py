@@ -12,7 +12,7 @@ from memcontrol.search.importance import measure_importance
 from memcontrol.study.record import Record
 
 
-def records_of(space, n, rewards, seed=0):
+def make_records(space, n, rewards, seed=0):
     rng, points, found = np.random.default_rng(seed), SpaceEncoding(space), []
     import random
 
@@ -41,7 +41,7 @@ def test_known_effects_are_found_within_their_errors():
         )
 
     effects = {
-        effect.coordinate: effect for effect in measure_importance(records_of(SPACE, 60, rewards), SPACE)
+        effect.coordinate: effect for effect in measure_importance(make_records(SPACE, 60, rewards), SPACE)
     }
     true = {
         "up_attention": (-2, 0),
@@ -63,7 +63,7 @@ def test_known_effects_are_found_within_their_errors():
 def test_only_changes_that_a_choice_can_have_count():
     """c knows difffit alone, so what its method changes to is no contrast; a has three methods."""
     effects = measure_importance(
-        records_of(MIXED, 50, lambda choice, row: (float(len(choice.groups)), 0.1)), MIXED
+        make_records(MIXED, 50, lambda choice, row: (float(len(choice.groups)), 0.1)), MIXED
     )
     assert {effect.coordinate for effect in effects} >= {"a", "b", "c", "a.method", "rate"} and all(
         effect.n_choices > 0 for effect in effects
@@ -74,4 +74,4 @@ def test_only_changes_that_a_choice_can_have_count():
 
 def test_too_few_trials_are_named():
     with pytest.raises(MemControlError, match="importance needs 6 ended trials"):
-        measure_importance(records_of(SPACE, 4, lambda choice, row: (1.0, 0.1)), SPACE)
+        measure_importance(make_records(SPACE, 4, lambda choice, row: (1.0, 0.1)), SPACE)

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import yaml
-from chaos import front_of
+from chaos import measure_front
 from simulated import Simulated, search
 
 from memcontrol.core.attempts import read_attempts
@@ -88,7 +88,7 @@ def assert_whole(study_file, n_deaths):
 def undisturbed(tmp_path_factory):
     study = study_in(tmp_path_factory.mktemp("undisturbed"))
     search(study, Simulated()).close()
-    return front_of(study)
+    return measure_front(study)
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -112,7 +112,7 @@ def test_dying_at_any_step_loses_and_repeats_nothing(step, when, tmp_path, monke
         search(study, Simulated()).close()
     assert n_deaths
     assert_whole(study, n_deaths)
-    assert front_of(study) == undisturbed  # with one worker, the same is asked for whatever dies
+    assert measure_front(study) == undisturbed  # with one worker, the same is asked for whatever dies
 
 
 class Failing(Simulated):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_search import memcontrol, trials_of
+from test_search import list_trials, memcontrol
 
 from memcontrol.core.choice import Choice
 from memcontrol.core.run_folder import locate_study_folder
@@ -100,13 +100,13 @@ def test_a_search_fine_tunes_its_front_again_once(study_file):
     rewards = {"n_samples": 64, "sampling_steps": 1, "confirm": 0, "objectives": ["kid", "memorization"]}
     study = study_file(rewards=rewards, search={"trials": 1, "workers": 2})
     memcontrol("search", study)
-    before = trials_of(study)
+    before = list_trials(study)
     assert all(trial["replicates"] == [] for trial in before)
     said = memcontrol("search", study, "search.replicates=2").stderr
     assert "standard deviation between fine-tunings of the same choice" in said
-    again = [trial for trial in trials_of(study) if trial["replicates"]]
+    again = [trial for trial in list_trials(study) if trial["replicates"]]
     assert (
-        again and any(trial["anchor"] == "full" for trial in again) and len(trials_of(study)) == len(before)
+        again and any(trial["anchor"] == "full" for trial in again) and len(list_trials(study)) == len(before)
     )
     for trial in again:
         results = [
@@ -125,7 +125,7 @@ def test_a_search_fine_tunes_its_front_again_once(study_file):
     with sqlite3.connect(locate_study_folder(study, "small") / "study.db") as database:
         database.execute("DELETE FROM study_system_attributes WHERE key LIKE 'memcontrol:replicates:%'")
     memcontrol("search", study, "search.replicates=2")
-    assert [trial for trial in trials_of(study) if trial["replicates"]] == again
+    assert [trial for trial in list_trials(study) if trial["replicates"]] == again
     assert {
         path: path.stat().st_mtime_ns
         for path in locate_study_folder(study, "small").glob("*/replicate-*/result.json")

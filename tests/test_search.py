@@ -24,7 +24,7 @@ FAST = {"search": {"trials": 2, "workers": 2}}
 memcontrol = partial(run, check=True)
 
 
-def trials_of(study):
+def list_trials(study):
     return json.loads(memcontrol("status", study, "--json").stdout)["trials"]
 
 
@@ -49,7 +49,7 @@ def searched(tmp_path_factory):
 
 
 def test_a_search_ends_with_anchors_and_sampled_trials(searched):
-    trials = trials_of(searched)
+    trials = list_trials(searched)
     assert_sound(trials, 2)
     for trial in trials:
         stored = json.loads(Path(trial["run"], "result.json").read_text())
@@ -69,17 +69,17 @@ def test_a_study_begun_with_other_keys_is_refused_by_their_names(searched):
 
 
 def test_searching_again_repeats_nothing_and_more_trials_continue(searched):
-    before = trials_of(searched)
+    before = list_trials(searched)
     assert "trial" in memcontrol("search", searched).stderr
-    assert trials_of(searched) == before
+    assert list_trials(searched) == before
     memcontrol("search", searched, "--trials", 3, "--executor", "inline")
-    after = trials_of(searched)
+    after = list_trials(searched)
     assert after[: len(before)] == before
     assert_sound(after, 3)
 
 
 def test_front_and_pick_agree_with_brute_force(searched):
-    trials = [trial for trial in trials_of(searched) if trial["values"]]
+    trials = [trial for trial in list_trials(searched) if trial["values"]]
     points = {trial["trial"]: tuple(trial["values"].values()) for trial in trials}
     best = {
         i
@@ -131,7 +131,7 @@ np.save(out, np.abs(images.transpose(0, 3, 1, 2) - stored["images"][:n] / 255).m
 def test_exports_give_the_runs_images_in_plain_diffusers(searched, method, tmp_path):
     from memcontrol.model.base import TINY
 
-    trial = next(trial for trial in trials_of(searched) if trial["choice"]["method"] == method)
+    trial = next(trial for trial in list_trials(searched) if trial["choice"]["method"] == method)
     split = json.loads((locate_study_folder(searched, "small") / "split.json").read_text())
     (tmp_path / "captions").write_text("\n".join(row["caption"] for row in split["parts"]["train"]))
     runs = [("pipeline", str(tmp_path / "fused"), "")]
@@ -159,11 +159,11 @@ def test_exports_give_the_runs_images_in_plain_diffusers(searched, method, tmp_p
 
 
 def test_retraining_scores_on_test_data_beside_full_fine_tuning(searched, tmp_path):
-    trial = next(trial for trial in trials_of(searched) if trial["choice"]["method"] == "lora")
+    trial = next(trial for trial in list_trials(searched) if trial["choice"]["method"] == "lora")
     (tmp_path / "choice.json").write_text(json.dumps(trial))
     done = memcontrol("retrain", searched, "--choice", tmp_path / "choice.json", "--out", tmp_path / "out")
     assert done.stderr.rstrip().splitlines()[-1].startswith("copy rate: ")
-    full = next(trial for trial in trials_of(searched) if trial["anchor"] == "full")
+    full = next(trial for trial in list_trials(searched) if trial["anchor"] == "full")
     baseline = locate_study_folder(searched, "small") / "retrain" / Path(full["run"]).name
     for folder in (tmp_path / "out", baseline):
         result = json.loads((folder / "result.json").read_text())
@@ -193,7 +193,7 @@ def test_a_choice_is_transferred_to_a_study_that_was_never_searched(
     searched, study_file, photographs, tmp_path
 ):
     """As in the paper: a mask found on one dataset, applied to another; what cannot be mapped is named."""
-    trial = next(trial for trial in trials_of(searched) if trial["choice"]["method"] == "lora")
+    trial = next(trial for trial in list_trials(searched) if trial["choice"]["method"] == "lora")
     (tmp_path / "choice.json").write_text(json.dumps(trial))
     data = {"path": str(photographs(96)), "train": 32, "holdout": 32, "test": 32}
     other = study_file(
@@ -243,7 +243,7 @@ def test_search_that_is_killed_loses_and_repeats_nothing(study_file):
     ended = {path: path.stat().st_mtime_ns for path in find_results()}
     assert 0 < len(ended) < 9  # the anchors try seven choices, and two are sampled
     memcontrol("search", study)
-    assert_sound(trials_of(study), 2)
+    assert_sound(list_trials(study), 2)
     assert all(path.stat().st_mtime_ns == time_ns for path, time_ns in ended.items())
 
 
@@ -286,7 +286,7 @@ def test_a_full_disk_is_named_and_what_was_done_is_kept(study_file, n_bytes):
         "then run the same command again"
     )
     memcontrol("search", study)
-    assert_sound(trials_of(study), 2)
+    assert_sound(list_trials(study), 2)
 
 
 def test_a_diverging_loss_prunes_the_trial_and_the_study_goes_on(study_file, tmp_path):
@@ -298,7 +298,7 @@ def test_a_diverging_loss_prunes_the_trial_and_the_study_goes_on(study_file, tmp
     inner = {"budget_images": 160, "batch_size": 8, "warmup": 0.0, "max_grad_norm": 1.0e30}
     study = study_file(space=str(space), inner=inner)
     memcontrol("search", study)
-    states = {trial["anchor"]: trial["state"] for trial in trials_of(study)}
+    states = {trial["anchor"]: trial["state"] for trial in list_trials(study)}
     assert not list(locate_study_folder(study, "small").glob("*/rounds"))
     assert states == {"none": "COMPLETE", "all": "COMPLETE", "full": "PRUNED", None: "COMPLETE"}
     refused = memcontrol("retrain", study, check=False)
@@ -337,7 +337,7 @@ def test_the_front_is_measured_again_before_it_is_reported(study_file):
 
 
 def test_runs_are_compared_in_pairs_and_only_if_measured_alike(searched, tmp_path):
-    a, b = (Path(trial["run"]) for trial in trials_of(searched)[:2])
+    a, b = (Path(trial["run"]) for trial in list_trials(searched)[:2])
     apart = json.loads(memcontrol("compare", a, b, "--json").stdout)
     first, second = (json.loads((run / "result.json").read_text())["rewards"] for run in (a, b))
     assert {"fid", "kid", "copy_rate", "memorization_pixels"} <= set(apart)
@@ -354,7 +354,7 @@ def test_runs_are_compared_in_pairs_and_only_if_measured_alike(searched, tmp_pat
         .replace("n_samples: 64", "n_samples: 32")
         .replace("sampling_steps: 1", "sampling_steps: 2")
     )
-    (tmp_path / "choice.json").write_text(json.dumps(trials_of(searched)[0]))
+    (tmp_path / "choice.json").write_text(json.dumps(list_trials(searched)[0]))
     memcontrol("retrain", other, "--choice", tmp_path / "choice.json", "--out", tmp_path / "apart")
     refused = memcontrol("compare", a, tmp_path / "apart", check=False)
     assert (

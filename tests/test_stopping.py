@@ -102,7 +102,7 @@ def study_in(folder, **rule):
     return path
 
 
-def state_of(study_file):
+def read_state(study_file):
     config = load_config(study_file)
     folder = locate_study_folder(study_file, config.name)
     study = open_study(config, folder, study_file, create=False)
@@ -114,7 +114,7 @@ def state_of(study_file):
 def test_stopped_trials_are_kept_with_their_values_and_anchors_never_stop(tmp_path):
     study = study_in(tmp_path)
     search(study, Simulated(2)).close()
-    records, runs = state_of(study)
+    records, runs = read_state(study)
     stopped = [record for record in records if record.state == "PRUNED"]
     assert stopped and {record.state for record in records} == {"COMPLETE", "PRUNED"} and len(records) == 17
     assert all(record.anchor is None for record in stopped) and not any(
@@ -161,7 +161,7 @@ def test_a_restart_changes_no_decision(step, tmp_path, monkeypatch):
             assert known[: len(decided.get(path, []))] == decided.get(path, [])
             decided[path] = known
     search(study, Simulated()).close()
-    records, runs = state_of(study)
+    records, runs = read_state(study)
     assert decided and all(
         json.loads(path.read_text())[: len(known)] == known for path, known in decided.items()
     )

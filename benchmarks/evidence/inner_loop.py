@@ -50,7 +50,7 @@ ARMS: dict[str, dict] = {
 }
 
 
-def config_of(arm: str, seed: int) -> Config:
+def write_config(arm: str, seed: int) -> Config:
     return load_config(
         {
             **DEMO_STUDY,
@@ -89,13 +89,13 @@ def print_end(event: Event) -> None:
 
 
 def run_seed(seed: int, folder: Path, jobs: JobQueue) -> None:
-    plain = config_of("plain training", seed)
+    plain = write_config("plain training", seed)
     n_train = run_preparation(plain, StudyFolder(folder), jobs).sizes["train"]
     space, choice, todo = load_space(DEMO_STUDY["space"]), Choice((EVERYTHING,), "full", RATE), []
     for i, arm in enumerate(ARMS):
         run = RunFolder(folder / str(i))
         if not run.has_result:
-            Spec(config_of(arm, seed), space, choice, folder, "evidence", "test", n_train).write(run.path)
+            Spec(write_config(arm, seed), space, choice, folder, "evidence", "test", n_train).write(run.path)
             todo.append(TrialJob(run.path, choice))
     for event in jobs.run(todo):
         if isinstance(event, GivenUp):

@@ -21,7 +21,8 @@ def render_document(title: str, style: str, body: str, policy: str = "") -> str:
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"{guard}<title>{escape(title)}</title><style>\n{style}</style></head><body>\n{body}\n</body></html>\n"
+        f"{guard}<title>{escape(title)}</title><style>\n{style}</style></head>"
+        f"<body>\n{body}\n</body></html>\n"
     )
 
 

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from chaos import SEARCH, study_of, violations
+from chaos import SEARCH, violations, write_study
 from compose_services import Services
 from postgres import Postgres
 
@@ -38,7 +38,7 @@ def on_ray(folder: Path, server: Postgres) -> list[str]:
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
-    study = study_of(folder, "on-ray", server.url, TRIALS, "ray", ray={"address": cluster.address})
+    study = write_study(folder, "on-ray", server.url, TRIALS, "ray", ray={"address": cluster.address})
     try:
         with open(folder / "search.log", "w") as log, begun(study, log) as search:
             until_ended(study, 3, search)
@@ -54,7 +54,7 @@ def on_slurm(folder: Path, server: Postgres) -> list[str]:
     from slurm_cluster import Slurm
 
     slurm = Slurm(folder / "slurm")
-    study = study_of(
+    study = write_study(
         folder, "on-slurm", server.url, TRIALS, "slurm", slurm={"partition": "short", "time_minutes": 20}
     )
     try:
@@ -72,7 +72,7 @@ def on_slurm(folder: Path, server: Postgres) -> list[str]:
 def on_compose(folder: Path, server: Postgres) -> list[str]:
     """The services of docker-compose.yml; Ray's head is killed, and what ends of it is begun again by the
     restart policies."""
-    study = study_of(folder, "composed", server.url, 3 * TRIALS, "ray", ray={"address": "auto"})
+    study = write_study(folder, "composed", server.url, 3 * TRIALS, "ray", ray={"address": "auto"})
     services = Services(folder, {"STUDY": study.name, "OWNER_PASSWORD": ""})
     try:
         services.up()
