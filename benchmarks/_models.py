@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 
-from memcontrol.model.base import Base, Encoded
+from memcontrol.model.base import Base
+from memcontrol.model.encoded import Encoded
 from memcontrol.model.families import Family
 from memcontrol.training.shard import Material
 
@@ -39,7 +40,7 @@ def stable_diffusion() -> str:
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-    from memcontrol.model.base import TINY
+    from memcontrol.model.source import TINY
 
     folder = Path(tempfile.gettempdir()) / "memcontrol-random-sd15"
     if not (folder / "model_index.json").is_file():

@@ -180,7 +180,7 @@ def make_task(spec, loaded, device: str):
 
     from benchmarks._peers import Task
     from memcontrol.core.seeds import derive_seed
-    from memcontrol.model.base import find_base_path
+    from memcontrol.model.source import find_base_path
     from memcontrol.training.loop import learning_rate_factor, select_batch_rows
     from memcontrol.trial.run import inject_choice
 

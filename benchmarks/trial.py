@@ -67,7 +67,7 @@ def timed(clock: Clock, base, call) -> dict[str, float]:
     from torch.optim import AdamW
 
     clock.seconds.clear()
-    vae, first = base.pipeline.vae, []
+    vae, first = base.autoencoder, []
     patched = [
         (base.denoiser, "forward", "denoiser, forward"),
         (torch.Tensor, "backward", "denoiser, backward"),

@@ -144,6 +144,7 @@ def material(base, tmp_path_factory):
     """Twenty digits, encoded."""
     from memcontrol.core.config import load_config
     from memcontrol.data.split import load_parts
+    from memcontrol.model.encoded import load_encoded
     from memcontrol.training.shard import Material
 
     config, cache = (
@@ -151,7 +152,7 @@ def material(base, tmp_path_factory):
         tmp_path_factory.mktemp("cache"),
     )
     parts = load_parts(config.data, 32, 0)
-    encoded = {part: base.load_encoded(images, cache, "tiny") for part, images in parts.items()}
+    encoded = {part: load_encoded(base, images, cache) for part, images in parts.items()}
     images = parts["train"]
     return Material(
         encoded["train"], images.captions, lambda rows: images.take(rows).pixels(), lambda: encoded["holdout"]
@@ -165,10 +166,12 @@ def trained(base, material, tmp_path):
     from memcontrol.core.config import InnerConfig
     from memcontrol.core.space_yaml import load_space
     from memcontrol.model.adapter import inject_adapter
+    from memcontrol.model.source import choose_precision
     from memcontrol.training.rounds import train_rounds
 
     def run(choice=None, seed=3, folder="rounds", space="digits", progress=lambda *_, **said: None, **inner):
         settings = InnerConfig(**{"budget_images": 24, "batch_size": 8, **inner})
+        base.precision = choose_precision("auto", settings.precision, base.device)
         adapter = inject_adapter(
             base.denoiser,
             load_space(space) if isinstance(space, str) else space,
@@ -190,6 +193,7 @@ def trained(base, material, tmp_path):
             return log, adapter.state()
         finally:
             adapter.remove()
+            base.precision = choose_precision("auto", "float32", base.device)
 
     return run
 

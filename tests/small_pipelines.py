@@ -34,7 +34,7 @@ from transformers import (
 )
 
 from memcontrol.assets.build import make_tokenizer
-from memcontrol.model.base import open_pipeline
+from memcontrol.model.source import open_pipeline
 
 
 def word_tokenizer(kind: str):

@@ -119,7 +119,7 @@ def test_what_cannot_be_judged_is_named(folders, tmp_path):
 
 
 def test_a_pipeline_is_sampled_and_audited(folders, tmp_path):
-    from memcontrol.model.base import TINY
+    from memcontrol.model.source import TINY
 
     root = folders(0)
     (root / "train" / "metadata.csv").write_text("file_name,text\n5.png,a printed digit 3\n")
@@ -177,7 +177,7 @@ def test_sampling_options_without_a_pipeline_and_an_attack_without_captions_are_
     parts = ("--train", root / "train", "--holdout", root / "holdout")
     refused = run("audit", "--images", root / "generated", *parts, "--attacked", 3)
     assert refused.returncode == 1 and "--attacked say how a pipeline is sampled" in refused.stderr
-    from memcontrol.model.base import TINY
+    from memcontrol.model.source import TINY
 
     refused = run("audit", "--model", TINY, *parts, "--attacked", 3, "--samples", 8, "--steps", 1)
     assert refused.returncode == 1 and "--train has no captions" in refused.stderr

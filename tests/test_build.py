@@ -26,7 +26,7 @@ from memcontrol.assets.build import (
     make_tokenizer,
     to_tensor,
 )
-from memcontrol.model.base import TINY
+from memcontrol.model.source import TINY
 
 
 @pytest.fixture(scope="module")

@@ -70,7 +70,7 @@ def small_clip(folder):
     import torch
     from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
-    from memcontrol.model.base import TINY
+    from memcontrol.model.source import TINY
 
     tokenizer = AutoTokenizer.from_pretrained(TINY / "tokenizer")
     small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -20,7 +20,7 @@ from memcontrol.core.files import read_json, write_json
 from memcontrol.core.run_folder import RunFolder
 from memcontrol.core.space_yaml import parse_space
 from memcontrol.core.spec import Spec, read_spec
-from memcontrol.model.base import find_base_path, open_pipeline
+from memcontrol.model.source import find_base_path, open_pipeline
 from memcontrol.trial.run import inject_choice
 
 PLAIN_DIFFUSERS = """

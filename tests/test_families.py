@@ -11,7 +11,8 @@ from memcontrol.core.config import load_config
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.space_yaml import load_space
 from memcontrol.core.spec import Spec
-from memcontrol.model.base import load_base, make_empty_denoiser, open_pipeline, read_denoiser_config
+from memcontrol.model.base import load_base
+from memcontrol.model.source import make_empty_denoiser, open_pipeline, read_denoiser_config
 from memcontrol.trial.loaded import LoadedModels
 from memcontrol.trial.prepare import check_mitigations, prepare_study
 from memcontrol.trial.run import run_trial

@@ -6,7 +6,9 @@ import torch
 
 from memcontrol.core.config import load_config
 from memcontrol.data.split import load_parts
-from memcontrol.model.base import TINY, digest_base, load_base
+from memcontrol.model.base import load_base
+from memcontrol.model.encoded import load_encoded
+from memcontrol.model.source import TINY, find_source
 
 
 def test_the_embedded_base_has_stable_diffusions_structure_and_is_small(base):
@@ -68,10 +70,10 @@ def test_samples_are_those_of_the_plain_pipeline(base):
 def test_encoding_is_the_autoencoders_and_happens_once(base, tmp_path, monkeypatch):
     config = load_config({"name": "a", "data": {"path": "digits", "train": 20, "holdout": 20, "test": 20}})
     images = load_parts(config.data, 32, 0)["train"]
-    encoded = base.load_encoded(images, tmp_path, "tiny")
+    encoded = load_encoded(base, images, tmp_path)
     with torch.no_grad():
         pixels = torch.from_numpy(images.pixels()).float() / 127.5 - 1
-        expected = base.pipeline.vae.encode(pixels).latent_dist.mean * base.pipeline.vae.config.scaling_factor
+        expected = base.autoencoder.encode(pixels).latent_dist.mean * base.autoencoder.config.scaling_factor
     assert torch.allclose(encoded.mean, expected, atol=1e-5) and (encoded.deviation > 0).all()
     text = base.encode_captions(images.captions)["prompt_embeds"]
     assert torch.allclose(encoded.texts(encoded.caption_rows)["prompt_embeds"], text, atol=1e-5)
@@ -79,19 +81,20 @@ def test_encoding_is_the_autoencoders_and_happens_once(base, tmp_path, monkeypat
         encoded.text["prompt_embeds"][0], base.encode_captions([""])["prompt_embeds"][0], atol=1e-5
     )
     monkeypatch.setattr(type(base), "encode_images", lambda *_: 1 / 0)
-    assert torch.equal(base.load_encoded(images, tmp_path, "tiny").mean, encoded.mean)
-    reconstructed = base.pipeline.vae.decode(
-        expected / base.pipeline.vae.config.scaling_factor
-    ).sample.detach()
+    assert torch.equal(load_encoded(base, images, tmp_path).mean, encoded.mean)
+    reconstructed = base.autoencoder.decode(expected / base.autoencoder.config.scaling_factor).sample.detach()
     assert (reconstructed - pixels).abs().mean() < 0.1
 
 
 def test_the_digest_follows_the_content(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x").write_text("1")
-    first = digest_base(str(tmp_path / "a"))
+    first = find_source(str(tmp_path / "a")).digest
     (tmp_path / "a" / "x").write_text("2")
-    assert digest_base(str(tmp_path / "a")) != first and digest_base("tiny") == digest_base("tiny")
+    assert (
+        find_source(str(tmp_path / "a")).digest != first
+        and find_source("tiny").digest == find_source("tiny").digest
+    )
     assert load_base("tiny").resolution == 32
 
 
@@ -123,7 +126,7 @@ def test_guidance_that_begins_late_by_hand(base, share, n_without):
             )
             predicted = caption if i < n_without else none + 3.0 * (caption - none)
             latents = solver.step(predicted, t, latents).prev_sample
-        pixels = base.pipeline.vae.decode(latents / base.pipeline.vae.config.scaling_factor).sample
+        pixels = base.autoencoder.decode(latents / base.autoencoder.config.scaling_factor).sample
     expected = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round()
     assert np.abs(images[0].astype(float) - expected[0].numpy()).max() <= 1
 

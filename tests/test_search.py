@@ -129,7 +129,7 @@ np.save(out, np.abs(images.transpose(0, 3, 1, 2) - stored["images"][:n] / 255).m
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_exports_give_the_runs_images_in_plain_diffusers(searched, method, tmp_path):
-    from memcontrol.model.base import TINY
+    from memcontrol.model.source import TINY
 
     trial = next(trial for trial in list_trials(searched) if trial["choice"]["method"] == method)
     split = json.loads((locate_study_folder(searched, "small") / "split.json").read_text())

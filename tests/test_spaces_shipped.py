@@ -11,10 +11,16 @@ import yaml
 
 from memcontrol.core.space_yaml import load_space, parse_space
 from memcontrol.model.adapter import check_space, inject_adapter
-from memcontrol.model.base import make_empty_denoiser
-from memcontrol.model.cost import measure_cost, measure_step_cost, measure_typical_cost, survey_space
+from memcontrol.model.cost import (
+    StepSettings,
+    measure_cost,
+    measure_step_cost,
+    measure_typical_cost,
+    survey_space,
+)
 from memcontrol.model.derive_space import derive_space
 from memcontrol.model.families import Family
+from memcontrol.model.source import choose_precision, make_empty_denoiser
 
 ARCHITECTURES = Path(__file__).parent / "architectures"
 SD15 = 859_520_964
@@ -116,8 +122,7 @@ def test_a_steps_cost_falls_with_the_earliest_trained_block(architecture):
     )
 
 
-def test_what_is_kept_for_backward_is_counted_once():
-    """Two trained layers by hand: forward keeps the input of each, [B, 8] and [B, 16] floats."""
+def test_a_step_of_two_layers_by_hand():
     layers = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Linear(16, 4)).to("meta")
 
     class Plain(Family):
@@ -127,16 +132,60 @@ def test_what_is_kept_for_backward_is_counted_once():
     space = parse_space(
         {"groups": {"a": r"\d"}, "methods": ["full"], "learning_rate": {"full": [1e-4, 1e-2]}}, "plain"
     )
-    cost = measure_cost(layers, space, space.choice(("a",), "full", 0.5), Plain(), (8,), {}, batch=32)
+    choice = space.choice(("a",), "full", 0.5)
+    cost = measure_cost(layers, space, choice, Plain(), (8,), {}, StepSettings(forward=32))
     n = 8 * 16 + 16 + 16 * 4 + 4
     assert cost.parameters == n
-    assert cost.memory_mib * 2**20 == pytest.approx(4 * (4 * n + 32 * (8 + 16)))
+    in_bytes = {name: mib * 2**20 for name, mib in cost.parts.items()}
+    assert in_bytes["weights"] == 4 * n and in_bytes["moments"] == 8 * n and in_bytes["copies"] == 0
+    # input, time, both outputs; then gradients of both layers, and of what lies between them
+    forward = 4 * 32 * (8 + 1 + 16 + 4)
+    assert forward + 4 * n <= in_bytes["activations and gradients"] <= forward + 4 * (n + 32 * 16 + 100)
     # forward, both weights, the second's input
     assert cost.step_gflops * 1e9 == 2 * (8 * 16 + 16 * 4) * 2 + 2 * 16 * 4
-    assert math.isclose(
-        measure_cost(layers, space, space.choice(("a",), "full", 0.5), Plain(), (8,), {}).step_gflops,
-        cost.step_gflops,
+    alone, more = (
+        measure_cost(layers, space, choice, Plain(), (8,), {}, settings)
+        for settings in (StepSettings(), StepSettings(32, True, 0.5, 4.0))
     )
+    assert math.isclose(alone.step_gflops, cost.step_gflops)
+    assert more.parts["moments"] * 2**20 == 0.5 * n and more.parts["copies"] * 2**20 == 4 * n
+    assert more.parts["activations and gradients"] > cost.parts["activations and gradients"]
+
+
+def measure_allocations(run):
+    """The most bytes that torch's allocator has given out at a time while `run` runs, by torch's profiler."""
+    with torch.profiler.profile(profile_memory=True) as profiled:
+        run()
+    held = peak = 0
+    for event in profiled.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+@pytest.mark.parametrize("groups, method", [(("down_attention", "up_resnet"), "lora"), (("mid",), "full")])
+@pytest.mark.parametrize("precision", ("float32", "bfloat16"))
+def test_the_bytes_of_a_step_are_those_that_the_allocator_gives(base, material, groups, method, precision):
+    space, text = load_space("digits"), material.data.texts(torch.zeros(8, dtype=torch.long))
+    choice = space.choice(groups, "lora", 0.5, 4) if method == "lora" else space.list_anchors()["full"][1]
+    held = choose_precision("float32", precision, torch.device("cpu"))
+    shapes = {name: tensor.shape[1:] for name, tensor in text.items()}
+    latents = material.data.mean.shape[1:]
+    settings = StepSettings(8, precision=held)
+    counted = measure_cost(base.bare_denoiser, space, choice, base.family, latents, shapes, settings)
+    adapter = inject_adapter(base.denoiser, space, choice, 0)
+
+    def step():
+        with torch.autocast("cpu", held.compute, enabled=precision != "float32"):
+            predicted = base.family.predict(base.denoiser, torch.zeros(8, *latents), torch.zeros(8), text)
+        predicted.sum().backward()
+
+    try:
+        real = measure_allocations(step)
+    finally:
+        adapter.remove()
+    assert counted.parts["activations and gradients"] * 2**20 == pytest.approx(real, rel=0.15)
 
 
 @pytest.mark.parametrize("groups", [("down_attention", "up_resnet"), ("up_attention",)])
@@ -146,7 +195,7 @@ def test_a_step_costs_the_same_by_shapes_and_by_running_it(base, material, group
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    from memcontrol.model.base import make_empty_denoiser
+    from memcontrol.model.source import make_empty_denoiser
 
     space = load_space("digits")
     choice, text = (
@@ -154,16 +203,15 @@ def test_a_step_costs_the_same_by_shapes_and_by_running_it(base, material, group
         {name: tensor.shape[1:] for name, tensor in material.data.text.items()},
     )
     by_shapes = measure_cost(
-        make_empty_denoiser("tiny"), space, choice, base.family, material.data.mean.shape[1:], text, batch=8
+        make_empty_denoiser("tiny"), space, choice, base.family, material.data.mean.shape[1:], text
     )
     adapter = inject_adapter(base.denoiser, space, choice, 0)
     try:
-        assert (
-            measure_step_cost(
-                base.denoiser, adapter, base.family, material.data.mean.shape[1:], text, batch=8
-            )
-            == by_shapes
+        by_running = measure_step_cost(
+            base.denoiser, adapter, base.family, material.data.mean.shape[1:], text
         )
+        assert by_running.step_gflops == by_shapes.step_gflops
+        assert by_running.memory_mib == pytest.approx(by_shapes.memory_mib, rel=0.02)
         assert not any(parameter.grad is not None for parameter in base.denoiser.parameters())
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             base.family.predict(

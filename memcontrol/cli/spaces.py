@@ -59,8 +59,8 @@ def _read_space(name: str, base: str) -> str:
 
     shipped = list_shipped_spaces()
     if name == "auto":
-        from memcontrol.model.base import make_empty_denoiser
         from memcontrol.model.derive_space import derive_space
+        from memcontrol.model.source import make_empty_denoiser
 
         return derive_space(make_empty_denoiser(base), base)
     if name not in shipped:
@@ -72,8 +72,8 @@ def _read_space(name: str, base: str) -> str:
 
 def _check_fit(args: argparse.Namespace) -> None:
     from memcontrol.core.space_yaml import load_space
-    from memcontrol.model.base import make_empty_denoiser
     from memcontrol.model.cost import survey_space
+    from memcontrol.model.source import make_empty_denoiser
 
     found = survey_space(make_empty_denoiser(args.base), load_space(args.name))
     if args.json:

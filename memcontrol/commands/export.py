@@ -16,8 +16,9 @@ from memcontrol.core.run_folder import RunFolder
 from memcontrol.core.space_yaml import parse_space
 from memcontrol.core.spec import Spec, read_spec
 from memcontrol.model.adapter import Adapter, format_header, inject_adapter
-from memcontrol.model.base import find_base_path, name_denoiser, open_pipeline, redraw_weights
+from memcontrol.model.base import name_denoiser, redraw_weights
 from memcontrol.model.peft_parts import Peft
+from memcontrol.model.source import find_base_path, open_pipeline
 from memcontrol.trial.loaded import derive_scratch_seed
 from memcontrol.trial.run import inject_choice
 from memcontrol.view.model_card import write_card

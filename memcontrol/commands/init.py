@@ -78,7 +78,7 @@ def propose_study(
 
 def _check_base(base: str | None) -> None:
     """Raises MemControlError for what is no pipeline, as far as can be told without loading it."""
-    from memcontrol.model.base import check_base_path
+    from memcontrol.model.source import check_base_path
 
     if (
         base

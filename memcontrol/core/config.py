@@ -19,7 +19,10 @@ from memcontrol.core.yaml_reader import parse_number, read_yaml
 # move; split.json knows them.
 FREE_KEYS = (
     "storage",
+    "base_offload",
     "data.path",
+    "inner.micro_batch_size",
+    "inner.gradient_checkpointing",
     "search.trials",
     "search.workers",
     "search.executor",
@@ -212,7 +215,8 @@ class InnerConfig(Strict):
     max_grad_norm: Positive = 1.0
     """gradients are clipped to this norm"""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """of forward and backward; the 16-bit ones by autocast"""
+    """of forward and backward over float32 weights; the 16-bit ones by autocast. Under a 16-bit
+    `base_precision` that one counts"""
     gradient_checkpointing: bool = False
     """recompute activations to save memory"""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
@@ -470,6 +474,12 @@ class Config(Strict):
     file. It is never written into the study or a run folder, since it may hold a password"""
     base: str = "tiny"
     """the model to fine-tune: `tiny` (embedded), a folder in diffusers' format, or a Hub id"""
+    base_precision: Literal["auto", "float32", "bfloat16", "float16", "int8", "nf4"] = "auto"
+    """in what the base's frozen weights are held and computed: `auto` is bfloat16 on a card and float32 on a
+    CPU; `int8` and `nf4` quantise the denoiser, for LoRA and its kin. What is trained is float32 over it"""
+    base_offload: Literal["none", "encoders", "all"] = "encoders"
+    """what leaves the card while it is not used: the text `encoders` and the autoencoder, `all`: the
+    denoiser's layers too, which needs `inner.gradient_checkpointing`; or `none`"""
     data: Annotated[DataConfig, BeforeValidator(_expand_path)]
     """the images; `data: digits` is short for `data: {path: digits}`"""
     space: str = "sd15-blocks"

@@ -43,6 +43,18 @@ class CalibrateJob(PrepareJob):
 
 
 @dataclass(frozen=True)
+class EncodeJob(PrepareJob):
+    """Makes, with the others of its kind, the latents, encodings and reference features that trials look at:
+    of the first `n_train` training images, and of the part that is their `reference`. In the study's folder,
+    which the others have too: `index` tells them apart."""
+
+    n_train: int
+    reference: str
+    index: int
+    kind: ClassVar[str] = "encode"
+
+
+@dataclass(frozen=True)
 class TrialJob(Job):
     """One fine-tuning with its scoring, or its way to a rung (a share of its budget). `number` is the study's
     trial, where it is one's; `replicate` says which further fine-tuning of its choice this is."""
@@ -166,7 +178,7 @@ class GivenUp(Failed):
 
 _FAILED_EVENTS = (Failed, Lost)
 END_EVENTS = (Prepared, Calibrated, Done, Stopped, *_FAILED_EVENTS)
-_JOBS = {kind.kind: kind for kind in (PrepareJob, CalibrateJob, TrialJob, ConfirmJob, HelpJob)}
+_JOBS = {kind.kind: kind for kind in (PrepareJob, CalibrateJob, EncodeJob, TrialJob, ConfirmJob, HelpJob)}
 _EVENTS = {kind.kind: kind for kind in (Progress, Warned, *END_EVENTS, GivenUp)}
 
 

@@ -38,6 +38,12 @@ class RunFolder:
 
     @property
     def samples_file(self) -> Path:
+        """Uncompressed, so that it is mapped and not read."""
+        return self.path / "samples.safetensors"
+
+    @property
+    def old_samples_file(self) -> Path:
+        """Of studies of before."""
         return self.path / "samples.npz"
 
     @property

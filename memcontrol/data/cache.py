@@ -1,28 +1,131 @@
-"""Owns files of tensors that are computed once: whoever comes first makes the file, all others read it."""
+"""Owns files of tensors that are computed once: whoever comes first makes the file, all others read it; and
+files that are written a part at a time, since the whole would not fit into memory."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from memcontrol.core.files import replace_file
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+_DTYPES = {  # as safetensors calls them
+    "torch.int64": "I64",
+    "torch.float64": "F64",
+    "torch.float32": "F32",
+    "torch.bfloat16": "BF16",
+    "torch.float16": "F16",
+    "torch.uint8": "U8",
+    "torch.bool": "BOOL",
+}
+
 
 def load_or_make(path: Path, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """The tensors of a safetensors file, on the CPU and mapped from it. Where there is none it is made, by
     one process at a time: `path` names what its content depends on. Raises DiskFull."""
-    # here, since most of core's users need neither
-    from filelock import FileLock
-    from safetensors.torch import load_file, save_file
+    with hold_lock(path):
+        if not path.exists():
+            save_tensors(path, make())
+    return map_tensors(path)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raises DiskFull."""
+    # here, since most of core's users need no torch
+    from safetensors.torch import save_file
+
+    with replace_file(path) as part:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part)
+
+
+def map_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU and mapped from it."""
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+@contextlib.contextmanager
+def hold_lock(path: Path, wait: bool = True) -> Iterator[bool]:
+    """One process at a time, of those that would make the file. Whether it is this one: another one may be,
+    where `wait` is off."""
+    from filelock import FileLock, Timeout
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):
-        if not path.exists():
-            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in make().items()}
-            with replace_file(path) as part:
-                save_file(tensors, part)
-    return load_file(path)
+    lock = FileLock(f"{path}.lock", timeout=-1 if wait else 0)
+    try:
+        lock.acquire()
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+@dataclass(frozen=True)
+class TensorRows:
+    """A tensor that is written in parts along its first axis: its type, its shape [N, ...], and the parts."""
+
+    dtype: str  # as str(torch.dtype)
+    shape: tuple[int, ...]
+    parts: Iterable[Tensor]
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, TensorRows], metadata: Mapping[str, str] | None = None
+) -> None:
+    """A safetensors file, part by part: no more than one is in memory. Raises DiskFull, and ValueError where
+    the parts are not as many rows as was said."""
+    # wide types first, so that each tensor begins at a multiple of its width
+    names = sorted(tensors, key=lambda name: -_count_width(tensors[name]))
+    with replace_file(path) as part, open(part, "wb") as file:
+        file.write(_format_head(names, tensors, metadata or {}))
+        for name in names:
+            _write_parts(file, name, tensors[name])
+
+
+def _count_width(rows: TensorRows) -> int:
+    return int(_DTYPES[rows.dtype].strip("IUBFOL") or 8) // 8
+
+
+def _count_bytes(rows: TensorRows) -> int:
+    n = _count_width(rows)
+    for size in rows.shape:
+        n *= size
+    return n
+
+
+def _format_head(
+    names: Sequence[str], tensors: Mapping[str, TensorRows], metadata: Mapping[str, str]
+) -> bytes:
+    """The header's length as eight bytes, and the header: type, shape and place of each tensor."""
+    head: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    start = 0
+    for name in names:
+        end = start + _count_bytes(tensors[name])
+        kind = {"dtype": _DTYPES[tensors[name].dtype], "shape": list(tensors[name].shape)}
+        head[name] = {**kind, "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(head).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write_parts(file: BinaryIO, name: str, rows: TensorRows) -> None:
+    import torch
+
+    n_written = 0
+    for tensor in rows.parts:
+        data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        file.write(data.data)
+        n_written += data.nbytes
+    if n_written != _count_bytes(rows):
+        raise ValueError(f"{name}: {n_written} bytes were given in place of {_count_bytes(rows)}")

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -56,6 +56,11 @@ class Images:
 
     def take(self, rows: Sequence[int]) -> Images:
         return replace(self, records=tuple(self.records[row] for row in rows))
+
+    def iterate_pixels(self, size: int) -> Iterator[np.ndarray]:
+        """The pixels of `size` images at a time, each uint8 [n, 3, resolution, resolution]."""
+        for start in range(0, len(self), size):
+            yield self.take(range(start, min(start + size, len(self)))).pixels()
 
     def pixels(self) -> np.ndarray:
         """uint8 [N, 3, resolution, resolution]."""

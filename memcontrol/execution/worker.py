@@ -25,6 +25,7 @@ from memcontrol.core.jobs import (
     CalibrateJob,
     ConfirmJob,
     Done,
+    EncodeJob,
     Event,
     Failed,
     HelpJob,
@@ -102,6 +103,14 @@ def _calibrate_folder(job: CalibrateJob, loaded, say: SendEvent) -> Calibrated:
     return Calibrated(job, found.as_dict())
 
 
+def _encode_folder(job: EncodeJob, loaded, say: SendEvent) -> Done:
+    from memcontrol.trial.prepare import encode_study
+
+    progress = _make_progress(job, say)
+    encode_study(job.config, job.folder, loaded, job.n_train, job.reference, progress)
+    return Done(job)
+
+
 def _confirm_folder(job: ConfirmJob, loaded, say: SendEvent) -> Done:
     from memcontrol.trial.run import confirm_trial
 
@@ -131,6 +140,7 @@ def attempt_trial(job: TrialJob, loaded, say: SendEvent) -> Done:
 _RUN: dict[type[Job], Callable[..., Event]] = {
     PrepareJob: _prepare_folder,
     CalibrateJob: _calibrate_folder,
+    EncodeJob: _encode_folder,
     ConfirmJob: _confirm_folder,
     TrialJob: attempt_trial,
 }

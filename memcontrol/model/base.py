@@ -1,52 +1,41 @@
-"""Owns the base: a diffusers pipeline behind noised(), denoised() and sample(), and its cached latents and
-caption encodings."""
+"""Owns the base: a diffusers pipeline behind add_noise(), denoise(), encode(), decode() and sample(), each as
+many images at a time as memory holds."""
 
 from __future__ import annotations
 
-import hashlib
-import os
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from memcontrol.core.errors import MemControlError
-from memcontrol.core.files import PACKAGE
-from memcontrol.data.cache import load_or_make
 from memcontrol.data.images import Images
+from memcontrol.model.batches import MOST_AT_A_TIME, choose_batch, halve_until_it_fits, release_memory
+from memcontrol.model.counting import (
+    PeakBytes,
+    count_decoding_bytes,
+    count_encoding_bytes,
+    make_bare_copy,
+    pass_shapes,
+)
 from memcontrol.model.families import Family, Text, Unconditional, find_family
+from memcontrol.model.source import Precision, Source, find_source
 
-TINY = PACKAGE / "assets" / "tiny"
-ENCODE_BATCH = 64
-
-
-def find_base_path(name: str) -> str:
-    return str(TINY) if name == "tiny" else name
+_TEXT_BATCH = 64
 
 
-def check_base_path(name: str) -> str:
-    """Raises MemControlError for what is neither a folder nor looks like a Hub id: libraries would look for
-    it on the Hub for half a minute."""
-    path = find_base_path(name)
-    if not os.path.isdir(path) and (path.startswith((".", "/")) or path.count("/") != 1):
-        raise MemControlError(
-            f"base '{name}': no such folder; give 'tiny', a folder in diffusers' format, or a Hub "
-            "id (owner/name)"
-        )
-    return path
-
-
-def load_base(name: str) -> Base:
-    """`tiny`, a local folder or a Hub id in diffusers' format. Raises MemControlError."""
-    pipeline = open_pipeline(name)
+def load_base(name: str, precision: Precision | None = None, offload: str = "encoders") -> Base:
+    """`tiny`, a local folder or a Hub id in diffusers' format, without its text encoders, which come when
+    they are asked for. float32 unless another precision is given. Raises MemControlError."""
     from diffusers import DDIMPipeline, DDPMScheduler, DPMSolverMultistepScheduler
 
+    source, precision = find_source(name), precision or Precision()
+    pipeline = source.open(precision, with_encoders=False)
     family = find_family(type(pipeline).__name__, name)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     settings = pipeline.scheduler.config
     schedule = pipeline.scheduler if family.flow else DDPMScheduler.from_config(settings)
     if isinstance(family, Unconditional):
@@ -55,29 +44,11 @@ def load_base(name: str) -> Base:
     elif not family.flow:
         pipeline.scheduler = DPMSolverMultistepScheduler.from_config(settings)
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.to(device)
-    for part in pipeline.components.values():
-        if isinstance(part, torch.nn.Module):
-            part.requires_grad_(False).eval()
-    return Base(pipeline, family, schedule, device)
+    return Base(pipeline, family, schedule, find_device(), source, precision, offload)
 
 
-def open_pipeline(name: str):
-    """The pipeline as plain diffusers reads it. Raises MemControlError."""
-    quiet_libraries()
-    from diffusers import DiffusionPipeline
-
-    path = check_base_path(name)
-    try:
-        kind = DiffusionPipeline.load_config(path).get("_class_name", "")
-        find_family(kind, name)
-        unneeded = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-        return DiffusionPipeline.from_pretrained(
-            path, **(unneeded if kind == "StableDiffusionPipeline" else {})
-        )
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise MemControlError(f"base '{name}' cannot be loaded as a diffusers pipeline: {reason}") from None
+def find_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def name_denoiser(pipeline) -> str:
@@ -85,32 +56,26 @@ def name_denoiser(pipeline) -> str:
     return "unet" if getattr(pipeline, "unet", None) is not None else "transformer"
 
 
-def quiet_libraries() -> None:
-    """Keeps the chatter of transformers and diffusers off the user's screen; must come before diffusers is
-    imported."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    from diffusers.utils import logging as diffusers_logging
-
-    diffusers_logging.set_verbosity_error()
-    diffusers_logging.disable_progress_bar()
-
-
 @dataclass(frozen=True)
-class Encoded:
-    """A data set as the denoiser sees it: the latent posterior of each image and the encodings of each
-    distinct caption."""
+class NoiseDraw:
+    """What latents are noised with: the `noise` that is the target's, the noise that is `shown`, and whole
+    timesteps, or for a flow shares of the way before the schedule's shift."""
 
-    mean: Tensor  # [N, C, h, w], scaled
-    deviation: Tensor  # [N, C, h, w], scaled
-    text: Text  # each [U, ...]; row 0 is the empty caption
-    caption_rows: Tensor  # [N], into text
+    noise: Tensor  # [B, C, h, w]
+    shown: Tensor  # [B, C, h, w]; the same tensor without perturbation
+    times: Tensor  # [B]
 
-    def texts(self, rows: Tensor) -> Text:
-        """Encodings of the captions in `rows` [B] of `text`."""
-        return {name: tensor[rows] for name, tensor in self.text.items()}
+    def to(self, device: torch.device) -> NoiseDraw:
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin(self) -> NoiseDraw:
+        """In memory from which a card copies while it computes."""
+        return self.map(torch.Tensor.pin_memory)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> NoiseDraw:
+        noise = change(self.noise)
+        shown = noise if self.shown is self.noise else change(self.shown)
+        return NoiseDraw(noise, shown, change(self.times))
 
 
 @dataclass(frozen=True)
@@ -126,18 +91,96 @@ class Noised:
         return Noised(self.noisy[rows], self.target[rows], self.times[rows], self.timesteps[rows])
 
 
-@dataclass
 class Base:
-    """A frozen pipeline on one device; trials put their adapters into `denoiser` and take them out again."""
+    """A frozen pipeline; trials put their adapters into `denoiser` and take them out again.
 
-    pipeline: Any
-    family: Family
-    schedule: Any
-    device: torch.device
+    Only what is used lies on the device: the denoiser from its first use on; the autoencoder, and the text
+    encoders, which are not even loaded before, while they encode or decode, unless `offload` is none.
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        family: Family,
+        schedule: Any,
+        device: torch.device,
+        source: Source,
+        precision: Precision,
+        offload: str,
+    ):
+        self.pipeline, self.family, self.schedule, self.device = pipeline, family, schedule, device
+        self.source, self.precision, self.offload = source, precision, offload
+        # apart, since a pipeline takes its device from whichever model it has first
+        self.autoencoder: Any = getattr(pipeline, "vae", None)
+        if self.autoencoder is not None:
+            pipeline.vae = None
+        self.n_holders = self.n_coding = 0  # users of the text encoders, of the autoencoder
+        self.is_placed = False
+        self.counted: dict[tuple, int] = {}
+        for part in (self.autoencoder, getattr(pipeline, family.denoiser)):
+            if part is not None:
+                part.requires_grad_(False).eval()
+        if device.type == "cuda":
+            torch.set_float32_matmul_precision("high")  # TF32, as convolutions have it anyway
+
+    @property
+    def config(self) -> Any:
+        """Of the denoiser."""
+        return getattr(self.pipeline, self.family.denoiser).config
 
     @property
     def denoiser(self) -> Any:
-        return getattr(self.pipeline, self.family.denoiser)
+        found = getattr(self.pipeline, self.family.denoiser)
+        if not self.is_placed and self.device.type == "cuda":
+            found.to(self.device)
+            if self.family.denoiser == "unet":
+                found.to(memory_format=torch.channels_last)  # the order that tensor cores convolve in
+        self.is_placed = True
+        return found
+
+    def enable_gradient_checkpointing(self) -> None:
+        for denoiser in (self.denoiser, self.bare_denoiser):
+            denoiser.enable_gradient_checkpointing()
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """What every pass through the denoiser runs under, in training, sampling and probing alike."""
+        kind = self.precision.compute
+        return torch.autocast(self.device.type, kind, enabled=kind != torch.float32)
+
+    @contextlib.contextmanager
+    def hold_encoders(self) -> Iterator[None]:
+        """The text encoders lie on the device as long as it lasts, then go, unless `offload` is none."""
+        names = [] if isinstance(self.family, Unconditional) else self.source.list_encoders()
+        if not self.n_holders:
+            self.load_encoders(names)
+        self.n_holders += 1
+        try:
+            yield
+        finally:
+            self.n_holders -= 1
+            if not self.n_holders and self.offload != "none":
+                for name in names:
+                    setattr(self.pipeline, name, None)
+                release_memory()
+
+    def load_encoders(self, names: Sequence[str]) -> None:
+        for name in names:
+            if getattr(self.pipeline, name) is None:
+                encoder = self.source.load_encoder(name, self.precision.weights)
+                setattr(self.pipeline, name, encoder.to(self.device).requires_grad_(False).eval())
+
+    @contextlib.contextmanager
+    def hold_autoencoder(self) -> Iterator[Any]:
+        """The autoencoder, where there is one, lies on the device as long as it lasts."""
+        if self.autoencoder is not None:
+            self.autoencoder.to(self.device)
+        self.n_coding += 1
+        try:
+            yield self.autoencoder
+        finally:
+            self.n_coding -= 1
+            if self.autoencoder is not None and not self.n_coding and self.offload != "none":
+                self.autoencoder.to("cpu")
 
     @property
     def pixels_per_latent(self) -> int:
@@ -146,14 +189,14 @@ class Base:
     @property
     def resolution(self) -> int:
         """Pixels of a side of the images that the base was made for."""
-        side = self.denoiser.config.get("sample_size") or self.pipeline.default_sample_size
+        side = self.config.get("sample_size") or self.pipeline.default_sample_size
         return side * self.pixels_per_latent
 
     @property
     def side_multiple(self) -> int:
         """Image sides must be a multiple of this many pixels: the autoencoder's factor times the
         denoiser's."""
-        config = self.denoiser.config
+        config = self.config
         inner = (
             2 ** (len(config.block_out_channels) - 1)
             if "block_out_channels" in config
@@ -177,31 +220,47 @@ class Base:
         target keeps noise (Ning et al. 2023, arXiv 2301.11706, eq. 7). `quantile`, in 0..1, gives all latents
         this quantile of the times instead of a draw.
         """
-        noise = torch.randn(clean.shape, generator=generator)
+        drawn = self.draw_noise(clean.shape, generator, offset, perturbation, quantile)
+        return self.mix(clean, drawn.to(self.device))
+
+    def draw_noise(
+        self,
+        shape: Sequence[int],
+        generator: torch.Generator,
+        offset: float = 0.0,
+        perturbation: float = 0.0,
+        quantile: float | None = None,
+    ) -> NoiseDraw:
+        """What `add_noise` draws for latents of a shape [B, C, h, w], on the CPU."""
+        n, noise = shape[0], torch.randn(tuple(shape), generator=generator)
         n_times = self.schedule.config.num_train_timesteps
         if self.family.flow:
             normal = (
-                torch.randn(len(clean), generator=generator)
+                torch.randn(n, generator=generator)
                 if quantile is None
-                else torch.special.ndtri(torch.full((len(clean),), quantile))
+                else torch.special.ndtri(torch.full((n,), quantile))
             )
-            share = torch.sigmoid(normal).to(self.device)
+            times = torch.sigmoid(normal)
         elif quantile is None:
-            timesteps = torch.randint(n_times, (len(clean),), generator=generator).to(self.device)
+            times = torch.randint(n_times, (n,), generator=generator)
         else:
-            timesteps = torch.full((len(clean),), int(quantile * n_times), device=self.device)
+            times = torch.full((n,), int(quantile * n_times))
         if offset:
-            noise = noise + offset * torch.randn(*clean.shape[:2], 1, 1, generator=generator)
+            noise = noise + offset * torch.randn(*shape[:2], 1, 1, generator=generator)
         shown = (
-            noise + perturbation * torch.randn(clean.shape, generator=generator) if perturbation else noise
+            noise + perturbation * torch.randn(tuple(shape), generator=generator) if perturbation else noise
         )
-        noise, shown = noise.to(self.device), shown.to(self.device)
+        return NoiseDraw(noise, shown, times)
+
+    def mix(self, clean: Tensor, drawn: NoiseDraw) -> Noised:
+        """Latents [B, C, h, w] with the noise that was drawn for them, all on the device."""
+        noise, shown = drawn.noise, drawn.shown
         if not self.family.flow:
-            velocity = self.schedule.config.prediction_type == "v_prediction"
+            timesteps, velocity = drawn.times, self.schedule.config.prediction_type == "v_prediction"
             target = self.schedule.get_velocity(clean, noise, timesteps) if velocity else noise
             return Noised(self.schedule.add_noise(clean, shown, timesteps), target, timesteps, timesteps)
         shift = self.schedule.config.get("shift") or self.schedule.config.get("flow_shift") or 1.0
-        share = shift * share / (1 + (shift - 1) * share)
+        share = shift * drawn.times / (1 + (shift - 1) * drawn.times)
         level = share.view(-1, 1, 1, 1)
         return Noised(
             (1 - level) * clean + level * shown,
@@ -212,42 +271,100 @@ class Base:
 
     def denoise(self, noised: Noised, text: Text) -> tuple[Tensor, Tensor]:
         """The denoising loss of each latent, unreduced [B], and the prediction [B, C, h, w]."""
-        predicted = self.family.predict(self.denoiser, noised.noisy, noised.times, text)
+        with self.autocast():
+            predicted = self.family.predict(self.denoiser, noised.noisy, noised.times, self.cast(text))
         return (predicted.float() - noised.target.float()).square().mean(dim=(1, 2, 3)), predicted
 
-    @torch.no_grad()
+    def cast(self, text: Text) -> Text:
+        """Encodings on the device, in the type of the denoiser's frozen weights; masks keep theirs."""
+        kind = self.precision.weights
+        return {
+            name: tensor.to(self.device, kind if tensor.is_floating_point() else None, non_blocking=True)
+            for name, tensor in text.items()
+        }
+
     def encode_images(self, images: Images) -> tuple[Tensor, Tensor]:
-        """Mean and deviation of the latent posterior, scaled as the denoiser expects: each [N, C, h, w]."""
-        means, deviations = zip(
-            *(
-                self.encode_posterior(
-                    torch.from_numpy(
-                        images.take(range(start, min(start + ENCODE_BATCH, len(images)))).pixels()
-                    )
-                )
-                for start in range(0, len(images), ENCODE_BATCH)
-            )
-        )
+        """Mean and deviation of the latent posterior, scaled as the denoiser expects: each [N, C, h, w], on
+        the CPU, in half precision where the base is."""
+        numbers = range(len(images))
+        return self.encode(len(images), images.resolution, lambda rows: images.take(numbers[rows]).pixels())
+
+    def encode_pixels(self, pixels: np.ndarray) -> tuple[Tensor, Tensor]:
+        """The same of uint8 [N, 3, H, W]."""
+        return self.encode(len(pixels), pixels.shape[-1], lambda rows: pixels[rows])
+
+    @torch.no_grad()
+    def encode(self, n: int, side: int, read: Callable[[slice], np.ndarray]) -> tuple[Tensor, Tensor]:
+        """Of n images of a side in pixels, which are read as they are needed."""
+        kind = torch.float32 if self.precision.weights == torch.float32 else torch.float16
+
+        def encode_part(rows: slice) -> list[Tensor]:
+            return [each.to("cpu", kind) for each in self.encode_posterior(torch.from_numpy(read(rows)))]
+
+        with self.hold_autoencoder():
+            size = self.choose_batch("encode", side)
+            parts = [part for _, part in halve_until_it_fits(n, size, encode_part, self.enable_tiling)]
+        means, deviations = zip(*parts)
         return torch.cat(means), torch.cat(deviations)
 
     def encode_posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Of uint8 pixels [B, 3, H, W]; without an autoencoder the pixels themselves, in -1..1."""
-        scaled, vae = pixels.to(self.device).float() / 127.5 - 1, getattr(self.pipeline, "vae", None)
+        scaled, vae = pixels.to(self.device).float() / 127.5 - 1, self.autoencoder
         if vae is None:
             return scaled, torch.zeros_like(scaled)
-        encoded, scale = vae.encode(scaled), vae.config.scaling_factor
+        encoded, scale = vae.encode(scaled.to(vae.dtype)), vae.config.scaling_factor
         if not hasattr(encoded, "latent_dist"):
             return encoded.latent * scale, torch.zeros_like(encoded.latent)
         shift = vae.config.get("shift_factor") or 0.0
         return (encoded.latent_dist.mean - shift) * scale, encoded.latent_dist.std * scale
 
     @torch.no_grad()
+    def decode(self, latents: Tensor) -> np.ndarray:
+        """Images of latents [N, C, h, w], scaled as the denoiser gives them: uint8 [N, 3, H, W]."""
+        vae = self.autoencoder
+        shift = vae.config.get("shift_factor") or 0.0
+        size = self.choose_batch("decode", latents.shape[-1] * self.pixels_per_latent)
+
+        def decode_part(rows: slice) -> np.ndarray:
+            unscaled = latents[rows] / vae.config.scaling_factor + shift
+            pixels = vae.decode(unscaled.to(vae.dtype), return_dict=False)[0].float()
+            return _convert_to_bytes((pixels / 2 + 0.5).clamp(0, 1).cpu().numpy())
+
+        with self.hold_autoencoder():
+            parts = halve_until_it_fits(len(latents), size, decode_part, self.enable_tiling)
+            return np.concatenate([part for _, part in parts])
+
+    def enable_tiling(self) -> bool:
+        """Of the autoencoder, where one image alone does not fit. Whether that was still off."""
+        vae = self.autoencoder
+        if vae is None or getattr(vae, "use_tiling", True):
+            return False
+        vae.enable_tiling()
+        return True
+
+    def choose_batch(self, stage: str, side: int) -> int:
+        """How many images of a side in pixels the autoencoder takes at a time."""
+        if self.autoencoder is None:
+            return MOST_AT_A_TIME
+        count = count_encoding_bytes if stage == "encode" else count_decoding_bytes
+        if (stage, side) not in self.counted:
+            self.counted[stage, side] = count(self.autoencoder, side, self.pixels_per_latent)
+        return choose_batch(self.counted[stage, side], self.device)
+
+    @torch.no_grad()
     def encode_captions(self, captions: Sequence[str]) -> Text:
-        """Encodings by name, each [N, ...]."""
-        chunks = [
-            self.family.encode(self.pipeline, captions[start : start + ENCODE_BATCH])
-            for start in range(0, len(captions), ENCODE_BATCH)
-        ]
+        """Encodings by name, each [N, ...], on the CPU, in the type of the base."""
+        if isinstance(self.family, Unconditional):
+            return {}
+        with self.hold_encoders():
+            chunks = [
+                {name: tensor.cpu() for name, tensor in text.items()}
+                for _, text in halve_until_it_fits(
+                    len(captions),
+                    _TEXT_BATCH,
+                    lambda rows: self.family.encode(self.pipeline, captions[rows], self.device),
+                )
+            ]
         return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
 
     @torch.no_grad()
@@ -270,16 +387,29 @@ class Base:
         flow: the pipeline's own solver. Guidance acts after the share `guidance_from` of the steps (Jain et
         al. 2024, arXiv 2411.16738).
         """
-        images = []
-        for start in range(0, len(seeds), ENCODE_BATCH):
-            generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + ENCODE_BATCH]]
-            own = {
-                name: tensor[start : start + ENCODE_BATCH].to(self.device) for name, tensor in text.items()
-            }
-            none = {
-                name: tensor.expand(len(generators), *tensor.shape[1:]).to(self.device)
-                for name, tensor in empty.items()
-            }
+        settings = (text, empty, seeds, steps, guidance, resolution, progress, guidance_from)
+        return np.concatenate(list(self.iterate_samples(*settings)))
+
+    @torch.no_grad()
+    def iterate_samples(
+        self,
+        text: Text,
+        empty: Text,
+        seeds: Sequence[int],
+        steps: int,
+        guidance: float,
+        resolution: int,
+        progress: Callable,
+        guidance_from: float = 0.0,
+    ) -> Iterator[np.ndarray]:
+        """The images of `sample`, as many at a time as memory holds: each uint8 [n, 3, H, W]."""
+
+        def sample_part(rows: slice) -> np.ndarray:
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds[rows]]
+            own = self.cast({name: tensor[rows] for name, tensor in text.items()})
+            none = self.cast(
+                {name: tensor.expand(len(generators), *tensor.shape[1:]) for name, tensor in empty.items()}
+            )
             call = (
                 self.make_unconditional_call(generators)
                 if not text
@@ -287,17 +417,65 @@ class Base:
             )
             if guidance_from and guidance > 1:
                 call |= _delay_guidance(guidance, round(guidance_from * steps))
-            images.append(self.pipeline(**call, num_inference_steps=steps, output_type="np").images)
-            progress(start + len(generators), len(seeds))
-        return (np.concatenate(images).transpose(0, 3, 1, 2) * 255 + 0.5).astype(np.uint8)
+            return self.call_pipeline(call, steps, resolution)
+
+        size = self.choose_sampling_batch(text, guidance, resolution)
+        for rows, images in halve_until_it_fits(len(seeds), size, sample_part):
+            progress(rows.stop, len(seeds))
+            yield images
+
+    def call_pipeline(self, call: dict, steps: int, resolution: int) -> np.ndarray:
+        """uint8 [N, 3, H, W]."""
+        kind = "np" if self.autoencoder is None else "latent"
+        assert self.denoiser is not None  # placed, since the pipeline does not ask for it here
+        with self.autocast():
+            found = self.pipeline(**call, num_inference_steps=steps, output_type=kind).images
+        if self.autoencoder is None:
+            return _convert_to_bytes(found.transpose(0, 3, 1, 2))
+        side = resolution // self.pixels_per_latent
+        return self.decode(self.family.unpack_latents(found, side, side))
+
+    def choose_sampling_batch(self, text: Text, guidance: float, resolution: int) -> int:
+        """How many images the denoiser takes at a time without gradients, each twice where there is
+        guidance."""
+        side = resolution // self.pixels_per_latent
+        shapes = {name: tuple(tensor.shape[1:]) for name, tensor in text.items()}
+        n_bytes = self.count_forward_bytes((self.n_channels, side, side), shapes)
+        return choose_batch(n_bytes * (1 if guidance == 1 else 2), self.device)
+
+    def count_forward_bytes(self, latents: tuple[int, ...], text: Mapping[str, tuple[int, ...]]) -> int:
+        """What one image's pass through the denoiser holds without gradients."""
+        key = ("forward", latents, tuple(sorted(text.items())))
+        if key not in self.counted:
+            with torch.no_grad(), PeakBytes() as held:
+                pass_shapes(
+                    self.bare_denoiser,
+                    self.family,
+                    latents,
+                    text,
+                    1,
+                    self.precision.compute,
+                    self.device.type == "cuda",
+                )
+            self.counted[key] = held.peak
+        return self.counted[key]
+
+    @cached_property
+    def bare_denoiser(self) -> Any:
+        """The denoiser without its weights, on the meta device."""
+        return make_bare_copy(getattr(self.pipeline, self.family.denoiser), self.precision.weights)
+
+    @property
+    def n_channels(self) -> int:
+        """Of a latent."""
+        return self.config.in_channels // self.family.packing
 
     def make_conditional_call(
         self, generators: Sequence[torch.Generator], text: Text, empty: Text, guidance: float, resolution: int
     ) -> dict:
         side = resolution // self.pixels_per_latent
-        channels = self.denoiser.config.in_channels // self.family.packing
         noise = torch.stack(
-            [torch.randn(channels, side, side, generator=generator) for generator in generators]
+            [torch.randn(self.n_channels, side, side, generator=generator) for generator in generators]
         )
         call = self.family.make_call(self.pipeline, text, empty, guidance)
         return {
@@ -310,23 +488,10 @@ class Base:
     def make_unconditional_call(self, generators: Sequence[torch.Generator]) -> dict:
         return {"batch_size": len(generators), "generator": list(generators)}
 
-    def load_encoded(self, images: Images, cache: Path, base_name: str) -> Encoded:
-        """The images' latents and encodings, computed once per content and base and kept under `cache`."""
-        path = cache / f"latents-{images.digest}-{digest_base(base_name)}.safetensors"
-        stored = load_or_make(path, lambda: self.encode(images))
-        text = {
-            name.removeprefix("text."): stored.pop(name) for name in list(stored) if name.startswith("text.")
-        }
-        return Encoded(text=text, **stored)
 
-    def encode(self, images: Images) -> dict[str, Tensor]:
-        """The fields of Encoded, each encoding of captions under text.NAME."""
-        mean, deviation = self.encode_images(images)
-        captions = list(dict.fromkeys(["", *images.captions]))
-        row_of = {caption: row for row, caption in enumerate(captions)}
-        rows = torch.tensor([row_of[caption] for caption in images.captions])
-        text = {f"text.{name}": tensor for name, tensor in self.encode_captions(captions).items()}
-        return {"mean": mean, "deviation": deviation, "caption_rows": rows, **text}
+def _convert_to_bytes(pixels: np.ndarray) -> np.ndarray:
+    """0..1 to uint8."""
+    return (pixels * 255 + 0.5).astype(np.uint8)
 
 
 def _delay_guidance(guidance: float, n_without: int) -> dict:
@@ -347,56 +512,3 @@ def redraw_weights(denoiser: Any, seed: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         denoiser.load_state_dict(type(denoiser).from_config(denoiser.config).state_dict())
-
-
-def digest_base(name: str) -> str:
-    """Names the base's content: its files' names, sizes and, where small, bytes; for a Hub id its name."""
-    root = Path(find_base_path(name))
-    digest = hashlib.sha256(name.encode())
-    for file in sorted(root.rglob("*")) if root.is_dir() else ():
-        if file.is_file():
-            size = file.stat().st_size
-            digest.update(f"{file.relative_to(root)} {size}".encode())
-            digest.update(file.read_bytes() if size < 2**26 else str(file.stat().st_mtime_ns).encode())
-    return digest.hexdigest()[:16]
-
-
-def make_empty_denoiser(name: str) -> torch.nn.Module:
-    """The base's denoiser without its weights, on the meta device: names and shapes only. Raises
-    MemControlError.
-
-    A folder with nothing but config.json files will do: those of a pipeline (unet/ or transformer/), or the
-    denoiser's own.
-    """
-    quiet_libraries()
-    import diffusers
-
-    config = read_denoiser_config(name)
-    kind = config.get("_class_name", "")
-    if not hasattr(diffusers, kind):
-        raise MemControlError(
-            f"base '{name}': its denoiser is a '{kind}', which this diffusers "
-            f"({diffusers.__version__}) does not know"
-        )
-    with torch.device("meta"):
-        return getattr(diffusers, kind).from_config(config)
-
-
-def read_denoiser_config(name: str) -> dict:
-    from diffusers import UNet2DConditionModel
-
-    path, reason = check_base_path(name), ""
-    places: tuple[str | None, ...] = ("unet", "transformer", None)
-    if os.path.isdir(path):
-        places = tuple(place for place in places if (Path(path) / (place or "") / "config.json").is_file())
-    for place in places:
-        try:
-            return UNet2DConditionModel.load_config(path, subfolder=place)
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
-    raise MemControlError(
-        (
-            f"base '{name}': no unet/config.json, transformer/config.json or config.json can be read. "
-            f"{reason}"
-        ).strip()
-    )

@@ -1,38 +1,52 @@
-"""Owns what a choice costs: parameters, FLOPs and memory of a training step, counted in one pass of one
-image; on the meta device from shapes alone."""
+"""Owns what a choice costs: parameters, FLOPs and memory of a training step, counted on the meta device from
+shapes alone."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+from torch import nn
 
 from memcontrol.core.choice import Choice
 from memcontrol.core.space import SearchSpace
 from memcontrol.model.adapter import Adapter, inject_adapter, list_trainable_modules
-from memcontrol.model.families import FAMILIES_BY_DENOISER, Family, Text
+from memcontrol.model.counting import FlopCounter, PeakBytes, pass_shapes
+from memcontrol.model.families import FAMILIES_BY_DENOISER, Family
+from memcontrol.model.source import Precision
 
-_aten = torch.ops.aten
-_BYTES = 4  # of a float32
+QUANTIZED_BITS = {"int8": 8.1, "nf4": 4.5}  # of a weight, with its scale
 # diffusers' U-Nets register the middle block last
 _LATE = {"mid_block": 1, "up_blocks": 2, "conv_norm_out": 3, "conv_out": 3}
 
 
 @dataclass(frozen=True)
+class StepSettings:
+    """What a step's memory depends on beside the choice: images in a `forward`, whether several of these
+    `accumulates` to a batch, bytes of the optimizer's `moments` and of `copies` (a moving average; on a CPU
+    the base's own values) for each trained parameter, the base's precision,
+    and whether it is on a card."""
+
+    forward: int = 1
+    accumulates: bool = False
+    moments: float = 8.0
+    copies: float = 0.0
+    precision: Precision = Precision()
+    on_card: bool = False
+
+
+@dataclass(frozen=True)
 class Cost:
-    """Trained parameters, 10^9 floating-point operations of a training step per image, and MiB that the step
-    holds."""
+    """Trained parameters, 10^9 floating-point operations of a training step per image, and MiB that training
+    holds at its peak, the most of any step; `parts` says of what: weights, moments, copies, and activations
+    with gradients."""
 
     parameters: int
     step_gflops: float
     memory_mib: float
+    parts: Mapping[str, float] = field(default_factory=dict, compare=False)
 
 
 def measure_cost(
@@ -42,13 +56,13 @@ def measure_cost(
     family: Family,
     latents: Sequence[int],
     text: Mapping[str, Sequence[int]],
-    batch: int = 1,
+    settings: StepSettings = StepSettings(),
     shared_a: bool = False,
 ) -> Cost:
     """The cost of a choice on a denoiser without an adapter; see `measure_step_cost`."""
     adapter = inject_adapter(denoiser, space, choice, 0, shared_a=shared_a)
     try:
-        return measure_step_cost(denoiser, adapter, family, latents, text, batch)
+        return measure_step_cost(denoiser, adapter, family, latents, text, settings)
     finally:
         adapter.remove()
 
@@ -59,113 +73,62 @@ def measure_step_cost(
     family: Family,
     latents: Sequence[int],
     text: Mapping[str, Sequence[int]],
-    batch: int = 1,
+    settings: StepSettings = StepSettings(),
 ) -> Cost:
-    """The cost of a step of `batch` images with an injected adapter, from one image's latents [C, h, w] and
-    encodings.
+    """The cost of a step with an injected adapter, from one image's latents [C, h, w] and encodings.
 
-    Backward stops at the first trained module, so a choice that begins late is cheaper. Memory counts the
-    weights, for trained ones gradient and two moments of AdamW, and what forward keeps for backward.
+    Backward stops at the first trained module, so a choice that begins late is cheaper.
     """
-    n_trained, n_base = adapter.n_trained(), sum(parameter.numel() for parameter in denoiser.parameters())
-    counter, kept = _FlopCounter(), _KeptBytes(denoiser)
+    n_trained, weights = adapter.n_trained(), _count_weight_bytes(denoiser, settings.precision)
+    n_flops = n_passing = 0
     if n_trained:
-        device = next(denoiser.parameters()).device
-        noisy, time = torch.zeros(1, *latents, device=device), torch.zeros(1, device=device)
-        encodings: Text = {name: torch.zeros(1, *shape, device=device) for name, shape in text.items()}
-        with counter:
-            with (
-                _FusedAttention(),
-                torch.autograd.graph.saved_tensors_hooks(kept.note, lambda tensor: tensor),
-            ):
-                predicted = family.predict(denoiser, noisy, time, encodings)
-            predicted.sum().backward()
-        for parameter in adapter.parameters():
-            parameter.grad = None
-    memory = _BYTES * (n_base + 3 * n_trained) + batch * kept.n_bytes
-    return Cost(n_trained, counter.n_flops / 1e9, memory / 2**20)
-
-
-def _count_attention(query: Tensor, key: Tensor, value: Tensor, *args, **kwargs) -> int:
-    return sdpa_flop_count(query.shape, key.shape, value.shape)
-
-
-def _count_attention_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *args, **kwargs
-) -> int:
-    """Twice forward, as the mathematics has it: what a kernel computes again to save memory is no work
-    done."""
-    return 2 * _count_attention(query, key, value)
-
-
-class _FlopCounter(TorchDispatchMode):
-    """Adds up the FLOPs of matrix products, convolutions and attention by torch's formulas. Torch's own
-    counter takes every other operation apart too, for ten times the time."""
-
-    formulas: Mapping[Any, Any] = flop_registry | {
-        _aten._scaled_dot_product_flash_attention_for_cpu: _count_attention,
-        _aten._scaled_dot_product_flash_attention_for_cpu_backward: _count_attention_backward,
-        _aten._scaled_dot_product_flash_attention_backward: _count_attention_backward,
-        _aten._scaled_dot_product_efficient_attention_backward: _count_attention_backward,
-        _aten._scaled_dot_product_cudnn_attention_backward: _count_attention_backward,
+        compute = settings.precision.compute
+        with FlopCounter() as counter:
+            pass_shapes(denoiser, family, latents, text, 1, compute, settings.on_card, backward=True)
+        n_flops = counter.n_flops
+        _clear_gradients(adapter)
+        with PeakBytes() as held:
+            for _ in range(2 if settings.accumulates else 1):  # gradients are there from the second on
+                pass_shapes(
+                    denoiser,
+                    family,
+                    latents,
+                    text,
+                    settings.forward,
+                    compute,
+                    settings.on_card,
+                    backward=True,
+                )
+        n_passing = held.peak
+        _clear_gradients(adapter)
+    parts = {
+        "weights": weights,
+        "moments": settings.moments * n_trained,
+        "copies": settings.copies * n_trained,
+        "activations and gradients": n_passing,
     }
-
-    def __init__(self):
-        super().__init__()
-        self.n_flops = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        if formula := self.formulas.get(func.overloadpacket):
-            self.n_flops += formula(*args, **kwargs, out_val=out)
-        return out
+    in_mib = {name: n / 2**20 for name, n in parts.items()}
+    return Cost(n_trained, n_flops / 1e9, sum(in_mib.values()), in_mib)
 
 
-class _FusedAttention(TorchFunctionMode):
-    """On the meta device attention as real devices have it: there it would keep [heads, n, n] for
-    backward."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        is_attention = func is nn.functional.scaled_dot_product_attention
-        return _attend_fused(*args, **kwargs) if is_attention else func(*args, **kwargs)
+def _clear_gradients(adapter: Adapter) -> None:
+    for parameter in adapter.parameters():
+        parameter.grad = None
 
 
-def _attend_fused(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    if query.device.type != "meta" or enable_gqa:
-        return nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
-    return _aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
-    )[0]
-
-
-class _KeptBytes:
-    """Adds up what autograd keeps for backward, beside parameters; each storage once."""
-
-    def __init__(self, denoiser: nn.Module):
-        self.seen = {parameter.untyped_storage()._cdata for parameter in denoiser.parameters()}
-        self.alive: list[Tensor] = []  # so that no storage's address is used again
-        self.n_bytes = 0
-
-    def note(self, tensor: Tensor) -> Tensor:
-        address = tensor.untyped_storage()._cdata
-        if address not in self.seen:
-            self.seen.add(address)
-            self.alive.append(tensor)
-            self.n_bytes += tensor.untyped_storage().nbytes()
-        return tensor
+def _count_weight_bytes(denoiser: nn.Module, precision: Precision) -> int:
+    """Of parameters and buffers, the frozen weights of Linear layers as they are quantised."""
+    total = sum(each.nbytes for each in (*denoiser.parameters(), *denoiser.buffers()))
+    if precision.quantized is None:
+        return total
+    linear = [
+        module.weight
+        for module in denoiser.modules()
+        if isinstance(module, nn.Linear) and not module.weight.requires_grad
+    ]
+    saved = sum(weight.nbytes - weight.numel() * QUANTIZED_BITS[precision.quantized] / 8 for weight in linear)
+    # a layer's weight comes back to 16 bits while it computes
+    return round(total - saved + max((weight.nbytes for weight in linear), default=0))
 
 
 def survey_space(denoiser: nn.Module, space: SearchSpace) -> dict:
@@ -188,7 +151,7 @@ def survey_space(denoiser: nn.Module, space: SearchSpace) -> dict:
         methods[method] = {
             "all_on": sum(everything.values()),
             "all_off": sum(always.values()),
-            "cost": cost and asdict(cost),
+            "cost": cost and {name: value for name, value in asdict(cost).items() if name != "parts"},
         }
         added = {name: n for name, n in everything.items() if name not in always}
         by_group = _sum_by_group(added, _find_owners(modules))

@@ -21,8 +21,8 @@ class Family:
     packing = 1  # latents that the denoiser takes as one
     guides_late = True  # the pipeline reads its guidance scale anew in every step
 
-    def encode(self, pipeline, captions: Sequence[str]) -> Text:
-        embeddings, _ = pipeline.encode_prompt(list(captions), pipeline.device, 1, False)
+    def encode(self, pipeline, captions: Sequence[str], device: torch.device) -> Text:
+        embeddings, _ = pipeline.encode_prompt(list(captions), device, 1, False)
         return {"prompt_embeds": embeddings}
 
     def predict(self, denoiser, noisy: Tensor, time: Tensor, text: Text) -> Tensor:
@@ -42,6 +42,10 @@ class Family:
         """Noise [N, C, h, w] in the form in which the pipeline takes it."""
         return noise
 
+    def unpack_latents(self, packed: Tensor, height: int, width: int) -> Tensor:
+        """Latents [N, C, h, w] from the form in which the pipeline gives them."""
+        return packed
+
     def list_text_shapes(self, config) -> dict[str, tuple[int, ...]]:
         """Shapes of one caption's encodings, as the full-size models have them."""
         return {"prompt_embeds": (77, config.cross_attention_dim)}
@@ -52,9 +56,9 @@ class _StableDiffusionXL(Family):
 
     pixels_per_latent = 8
 
-    def encode(self, pipeline, captions: Sequence[str]) -> Text:
+    def encode(self, pipeline, captions: Sequence[str], device: torch.device) -> Text:
         embeddings, _, pooled, _ = pipeline.encode_prompt(
-            list(captions), device=pipeline.device, do_classifier_free_guidance=False
+            list(captions), device=device, do_classifier_free_guidance=False
         )
         return {"prompt_embeds": embeddings, "pooled_prompt_embeds": pooled}
 
@@ -76,10 +80,10 @@ class _StableDiffusion3(Family):
 
     denoiser, flow = "transformer", True
 
-    def encode(self, pipeline, captions: Sequence[str]) -> Text:
+    def encode(self, pipeline, captions: Sequence[str], device: torch.device) -> Text:
         captions = list(captions)
         embeddings, _, pooled, _ = pipeline.encode_prompt(
-            captions, None, None, device=pipeline.device, do_classifier_free_guidance=False
+            captions, None, None, device=device, do_classifier_free_guidance=False
         )
         return {"prompt_embeds": embeddings, "pooled_prompt_embeds": pooled}
 
@@ -105,8 +109,8 @@ class _Flux(Family):
     denoiser, flow, packing, guides_late = "transformer", True, 4, False
     trained_guidance = 1.0  # as in diffusers' own fine-tuning of distilled models
 
-    def encode(self, pipeline, captions: Sequence[str]) -> Text:
-        embeddings, pooled, _ = pipeline.encode_prompt(list(captions), None, device=pipeline.device)
+    def encode(self, pipeline, captions: Sequence[str], device: torch.device) -> Text:
+        embeddings, pooled, _ = pipeline.encode_prompt(list(captions), None, device=device)
         return {"prompt_embeds": embeddings, "pooled_prompt_embeds": pooled}
 
     def predict(self, denoiser, noisy: Tensor, time: Tensor, text: Text) -> Tensor:
@@ -128,9 +132,7 @@ class _Flux(Family):
             txt_ids=text_ids,
             img_ids=image_ids,
         ).sample  # [B, h w / 4, 4 C]
-        # [B, h/2, w/2, C, 2, 2]
-        tiles = packed.unflatten(1, (height // 2, width // 2)).unflatten(3, (-1, 2, 2))
-        return tiles.permute(0, 3, 1, 4, 2, 5).reshape(noisy.shape)
+        return self.unpack_latents(packed, height, width)
 
     def make_call(self, pipeline, text: Text, empty: Text, guidance: float) -> dict:
         if pipeline.transformer.config.guidance_embeds or guidance == 1:
@@ -140,6 +142,11 @@ class _Flux(Family):
     def pack_latents(self, noise: Tensor) -> Tensor:
         tiles = noise.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # [N, C, h/2, 2, w/2, 2]
         return tiles.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # [N, h w / 4, 4 C]
+
+    def unpack_latents(self, packed: Tensor, height: int, width: int) -> Tensor:
+        # [N, h/2, w/2, C, 2, 2]
+        tiles = packed.unflatten(1, (height // 2, width // 2)).unflatten(3, (-1, 2, 2))
+        return tiles.permute(0, 3, 1, 4, 2, 5).reshape(len(packed), -1, height, width)
 
     def list_text_shapes(self, config) -> dict[str, tuple[int, ...]]:
         return {
@@ -154,9 +161,9 @@ class _PixArt(Family):
 
     denoiser, guides_late = "transformer", False
 
-    def encode(self, pipeline, captions: Sequence[str]) -> Text:
+    def encode(self, pipeline, captions: Sequence[str], device: torch.device) -> Text:
         embeddings, mask, _, _ = pipeline.encode_prompt(
-            list(captions), do_classifier_free_guidance=False, device=pipeline.device
+            list(captions), do_classifier_free_guidance=False, device=device
         )
         return {"prompt_embeds": embeddings, "prompt_attention_mask": mask}
 
@@ -204,7 +211,7 @@ class Unconditional(Family):
 
     guides_late = False
 
-    def encode(self, pipeline, captions: Sequence[str]) -> Text:
+    def encode(self, pipeline, captions: Sequence[str], device: torch.device) -> Text:
         return {}
 
     def predict(self, denoiser, noisy: Tensor, time: Tensor, text: Text) -> Tensor:

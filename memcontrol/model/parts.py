@@ -121,7 +121,15 @@ class Weights(Tuner):
 
     def __init__(self, parameters: dict[str, nn.Parameter], rates: dict[str, float]):
         self.learned, self.rates = parameters, rates
-        self.original = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        # on the CPU: they are looked at once, when the trial is over
+        self.original = {
+            name: parameter.detach().to("cpu", copy=True)
+            for name, parameter in parameters.items()
+            if not parameter.is_meta
+        }
+        self.kinds = {name: parameter.dtype for name, parameter in parameters.items()}
+        for parameter in parameters.values():
+            parameter.data = parameter.data.float()
 
     def fuse(self) -> None:
         pass
@@ -129,7 +137,9 @@ class Weights(Tuner):
     @torch.no_grad()
     def remove(self) -> None:
         for name, parameter in self.learned.items():
-            parameter.copy_(self.original[name])
+            parameter.data = parameter.data.to(self.kinds[name])
+            if not parameter.is_meta:
+                parameter.copy_(self.original[name])
 
 
 class _SpectralShift(nn.Module):
@@ -144,17 +154,15 @@ class _SpectralShift(nn.Module):
         super().__init__()
         self.cache = cache
         self.factors: tuple[Tensor, ...] = ()
-        self.delta = nn.Parameter(
-            torch.zeros(min(_flatten_weight(weight).shape), dtype=weight.dtype, device=weight.device)
-        )
+        self.delta = nn.Parameter(torch.zeros(min(_flatten_weight(weight).shape), device=weight.device))
 
     def forward(self, weight: Tensor) -> Tensor:
         if not self.factors:
-            self.factors = tuple(
-                factor.to(weight) for factor in _decompose_weight(weight.detach(), self.cache)
-            )
+            found = _decompose_weight(weight.detach(), self.cache)
+            self.factors = tuple(factor.to(weight.device) for factor in found)
         left, values, right = self.factors
-        return weight + ((left * (torch.relu(values + self.delta) - values)) @ right).view_as(weight)
+        change = ((left * (torch.relu(values + self.delta) - values)) @ right).view_as(weight)
+        return (weight + change).to(weight.dtype)
 
     def mean(self, deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
         """The shift whose singular values are the mean of the shifted ones, after relu: exact, since a mean
@@ -221,10 +229,10 @@ class _OutputScale(nn.Module):
 
     def __init__(self, weight: Tensor):
         super().__init__()
-        self.shift = nn.Parameter(torch.zeros(len(weight), dtype=weight.dtype, device=weight.device))
+        self.shift = nn.Parameter(torch.zeros(len(weight), device=weight.device))
 
     def forward(self, weight: Tensor) -> Tensor:
-        return weight * (1 + self.shift).view(-1, *[1] * (weight.ndim - 1))
+        return (weight * (1 + self.shift).view(-1, *[1] * (weight.ndim - 1))).to(weight.dtype)
 
 
 class DiffFit(Tuner):

@@ -75,6 +75,16 @@ def _match_sizes(targets: Sequence[Target], rank: str, alpha: str) -> dict[str, 
     }
 
 
+def _cast_to_float32(layer: Any) -> None:
+    """The adapter's parameters, which peft makes in the type of the base's weights. Over 16-bit weights a
+    pass runs under autocast, which casts inputs itself, and keeps no float32 copy of them for backward."""
+    weight = layer.get_base_layer().weight
+    layer.cast_input_dtype_enabled = weight.dtype not in (torch.bfloat16, torch.float16)
+    for name, parameter in layer.named_parameters():
+        if not name.startswith("base_layer."):
+            parameter.data = parameter.data.float()
+
+
 PEFT = {
     "lora": _make_lora_config,
     "dora": _make_dora_config,
@@ -84,6 +94,16 @@ PEFT = {
     "ia3": _make_ia3_config,
     "ln_tuning": _make_ln_tuning_config,
 }
+
+
+def _set_values(weight: Tensor, values: Tensor) -> None:
+    """In place, where the type stays; a 16-bit weight that an offset was added to becomes float32."""
+    if weight.dtype == values.dtype:
+        weight.copy_(values)
+    else:
+        weight.data = values
+
+
 _LINEAR = ("ia3", "ln_tuning")  # the weight is linear in the parameters, so their mean is exact
 
 
@@ -105,6 +125,8 @@ class Peft(Tuner):
             warnings.simplefilter("ignore", UserWarning)
             torch.manual_seed(seed)  # peft draws its start from the global generator
             inject_adapter_in_model(self.config, denoiser)
+            for target in targets:
+                _cast_to_float32(denoiser.get_submodule(target.module))
         self.layers: dict[str, Any] = {
             target.module: denoiser.get_submodule(target.module) for target in targets
         }
@@ -141,9 +163,10 @@ class Peft(Tuner):
         for name, layer in self.layers.items():
             offset, weight = state.get(f"{name}.offset"), layer.get_base_layer().weight
             if offset is not None:
-                weight.copy_(self.original.setdefault(name, weight.clone()) + offset.to(weight))
+                original = self.original.setdefault(name, weight.clone())
+                _set_values(weight, original.float() + offset.to(weight.device, torch.float32))
             elif name in self.original:
-                weight.copy_(self.original.pop(name))
+                _set_values(weight, self.original.pop(name))
         self.added = {
             key: offset for key, offset in state.items() if key.removesuffix(".offset") in self.original
         }
@@ -197,17 +220,17 @@ class Peft(Tuner):
         kept, base = {key: self.learned[key].clone() for key in own}, layer.get_base_layer().weight
         # merging may move the weight, and results depend on where it lies
         home, before = base.data, base.detach().clone()
-        original = self.original.get(name, before)
-        total = torch.zeros_like(before)
+        original = self.original.get(name, before).float()
+        total, merged = torch.zeros_like(original), home if home.dtype == torch.float32 else original.clone()
         for state, weight in zip(states, weights):
-            home.copy_(original + torch.as_tensor(state.get(f"{name}.offset", 0.0)).to(original))
+            base.data = merged
+            merged.copy_(original + torch.as_tensor(state.get(f"{name}.offset", 0.0)).to(original))
             for key in own:
                 self.learned[key].copy_(state[key])
             layer.merge()
             total += weight * (base - original)
-            base.data = home
             layer.merged_adapters.clear()
-        home.copy_(before)
+        base.data = home.copy_(before)
         for key, tensor in kept.items():
             self.learned[key].copy_(tensor)
         found = {key: self.start[key] for key in own} | {f"{name}.offset": total}
@@ -223,7 +246,12 @@ class Peft(Tuner):
         layers = (
             []
             if self.method in _LINEAR
-            else [(layer, layer.get_base_layer().weight) for layer in self.layers.values()]
+            else [
+                (layer, layer.get_base_layer().weight)
+                for layer in self.layers.values()
+                # 16 bits would lose a small change, and a quantised weight takes none
+                if layer.get_base_layer().weight.dtype == torch.float32
+            ]
         )
         before = [(weight.data, weight.detach().clone()) for _, weight in layers]
         try:

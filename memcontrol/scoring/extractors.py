@@ -83,7 +83,7 @@ def _make_pixel_extractor() -> Extractor:
 def _load_transformers(name: str) -> Extractor:
     """A vision model of the transformers library: its pooled output, or its image embedding (CLIP); brought
     to size by its own processor."""
-    from memcontrol.model.base import quiet_libraries
+    from memcontrol.model.source import quiet_libraries
 
     quiet_libraries()
     from transformers import AutoImageProcessor, AutoModel
@@ -113,7 +113,7 @@ def _load_transformers(name: str) -> Extractor:
 def load_clip(name: str) -> Callable[[np.ndarray, Sequence[str]], tuple[np.ndarray, np.ndarray]]:
     """A CLIP model of the transformers library: uint8 [N, 3, H, W] and N captions to their embeddings [N, D]
     each."""
-    from memcontrol.model.base import quiet_libraries
+    from memcontrol.model.source import quiet_libraries
 
     quiet_libraries()
     from transformers import AutoProcessor, CLIPModel

@@ -17,10 +17,11 @@ keep: Which images are trained on now, [B]; n_kept: how many; room: how many mor
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,8 @@ from memcontrol.core.config import InnerConfig
 from memcontrol.core.errors import Diverged
 from memcontrol.core.seeds import derive_seed
 from memcontrol.model.adapter import Adapter
-from memcontrol.model.base import Base, Noised
+from memcontrol.model.base import Base, Noised, NoiseDraw
+from memcontrol.model.batches import is_out_of_memory, release_memory
 from memcontrol.model.families import Text
 from memcontrol.training.augment import augment_images
 from memcontrol.training.mitigations import (
@@ -51,6 +53,8 @@ _OPTIMIZERS: dict[str, Callable] = {
     "sgd": lambda groups, decay: torch.optim.SGD(groups, weight_decay=decay, momentum=0.9),
 }
 _FUSED = ("adamw", "adam")
+# bytes of an optimizer's state for each trained parameter
+MOMENT_BYTES = {"adamw": 8.0, "adam": 8.0, "nadam": 8.0, "radam": 8.0, "adafactor": 0.1, "sgd": 4.0}
 _SCREENINGS = 8  # batches that augmentation by rule `kept` may score for one step
 
 
@@ -66,41 +70,138 @@ class Batch:
         return self.noised.part(rows), {name: tensor[rows] for name, tensor in self.text.items()}
 
 
+@dataclass(frozen=True)
+class Gathered:
+    """A batch on the CPU, before it is noised."""
+
+    rows: Tensor  # image numbers [B]
+    clean: Tensor  # [B, C, h, w]
+    drawn: NoiseDraw
+    text: Text
+
+    def pin(self) -> Gathered:
+        text = {name: tensor.pin_memory() for name, tensor in self.text.items()}
+        return Gathered(self.rows, self.clean.pin_memory(), self.drawn.pin(), text)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of the images of a batch, or of a slice of it, each [B]: their losses; which the rules
+    `keep`, and of these which the step `trains` on, since it takes no more than a batch; which were dropped,
+    skipped, or wait to be augmented, and their closeness u to the skip threshold."""
+
+    loss: Tensor
+    keep: Tensor
+    trains: Tensor
+    dropped: Tensor
+    skipped: Tensor
+    waits: Tensor
+    closeness: Tensor
+
+    @staticmethod
+    def join(parts: Sequence[Verdict]) -> Verdict:
+        names = [one.name for one in fields(Verdict)]
+        return Verdict(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+
+    def read(self) -> Verdict:
+        """On the CPU, in one copy."""
+        if not self.loss.is_cuda:
+            return self
+        kinds = {one.name: getattr(self, one.name).dtype for one in fields(self)}
+        columns = torch.stack([getattr(self, name).double() for name in kinds]).cpu()
+        return Verdict(**{name: column.to(kind) for (name, kind), column in zip(kinds.items(), columns)})
+
+
 class Loop:
     """Takes the steps of one shard in one round, with the adapter's parameters, their optimizer and their
     moving average."""
 
     def __init__(
-        self, base: Base, adapter: Adapter, material: Material, inner: InnerConfig, shard: Shard, seed: int
+        self,
+        base: Base,
+        adapter: Adapter,
+        material: Material,
+        inner: InnerConfig,
+        shard: Shard,
+        seed: int,
+        *,
+        n_forward: int | None = None,
+        may_halve: bool = True,
     ):
+        """`n_forward` images go through the denoiser at a time, inner.micro_batch_size unless it was found
+        to be too many; `may_halve`: fewer where memory does not suffice."""
         self.base, self.adapter, self.material = base, adapter, material
         self.inner, self.shard, self.seed = inner, shard, seed
         self.trained = adapter.trained()
         self.parameters: list[Tensor] = list(self.trained.values())
         self.optimizer = _OPTIMIZERS[inner.optimizer](adapter.groups(), inner.weight_decay)
-        self.scaler = torch.amp.GradScaler(base.device.type, enabled=inner.precision == "float16")
+        self.n_forward = n_forward or inner.micro_batch_size or inner.batch_size
+        # the top decile of a forward depends on how many images it has
+        self.may_halve = may_halve and inner.norm_threshold != "decile"
+        self.alphas_cumprod: Any = base.schedule.alphas_cumprod.to(base.device) if inner.min_snr else None
+        self.has_rules = bool(inner.norm_threshold or shard.memory)
+        self.unread: list[tuple[int, Tensor]] = []  # steps before, and the mean loss, of each slot
+        self.scaler = torch.amp.GradScaler(base.device.type, enabled=base.precision.compute == torch.float16)
         self.shadows = [parameter.detach().clone() for parameter in self.parameters] if inner.ema else []
         edits = inner.captions.any and bool(material.data.text)
         self.words = list_vocabulary(base.pipeline.tokenizer) if edits else []
+        # on a CPU it would take the cores from the steps; edited captions are encoded on the device
+        ahead = base.device.type == "cuda" and not edits
+        self.reader = ThreadPoolExecutor(1) if ahead else None
+        self.ahead: dict[int, Future[Gathered]] = {}
 
     def take_slot(self, share: float) -> None:
         """One unit of the budget, `share` of the shard's units done with it: at most one optimizer step.
-        Raises Diverged."""
+        Where memory does not suffice it is done again with half the images in a forward. Raises Diverged,
+        and torch.OutOfMemoryError where that is not allowed or one image does not fit."""
         for group in self.optimizer.param_groups:
             group["lr"] = group["rate"] * learning_rate_factor(share, self.inner)
+        before, n_losses = self.shard.copy(), len(self.shard.losses)
+        while not self.try_slot():
+            self.shard.restore(before, n_losses)
+            self.n_forward = max(1, self.n_forward // 2)
+            release_memory()
+
+    def try_slot(self) -> bool:
+        """False where memory did not suffice; nothing of the weights has changed then."""
         self.optimizer.zero_grad()
         losses: list[float] = []
-        n_kept = self.learn_augmented(losses)
-        if not n_kept and not (self.inner.augmentation and self.inner.augmentation.rule == "kept"):
-            n_kept = self.learn_plain(losses)
+        try:
+            n_kept = self.learn_augmented(losses)
+            if not n_kept and not (self.inner.augmentation and self.inner.augmentation.rule == "kept"):
+                n_kept = self.learn_plain(losses)
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or not self.may_halve or self.n_forward == 1:
+                raise
+            return False
         if losses:
             self.shard.losses.append(sum(losses) / len(losses))
         if n_kept:
             self.step(n_kept)
+        return True
+
+    def flush(self) -> None:
+        """Reads the losses of slots that nobody has looked at yet: a card need not wait for them within a
+        slot. Raises Diverged."""
+        if not self.unread:
+            return
+        steps, losses = [n for n, _ in self.unread], torch.stack([loss for _, loss in self.unread]).tolist()
+        self.unread = []
+        for n, loss in zip(steps, losses):
+            self.check_loss(loss, n)
+            self.shard.losses.append(loss)
+
+    def check_loss(self, loss: float, n_steps: int) -> None:
+        if not math.isfinite(loss):
+            raise Diverged(
+                f"the loss became {loss} after {n_steps} steps (learning rate {self.adapter.said_rates()})"
+            )
 
     def learn_plain(self, losses: list[float]) -> int:
         """Gradients of batches until as many images were kept as a batch has, or the draws are used up. How
         many were kept."""
+        if not self.has_rules:
+            return self.learn_all(self.draw())
         n_kept = 0
         for _ in range(self.n_draws):
             n_kept += self.learn(self.draw(), losses, self.inner.batch_size - n_kept)
@@ -131,15 +232,28 @@ class Loop:
 
     def draw(self) -> Batch:
         """The shard's next batch; a batch depends on its number alone, so a run can go on anywhere."""
-        shard, number = self.shard, self.shard.counts["batches"]
-        shard.counts["batches"] += 1
+        number = self.shard.counts["batches"]
+        self.shard.counts["batches"] += 1
+        gathered = self.gather_ahead(number) if self.reader else self.gather(number)
+        return self.place(gathered)
+
+    def gather_ahead(self, number: int) -> Gathered:
+        """The batch that another thread has gathered while this one computed; it goes on with the next."""
+        reader = self.reader
+        assert reader is not None
+        found = self.ahead.pop(number, None) or reader.submit(self.gather, number)
+        self.ahead = {number + 1: reader.submit(self.gather, number + 1)}
+        return found.result()
+
+    def gather(self, number: int) -> Gathered:
+        """A batch on the CPU, from the files that are mapped."""
+        shard, data = self.shard, self.material.data
         seed = derive_seed(self.seed, "exchanged", shard.exchanged_at) if shard.exchanged_at else self.seed
         rows = shard.rows[
             select_batch_rows(len(shard.rows), self.inner.batch_size, seed, number - shard.exchanged_at)
         ]
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "step", number))
-        data = self.material.data
-        return self.batch(rows, data.mean[rows], data.deviation[rows], generator, number)
+        return self.prepare(rows, data.mean[rows], data.deviation[rows], generator, number)
 
     def from_queue(self, base: float) -> Batch:
         """The queue's first images, augmented: RandAugment at base * mean exp(-5 |u - 1|)."""
@@ -152,26 +266,29 @@ class Loop:
         pixels = augment_images(
             self.material.pixels(rows.tolist()), base * strength, derive_seed(self.seed, "augmented", number)
         )
-        with torch.no_grad():
-            mean, deviation = (
-                tensor.cpu() for tensor in self.base.encode_posterior(torch.from_numpy(pixels))
-            )
+        mean, deviation = self.base.encode_pixels(pixels)
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "augmented step", number))
-        return self.batch(rows, mean, deviation, generator, f"augmented {number}")
+        return self.place(self.prepare(rows, mean, deviation, generator, f"augmented {number}"))
 
-    def batch(
+    def prepare(
         self, rows: Tensor, mean: Tensor, deviation: Tensor, generator: torch.Generator, number: object
-    ) -> Batch:
-        """Latents drawn from their posterior's mean and deviation [B, C, h, w], noised; some captions
-        replaced by the empty one, some edited."""
-        inner, device = self.inner, self.base.device
-        clean = mean + deviation * torch.randn(mean.shape, generator=generator)  # [B, C, h, w]
+    ) -> Gathered:
+        """Latents drawn from their posterior's mean and deviation [B, C, h, w], and their noise; some
+        captions replaced by the empty one, some edited."""
+        inner = self.inner
+        # [B, C, h, w]
+        clean = mean.float() + deviation.float() * torch.randn(mean.shape, generator=generator)
         dropped = torch.rand(len(rows), generator=generator) < inner.caption_dropout
         text = self.texts(rows, dropped, derive_seed(self.seed, "captions", number))
-        noised = self.base.add_noise(
-            clean.to(device), generator, inner.noise_offset, inner.input_perturbation
-        )
-        return Batch(rows, noised, {name: tensor.to(device) for name, tensor in text.items()})
+        drawn = self.base.draw_noise(clean.shape, generator, inner.noise_offset, inner.input_perturbation)
+        found = Gathered(rows, clean, drawn, text)
+        return found.pin() if self.reader else found
+
+    def place(self, gathered: Gathered) -> Batch:
+        """The batch on the device, noised."""
+        clean = gathered.clean.to(self.base.device, non_blocking=True)
+        noised = self.base.mix(clean, gathered.drawn.to(self.base.device))
+        return Batch(gathered.rows, noised, self.base.cast(gathered.text))
 
     def texts(self, rows: Tensor, dropped: Tensor, seed: int) -> Text:
         """Encodings of the images' captions, edited and with noise as the config says; of those that are
@@ -192,80 +309,99 @@ class Loop:
             for name, tensor in self.base.encode_captions([after[i] for i in changed]).items():
                 text[name][changed] = tensor.to(text[name])
 
+    def learn_all(self, batch: Batch) -> int:
+        """Gradients of a batch of which no rule may leave an image out; nothing of it is read back. How many
+        images it has."""
+        seen = []
+        for rows in self.list_slices(batch):
+            loss, _, noised = self.denoise(batch, rows)
+            total = (loss * self.weights(noised.timesteps)).sum() / self.inner.batch_size
+            self.scaler.scale(total).backward()
+            seen.append(loss.detach())
+        self.unread.append((self.shard.counts["steps"], torch.cat(seen).mean()))
+        self.shard.counts["seen"] += len(batch.rows)
+        self.shard.counts["trained"] += len(batch.rows)
+        return len(batch.rows)
+
     def learn(self, batch: Batch, losses: list[float], room: int, from_queue: bool = False) -> int:
         """Adds the gradients of the images that are kept, `room` at the most, each by 1 / batch_size. How
         many were kept."""
-        seen, n_kept = [], 0
-        for rows in _iterate_slices(len(batch.rows), self.inner.micro_batch_size):
-            noised, text = batch.part(rows)
-            with self.autocast():
-                loss, predicted = self.base.denoise(noised, text)
-            keep = self.judge_images(
-                loss.detach(), predicted.detach(), noised, text, batch.rows[rows], from_queue
-            )
-            fits = n_kept + keep.cumsum(0) <= room
-            self.shard.counts["surplus"] += int((keep & ~fits).sum())
-            keep &= fits
-            weight = keep.to(loss) * self.weights(noised.timesteps)
-            n_kept += (n_new := int(keep.sum()))
-            if n_new:
+        verdicts: list[Verdict] = []
+        room_left: Tensor | int = room
+        slices = self.list_slices(batch)
+        for rows in slices:
+            loss, predicted, noised = self.denoise(batch, rows)
+            verdict = self.judge_images(loss.detach(), predicted.detach(), batch, rows, from_queue)
+            fits = verdict.keep.cumsum(0) <= room_left
+            verdict = replace(verdict, trains=verdict.keep & fits)
+            room_left = room_left - verdict.trains.sum()
+            # one slice is the batch, and read now: where nothing is kept there is no backward to pay for
+            verdicts.append(verdict.read() if len(slices) == 1 else verdict)
+            if len(slices) > 1 or verdicts[0].trains.numpy().any():
+                weight = verdict.trains.to(loss) * self.weights(noised.timesteps)
                 self.scaler.scale((loss * weight).sum() / self.inner.batch_size).backward()
-            seen.append(loss.detach())
-        self.note(torch.cat(seen), batch, losses, remember=not from_queue)
+        judged = Verdict.join(verdicts).read()
+        n_kept = int(judged.trains.numpy().sum())
+        self.note(judged, batch, losses, remember=not from_queue)
+        self.shard.counts["surplus"] += int(judged.keep.numpy().sum()) - n_kept
         self.shard.counts["trained"] += n_kept
         return n_kept
+
+    def denoise(self, batch: Batch, rows: slice) -> tuple[Tensor, Tensor, Noised]:
+        """Losses [b] and predictions [b, C, h, w] of a slice of a batch, and the slice."""
+        noised, text = batch.part(rows)
+        return *self.base.denoise(noised, text), noised
+
+    def list_slices(self, batch: Batch) -> list[slice]:
+        n = len(batch.rows)
+        return [slice(start, start + self.n_forward) for start in range(0, n, self.n_forward)]
 
     @torch.no_grad()
     def screen(self, batch: Batch, losses: list[float]) -> None:
         """Scores a batch without gradients and queues what is not skipped."""
-        seen = []
-        for rows in _iterate_slices(len(batch.rows), self.inner.micro_batch_size):
-            noised, text = batch.part(rows)
-            with self.autocast():
-                loss, predicted = self.base.denoise(noised, text)
-            self.judge_images(loss, predicted, noised, text, batch.rows[rows], False)
-            seen.append(loss)
-        self.note(torch.cat(seen), batch, losses, remember=True)
+        verdicts = []
+        for rows in self.list_slices(batch):
+            loss, predicted, _ = self.denoise(batch, rows)
+            verdicts.append(self.judge_images(loss, predicted, batch, rows, False))
+        self.note(Verdict.join(verdicts).read(), batch, losses, remember=True)
 
-    def autocast(self) -> AbstractContextManager:
-        precision = getattr(torch, self.inner.precision)
-        return torch.autocast(self.base.device.type, precision, enabled=precision != torch.float32)
-
-    def note(self, loss: Tensor, batch: Batch, losses: list[float], remember: bool) -> None:
-        """The mean loss for the record, all losses [B] for the memory, once the whole batch was judged by
-        what it knew before."""
-        losses.append(float(loss.mean()))
-        if not math.isfinite(losses[-1]):
-            raise Diverged(
-                f"the loss became {losses[-1]} after {self.shard.counts['steps']} steps (learning "
-                f"rate {self.adapter.said_rates()})"
-            )
-        self.shard.counts["seen"] += len(loss)
+    def note(self, judged: Verdict, batch: Batch, losses: list[float], remember: bool) -> None:
+        """What was judged of a batch, in the shard's counts and queue; the mean loss for the record; all
+        losses [B] for the memory, once the whole batch was judged by what it knew before."""
+        (mean,) = judged.loss.mean()[None].tolist()
+        losses.append(mean)
+        self.check_loss(mean, self.shard.counts["steps"])
+        self.shard.counts["seen"] += len(judged.loss)
+        self.shard.counts["dropped"] += int(judged.dropped.numpy().sum())
+        self.count_skips(batch.rows[judged.skipped])
+        self.enqueue(batch.rows[judged.waits], judged.closeness[judged.waits])
         if self.shard.memory and remember:
-            self.shard.memory.update(loss, batch.noised.timesteps)
+            self.shard.memory.update(judged.loss.to(self.base.device), batch.noised.timesteps)
 
     def judge_images(
-        self, loss: Tensor, predicted: Tensor, noised: Noised, text: Text, rows: Tensor, from_queue: bool
-    ) -> Tensor:
-        """Which images [B] to train on now; counts those dropped and skipped, and queues those that are to be
-        augmented."""
+        self, loss: Tensor, predicted: Tensor, batch: Batch, rows: slice, from_queue: bool
+    ) -> Verdict:
+        """Which images of a slice [b] to train on now, which are dropped and skipped, and which wait to be
+        augmented; on the device, nothing is counted yet."""
+        noised, text = batch.part(rows)
         keep, rule = torch.ones_like(loss, dtype=torch.bool), self.inner.augmentation
+        none = torch.zeros_like(keep)
+        verdict = Verdict(loss, keep, keep, none, none, none, torch.zeros_like(loss, dtype=torch.float64))
         if self.inner.norm_threshold:
-            keep &= below_threshold(
+            keep = below_threshold(
                 noise_norms(predicted, self.predict_without_caption(noised, text)), self.inner.norm_threshold
             )
-            self.shard.counts["dropped"] += len(keep) - int(keep.sum())
+            verdict = replace(verdict, keep=keep, dropped=~keep)
         if not self.shard.memory or (from_queue and not (rule and rule.retest)):
-            return keep
-        known_too_well = keep & ~self.shard.memory.keeps(loss, noised.timesteps)
-        self.count_skips(rows[known_too_well.cpu()])
-        keep &= ~known_too_well
+            return verdict
+        skipped = keep & ~self.shard.memory.keeps(loss, noised.timesteps)
+        keep = keep & ~skipped
+        verdict = replace(verdict, keep=keep, skipped=skipped)
         if rule and not from_queue:
             u = self.shard.memory.closeness(loss, noised.timesteps)
             waits = keep & ((u < rule.bar) | (rule.rule == "kept"))
-            self.enqueue(rows[waits.cpu()], u[waits])
-            keep &= ~waits
-        return keep
+            verdict = replace(verdict, keep=keep & ~waits, waits=waits, closeness=u)
+        return verdict
 
     def count_skips(self, rows: Tensor) -> None:
         for counts in (self.shard.skips, self.shard.skipped):
@@ -274,17 +410,14 @@ class Loop:
 
     def enqueue(self, rows: Tensor, closeness: Tensor) -> None:
         self.shard.queue = torch.cat([self.shard.queue, rows])
-        self.shard.queue_closeness = torch.cat([self.shard.queue_closeness, closeness.cpu()])
+        self.shard.queue_closeness = torch.cat([self.shard.queue_closeness, closeness])
         self.shard.counts["queued"] += len(rows)
 
     @torch.no_grad()
     def predict_without_caption(self, noised: Noised, text: Text) -> Tensor:
         """The prediction [B, C, h, w] for the empty caption."""
         empty = self.material.data.texts(torch.zeros(len(noised.noisy), dtype=torch.long))
-        with self.autocast():
-            return self.base.denoise(noised, {name: tensor.to(text[name]) for name, tensor in empty.items()})[
-                1
-            ]
+        return self.base.denoise(noised, {name: tensor.to(text[name]) for name, tensor in empty.items()})[1]
 
     def weights(self, timesteps: Tensor) -> Tensor | float:
         """Of each image's loss [B], by min-SNR where the config asks for it."""
@@ -292,7 +425,7 @@ class Loop:
         if self.inner.min_snr is None:
             return 1.0
         return min_snr_weights(
-            schedule.alphas_cumprod,
+            self.alphas_cumprod,
             timesteps,
             self.inner.min_snr,
             schedule.config.prediction_type == "v_prediction",
@@ -336,11 +469,6 @@ class Loop:
     def load_shadows(self, state: dict[str, Tensor]) -> None:
         for shadow, name in zip(self.shadows, self.trained):
             shadow.copy_(state[name])
-
-
-def _iterate_slices(n: int, size: int | None) -> Iterator[slice]:
-    for start in range(0, n, size or n):
-        yield slice(start, start + (size or n))
 
 
 def learning_rate_factor(share: float, inner: InnerConfig) -> float:

@@ -32,6 +32,7 @@ from memcontrol.training.shards import deal_images, exchange_images
 TellProgress = Callable[..., None]  # (done, total, round=, loss=, skipped=)
 
 _PLAN_POLL_SECONDS = 0.05
+_READ_SECONDS = 0.5  # between two looks at the losses, for which a card must wait
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class TrainLog:
     first_loss: float = math.nan
     last_loss: float = math.nan
     record: dict = field(default_factory=dict)
+    n_forward: int = 0  # images that went through the denoiser at a time, at the end
     paused: bool = False  # at the end of a round, with more to come
 
 
@@ -74,18 +76,30 @@ def train_rounds(
     progress: TellProgress,
     team: ProcessGroup = ProcessGroup(),
     n_rounds: int | None = None,
+    may_halve: bool = True,
 ) -> TrainLog:
     """Trains the adapter for inner.budget_steps steps in all, in inner.rounds rounds over
     inner.ensemble.shards shards; pauses after the first `n_rounds` of them where that is given.
+
+    `may_halve`: where memory does not suffice, fewer images go through the denoiser at a time.
 
     Goes on from the last round in `folder` if that was begun with the same `identity` (whatever else the
     numbers depend on). Raises Diverged where a loss is not finite, MemControlError.
     """
     if not adapter.parameters():
         return TrainLog()
-    plan = hashlib.sha256(f"{identity} {seed} {inner.model_dump_json()}".encode()).hexdigest()
+    plan = hashlib.sha256(f"{identity} {seed} {_describe_plan(inner)}".encode()).hexdigest()
     _clear_other_plans(folder, plan, team)
-    return Rounds(base, adapter, material, inner, seed, folder, progress, team).run(n_rounds or inner.rounds)
+    rounds = Rounds(base, adapter, material, inner, seed, folder, progress, team, may_halve)
+    return rounds.run(n_rounds or inner.rounds)
+
+
+def _describe_plan(inner: InnerConfig) -> str:
+    """Less what changes memory alone: finished rounds stay good."""
+    of_memory = {"gradient_checkpointing"}
+    if inner.norm_threshold != "decile":  # the top decile of a forward depends on how many images it has
+        of_memory.add("micro_batch_size")
+    return inner.model_dump_json(exclude=of_memory)
 
 
 def _clear_other_plans(folder: Path, plan: str, team: ProcessGroup) -> None:
@@ -112,7 +126,9 @@ class Rounds:
         folder: Path,
         progress: TellProgress,
         team: ProcessGroup,
+        may_halve: bool,
     ):
+        self.n_forward, self.may_halve = inner.micro_batch_size or inner.batch_size, may_halve
         self.base, self.adapter, self.material, self.inner, self.seed = base, adapter, material, inner, seed
         self.files, self.progress, self.team = RoundFiles(folder, inner.skip, base.device), progress, team
         self.n_shards, self.n_rounds = inner.ensemble.shards, inner.rounds
@@ -186,8 +202,12 @@ class Rounds:
         n_losses = len(stored.shard.losses)
         (first, end), state = self.count_slots(number, shard), stored.shard
         lengths = [last - start for start, last in (self.count_slots(i, shard) for i in range(self.n_rounds))]
+        read_at = started
         for i in range(end - first):
             loop.take_slot((sum(lengths[:number]) + i + 1) / sum(lengths))
+            if i + 1 == end - first or time.monotonic() - read_at > _READ_SECONDS:
+                loop.flush()
+                read_at = time.monotonic()
             done = state.counts - counts
             self.progress(
                 first + i + 1,
@@ -211,6 +231,7 @@ class Rounds:
                 "seconds": round(time.monotonic() - started, 3),
             }
         )
+        self.n_forward = loop.n_forward
         self.files.write_shard(number, self.adapter, loop, stored.records, self.keeps_moments(number))
 
     def loop(self, number: int, stored: ShardState) -> Loop:
@@ -224,6 +245,8 @@ class Rounds:
             self.inner,
             stored.shard,
             self.derive_shard_seed(stored.shard.number),
+            n_forward=self.n_forward,
+            may_halve=self.may_halve,
         )
         loop.load_moments(stored.moments)
         if stored.scaler:
@@ -418,6 +441,7 @@ class Rounds:
             _average_losses([first for first, _ in tenths]),
             _average_losses([end for _, end in tenths]),
             record,
+            self.n_forward,
         )
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from memcontrol.model.base import Encoded
+from memcontrol.model.encoded import Encoded
 from memcontrol.training.loss_memory import LossMemory
 
 
@@ -41,3 +42,19 @@ class Shard:
     losses: list[float] = field(default_factory=list)  # one for each slot of the budget
     counts: Counter[str] = field(default_factory=Counter)
     exchanged_at: int = 0  # batches drawn when its images last changed
+
+    def copy(self) -> Shard:
+        """Of what a slot changes, but for its losses, which are only added to."""
+        changed: dict[str, Any] = {"counts": Counter(self.counts)}
+        if self.memory:
+            changed |= {
+                "memory": replace(self.memory),
+                "skips": self.skips.clone(),
+                "skipped": self.skipped.clone(),
+            }
+        return replace(self, **changed)
+
+    def restore(self, before: Shard, n_losses: int) -> None:
+        """What `copy` gave, when there were so many losses; it may be restored again."""
+        del self.losses[n_losses:]
+        vars(self).update(vars(before.copy()))

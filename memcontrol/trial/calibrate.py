@@ -18,10 +18,11 @@ from memcontrol.core.seeds import derive_seed
 from memcontrol.core.space import SearchSpace
 from memcontrol.core.space_yaml import load_space
 from memcontrol.core.spec import Spec
-from memcontrol.model.base import ENCODE_BATCH
+from memcontrol.model.batches import MOST_AT_A_TIME
 from memcontrol.trial.loaded import LoadedModels
+from memcontrol.trial.memory import measure_peak_mib
 from memcontrol.trial.prepare import prepare_study
-from memcontrol.trial.run import measure_peak_mib, run_trial
+from memcontrol.trial.run import run_trial
 
 _N_STEPS, _N_SAMPLED = 10, 3  # the fewest steps of each short trial; choices beside the anchors
 _TWICE = "twice"  # the kind of the one that samples two batches
@@ -63,7 +64,7 @@ def calibrate(
     (two_batches,) = costs.pop(_TWICE)
     return Calibration(
         start_seconds=start_seconds,
-        batch_size=ENCODE_BATCH,
+        batch_size=MOST_AT_A_TIME,
         shared_bytes=measure_shared_bytes(folder),
         peak_mib=measure_peak_mib(),
         by_kind={kind: tuple(found) for kind, found in costs.items()},
@@ -84,7 +85,7 @@ def shorten_config(config: Config, n_batches: int) -> Config:
     return config.replaced(
         {
             "inner.budget_images": n_steps * inner.batch_size,
-            "rewards.n_samples": n_batches * ENCODE_BATCH,
+            "rewards.n_samples": n_batches * MOST_AT_A_TIME,
             "rewards.extraction": None,
             "rewards.force": True,
             "search.early_stopping": None,

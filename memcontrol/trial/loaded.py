@@ -7,12 +7,14 @@ import hashlib
 import json
 import os
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from memcontrol.core.choice import EVERYTHING
 from memcontrol.core.config import Config
 from memcontrol.core.jobs import HelpJob
 from memcontrol.core.run_folder import StudyFolder
@@ -22,14 +24,24 @@ from memcontrol.data.cache import load_or_make
 from memcontrol.data.features import pixel_features
 from memcontrol.data.images import Images
 from memcontrol.data.split import parse_parts
-from memcontrol.model.adapter import Adapter
-from memcontrol.model.base import Base, Encoded, load_base, redraw_weights
-from memcontrol.model.cost import measure_step_cost
+from memcontrol.model.base import Base, find_device, load_base, redraw_weights
+from memcontrol.model.cost import Cost, StepSettings, measure_cost
+from memcontrol.model.encoded import Encoded, load_encoded
+from memcontrol.model.source import choose_precision
 from memcontrol.scoring.evidence import Descriptors
 from memcontrol.scoring.extractors import Extractor, load_clip, load_extractor
+from memcontrol.training.loop import MOMENT_BYTES
 from memcontrol.training.probe import N_PROBE_IMAGES as N_PROBED
 from memcontrol.training.rounds import ProcessGroup
 from memcontrol.training.shard import Material
+from memcontrol.trial.memory import read_process_mib
+
+TellStage = Callable[..., None]  # (stage, done, total)
+DESCRIBED_AT_A_TIME = 256  # a multiple of what a feature network takes at a time
+
+
+def _tell_nobody(stage: str, done: int, total: int) -> None:
+    pass
 
 
 def derive_scratch_seed(config: Config) -> int:
@@ -44,6 +56,7 @@ class LoadedModels:
         """`helper_command` starts the processes that share a trial's shards; without one a trial is trained
         by this process alone."""
         self.helper_command = helper_command
+        self.libraries_mib = read_process_mib()
         self.kept: dict[tuple, object] = {}
         self.helpers: dict[int, subprocess.Popen] = {}
 
@@ -55,16 +68,18 @@ class LoadedModels:
     def base(self, config: Config) -> Base:
         """The base that fine-tuning starts from."""
         seed = derive_scratch_seed(config) if config.inner.from_scratch else None
+        precision = choose_precision(config.base_precision, config.inner.precision, find_device())
 
         def load() -> Base:
-            base = load_base(config.base)
+            base = load_base(config.base, precision, config.base_offload)
             if seed is not None:
                 redraw_weights(base.denoiser, seed)
             if config.inner.gradient_checkpointing:
-                base.denoiser.enable_gradient_checkpointing()
+                base.enable_gradient_checkpointing()
             return base
 
-        return self.once(("base", config.base, seed, config.inner.gradient_checkpointing), load)
+        checkpointing = config.inner.gradient_checkpointing
+        return self.once(("base", config.base, seed, checkpointing, precision, config.base_offload), load)
 
     def extractor(self, name: str) -> Extractor:
         return self.once(("extractor", name), lambda: load_extractor(name))
@@ -85,36 +100,46 @@ class LoadedModels:
             lambda: self.parts(spec)["train"].take(range(spec.n_train)),
         )
 
-    def load_encoded(self, spec: Spec, images: Images) -> Encoded:
-        base, name = self.base(spec.config), spec.config.base
+    def load_encoded(self, spec: Spec, images: Images, progress: TellStage = _tell_nobody) -> Encoded:
+        base = self.base(spec.config)
         return self.once(
-            ("encoded", images.digest, name),
-            lambda: base.load_encoded(images, StudyFolder(spec.study_folder).cache, name),
+            ("encoded", images.digest, base.source.name, str(base.precision)),
+            lambda: load_encoded(
+                base, images, StudyFolder(spec.study_folder).cache, partial(progress, "encode")
+            ),
         )
 
-    def make_material(self, spec: Spec) -> Material:
+    def make_material(self, spec: Spec, progress: TellStage = _tell_nobody) -> Material:
         images = self.train_images(spec)
         return Material(
-            self.load_encoded(spec, images),
+            self.load_encoded(spec, images, progress),
             images.captions,
             lambda rows: images.take(rows).pixels(),
             lambda: self.load_unseen(spec, "holdout"),
         )
 
-    def load_unseen(self, spec: Spec, part: str) -> Encoded:
+    def load_unseen(self, spec: Spec, part: str, progress: TellStage = _tell_nobody) -> Encoded:
         """The first images of a part that is not trained on, for probes."""
         images = self.parts(spec)[part]
-        return self.load_encoded(spec, images.take(range(len(images))[:N_PROBED]))
+        return self.load_encoded(spec, images.take(range(len(images))[:N_PROBED]), progress)
 
-    def cost(self, spec: Spec, adapter: Adapter, data: Encoded) -> dict[str, float]:
-        """What a step with the injected adapter costs: the rewards step_gflops and memory_mib."""
+    def cost(self, spec: Spec, data: Encoded) -> Cost:
+        """What a step of the choice costs, counted from shapes."""
         base, text = self.base(spec.config), {name: tensor.shape[1:] for name, tensor in data.text.items()}
-        cost = measure_step_cost(
-            base.denoiser, adapter, base.family, data.mean.shape[1:], text, spec.config.inner.batch_size
+        return measure_cost(
+            base.bare_denoiser,
+            spec.space,
+            spec.choice,
+            base.family,
+            data.mean.shape[1:],
+            text,
+            _describe_step(spec, base),
+            spec.config.inner.ensemble.shares_a,
         )
-        return {"step_gflops": cost.step_gflops, "memory_mib": cost.memory_mib}
 
-    def views(self, images: Images, extractor: str, cache: Path) -> Descriptors:
+    def views(
+        self, images: Images, extractor: str, cache: Path, progress: TellStage = _tell_nobody
+    ) -> Descriptors:
         """Both descriptors of images of the data, computed once per content and network and kept under the
         study's cache."""
         network = self.extractor(extractor)
@@ -122,7 +147,8 @@ class LoadedModels:
         return self.once(
             ("views", name),
             lambda: _load_or_make_descriptors(
-                cache / f"{name}.safetensors", lambda: describe_images(images.pixels(), network.extract)
+                cache / f"{name}.safetensors",
+                lambda: describe_images(_tell_blocks(images, progress), network.extract),
             ),
         )
 
@@ -177,9 +203,35 @@ def _start_helper(command: Sequence[str], rank: int) -> subprocess.Popen:
     )
 
 
-def describe_images(pixels: np.ndarray, extract: Callable) -> Descriptors:
-    """uint8 [N, 3, H, W] under both descriptors."""
-    return Descriptors(pixel_features(pixels), extract(pixels))
+def _describe_step(spec: Spec, base: Base) -> StepSettings:
+    """What a step's memory depends on beside the choice."""
+    inner = spec.config.inner
+    n_forward = inner.micro_batch_size or inner.batch_size
+    # on a CPU the base's own values lie beside those that are trained as they are
+    originals = 4.0 if base.device.type == "cpu" and EVERYTHING in spec.choice.groups else 0.0
+    return StepSettings(
+        n_forward,
+        n_forward < inner.batch_size,
+        MOMENT_BYTES[inner.optimizer],
+        originals + (4.0 if inner.ema else 0.0),
+        base.precision,
+        base.device.type == "cuda",
+    )
+
+
+def _tell_blocks(images: Images, progress: TellStage) -> Iterator[np.ndarray]:
+    """The images' pixels, a block at a time."""
+    done = 0
+    for block in images.iterate_pixels(DESCRIBED_AT_A_TIME):
+        yield block
+        progress("describe", done := done + len(block), len(images))
+
+
+def describe_images(blocks: Iterable[np.ndarray], extract: Callable) -> Descriptors:
+    """Images in blocks, each uint8 [n, 3, H, W], under both descriptors; one block is in memory at a time."""
+    found = [(pixel_features(block), extract(block)) for block in blocks]
+    pixels, features = zip(*found)
+    return Descriptors(np.concatenate(pixels), np.concatenate(features))
 
 
 def _load_or_make_descriptors(path: Path, make: Callable[[], Descriptors]) -> Descriptors:

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import torch
 
+from memcontrol.core.choice import Choice
 from memcontrol.core.config import DIGITS, Config, load_config
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import read_json, write_json
 from memcontrol.core.run_folder import StudyFolder
 from memcontrol.core.space_yaml import load_space
+from memcontrol.core.spec import Spec
 from memcontrol.data.images import Images
 from memcontrol.data.split import dump_parts, load_parts
 from memcontrol.model.adapter import check_space
@@ -73,6 +75,25 @@ def prepare_study(values: dict, folder: Path, loaded: LoadedModels, warn: Callab
     }
 
 
+def encode_study(
+    values: dict,
+    folder: Path,
+    loaded: LoadedModels,
+    n_train: int,
+    reference: str,
+    progress: Callable[..., None],
+) -> None:
+    """Latents, encodings and reference features of a prepared study, before its first trial and outside that
+    one's time limit. Several processes share the work."""
+    config = load_config(values)
+    space = load_space(config.space)
+    spec = Spec(config, space, Choice((), "none", 0.0), folder, "encode", reference, n_train)
+    loaded.make_material(spec, progress)
+    loaded.load_unseen(spec, reference, progress)
+    for images in (loaded.train_images(spec), loaded.parts(spec)[reference]):
+        loaded.views(images, config.rewards.extractor, StudyFolder(folder).cache, progress)
+
+
 def _list_versions() -> dict[str, str]:
     """The versions and the device that the study's numbers were made with."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {platform.machine()}"
@@ -90,7 +111,7 @@ def _try_own_rewards(config: Config, parts: dict[str, Images], extractor: Extrac
         parts[name].take(range(len(parts[name]))[: config.rewards.n_samples]) for name in ("train", "holdout")
     )
     pixels, train = held.pixels(), known.pixels()
-    seen, views = describe_images(pixels, extractor.extract), describe_images(train, extractor.extract)
+    seen, views = (describe_images([images], extractor.extract) for images in (pixels, train))
     evidence = Evidence(seen, views, seen, images=pixels, captions=tuple(held.captions))
     for place in config.rewards.functions.values():
         compute_own_reward(place, evidence)

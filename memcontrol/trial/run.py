@@ -3,7 +3,7 @@ folder and the cache."""
 
 from __future__ import annotations
 
-import resource
+import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from memcontrol.core.estimate import Rewards
+from memcontrol.core.estimate import Measured, Rewards
 from memcontrol.core.files import write_json
 from memcontrol.core.jobs import HelpJob
 from memcontrol.core.run_folder import (
@@ -22,18 +22,21 @@ from memcontrol.core.run_folder import (
 )
 from memcontrol.core.spec import Spec, read_spec
 from memcontrol.model.adapter import Adapter, inject_adapter
+from memcontrol.model.base import Base
+from memcontrol.model.cost import Cost
 from memcontrol.scoring.score import pool_scores
-from memcontrol.training.probe import measure_probe_rewards
+from memcontrol.training.probe import choose_probe_size, measure_probe_rewards
 from memcontrol.training.rounds import ProcessGroup, TrainLog, train_rounds
 from memcontrol.trial.loaded import LoadedModels
+from memcontrol.trial.memory import StageMemory, measure_peak_mib
 from memcontrol.trial.pictures import save_pictures
 from memcontrol.trial.samples import (
     describe_measurement,
     gather_evidence,
     sample_images,
     save_contributions,
-    save_samples,
     score_samples,
+    write_samples,
 )
 
 
@@ -58,55 +61,46 @@ def run_trial(
     the result. To a rung, a share of the budget, it fine-tunes that far, measures a few samples and writes
     the rung's file.
 
-    Where the GPU's memory does not suffice and the study allows it, goes on once with half the images in a
-    forward: gradients accumulate to the same batch.
+    Each stage takes as many images at a time as memory holds, and fewer where that was too many; what is
+    finished stays in the folder, and is not done again by the next attempt.
     """
     spec = read_spec(folder)
-    try:
-        return train_and_score(folder, spec, loaded, progress, rung)
-    except torch.OutOfMemoryError:
-        smaller = _shrink_forward(spec)
-        if smaller is None:
-            raise
-    torch.cuda.empty_cache()
-    return train_and_score(folder, smaller, loaded, progress, rung)
-
-
-def _shrink_forward(spec: Spec) -> Spec | None:
-    """The spec with half the images in a forward; None where that is not allowed or there is one only."""
-    inner = spec.config.inner
-    size = (inner.micro_batch_size or inner.batch_size) // 2
-    if not spec.config.search.accumulate_on_oom or size < 1:
-        return None
-    return replace(spec, config=spec.config.replaced({"inner.micro_batch_size": size}))
-
-
-def train_and_score(
-    folder: Path, spec: Spec, loaded: LoadedModels, progress: Callable[..., None], rung: float | None
-) -> dict:
-    started, run = time.monotonic(), RunFolder(folder)
-    base, material = loaded.base(spec.config), loaded.make_material(spec)
+    started, run, memory = time.monotonic(), RunFolder(folder), StageMemory(loaded.libraries_mib)
+    base = loaded.base(spec.config)
+    with memory.watch("encode"):
+        material = loaded.make_material(spec, progress)
     adapter = inject_choice(base.denoiser, spec)
     try:
         # Train: to the end, or to a rung, which is then all.
-        log = _fine_tune(folder, spec, loaded, adapter, partial(progress, "train"), rung=rung)
+        with memory.watch("train"):
+            log = _fine_tune(folder, spec, loaded, adapter, partial(progress, "train"), rung=rung)
         if log.paused and rung:
             return _score_rung(run, rung, spec, loaded, adapter, log, started, progress)
 
         # Save what was learned; sample and probe the model while it is there.
         adapter.save(folder, spec.description())
-        n_trained, costs = adapter.n_trained(), _measure_costs(spec, loaded, adapter)
+        n_trained, cost = adapter.n_trained(), loaded.cost(spec, material.data)
         with adapter.fold():
-            unseen = loaded.load_unseen(spec, spec.reference)
-            probes = measure_probe_rewards(base, material.data, unseen, spec.sampling_seed)
-            samples = sample_images(base, material, spec, partial(progress, "sample"))
+            with memory.watch("probe"):
+                probes = _probe_model(spec, loaded)
+            with memory.watch("sample"):
+                samples = write_samples(
+                    run.samples_file,
+                    base,
+                    material,
+                    spec,
+                    _digest_file(run.adapter_file),
+                    partial(progress, "sample"),
+                )
     finally:
         adapter.remove()
-    save_samples(run.samples_file, samples)
 
     # Score the samples.
-    trained_at, evidence = time.monotonic(), gather_evidence(samples, spec, loaded)
-    measured = score_samples(samples, evidence, spec, loaded)
+    trained_at = time.monotonic()
+    with memory.watch("score"):
+        evidence = gather_evidence(samples, spec, loaded)
+        measured = score_samples(samples, evidence, spec, loaded)
+    costs = _list_costs(base, cost, n_trained)
     rewards = Rewards.from_estimates(measured | probes).to_plain() | costs
     result = _make_result(run, spec, loaded, log, rewards, n_trained, len(samples["images"]))
     now = time.monotonic()
@@ -115,16 +109,35 @@ def train_and_score(
     # Write what is read beside the result, and the result last.
     save_contributions(run.contributions_file, measured, samples["rows"])
     save_pictures(run, samples, evidence, spec, loaded)
-    write_json(run.training_file, _make_training_record(log, spec, loaded))
+    held = {"memory": {"predicted_mib": cost.parts, "peak_mib": memory.peaks}}
+    write_json(run.training_file, _make_training_record(log, spec, loaded) | held)
     write_json(run.result_file, result | seconds)
     return result | seconds
 
 
-def _measure_costs(spec: Spec, loaded: LoadedModels, adapter: Adapter) -> dict[str, float]:
-    """What is known of the choice itself: the share that it trains, and what a step costs."""
+def _probe_model(spec: Spec, loaded: LoadedModels) -> Measured:
+    """What the denoiser itself is asked, as far as that is a small part of the trial."""
+    size = choose_probe_size(spec.config.inner, spec.config.rewards)
+    if size is None:
+        return {}
     base, material = loaded.base(spec.config), loaded.make_material(spec)
-    n_all = sum(parameter.numel() for parameter in base.denoiser.parameters())
-    return {"trained_fraction": adapter.n_trained() / n_all} | loaded.cost(spec, adapter, material.data)
+    unseen = loaded.load_unseen(spec, spec.reference)
+    return measure_probe_rewards(base, material.data, unseen, spec.sampling_seed, size)
+
+
+def _digest_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _list_costs(base: Base, cost: Cost, n_trained: int) -> dict[str, float]:
+    """What is known of the choice itself: the share that it trains, and what a step costs."""
+    n_all = sum(parameter.numel() for parameter in base.bare_denoiser.parameters())
+    return {
+        "trained_fraction": n_trained / n_all,
+        "step_gflops": cost.step_gflops,
+        "memory_mib": cost.memory_mib,
+    }
 
 
 def _make_result(
@@ -149,7 +162,7 @@ def _make_result(
         "rungs": run.read_rungs(spec.config),
         "reference": spec.reference,
         "measured_with": describe_measurement(spec, loaded),
-        "micro_batch_size": spec.config.inner.micro_batch_size,
+        "micro_batch_size": log.n_forward if log.n_forward < spec.config.inner.batch_size else None,
         "n_samples": n_samples,
     }
 
@@ -250,6 +263,7 @@ def _fine_tune(
             progress=progress,
             team=team or loaded.team(folder, spec, rung),
             n_rounds=spec.config.inner.rounds_to(rung) if rung else None,
+            may_halve=spec.config.search.accumulate_on_oom,
         )
     except BaseException:
         # helpers would wait for ever for the end of a round that never comes, and for the next trial with it
@@ -282,13 +296,6 @@ def _make_training_record(log: TrainLog, spec: Spec, loaded: LoadedModels) -> di
         "skips_by_image": skipped,
         "peak_mib": round(measure_peak_mib(), 1),
     }
-
-
-def measure_peak_mib() -> float:
-    """The most memory that this process has held so far: on the GPU where there is one."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 def _keep_finite(value: float) -> float | None:

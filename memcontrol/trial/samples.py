@@ -3,7 +3,8 @@ made from them, and what numbers were measured with, since those measured differ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,15 @@ from memcontrol.core.files import replace_file
 from memcontrol.core.run_folder import RunFolder, StudyFolder
 from memcontrol.core.seeds import derive_seed
 from memcontrol.core.spec import Spec
+from memcontrol.data.cache import TensorRows, map_tensors, write_tensors
+from memcontrol.data.features import split_blocks
 from memcontrol.model.base import Base
 from memcontrol.scoring.evidence import Evidence, describe_broken_images
 from memcontrol.scoring.measures import N_PAIRED, measure_extraction
 from memcontrol.scoring.score import collect_contributions, score_evidence
 from memcontrol.training.mitigations import add_random_words, add_text_noise, list_vocabulary
 from memcontrol.training.shard import Material
-from memcontrol.trial.loaded import LoadedModels, describe_images
+from memcontrol.trial.loaded import DESCRIBED_AT_A_TIME, LoadedModels, describe_images
 
 _REWARDS_VERSION = 1  # of the rewards: raised whenever one of them would come out otherwise
 
@@ -31,37 +34,95 @@ def sample_images(base: Base, material: Material, spec: Spec, progress: Callable
     """n_samples images from training captions, where copying shows: `images`, the `rows` of the training
     captions used, and the `seeds` of each image's noise; where the study asks for it, the images of an
     `extraction` attack, [P, m, 3, H, W]. Captions and noise are the same for all trials of a purpose."""
-    n = spec.config.rewards.n_samples
-    attack = spec.config.rewards.extraction
+    plan = plan_samples(base, material, spec)
+    made = {
+        name: np.concatenate(list(draw.generate(base, material, spec, progress))).reshape(draw.shape)
+        for name, draw in plan.items()
+    }
+    return made | _list_draws(plan)
+
+
+def write_samples(
+    path: Path, base: Base, material: Material, spec: Spec, model: str, progress: Callable
+) -> dict[str, np.ndarray]:
+    """The same, written as they come and then mapped from the file: no more than a batch is in memory. Those
+    that are there, of the same `model`, are not made again."""
+    if not path.exists() or _read_model(path) != model:
+        plan = plan_samples(base, material, spec)
+        tensors = {
+            name: TensorRows(
+                "torch.uint8", draw.shape, _convert(draw.generate(base, material, spec, progress))
+            )
+            for name, draw in plan.items()
+        }
+        for name, numbers in _list_draws(plan).items():
+            tensors[name] = TensorRows("torch.int64", numbers.shape, [torch.from_numpy(numbers)])
+        write_tensors(path, tensors, {"model": model})
+    return read_samples(path.parent)
+
+
+def _convert(blocks: Iterator[np.ndarray]) -> Iterator[torch.Tensor]:
+    return (torch.from_numpy(np.ascontiguousarray(block)) for block in blocks)
+
+
+def _read_model(path: Path) -> str | None:
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return (file.metadata() or {}).get("model")
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Images to be made: from which training captions, with which noise, in which shape; `n_before` images
+    are made before them, of `n_all`."""
+
+    rows: np.ndarray  # [N], of training captions
+    seeds: list[int]  # [N]
+    shape: tuple[int, ...]  # [..., 3, H, W]
+    n_before: int
+    n_all: int
+
+    def generate(
+        self, base: Base, material: Material, spec: Spec, progress: Callable
+    ) -> Iterator[np.ndarray]:
+        """As many at a time as memory holds: each uint8 [n, 3, H, W]."""
+
+        def tell(done: int, total: int) -> None:
+            progress(self.n_before + done, self.n_all)
+
+        return _generate_images(base, material, spec, self.rows, self.seeds, tell)
+
+
+def plan_samples(base: Base, material: Material, spec: Spec) -> dict[str, Draw]:
+    """The `images`, and those of an `extraction` attack where the study asks for one."""
+    n, attack = spec.config.rewards.n_samples, spec.config.rewards.extraction
     n_captions = len(material.data.caption_rows)
     n_all = n + (attack.prompts * attack.images if attack else 0)
+    side = spec.config.data.resolution or base.resolution
     rows = np.random.default_rng(derive_seed(spec.sampling_seed, "captions")).integers(n_captions, size=n)
     seeds = [derive_seed(spec.sampling_seed, "noise", i) for i in range(n)]
-    images = _generate_images(base, material, spec, rows, seeds, lambda done, total: progress(done, n_all))
-    found = {"images": images, "rows": rows, "seeds": np.array(seeds)}
+    found = {"images": Draw(rows, seeds, (n, 3, side, side), 0, n_all)}
     if attack:
-        prompts = np.random.default_rng(derive_seed(spec.sampling_seed, "extraction")).permutation(
-            n_captions
-        )[: attack.prompts]
+        rng = np.random.default_rng(derive_seed(spec.sampling_seed, "extraction"))
+        prompts = rng.permutation(n_captions)[: attack.prompts]
         seeds = [
             derive_seed(spec.sampling_seed, "extraction", i) for i in range(len(prompts) * attack.images)
         ]
-        images = _generate_images(
-            base,
-            material,
-            spec,
-            prompts.repeat(attack.images),
-            seeds,
-            lambda done, total: progress(n + done, n_all),
-        )
-        found["extraction"] = images.reshape(len(prompts), attack.images, *images.shape[1:])
+        shape = (len(prompts), attack.images, 3, side, side)
+        found["extraction"] = Draw(prompts.repeat(attack.images), seeds, shape, n, n_all)
     return found
+
+
+def _list_draws(plan: Mapping[str, Draw]) -> dict[str, np.ndarray]:
+    """What is kept beside the images: their captions' rows and their seeds."""
+    return {"rows": plan["images"].rows, "seeds": np.array(plan["images"].seeds)}
 
 
 def _generate_images(
     base: Base, material: Material, spec: Spec, rows: np.ndarray, seeds: list[int], progress: Callable
-) -> np.ndarray:
-    """An image for each training caption and noise: uint8 [N, 3, H, W]."""
+) -> Iterator[np.ndarray]:
+    """An image for each training caption and noise: uint8 [n, 3, H, W] at a time."""
     rewards, data = spec.config.rewards, material.data
     text = data.texts(data.caption_rows[torch.from_numpy(rows)])
     if rewards.random_words:
@@ -72,26 +133,24 @@ def _generate_images(
         )
     if rewards.embedding_noise:
         text = add_text_noise(text, rewards.embedding_noise, spec.sampling_seed)
-    return base.sample(
+    return base.iterate_samples(
         text,
         data.texts(torch.tensor([0])),
-        seeds=seeds,
-        steps=rewards.sampling_steps,
-        guidance=rewards.guidance,
-        guidance_from=rewards.guidance_from,
-        resolution=spec.config.data.resolution or base.resolution,
-        progress=progress,
+        seeds,
+        rewards.sampling_steps,
+        rewards.guidance,
+        spec.config.data.resolution or base.resolution,
+        progress,
+        rewards.guidance_from,
     )
 
 
-def save_samples(path: Path, samples: dict[str, Any]) -> None:
-    with replace_file(path) as part, open(part, "wb") as file:
-        np.savez_compressed(file, **samples)
-
-
 def read_samples(folder: Path) -> dict[str, np.ndarray]:
-    """`images` uint8 [N, 3, H, W], `rows` [N] and `seeds` [N], as `sample` made them."""
-    with np.load(RunFolder(folder).samples_file, allow_pickle=False) as stored:
+    """`images` uint8 [N, 3, H, W], `rows` [N] and `seeds` [N], as `write_samples` made them."""
+    run = RunFolder(folder)
+    if run.samples_file.is_file():
+        return {name: tensor.numpy() for name, tensor in map_tensors(run.samples_file).items()}
+    with np.load(run.old_samples_file, allow_pickle=False) as stored:
         return dict(stored)
 
 
@@ -100,7 +159,7 @@ def gather_evidence(samples: Mapping[str, np.ndarray], spec: Spec, loaded: Loade
     captions = tuple(train.captions[row] for row in samples["rows"])
     cache, network = StudyFolder(spec.study_folder).cache, loaded.extractor(rewards.extractor)
     return Evidence(
-        generated=describe_images(images, network.extract),
+        generated=describe_images(split_blocks(images, DESCRIBED_AT_A_TIME), network.extract),
         train=loaded.views(train, rewards.extractor, cache),
         holdout=loaded.views(loaded.parts(spec)[spec.reference], rewards.extractor, cache),
         seed=spec.sampling_seed,
@@ -141,6 +200,7 @@ def describe_measurement(spec: Spec, loaded: LoadedModels) -> dict[str, object]:
             "extraction",
         },
     )
+    precision = loaded.base(spec.config).precision
     return {
         "figures": _REWARDS_VERSION,
         "extractor": loaded.extractor(rewards.extractor).id,
@@ -151,6 +211,7 @@ def describe_measurement(spec: Spec, loaded: LoadedModels) -> dict[str, object]:
         "n_samples": rewards.n_samples,
         "sampling": sampling,
         "prompts_and_noise": spec.sampling_seed,
+        **({} if precision.is_plain else {"precision": str(precision)}),
     }
 
 
