@@ -2,6 +2,7 @@
 
 import pytest
 
+from memcontrol.core.choice import ANCHORS
 from memcontrol.core.config import load_config
 from memcontrol.core.space_yaml import load_space
 from memcontrol.trial import calibrate
@@ -111,7 +112,7 @@ def test_short_trials_have_few_steps_whole_batches_and_no_attack():
 
 def test_choices_to_calibrate_with_are_the_anchors_and_a_few_others():
     space = load_space("digits")
-    kinds = pick_calibration_choices(space, 0)
+    kinds = pick_calibration_choices(space, ANCHORS, 0)
     assert {kind: len(choices) for kind, choices in kinds.items()} == {
         "none": 1,
         "all": 1,
@@ -119,4 +120,6 @@ def test_choices_to_calibrate_with_are_the_anchors_and_a_few_others():
         "sampled": 3,
     }
     assert all(kinds[name][0] in anchors for name, anchors in space.list_anchors().items())
-    assert pick_calibration_choices(space, 0) == kinds
+    assert pick_calibration_choices(space, ANCHORS, 0) == kinds
+    assert list(pick_calibration_choices(space, ["all"], 0)) == ["none", "all", "sampled"]
+    assert list(pick_calibration_choices(space, [], 0)) == ["none", "sampled"]

@@ -110,6 +110,22 @@ def test_prediction_takes_the_mean_of_its_workers_and_their_checkpoints_side_by_
     assert found.memory_mib == 800 and found.n_workers == 2
 
 
+@pytest.mark.parametrize("anchors, n_runs", [(["all"], 3), ([], 0)])
+def test_only_the_searchs_own_anchors_are_predicted(anchors, n_runs):
+    inner = {"budget_images": 100, "batch_size": 10, "rounds": 1}
+    search = {"trials": 2, "anchors": anchors}
+    rewards = {"n_samples": 256, "confirm": 0}
+    config = load_config(
+        {"name": "a", "data": "digits", "inner": inner, "rewards": rewards, "search": search}
+    )
+    known = {kind: costs for kind, costs in KINDS.items() if kind in ("none", "sampled", *anchors)}
+    calibration = replace(CALIBRATION, by_kind=known)
+    found = predict_search(config, load_space("digits").list_anchors(anchors), [calibration])
+    after = 4 + 3 * 3  # four batches
+    assert found.n_runs == dict.fromkeys(anchors, n_runs) | {"sampled": 2}
+    assert found.seconds == pytest.approx(10 + n_runs * (6 + after) + 2 * (5 + after))
+
+
 def test_calibration_survives_its_journey_as_json():
     assert Calibration.from_dict(json.loads(json.dumps(CALIBRATION.as_dict()))) == CALIBRATION
 

@@ -24,7 +24,8 @@ class TrialCost:
 @dataclass(frozen=True)
 class Calibration:
     """What one worker found. `by_kind` holds the short trials, each of one batch of samples, by what they
-    train: an anchor's name or "sampled"; `two_batches` trains nothing and samples twice as much."""
+    train: an anchor's name (`none` whether it is one of the search's or not) or "sampled"; `two_batches`
+    trains nothing and samples twice as much."""
 
     start_seconds: float  # before the first short trial
     batch_size: int  # samples in a batch

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from memcontrol.core.choice import ANCHORS, Anchor
 from memcontrol.core.config_errors import explain_problems
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.yaml_reader import parse_number, read_yaml
@@ -21,6 +22,7 @@ FREE_KEYS = (
     "storage",
     "data.path",
     "search.trials",
+    "search.anchors",
     "search.workers",
     "search.executor",
     "search.processes",
@@ -53,6 +55,10 @@ class Strict(BaseModel):
         for key, value in values.items():
             copy = _replace_at(copy, key.split("."), value)
         return copy
+
+
+def _convert_list(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _replace_at(model: Strict, keys: Sequence[str], value: Any) -> Any:
@@ -358,10 +364,6 @@ class RewardsConfig(Strict):
         return {name: objective for name, objective in zip(self.names, self.objectives) if ":" in objective}
 
 
-def _convert_list(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
 class EarlyStopping(Strict):
     """At each rung, a share of a trial's budget, both rewards are measured on few samples; a trial that many
     others beat stops."""
@@ -388,11 +390,15 @@ class EarlyStopping(Strict):
 
 
 class SearchConfig(Strict):
-    """The outer loop: how many sampled trials beside the three anchors, how many at a time, and the study's
+    """The outer loop: how many trials are sampled beside the anchors, how many run at a time, and the study's
     seed."""
 
     trials: Annotated[int, Field(ge=0)] = 20
-    """sampled trials beside the three anchors"""
+    """sampled trials beside the anchors"""
+    anchors: Annotated[tuple[Anchor, ...], BeforeValidator(_convert_list)] = ANCHORS
+    """what sampled trials are compared with, which runs first: `none` (no training), `all` (plain PEFT, every
+    group on), `full` (full fine-tuning); leave out what the GPU's memory does not suffice for, or give `[]`.
+    What is added later is run by the next `search`"""
     workers: Count = 2
     """trials at a time: processes (a GPU each, where there are any), or Slurm jobs"""
     processes: Count = 1
@@ -420,6 +426,15 @@ class SearchConfig(Strict):
     """a trial that runs out of GPU memory goes on once with half the images in a forward"""
     train_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     """share of the training images that trials see; `retrain` sees all, for as many passes"""
+
+    @model_validator(mode="after")
+    def anchors_once(self) -> SearchConfig:
+        if len(set(self.anchors)) < len(self.anchors):
+            raise ValueError(
+                f"search.anchors is [{', '.join(self.anchors)}]; give each of {', '.join(ANCHORS)} once at "
+                "most"
+            )
+        return self
 
     def count_train(self, n_images: int) -> int:
         """How many of so many training images a trial sees."""

@@ -197,7 +197,7 @@ class Search:
         for record in records:
             if record.state == "RUNNING":
                 self.admit(record.number, record.candidates)  # less those whose result is already there
-        for anchor, candidates in self.space.list_anchors().items():
+        for anchor, candidates in self.space.list_anchors(self.config.search.anchors).items():
             if not any(record.anchor == anchor for record in records):
                 self.admit(self.study.begin(candidates, self.space, anchor), tuple(candidates))
         with contextlib.closing(self.ahead):

@@ -59,11 +59,12 @@ def run_calibrations(config: Config, folder: Path, jobs: JobQueue) -> list[Calib
 def predict_search(
     config: Config, anchors: Mapping[str, Sequence[Choice]], calibrations: Sequence[Calibration]
 ) -> Prediction:
-    """From one calibration of each worker, all made at the same time; `anchors` are those of the space."""
+    """From one calibration of each worker, all made at the same time; `anchors` are those of the search."""
     n_runs = {name: len(choices) for name, choices in anchors.items()} | {"sampled": config.search.trials}
     costs = {kind: [cost for one in calibrations for cost in one.by_kind[kind]] for kind in n_runs}
     n_batches = _count_samples(config.rewards) / calibrations[0].batch_size
-    stretch = _estimate_stretch(costs["none"], [one.two_batches for one in calibrations], n_batches)
+    one_batch = [cost for one in calibrations for cost in one.by_kind["none"]]
+    stretch = _estimate_stretch(one_batch, [one.two_batches for one in calibrations], n_batches)
     n_workers = len(calibrations)
     runs = {
         kind: _predict_run_seconds(found, config.inner.budget_steps, stretch) for kind, found in costs.items()
