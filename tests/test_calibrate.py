@@ -78,7 +78,7 @@ def test_parts_of_a_trial_that_trains_nothing_are_all_after(measured):
 def test_bytes_of_a_trial_are_samples_checkpoints_and_the_rest_with_pictures_twice(measured):
     cost = measured(("train", 1), ("train", 1), ("sample", 1))
     assert (cost.samples_bytes, cost.rounds_bytes) == (1000, 400 + 300)
-    assert cost.rest_bytes == 150 + 50 + 2 * (30 + 20)
+    assert cost.rest_bytes == 150 + 50 + 2 * (30 + 20) and cost.weights_bytes == 150
 
 
 def test_shared_bytes_are_those_beside_the_runs(tmp_path):

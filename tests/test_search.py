@@ -53,6 +53,7 @@ def test_a_search_ends_with_anchors_and_sampled_trials(searched):
     assert_sound(trials, 2)
     for trial in trials:
         stored = json.loads(Path(trial["run"], "result.json").read_text())
+        assert "images_of_shards" not in json.loads(Path(trial["run"], "training.json").read_text())
         assert stored["rewards"] == trial["searched"] == trial["rewards"] and trial["values"] == {
             name: stored["rewards"][name] for name in ("fid", "memorization")
         }

@@ -10,14 +10,15 @@ from typing import Any
 @dataclass(frozen=True)
 class TrialCost:
     """Of one short trial: seconds of a step; before the first, the ends of its rounds with them, which do not
-    grow with the budget; after the last. Bytes of its samples, of the rest that is kept, and of its
-    checkpoints while it trains."""
+    grow with the budget; after the last. Bytes of its samples, of the rest that is kept, of the weights among
+    that, and of its checkpoints while it trains."""
 
     setup_seconds: float
     step_seconds: float
     after_seconds: float
     samples_bytes: int
     rest_bytes: int
+    weights_bytes: int
     rounds_bytes: int
 
 

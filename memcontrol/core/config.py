@@ -30,6 +30,8 @@ FREE_KEYS = (
     "search.accumulate_on_oom",
     "search.stop_when_flat",
     "search.replicates",
+    "search.keep",
+    "search.disk_gb",
     "ray",
     "slurm",
 )
@@ -399,8 +401,9 @@ class SearchConfig(Strict):
     """what sampled trials are compared with, which runs first: `none` (no training), `all` (plain PEFT, every
     group on), `full` (full fine-tuning); leave out what the GPU's memory does not suffice for, or give `[]`.
     What is added later is run by the next `search`"""
-    workers: Count = 2
-    """trials at a time: processes (a GPU each, where there are any), or Slurm jobs"""
+    workers: Count | None = None
+    """trials at a time: processes, or Slurm jobs; none: of `local` ones one for each GPU (each
+    `search.processes` of them), and 2 where there are no GPUs or the executor is another"""
     processes: Count = 1
     """processes that train the shards of one trial side by side, a GPU each; no number changes (two cores
     gain nothing from it)"""
@@ -424,6 +427,13 @@ class SearchConfig(Strict):
     """of one attempt at a trial, which is then ended and tried again"""
     accumulate_on_oom: bool = True
     """a trial that runs out of GPU memory goes on once with half the images in a forward"""
+    keep: Literal["all", "front"] = "all"
+    """whose weights and samples stay: `all` trials', or `front`: those of the front, of what is off it within
+    error only, and of anchors. What is surely beaten loses them when it ends, the rest once the front was
+    measured again. Results and pictures always stay"""
+    disk_gb: Annotated[float, Field(gt=0)] | None = None
+    """how large the study's folder may be, in GB (10^9 bytes): no trial begins that would exceed it, and the
+    search stops; none: as large as it gets"""
     train_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     """share of the training images that trials see; `retrain` sees all, for as many passes"""
 

@@ -127,6 +127,7 @@ def measure_parts(folder: Path, spec: Spec, loaded: LoadedModels) -> TrialCost:
         after_seconds=ended - (ends[-1] if ends else started),
         samples_bytes=samples,
         rest_bytes=sum(sizes.values()) - samples - rounds + pictures,
+        weights_bytes=sizes.get(run.adapter_file, 0),
         rounds_bytes=rounds,
     )
 
