@@ -228,6 +228,16 @@ def test_workers_that_share_a_gpu_are_told_of(monkeypatch):
     assert not tell("0", workers=2, executor="slurm") and not tell("0", processes=2)
 
 
+def test_a_search_says_once_that_its_workers_share_a_gpu(monkeypatch, tmp_path):
+    from simulated import Simulated, search
+    from test_orchestrate import study_in
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    said = []
+    search(study_in(tmp_path, workers=2), Simulated(2), said.append).close()
+    assert len([event for event in said if "2 workers share 1 GPU" in getattr(event, "text", "")]) == 1
+
+
 def test_gpus_are_dealt_out_in_turn(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
     assert [choose_gpus(i)["CUDA_VISIBLE_DEVICES"] for i in range(3)] == ["2", "5", "2"]

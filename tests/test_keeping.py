@@ -169,6 +169,7 @@ def test_what_moves_up_after_all_is_fine_tuned_again_and_measured(tmp_path):
     assert all(record.confirmed for record in select_front(records))
     assert {record.number for record in select_front(records)} <= list_kept(records)
     assert len(executor.trained) > len({*executor.trained})
+    assert not list_kept(records) & {record.number for record in select_beaten(records)}
     study.close()
 
 

@@ -28,7 +28,8 @@ class Dropper:
         return self.drop(select_surely_beaten)
 
     def drop_at_the_end(self) -> list[RunFolder]:
-        """Once the front was measured again."""
+        """Once the front was measured again, also what was fine-tuned again for that."""
+        self.looked_at.clear()
         return self.drop(select_beaten)
 
     def drop(self, select) -> list[RunFolder]:
