@@ -2,6 +2,7 @@
 
 import pytest
 
+from memcontrol.core.choice import ANCHORS
 from memcontrol.core.config import load_config
 from memcontrol.core.space_yaml import load_space
 from memcontrol.trial import calibrate
@@ -77,7 +78,7 @@ def test_parts_of_a_trial_that_trains_nothing_are_all_after(measured):
 def test_bytes_of_a_trial_are_samples_checkpoints_and_the_rest_with_pictures_twice(measured):
     cost = measured(("train", 1), ("train", 1), ("sample", 1))
     assert (cost.samples_bytes, cost.rounds_bytes) == (1000, 400 + 300)
-    assert cost.rest_bytes == 150 + 50 + 2 * (30 + 20)
+    assert cost.rest_bytes == 150 + 50 + 2 * (30 + 20) and cost.weights_bytes == 150
 
 
 def test_shared_bytes_are_those_beside_the_runs(tmp_path):
@@ -111,7 +112,7 @@ def test_short_trials_have_few_steps_whole_batches_and_no_attack():
 
 def test_choices_to_calibrate_with_are_the_anchors_and_a_few_others():
     space = load_space("digits")
-    kinds = pick_calibration_choices(space, 0)
+    kinds = pick_calibration_choices(space, ANCHORS, 0)
     assert {kind: len(choices) for kind, choices in kinds.items()} == {
         "none": 1,
         "all": 1,
@@ -119,4 +120,6 @@ def test_choices_to_calibrate_with_are_the_anchors_and_a_few_others():
         "sampled": 3,
     }
     assert all(kinds[name][0] in anchors for name, anchors in space.list_anchors().items())
-    assert pick_calibration_choices(space, 0) == kinds
+    assert pick_calibration_choices(space, ANCHORS, 0) == kinds
+    assert list(pick_calibration_choices(space, ["all"], 0)) == ["none", "all", "sampled"]
+    assert list(pick_calibration_choices(space, [], 0)) == ["none", "sampled"]

@@ -9,7 +9,7 @@ from PIL import Image
 from memcontrol.core.config import load_config
 from memcontrol.core.errors import MemControlError
 from memcontrol.data.images import decode_image
-from memcontrol.data.split import dump_parts, load_parts, parse_parts
+from memcontrol.data.split import dump_parts, format_ranges, load_parts, parse_parts
 
 HALVES = {"train": 0.5, "holdout": 0.25, "test": 0.25}
 
@@ -23,6 +23,14 @@ def refused(path, words, **keys):
     with pytest.raises(MemControlError, match=words) as caught:
         load(path, **keys)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "rows, said",
+    [([], ""), ([4], "4"), ([0, 1, 2, 3, 7, 9, 10], "0-3, 7, 9-10"), (range(55_000), "0-54999")],
+)
+def test_row_numbers_are_said_in_ranges(rows, said):
+    assert format_ranges(rows) == said
 
 
 def test_the_digits_are_scikit_learns():

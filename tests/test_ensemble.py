@@ -381,6 +381,14 @@ def test_processes_that_share_a_trials_shards_change_no_number(tmp_path):
     tensors = [load_file(tmp_path / name / "adapter.safetensors") for name in ("alone", "shared")]
     assert same(*tensors) and without_times(record) == without_times(other)
     assert (tmp_path / "shared" / "log-1.txt").exists()
+    assert record["images_of_shards"] == other["images_of_shards"]
+    rows = [parse_ranges(said) for said in record["images_of_shards"]]
+    assert sorted([*rows[0], *rows[1]]) == list(range(20))
+
+
+def parse_ranges(said):
+    pairs = [part.split("-") for part in said.split(", ")]
+    return [row for ends in pairs for row in range(int(ends[0]), int(ends[-1]) + 1)]
 
 
 def test_a_helper_that_dies_is_done_without(tmp_path, monkeypatch):

@@ -45,7 +45,7 @@ from memcontrol.core.spec import Spec
 from memcontrol.execution.executor import Executor, pick_time_limit
 from memcontrol.execution.job_queue import JobQueue
 from memcontrol.execution.local import Inline, Local, choose_gpus
-from memcontrol.execution.make import make_executor
+from memcontrol.execution.make import count_workers, describe_sharing, make_executor
 
 CHOICE = Choice(("mid_attention",), "lora", 1e-3, 2)
 
@@ -190,6 +190,52 @@ def test_a_job_that_is_frozen_past_its_time_limit_is_ended_for_good(local, tmp_p
     end = until_end(local)
     assert isinstance(end, Lost) and "longer than search.time_limit_minutes (0.05)" in end.reason
     assert frozen.wait() == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    "listed, executor, processes, workers, expected",
+    [
+        ("0,1,2,3", "local", 1, None, 4),
+        ("0,1,2,3", "local", 2, None, 2),
+        ("0", "local", 2, None, 1),
+        ("GPU-8f3a,GPU-11bc", "local", 1, None, 2),
+        ("", "local", 1, None, 2),  # hides all GPUs
+        ("-1", "local", 1, None, 2),
+        ("0,1,2,3", "local", 1, 7, 7),
+        ("0,1,2,3", "slurm", 1, None, 2),
+        ("0,1,2,3", "ray", 1, None, 2),
+    ],
+)
+def test_without_a_number_there_is_a_worker_for_each_gpu(
+    monkeypatch, listed, executor, processes, workers, expected
+):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
+    keys = {"executor": executor, "processes": processes, "workers": workers}
+    assert count_workers(small(search=keys).search) == expected
+
+
+def test_workers_that_share_a_gpu_are_told_of(monkeypatch):
+    def tell(listed, **keys):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
+        return describe_sharing(small(search=keys).search)
+
+    assert (
+        "2 workers share 1 GPU: each loads the base and needs a trial's memory for itself, so that a card "
+        in (tell("0", workers=2))
+    )
+    assert "must hold 2 times as much" in tell("0,1", workers=3)
+    assert not tell("0,1", workers=2) and not tell("0") and not tell("", workers=2)
+    assert not tell("0", workers=2, executor="slurm") and not tell("0", processes=2)
+
+
+def test_a_search_says_once_that_its_workers_share_a_gpu(monkeypatch, tmp_path):
+    from simulated import Simulated, search
+    from test_orchestrate import study_in
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    said = []
+    search(study_in(tmp_path, workers=2), Simulated(2), said.append).close()
+    assert len([event for event in said if "2 workers share 1 GPU" in getattr(event, "text", "")]) == 1
 
 
 def test_gpus_are_dealt_out_in_turn(monkeypatch):

@@ -130,7 +130,7 @@ def test_block_has_a_bar_for_each_run_and_the_front(clock, tmp_path):
     display.heard(Progress(TrialJob(tmp_path / "a", CHOICE, 1), "train", 5, 10))
     display.heard(Progress(TrialJob(tmp_path / "b", OTHER, 2), "sample", 0, 10))
     assert render(display) == [
-        "1 of 7 trials done, 2 running, 1.5 min",
+        "1 of 5 trials done, 2 running, 1.5 min",
         f"  {'█' * 8}{' ' * 12} {TEXT}: step 5/10",
         f"  {'█' * 16}{' ' * 4} attention, lr 0.0001, 1/7 groups",
         "best front so far:",

@@ -22,6 +22,7 @@ COST = TrialCost(
     after_seconds=4.0,
     samples_bytes=1000,
     rest_bytes=5000,
+    weights_bytes=2000,
     rounds_bytes=700,
 )
 ANCHORS = load_space("digits").list_anchors()
@@ -108,6 +109,32 @@ def test_prediction_takes_the_mean_of_its_workers_and_their_checkpoints_side_by_
     assert found.seconds == pytest.approx(15 + 52)
     assert found.checkpoints_mib * 2**20 == pytest.approx(2 * (700 + 900) / 2)
     assert found.memory_mib == 800 and found.n_workers == 2
+
+
+def test_disk_is_less_where_only_the_front_keeps_its_weights_and_samples():
+    keys = {"trials": 20, "keep": "front", "disk_gb": 1e-6}
+    config = load_config({"name": "a", "data": "digits", "rewards": {"n_samples": 256}, "search": keys})
+    found = predict_search(config, ANCHORS, [CALIBRATION])
+    # of 27 runs with 5000 and 4 x 1000 bytes, an anchor's best each and the front of 23 keep 2000 + 4000
+    n_kept = 3 + expect_front_size(23)
+    assert found.disk_mib * 2**20 == pytest.approx(3000 + 27 * 3000 + n_kept * (2000 + 4000))
+    assert "more than search.disk_gb, 1e-06: the search will stop" in describe_prediction(found)[-1]
+
+
+@pytest.mark.parametrize("anchors, n_runs", [(["all"], 3), ([], 0)])
+def test_only_the_searchs_own_anchors_are_predicted(anchors, n_runs):
+    inner = {"budget_images": 100, "batch_size": 10, "rounds": 1}
+    search = {"trials": 2, "anchors": anchors}
+    rewards = {"n_samples": 256, "confirm": 0}
+    config = load_config(
+        {"name": "a", "data": "digits", "inner": inner, "rewards": rewards, "search": search}
+    )
+    known = {kind: costs for kind, costs in KINDS.items() if kind in ("none", "sampled", *anchors)}
+    calibration = replace(CALIBRATION, by_kind=known)
+    found = predict_search(config, load_space("digits").list_anchors(anchors), [calibration])
+    after = 4 + 3 * 3  # four batches
+    assert found.n_runs == dict.fromkeys(anchors, n_runs) | {"sampled": 2}
+    assert found.seconds == pytest.approx(10 + n_runs * (6 + after) + 2 * (5 + after))
 
 
 def test_calibration_survives_its_journey_as_json():

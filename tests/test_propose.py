@@ -10,6 +10,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from memcontrol import search
+from memcontrol.commands.card import Card
+from memcontrol.core.choice import ANCHORS
+from memcontrol.core.config import RewardsConfig, load_config
 from memcontrol.core.errors import MemControlError
 
 FASTER = (
@@ -182,3 +185,77 @@ def test_the_space_follows_the_base(tmp_path, pipeline, space):
 
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
     assert choose_space(str(tmp_path)) == space
+
+
+CARDS = {  # by GiB: what fits beside 6.6 GiB of a LoRA's trial, and 19.4 of full fine-tuning
+    "Tesla T4": (15.6, 4, None, ["none", "all"]),
+    "RTX 4090": (23.6, 4, None, None),
+    "L4": (21.8, 16, None, ["none", "all"]),
+    "L40S": (47.0, 16, None, None),
+    "NVIDIA H100 80GB HBM3": (79.0, 16, None, None),
+    "RTX 3070": (7.6, 4, True, ["none", "all"]),
+    "GTX 1060": (5.8, 1, True, ["none", "all"]),
+}
+
+
+def propose(monkeypatch, card, folder, **keys):
+    """The study file's values, and its text."""
+    import memcontrol.commands.init as proposing
+
+    monkeypatch.setattr(proposing, "describe_card", lambda: card)
+    path = proposing.init(folder, folder.with_suffix(".yaml"), **keys)
+    return load_config(path), path.read_text()
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_a_card_is_proposed_what_fits_on_it(monkeypatch, photographs, name):
+    free, micro, recomputes, anchors = CARDS[name]
+    has_bfloat16 = name not in ("Tesla T4", "GTX 1060")
+    config, text = propose(monkeypatch, Card(name, free, 2, has_bfloat16), photographs(40, size=(90, 80)))
+    assert config.base == "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    assert (
+        config.inner.micro_batch_size or config.inner.batch_size
+    ) == micro and config.inner.batch_size == 16
+    assert config.inner.gradient_checkpointing == bool(recomputes)
+    assert config.inner.precision == ("bfloat16" if has_bfloat16 else "float16")
+    assert list(config.search.anchors) == (anchors or ["none", "all", "full"])
+    said = f"# full fine-tuning takes 19.4 GiB before activations, and {free} are free"
+    assert (said in text) == bool(anchors) == ("anchors: [" in text)
+    assert config.rewards.extractor == "transformers:facebook/dinov2-base"
+    assert config.rewards.n_samples == 3072 == 4 * 768 and "four for each of its 768 features" in text
+    assert config.search.workers == 2
+    n_runs, rate = 26 if not anchors else 23, Card(name, free).images_per_second
+    hours = n_runs * config.inner.budget_images / rate / 3600
+    assert f"{n_runs} fine-tunings are roughly {hours:.1f} GPU hours, at {rate} images a second" in text
+    assert "search --dry-run measures" in text
+
+
+def test_names_of_cards_are_told_apart():
+    rates = [
+        Card(f"NVIDIA {name}", 20.0).images_per_second for name in ("A100-SXM4", "A10G", "L40S", "L4", "?")
+    ]
+    assert rates == [25, 8, 20, 8, 8]
+
+
+def test_small_images_the_embedded_base_and_unknown_bases_are_proposed_less(
+    monkeypatch, photographs, tmp_path
+):
+    card = Card("RTX 4090", 12.0)
+    config, _ = propose(monkeypatch, card, photographs(40, "small", size=(64, 64)))
+    assert config.rewards == RewardsConfig() and config.search.anchors == ("none", "all")
+    config, _ = propose(monkeypatch, card, photographs(40, "tiny", size=(90, 80)), base="tiny")
+    assert config.inner.precision == "float32" and config.rewards == RewardsConfig()
+    (tmp_path / "xl").mkdir()
+    (tmp_path / "xl" / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
+    config, text = propose(
+        monkeypatch, card, photographs(40, "large", size=(90, 80)), base=str(tmp_path / "xl")
+    )
+    assert config.space == "sdxl-blocks" and config.rewards.n_samples == 3072
+    assert config.search.anchors == ANCHORS and config.inner.micro_batch_size is None
+    assert "GPU hours" not in text
+
+
+def test_without_a_card_nothing_of_it_is_said(monkeypatch, photographs):
+    config, text = propose(monkeypatch, None, photographs(40, size=(90, 80)))
+    assert config.base == "tiny" and config.rewards == RewardsConfig() and config.search.anchors == ANCHORS
+    assert config.inner.precision == "float32" and "GPU hours" not in text

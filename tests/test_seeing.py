@@ -104,7 +104,7 @@ def test_a_trial_shows_its_note_and_its_images(dashboard, page):
 
 def test_the_study_has_a_note(dashboard, page):
     page.goto(f"{dashboard}/note")
-    page.get_by_text("Anchors and front").wait_for()
+    page.get_by_text("Front and anchors").wait_for()
     assert re.search(r"32 train, 40 holdout, 48 test", page.inner_text("body"))
 
 

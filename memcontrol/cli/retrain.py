@@ -59,29 +59,29 @@ def plan_pick(
     limits: Sequence[str] = (),
     out: Path | None = None,
 ) -> Retraining:
-    from memcontrol.commands.retrain import Retraining
-    from memcontrol.study.pick import choose_record, find_full
+    from memcontrol.commands.retrain import plan_retraining
+    from memcontrol.study.pick import choose_record
 
     with contextlib.closing(place.open()) as study:
         choice = choose_record(study, trial, rule, limits).chosen
-        return Retraining(place.folder, study.config, choice, find_full(study), out)
+        return plan_retraining(place.folder, study, choice, out)
 
 
 def _plan_choice(place: StudyPlace, choice: Choice, out: Path | None, executor: Executor) -> Retraining:
     """Of a choice from a file, which may be another study's; this one need not have been searched."""
-    from memcontrol.commands.retrain import Retraining, prepare_unsearched
-    from memcontrol.study.pick import find_full
+    from memcontrol.commands.retrain import plan_retraining, plan_unsearched
     from memcontrol.view.live import Display
 
     if place.is_searched():
         with contextlib.closing(place.open()) as study:
-            return Retraining(place.folder, study.config, choice, find_full(study), out)
+            return plan_retraining(place.folder, study, choice, out)
     screen, n_groups = make_console(), len(place.space.groups)
     note = "reading the images of a study that was not searched"
     with Display(screen, 0, n_groups, 2, note) as display:
-        full = prepare_unsearched(place, choice, executor, display.heard)
-    say(screen, "this study was not searched: full fine-tuning is at the middle of its learning rates")
-    return Retraining(place.folder, place.config, choice, full, out)
+        plan = plan_unsearched(place, choice, out, executor, display.heard)
+    if plan.full:
+        say(screen, "this study was not searched: full fine-tuning is at the middle of its learning rates")
+    return plan
 
 
 def _read_choice(path: Path) -> Choice:
@@ -100,7 +100,8 @@ def _read_choice(path: Path) -> Choice:
 
 
 def show_retraining(plan: Retraining, executor: Executor) -> None:
-    """Retrains, and shows what came of it: rewards, images, and the differences from full fine-tuning."""
+    """Retrains, and shows what came of it: rewards, images, and the differences from full fine-tuning, where
+    the study has it."""
     from memcontrol.core.space_yaml import load_space
     from memcontrol.view.tables import RewardsTable
     from memcontrol.view.words import describe_choice
@@ -108,9 +109,11 @@ def show_retraining(plan: Retraining, executor: Executor) -> None:
     space, screen = load_space(plan.config.space), make_console()
     space.check_choice(plan.choice)
     names = {name: describe_choice(choice, len(space.groups)) for name, choice in plan.choices.items()}
+    if plan.alone:
+        say(screen, plan.alone)
     rewards = _retrain_shown(plan, executor, names, len(space.groups), screen)
     wanted = ["baseline"] if plan.is_full else ["baseline", "pick"]
-    rows: _Rows = [(name, names[name], rewards[name]) for name in wanted]
+    rows: _Rows = [(name, names[name], rewards[name]) for name in wanted if name in names]
     screen.print(RewardsTable(rows, "retrained on the full training set, scored on test data"))
     _show_pairs(plan, rows, screen)
     _show_gains(plan, rewards, screen)
@@ -119,11 +122,12 @@ def show_retraining(plan: Retraining, executor: Executor) -> None:
 def _retrain_shown(
     plan: Retraining, executor: Executor, names: dict[str, str], n_groups: int, screen
 ) -> dict[str, dict[str, float]]:
-    """The rewards of the pick and of the baseline, with a live display while they are trained."""
+    """The rewards of the pick and of the baseline, if there is one, with a live display while they are
+    trained."""
     from memcontrol.commands.retrain import log_retraining, run_retraining
     from memcontrol.view.live import Display
 
-    note = f"retraining {names['pick']} beside {names['baseline']}"
+    note = f"retraining {' beside '.join(names.values())}"
     if plan.is_full:
         note = f"the pick is full fine-tuning itself: retraining {names['baseline']} alone"
     with Display(screen, 0, n_groups, 2, note) as display, log_retraining(plan) as log:
@@ -157,9 +161,9 @@ def _show_gains(plan: Retraining, rewards: dict[str, dict[str, float]], screen) 
     from memcontrol.view.live import shorten_path
     from memcontrol.view.tables import describe_gains
 
-    own, baseline = plan.runs["pick"], plan.runs["baseline"]
+    own = plan.runs["pick"]
     say(screen, f"model: {shorten_path(own)} (memcontrol export {shorten_path(own)} OUT)")
-    if not plan.is_full:
-        apart = measure_differences(own, baseline)
+    if plan.full and not plan.is_full:
+        apart = measure_differences(own, plan.runs["baseline"])
         for line in describe_gains(rewards["baseline"], rewards["pick"], apart):
             say(screen, line)

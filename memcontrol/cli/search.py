@@ -29,7 +29,7 @@ def add_search(subparsers) -> None:
         help="values that replace those of the file, for example inner.batch_size=8",
     )
     search.add_argument(
-        "--trials", type=make_whole_parser(0), help="sampled trials in all, beside the three anchors"
+        "--trials", type=make_whole_parser(0), help="sampled trials in all, beside the anchors"
     )
     search.add_argument("--workers", type=make_whole_parser(1), help="jobs at a time")
     search.add_argument("--executor", choices=("inline", "local", "ray", "slurm"), help="where trials run")
@@ -89,7 +89,8 @@ def _print_prediction(place: StudyPlace) -> None:
                 steps.show("calibrating with short trials", event.done, event.total)
 
         calibrations = run_calibrations(place.config, folder, JobQueue(executor, show))
-    for line in describe_prediction(predict_search(place.config, place.space.list_anchors(), calibrations)):
+    anchors = place.space.list_anchors(place.config.search.anchors)
+    for line in describe_prediction(predict_search(place.config, anchors, calibrations)):
         sys.stdout.write(f"# {line}\n")
 
 

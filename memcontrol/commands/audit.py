@@ -167,6 +167,7 @@ def audit_source(
     }
     attack = None
     if source.run:
+        RunFolder(source.run).refuse_dropped(RunFolder(source.run).samples_file)
         spec, loaded, samples = read_spec(source.run), LoadedModels(), read_samples(source.run)
         own = {"train": loaded.train_images(spec), "holdout": loaded.parts(spec)[spec.reference]}
         parts = {name: parts.get(name) or make_pictures(name, found) for name, found in own.items()}

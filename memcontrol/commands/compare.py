@@ -23,7 +23,8 @@ def compare(run_a: str | Path, run_b: str | Path) -> dict[str, Estimate]:
 
 
 def load_nearest_pairs(run: Path, title: str, loaded: LoadedModels) -> Strip:
-    """What a run folder's images come nearest to."""
+    """What a run folder's images come nearest to. Raises MemControlError where they were dropped."""
+    RunFolder(run).refuse_dropped(RunFolder(run).samples_file)
     spec, samples = read_spec(run), read_samples(run)
     return make_strip(title, samples, gather_evidence(samples, spec, loaded), spec, loaded)
 

@@ -66,6 +66,7 @@ def _check_export(run: RunFolder, spec: Spec, out: Path, format: str | None) -> 
     """Raises MemControlError."""
     if not run.is_complete:
         raise MemControlError(f"run {run.path} has not finished; export takes finished runs")
+    run.refuse_dropped(run.adapter_file)
     if format not in (None, *_FORMATS):
         raise MemControlError(f"format '{format}' is unknown; allowed: {', '.join(_FORMATS)}")
     if spec.config.inner.from_scratch and format == "adapter":

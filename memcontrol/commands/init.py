@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from memcontrol.commands.card import Card, describe_card, explain_too_small, propose_memory
+from memcontrol.core.choice import ANCHORS
 from memcontrol.core.config import NAME, PARTS, DataConfig, load_config
 from memcontrol.core.config_errors import NAME_RULE
 from memcontrol.core.errors import MemControlError
@@ -32,7 +34,11 @@ _SPACES = {  # of bases that lie on this machine, by the class of their pipeline
 }
 _TINY_SIDE = 32  # pixels of the embedded base
 _SEED = 0
-_FEW = 256  # held-out images below which FID is coarse: four for each feature of the smallest network
+_TRIALS = 20
+_PER_FEATURE = 4  # samples, and held-out images, below which FID is coarse
+_N_FEATURES = 64  # of the smallest network
+# for photographs and the like: its name, its features, and the shorter side from which it sees what there is
+_PHOTO_NETWORK, _N_PHOTO_FEATURES, _PHOTO_SIDE = "transformers:facebook/dinov2-base", 768, 64
 
 
 def init(
@@ -92,18 +98,19 @@ def _check_base(base: str | None) -> None:
 
 def _write_proposal(folder: Path, seen: FolderSummary, name: str, base: str | None, path: Path) -> str:
     """The study file. Raises MemControlError where there are too few images."""
-    n_gpus = _count_gpus()
-    base = base or (_STABLE_DIFFUSION if n_gpus else "tiny")
+    card = describe_card()
+    base = base or (_STABLE_DIFFUSION if card else "tiny")
     shares = {} if seen.parts else _choose_shares(seen)
     sizes = _count_split(seen, shares) if shares else _count_given(seen)
     n_train = sizes["train"]
     budget = min(max(100 * n_train, 2_000), max(10_000, 10 * n_train))
+    sees_photos = card is not None and base != "tiny" and seen.sides[1] > _PHOTO_SIDE
     text = "\n".join(
         [
             f"# Proposed by memcontrol init, after a look at {seen.n} images. Change what you know "
             "better; docs/study-file.md has every key.",
             f"name: {name}",
-            _format_line("base", json.dumps(base), _explain_base(base, n_gpus)),
+            _format_line("base", json.dumps(base), _explain_base(base, card)),
             "data:",
             _format_line(
                 "  path",
@@ -134,17 +141,14 @@ def _write_proposal(folder: Path, seen: FolderSummary, name: str, base: str | No
             _format_line(
                 "  batch_size", str(min(16, n_train)), "less where the GPU's memory does not suffice"
             ),
+            *_list_memory_lines(base, card, min(16, n_train)),
             "rewards:",
-            _format_line("  objectives", "[fid, memorization]", _explain_objectives(sizes["holdout"])),
+            _format_line(
+                "  objectives", "[fid, memorization]", _explain_objectives(sizes["holdout"], sees_photos)
+            ),
+            *(_list_network_lines() if sees_photos else []),
             "search:",
-            _format_line(
-                "  trials", "20", "beside the three anchors: no training, plain PEFT, full fine-tuning"
-            ),
-            _format_line(
-                "  workers",
-                str(n_gpus or min(os.cpu_count() or 1, 8)),
-                "one for each GPU" if n_gpus else "one for each core, at most 8",
-            ),
+            *_list_search_lines(base, card, budget),
             _format_line("  seed", str(_SEED), "of everything that is drawn"),
         ]
     )
@@ -158,10 +162,80 @@ def _format_line(key: str, value: str, why: str) -> str:
     return f"{f'{key}: {value}':30} # {why}"
 
 
-def _count_gpus() -> int:
-    import torch
+def _is_planned(base: str) -> bool:
+    """Whether the memory that its fine-tuning takes is known: that of Stable Diffusion 1.5."""
+    index = Path(base) / "model_index.json"
+    if index.is_file():
+        return json.loads(index.read_text(encoding="utf-8")).get("_class_name") == "StableDiffusionPipeline"
+    return base == _STABLE_DIFFUSION
 
-    return torch.cuda.device_count()
+
+def _list_memory_lines(base: str, card: Card | None, batch_size: int) -> list[str]:
+    """What makes a step fit on the card."""
+    if card is None or base == "tiny":
+        return []
+    precision = "bfloat16" if card.has_bfloat16 else "float16"
+    lines = [_format_line("  precision", precision, "of forward and backward: half the activations' memory")]
+    if not _is_planned(base):
+        return lines
+    plan = propose_memory(card.free_gib)
+    if plan.micro_batch_size < batch_size:
+        about = f"images in a forward, for the {card.free_gib:.1f} GiB that are free on {card.name}"
+        lines.append(_format_line("  micro_batch_size", str(plan.micro_batch_size), about))
+    if plan.gradient_checkpointing:
+        about = "activations are computed again: slower, and a quarter of their memory"
+        lines.append(_format_line("  gradient_checkpointing", "true", about))
+    return lines
+
+
+def _list_network_lines() -> list[str]:
+    n = _PER_FEATURE * _N_PHOTO_FEATURES
+    return [
+        _format_line(
+            "  extractor", _PHOTO_NETWORK, "sees photographs and X-rays; the embedded one knows characters"
+        ),
+        _format_line(
+            "  n_samples",
+            str(n),
+            f"four for each of its {_N_PHOTO_FEATURES} features, below which FID is too large",
+        ),
+    ]
+
+
+def _list_search_lines(base: str, card: Card | None, budget: int) -> list[str]:
+    """How many trials, which anchors, and how many at a time."""
+    if card is None or not _is_planned(base):
+        workers = card.n if card else min(os.cpu_count() or 1, 8)
+        return [
+            _format_line(
+                "  trials", str(_TRIALS), f"beside the anchors: {', '.join(_ANCHOR_WORDS.values())}"
+            ),
+            _format_line(
+                "  workers", str(workers), "one for each GPU" if card else "one for each core, at most 8"
+            ),
+        ]
+    anchors = propose_memory(card.free_gib).anchors
+    words = ", ".join(_ANCHOR_WORDS[name] for name in anchors)
+    about = f"beside the anchors: {words}; {_estimate_hours(card, len(anchors), budget)}"
+    lines = [_format_line("  trials", str(_TRIALS), about)]
+    if anchors != ANCHORS:
+        lines.append(_format_line("  anchors", f"[{', '.join(anchors)}]", explain_too_small(card.free_gib)))
+    return [*lines, _format_line("  workers", str(card.n), "one for each GPU")]
+
+
+_ANCHOR_WORDS = {"none": "no training", "all": "plain PEFT", "full": "full fine-tuning"}
+_N_RATES = 3  # learning rates of an anchor that trains
+
+
+def _estimate_hours(card: Card, n_anchors: int, budget: int) -> str:
+    """Of training alone."""
+    n_runs = _TRIALS + _N_RATES * (n_anchors - 1)  # one of them trains nothing
+    hours = n_runs * budget / card.images_per_second / 3600
+    return (
+        f"{n_runs} fine-tunings are roughly {hours:,.{0 if hours > 10 else 1}f} GPU hours, at "
+        f"{card.images_per_second} images a second, which is assumed of {card.name}; sampling comes on top; "
+        "search --dry-run measures both"
+    )
 
 
 def _derive_name(folder: Path) -> str:
@@ -216,7 +290,7 @@ def _count_given(seen: FolderSummary) -> dict[str, int]:
     return seen.parts
 
 
-def _explain_base(base: str, n_gpus: int) -> str:
+def _explain_base(base: str, card: Card | None) -> str:
     if base == "tiny":
         return (
             "embedded, knows printed characters: to try the whole way; for photographs give a real "
@@ -224,7 +298,7 @@ def _explain_base(base: str, n_gpus: int) -> str:
         )
     return (
         "a folder in diffusers' format, or a Hub id"
-        if n_gpus
+        if card
         else "without a GPU each fine-tuning will take very long"
     )
 
@@ -256,10 +330,11 @@ def _explain_data(seen: FolderSummary, base: str) -> str:
     return "; ".join(said)
 
 
-def _explain_objectives(n_holdout: int) -> str:
+def _explain_objectives(n_holdout: int, sees_photos: bool) -> str:
+    few = _PER_FEATURE * (_N_PHOTO_FEATURES if sees_photos else _N_FEATURES)
     return "quality, then copying" + (
         f"; FID against {n_holdout} held-out images is coarse: read it with its error"
-        if n_holdout < _FEW
+        if n_holdout < few
         else ""
     )
 

@@ -1,5 +1,5 @@
 """Owns `memcontrol.retrain`: the same trial on the whole training set, scored on test data, beside full
-fine-tuning at the same budget."""
+fine-tuning at the same budget, where that is an anchor of the study."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from memcontrol.core.choice import Choice
 from memcontrol.core.config import Config, describe_config
-from memcontrol.core.console import log_to_file
+from memcontrol.core.console import LOG, log_to_file
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.jobs import GivenUp, TrialJob
 from memcontrol.core.run_folder import RunFolder, StudyFolder, refuse_results_among
@@ -22,8 +22,9 @@ from memcontrol.execution.job_queue import N_TRIES, JobQueue, Show
 from memcontrol.execution.make import open_executor
 from memcontrol.search.locks import hold_folder_lock
 from memcontrol.search.orchestrator import run_preparation
-from memcontrol.study.pick import choose_record, find_full
+from memcontrol.study.pick import choose_record, explain_no_full, find_full
 from memcontrol.study.place import StudyPlace
+from memcontrol.study.store import Study
 from memcontrol.view.live import EventLog
 
 _BASELINE = "baseline"
@@ -31,13 +32,15 @@ _BASELINE = "baseline"
 
 @dataclass(frozen=True)
 class Retraining:
-    """A choice and full fine-tuning, which it is compared with: what is trained, and in which run folders."""
+    """A choice and full fine-tuning, which it is compared with where the study has it: what is trained, and
+    in which run folders."""
 
     folder: StudyFolder
     config: Config
     choice: Choice
-    full: Choice
+    full: Choice | None  # None: nothing to compare with, as `alone` says
     out: Path | None = None  # the choice's run folder, where it is not the study's own
+    alone: str = ""
 
     @property
     def is_full(self) -> bool:
@@ -46,12 +49,14 @@ class Retraining:
 
     @property
     def choices(self) -> dict[str, Choice]:
-        return {"pick": self.choice, _BASELINE: self.full}
+        return {"pick": self.choice} | ({_BASELINE: self.full} if self.full else {})
 
     @property
     def runs(self) -> dict[str, Path]:
         """Full fine-tuning has one folder for every pick of the study."""
         own = self.out or self.folder.retrained(self.choice).path
+        if self.full is None:
+            return {"pick": own}
         return {"pick": own, _BASELINE: own if self.is_full else self.folder.retrained(self.full).path}
 
     def make_specs(self) -> dict[Path, Spec]:
@@ -76,20 +81,30 @@ def retrain(
     out: str | Path | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Trains the pick and full fine-tuning on the whole training set, scored on test data. Returns the
-    results of `pick` and `baseline`, each with its rewards and its folder, `run`. Raises MemControlError."""
+    results of `pick` and `baseline` (not where the study has no full fine-tuning), each with its rewards and
+    its folder, `run`. Raises MemControlError."""
     place = StudyPlace.load(study)
     with contextlib.closing(place.open()) as found:
-        choice, full = choose_record(found, trial, rule, limits).chosen, find_full(found)
-        plan = Retraining(place.folder, found.config, choice, full, Path(out) if out else None)
+        choice = choose_record(found, trial, rule, limits).chosen
+        plan = plan_retraining(place.folder, found, choice, Path(out) if out else None)
     with open_executor(place.config, place.folder.path) as executor, log_retraining(plan) as log:
         results = run_retraining(plan, executor, log)
     return {name: {**result, "run": str(plan.runs[name])} for name, result in results.items()}
 
 
+def plan_retraining(folder: StudyFolder, study: Study, choice: Choice, out: Path | None) -> Retraining:
+    """Beside full fine-tuning, where the study has it. Raises MemControlError while that runs."""
+    full = find_full(study)
+    alone = "" if full else explain_no_full(study.records())
+    return Retraining(folder, study.config, choice, full, out, alone)
+
+
 def run_retraining(plan: Retraining, executor: Executor, show: Show) -> dict[str, dict]:
-    """Trains what is not there already, and returns the results of `pick` and `baseline`. Raises
-    MemControlError."""
+    """Trains what is not there already, and returns the results of `pick` and, where there is one,
+    `baseline`. Raises MemControlError."""
     jobs = []
+    if plan.alone:
+        LOG.warning("%s", plan.alone)
     for run, spec in plan.make_specs().items():
         if not has_result(run, spec):
             spec.write(run)
@@ -127,11 +142,16 @@ def log_retraining(plan: Retraining) -> Iterator[Show]:
         yield EventLog(n_groups).heard
 
 
-def prepare_unsearched(place: StudyPlace, choice: Choice, executor: Executor, show: Show) -> Choice:
-    """Makes a study that was never searched ready for a choice from another one. Returns full fine-tuning to
-    compare with, at the middle of its learning rates. Raises MemControlError."""
+def plan_unsearched(
+    place: StudyPlace, choice: Choice, out: Path | None, executor: Executor, show: Show
+) -> Retraining:
+    """Makes a study that was never searched ready for a choice from another one. Full fine-tuning, where it
+    is one of its anchors, is compared with at the middle of its learning rates. Raises MemControlError."""
     place.space.check_choice(choice)
     refuse_results_among(place.config.data.path, place.folder.path)
     with hold_folder_lock(place.folder.path):
         run_preparation(place.config, place.folder, JobQueue(executor, show))
-    return place.space.list_anchors()["full"][1]
+    full = place.space.list_anchors(place.config.search.anchors).get("full")
+    if full is None:
+        return Retraining(place.folder, place.config, choice, None, out, explain_no_full([]))
+    return Retraining(place.folder, place.config, choice, full[1], out)

@@ -9,7 +9,7 @@ from pathlib import Path
 from memcontrol.core.config import describe_config
 from memcontrol.core.console import log_to_file, make_console
 from memcontrol.execution.executor import Executor
-from memcontrol.execution.make import open_executor
+from memcontrol.execution.make import count_workers, open_executor
 from memcontrol.search.observer import Observer, Observers
 from memcontrol.search.orchestrator import search_study
 from memcontrol.study.place import StudyPlace
@@ -53,6 +53,6 @@ def run_search(place: StudyPlace, executor: Executor, quiet: bool = False) -> No
     with log_to_file(place.folder.log_file, about), contextlib.ExitStack() as shown:
         if not quiet:
             watchers.append(
-                shown.enter_context(Display(make_console(), search.trials, n_groups, search.workers))
+                shown.enter_context(Display(make_console(), search.trials, n_groups, count_workers(search)))
             )
         search_study(place, executor, Observers(*watchers)).close()

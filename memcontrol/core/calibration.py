@@ -10,21 +10,23 @@ from typing import Any
 @dataclass(frozen=True)
 class TrialCost:
     """Of one short trial: seconds of a step; before the first, the ends of its rounds with them, which do not
-    grow with the budget; after the last. Bytes of its samples, of the rest that is kept, and of its
-    checkpoints while it trains."""
+    grow with the budget; after the last. Bytes of its samples, of the rest that is kept, of the weights among
+    that, and of its checkpoints while it trains."""
 
     setup_seconds: float
     step_seconds: float
     after_seconds: float
     samples_bytes: int
     rest_bytes: int
+    weights_bytes: int
     rounds_bytes: int
 
 
 @dataclass(frozen=True)
 class Calibration:
     """What one worker found. `by_kind` holds the short trials, each of one batch of samples, by what they
-    train: an anchor's name or "sampled"; `two_batches` trains nothing and samples twice as much."""
+    train: an anchor's name (`none` whether it is one of the search's or not) or "sampled"; `two_batches`
+    trains nothing and samples twice as much."""
 
     start_seconds: float  # before the first short trial
     batch_size: int  # samples in a batch

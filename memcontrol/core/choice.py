@@ -6,13 +6,15 @@ import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from memcontrol.core.errors import MemControlError
 
 RANKED = ("lora", "dora", "loha", "lokr", "oft")  # their size is a rank; of oft, the block size
 SEARCHED_METHODS = (*RANKED, "ia3", "ln_tuning", "svdiff", "difffit", "attention", "norm", "bias", "full")
 _METHODS = ("none", *SEARCHED_METHODS)
+Anchor = Literal["none", "all", "full"]
+ANCHORS: tuple[Anchor, ...] = ("none", "all", "full")  # what a search runs first, unless told otherwise
 EVERYTHING = "*"  # stands for the whole denoiser, in the anchor `full`
 SAME_RATE = math.log(1.1)  # learning rates within 10 % count as the same choice
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from memcontrol.core.choice import ANCHORS, Anchor
 from memcontrol.core.config_errors import explain_problems
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.yaml_reader import parse_number, read_yaml
@@ -24,6 +25,7 @@ FREE_KEYS = (
     "inner.micro_batch_size",
     "inner.gradient_checkpointing",
     "search.trials",
+    "search.anchors",
     "search.workers",
     "search.executor",
     "search.processes",
@@ -31,6 +33,8 @@ FREE_KEYS = (
     "search.accumulate_on_oom",
     "search.stop_when_flat",
     "search.replicates",
+    "search.keep",
+    "search.disk_gb",
     "ray",
     "slurm",
 )
@@ -56,6 +60,10 @@ class Strict(BaseModel):
         for key, value in values.items():
             copy = _replace_at(copy, key.split("."), value)
         return copy
+
+
+def _convert_list(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _replace_at(model: Strict, keys: Sequence[str], value: Any) -> Any:
@@ -362,10 +370,6 @@ class RewardsConfig(Strict):
         return {name: objective for name, objective in zip(self.names, self.objectives) if ":" in objective}
 
 
-def _convert_list(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
 class EarlyStopping(Strict):
     """At each rung, a share of a trial's budget, both rewards are measured on few samples; a trial that many
     others beat stops."""
@@ -392,13 +396,18 @@ class EarlyStopping(Strict):
 
 
 class SearchConfig(Strict):
-    """The outer loop: how many sampled trials beside the three anchors, how many at a time, and the study's
+    """The outer loop: how many trials are sampled beside the anchors, how many run at a time, and the study's
     seed."""
 
     trials: Annotated[int, Field(ge=0)] = 20
-    """sampled trials beside the three anchors"""
-    workers: Count = 2
-    """trials at a time: processes (a GPU each, where there are any), or Slurm jobs"""
+    """sampled trials beside the anchors"""
+    anchors: Annotated[tuple[Anchor, ...], BeforeValidator(_convert_list)] = ANCHORS
+    """what sampled trials are compared with, which runs first: `none` (no training), `all` (plain PEFT, every
+    group on), `full` (full fine-tuning); leave out what the GPU's memory does not suffice for, or give `[]`.
+    What is added later is run by the next `search`"""
+    workers: Count | None = None
+    """trials at a time: processes, or Slurm jobs; none: of `local` ones one for each GPU (each
+    `search.processes` of them), and 2 where there are no GPUs or the executor is another"""
     processes: Count = 1
     """processes that train the shards of one trial side by side, a GPU each; no number changes (two cores
     gain nothing from it)"""
@@ -422,8 +431,24 @@ class SearchConfig(Strict):
     """of one attempt at a trial, which is then ended and tried again"""
     accumulate_on_oom: bool = True
     """a trial that runs out of GPU memory goes on once with half the images in a forward"""
+    keep: Literal["all", "front"] = "all"
+    """whose weights and samples stay: `all` trials', or `front`: those of the front, of what is off it within
+    error only, and of anchors. What is surely beaten loses them when it ends, the rest once the front was
+    measured again. Results and pictures always stay"""
+    disk_gb: Annotated[float, Field(gt=0)] | None = None
+    """how large the study's folder may be, in GB (10^9 bytes): no trial begins that would exceed it, and the
+    search stops; none: as large as it gets"""
     train_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     """share of the training images that trials see; `retrain` sees all, for as many passes"""
+
+    @model_validator(mode="after")
+    def anchors_once(self) -> SearchConfig:
+        if len(set(self.anchors)) < len(self.anchors):
+            raise ValueError(
+                f"search.anchors is [{', '.join(self.anchors)}]; give each of {', '.join(ANCHORS)} once at "
+                "most"
+            )
+        return self
 
     def count_train(self, n_images: int) -> int:
         """How many of so many training images a trial sees."""

@@ -16,6 +16,11 @@ class DiskFull(MemControlError):
     on."""
 
 
+class FolderFull(MemControlError):
+    """A further trial would exceed the bound on the study's folder: the search stops, and the same command
+    goes on once there is room."""
+
+
 class TrialsKeepFailing(MemControlError):
     """Trial after trial fails for good, so that something other than their choices is wrong: the search
     stops."""

@@ -75,6 +75,11 @@ class RunFolder:
         return self.path / "pairs.png"
 
     @property
+    def dropped_file(self) -> Path:
+        """Which files were dropped since other trials beat this one, written before they were."""
+        return self.path / "dropped.json"
+
+    @property
     def rounds(self) -> Path:
         """The folder of its checkpoints, until its result is there."""
         return self.path / "rounds"
@@ -110,6 +115,19 @@ class RunFolder:
     def is_complete(self) -> bool:
         """Whether it ended well."""
         return self.has_result and self.read_result()["state"] == "COMPLETE"
+
+    def is_dropped(self, path: Path) -> bool:
+        """Whether a file of the run is gone since other trials beat it."""
+        return self.dropped_file.is_file() and not path.exists()
+
+    def refuse_dropped(self, path: Path) -> None:
+        """Raises MemControlError where `is_dropped`."""
+        if self.is_dropped(path):
+            number = read_json(self.dropped_file)["trial"]
+            raise MemControlError(
+                f"{path} was dropped, since other trials beat trial {number} (search.keep: front); to have "
+                f"its model, train the choice anew: memcontrol retrain STUDY.yaml --trial {number}"
+            )
 
     def read_result(self) -> dict[str, Any]:
         return read_json(self.result_file)

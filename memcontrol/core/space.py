@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from memcontrol.core.choice import EVERYTHING, RANKED, Choice, Setting
+from memcontrol.core.choice import ANCHORS, EVERYTHING, RANKED, Choice, Setting
 from memcontrol.core.errors import MemControlError
 
 _THIRDS = (1 / 6, 3 / 6, 5 / 6)  # the middles of a range's three thirds
@@ -50,11 +50,11 @@ class SearchSpace:
     mix: bool = False
     description: str = ""
 
-    def list_anchors(self) -> dict[str, list[Choice]]:
+    def list_anchors(self, wanted: Collection[str] = ANCHORS) -> dict[str, list[Choice]]:
         """No training; plain PEFT with every group on; full fine-tuning: the last two at three learning rates
-        each."""
+        each. Those that are wanted, in this order."""
         plain = self.methods[0]
-        return {
+        found = {
             "none": [Choice((), "none", 0.0)],
             "all": [self.choice(self.select_groups(plain), plain, share) for share in _THIRDS],
             "full": [
@@ -62,6 +62,7 @@ class SearchSpace:
                 for share in _THIRDS
             ],
         }
+        return {name: choices for name, choices in found.items() if name in wanted}
 
     def choice(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +102,17 @@ def _count_parts(n: int, config: DataConfig) -> dict[str, int]:
             f"data: {asked} asks for {sum(sizes.values())} images and there are {n}; ask for fewer"
         )
     return sizes
+
+
+def format_ranges(rows: Iterable[int]) -> str:
+    """Rising row numbers in few characters: "0-3, 7, 9-12"."""
+    ends: list[list[int]] = []
+    for row in rows:
+        if ends and row == ends[-1][1] + 1:
+            ends[-1][1] = row
+        else:
+            ends.append([row, row])
+    return ", ".join(f"{first}-{last}" if first < last else str(first) for first, last in ends)
 
 
 def dump_parts(parts: dict[str, Images]) -> dict:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import queue
@@ -148,13 +149,20 @@ class Worker:
         self.listener.join()
 
 
+def list_gpus() -> list[str]:
+    """The GPUs of this machine as CUDA_VISIBLE_DEVICES names them, which hides all from its first entry that
+    is negative; without it, those that have a device file."""
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if listed is None:
+        return [str(i) for i in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
+    names = (name.strip() for name in listed.split(","))
+    return list(itertools.takewhile(lambda name: name and not name.startswith("-"), names))
+
+
 def choose_gpus(index: int, n_processes: int = 1) -> dict[str, str]:
     """The GPUs that worker `index` sees, one for each process of its trials, where there are any: they are
     dealt out in turn."""
-    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = (
-        listed.split(",") if listed else [str(i) for i in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
-    )
+    gpus = list_gpus()
     own = (
         dict.fromkeys(gpus[(index * n_processes + i) % len(gpus)] for i in range(n_processes)) if gpus else {}
     )

@@ -8,12 +8,13 @@ import shutil
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from memcontrol.core.attempts import read_failures
 from memcontrol.core.choice import Choice
 from memcontrol.core.config import Config
 from memcontrol.core.console import LOG
-from memcontrol.core.errors import MemControlError, SpaceExhausted, TrialsKeepFailing
+from memcontrol.core.errors import FolderFull, MemControlError, SpaceExhausted, TrialsKeepFailing
 from memcontrol.core.files import name_full_disk, write_json
 from memcontrol.core.jobs import Event, GivenUp, Prepared, PrepareJob, TrialJob, Warned
 from memcontrol.core.run_folder import StudyFolder, refuse_results_among
@@ -21,7 +22,10 @@ from memcontrol.core.space_yaml import load_space
 from memcontrol.core.spec import read_spec
 from memcontrol.execution.executor import Executor
 from memcontrol.execution.job_queue import JobQueue
+from memcontrol.execution.make import count_workers, describe_sharing
+from memcontrol.search.dropping import Dropper
 from memcontrol.search.early_stopping import EarlyStopper
+from memcontrol.search.folder_bound import FolderBound
 from memcontrol.search.locks import hold_folder_lock
 from memcontrol.search.observer import Observer
 from memcontrol.search.remeasuring import confirm_front, replicate_front
@@ -79,13 +83,16 @@ def search_study(place: StudyPlace, executor: Executor, observer: Observer) -> S
         )
         study.note("made_with", lambda: prepared.made_with or None)
         observer.opened(study)
+        if sharing := describe_sharing(config.search):
+            warn(sharing)
 
         # Trials, then what is done again of the best of them.
         running = Search(place, study, jobs, observer, prepared.sizes)
         with _ending(observer):
             running.run()
             confirm_front(study, running.runs, jobs)
-            replicate_front(study, running.runs, jobs)
+            replicate_front(study, running.runs, jobs, running.bound)
+            running.dropper.drop_at_the_end()
     return study
 
 
@@ -106,7 +113,7 @@ def _ending(observer: Observer) -> Iterator[None]:
     """Tells that the search is over, where what was found can still be shown."""
     try:
         yield
-    except (KeyboardInterrupt, TrialsKeepFailing):
+    except (KeyboardInterrupt, TrialsKeepFailing, FolderFull):
         observer.over()
         raise
     observer.over()
@@ -162,16 +169,20 @@ class Search:
     ):
         self.config, self.study, self.jobs, self.observer = place.config, study, jobs, observer
         self.space = load_space(self.config.space)
+        self.n_workers = count_workers(self.config.search)
         n_train = self.config.search.count_train(sizes["train"])
         self.runs = TrialRuns(self.config, self.space, place.folder, n_train)
+        self.dropper = Dropper(study, self.runs)
+        self.bound = FolderBound(place.folder, self.config.search.disk_gb)
         self.open: dict[int, RunningTrial] = {}
+        self.in_flight: set[Path] = set()  # run folders
         self.waiting: deque[tuple[int, Choice]] = deque()
         self.ahead = self.make_sampler(place)
         judged = {
             record.number: self.runs.locate(record.chosen) for record in study.records() if _is_judged(record)
         }
         self.stops = EarlyStopper(self.config, study.objectives, judged)
-        self.exhausted = self.flat = False
+        self.exhausted = self.flat = self.nearly_full = False
         self.n_looked_at = 0  # ended trials, when the hypervolume was last computed
         self.n_failures = 0
 
@@ -197,7 +208,7 @@ class Search:
         for record in records:
             if record.state == "RUNNING":
                 self.admit(record.number, record.candidates)  # less those whose result is already there
-        for anchor, candidates in self.space.list_anchors().items():
+        for anchor, candidates in self.space.list_anchors(self.config.search.anchors).items():
             if not any(record.anchor == anchor for record in records):
                 self.admit(self.study.begin(candidates, self.space, anchor), tuple(candidates))
         with contextlib.closing(self.ahead):
@@ -215,23 +226,38 @@ class Search:
 
     def fill(self) -> bool:
         """Gives every free place a job, sampling new choices as needed. Whether anything is left to wait
-        for."""
-        while self.jobs.count_room() > 0:
+        for. Raises FolderFull where there is nothing, since the folder is full."""
+        while self.jobs.count_room() > 0 and self.has_space():
             if not self.waiting:
                 if not self.sample():
                     break
                 continue  # its result may have been there already, from before the database was lost
             number, choice = self.waiting.popleft()
             rung = self.stops.next_rung(number, self.runs.locate(choice))
+            self.in_flight.add(self.runs.locate(choice).path)
             self.jobs.add(self.runs.make_job(choice, number, rung))
         if not self.waiting:
             self.draw_ahead()
         return bool(self.open)
 
+    def has_space(self) -> bool:
+        """Whether the next trial keeps the bound on the folder; where it does not, what runs ends first.
+        Raises FolderFull once nothing runs."""
+        if self.config.search.disk_gb is None or not (self.waiting or self.n_left() > 0):
+            return True
+        if not self.nearly_full and (line := self.bound.describe_nearly_full(self.in_flight)):
+            self.nearly_full = True
+            self.warn(line)
+        method = self.waiting[0][1].method if self.waiting else None
+        reason = self.bound.explain_no_room(method, self.in_flight)
+        if reason and not self.in_flight:
+            raise FolderFull(reason)
+        return not reason
+
     def draw_ahead(self) -> None:
         n_wanted = min(self.n_left(), max(1, len(self.open) // _CROWD))
         with contextlib.suppress(SpaceExhausted):
-            self.ahead.prepare(self.study.records(), n_wanted, self.config.search.workers > 1)
+            self.ahead.prepare(self.study.records(), n_wanted, self.n_workers > 1)
 
     def n_left(self) -> int:
         """How many choices are still to be sampled; those that failed are sampled anew."""
@@ -261,7 +287,7 @@ class Search:
         if self.n_left() <= 0:
             return False
         try:
-            choice = self.ahead.take(self.study.records(), self.config.search.workers > 1)
+            choice = self.ahead.take(self.study.records(), self.n_workers > 1)
         except SpaceExhausted as error:
             self.warn(str(error))
             self.exhausted = True
@@ -275,6 +301,7 @@ class Search:
         job = event.job
         assert isinstance(job, TrialJob) and job.number is not None, "nothing else is in flight here"
         run = self.runs.locate(job.choice)
+        self.in_flight.discard(run.path)
         if isinstance(event, GivenUp) and not run.has_result:
             n = len(read_failures(run.path))
             told = {
@@ -307,6 +334,8 @@ class Search:
             self.study.finish(number, [trial.results[candidate] for candidate in trial.candidates])
             del self.open[number]
             self.note_end(self.study.record(number))
+            for run in self.dropper.drop_on_the_way():
+                self.bound.forget(run)
         if self.n_failures >= _N_FAILURES:
             raise TrialsKeepFailing(
                 f"{_N_FAILURES} trials in a row failed for good, the last: "

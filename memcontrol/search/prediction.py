@@ -32,6 +32,7 @@ class Prediction:
     memory_mib: float
     disk_mib: float
     checkpoints_mib: float
+    disk_gb: float | None  # the bound on it
     n_confirmed: int
     n_workers: int
     stops_early: bool
@@ -59,16 +60,21 @@ def run_calibrations(config: Config, folder: Path, jobs: JobQueue) -> list[Calib
 def predict_search(
     config: Config, anchors: Mapping[str, Sequence[Choice]], calibrations: Sequence[Calibration]
 ) -> Prediction:
-    """From one calibration of each worker, all made at the same time; `anchors` are those of the space."""
+    """From one calibration of each worker, all made at the same time; `anchors` are those of the search."""
     n_runs = {name: len(choices) for name, choices in anchors.items()} | {"sampled": config.search.trials}
     costs = {kind: [cost for one in calibrations for cost in one.by_kind[kind]] for kind in n_runs}
     n_batches = _count_samples(config.rewards) / calibrations[0].batch_size
-    stretch = _estimate_stretch(costs["none"], [one.two_batches for one in calibrations], n_batches)
+    one_batch = [cost for one in calibrations for cost in one.by_kind["none"]]
+    stretch = _estimate_stretch(one_batch, [one.two_batches for one in calibrations], n_batches)
     n_workers = len(calibrations)
+    n_front = expect_front_size(config.search.trials + len(anchors))
+    n_kept = dict(n_runs)
+    if config.search.keep == "front":  # an anchor's best learning rate, and as many as are measured again
+        n_kept = dict.fromkeys(anchors, 1) | {"sampled": min(config.search.trials, n_front)}
     runs = {
         kind: _predict_run_seconds(found, config.inner.budget_steps, stretch) for kind, found in costs.items()
     }
-    n_confirmed = expect_front_size(config.search.trials + len(anchors)) if config.rewards.confirm else 0
+    n_confirmed = n_front if config.rewards.confirm else 0
     confirming = (
         config.rewards.confirm * stretch * statistics.mean(cost.after_seconds for cost in costs["sampled"])
     )
@@ -79,8 +85,10 @@ def predict_search(
         runs=runs,
         n_runs=n_runs,
         memory_mib=max(one.peak_mib for one in calibrations),
-        disk_mib=_predict_disk_bytes(calibrations[0].shared_bytes, costs, n_runs, n_batches) / 2**20,
+        disk_mib=(calibrations[0].shared_bytes + _predict_runs_bytes(costs, n_runs, n_kept, n_batches))
+        / 2**20,
         checkpoints_mib=_predict_checkpoint_bytes(costs, n_workers) / 2**20,
+        disk_gb=config.search.disk_gb,
         n_confirmed=n_confirmed,
         n_workers=n_workers,
         stops_early=config.search.early_stopping is not None,
@@ -107,14 +115,19 @@ def _predict_run_seconds(costs: Sequence[TrialCost], n_steps: int, stretch: floa
     )
 
 
-def _predict_disk_bytes(
-    shared_bytes: int, costs: Mapping[str, Sequence[TrialCost]], n_runs: Mapping[str, int], n_batches: float
+def _predict_runs_bytes(
+    costs: Mapping[str, Sequence[TrialCost]],
+    n_runs: Mapping[str, int],
+    n_kept: Mapping[str, int],
+    n_batches: float,
 ) -> float:
-    """Of the study's folder at the end of the search."""
-    return shared_bytes + sum(
-        n * statistics.mean(cost.rest_bytes + n_batches * cost.samples_bytes for cost in costs[kind])
-        for kind, n in n_runs.items()
-    )
+    """Of the runs at the end of the search, of which so many keep their weights and samples."""
+    total = 0.0
+    for kind, n in n_runs.items():
+        large = statistics.mean(cost.weights_bytes + n_batches * cost.samples_bytes for cost in costs[kind])
+        rest = statistics.mean(cost.rest_bytes - cost.weights_bytes for cost in costs[kind])
+        total += n * rest + n_kept[kind] * large
+    return total
 
 
 def _predict_checkpoint_bytes(costs: Mapping[str, Sequence[TrialCost]], n_workers: int) -> float:
@@ -156,5 +169,14 @@ def describe_prediction(found: Prediction) -> list[str]:
         f"predicted time of a run: {runs}",
         f"predicted memory of a worker: {found.memory_mib:.0f} MiB (the most that the calibration held)",
         f"predicted disk: {found.disk_mib:.0f} MiB, and {found.checkpoints_mib:.0f} MiB for "
-        "checkpoints while it trains",
+        "checkpoints while it trains" + _compare_with_bound(found),
     ]
+
+
+def _compare_with_bound(found: Prediction) -> str:
+    n_gb = (found.disk_mib + found.checkpoints_mib) * 2**20 / 1e9
+    if found.disk_gb is None or n_gb <= found.disk_gb:
+        return ""
+    return (
+        f"; together {n_gb:.3g} GB, more than search.disk_gb, {found.disk_gb:g}: the search will stop at it"
+    )

@@ -16,16 +16,25 @@ _N_REDRAWS = 200
 _N_WALKS = 40  # redrawn searches, for the error at every trial
 N_PLACES = 200  # of a history
 _MARGIN = 0.1
+_N_FIRST = 6  # sampled trials that stand in for anchors
 
 
 def find_reference_point(records: Sequence[Record]) -> list[float] | None:
     """The point that hypervolumes are measured from: the worst of the anchors in each objective, and a tenth
     of their range beyond it, so that the worst of them count too. As losses; None before every anchor has
-    ended, or where fewer than two ended well."""
+    ended. Where fewer than two of them ended well, the first sampled trials that did count with them: None
+    before there are six."""
     anchors = [record for record in records if record.anchor is not None]
-    losses = np.array([record.losses for record in anchors if record.finished])
-    if len(losses) < 2 or any(record.state == "RUNNING" for record in anchors):
+    if any(record.state == "RUNNING" for record in anchors):
         return None
+    known = [record for record in anchors if record.finished]
+    if len(known) < 2:
+        sampled = (record for record in records if record.anchor is None and record.finished)
+        first = _sort_by_end(sampled)[:_N_FIRST]
+        known = [*known, *first] if len(first) == _N_FIRST else []
+    if not known:
+        return None
+    losses = np.array([record.losses for record in known])
     return [float(value) for value in losses.max(0) + _MARGIN * np.ptp(losses, 0)]
 
 

@@ -150,11 +150,23 @@ def choose_record(study: Study, trial: int | None, rule: str | None, limits: Seq
     return find_trial(require_finished(study.records()), trial)
 
 
-def find_full(study: Study) -> Choice:
-    """Full fine-tuning as the study's anchor found it. Raises MemControlError."""
+def find_full(study: Study) -> Choice | None:
+    """Full fine-tuning as the study's anchor found it; None where there is none to compare with, which
+    `explain_no_full` explains. Raises MemControlError while it runs."""
     for record in study.records():
         if record.anchor == "full" and record.finished:
             return record.chosen
-    raise MemControlError(
-        "the anchor 'full' has not finished, so there is no baseline to compare with; let the search run on"
-    )
+        if record.anchor == "full" and record.state == "RUNNING":
+            raise MemControlError(
+                "the anchor 'full' has not finished, so there is no baseline to compare with; let the search "
+                "run on"
+            )
+    return None
+
+
+def explain_no_full(records: Sequence[Record]) -> str:
+    """Why a study has no full fine-tuning to compare with."""
+    failed = next((record for record in records if record.anchor == "full"), None)
+    if failed is None:
+        return "full fine-tuning is no anchor of this study (search.anchors), so nothing is compared with it"
+    return f"the anchor 'full' ended without a result, so nothing is compared with it: {failed.reason}"

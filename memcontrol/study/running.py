@@ -12,6 +12,7 @@ from typing import Any
 from memcontrol.core.attempts import read_attempts, read_failures, read_progress
 from memcontrol.core.config import Config
 from memcontrol.core.run_folder import RunFolder, StudyFolder
+from memcontrol.execution.make import count_workers
 from memcontrol.study.record import Record
 
 _QUIET_SECONDS = 120  # without a word for so long, a run is said to be silent
@@ -75,5 +76,6 @@ def estimate_pace(records: Sequence[Record], config: Config) -> dict[str, float]
     n_left = max(0, config.search.trials - n_sampled) + sum(
         len(record.candidates) for record in records if record.state == "RUNNING"
     )
-    waves = math.ceil(n_left / config.search.workers)
-    return {"runs_per_hour": 3600 * config.search.workers / mean, "minutes_left": waves * mean / 60}
+    n_workers = count_workers(config.search)
+    waves = math.ceil(n_left / n_workers)
+    return {"runs_per_hour": 3600 * n_workers / mean, "minutes_left": waves * mean / 60}

@@ -7,7 +7,7 @@ import itertools
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from memcontrol.core.calibration import Calibration, TrialCost
@@ -48,8 +48,8 @@ def calibrate(
         return measure_parts(run_folder, spec, loaded)
 
     # Once for all that is read, encoded and cached.
-    kinds = pick_calibration_choices(space, config.search.seed)
-    run("cold", kinds["all"][0], 1)
+    kinds = pick_calibration_choices(space, config.search.anchors, config.search.seed)
+    run("cold", kinds.get("all", kinds["sampled"])[0], 1)
     start_seconds = time.monotonic() - started
 
     # A short trial of each kind of choice, and one that samples twice as much.
@@ -93,9 +93,10 @@ def shorten_config(config: Config, n_batches: int) -> Config:
     )
 
 
-def pick_calibration_choices(space: SearchSpace, seed: int) -> dict[str, list[Choice]]:
-    """The anchors at their middle rates, and a few random choices."""
-    anchors, rng = space.list_anchors(), random.Random(derive_seed(seed, "calibrate"))
+def pick_calibration_choices(space: SearchSpace, wanted: Sequence[str], seed: int) -> dict[str, list[Choice]]:
+    """The search's anchors at their middle rates, and a few random choices. No training is always among
+    them: what a batch of samples takes is known from it."""
+    anchors, rng = space.list_anchors({"none", *wanted}), random.Random(derive_seed(seed, "calibrate"))
     found = {name: [choices[len(choices) // 2]] for name, choices in anchors.items()}
     options = space.list_coordinates()
     points = (
@@ -127,6 +128,7 @@ def measure_parts(folder: Path, spec: Spec, loaded: LoadedModels) -> TrialCost:
         after_seconds=ended - (ends[-1] if ends else started),
         samples_bytes=samples,
         rest_bytes=sum(sizes.values()) - samples - rounds + pictures,
+        weights_bytes=sizes.get(run.adapter_file, 0),
         rounds_bytes=rounds,
     )
 

@@ -21,6 +21,7 @@ from memcontrol.core.run_folder import (
     StudyFolder,
 )
 from memcontrol.core.spec import Spec, read_spec
+from memcontrol.data.split import format_ranges
 from memcontrol.model.adapter import Adapter, inject_adapter
 from memcontrol.model.base import Base
 from memcontrol.model.cost import Cost
@@ -283,16 +284,18 @@ def help_train(job: HelpJob, loaded: LoadedModels) -> None:
 
 def _make_training_record(log: TrainLog, spec: Spec, loaded: LoadedModels) -> dict:
     """What training.json holds: each shard's rounds, how far shards were apart, how often each image was
-    skipped, peak memory."""
+    skipped, peak memory. Where there are several shards, also which images each had, as row numbers of the
+    training part in split.json; a single one had the first `n_train`, which spec.json says."""
     names = [record.name for record in loaded.train_images(spec).records]
     record = dict(log.record)
     skipped = {name: n for name, n in zip(names, record.pop("skips_by_image", [])) if n}
-    members = [[names[row] for row in rows] for rows in record.pop("images", [])]
+    shards = [format_ranges(rows) for rows in record.pop("images", [])]
+    members = {"images_of_shards": shards} if len(shards) > 1 else {}
     return {
         "n_steps": log.n_steps,
         "images_seen": log.images_seen,
         **record,
-        "images_of_shards": members,
+        **members,
         "skips_by_image": skipped,
         "peak_mib": round(measure_peak_mib(), 1),
     }

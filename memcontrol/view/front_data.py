@@ -57,6 +57,11 @@ def list_standings(trials: Sequence[TrialData], objectives: Mapping[str, str]) -
     return [trial for trial in finished if trial["front"] or trial["tie"] or trial["anchor"]]
 
 
+def name_standings(trials: Sequence[TrialData]) -> str:
+    """What that table is headed with: `Front and anchors`, where any anchor has ended well."""
+    return "Front and anchors" if any(trial["anchor"] for trial in trials) else "Front"
+
+
 def name_places(trial: TrialData) -> list[str]:
     """Where it stands, as tables of the front say it."""
     words = {"front": "front", "tie": "within error"}

@@ -140,9 +140,10 @@ def _draw_error_bars(point: FrontPoint, across: _AxisScale, up: _AxisScale) -> s
     return f'<path class="error" d="{path}"/>'
 
 
-def draw_legend() -> str:
-    """The shapes, as HTML."""
-    items = [_draw_key(16, mark.shape, mark.title, kind) for kind, mark in MARKS.items()]
+def draw_legend(data: FrontData) -> str:
+    """The shapes that the drawing has, as HTML."""
+    kinds = {point.kind for point in data.points}
+    items = [_draw_key(16, mark.shape, mark.title, kind) for kind, mark in MARKS.items() if kind in kinds]
     items.append(_draw_key(24, '<circle class="pick" r="10"/>', "the pick"))
     items.append(_draw_key(16, '<path class="front" d="M-8 -4H0V4H8"/>', "the front"))
     return f'<p class="legend">{"".join(items)}</p>'

@@ -143,7 +143,7 @@ class Display(Observer):
 
     def block(self) -> Group:
         n_ended = sum(_has_ended(record) for record in self.records)
-        total = self.n_sampled + 3
+        total = self.n_sampled + sum(record.anchor is not None for record in self.records)
         minutes = (time.monotonic() - self.started) / 60
         head = (
             f"{n_ended} of {total} trials done, {len(self.running)} running, {minutes:.1f} min" + self.left()

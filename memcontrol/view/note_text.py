@@ -10,7 +10,7 @@ from memcontrol.core.config import Config
 from memcontrol.core.reward_table import REWARDS, format_reward
 from memcontrol.core.space import SearchSpace
 from memcontrol.study.record import Record
-from memcontrol.view.front_data import TrialData, list_standings, name_places
+from memcontrol.view.front_data import TrialData, list_standings, name_places, name_standings
 from memcontrol.view.words import describe_choice, find_title, format_markdown_table
 
 YOURS = "\n\n---\n*What is written below this line is yours and is kept.*"
@@ -110,7 +110,7 @@ def write_study_note(
     ]
     complete = [trial for trial in trials if trial["state"] == "COMPLETE"]
     if complete:
-        parts += ["## Anchors and front", write_standings(complete, objectives)]
+        parts += [f"## {name_standings(complete)}", write_standings(complete, objectives)]
     if any(trial["confirmed"] for trial in complete):
         parts.append(_MEASURED_AGAIN)
     return "\n\n".join(parts)

@@ -212,7 +212,7 @@ def _describe_trials(trials: list[TrialData], search: dict[str, Any]) -> str:
 
 def _describe_volume(volume: dict[str, Any] | None) -> str:
     if not volume:
-        return "not known before the anchors have ended"
+        return "not known before the anchors (without two of them, six sampled trials) have ended"
     reference = [f"{find_title(name)} {value:.4g}" for name, value in volume["reference"].items()]
     return f"{volume['value']:.4g} ± {volume['error']:.2g}, from {', '.join(reference)}"
 

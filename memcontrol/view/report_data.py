@@ -87,8 +87,7 @@ def _compute_trained_share(record: Record, block: dict[str, Any]) -> float:
 
 
 def summarize_hypervolume(study: Study) -> dict[str, Any] | None:
-    """Value, error and reference point; None before the anchors have ended, whose worst values it is measured
-    from."""
+    """Value, error and reference point; None before there is one to measure from."""
     records = study.records()
     reference = study.attributes.get("reference") or find_reference_point(records)
     if reference is None:

@@ -21,6 +21,7 @@ from memcontrol.view.front_data import (
     list_standings,
     make_front_data,
     name_places,
+    name_standings,
 )
 from memcontrol.view.front_svg import draw_effect_bar, draw_front_svg, draw_legend
 from memcontrol.view.html import (
@@ -53,7 +54,8 @@ def render_front(facts: ReportData) -> str:
     if len(facts["objectives"]) < 2:
         return ""
     trials = list_finished(facts["trials"], facts["objectives"])
-    chart = draw_front_svg(make_front_data(trials, facts["objectives"]))
+    data = make_front_data(trials, facts["objectives"])
+    chart = draw_front_svg(data)
     address = make_data_uri("image/svg+xml", chart.encode())
     link = f'<a download="{escape(facts["study"])}-front.svg" href="{address}">this figure as SVG</a>'
     about = (
@@ -63,7 +65,7 @@ def render_front(facts: ReportData) -> str:
     return render_section(
         "Quality and copying",
         f'<figure class="chart">{chart}</figure>',
-        draw_legend(),
+        draw_legend(data),
         f'<p class="told" aria-live="polite">{escape(about)}</p>',
         f'<p class="screen">{link}</p>',
     )
@@ -79,7 +81,7 @@ def render_standings(facts: ReportData) -> str:
     )
     heads = ["trial", "", "choice", *map(find_title, names), ""]
     return render_section(
-        "Front and anchors",
+        name_standings(trials),
         render_table(heads, [_render_standing(trial, names) for trial in trials]),
         render_paragraph(note, "note"),
     )
