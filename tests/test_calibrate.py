@@ -31,7 +31,7 @@ def write(path, n_bytes):
 
 def leave_files(folder):
     for name, n_bytes in {
-        "samples.npz": 1000,
+        "samples.safetensors": 1000,
         "samples.png": 30,
         "pairs.png": 20,
         "adapter.safetensors": 150,

@@ -146,7 +146,7 @@ def test_a_study_of_before_loses_what_is_beaten_when_it_is_told_to(tmp_path):
 def test_a_search_that_is_killed_while_it_drops_drops_the_rest_later(tmp_path, monkeypatch, at, when):
     file, unlink = study_in(tmp_path, keep="front"), Path.unlink
     dropping = dying(unlink, at, when)
-    large = ("adapter.safetensors", "samples.npz")
+    large = ("adapter.safetensors", "samples.safetensors")
     with monkeypatch.context() as patch, pytest.raises(Dead):
         patch.setattr(
             Path, "unlink", lambda path, **keys: (dropping if path.name in large else unlink)(path, **keys)

@@ -143,7 +143,7 @@ def test_exports_give_the_runs_images_in_plain_diffusers(searched, method, tmp_p
         arguments = [
             pipeline,
             lora,
-            f"{trial['run']}/samples.npz",
+            f"{trial['run']}/samples.safetensors",
             str(tmp_path / "captions"),
             "1",
             str(tmp_path / "off.npy"),

@@ -21,7 +21,7 @@ from memcontrol.execution.executor import Executor
 from memcontrol.execution.job_queue import N_TRIES, JobQueue, Show
 from memcontrol.execution.make import open_executor
 from memcontrol.search.locks import hold_folder_lock
-from memcontrol.search.orchestrator import run_preparation
+from memcontrol.search.orchestrator import run_encoding, run_preparation
 from memcontrol.study.pick import choose_record, explain_no_full, find_full
 from memcontrol.study.place import StudyPlace
 from memcontrol.study.store import Study
@@ -109,7 +109,11 @@ def run_retraining(plan: Retraining, executor: Executor, show: Show) -> dict[str
         if not has_result(run, spec):
             spec.write(run)
             jobs.append(TrialJob(run, spec.choice))
-    for event in JobQueue(executor, show).run(jobs):
+    queue = JobQueue(executor, show)
+    if jobs:
+        spec = next(iter(plan.make_specs().values()))
+        run_encoding(spec.config, plan.folder, spec.n_train, spec.reference, queue)
+    for event in queue.run(jobs):
         if isinstance(event, GivenUp):
             where = event.job and event.job.folder
             raise MemControlError(f"retraining in {where} failed {N_TRIES} times: {event.reason}")

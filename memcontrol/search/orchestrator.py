@@ -16,7 +16,7 @@ from memcontrol.core.config import Config
 from memcontrol.core.console import LOG
 from memcontrol.core.errors import FolderFull, MemControlError, SpaceExhausted, TrialsKeepFailing
 from memcontrol.core.files import name_full_disk, write_json
-from memcontrol.core.jobs import Event, GivenUp, Prepared, PrepareJob, TrialJob, Warned
+from memcontrol.core.jobs import EncodeJob, Event, GivenUp, Prepared, PrepareJob, TrialJob, Warned
 from memcontrol.core.run_folder import StudyFolder, refuse_results_among
 from memcontrol.core.space_yaml import load_space
 from memcontrol.core.spec import read_spec
@@ -86,9 +86,10 @@ def search_study(place: StudyPlace, executor: Executor, observer: Observer) -> S
         if sharing := describe_sharing(config.search):
             warn(sharing)
 
-        # Trials, then what is done again of the best of them.
+        # What all trials look at; then trials, and what is done again of the best of them.
         running = Search(place, study, jobs, observer, prepared.sizes)
         with _ending(observer):
+            run_encoding(config, place.folder, running.runs.n_train, "holdout", jobs)
             running.run()
             confirm_front(study, running.runs, jobs)
             replicate_front(study, running.runs, jobs, running.bound)
@@ -126,6 +127,16 @@ def run_preparation(config: Config, folder: StudyFolder, jobs: JobQueue) -> Prep
         raise MemControlError(f"the images and the base could not be read: {end.reason}")
     assert isinstance(end, Prepared), "a preparation ends with its result"
     return end
+
+
+def run_encoding(config: Config, folder: StudyFolder, n_train: int, reference: str, jobs: JobQueue) -> None:
+    """Has all workers make, together, the latents, encodings and reference features that trials look at.
+    Raises MemControlError."""
+    n, values = max(jobs.count_room(), 1), config.model_dump(mode="json")
+    wanted = [EncodeJob(folder.path, values, n_train, reference, index) for index in range(n)]
+    for end in jobs.run(wanted):
+        if isinstance(end, GivenUp):
+            raise MemControlError(f"the images could not be encoded: {end.reason}")
 
 
 def _read_earlier_front(place: StudyPlace) -> list[dict] | None:

@@ -20,7 +20,7 @@ from memcontrol.training.mitigations import noise_norms
 
 # a draw for each of as many timesteps, evenly over their range: a random one would drown the gap
 N_PROBE_IMAGES, N_PROBE_DRAWS = 32, 4
-_SHARE = 0.1  # of the passes of training and sampling, which probes must not exceed
+_PROBE_SHARE = 0.1  # of the passes of training and sampling, which probes must not exceed
 _STEP_PASSES = 3  # a training step of an image, in passes forward
 
 
@@ -46,7 +46,7 @@ def choose_probe_size(inner: InnerConfig, rewards: RewardsConfig, n_probes: int 
     if any(name.startswith(("loss_gap", "noise_norm")) for name in asked):
         return full
     sampling = rewards.n_samples * rewards.sampling_steps * (1 if rewards.guidance == 1 else 2)
-    allowed = _SHARE * (_STEP_PASSES * inner.budget_images + sampling) / n_probes
+    allowed = _PROBE_SHARE * (_STEP_PASSES * inner.budget_images + sampling) / n_probes
     sizes = [
         ProbeSize(images, draws, norms)
         for norms in (True, False)

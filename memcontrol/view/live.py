@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.text import Text
 
 from memcontrol.core.console import LOG, say
-from memcontrol.core.jobs import END_EVENTS, ConfirmJob, Event, Failed, Progress, TrialJob, Warned
+from memcontrol.core.jobs import END_EVENTS, ConfirmJob, EncodeJob, Event, Failed, Progress, TrialJob, Warned
 from memcontrol.core.run_folder import RunFolder
 from memcontrol.search.observer import Observer
 from memcontrol.study.pick import select_front
@@ -27,6 +27,7 @@ _STAGES = {
     "train": (0.0, 0.8),
     "confirm": (0.0, 1.0),
 }  # of a job: where in its time a stage begins, and its length
+_ENCODINGS = {"encode": "encoding images and captions", "describe": "features of real images"}
 _SCORING = (0.8, 0.15)  # any other stage of a trial
 
 
@@ -80,6 +81,8 @@ class Display(Observer):
         job = event.job
         if isinstance(event, Warned):
             self.console.print(Text(f"warning: {event.text}", style="yellow"))
+        elif isinstance(job, EncodeJob):
+            self.show_encoding(event, job)
         elif isinstance(job, (TrialJob, ConfirmJob)):
             if isinstance(event, Progress):
                 self.show_progress(event, job)
@@ -88,6 +91,17 @@ class Display(Observer):
             elif isinstance(event, END_EVENTS):
                 self.show_end(job)
         self.refresh()
+
+    def show_encoding(self, event: Event, job: EncodeJob) -> None:
+        """How far a worker is with its share of what is made before the first trial."""
+        place = job.folder / f"encoding {job.index}"
+        if isinstance(event, Progress):
+            text = _ENCODINGS.get(event.stage, event.stage)
+            self.running[place] = f"{text} ({event.done} of {event.total})", event.done / event.total
+            if not self.live and event.done == event.total:
+                say(self.console, f"{(time.monotonic() - self.started) / 60:.1f} min: {text}: {event.total}")
+        elif isinstance(event, END_EVENTS):
+            self.running.pop(place, None)
 
     def show_progress(self, event: Progress, job: TrialJob | ConfirmJob) -> None:
         self.begun_at.setdefault(job.folder, time.monotonic())
