@@ -5,7 +5,7 @@ import random
 
 from memcontrol.core.attempts import begin_attempt
 from memcontrol.core.files import write_json
-from memcontrol.core.jobs import Done, Prepared, PrepareJob, TrialJob
+from memcontrol.core.jobs import Done, EncodeJob, Prepared, PrepareJob, TrialJob
 from memcontrol.core.run_folder import RunFolder
 from memcontrol.core.spec import read_spec
 from memcontrol.execution.executor import Executor
@@ -66,6 +66,8 @@ class Simulated(Executor):
     def ended(self, begun, end, job):
         if isinstance(job, PrepareJob):
             return Prepared(job, {"train": 100}, ["minimize", "minimize"])
+        if isinstance(job, EncodeJob):
+            return Done(job)
         self.busy, self.last, self.n_ended = self.busy + end - begun, self.clock.monotonic(), self.n_ended + 1
         run, choice = RunFolder(job.folder), job.choice.as_dict()
         rewards = self.rewards(choice)

@@ -26,6 +26,7 @@ from memcontrol.core.jobs import (
     CalibrateJob,
     ConfirmJob,
     Done,
+    EncodeJob,
     Failed,
     GivenUp,
     HelpJob,
@@ -297,39 +298,6 @@ def test_a_second_attempt_takes_a_folder_over(tmp_path):
     assert second.is_current() and len(read_attempts(tmp_path)) == 2
 
 
-def test_out_of_memory_goes_on_with_smaller_forwards(tmp_path, monkeypatch):
-    import torch
-
-    from memcontrol.execution.worker import run_job
-    from memcontrol.trial import run
-    from memcontrol.trial.loaded import LoadedModels
-
-    sizes = []
-
-    def fine_tuned(folder, spec, loaded, progress, rung):
-        sizes.append(spec.config.inner.micro_batch_size)
-        if len(sizes) < 2 or spec.config.search.accumulate_on_oom is False:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-
-    monkeypatch.setattr(run, "train_and_score", fine_tuned)
-    for allowed, kind in ((True, Done), (False, Failed)):
-        sizes.clear()
-        spec = Spec(
-            small(search={"accumulate_on_oom": allowed}),
-            load_space("digits"),
-            CHOICE,
-            tmp_path,
-            "search",
-            "holdout",
-            32,
-        )
-        said = []
-        spec.write(tmp_path / str(allowed))
-        run_job(TrialJob(tmp_path / str(allowed), CHOICE), LoadedModels(), said.append)
-        assert type(said[-1]) is kind and sizes == ([None, 8] if allowed else [None])
-    assert said[-1].reason.startswith("out of memory on the GPU: CUDA out of memory")
-
-
 def test_a_job_of_which_nothing_is_known_yet_is_no_error(tmp_path):
     """A second attempt has not said anything, and what the first one said no longer counts."""
     from memcontrol.execution.ray_cluster import Place, Ray
@@ -352,6 +320,7 @@ def test_preparing_has_no_time_limit(tmp_path):
 
 JOBS = [
     PrepareJob(Path("study"), {"name": "a"}),
+    EncodeJob(Path("study"), {"name": "a"}, 10, "holdout", 1),
     CalibrateJob(Path("study"), {"name": "a"}),
     TrialJob(Path("study/run"), CHOICE, 7, 0.25, 1),
     ConfirmJob(Path("study/run"), CHOICE, 7),

@@ -4,6 +4,7 @@ plain diffusers."""
 import numpy as np
 import pytest
 import torch
+import yaml
 from small_pipelines import SMALL, build
 
 from memcontrol.core.choice import Choice
@@ -38,6 +39,36 @@ ALL_AT_ONCE = {
     "micro_batch_size": 2,
 }
 ON_TEXT = {"captions": {"add_words": 0.5, "repeat_word": 0.5}, "embedding_noise": 0.1, "norm_threshold": 1e6}
+
+
+def write_family_study(folder, base, name, photographs, method="svdiff", **keys):
+    """A study file of a small base: one sampled trial beside no training."""
+    space = folder / "space.yaml"
+    groups = (
+        "{a: '(down_blocks|transformer_blocks)\\..*', b: "
+        "'(up_blocks|single_transformer_blocks|proj_out|norm_out)\\.?.*'}"
+    )
+    rates = f"{{{method}: [1.0e-3, 1.0e-2], full: [1.0e-5, 1.0e-4]}}"
+    space.write_text(f"groups: {groups}\nmethods: [{method}]\nlearning_rate: {rates}\n")
+    study = {
+        "name": "t",
+        "base": base,
+        "space": str(space),
+        "inner": {"budget_images": 8, "batch_size": 4, "rounds": 1},
+        "data": {
+            "path": str(photographs(30)),
+            "train": 10,
+            "holdout": 10,
+            "test": 10,
+            "resolution": RESOLUTION.get(name, 32),
+        },
+        "rewards": {"n_samples": 8, "sampling_steps": 2, "objectives": ["kid", "memorization"], "confirm": 0},
+        "search": {"trials": 1, "anchors": ["none"], "executor": "inline"},
+        **keys,
+    }
+    path = folder / "t.yaml"
+    path.write_text(yaml.safe_dump(study))
+    return path
 
 
 @pytest.mark.parametrize("inner", ("plain", "all at once"))

@@ -118,7 +118,8 @@ pipe = StableDiffusionPipeline.from_pretrained(pipeline, safety_checker=None)
 if lora:
     pipe.load_lora_weights(lora)
 pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
-stored = np.load(samples)
+from safetensors.numpy import load_file
+stored = load_file(samples)
 captions = open(captions).read().split("\\n")
 n = 16
 generators = [torch.Generator().manual_seed(int(seed)) for seed in stored["seeds"][:n]]

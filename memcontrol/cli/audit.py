@@ -68,14 +68,16 @@ def _add_sampling(audit: argparse.ArgumentParser) -> None:
 
 
 def _run_audit(args: argparse.Namespace) -> int:
-    from memcontrol.commands.audit import SAMPLING, Source, audit_source, read_pairs
+    from memcontrol.commands.audit import SAMPLING, AuditSource, audit_source, read_pairs
     from memcontrol.view.audit_page import write_audit
     from memcontrol.view.live import Steps, shorten_path
 
     given = {name: getattr(args, name) for name in SAMPLING}
     sampling = {name: value for name, value in given.items() if value is not None}
     with Steps(make_console()) as steps:
-        source = Source(args.images, args.train, args.holdout, args.model, args.skip_unreadable, sampling)
+        source = AuditSource(
+            args.images, args.train, args.holdout, args.model, args.skip_unreadable, sampling
+        )
         found, generated, train = audit_source(source, args.extractor, steps.show, steps.warn)
         write_audit(found, read_pairs(found, generated, train), args.out)
     if args.json:

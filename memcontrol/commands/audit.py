@@ -109,12 +109,12 @@ def audit(
     set, judged against held-out images: what audit.json holds. A run knows its own images. `sampling` of a
     pipeline: samples, attacked, steps, guidance, seed. Raises MemControlError."""
     generated, known, held = (Path(path) if path else None for path in (images, train, holdout))
-    source = Source(generated, known, held, str(model) if model else None, skip_unreadable, sampling)
+    source = AuditSource(generated, known, held, str(model) if model else None, skip_unreadable, sampling)
     return audit_source(source, extractor, lambda title, done, total: None, lambda line: None)[0]
 
 
 @dataclass(frozen=True)
-class Source:
+class AuditSource:
     """What is audited and with what it is compared, as a person names it: images or a model (a run folder, or
     a pipeline, folder or Hub id); a run knows its own training and held-out images. `sampling` of a pipeline:
     some of SAMPLING's keys."""
@@ -155,7 +155,7 @@ class Source:
 
 
 def audit_source(
-    source: Source, extractor: str, progress: ShowProgress, warn: Callable[[str], None]
+    source: AuditSource, extractor: str, progress: ShowProgress, warn: Callable[[str], None]
 ) -> tuple[dict, Pictures, Pictures]:
     """The audit, and the generated and training images that it tells of. Raises MemControlError."""
     source.check()

@@ -43,11 +43,12 @@ class CalibrateJob(PrepareJob):
 
 
 @dataclass(frozen=True)
-class EncodeJob(PrepareJob):
+class EncodeJob(Job):
     """Makes, with the others of its kind, the latents, encodings and reference features that trials look at:
     of the first `n_train` training images, and of the part that is their `reference`. In the study's folder,
-    which the others have too: `index` tells them apart."""
+    which the others have too: `index` tells them apart. Ends with `Done`."""
 
+    config: dict[str, Any]  # as JSON has it
     n_train: int
     reference: str
     index: int

@@ -410,11 +410,9 @@ class Base:
             none = self.cast(
                 {name: tensor.expand(len(generators), *tensor.shape[1:]) for name, tensor in empty.items()}
             )
-            call = (
-                self.make_unconditional_call(generators)
-                if not text
-                else self.make_conditional_call(generators, own, none, guidance, resolution)
-            )
+            if not text:
+                return self.sample_unconditional(generators, steps)
+            call = self.make_conditional_call(generators, own, none, guidance, resolution)
             if guidance_from and guidance > 1:
                 call |= _delay_guidance(guidance, round(guidance_from * steps))
             return self.call_pipeline(call, steps, resolution)
@@ -426,14 +424,24 @@ class Base:
 
     def call_pipeline(self, call: dict, steps: int, resolution: int) -> np.ndarray:
         """uint8 [N, 3, H, W]."""
-        kind = "np" if self.autoencoder is None else "latent"
         assert self.denoiser is not None  # placed, since the pipeline does not ask for it here
         with self.autocast():
-            found = self.pipeline(**call, num_inference_steps=steps, output_type=kind).images
-        if self.autoencoder is None:
-            return _convert_to_bytes(found.transpose(0, 3, 1, 2))
+            found = self.pipeline(**call, num_inference_steps=steps, output_type="latent").images
         side = resolution // self.pixels_per_latent
         return self.decode(self.family.unpack_latents(found, side, side))
+
+    def sample_unconditional(self, generators: Sequence[torch.Generator], steps: int) -> np.ndarray:
+        """DDIM (arXiv 2010.02502) with eta = 0, as diffusers' DDIMPipeline, which would hold the images in
+        the type of the weights. uint8 [N, 3, H, W]."""
+        solver, side = self.pipeline.scheduler, self.config.sample_size
+        noise = [torch.randn(self.n_channels, side, side, generator=each) for each in generators]
+        images = torch.stack(noise).to(self.device)
+        solver.set_timesteps(steps)
+        for time in solver.timesteps:
+            with self.autocast():
+                predicted = self.family.predict(self.denoiser, images, time.to(self.device), {})
+            images = solver.step(predicted.float(), time, images, eta=0.0).prev_sample
+        return _convert_to_bytes((images / 2 + 0.5).clamp(0, 1).cpu().numpy())
 
     def choose_sampling_batch(self, text: Text, guidance: float, resolution: int) -> int:
         """How many images the denoiser takes at a time without gradients, each twice where there is
@@ -445,18 +453,11 @@ class Base:
 
     def count_forward_bytes(self, latents: tuple[int, ...], text: Mapping[str, tuple[int, ...]]) -> int:
         """What one image's pass through the denoiser holds without gradients."""
-        key = ("forward", latents, tuple(sorted(text.items())))
+        key, bare = ("forward", latents, tuple(sorted(text.items()))), self.bare_denoiser
         if key not in self.counted:
+            compute, on_card = self.precision.compute, self.device.type == "cuda"
             with torch.no_grad(), PeakBytes() as held:
-                pass_shapes(
-                    self.bare_denoiser,
-                    self.family,
-                    latents,
-                    text,
-                    1,
-                    self.precision.compute,
-                    self.device.type == "cuda",
-                )
+                pass_shapes(bare, self.family, latents, text, 1, compute, on_card)
             self.counted[key] = held.peak
         return self.counted[key]
 
@@ -484,9 +485,6 @@ class Base:
             "height": resolution,
             "width": resolution,
         }
-
-    def make_unconditional_call(self, generators: Sequence[torch.Generator]) -> dict:
-        return {"batch_size": len(generators), "generator": list(generators)}
 
 
 def _convert_to_bytes(pixels: np.ndarray) -> np.ndarray:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import PACKAGE
 from memcontrol.data.features import pixel_features, shrink_images
+from memcontrol.model.batches import halve_until_it_fits
 
 TINY_FEATURES = PACKAGE / "assets" / "features.safetensors"
 _EXTRACT_BATCH = 64
@@ -128,20 +129,19 @@ def load_clip(name: str) -> Callable[[np.ndarray, Sequence[str]], tuple[np.ndarr
 
     @torch.no_grad()
     def embed(images: np.ndarray, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        found = []
-        for start in range(0, len(images), _EXTRACT_BATCH):
+        def embed_part(rows: slice) -> tuple[np.ndarray, np.ndarray]:
             batch = processor(
-                images=list(images[start : start + _EXTRACT_BATCH]),
-                text=list(captions[start : start + _EXTRACT_BATCH]),
+                images=list(images[rows]),
+                text=list(captions[rows]),
                 return_tensors="pt",
                 padding=True,
                 truncation=True,
             )
             output = model(**batch.to(device))
-            found.append(
-                (output.image_embeds.float().cpu().numpy(), output.text_embeds.float().cpu().numpy())
-            )
-        seen, read = (np.concatenate(rows) for rows in zip(*found))
+            return output.image_embeds.float().cpu().numpy(), output.text_embeds.float().cpu().numpy()
+
+        parts = halve_until_it_fits(len(images), _EXTRACT_BATCH, embed_part)
+        seen, read = (np.concatenate(rows) for rows in zip(*(part for _, part in parts)))
         return seen, read
 
     return embed
@@ -227,7 +227,10 @@ def _make_batched(
     @torch.no_grad()
     def extract(images: np.ndarray) -> np.ndarray:
         chunks = [
-            features(images[start : start + size]).float().cpu() for start in range(0, len(images), size)
+            chunk
+            for _, chunk in halve_until_it_fits(
+                len(images), size, lambda rows: features(images[rows]).float().cpu()
+            )
         ]
         found = torch.cat(chunks).numpy()
         if not np.isfinite(found).all():

@@ -230,8 +230,12 @@ def _tell_blocks(images: Images, progress: TellStage) -> Iterator[np.ndarray]:
 def describe_images(blocks: Iterable[np.ndarray], extract: Callable) -> Descriptors:
     """Images in blocks, each uint8 [n, 3, H, W], under both descriptors; one block is in memory at a time."""
     found = [(pixel_features(block), extract(block)) for block in blocks]
-    pixels, features = zip(*found)
-    return Descriptors(np.concatenate(pixels), np.concatenate(features))
+    return Descriptors(*map(_join_rows, zip(*found)))
+
+
+def _join_rows(blocks: Sequence[np.ndarray]) -> np.ndarray:
+    """By torch, whose memory lies at multiples of 64 bytes: what sums round by depends on where it lies."""
+    return blocks[0] if len(blocks) == 1 else torch.cat(list(map(_convert_to_tensor, blocks))).numpy()
 
 
 def _load_or_make_descriptors(path: Path, make: Callable[[], Descriptors]) -> Descriptors:
