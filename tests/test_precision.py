@@ -154,3 +154,41 @@ def test_quantisation_without_its_library_is_one_line():
         pytest.skip("bitsandbytes is installed")
     with pytest.raises(MemControlError, match="base_precision is nf4, which needs bitsandbytes; pip install"):
         load_base("tiny", Precision(quantized="nf4"))
+
+
+@pytest.mark.parametrize("name", [name for name in SMALL if name != "ddpm"])
+def test_a_quantised_base_of_every_family_is_searched(name, tmp_path, photographs):
+    """int8 by torchao, which runs on a CPU: LoRA is trained beside it, and its Linear weights stay as they
+    are."""
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    import memcontrol
+
+    base = str(build(name, tmp_path / "base"))
+    study = write_family_study(tmp_path, base, name, photographs, base_precision="int8", method="lora")
+    memcontrol.search(study)
+    results = [json.loads(path.read_text()) for path in (tmp_path / "runs" / "t").glob("*/result.json")]
+    assert len(results) == 2 and {result["state"] for result in results} == {"COMPLETE"}
+    assert {result["measured_with"]["precision"] for result in results} == {"int8+float32"}
+
+
+@pytest.mark.parametrize(
+    "method, keys, word",
+    [
+        ("svdiff", {}, "method svdiff changes the weight of .* itself, which is quantised"),
+        (
+            "lora",
+            {"search": {"trials": 1, "executor": "inline"}},
+            "search.anchors asks for .* set .none, all.",
+        ),
+    ],
+)
+def test_what_a_quantised_base_cannot_take_is_refused_by_name(method, keys, word, tmp_path, photographs):
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    import memcontrol
+
+    base = str(build("sd3", tmp_path / "base"))
+    study = write_family_study(
+        tmp_path, base, "sd3", photographs, base_precision="int8", method=method, **keys
+    )
+    with pytest.raises(MemControlError, match=word):
+        memcontrol.search(study)

@@ -2,6 +2,7 @@
 formula."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -15,8 +16,9 @@ from memcontrol.core.errors import Diverged
 from memcontrol.core.seeds import derive_seed
 from memcontrol.core.space_yaml import load_space
 from memcontrol.model.adapter import inject_adapter
-from memcontrol.training.loop import Loop, learning_rate_factor, select_batch_rows
+from memcontrol.training.loop import Gathered, Loop, Verdict, learning_rate_factor, select_batch_rows
 from memcontrol.training.loss_memory import LossMemory
+from memcontrol.training.optimizers import RoundedAdafactor, round_by_chance
 from memcontrol.training.shard import Shard
 
 CHOICE = Choice(**KEYS)
@@ -373,3 +375,71 @@ def test_gradient_checkpointing_changes_no_number(base, trained):
     finally:
         base.denoiser.disable_gradient_checkpointing()
     assert same(plain, checkpointed, 1e-6)
+
+
+def test_a_step_without_rules_reads_nothing_from_the_device(loop, monkeypatch):
+    """On a card each read would stop the CPU until the step is done; with a rule there is one for a batch."""
+    one = loop()
+    refuse = pytest.fail
+    for name in ("item", "__int__", "__float__", "__bool__", "tolist", "numpy", "nonzero", "__index__"):
+        monkeypatch.setattr(torch.Tensor, name, lambda self, *_, name=name: refuse(f"{name} of a tensor"))
+    one.take_slot(0.5)
+    monkeypatch.undo()
+    assert one.shard.losses == []
+    one.flush()
+    assert len(one.shard.losses) == 1
+
+
+@pytest.mark.parametrize("size", (None, 2))
+def test_a_rule_reads_once_a_batch(loop, size, monkeypatch):
+    one, reads = loop(skip=SkipConfig(ratio=1.1, bins=1), bank=0.2, micro_batch_size=size), []
+    read = Verdict.read
+    monkeypatch.setattr(Verdict, "read", lambda self: reads.append(len(self.loss)) or read(self))
+    for name in ("item", "__int__", "__float__"):
+        monkeypatch.setattr(torch.Tensor, name, lambda self, name=name: pytest.fail(f"{name} of a tensor"))
+    one.take_slot(0.5)
+    monkeypatch.undo()
+    assert set(reads) == {8} and one.shard.counts["seen"] == 8
+
+
+def test_batches_gathered_ahead_are_the_same(loop, monkeypatch):
+    plain = loop()
+    expected = [plain.draw() for _ in range(4)]
+    ahead = loop()
+    monkeypatch.setattr(Gathered, "pin", lambda self: self)
+    ahead.reader = ThreadPoolExecutor(1)
+    for batch in expected:
+        found = ahead.draw()
+        assert torch.equal(found.rows, batch.rows) and torch.equal(found.noised.noisy, batch.noised.noisy)
+    ahead.reader.shutdown()
+
+
+def test_rounding_by_chance_is_exact_in_the_mean():
+    """1 + 2^-10 lies between two bfloat16 numbers, an eighth of the way up from 1."""
+    values = torch.full((20_000,), 1 + 2.0**-10)
+    found = round_by_chance(values, torch.bfloat16, torch.Generator().manual_seed(0)).float()
+    assert set(found.tolist()) == {1.0, 1 + 2.0**-7}
+    assert abs(float(found.double().mean()) - (1 + 2.0**-10)) < 5 * 2.0**-7 * (0.125 * 0.875 / 20_000) ** 0.5
+
+
+@pytest.mark.parametrize("kind", (torch.float32, torch.bfloat16))
+def test_rounded_adafactor_is_torchs_on_float32_and_learns_in_bfloat16(kind):
+    torch.manual_seed(0)
+    target, start = torch.randn(8, 8), torch.zeros(8, 8)
+    ours, theirs = (torch.nn.Parameter(start.clone().to(dtype)) for dtype in (kind, torch.float32))
+    groups = [{"params": [ours], "lr": 1e-2, "rate": 1e-2}]
+    one, other = (
+        RoundedAdafactor(groups, 0.01, 0),
+        torch.optim.Adafactor([theirs], lr=1e-2, weight_decay=0.01),
+    )
+    for _ in range(200):
+        for parameter, optimizer in ((ours, one), (theirs, other)):
+            optimizer.zero_grad()
+            (parameter.float() - target).square().mean().backward()
+            optimizer.step()
+    assert ours.dtype == kind
+    if kind == torch.float32:
+        assert torch.equal(ours, theirs)
+    else:
+        off, usual = ((each.float() - target).square().mean() for each in (ours, theirs))
+        assert abs(float((off - usual).detach())) < 0.02 * float(target.square().mean())

@@ -212,8 +212,8 @@ class InnerConfig(Strict):
     """images in one forward, gradients accumulate to the batch; none: the batch"""
     rounds: Count = 5
     """parts of equal length; a killed run goes on from the last one, shards are averaged after each"""
-    optimizer: Literal["adamw", "adam", "nadam", "radam", "adafactor", "sgd"] = "adamw"
-    """as in torch"""
+    optimizer: Literal["adamw", "adamw8bit", "adam", "nadam", "radam", "adafactor", "sgd"] = "adamw"
+    """as in torch; `adamw8bit` is that of bitsandbytes, on a GPU"""
     weight_decay: NotNegative = 0.01
     """of the optimizer"""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
@@ -227,6 +227,9 @@ class InnerConfig(Strict):
     `base_precision` that one counts"""
     gradient_checkpointing: bool = False
     """recompute activations to save memory"""
+    low_memory_full: bool = False
+    """full fine-tuning in the type of the base's weights, 16-bit ones rounded by chance, with Adafactor and
+    gradient checkpointing: about two bytes of weights and two of gradients a parameter on a card"""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     """decay of a moving average of the weights, which is then what is sampled and saved"""
     from_scratch: bool = False
@@ -263,6 +266,11 @@ class InnerConfig(Strict):
 
     @model_validator(mode="after")
     def parts_fit(self) -> InnerConfig:
+        if self.low_memory_full and (self.ema or self.ensemble.shards > 1):
+            raise ValueError(
+                "inner.low_memory_full holds one set of weights; it cannot be combined with inner.ema or "
+                "inner.ensemble.shards of 2 or more"
+            )
         if self.redistribution and (self.skip is None or self.ensemble.shards < 2 or self.rounds < 2):
             raise ValueError(
                 "inner.redistribution moves skipped images between shards; it needs inner.skip, "

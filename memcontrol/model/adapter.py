@@ -83,6 +83,7 @@ def check_space(denoiser: nn.Module, space: SearchSpace) -> None:
     for method in space.methods:
         targets = _find_targets(denoiser, space, space.choice(space.select_groups(method), method, 0.5))
         _check_ownership(denoiser, targets, space)
+        _refuse_quantized(denoiser, targets)
 
 
 def _name_mechanism(method: str) -> str | None:
@@ -107,6 +108,26 @@ def _check_ownership(denoiser: nn.Module, targets: Sequence[Target], space: Sear
             )
 
 
+def is_quantized(module: nn.Module) -> bool:
+    """Whether its weight is one of bitsandbytes (packed integers) or torchao (a tensor class of its own)."""
+    if not isinstance(module, nn.Linear):
+        return False
+    weight = module.weight
+    return not weight.is_floating_point() or type(weight.data) is not torch.Tensor
+
+
+def _refuse_quantized(denoiser: nn.Module, targets: Sequence[Target]) -> None:
+    """Raises MemControlError where a method would change a quantised weight itself."""
+    for target in targets:
+        layer = denoiser.get_submodule(find_output_layer(denoiser, target.module))
+        if is_quantized(layer) and target.method not in _BESIDE_QUANTIZED:
+            raise MemControlError(
+                f"method {target.method} changes the weight of '{target.module}' itself, which is quantised "
+                f"(base_precision); allowed there: {', '.join(_BESIDE_QUANTIZED)}; take {target.method} out "
+                "of the space, or set base_precision=bfloat16"
+            )
+
+
 def _select_parameters(denoiser: nn.Module, target: Target) -> dict[str, nn.Parameter]:
     """The existing parameters that a target trains as they are."""
     module = denoiser.get_submodule(target.module)
@@ -119,14 +140,15 @@ def _select_parameters(denoiser: nn.Module, target: Target) -> dict[str, nn.Para
 
 
 _WRAPPING = (*PEFT, "svdiff")
+_BESIDE_QUANTIZED = ("lora", "bias", "norm", "ln_tuning")  # which leave the weight as it is
 
 
 class Adapter:
     """What a choice trains in one denoiser. Injecting changes no output; removing restores the base bit for
     bit."""
 
-    def __init__(self, denoiser: nn.Module, parts: Sequence[Tuner]):
-        self.denoiser, self.parts = denoiser, list(parts)
+    def __init__(self, denoiser: nn.Module, parts: Sequence[Tuner], is_low_memory: bool = False):
+        self.denoiser, self.parts, self.is_low_memory = denoiser, list(parts), is_low_memory
         denoiser.requires_grad_(False)
         for parameter in self.parameters():
             parameter.requires_grad_(True)
@@ -273,17 +295,27 @@ def inject_adapter(
     cache: Path | None = None,
     norm_shift_rate: float | None = None,
     shared_a: bool = False,
+    low_memory_full: bool = False,
 ) -> Adapter:
     """Freezes the denoiser and makes trainable what the choice names.
 
     `norm_shift_rate` is the learning rate of SV-Diff's shifts of norm layers, None for the choice's own.
-    `cache` keeps singular value decompositions. `shared_a` trains only B of a LoRA. Raises MemControlError.
+    `cache` keeps singular value decompositions. `shared_a` trains only B of a LoRA. `low_memory_full` leaves
+    the weights of full fine-tuning in the base's own type. Raises MemControlError.
     """
     if EVERYTHING in choice.groups:
+        if any(is_quantized(module) for module in denoiser.modules()):
+            raise MemControlError(
+                "full fine-tuning changes weights that are quantised (base_precision); leave it out with "
+                "search.anchors=[none, all], or set base_precision=bfloat16"
+            )
         whole = dict(denoiser.named_parameters())
-        return Adapter(denoiser, [Weights(whole, dict.fromkeys(whole, choice.learning_rate))])
+        rates_of_all = dict.fromkeys(whole, choice.learning_rate)
+        part = Weights(whole, rates_of_all, as_float32=not low_memory_full)
+        return Adapter(denoiser, [part], is_low_memory=low_memory_full)
     targets = _find_targets(denoiser, space, choice)
     _check_ownership(denoiser, targets, space)
+    _refuse_quantized(denoiser, targets)
     plain: dict[str, nn.Parameter] = {}
     rates: dict[str, float] = {}
     for target in targets:  # before anything is wrapped: names and parameters are the base's own

@@ -138,9 +138,17 @@ class Base:
         self.is_placed = True
         return found
 
-    def enable_gradient_checkpointing(self) -> None:
-        for denoiser in (self.denoiser, self.bare_denoiser):
+    @contextlib.contextmanager
+    def checkpoint_gradients(self, on: bool) -> Iterator[None]:
+        """Activations are computed again in backward, as long as it lasts and where it is on."""
+        denoisers = (self.denoiser, self.bare_denoiser) if on else ()
+        for denoiser in denoisers:
             denoiser.enable_gradient_checkpointing()
+        try:
+            yield
+        finally:
+            for denoiser in denoisers:
+                denoiser.disable_gradient_checkpointing()
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """What every pass through the denoiser runs under, in training, sampling and probing alike."""

@@ -58,9 +58,10 @@ def measure_cost(
     text: Mapping[str, Sequence[int]],
     settings: StepSettings = StepSettings(),
     shared_a: bool = False,
+    low_memory_full: bool = False,
 ) -> Cost:
     """The cost of a choice on a denoiser without an adapter; see `measure_step_cost`."""
-    adapter = inject_adapter(denoiser, space, choice, 0, shared_a=shared_a)
+    adapter = inject_adapter(denoiser, space, choice, 0, shared_a=shared_a, low_memory_full=low_memory_full)
     try:
         return measure_step_cost(denoiser, adapter, family, latents, text, settings)
     finally:

@@ -119,7 +119,7 @@ class Tuner(ABC):
 class Weights(Tuner):
     """Trains existing parameters."""
 
-    def __init__(self, parameters: dict[str, nn.Parameter], rates: dict[str, float]):
+    def __init__(self, parameters: dict[str, nn.Parameter], rates: dict[str, float], as_float32: bool = True):
         self.learned, self.rates = parameters, rates
         # on the CPU: they are looked at once, when the trial is over
         self.original = {
@@ -128,7 +128,7 @@ class Weights(Tuner):
             if not parameter.is_meta
         }
         self.kinds = {name: parameter.dtype for name, parameter in parameters.items()}
-        for parameter in parameters.values():
+        for parameter in parameters.values() if as_float32 else ():
             parameter.data = parameter.data.float()
 
     def fuse(self) -> None:

@@ -17,7 +17,7 @@ keep: Which images are trained on now, [B]; n_kept: how many; room: how many mor
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
@@ -42,19 +42,9 @@ from memcontrol.training.mitigations import (
     min_snr_weights,
     noise_norms,
 )
+from memcontrol.training.optimizers import FUSED, OPTIMIZERS, RoundedAdafactor
 from memcontrol.training.shard import Material, Shard
 
-_OPTIMIZERS: dict[str, Callable] = {
-    "adamw": lambda groups, decay: torch.optim.AdamW(groups, weight_decay=decay, fused=True),
-    "adam": lambda groups, decay: torch.optim.Adam(groups, weight_decay=decay, fused=True),
-    "nadam": lambda groups, decay: torch.optim.NAdam(groups, weight_decay=decay, decoupled_weight_decay=True),
-    "radam": lambda groups, decay: torch.optim.RAdam(groups, weight_decay=decay, decoupled_weight_decay=True),
-    "adafactor": lambda groups, decay: torch.optim.Adafactor(groups, weight_decay=decay),
-    "sgd": lambda groups, decay: torch.optim.SGD(groups, weight_decay=decay, momentum=0.9),
-}
-_FUSED = ("adamw", "adam")
-# bytes of an optimizer's state for each trained parameter
-MOMENT_BYTES = {"adamw": 8.0, "adam": 8.0, "nadam": 8.0, "radam": 8.0, "adafactor": 0.1, "sgd": 4.0}
 _SCREENINGS = 8  # batches that augmentation by rule `kept` may score for one step
 
 
@@ -134,7 +124,11 @@ class Loop:
         self.inner, self.shard, self.seed = inner, shard, seed
         self.trained = adapter.trained()
         self.parameters: list[Tensor] = list(self.trained.values())
-        self.optimizer = _OPTIMIZERS[inner.optimizer](adapter.groups(), inner.weight_decay)
+        self.optimizer: Any = (
+            RoundedAdafactor(adapter.groups(), inner.weight_decay, seed)
+            if adapter.is_low_memory
+            else OPTIMIZERS[inner.optimizer](adapter.groups(), inner.weight_decay)
+        )
         self.n_forward = n_forward or inner.micro_batch_size or inner.batch_size
         # the top decile of a forward depends on how many images it has
         self.may_halve = may_halve and inner.norm_threshold != "decile"
@@ -463,7 +457,7 @@ class Loop:
             name, kind = key.rsplit(" ", 1)
             parameter = self.trained[name]
             # unfused optimizers keep their counters on the CPU
-            on_device = value.ndim or self.inner.optimizer in _FUSED
+            on_device = value.ndim or self.inner.optimizer in FUSED
             self.optimizer.state[parameter][kind] = value.to(parameter.device) if on_device else value.clone()
 
     def load_shadows(self, state: dict[str, Tensor]) -> None:

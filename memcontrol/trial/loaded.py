@@ -30,7 +30,7 @@ from memcontrol.model.encoded import Encoded, load_encoded
 from memcontrol.model.source import choose_precision
 from memcontrol.scoring.evidence import Descriptors
 from memcontrol.scoring.extractors import Extractor, load_clip, load_extractor
-from memcontrol.training.loop import MOMENT_BYTES
+from memcontrol.training.optimizers import MOMENT_BYTES
 from memcontrol.training.probe import N_PROBE_IMAGES as N_PROBED
 from memcontrol.training.rounds import ProcessGroup
 from memcontrol.training.shard import Material
@@ -74,12 +74,9 @@ class LoadedModels:
             base = load_base(config.base, precision, config.base_offload)
             if seed is not None:
                 redraw_weights(base.denoiser, seed)
-            if config.inner.gradient_checkpointing:
-                base.enable_gradient_checkpointing()
             return base
 
-        checkpointing = config.inner.gradient_checkpointing
-        return self.once(("base", config.base, seed, checkpointing, precision, config.base_offload), load)
+        return self.once(("base", config.base, seed, precision, config.base_offload), load)
 
     def extractor(self, name: str) -> Extractor:
         return self.once(("extractor", name), lambda: load_extractor(name))
@@ -126,16 +123,19 @@ class LoadedModels:
     def cost(self, spec: Spec, data: Encoded) -> Cost:
         """What a step of the choice costs, counted from shapes."""
         base, text = self.base(spec.config), {name: tensor.shape[1:] for name, tensor in data.text.items()}
-        return measure_cost(
-            base.bare_denoiser,
-            spec.space,
-            spec.choice,
-            base.family,
-            data.mean.shape[1:],
-            text,
-            _describe_step(spec, base),
-            spec.config.inner.ensemble.shares_a,
-        )
+        inner, low = spec.config.inner, is_low_memory(spec)
+        with base.checkpoint_gradients(inner.gradient_checkpointing or low):
+            return measure_cost(
+                base.bare_denoiser,
+                spec.space,
+                spec.choice,
+                base.family,
+                data.mean.shape[1:],
+                text,
+                _describe_step(spec, base),
+                inner.ensemble.shares_a,
+                low,
+            )
 
     def views(
         self, images: Images, extractor: str, cache: Path, progress: TellStage = _tell_nobody
@@ -203,6 +203,11 @@ def _start_helper(command: Sequence[str], rank: int) -> subprocess.Popen:
     )
 
 
+def is_low_memory(spec: Spec) -> bool:
+    """Whether it is full fine-tuning that keeps to the base's own type."""
+    return spec.config.inner.low_memory_full and EVERYTHING in spec.choice.groups
+
+
 def _describe_step(spec: Spec, base: Base) -> StepSettings:
     """What a step's memory depends on beside the choice."""
     inner = spec.config.inner
@@ -212,7 +217,7 @@ def _describe_step(spec: Spec, base: Base) -> StepSettings:
     return StepSettings(
         n_forward,
         n_forward < inner.batch_size,
-        MOMENT_BYTES[inner.optimizer],
+        MOMENT_BYTES["adafactor" if is_low_memory(spec) else inner.optimizer],
         originals + (4.0 if inner.ema else 0.0),
         base.precision,
         base.device.type == "cuda",

@@ -51,6 +51,7 @@ def prepare_study(values: dict, folder: Path, loaded: LoadedModels, warn: Callab
     base = loaded.base(config)
     check_space(base.denoiser, space)
     check_mitigations(config, base)
+    _check_quantized(config, base)
 
     # The images, and whether a user's own rewards run on them.
     resolution = _choose_resolution(config, base)
@@ -139,6 +140,25 @@ def check_mitigations(config: Config, base: Base) -> None:
             f"rewards.guidance_from is {rewards.guidance_from}; the pipeline of base "
             f"'{config.base}' cannot begin guidance late; take it out"
         )
+
+
+def _check_quantized(config: Config, base: Base) -> None:
+    """Raises MemControlError for what a quantised base cannot do."""
+    if base.precision.quantized is None:
+        return
+    refused = {
+        "search.anchors": "full" in config.search.anchors and "full fine-tuning; set [none, all]",
+        "inner.from_scratch": config.inner.from_scratch and "weights drawn anew; take it out",
+        "inner.ensemble.average": config.inner.ensemble.shards > 1
+        and config.inner.ensemble.average == "refactored"
+        and "dense offsets of weights; set shared_a",
+    }
+    for key, reason in refused.items():
+        if reason:
+            raise MemControlError(
+                f"base_precision is {base.precision.quantized}, under which {key} asks for what quantised "
+                f"weights cannot take: {reason}"
+            )
 
 
 def _check_shards(config: Config, n_images: int) -> None:

@@ -52,6 +52,7 @@ def inject_choice(denoiser: torch.nn.Module, spec: Spec) -> Adapter:
         cache=cache,
         norm_shift_rate=inner.norm_shift_rate,
         shared_a=inner.ensemble.shares_a,
+        low_memory_full=inner.low_memory_full,
     )
 
 
@@ -251,21 +252,24 @@ def _fine_tune(
 ) -> TrainLog:
     """Trains the injected adapter, its rounds kept in the trial's folder; alone, or with the other processes
     of a team; to the end or to a rung."""
+    base, inner = loaded.base(spec.config), spec.config.inner
+    recomputes = inner.gradient_checkpointing or adapter.is_low_memory
     identity = f"{spec.config.base} {spec.choice} {spec.space} {loaded.train_images(spec).digest}"
     try:
-        return train_rounds(
-            loaded.base(spec.config),
-            adapter,
-            loaded.make_material(spec),
-            spec.config.inner,
-            seed=spec.seed,
-            folder=RunFolder(folder).rounds,
-            identity=identity,
-            progress=progress,
-            team=team or loaded.team(folder, spec, rung),
-            n_rounds=spec.config.inner.rounds_to(rung) if rung else None,
-            may_halve=spec.config.search.accumulate_on_oom,
-        )
+        with base.checkpoint_gradients(recomputes):
+            return train_rounds(
+                base,
+                adapter,
+                loaded.make_material(spec),
+                inner,
+                seed=spec.seed,
+                folder=RunFolder(folder).rounds,
+                identity=identity,
+                progress=progress,
+                team=team or loaded.team(folder, spec, rung),
+                n_rounds=inner.rounds_to(rung) if rung else None,
+                may_halve=spec.config.search.accumulate_on_oom,
+            )
     except BaseException:
         # helpers would wait for ever for the end of a round that never comes, and for the next trial with it
         loaded.close()
