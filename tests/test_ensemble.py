@@ -11,6 +11,7 @@ from commands import FORKS
 from conftest import CHOICE, N_IMAGES
 from safetensors.torch import load_file
 
+from memcontrol.core import interrupt
 from memcontrol.core.choice import Choice
 from memcontrol.core.config import InnerConfig
 from memcontrol.core.errors import MemControlError
@@ -18,6 +19,7 @@ from memcontrol.core.seeds import derive_seed
 from memcontrol.core.space_yaml import load_space
 from memcontrol.execution.worker import COMMAND
 from memcontrol.model.adapter import inject_adapter
+from memcontrol.training.checkpoints import Checkpoints
 from memcontrol.training.loop import Loop
 from memcontrol.training.rounds import ProcessGroup, Rounds
 from memcontrol.training.shard import Shard
@@ -420,3 +422,74 @@ def test_a_trial_that_diverges_leaves_no_helper_behind_that_waits(tmp_path):
         == "COMPLETE"
     )
     loaded.close()
+
+
+PARTS = {"budget_images": 160, "batch_size": 8, "rounds": 2}
+
+
+def strip_times(record):
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in record["shards"]]
+
+
+@pytest.mark.parametrize("keys", [{}, {"ensemble": {"shards": 2}, "skip": {"bins": 1}, "ema": 0.9}])
+def test_a_checkpoint_within_a_round_gives_the_same_numbers(trained, keys, monkeypatch):
+    """Killed twelve steps in, two after the last checkpoint; and told to end by SIGTERM three steps in."""
+    expected, state = trained(folder="whole", **PARTS, **keys)
+    for folder, n_steps in (("killed", 12), ("terminated", 3)):
+        seen = []
+
+        def progress(*_, seen=seen, n_steps=n_steps, folder=folder, **said):
+            seen.append(1)
+            if len(seen) == n_steps and folder == "killed":
+                raise KeyboardInterrupt
+            if len(seen) == n_steps:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(interrupt, "is_terminated", False)
+            before = signal.getsignal(signal.SIGTERM)
+            interrupt.remember_termination()
+            due = [False, False, True] if folder == "killed" else [False]
+            patch.setattr(Checkpoints, "is_due", lambda self, due=due: pick_due(due))
+            with pytest.raises((KeyboardInterrupt, SystemExit)):
+                trained(folder=folder, progress=progress, **PARTS, **keys)
+            signal.signal(signal.SIGTERM, before)
+        again = []
+        log, found = trained(
+            folder=folder, progress=lambda *_, again=again, **said: again.append(1), **PARTS, **keys
+        )
+        assert len(again) < 20 - n_steps + 3 and strip_times(log.record) == strip_times(expected.record)
+        assert found.keys() == state.keys() and all(torch.equal(found[name], state[name]) for name in state)
+        assert (log.first_loss, log.last_loss, log.n_steps) == (expected.first_loss, expected.last_loss, 20)
+
+
+def pick_due(due):
+    due.append(due.pop(0))
+    return due[-1] or interrupt.is_terminated
+
+
+def test_a_checkpoint_that_is_too_large_is_not_written_and_changes_no_number(trained, tmp_path):
+    expected, state = trained(folder="whole", **PARTS)
+    sizes = []
+
+    def progress(*_, **said):
+        sizes.append(sum(path.stat().st_size for path in (tmp_path / "small").glob("*.safetensors")))
+
+    log, found = trained(folder="small", progress=progress, checkpoint_gb=0.0, **PARTS)
+    assert max(sizes) < 10_000 and all(torch.equal(found[name], state[name]) for name in state)
+    assert strip_times(log.record) == strip_times(expected.record)
+    # killed within the second round, it begins again
+    seen = []
+
+    def kill(*_, **said):
+        seen.append(1)
+        if len(seen) == 15:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trained(folder="killed", progress=kill, checkpoint_gb=0.0, **PARTS)
+    again = []
+    log, found = trained(
+        folder="killed", progress=lambda *_, **said: again.append(1), checkpoint_gb=0.0, **PARTS
+    )
+    assert len(again) == 20 and all(torch.equal(found[name], state[name]) for name in state)

@@ -24,6 +24,8 @@ FREE_KEYS = (
     "data.path",
     "inner.micro_batch_size",
     "inner.gradient_checkpointing",
+    "inner.checkpoint_minutes",
+    "inner.checkpoint_gb",
     "search.trials",
     "search.anchors",
     "search.workers",
@@ -212,6 +214,11 @@ class InnerConfig(Strict):
     """images in one forward, gradients accumulate to the batch; none: the batch"""
     rounds: Count = 5
     """parts of equal length; a killed run goes on from the last one, shards are averaged after each"""
+    checkpoint_minutes: Positive = 10.0
+    """a checkpoint at least so often, beside those at the rounds' ends"""
+    checkpoint_gb: NotNegative = 4.0
+    """the largest checkpoint that is written; a fine-tuning whose is larger (full fine-tuning of a large
+    base) begins again when it is killed"""
     optimizer: Literal["adamw", "adamw8bit", "adam", "nadam", "radam", "adafactor", "sgd"] = "adamw"
     """as in torch; `adamw8bit` is that of bitsandbytes, on a GPU"""
     weight_decay: NotNegative = 0.01

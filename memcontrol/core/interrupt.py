@@ -1,11 +1,12 @@
-"""Owns Ctrl-C: it is remembered, since a library in whose callback Python raises KeyboardInterrupt may
-swallow it."""
+"""Owns Ctrl-C and SIGTERM: that Ctrl-C was pressed is remembered, since a library in whose callback Python
+raises KeyboardInterrupt may swallow it; a worker that is told to end leaves a checkpoint first."""
 
 from __future__ import annotations
 
 import signal
 
 pressed = False
+is_terminated = False  # SIGTERM came
 
 
 def remember() -> None:
@@ -19,6 +20,22 @@ def on_interrupt(number, frame) -> None:
     global pressed
     pressed = True
     raise KeyboardInterrupt
+
+
+def remember_termination() -> None:
+    """From now on SIGTERM is remembered; whoever has something to save looks at `is_terminated`."""
+    signal.signal(signal.SIGTERM, _on_termination)
+
+
+def _on_termination(number, frame) -> None:
+    global is_terminated
+    is_terminated = True
+
+
+def end_if_terminated() -> None:
+    """Ends the process where SIGTERM came, with the exit code that a shell gives for it."""
+    if is_terminated:
+        raise SystemExit(128 + signal.SIGTERM)
 
 
 def check() -> None:

@@ -6,6 +6,7 @@ counts set before torch is imported. Ray's actors and Slurm's jobs call `run_job
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -15,8 +16,9 @@ import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 
+from memcontrol.core import interrupt
 from memcontrol.core.attempts import Superseded, begin_attempt
 from memcontrol.core.errors import Diverged, MemControlError
 from memcontrol.core.files import write_json
@@ -41,6 +43,7 @@ from memcontrol.core.jobs import (
 from memcontrol.core.run_folder import RunFolder
 
 COMMAND = (sys.executable, "-m", "memcontrol.execution.worker")
+_IDLE_SECONDS = 0.5  # between two looks at whether SIGTERM came
 SendEvent = Callable[[Event], None]
 
 
@@ -83,6 +86,8 @@ def _make_progress(
     job: Job, say: SendEvent, tell: Callable[[str, int, int], None] = lambda *_: None
 ) -> Callable[..., None]:
     def progress(stage: str, done: int, total: int, **said) -> None:
+        if stage != "train":  # which saves what it has before it ends
+            interrupt.end_if_terminated()
         tell(stage, done, total)
         say(Progress(job, stage, done, total, **said))
 
@@ -159,6 +164,13 @@ def _read_jobs() -> SimpleQueue[Job]:
     return queue
 
 
+def _await_job(jobs: SimpleQueue[Job]) -> Job:
+    while True:
+        interrupt.end_if_terminated()
+        with contextlib.suppress(Empty):
+            return jobs.get(timeout=_IDLE_SECONDS)
+
+
 def _redirect_output(path: Path) -> None:
     """Whatever any library prints goes to the job's log."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -169,6 +181,7 @@ def _redirect_output(path: Path) -> None:
 
 def _run_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the orchestrator's to handle
+    interrupt.remember_termination()
     out = os.fdopen(os.dup(1), "w", buffering=1)
     jobs = _read_jobs()
 
@@ -179,7 +192,7 @@ def _run_worker() -> None:
 
     loaded = LoadedModels(COMMAND)
     while True:
-        job = jobs.get()
+        job = _await_job(jobs)
         _redirect_output(job.folder / job.log_name)
         run_job(job, loaded, say)
 

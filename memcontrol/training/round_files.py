@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -36,6 +36,9 @@ class ShardState:
     moments: State
     scaler: dict
     records: list[dict]
+    # within a round: steps done, and counts and number of losses at its start
+    n_done: int = 0
+    begun: dict = field(default_factory=dict)
 
 
 def locate_plan(folder: Path) -> Path:
@@ -57,6 +60,10 @@ class RoundFiles:
     def shard(self, number: int, shard: int) -> Path:
         return self.folder / f"{number:04}-{shard:02}.safetensors"
 
+    def partial(self, number: int, shard: int) -> Path:
+        """Of a shard within a round."""
+        return self.folder / f"{number:04}-{shard:02}-part.safetensors"
+
     def mean(self, number: int) -> Path:
         return self.folder / f"{number:04}-mean.safetensors"
 
@@ -67,39 +74,13 @@ class RoundFiles:
         """Of the averagings before the round."""
         return next((self.mean(i) for i in reversed(range(number)) if self.mean(i).exists()), None)
 
-    def write_shard(
-        self, number: int, adapter: Adapter, loop: Loop, records: list[dict], with_moments: bool
-    ) -> None:
-        """Where the loop's shard stands after the round, with the records of its rounds."""
-        shard = loop.shard
-        found: State = {
-            f"weights {name}": parameter for name, parameter in adapter.named_parameters().items()
-        }
-        found |= {f"ema {name}": shadow for name, shadow in zip(loop.trained, loop.shadows)}
-        found |= {f"moments {name}": value for name, value in loop.moments().items() if with_moments}
-        found |= {
-            "rows": shard.rows,
-            "skips": shard.skips,
-            "skipped": shard.skipped,
-            "queue": shard.queue,
-            "closeness": shard.queue_closeness,
-        }
-        found["losses"] = torch.tensor(shard.losses, dtype=torch.float64)
-        if shard.memory:
-            found |= {"bank": shard.memory.bank, "weight": shard.memory.weight}
-        said = {
-            "counts": shard.counts,
-            "exchanged_at": shard.exchanged_at,
-            "scaler": loop.scaler.state_dict(),
-            "records": records,
-        }
-        _save_state(self.shard(number, shard.number), found, {"memcontrol": json.dumps(said)})
-
     def read_shard(self, number: int, shard: int, kinds: Collection[str] = ()) -> ShardState:
+        return self.read(self.shard(number, shard), shard, kinds)
+
+    def read(self, path: Path, shard: int, kinds: Collection[str]) -> ShardState:
         """A shard's file; of the large tensors only those of the `kinds` (of KINDS) that are asked for."""
         from safetensors import safe_open
 
-        path = self.shard(number, shard)
         with safe_open(path, "pt") as file:
             said = json.loads(file.metadata()["memcontrol"])
             own = {name: file.get_tensor(name) for name in file.keys() if " " not in name}
@@ -120,15 +101,21 @@ class RoundFiles:
             Counter(said["counts"]),
             said["exchanged_at"],
         )
-        large = {kind: select_tensors(path, kind) if kind in kinds else {} for kind in STATE_KINDS}
-        return ShardState(state, **large, scaler=said["scaler"], records=said["records"])
+        weights, ema, moments = (select_tensors(path, kind) if kind in kinds else {} for kind in STATE_KINDS)
+        n_done, begun = said.get("n_done", 0), said.get("begun", {})
+        return ShardState(state, weights, ema, moments, said["scaler"], said["records"], n_done, begun)
+
+    def holds_weights(self, path: Path) -> bool:
+        """Whether a fine-tuning can go on from the file."""
+        from safetensors import safe_open
+
+        with safe_open(path, "pt") as file:
+            return any(name.startswith("weights ") for name in file.keys())
 
     def write_mean(self, number: int, mean: State, ema: State, moments: State) -> None:
         """What a round's shards were averaged to."""
         found = _prefix_kinds(mean, "weights", "offsets") | _prefix_kinds(ema, "ema", "ema_offsets")
-        _save_state(
-            self.mean(number), found | {f"moments {name}": moment for name, moment in moments.items()}
-        )
+        save_state(self.mean(number), found | {f"moments {name}": moment for name, moment in moments.items()})
 
     def drop_before(self, number: int, shards: Iterable[int], means: bool) -> None:
         """The files that no round from this one on looks at; `means`: those of earlier averagings too."""
@@ -138,7 +125,29 @@ class RoundFiles:
             self.mean(i).unlink(missing_ok=True)
 
 
-def _save_state(path: Path, found: State, metadata: dict[str, str] | None = None) -> None:
+def collect_tensors(adapter: Adapter, loop: Loop, kinds: Collection[str]) -> State:
+    """All that a shard's file holds: "KIND NAME" of the large tensors, and the shard's own."""
+    shard = loop.shard
+    large: dict[str, State] = {
+        "weights": dict(adapter.named_parameters()),
+        "ema": dict(zip(loop.trained, loop.shadows)),
+        "moments": loop.moments(),
+    }
+    found: State = {f"{kind} {name}": each for kind in kinds for name, each in large[kind].items()}
+    found |= {
+        "rows": shard.rows,
+        "skips": shard.skips,
+        "skipped": shard.skipped,
+        "queue": shard.queue,
+        "closeness": shard.queue_closeness,
+    }
+    found["losses"] = torch.tensor(shard.losses, dtype=torch.float64)
+    if shard.memory:
+        found |= {"bank": shard.memory.bank, "weight": shard.memory.weight}
+    return found
+
+
+def save_state(path: Path, found: State, metadata: dict[str, str] | None = None) -> None:
     from safetensors.torch import save_file
 
     with replace_file(path) as part:

@@ -22,10 +22,19 @@ from memcontrol.core.seeds import derive_seed
 from memcontrol.model.adapter import Adapter
 from memcontrol.model.base import Base
 from memcontrol.model.parts import State
+from memcontrol.training.checkpoints import Checkpoints, describe_shard, fits_on_disk
 from memcontrol.training.loop import Loop
 from memcontrol.training.loss_memory import LossMemory
 from memcontrol.training.probe import measure_loss_gap
-from memcontrol.training.round_files import STATE_KINDS, RoundFiles, ShardState, locate_plan, select_tensors
+from memcontrol.training.round_files import (
+    STATE_KINDS,
+    RoundFiles,
+    ShardState,
+    collect_tensors,
+    locate_plan,
+    save_state,
+    select_tensors,
+)
 from memcontrol.training.shard import Material, Shard
 from memcontrol.training.shards import deal_images, exchange_images
 
@@ -132,6 +141,8 @@ class Rounds:
         self.base, self.adapter, self.material, self.inner, self.seed = base, adapter, material, inner, seed
         self.files, self.progress, self.team = RoundFiles(folder, inner.skip, base.device), progress, team
         self.n_shards, self.n_rounds = inner.ensemble.shards, inner.rounds
+        self.last = inner.rounds - 1  # the round that this process trains to
+        self.live: Loop | None = None  # of the round before, where one shard goes on
         if self.n_shards > len(material.data.mean):
             raise MemControlError(
                 f"inner.ensemble.shards is {self.n_shards} and there are {len(material.data.mean)} "
@@ -146,7 +157,8 @@ class Rounds:
         return measure_loss_gap(self.base, self.material.data, self.material.holdout(), self.seed)
 
     def run(self, n_rounds: int) -> TrainLog:
-        last, stopped = n_rounds - 1, False
+        self.last = last = n_rounds - 1
+        stopped = False
 
         # The loss gap before anything is learned: two sets of images differ a little.
         if self.inner.stop_gap and self.team.rank == 0 and not self.files.start.exists():
@@ -170,8 +182,21 @@ class Rounds:
 
     def find_first_open(self) -> int:
         """The round to go on with; one that ended the training early is repeated as a look at its files."""
+        if self.n_shards == 1:
+            self.drop_unfit_rounds()
         done = [number for number in range(self.n_rounds) if self.files.end(number).exists()]
         return 0 if not done else done[-1] if read_json(self.files.end(done[-1]))["stopped"] else done[-1] + 1
+
+    def drop_unfit_rounds(self) -> None:
+        """Rounds after the last one that left its weights are trained again."""
+        paths = {number: self.files.shard(number, 0) for number in range(self.n_rounds)}
+        there = [number for number, path in paths.items() if path.exists()]
+        fit = max((number for number in there if self.files.holds_weights(paths[number])), default=-1)
+        for number in range(fit + 1, self.n_rounds):
+            self.files.end(number).unlink(missing_ok=True)
+            paths[number].unlink(missing_ok=True)
+            if number > fit + 1:
+                self.files.partial(number, 0).unlink(missing_ok=True)
 
     def averages(self, number: int) -> bool:
         return self.inner.averages_after(number)
@@ -195,19 +220,23 @@ class Rounds:
         return derive_seed(self.seed, "shard", shard) if shard else self.seed
 
     def train_shard(self, number: int, shard: int) -> None:
-        """One shard's part of a round, from what the last round left to its file."""
+        """One shard's part of a round, from what the last round or a checkpoint within this one left."""
         started, stored = time.monotonic(), self.start(number, shard)
-        loop = self.loop(number, stored)
-        counts = Counter(stored.shard.counts)
-        n_losses = len(stored.shard.losses)
-        (first, end), state = self.count_slots(number, shard), stored.shard
+        loop = self.live or self.loop(number, stored)
+        self.live, state = None, loop.shard
+        begun = stored.begun or {"counts": dict(state.counts), "n_losses": len(state.losses)}
+        (first, end), counts = self.count_slots(number, shard), Counter(begun["counts"])
         lengths = [last - start for start, last in (self.count_slots(i, shard) for i in range(self.n_rounds))]
+        checkpoints = Checkpoints(self.files.partial(number, shard), self.inner, self.adapter, loop)
         read_at = started
-        for i in range(end - first):
+        for i in range(stored.n_done, end - first):
             loop.take_slot((sum(lengths[:number]) + i + 1) / sum(lengths))
-            if i + 1 == end - first or time.monotonic() - read_at > _READ_SECONDS:
+            is_last, is_due = i + 1 == end - first, checkpoints.is_due()
+            if is_last or is_due or time.monotonic() - read_at > _READ_SECONDS:
                 loop.flush()
                 read_at = time.monotonic()
+            if is_due and not is_last:
+                checkpoints.write({"records": stored.records, "n_done": i + 1, "begun": begun})
             done = state.counts - counts
             self.progress(
                 first + i + 1,
@@ -216,7 +245,7 @@ class Rounds:
                 loss=state.losses[-1] if state.losses else None,
                 skipped=done["skipped"] / max(done["seen"], 1),
             )
-        losses, done = state.losses[n_losses:], state.counts - counts
+        losses, done = state.losses[begun["n_losses"] :], state.counts - counts
         stored.records.append(
             {
                 "round": number + 1,
@@ -227,12 +256,29 @@ class Rounds:
                     for name in ("steps", "seen", "trained", "skipped", "dropped", "queued", "surplus")
                 },
                 "loss": sum(losses) / len(losses) if losses else None,
-                "moved": self.measure_move(stored.weights),
+                "moved": self.measure_move(number, shard),
                 "seconds": round(time.monotonic() - started, 3),
             }
         )
         self.n_forward = loop.n_forward
-        self.files.write_shard(number, self.adapter, loop, stored.records, self.keeps_moments(number))
+        checkpoints.finish()
+        self.keep(number, loop, stored.records)
+
+    def keep(self, number: int, loop: Loop, records: list[dict]) -> None:
+        """The shard's file. Too large a one holds what the record needs, and the loop goes on as it is."""
+        kinds: tuple[str, ...] = (
+            ("weights", "ema", "moments") if self.keeps_moments(number) else ("weights", "ema")
+        )
+        path = self.files.shard(number, loop.shard.number)
+        may_wait = self.n_shards == 1 and not self.inner.stop_gap and number < self.last
+        if may_wait and not fits_on_disk(self.adapter, loop, self.inner):
+            kinds = ()
+        if self.n_shards == 1 and not self.inner.stop_gap and number < self.last:
+            self.live = loop
+        save_state(
+            path, collect_tensors(self.adapter, loop, kinds), describe_shard(loop, {"records": records})
+        )
+        self.files.partial(number, loop.shard.number).unlink(missing_ok=True)
 
     def loop(self, number: int, stored: ShardState) -> Loop:
         """The loop that goes on where the shard stands."""
@@ -256,10 +302,11 @@ class Rounds:
         stored.moments, stored.ema = {}, {}
         return loop
 
-    def measure_move(self, before: State) -> float | None:
-        """How far the parameters trained are from where they were."""
+    def measure_move(self, number: int, shard: int) -> float | None:
+        """How far the parameters trained are from where they were when the round began."""
         if self.n_shards == 1:
             return None
+        before = self.start(number, shard, with_partial=False).weights
         trained = self.adapter.trained().items()
         return math.sqrt(
             sum(
@@ -273,11 +320,15 @@ class Rounds:
             self.averages(number) and self.inner.ensemble.moments == "reset"
         )
 
-    def start(self, number: int, shard: int) -> ShardState:
-        """What a shard begins a round with."""
+    def start(self, number: int, shard: int, with_partial: bool = True) -> ShardState:
+        """What a shard begins a round with, or goes on with within it."""
+        partial = self.files.partial(number, shard)
+        if with_partial and partial.exists() and not self.live:
+            return self.files.read(partial, shard, STATE_KINDS)
         if number == 0:
             return self.fresh(shard)
-        stored = self.files.read_shard(number - 1, shard, self.list_kept(number - 1))
+        kinds = () if self.live else self.list_kept(number - 1)
+        stored = self.files.read_shard(number - 1, shard, kinds)
         if self.averages(number - 1):
             mean = self.files.mean(number - 1)
             stored.weights, stored.ema = select_tensors(mean, "weights"), select_tensors(mean, "ema")
