@@ -13,7 +13,7 @@ import torch
 
 MOST_AT_A_TIME = 64  # beyond it no device gains
 _SHARE = 0.7  # of free memory: kernels take work space, and allocators leave gaps
-_CPU_BYTES = 2**29  # more activations at a time make no core faster
+_CPU_BYTES = 2**28  # more activations at a time make no core faster
 _CGROUP = Path("/sys/fs/cgroup")
 
 Found = TypeVar("Found")

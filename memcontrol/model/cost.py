@@ -26,13 +26,14 @@ _LATE = {"mid_block": 1, "up_blocks": 2, "conv_norm_out": 3, "conv_out": 3}
 class StepSettings:
     """What a step's memory depends on beside the choice: images in a `forward`, whether several of these
     `accumulates` to a batch, bytes of the optimizer's `moments` and of `copies` (a moving average; on a CPU
-    the base's own values) for each trained parameter, the base's precision,
-    and whether it is on a card."""
+    the base's own values) for each trained parameter, bytes of what lies `beside` the denoiser,
+    the base's precision, and whether it is on a card."""
 
     forward: int = 1
     accumulates: bool = False
     moments: float = 8.0
     copies: float = 0.0
+    beside: int = 0
     precision: Precision = Precision()
     on_card: bool = False
 
@@ -40,8 +41,8 @@ class StepSettings:
 @dataclass(frozen=True)
 class Cost:
     """Trained parameters, 10^9 floating-point operations of a training step per image, and MiB that training
-    holds at its peak, the most of any step; `parts` says of what: weights, moments, copies, and activations
-    with gradients."""
+    holds at its peak, the most of any step; `parts` says of what: weights, moments, copies, an autoencoder
+    that stays, and activations with gradients."""
 
     parameters: int
     step_gflops: float
@@ -106,6 +107,7 @@ def measure_step_cost(
         "weights": weights,
         "moments": settings.moments * n_trained,
         "copies": settings.copies * n_trained,
+        "autoencoder": settings.beside,
         "activations and gradients": n_passing,
     }
     in_mib = {name: n / 2**20 for name, n in parts.items()}

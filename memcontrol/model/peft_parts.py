@@ -104,6 +104,8 @@ def _set_values(weight: Tensor, values: Tensor) -> None:
         weight.data = values
 
 
+# bytes of weights that are kept beside the changed ones: above that, adapters stay as they are
+_MOST_TO_FOLD = 2**28
 _LINEAR = ("ia3", "ln_tuning")  # the weight is linear in the parameters, so their mean is exact
 
 
@@ -253,6 +255,9 @@ class Peft(Tuner):
                 if layer.get_base_layer().weight.dtype == torch.float32
             ]
         )
+        n_bytes = sum(weight.nbytes for _, weight in layers)
+        if n_bytes > _MOST_TO_FOLD:
+            layers = []
         before = [(weight.data, weight.detach().clone()) for _, weight in layers]
         try:
             for layer, _ in layers:

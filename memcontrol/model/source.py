@@ -214,6 +214,13 @@ def quiet_libraries() -> None:
     diffusers_logging.disable_progress_bar()
 
 
+def import_libraries() -> None:
+    """What opening a base imports, so that its own memory can be told from theirs."""
+    quiet_libraries()
+    for name in ("peft", "diffusers.models.unets.unet_2d_condition", "diffusers.pipelines.pipeline_utils"):
+        importlib.import_module(name)
+
+
 def make_empty_denoiser(name: str) -> torch.nn.Module:
     """The base's denoiser without its weights, on the meta device: names and shapes only. Raises
     MemControlError.

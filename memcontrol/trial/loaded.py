@@ -27,7 +27,7 @@ from memcontrol.data.split import parse_parts
 from memcontrol.model.base import Base, find_device, load_base, redraw_weights
 from memcontrol.model.cost import Cost, StepSettings, measure_cost
 from memcontrol.model.encoded import Encoded, load_encoded
-from memcontrol.model.source import choose_precision
+from memcontrol.model.source import choose_precision, import_libraries
 from memcontrol.scoring.evidence import Descriptors
 from memcontrol.scoring.extractors import Extractor, load_clip, load_extractor
 from memcontrol.training.optimizers import MOMENT_BYTES
@@ -56,7 +56,7 @@ class LoadedModels:
         """`helper_command` starts the processes that share a trial's shards; without one a trial is trained
         by this process alone."""
         self.helper_command = helper_command
-        self.libraries_mib = read_process_mib()
+        self.libraries_mib = 0.0  # what the process held before its first base
         self.kept: dict[tuple, object] = {}
         self.helpers: dict[int, subprocess.Popen] = {}
 
@@ -71,6 +71,8 @@ class LoadedModels:
         precision = choose_precision(config.base_precision, config.inner.precision, find_device())
 
         def load() -> Base:
+            import_libraries()
+            self.libraries_mib = read_process_mib()
             base = load_base(config.base, precision, config.base_offload)
             if seed is not None:
                 redraw_weights(base.denoiser, seed)
@@ -219,9 +221,16 @@ def _describe_step(spec: Spec, base: Base) -> StepSettings:
         n_forward < inner.batch_size,
         MOMENT_BYTES["adafactor" if is_low_memory(spec) else inner.optimizer],
         originals + (4.0 if inner.ema else 0.0),
+        _count_autoencoder_bytes(base),
         base.precision,
         base.device.type == "cuda",
     )
+
+
+def _count_autoencoder_bytes(base: Base) -> int:
+    """Of what stays beside the denoiser while that is trained."""
+    stays = base.autoencoder is not None and (base.device.type == "cpu" or base.offload == "none")
+    return sum(each.nbytes for each in base.autoencoder.parameters()) if stays else 0
 
 
 def _tell_blocks(images: Images, progress: TellStage) -> Iterator[np.ndarray]:

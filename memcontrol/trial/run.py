@@ -67,8 +67,9 @@ def run_trial(
     finished stays in the folder, and is not done again by the next attempt.
     """
     spec = read_spec(folder)
-    started, run, memory = time.monotonic(), RunFolder(folder), StageMemory(loaded.libraries_mib)
+    started, run, memory = time.monotonic(), RunFolder(folder), StageMemory()
     base = loaded.base(spec.config)
+    memory.libraries_mib = loaded.libraries_mib
     with memory.watch("encode"):
         material = loaded.make_material(spec, progress)
     adapter = inject_choice(base.denoiser, spec)
