@@ -119,6 +119,11 @@ class BaseConfig(Strict):
         said = [f"{key} {_take_name(value)}" for key, value in more if value]
         return f"{self.id} ({', '.join(said)})" if said else self.id
 
+    def without_paths(self) -> BaseConfig:
+        """With the names of files and folders in place of where they lie on this machine."""
+        values = {key: getattr(self, key) for key in ("id", "adapter", "config")}
+        return self.model_copy(update={key: value and _take_name(value) for key, value in values.items()})
+
     @model_serializer(mode="wrap")
     def write_short(self, write: SerializerFunctionWrapHandler) -> dict[str, Any] | str:
         """The id alone where nothing else is set, as studies have always had it."""
@@ -654,11 +659,16 @@ def locate_base(base: BaseConfig, folder: Path) -> BaseConfig:
     return base.model_copy(update=where | ({"id": find(base.id)} if base.is_file else {}))
 
 
+def read_base(value: BaseConfig | dict | str) -> BaseConfig:
+    """From what a config holds under `base`."""
+    return value if isinstance(value, BaseConfig) else BaseConfig.model_validate(_expand_id(value))
+
+
 def parse_base(text: str, key: str = "--base") -> BaseConfig:
     """A base as a command line has it: its id, or `{id: ..., adapter: ...}`. Raises MemControlError."""
     try:
         values = parse_number(text) if text.startswith("{") else text
-        return locate_base(BaseConfig.model_validate(_expand_id(values)), Path())
+        return locate_base(read_base(values), Path())
     except yaml.YAMLError:
         raise MemControlError(f"{key} is '{text}', which is not valid YAML") from None
     except ValidationError as error:
