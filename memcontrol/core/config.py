@@ -715,10 +715,11 @@ def find_differing_keys(stored: Config, given: Config, beside: Sequence[str] = (
 
 def _make_comparable(config: Config) -> dict:
     """The config as a mapping, a user's own objectives and the base's files by their names: a study's folder
-    may move."""
+    may move. A base's revision may come and go: base.json has the commit."""
     values = config.model_dump(mode="json")
     base = config.base
-    values["base"] = str(base.model_copy(update={"id": _take_name(base.id)}) if base.is_file else base)
+    name = _take_name(base.id) if base.is_file else base.id
+    values["base"] = str(base.model_copy(update={"id": name, "revision": None}))
     values["rewards"]["objectives"] = [Path(objective).name for objective in config.rewards.objectives]
     return values
 

@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import json
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -19,7 +20,7 @@ import torch
 
 from memcontrol.core.config import CHECKPOINT, BaseConfig, read_base
 from memcontrol.core.errors import MemControlError
-from memcontrol.core.files import PACKAGE
+from memcontrol.core.files import PACKAGE, read_json
 from memcontrol.data.cache import digest_file, find_cache_folder, make_folder
 from memcontrol.model.families import find_family
 from memcontrol.model.hub import download, find_commit, list_files, list_hub_files, refuse_uncached
@@ -297,9 +298,7 @@ def _start_from(source: Source, given: Path) -> Source:
 
 def _start_from_denoiser(source: Source, part: str, folder: Path) -> Source:
     """Raises MemControlError where it is of another class."""
-    import diffusers
-
-    kind, expected = diffusers.ModelMixin.load_config(folder).get("_class_name"), source.index[part][1]
+    kind, expected = read_json(folder / "config.json").get("_class_name"), source.index[part][1]
     if kind != expected:
         raise MemControlError(
             f"base.adapter {folder} is a {kind}, and the denoiser of base '{source.base.id}' a {expected}"
@@ -329,7 +328,10 @@ def _explain_failure(name: str) -> Iterator[None]:
     """Turns what libraries raise where a base cannot be read into a MemControlError."""
     quiet_libraries()
     try:
-        yield
+        with warnings.catch_warnings():
+            # diffusers gives huggingface_hub an argument that this one no longer has
+            warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument")
+            yield
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = " ".join(str(error).split())[:200]
         raise MemControlError(f"base '{name}' cannot be loaded as a diffusers pipeline: {reason}") from None
@@ -404,7 +406,7 @@ def read_denoiser_config(base: BaseConfig | str) -> dict:
     base = read_base(base)
     path, reason = check_base_path(base), ""
     if base.is_file:
-        path = base.config or identify_checkpoint(Path(path))[1]
+        path = identify_checkpoint(Path(path), base.config)[1]
     places: tuple[str | None, ...] = ("unet", "transformer", None)
     if os.path.isdir(path):
         places = tuple(place for place in places if (Path(path) / (place or "") / "config.json").is_file())
