@@ -25,6 +25,7 @@ from memcontrol.core.run_folder import RunFolder, StudyFolder
 from memcontrol.core.spec import Spec
 from memcontrol.model.base import load_base
 from memcontrol.model.source import TINY, Precision, find_source, make_empty_denoiser, open_pipeline
+from memcontrol.model.variants import choose_variant, find_variants
 from memcontrol.trial.loaded import LoadedModels
 from memcontrol.trial.prepare import prepare_study
 from memcontrol.trial.run import inject_choice
@@ -174,6 +175,24 @@ def test_one_of_two_variants_is_asked_for(tmp_path):
         open_pipeline(plain)
 
 
+def test_variants_are_read_from_names():
+    names = (
+        "unet/diffusion_pytorch_model-00001-of-00002.fp16.safetensors",  # as diffusers wrote it until 0.28
+        "unet/diffusion_pytorch_model.bf16-00001-of-00002.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
+        "text_encoder/model.fp16.safetensors",
+        "text_encoder/pytorch_model.bin",
+        "text_encoder/openvino_model.bin",
+        "unet/model.onnx",
+        "model.safetensors",
+    )
+    found = find_variants(names, PARTS)
+    assert found == {"unet": {"fp16", "bf16"}, "vae": {""}, "text_encoder": {"", "fp16"}}
+    assert [choose_variant("a", found, asked) for asked in (None, "bf16")] == ["fp16", "bf16"]
+    with pytest.raises(MemControlError, match="do not fit together: unet bf16, vae fp16"):
+        choose_variant("a", {"unet": {"bf16"}, "vae": {"fp16"}}, None)
+
+
 def test_sharded_variants_are_seen(tmp_path):
     pipeline = open_pipeline("tiny").to(torch.float16)
     pipeline.save_pretrained(tmp_path / "half", variant="fp16")
@@ -226,6 +245,28 @@ def test_an_adapter_is_fused_as_plain_diffusers_fuses_it(lora, place, tmp_path):
     (made,) = (path for path in (tmp_path / "cache").iterdir() if path.is_dir())
     assert {path.name for path in made.iterdir()} == {"config.json", "diffusion_pytorch_model.safetensors"}
     assert source.digest != find_source("tiny").digest
+
+
+@pytest.mark.parametrize("family", ("sdxl", "sd3", "flux", "sana"))
+def test_a_lora_of_diffusers_own_making_is_a_start(family, tmp_path):
+    from peft import LoraConfig, get_peft_model_state_dict
+
+    place = build(family, tmp_path / family)
+    pipeline = DiffusionPipeline.from_pretrained(place)
+    part = "unet" if family == "sdxl" else "transformer"
+    denoiser = getattr(pipeline, part)
+    config = LoraConfig(r=2, lora_alpha=6, init_lora_weights=False, target_modules=["to_q", "to_out.0"])
+    denoiser.add_adapter(config)
+    layers = {f"{part}_lora_layers": get_peft_model_state_dict(denoiser)}
+    metadata = {f"{part}_lora_adapter_metadata": config.to_dict() | {"target_modules": ["to_q", "to_out.0"]}}
+    type(pipeline).save_lora_weights(tmp_path / "lora", **layers, **metadata)
+    plain = DiffusionPipeline.from_pretrained(place)
+    plain.load_lora_weights(str(tmp_path / "lora"), weight_name=LORA_FILE)
+    plain.fuse_lora(components=[part])
+    plain.unload_lora_weights()
+    found = open_pipeline(BaseConfig(id=str(place), adapter=str(tmp_path / "lora")))
+    assert are_equal(getattr(found, part), getattr(plain, part), 1e-6)
+    assert not are_equal(getattr(found, part), getattr(open_pipeline(str(place)), part))
 
 
 def test_a_denoiser_that_was_exported_is_a_start(lora, tmp_path):
