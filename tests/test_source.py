@@ -425,6 +425,11 @@ def test_a_base_that_is_not_in_the_cache_is_named(hub):
         with pytest.raises(MemControlError, match=words) as found:
             find_source(base)
         assert "\n" not in str(found.value)
+    assert len(make_empty_denoiser("owner/small").state_dict()) == len(
+        make_empty_denoiser("tiny").state_dict()
+    )
+    with pytest.raises(MemControlError, match="base 'owner/other' is not, or not all, in"):
+        make_empty_denoiser("owner/other")
     shutil.rmtree(hub / "snapshots" / COMMITS[1] / "vae")
     with pytest.raises(MemControlError, match="has no weights of vae"):
         load_base("owner/small")

@@ -35,11 +35,18 @@ def refuse_uncached(name: str, revision: str | None = None) -> NoReturn:
     )
 
 
+def is_offline() -> bool:
+    """Whether the Hub may not be asked, by HF_HUB_OFFLINE."""
+    from huggingface_hub import constants
+
+    return constants.HF_HUB_OFFLINE
+
+
 def list_hub_files(name: str, commit: str) -> list[str]:
     """Names of its files; where the Hub cannot be asked, of those in the cache."""
-    from huggingface_hub import constants, hf_hub_download, list_repo_files
+    from huggingface_hub import hf_hub_download, list_repo_files
 
-    if not constants.HF_HUB_OFFLINE:
+    if not is_offline():
         try:
             return list_repo_files(name, revision=commit)
         except Exception:  # of whichever library it asks with: the cache is asked next

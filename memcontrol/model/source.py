@@ -23,7 +23,14 @@ from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import PACKAGE, read_json
 from memcontrol.data.cache import digest_file, find_cache_folder, make_folder
 from memcontrol.model.families import find_family
-from memcontrol.model.hub import download, find_commit, list_files, list_hub_files, refuse_uncached
+from memcontrol.model.hub import (
+    download,
+    find_commit,
+    is_offline,
+    list_files,
+    list_hub_files,
+    refuse_uncached,
+)
 from memcontrol.model.saved_adapter import find_adapter_file, fuse_file, list_left_out, read_description
 from memcontrol.model.single_file import UNNEEDED, convert_checkpoint, identify_checkpoint
 from memcontrol.model.variants import PLAIN, choose_variant, find_variants
@@ -324,13 +331,19 @@ def open_pipeline(base: BaseConfig | str) -> Any:
 
 
 @contextlib.contextmanager
+def _ignore_arguments() -> Iterator[None]:
+    """diffusers gives huggingface_hub an argument that the newer one no longer has and warns of."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument")
+        yield
+
+
+@contextlib.contextmanager
 def _explain_failure(name: str) -> Iterator[None]:
     """Turns what libraries raise where a base cannot be read into a MemControlError."""
     quiet_libraries()
     try:
-        with warnings.catch_warnings():
-            # diffusers gives huggingface_hub an argument that this one no longer has
-            warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument")
+        with _ignore_arguments():
             yield
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -412,9 +425,12 @@ def read_denoiser_config(base: BaseConfig | str) -> dict:
         places = tuple(place for place in places if (Path(path) / (place or "") / "config.json").is_file())
     for place in places:
         try:
-            return UNet2DConditionModel.load_config(path, subfolder=place, revision=base.revision)
+            with _ignore_arguments():
+                return UNet2DConditionModel.load_config(path, subfolder=place, revision=base.revision)
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
+    if not os.path.isdir(path) and is_offline():
+        refuse_uncached(path, base.revision)
     raise MemControlError(
         (
             f"base '{base}': no unet/config.json, transformer/config.json or config.json can be read. "
