@@ -199,7 +199,7 @@ def make_task(spec, loaded, device: str):
     )
     extractor = loaded.extractor(spec.config.rewards.extractor)
     return Task(
-        find_base_path(spec.config.base),
+        find_base_path(spec.config.base.id),
         images.pixels(),
         images.captions,
         loaded.parts(spec)["holdout"].pixels(),

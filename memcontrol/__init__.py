@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from memcontrol.commands.audit import audit
     from memcontrol.commands.compare import compare
     from memcontrol.commands.dashboard import dashboard
-    from memcontrol.commands.export import export, load_adapter
+    from memcontrol.commands.export import export
     from memcontrol.commands.front import front
     from memcontrol.commands.importance import importance
     from memcontrol.commands.init import init
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from memcontrol.commands.search import search
     from memcontrol.commands.status import status
     from memcontrol.core.errors import MemControlError
+    from memcontrol.model.saved_adapter import load_adapter
     from memcontrol.scoring.own_rewards import reward
 
 __all__ = [
@@ -50,7 +51,7 @@ __all__ = [
 ]
 _ELSEWHERE = {
     "MemControlError": "memcontrol.core.errors",
-    "load_adapter": "memcontrol.commands.export",
+    "load_adapter": "memcontrol.model.saved_adapter",
     "reward": "memcontrol.scoring.own_rewards",
 }
 _MODULES = ("estimate", "models", "rewards")  # for scripts; in __all__ they would hide their own imports

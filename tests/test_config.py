@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from memcontrol.core.config import Config, find_differing_keys, load_config
+from memcontrol.core.config import Config, find_differing_keys, load_config, parse_base
 from memcontrol.core.config_errors import Advice, explain_problem, explain_problems
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.run_folder import locate_study_folder
@@ -349,3 +349,38 @@ def test_a_reward_of_ones_own_is_the_same_wherever_its_folder_lies(tmp_path):
 
     assert find_differing_keys(config("a", "auc"), config("b", "auc")) == []
     assert "rewards.objectives" in find_differing_keys(config("a", "auc"), config("b", "other"))[0]
+
+
+def test_a_base_that_is_only_a_name_is_written_as_one():
+    plain, more = (
+        load_config({**GOOD, "base": base}) for base in ("owner/a", {"id": "owner/a", "revision": "b"})
+    )
+    assert plain == load_config({**GOOD, "base": {"id": "owner/a"}})
+    assert plain.model_dump(mode="json")["base"] == "owner/a"
+    assert more.model_dump(mode="json")["base"] == {"id": "owner/a", "revision": "b"}
+    for config in (plain, more):
+        assert load_config(config.model_dump(mode="json")) == config
+    assert load_config({**GOOD, "base": "owner/a"}, ["base.revision=b"]) == more
+    assert str(more.base) == "owner/a (revision b)"
+
+
+def test_files_of_a_base_lie_beside_the_study_file(tmp_path, monkeypatch):
+    (tmp_path / "studies").mkdir()
+    for place in ("studies/first", "second", "folder"):
+        (tmp_path / place).mkdir()
+    monkeypatch.chdir(tmp_path)
+    study = tmp_path / "studies" / "a.yaml"
+    for given, found in (("first", "studies/first"), ("second", "second"), ("none", "studies/none")):
+        study.write_text(f"{{name: a, data: digits, base: {{id: folder, adapter: {given}}}}}")
+        base = load_config(study).base
+        assert (base.id, base.adapter) == ("folder", str(tmp_path / found))
+
+
+def test_a_base_on_the_command_line():
+    assert (
+        parse_base("owner/a").id == "owner/a" and parse_base("{id: owner/a, variant: fp16}").variant == "fp16"
+    )
+    with pytest.raises(MemControlError, match="--base: unknown key 'revison'; did you mean revision?"):
+        parse_base("{id: owner/a, revison: b}")
+    with pytest.raises(MemControlError, match="--base is '{id', which is not valid YAML"):
+        parse_base("{id")

@@ -212,7 +212,7 @@ def test_a_card_is_proposed_what_fits_on_it(monkeypatch, photographs, name):
     free, micro, recomputes, anchors = CARDS[name]
     has_bfloat16 = name not in ("Tesla T4", "GTX 1060")
     config, text = propose(monkeypatch, Card(name, free, 2, has_bfloat16), photographs(40, size=(90, 80)))
-    assert config.base == "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    assert config.base.id == "stable-diffusion-v1-5/stable-diffusion-v1-5"
     assert (
         config.inner.micro_batch_size or config.inner.batch_size
     ) == micro and config.inner.batch_size == 16
@@ -257,5 +257,5 @@ def test_small_images_the_embedded_base_and_unknown_bases_are_proposed_less(
 
 def test_without_a_card_nothing_of_it_is_said(monkeypatch, photographs):
     config, text = propose(monkeypatch, None, photographs(40, size=(90, 80)))
-    assert config.base == "tiny" and config.rewards == RewardsConfig() and config.search.anchors == ANCHORS
+    assert config.base.id == "tiny" and config.rewards == RewardsConfig() and config.search.anchors == ANCHORS
     assert config.inner.precision == "float32" and "GPU hours" not in text

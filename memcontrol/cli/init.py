@@ -28,8 +28,8 @@ def add_init(subparsers) -> None:
     init.add_argument(
         "--base",
         metavar="MODEL",
-        help="tiny, a folder in diffusers' format, or a Hub id (default: Stable Diffusion 1.5 where there "
-        "is a GPU, else tiny)",
+        help="tiny, a folder in diffusers' format, a .safetensors file, or a Hub id, or `{id: ..., adapter: "
+        "...}` as in a study file (default: Stable Diffusion 1.5 where there is a GPU, else tiny)",
     )
 
 

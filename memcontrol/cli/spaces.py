@@ -22,7 +22,8 @@ def add_spaces(subparsers) -> None:
         "--base",
         default="tiny",
         metavar="MODEL",
-        help="for auto: tiny, a folder or a Hub id (default: tiny)",
+        help="for auto: tiny, a folder, a .safetensors file or a Hub id, or `{id: ..., config: ...}` as in a "
+        "study file (default: tiny)",
     )
     check = actions.add_parser("check", help="match a space against a base model")
     check.add_argument("name", metavar="NAME_OR_FILE", help="a shipped space or a YAML file")
@@ -30,7 +31,8 @@ def add_spaces(subparsers) -> None:
         "--base",
         default="tiny",
         metavar="MODEL",
-        help="tiny, a folder (config.json files suffice) or a Hub id (default: tiny)",
+        help="tiny, a folder (config.json files suffice), a .safetensors file or a Hub id, or `{id: ..., "
+        "config: ...}` (default: tiny)",
     )
     add_json(check)
 
@@ -59,10 +61,11 @@ def _read_space(name: str, base: str) -> str:
 
     shipped = list_shipped_spaces()
     if name == "auto":
+        from memcontrol.core.config import parse_base
         from memcontrol.model.derive_space import derive_space
         from memcontrol.model.source import make_empty_denoiser
 
-        return derive_space(make_empty_denoiser(base), base)
+        return derive_space(make_empty_denoiser(parse_base(base)), base)
     if name not in shipped:
         raise MemControlError(
             f"space '{name}' is not shipped; shipped are {', '.join(shipped)}; 'auto' derives one from --base"
@@ -71,11 +74,12 @@ def _read_space(name: str, base: str) -> str:
 
 
 def _check_fit(args: argparse.Namespace) -> None:
+    from memcontrol.core.config import parse_base
     from memcontrol.core.space_yaml import load_space
     from memcontrol.model.cost import survey_space
     from memcontrol.model.source import make_empty_denoiser
 
-    found = survey_space(make_empty_denoiser(args.base), load_space(args.name))
+    found = survey_space(make_empty_denoiser(parse_base(args.base)), load_space(args.name))
     if args.json:
         print_json(found)
     else:

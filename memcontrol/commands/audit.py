@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from memcontrol.core.config import parse_base
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.estimate import Measured, Rewards
 from memcontrol.core.reward_table import BLIND_SPOTS, FALSE_POSITIVES
@@ -55,10 +56,10 @@ def _sample_pipeline(
     seed: int,
     progress: ShowProgress,
 ) -> tuple[Pictures, np.ndarray | None]:
-    """`samples` images of a pipeline (a folder or Hub id in diffusers' format), from captions drawn at
+    """`samples` images of a pipeline (a folder, single file or Hub id), from captions drawn at
     random; and N_ATTACK of each of `attacked` captions, [P, N_ATTACK, 3, H, W], None where there are no
     captions. Raises MemControlError."""
-    base = load_base(model)
+    base = load_base(parse_base(model, "--model"))
 
     def sampled(title: str, drawn: list[str]) -> np.ndarray:
         return base.sample(

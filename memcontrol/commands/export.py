@@ -4,33 +4,34 @@ pipeline."""
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import torch
 
-from memcontrol.core.choice import Choice
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import name_full_disk, replace_file
 from memcontrol.core.run_folder import RunFolder
-from memcontrol.core.space_yaml import parse_space
 from memcontrol.core.spec import Spec, read_spec
-from memcontrol.model.adapter import Adapter, format_header, inject_adapter
-from memcontrol.model.base import name_denoiser, redraw_weights
+from memcontrol.model.adapter import Adapter, format_header
+from memcontrol.model.base import redraw_weights
+from memcontrol.model.families import name_denoiser
 from memcontrol.model.peft_parts import Peft
-from memcontrol.model.source import find_base_path, open_pipeline
+from memcontrol.model.saved_adapter import LORA_FILE, is_own_file
+from memcontrol.model.source import Source, find_base_path, find_source
 from memcontrol.trial.loaded import derive_scratch_seed
 from memcontrol.trial.run import inject_choice
 from memcontrol.view.model_card import write_card
 
 _FORMATS = ("adapter", "pipeline", "denoiser")
-LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers' load_lora_weights looks for
 COMFYUI_FILE = "comfyui/lora.safetensors"
 
 
 def export(run: str | Path, out: str | Path, format: str | None = None) -> Path:
     """Writes a run's model for plain diffusers to the new folder `out`. By default a LoRA as an adapter,
-    anything else as a pipeline. Returns the folder.
+    anything else as a pipeline, and so a LoRA over a base that itself starts from an adapter. Returns the
+    folder.
 
     adapter: a LoRA or DoRA as diffusers' and ComfyUI's LoRA files, other adapters of peft in peft's format,
     and whatever is no LoRA as a file for `memcontrol.load_adapter`. Raises MemControlError: no finished run,
@@ -41,7 +42,8 @@ def export(run: str | Path, out: str | Path, format: str | None = None) -> Path:
     _check_export(place, spec, out, format)
     with name_full_disk(out):
         # The base, with what was learned put into it.
-        pipeline = open_pipeline(spec.config.base)
+        source = find_source(spec.pinned_base)
+        pipeline = source.open()
         part = name_denoiser(pipeline)
         denoiser = getattr(pipeline, part)
         if spec.config.inner.from_scratch:
@@ -56,7 +58,7 @@ def export(run: str | Path, out: str | Path, format: str | None = None) -> Path:
         else:
             adapter.fuse()
             (denoiser if format == "denoiser" else pipeline).save_pretrained(out)
-        code = _write_loading_code(out, spec, type(denoiser).__name__, part)
+        code = _write_loading_code(out, source, type(pipeline).__name__, part)
         is_conditional = getattr(pipeline, "tokenizer", None) is not None
         write_card(out, spec, place.read_result(), code, (out / LORA_FILE).is_file(), is_conditional)
     return out
@@ -84,7 +86,8 @@ def _is_lora(adapter: Adapter) -> bool:
 
 
 def _choose_format(adapter: Adapter, spec: Spec) -> str:
-    return "adapter" if _is_lora(adapter) and not spec.config.inner.from_scratch else "pipeline"
+    over_base = not spec.config.inner.from_scratch and not spec.config.base.adapter
+    return "adapter" if _is_lora(adapter) and over_base else "pipeline"
 
 
 def _write_adapter(adapter: Adapter, run: RunFolder, part: str, out: Path, spec: Spec) -> None:
@@ -96,41 +99,84 @@ def _write_adapter(adapter: Adapter, run: RunFolder, part: str, out: Path, spec:
         _write_peft(adapter, out)
 
 
-def _write_loading_code(out: Path, spec: Spec, denoiser_class: str, part: str) -> str:
+def _write_loading_code(out: Path, source: Source, pipeline_class: str, part: str) -> str:
     """What a reader of the folder's card types, with the folder's name and, but for a Hub id, the base's in
     place of paths; `part` is what the pipeline calls its denoiser."""
-    base = spec.config.base if not Path(spec.config.base).exists() else Path(spec.config.base).name
-    place = "TINY" if base == "tiny" else f'"{base}"'
-    opened = f"DiffusionPipeline.from_pretrained({place})"
-    imports = "from diffusers import DiffusionPipeline\n" + (
-        "from memcontrol.models import TINY\n" if base == "tiny" else ""
-    )
-    if (out / LORA_FILE).is_file():
-        return f'{imports}\npipe = {opened}\npipe.load_lora_weights("{out.name}")'
-    if RunFolder(out).adapter_file.is_file():
-        return f'import memcontrol\n{imports}\npipe = {opened}\nmemcontrol.load_adapter(pipe, "{out.name}")'
     if (out / "model_index.json").is_file():
         return (
             "from diffusers import DiffusionPipeline\n\npipe = "
             f'DiffusionPipeline.from_pretrained("{out.name}")'
         )
-    return (
-        f"from diffusers import {denoiser_class}\n{imports}\n{part} = "
-        f'{denoiser_class}.from_pretrained("{out.name}")\n'
-        f"pipe = DiffusionPipeline.from_pretrained({place}, {part}={part})"
-    )
+    denoiser_class = source.index[part][1]
+    if (out / LORA_FILE).is_file():
+        first, load = _write_start(source, part), f'pipe.load_lora_weights("{out.name}")'
+    elif RunFolder(out).adapter_file.is_file():
+        first, load = _write_start(source, part), f'memcontrol.load_adapter(pipe, "{out.name}")'
+    else:
+        opened = _write_opening(source, pipeline_class, f"{part}={part}")
+        denoiser = f'{part} = {denoiser_class}.from_pretrained("{out.name}")'
+        return _add_imports([denoiser, f"pipe = {opened}"], pipeline_class, denoiser_class)
+    opened = _write_opening(source, pipeline_class)
+    return _add_imports([f"pipe = {opened}", *first, load], pipeline_class, denoiser_class)
+
+
+def _write_opening(source: Source, pipeline_class: str, *given: str) -> str:
+    """The call that opens the base."""
+    base = source.base
+    name = base.id if not Path(base.id).exists() else Path(base.id).name
+    settings = {"revision": base.revision, "variant": source.variant, "config": base.config}
+    known = {
+        key: value if "/" not in value or not Path(value).exists() else Path(value).name
+        for key, value in settings.items()
+        if value
+    }
+    more = [*(f'{key}="{value}"' for key, value in known.items()), *given]
+    call = f"{pipeline_class}.from_single_file" if base.is_file else "DiffusionPipeline.from_pretrained"
+    return f"{call}({', '.join(['TINY' if name == 'tiny' else json.dumps(name), *more])})"
+
+
+def _write_start(source: Source, part: str) -> list[str]:
+    """What puts the adapter that the base starts from into it."""
+    if source.base.adapter is None:
+        return []
+    place = Path(source.base.adapter)
+    if (place / "config.json").is_file():
+        return [f'pipe.{part} = {source.index[part][1]}.from_pretrained("{place.name}")']
+    if is_own_file(place):
+        return [f'memcontrol.load_adapter(pipe, "{place.name}").fuse()']
+    folder, name = (place.name, LORA_FILE) if place.is_dir() else (".", place.name)
+    return [
+        f'pipe.load_lora_weights("{folder}", weight_name="{name}")',
+        f'pipe.fuse_lora(components=["{part}"])',
+        "pipe.unload_lora_weights()",
+    ]
+
+
+def _add_imports(lines: list[str], *classes: str) -> str:
+    """The lines after the imports that they need."""
+    code = "\n".join(lines)
+    used = [name for name in ("DiffusionPipeline", *classes) if re.search(rf"\b{name}\.", code)]
+    imports = [
+        *(["import memcontrol"] if "memcontrol." in code else []),
+        f"from diffusers import {', '.join(sorted(set(used)))}",
+        *(["from memcontrol.models import TINY"] if "TINY" in code else []),
+    ]
+    return "\n".join([*imports, "", *lines])
 
 
 def describe_loading(run: Path, out: Path) -> str:
     """One line that says what an exported folder is and how it is loaded."""
-    base = find_base_path(read_spec(run).config.base)
+    base = read_spec(run).pinned_base
+    is_plain = base.model_dump() == base.id and not base.is_file
+    opened = f'DiffusionPipeline.from_pretrained("{find_base_path(base.id)}")'
     if (out / LORA_FILE).is_file():
-        return (
-            f'a LoRA: DiffusionPipeline.from_pretrained("{base}").load_lora_weights("{out}"); '
-            "comfyui/ has it for ComfyUI"
+        loaded = (
+            f'{opened}.load_lora_weights("{out}")' if is_plain else f"for {base}; its README.md has the code"
         )
+        return f"a LoRA: {loaded}; comfyui/ has it for ComfyUI"
     if RunFolder(out).adapter_file.is_file():
-        return f'an adapter: memcontrol.load_adapter(DiffusionPipeline.from_pretrained("{base}"), "{out}")'
+        loaded = f'memcontrol.load_adapter({opened}, "{out}")'
+        return f"an adapter: {loaded if is_plain else f'for {base}; its README.md has the code'}"
     kind = "pipeline" if (out / "model_index.json").is_file() else "denoiser"
     return (
         f"a fused {kind}: "
@@ -219,40 +265,3 @@ def _write_peft(adapter: Adapter, out: Path) -> None:
 def _convert_sets(settings: dict) -> dict:
     """peft's configuration as JSON can hold it."""
     return {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
-
-
-def load_adapter(pipeline, path: str | Path) -> Adapter:
-    """Puts an exported adapter into a pipeline: a file, or the folder that `export --format adapter` or a run
-    wrote.
-
-    The result can `fuse()` or `remove()` itself. Raises MemControlError where the file is not MemControl's or
-    does not fit.
-    """
-    from safetensors import safe_open
-    from safetensors.torch import load_file
-
-    path = Path(path)
-    if path.is_dir():
-        places = (RunFolder(path).adapter_file, path / LORA_FILE)
-        path = next((place for place in places if place.is_file()), path)
-    if not path.is_file():
-        raise MemControlError(
-            f"{path} holds no adapter; give a run folder, or what `memcontrol export --format adapter` wrote"
-        )
-    with safe_open(path, "pt") as opened:
-        described = (opened.metadata() or {}).get("memcontrol")
-    if described is None:
-        raise MemControlError(
-            f"{path} was not written by memcontrol; load it with the library that it came from"
-        )
-    values, prefix = json.loads(described), name_denoiser(pipeline)
-    space = parse_space(values["space"], values["config"]["space"])
-    adapter = inject_adapter(getattr(pipeline, prefix), space, Choice.from_dict(values["choice"]), 0)
-    state = {name.removeprefix(f"{prefix}."): tensor for name, tensor in load_file(path).items()}
-    adapter.load_state(
-        {
-            f"{name}.weight" if name.endswith("lora_magnitude_vector") else name: tensor
-            for name, tensor in state.items()
-        }
-    )
-    return adapter

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from memcontrol.commands.card import Card, describe_card, explain_too_small, propose_memory
 from memcontrol.core.choice import ANCHORS
-from memcontrol.core.config import NAME, PARTS, DataConfig, load_config
+from memcontrol.core.config import NAME, PARTS, BaseConfig, DataConfig, load_config, parse_base, read_base
 from memcontrol.core.config_errors import NAME_RULE
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import replace_file
@@ -72,34 +72,37 @@ def propose_study(
         raise MemControlError(f"--name is '{name}'; {NAME_RULE}")
     if path.exists():
         raise MemControlError(f"{path} exists; give another file with --out, or remove it")
-    _check_base(base)
+    given = parse_base(base) if base else None
+    if given:
+        _check_base(given)
     refuse_results_among(str(folder), locate_study_folder(path, name))
     seen = summarize_folder(folder, progress)
-    proposal = Proposal(path, _write_proposal(folder, seen, name, base, path), seen)
+    proposal = Proposal(path, _write_proposal(folder, seen, name, given, path), seen)
     with replace_file(path) as part:
         part.write_text(proposal.text, encoding="utf-8")
     load_config(path)
     return proposal
 
 
-def _check_base(base: str | None) -> None:
+def _check_base(base: BaseConfig) -> None:
     """Raises MemControlError for what is no pipeline, as far as can be told without loading it."""
     from memcontrol.model.source import check_base_path
 
-    if (
-        base
-        and Path(check_base_path(base)).is_dir()
-        and not (Path(check_base_path(base)) / "model_index.json").is_file()
-    ):
+    place = Path(check_base_path(base))
+    if place.is_dir() and not (place / "model_index.json").is_file():
         raise MemControlError(
-            f"base '{base}' is a folder without model_index.json; give one in diffusers' format"
+            f"base '{base.id}' is a folder without model_index.json; give one in diffusers' format"
         )
 
 
-def _write_proposal(folder: Path, seen: FolderSummary, name: str, base: str | None, path: Path) -> str:
+def _write_proposal(
+    folder: Path, seen: FolderSummary, name: str, given: BaseConfig | None, path: Path
+) -> str:
     """The study file. Raises MemControlError where there are too few images."""
     card = describe_card()
-    base = base or (_STABLE_DIFFUSION if card else "tiny")
+    given = given or BaseConfig(id=_STABLE_DIFFUSION if card else "tiny")
+    base = given.id
+    kind = _find_pipeline_class(given)
     shares = {} if seen.parts else _choose_shares(seen)
     sizes = _count_split(seen, shares) if shares else _count_given(seen)
     n_train = sizes["train"]
@@ -110,7 +113,9 @@ def _write_proposal(folder: Path, seen: FolderSummary, name: str, base: str | No
             f"# Proposed by memcontrol init, after a look at {seen.n} images. Change what you know "
             "better; docs/study-file.md has every key.",
             f"name: {name}",
-            _format_line("base", json.dumps(base), _explain_base(base, card)),
+            _format_line(
+                "base", json.dumps(given.model_dump(), ensure_ascii=False), _explain_base(base, card)
+            ),
             "data:",
             _format_line(
                 "  path",
@@ -128,7 +133,7 @@ def _write_proposal(folder: Path, seen: FolderSummary, name: str, base: str | No
             ),
             _format_line(
                 "space",
-                choose_space(base),
+                choose_space(given),
                 "which layers may be trained: memcontrol spaces show, or check with --base",
             ),
             "inner:",
@@ -141,14 +146,14 @@ def _write_proposal(folder: Path, seen: FolderSummary, name: str, base: str | No
             _format_line(
                 "  batch_size", str(min(16, n_train)), "less where the GPU's memory does not suffice"
             ),
-            *_list_memory_lines(base, card, min(16, n_train)),
+            *_list_memory_lines(base, kind, card, min(16, n_train)),
             "rewards:",
             _format_line(
                 "  objectives", "[fid, memorization]", _explain_objectives(sizes["holdout"], sees_photos)
             ),
             *(_list_network_lines() if sees_photos else []),
             "search:",
-            *_list_search_lines(base, card, budget),
+            *_list_search_lines(base, kind, card, budget),
             _format_line("  seed", str(_SEED), "of everything that is drawn"),
         ]
     )
@@ -162,21 +167,30 @@ def _format_line(key: str, value: str, why: str) -> str:
     return f"{f'{key}: {value}':30} # {why}"
 
 
-def _is_planned(base: str) -> bool:
+def _is_planned(base: str, kind: str) -> bool:
     """Whether the memory that its fine-tuning takes is known: that of Stable Diffusion 1.5."""
-    index = Path(base) / "model_index.json"
+    return kind == "StableDiffusionPipeline" or base == _STABLE_DIFFUSION
+
+
+def _find_pipeline_class(base: BaseConfig) -> str:
+    """Of what lies on this machine; else empty."""
+    index = Path(base.id) / "model_index.json"
     if index.is_file():
-        return json.loads(index.read_text(encoding="utf-8")).get("_class_name") == "StableDiffusionPipeline"
-    return base == _STABLE_DIFFUSION
+        return json.loads(index.read_text(encoding="utf-8")).get("_class_name", "")
+    if base.is_file:
+        from memcontrol.model.single_file import identify_checkpoint
+
+        return identify_checkpoint(Path(base.id), base.config)[0]
+    return ""
 
 
-def _list_memory_lines(base: str, card: Card | None, batch_size: int) -> list[str]:
+def _list_memory_lines(base: str, kind: str, card: Card | None, batch_size: int) -> list[str]:
     """What makes a step fit on the card."""
     if card is None or base == "tiny":
         return []
     precision = "bfloat16" if card.has_bfloat16 else "float16"
     lines = [_format_line("  precision", precision, "of forward and backward: half the activations' memory")]
-    if not _is_planned(base):
+    if not _is_planned(base, kind):
         return lines
     plan = propose_memory(card.free_gib)
     if plan.micro_batch_size < batch_size:
@@ -202,9 +216,9 @@ def _list_network_lines() -> list[str]:
     ]
 
 
-def _list_search_lines(base: str, card: Card | None, budget: int) -> list[str]:
+def _list_search_lines(base: str, kind: str, card: Card | None, budget: int) -> list[str]:
     """How many trials, which anchors, and how many at a time."""
-    if card is None or not _is_planned(base):
+    if card is None or not _is_planned(base, kind):
         workers = card.n if card else min(os.cpu_count() or 1, 8)
         return [
             _format_line(
@@ -339,13 +353,11 @@ def _explain_objectives(n_holdout: int, sees_photos: bool) -> str:
     )
 
 
-def choose_space(base: str) -> str:
-    index = Path(base) / "model_index.json"
-    if index.is_file():
-        return _SPACES.get(
-            json.loads(index.read_text(encoding="utf-8")).get("_class_name", ""), "sd15-blocks"
-        )
-    return "digits" if base == "tiny" else "sd15-blocks"
+def choose_space(base: BaseConfig | str) -> str:
+    """Of a pipeline by its class, where that is known."""
+    base = read_base(base)
+    unknown = "digits" if base.id == "tiny" else "sd15-blocks"
+    return _SPACES.get(_find_pipeline_class(base), unknown)
 
 
 def list_warnings(seen: FolderSummary) -> list[str]:

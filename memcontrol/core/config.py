@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from memcontrol.core.choice import ANCHORS, Anchor
 from memcontrol.core.config_errors import explain_problems
@@ -42,6 +52,7 @@ FREE_KEYS = (
 )
 
 DIGITS = "digits"  # data.path of the images that are embedded
+CHECKPOINT = ".safetensors"  # how a base in one file ends
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 Share = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -75,6 +86,51 @@ def _replace_at(model: Strict, keys: Sequence[str], value: Any) -> Any:
         raise KeyError(name)
     new = _replace_at(getattr(model, name), inside, value) if inside else value
     return model.model_copy(update={name: new})
+
+
+def _take_name(path: str) -> str:
+    return Path(path).name if os.path.isabs(path) else path
+
+
+class BaseConfig(Strict):
+    """Where the model to fine-tune comes from; its precision is `base_precision`, whatever its files hold."""
+
+    id: str = "tiny"
+    """`tiny` (embedded), a folder in diffusers' format, a Hub id (owner/name), or a checkpoint in a single
+    `.safetensors` file, as ComfyUI has it"""
+    revision: Annotated[str, Field(min_length=1)] | None = None
+    """of a Hub id: a branch, tag or commit; none: `main`. A study keeps to the commit that it began with"""
+    variant: Annotated[str, Field(min_length=1)] | None = None
+    """which of several sets of weights, such as `fp16` for `*.fp16.safetensors`; none: those without a name,
+    or the only ones"""
+    adapter: Annotated[str, Field(min_length=1)] | None = None
+    """what is fused into the denoiser before anything is trained: a LoRA file, a run folder, or what `export`
+    wrote; seen from the study file"""
+    config: Annotated[str, Field(min_length=1)] | None = None
+    """of a single file: the folder in diffusers' format, or the Hub id, whose configs and tokenizers belong
+    to it; none: those that diffusers knows, from the Hub. What the file lacks is read from there too"""
+
+    @property
+    def is_file(self) -> bool:
+        """Whether it is a checkpoint in one file."""
+        return self.id.endswith(CHECKPOINT)
+
+    def __str__(self) -> str:
+        """For people: the id, and what else is set, files by their names."""
+        more = [(key, getattr(self, key)) for key in type(self).model_fields if key != "id"]
+        said = [f"{key} {_take_name(value)}" for key, value in more if value]
+        return f"{self.id} ({', '.join(said)})" if said else self.id
+
+    def without_paths(self) -> BaseConfig:
+        """With the names of files and folders in place of where they lie on this machine."""
+        values = {key: getattr(self, key) for key in ("id", "adapter", "config")}
+        return self.model_copy(update={key: value and _take_name(value) for key, value in values.items()})
+
+    @model_serializer(mode="wrap")
+    def write_short(self, write: SerializerFunctionWrapHandler) -> dict[str, Any] | str:
+        """The id alone where nothing else is set, as studies have always had it."""
+        values = {key: value for key, value in write(self).items() if value is not None}
+        return self.id if values.keys() <= {"id"} else values
 
 
 class DataConfig(Strict):
@@ -504,6 +560,13 @@ def _expand_path(value: Any) -> Any:
     return {"path": value} if isinstance(value, str) else value
 
 
+def _expand_id(value: Any) -> Any:
+    return {"id": value} if isinstance(value, str) else value
+
+
+_EXPAND = {"data": _expand_path, "base": _expand_id}  # short forms
+
+
 class Config(Strict):
     """A study: everything that its numbers depend on."""
 
@@ -512,8 +575,9 @@ class Config(Strict):
     storage: Annotated[str | None, Field(exclude=True)] = None
     """a database URL; none: `study.db` in the study's folder. A relative SQLite path starts at the study
     file. It is never written into the study or a run folder, since it may hold a password"""
-    base: str = "tiny"
-    """the model to fine-tune: `tiny` (embedded), a folder in diffusers' format, or a Hub id"""
+    base: Annotated[BaseConfig, BeforeValidator(_expand_id)] = BaseConfig()
+    """the model to fine-tune: `tiny` (embedded), a folder in diffusers' format, a single `.safetensors` file,
+    or a Hub id; `base: tiny` is short for `base: {id: tiny}`"""
     base_precision: Literal["auto", "float32", "bfloat16", "float16", "int8", "nf4"] = "auto"
     """in what the base's frozen weights are held and computed: `auto` is bfloat16 on a card and float32 on a
     CPU; `int8` and `nf4` quantise the denoiser, for LoRA and its kin. What is trained is float32 over it"""
@@ -593,7 +657,37 @@ def _make_paths_absolute(config: Config, folder: Path) -> Config:
         for objective, name in zip(config.rewards.objectives, config.rewards.names)
     )
     path = config.data.path if config.data.path == DIGITS else str(folder / config.data.path)
-    return config.replaced({"data.path": path, "rewards.objectives": objectives})
+    base = locate_base(config.base, folder)
+    return config.replaced({"base": base, "data.path": path, "rewards.objectives": objectives})
+
+
+def locate_base(base: BaseConfig, folder: Path) -> BaseConfig:
+    """With absolute paths of its files, which lie relative to `folder` or to the working directory. An id
+    that is no file is left as it is: it may be the Hub's."""
+
+    def find(given: str) -> str:
+        places = [place for place in (folder / given, Path(given)) if place.exists()]
+        return str(places[0].absolute()) if places else given
+
+    found = base.adapter and str((folder / find(base.adapter)).absolute())
+    where = {"adapter": found, "config": base.config and find(base.config)}
+    return base.model_copy(update=where | ({"id": find(base.id)} if base.is_file else {}))
+
+
+def read_base(value: BaseConfig | dict | str) -> BaseConfig:
+    """From what a config holds under `base`."""
+    return value if isinstance(value, BaseConfig) else BaseConfig.model_validate(_expand_id(value))
+
+
+def parse_base(text: str, key: str = "--base") -> BaseConfig:
+    """A base as a command line has it: its id, or `{id: ..., adapter: ...}`. Raises MemControlError."""
+    try:
+        values = parse_number(text) if text.startswith("{") else text
+        return locate_base(read_base(values), Path())
+    except yaml.YAMLError:
+        raise MemControlError(f"{key} is '{text}', which is not valid YAML") from None
+    except ValidationError as error:
+        raise MemControlError(f"{key}: {explain_problems(error.errors(), BaseConfig)}") from None
 
 
 def _apply_override(values: dict, override: str) -> dict:
@@ -608,10 +702,10 @@ def _apply_override(values: dict, override: str) -> dict:
 
 def _set_at(values: Any, keys: list[str], value: Any) -> dict:
     """`values` with `value` at the dotted place; a short form such as `data: digits` keeps its meaning."""
-    inside = _expand_path(values) if values is not None else {}
-    if not isinstance(inside, dict):
-        inside = {}
-    return {**inside, keys[0]: _set_at(inside.get(keys[0]), keys[1:], value) if keys[1:] else value}
+    inside = values if isinstance(values, dict) else {}
+    name, *below = keys
+    expanded = _EXPAND.get(name, lambda held: held)(inside.get(name))
+    return {**inside, name: _set_at(expanded, below, value) if below else value}
 
 
 def flatten_keys(values: dict, prefix: str = "") -> dict[str, Any]:
@@ -635,8 +729,12 @@ def find_differing_keys(stored: Config, given: Config, beside: Sequence[str] = (
 
 
 def _make_comparable(config: Config) -> dict:
-    """The config as a mapping, a user's own objectives by their files' names: a study's folder may move."""
+    """The config as a mapping, a user's own objectives and the base's files by their names: a study's folder
+    may move. A base's revision may come and go: base.json has the commit."""
     values = config.model_dump(mode="json")
+    base = config.base
+    name = _take_name(base.id) if base.is_file else base.id
+    values["base"] = str(base.model_copy(update={"id": name, "revision": None}))
     values["rewards"]["objectives"] = [Path(objective).name for objective in config.rewards.objectives]
     return values
 

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 NAME_RULE = "use letters, digits, '.', '_' and '-', a letter or digit first"  # of config.NAME
 _EXAMPLES = {
+    "base": "{id: owner/name, revision: main}",
     "data": "{path: images}",
     "inner": "{budget_images: 20000}",
     "ensemble": "{shards: 4}",

@@ -187,6 +187,15 @@ class StudyFolder:
         return self.path / "extractor.json"
 
     @property
+    def base_file(self) -> Path:
+        """What the study's base is pinned to: a Hub id's commit, the content of files."""
+        return self.path / "base.json"
+
+    def read_pins(self) -> dict[str, str]:
+        """Empty where nothing was recorded: of a folder, and by older versions."""
+        return read_json(self.base_file) if self.base_file.is_file() else {}
+
+    @property
     def log_file(self) -> Path:
         return self.path / "search.log"
 

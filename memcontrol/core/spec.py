@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from memcontrol.core.choice import Choice
-from memcontrol.core.config import Config, find_differing_keys, load_config
+from memcontrol.core.config import BaseConfig, Config, find_differing_keys, load_config
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import read_json, write_json
-from memcontrol.core.run_folder import RunFolder
+from memcontrol.core.run_folder import RunFolder, StudyFolder
 from memcontrol.core.seeds import derive_seed
 from memcontrol.core.space import SearchSpace
 from memcontrol.core.space_yaml import dump_space, parse_space
@@ -50,6 +50,13 @@ class Spec:
     def sampling_seed(self) -> int:
         """Shared by all trials of a purpose: the same prompts and noise for everyone."""
         return derive_seed(self.config.search.seed, "sampling", self.purpose)
+
+    @property
+    def pinned_base(self) -> BaseConfig:
+        """The base at the commit that the study began with, if the Hub has it."""
+        commit = StudyFolder(self.study_folder).read_pins().get("commit")
+        base = self.config.base
+        return base.model_copy(update={"revision": commit}) if commit else base
 
     def description(self) -> dict[str, Any]:
         """What a saved adapter says of itself."""

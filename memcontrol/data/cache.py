@@ -1,16 +1,20 @@
-"""Owns files of tensors that are computed once: whoever comes first makes the file, all others read it; and
-files that are written a part at a time, since the whole would not fit into memory."""
+"""Owns files of tensors, and folders, that are made once: whoever comes first makes them, all others read
+them; and files that are written a part at a time, since the whole would not fit into memory."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 import json
+import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from memcontrol.core.files import replace_file
+from memcontrol.core.files import name_full_disk, replace_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,6 +53,42 @@ def map_tensors(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     return load_file(path)
+
+
+def find_cache_folder() -> Path:
+    """The user's own, for what no study owns: $MEMCONTROL_CACHE, or memcontrol/ where the system keeps
+    caches."""
+    if given := os.environ.get("MEMCONTROL_CACHE"):
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "memcontrol"
+
+
+def make_folder(path: Path, make: Callable[[Path], None]) -> Path:
+    """The folder, made by one process at a time where there is none: `path` names what its content depends
+    on. Half of one is never seen. Raises DiskFull."""
+    with hold_lock(path):
+        if not path.is_dir():
+            part = path.with_name(f".{path.name}.part")
+            shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
+            try:
+                with name_full_disk(path):
+                    make(part)
+                    os.replace(part, path)
+            finally:
+                shutil.rmtree(part, ignore_errors=True)
+    return path
+
+
+def digest_file(path: Path) -> str:
+    """SHA-256 of the content; once for each process and state of the file."""
+    state = path.stat()
+    return _digest_state(path, state.st_size, state.st_mtime_ns)
+
+
+@functools.cache
+def _digest_state(path: Path, size: int, changed: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from memcontrol.core.config import BaseConfig
 from memcontrol.data.images import Images
 from memcontrol.model.batches import MOST_AT_A_TIME, choose_batch, halve_until_it_fits, release_memory
 from memcontrol.model.counting import (
@@ -28,14 +29,14 @@ from memcontrol.model.source import Precision, Source, find_source
 _TEXT_BATCH = 64
 
 
-def load_base(name: str, precision: Precision | None = None, offload: str = "encoders") -> Base:
-    """`tiny`, a local folder or a Hub id in diffusers' format, without its text encoders, which come when
-    they are asked for. float32 unless another precision is given. Raises MemControlError."""
+def load_base(base: BaseConfig | str, precision: Precision | None = None, offload: str = "encoders") -> Base:
+    """A base, or one by its id alone, without its text encoders, which come when they are asked for. float32
+    unless another precision is given. Raises MemControlError."""
     from diffusers import DDIMPipeline, DDPMScheduler, DPMSolverMultistepScheduler
 
-    source, precision = find_source(name), precision or Precision()
+    source, precision = find_source(base), precision or Precision()
     pipeline = source.open(precision, with_encoders=False)
-    family = find_family(type(pipeline).__name__, name)
+    family = find_family(type(pipeline).__name__, source.name)
     settings = pipeline.scheduler.config
     schedule = pipeline.scheduler if family.flow else DDPMScheduler.from_config(settings)
     if isinstance(family, Unconditional):
@@ -49,11 +50,6 @@ def load_base(name: str, precision: Precision | None = None, offload: str = "enc
 
 def find_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def name_denoiser(pipeline) -> str:
-    """The pipeline's component that is fine-tuned."""
-    return "unet" if getattr(pipeline, "unet", None) is not None else "transformer"
 
 
 @dataclass(frozen=True)

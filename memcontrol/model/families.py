@@ -234,6 +234,11 @@ _FAMILIES: dict[str, type[Family]] = {
 }
 
 
+def name_denoiser(pipeline) -> str:
+    """The pipeline's component that is fine-tuned."""
+    return "unet" if getattr(pipeline, "unet", None) is not None else "transformer"
+
+
 def find_family(pipeline_class: str, base: str) -> Family:
     """Raises MemControlError for a pipeline that no family knows."""
     if pipeline_class not in _FAMILIES:

@@ -103,10 +103,14 @@ class LoadedModels:
         base = self.base(spec.config)
         return self.once(
             ("encoded", images.digest, base.source.name, str(base.precision)),
-            lambda: load_encoded(
-                base, images, StudyFolder(spec.study_folder).cache, partial(progress, "encode")
-            ),
+            lambda: self.encode(spec, images, progress),
         )
+
+    def encode(self, spec: Spec, images: Images, progress: TellStage) -> Encoded:
+        """Raises MemControlError where the base is no longer what the study began with."""
+        base, place = self.base(spec.config), StudyFolder(spec.study_folder)
+        base.source.check_pins(place.read_pins())
+        return load_encoded(base, images, place.cache, partial(progress, "encode"))
 
     def make_material(self, spec: Spec, progress: TellStage = _tell_nobody) -> Material:
         images = self.train_images(spec)

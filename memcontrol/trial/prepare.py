@@ -48,7 +48,10 @@ def prepare_study(values: dict, folder: Path, loaded: LoadedModels, warn: Callab
         loaded.clip(config.rewards.clip)
 
     # The base, and what is to be trained in it.
-    base = loaded.base(config)
+    base, place = loaded.base(config), StudyFolder(folder)
+    base.source.check_pins(place.read_pins())
+    for note in base.source.notes:
+        warn(note)
     check_space(base.denoiser, space)
     check_mitigations(config, base)
     _check_quantized(config, base)
@@ -60,7 +63,8 @@ def prepare_study(values: dict, folder: Path, loaded: LoadedModels, warn: Callab
     _try_own_rewards(config, parts, extractor)
 
     # What the study was begun with.
-    place = StudyFolder(folder)
+    if base.source.pins and not place.split_file.exists():
+        write_json(place.base_file, {"id": config.base.id} | base.source.pins)
     _record_split(place.split_file, parts, config, resolution)
     write_json(place.network_file, list_blocks(base.denoiser, space))
     record_extractor(place.extractor_file, extractor.id, config)
@@ -72,7 +76,7 @@ def prepare_study(values: dict, folder: Path, loaded: LoadedModels, warn: Callab
     return {
         "sizes": {part: len(images) for part, images in parts.items()},
         "directions": find_directions(config.rewards),
-        "made_with": _list_versions(),
+        "made_with": _list_versions() | ({"base commit": base.source.commit} if base.source.commit else {}),
     }
 
 

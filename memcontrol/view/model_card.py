@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from memcontrol.core.config import CHECKPOINT, BaseConfig
 from memcontrol.core.files import replace_file
 from memcontrol.core.reward_table import BLIND_SPOTS, REWARDS, format_reward
 from memcontrol.core.run_folder import StudyFolder
@@ -63,7 +64,7 @@ def _find_baseline(spec: Spec, result: dict[str, Any]) -> dict[str, Any]:
 
 def make_metadata(spec: Spec, is_lora: bool, is_conditional: bool) -> dict[str, Any]:
     """The base only where the Hub knows it: a path of this machine is nobody's business."""
-    task, base = "text-to-image" if is_conditional else "unconditional-image-generation", spec.config.base
+    task, base = "text-to-image" if is_conditional else "unconditional-image-generation", spec.config.base.id
     tags = ["diffusers", task, "memcontrol", *(["lora"] if is_lora else [])]
     known = {}
     if _is_public(base):
@@ -73,7 +74,12 @@ def make_metadata(spec: Spec, is_lora: bool, is_conditional: bool) -> dict[str, 
 
 def _is_public(base: str) -> bool:
     """Whether it is a name that the Hub knows."""
-    return base != "tiny" and not Path(base).exists()
+    return base != "tiny" and not base.endswith(CHECKPOINT) and not Path(base).exists()
+
+
+def _describe_base(base: BaseConfig) -> str:
+    """With the commit; of files and folders their names."""
+    return str(base if _is_public(base.id) else base.model_copy(update={"id": Path(base.id).name}))
 
 
 def compose_body(spec: Spec, result: dict[str, Any], code: str) -> str:
@@ -100,12 +106,12 @@ def compose_body(spec: Spec, result: dict[str, Any], code: str) -> str:
 
 def _list_facts(spec: Spec, result: dict[str, Any]) -> str:
     """What it is made of and how."""
-    config, choice, base = spec.config, spec.choice, spec.config.base
+    config, choice = spec.config, spec.choice
     trained = format_reward("trained_fraction", result["rewards"])
     groups = name_groups(choice.groups, "nothing")
     exported_with = ", ".join(f"{name} {version(name)}" for name in _EXPORTED_WITH)
     facts = {
-        "Base": base if _is_public(base) else Path(base).name,
+        "Base": _describe_base(spec.pinned_base),
         "Trained": f"{describe_choice(choice, len(spec.space.groups))}: {groups} ({trained} of the denoiser)",
         "Images": f"{spec.n_train:,} private images; they are not part of this folder",
         "Budget": _describe_budget(spec, result["measured_with"]["resolution"]),

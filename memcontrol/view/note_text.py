@@ -97,7 +97,7 @@ def write_study_note(
     inner = config.inner
     lines = {
         "Space": f"{config.space}, {len(space.groups)} groups, {', '.join(space.methods)}",
-        "Base": config.base,
+        "Base": str(config.base),
         "Images": _describe_image_parts(config, data),
         "Each trial": f"{inner.budget_images} images in {inner.budget_steps} steps of {inner.batch_size}; "
         f"scored on {config.rewards.n_samples} samples",

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from memcontrol.core.config import read_base
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import replace_file
 from memcontrol.core.reward_table import BLIND_SPOTS, REWARDS
@@ -76,7 +77,8 @@ def render_page(facts: ReportData, with_images: bool) -> str:
 
 
 def _render_question(facts: ReportData) -> str:
-    base, images = _take_last_part(facts["config"]["base"]), _take_last_part(facts["config"]["data"]["path"])
+    base = read_base(facts["config"]["base"]).without_paths()
+    images = _take_last_part(facts["config"]["data"]["path"])
     asked = (
         f"Which parameters of {base} can be fine-tuned on {images} so that quality stays and copying of "
         "training images goes?"
@@ -255,7 +257,7 @@ def _render_reproduction(facts: ReportData) -> str:
 def _format_study_file(keys: dict[str, Any], config: dict[str, Any]) -> str:
     """As YAML, the base and the images by name only."""
     data = {**keys["data"], "path": _take_last_part(config["data"]["path"])}
-    shown = {**keys, "base": _take_last_part(config["base"]), "data": data}
+    shown = {**keys, "base": read_base(config["base"]).without_paths().model_dump(), "data": data}
     return yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)
 
 

@@ -1,0 +1,157 @@
+"""Owns reading what was fine-tuned: MemControl's own adapter files, and LoRA files of others, put into a
+denoiser."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from memcontrol.core.choice import Choice
+from memcontrol.core.errors import MemControlError
+from memcontrol.core.run_folder import RunFolder
+from memcontrol.core.space_yaml import parse_space
+from memcontrol.model.adapter import Adapter, inject_adapter
+from memcontrol.model.families import name_denoiser
+
+LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers' load_lora_weights looks for
+_OF_ENCODER = re.compile(r"lora_te|text_encoder|te[12]?\.")
+_AFTER_MODULE = re.compile(r"(\.lora|_lora|\.lokr_).*")
+
+
+def load_adapter(pipeline, path: str | Path) -> Adapter:
+    """Puts an exported adapter into a pipeline: a file, or the folder that `export --format adapter` or a run
+    wrote.
+
+    The result can `fuse()` or `remove()` itself. Raises MemControlError where the file is not MemControl's or
+    does not fit.
+    """
+    path, part = find_adapter_file(Path(path)), name_denoiser(pipeline)
+    if read_description(path) is None:
+        raise MemControlError(
+            f"{path} was not written by memcontrol; load it with the library that it came from"
+        )
+    return put_adapter(getattr(pipeline, part), part, path)
+
+
+def find_adapter_file(path: Path) -> Path:
+    """The file itself, or that of a run's or exported folder. Raises MemControlError."""
+    if path.is_dir():
+        places = (RunFolder(path).adapter_file, path / LORA_FILE)
+        path = next((place for place in places if place.is_file()), path)
+    if not path.is_file():
+        raise MemControlError(
+            f"{path} holds no adapter; give a run folder, or what `memcontrol export --format adapter` wrote"
+        )
+    return path
+
+
+def read_description(path: Path) -> dict[str, Any] | None:
+    """What the file says of itself: config, space and choice; None where another tool wrote it, or the
+    names in it are another tool's."""
+    names, described = _read_head(path)
+    is_ours = described is not None and not any(name.endswith(".alpha") for name in names)
+    return json.loads(described) if described and is_ours else None
+
+
+def is_own_file(path: Path) -> bool:
+    """Whether MemControl wrote the adapter. Raises MemControlError where there is none."""
+    return read_description(find_adapter_file(path)) is not None
+
+
+def _read_head(path: Path) -> tuple[list[str], str | None]:
+    """Names of the tensors, and the description. Raises MemControlError."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as opened:
+            return list(opened.keys()), (opened.metadata() or {}).get("memcontrol")
+    except SafetensorError as error:
+        raise MemControlError(f"{path} is no safetensors file ({error}); give one") from None
+
+
+def put_adapter(denoiser: torch.nn.Module, part: str, path: Path) -> Adapter:
+    """Of MemControl's own file; `part` is what the pipeline calls its denoiser. Raises MemControlError."""
+    from safetensors.torch import load_file
+
+    values = read_description(path)
+    assert values is not None, "only MemControl's own files are put in"
+    space = parse_space(values["space"], values["config"]["space"])
+    adapter = inject_adapter(denoiser, space, Choice.from_dict(values["choice"]), 0)
+    state = {name.removeprefix(f"{part}."): tensor for name, tensor in load_file(path).items()}
+    adapter.load_state(
+        {
+            f"{name}.weight" if name.endswith("lora_magnitude_vector") else name: tensor
+            for name, tensor in state.items()
+        }
+    )
+    return adapter
+
+
+def fuse_file(denoiser: Any, part: str, pipeline_class: Any, path: Path) -> None:
+    """Fuses what the file holds into the denoiser's own weights. Raises MemControlError where it does not
+    fit."""
+    described = read_description(path)
+    if described is None:
+        _fuse_lora(denoiser, part, pipeline_class, path)
+    elif described["config"].get("inner", {}).get("from_scratch"):
+        raise MemControlError(
+            f"base.adapter {path} belongs to a denoiser that was drawn anew; export that run with --format "
+            "pipeline, and give the folder as base.id"
+        )
+    else:
+        put_adapter(denoiser, part, path).fuse()
+
+
+def _fuse_lora(denoiser: Any, part: str, pipeline_class: Any, path: Path) -> None:
+    """A LoRA under diffusers', kohya's or ComfyUI's names, as diffusers reads it."""
+    read = getattr(pipeline_class, "lora_state_dict", None)
+    if read is None or not hasattr(denoiser, "load_lora_adapter"):
+        raise MemControlError(
+            f"base.adapter {path}: diffusers reads no LoRA for a {pipeline_class.__name__}; give a run "
+            "folder or an export of memcontrol"
+        )
+    if any("dora_scale" in name for name in _read_head(path)[0]):
+        raise MemControlError(
+            f"base.adapter {path} is a DoRA under names of which diffusers cannot read its scale; give it "
+            f"under diffusers' own ({LORA_FILE})"
+        )
+    try:
+        state, *alphas, metadata = read(
+            str(path.parent),
+            weight_name=path.name,
+            unet_config=denoiser.config if part == "unet" else None,
+            return_alphas=True,
+            return_lora_metadata=True,
+        )
+        own = {name: tensor for name, tensor in state.items() if name.startswith(f"{part}.")}
+        if own:
+            given = {"metadata": metadata} if metadata else {"network_alphas": alphas[0] if alphas else None}
+            denoiser.load_lora_adapter(own, prefix=part, **given)
+    except (OSError, ValueError, KeyError, RuntimeError, AttributeError, IndexError) as error:
+        _refuse(path, " ".join(str(error).split())[:200])
+    wanted = {_AFTER_MODULE.sub("", name) for name in own}
+    n_found = sum(hasattr(module, "lora_A") or hasattr(module, "lokr_w1") for module in denoiser.modules())
+    if not wanted or n_found < len(wanted):
+        _refuse(path, f"of the {len(wanted)} layers that it changes the denoiser has {n_found}")
+    denoiser.fuse_lora()
+    denoiser.unload_lora()
+
+
+def _refuse(path: Path, reason: str) -> None:
+    raise MemControlError(
+        f"base.adapter {path} does not fit the base: {reason}; give the base it was made for"
+    )
+
+
+def list_left_out(path: Path) -> list[str]:
+    """What of the file is not used, in sentences."""
+    n = sum(bool(_OF_ENCODER.match(name)) for name in _read_head(path)[0])
+    return (
+        [f"base.adapter {path.name} also changes text encoders ({n} tensors); they stay as the base has them"]
+        if n
+        else []
+    )
