@@ -42,7 +42,10 @@ def test_overrides_win_and_take_exponents_and_lists():
         (
             {**GOOD, "colour": 1},
             [],
-            ["unknown key 'colour'", "name, storage, base, data, space, inner, rewards, search"],
+            [
+                "unknown key 'colour'",
+                "name, storage, base, base_precision, base_offload, data, space, inner, rewards, search",
+            ],
         ),
         ({**GOOD, "inner": {"batchsize": 1}}, [], ["unknown key 'inner.batchsize'", "batch_size"]),
         ({**GOOD, "inner": {"batch_size": "big"}}, [], ["'inner.batch_size' is 'big'"]),
@@ -125,7 +128,7 @@ SENTENCES = [
     ({"inner": {"batch_size": True}}, "key 'inner.batch_size' is True; it should be a valid integer"),
     (
         {"inner": {"optimizer": "lion"}},
-        "key 'inner.optimizer' is 'lion'; it should be 'adamw', 'adam', 'nadam', 'radam', "
+        "key 'inner.optimizer' is 'lion'; it should be 'adamw', 'adamw8bit', 'adam', 'nadam', 'radam', "
         "'adafactor' or 'sgd'",
     ),
     (
@@ -208,12 +211,13 @@ SENTENCES = [
     ({"ray": {"gpus": -1}}, "key 'ray.gpus' is -1; it should be greater than or equal to 0"),
     (
         {"colour": 1},
-        "unknown key 'colour'; allowed: name, storage, base, data, space, inner, rewards, search, ray, slurm",
+        "unknown key 'colour'; allowed: name, storage, base, base_precision, base_offload, data, space, "
+        "inner, rewards, search, ray, slurm",
     ),
     (
         {"trials": 3},
-        "unknown key 'trials'; did you mean search.trials? allowed: name, storage, base, data, "
-        "space, inner, rewards, search, ray, slurm",
+        "unknown key 'trials'; did you mean search.trials? allowed: name, storage, base, base_precision, "
+        "base_offload, data, space, inner, rewards, search, ray, slurm",
     ),
     (
         {"data": {"path": "digits", "batch_size": 4}},

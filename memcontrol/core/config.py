@@ -581,9 +581,8 @@ class Config(Strict):
     base_precision: Literal["auto", "float32", "bfloat16", "float16", "int8", "nf4"] = "auto"
     """in what the base's frozen weights are held and computed: `auto` is bfloat16 on a card and float32 on a
     CPU; `int8` and `nf4` quantise the denoiser, for LoRA and its kin. What is trained is float32 over it"""
-    base_offload: Literal["none", "encoders", "all"] = "encoders"
-    """what leaves the card while it is not used: the text `encoders` and the autoencoder, `all`: the
-    denoiser's layers too, which needs `inner.gradient_checkpointing`; or `none`"""
+    base_offload: Literal["none", "encoders"] = "encoders"
+    """what leaves the card while it is not used: the text `encoders` and the autoencoder, or `none`"""
     data: Annotated[DataConfig, BeforeValidator(_expand_path)]
     """the images; `data: digits` is short for `data: {path: digits}`"""
     space: str = "sd15-blocks"

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import mmap
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from memcontrol.core.files import name_full_disk, replace_file
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 _DTYPES = {  # as safetensors calls them
@@ -89,6 +91,28 @@ def digest_file(path: Path) -> str:
 def _digest_state(path: Path, size: int, changed: int) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def map_bytes(path: Path, name: str) -> np.ndarray:
+    """A uint8 tensor of a safetensors file as an array that is read from the file where it is looked at."""
+    import numpy as np
+
+    with open(path, "rb") as file:
+        n_head = int.from_bytes(file.read(8), "little")
+        told = json.loads(file.read(n_head))[name]
+    assert told["dtype"] == "U8", "images are bytes"
+    start = 8 + n_head + told["data_offsets"][0]
+    return np.memmap(path, np.uint8, "r", offset=start, shape=tuple(told["shape"]))
+
+
+def iterate_rows(array: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    """`size` rows at a time. Of a mapped array, what was read is let go again: else the process would come to
+    hold the whole file."""
+    for start in range(0, len(array), size):
+        yield array[start : start + size]
+        mapped = getattr(array, "_mmap", None)
+        if mapped is not None:
+            mapped.madvise(mmap.MADV_DONTNEED)
 
 
 @contextlib.contextmanager

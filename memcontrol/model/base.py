@@ -470,6 +470,11 @@ class Base:
         """The denoiser without its weights, on the meta device."""
         return make_bare_copy(getattr(self.pipeline, self.family.denoiser), self.precision.weights)
 
+    @cached_property
+    def n_parameters(self) -> int:
+        """Of the denoiser, unquantised."""
+        return sum(parameter.numel() for parameter in self.bare_denoiser.parameters())
+
     @property
     def n_channels(self) -> int:
         """Of a latent."""

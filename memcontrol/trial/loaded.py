@@ -24,8 +24,9 @@ from memcontrol.data.cache import load_or_make
 from memcontrol.data.features import pixel_features
 from memcontrol.data.images import Images
 from memcontrol.data.split import parse_parts
+from memcontrol.model.adapter import Adapter
 from memcontrol.model.base import Base, find_device, load_base, redraw_weights
-from memcontrol.model.cost import Cost, StepSettings, measure_cost
+from memcontrol.model.cost import Cost, StepSettings, measure_cost, measure_step_cost
 from memcontrol.model.encoded import Encoded, load_encoded
 from memcontrol.model.source import choose_precision, import_libraries
 from memcontrol.scoring.evidence import Descriptors
@@ -37,6 +38,7 @@ from memcontrol.training.shard import Material
 from memcontrol.trial.memory import read_process_mib
 
 TellStage = Callable[..., None]  # (stage, done, total)
+_SMALL_DENOISER = 5e7  # parameters
 DESCRIBED_AT_A_TIME = 256  # a multiple of what a feature network takes at a time
 
 
@@ -126,22 +128,17 @@ class LoadedModels:
         images = self.parts(spec)[part]
         return self.load_encoded(spec, images.take(range(len(images))[:N_PROBED]), progress)
 
-    def cost(self, spec: Spec, data: Encoded) -> Cost:
-        """What a step of the choice costs, counted from shapes."""
+    def cost(self, spec: Spec, adapter: Adapter, data: Encoded) -> Cost:
+        """What a step of the choice costs, counted from shapes; on a small denoiser, whose `adapter` is
+        injected, in a step that is really taken, since that is faster."""
         base, text = self.base(spec.config), {name: tensor.shape[1:] for name, tensor in data.text.items()}
         inner, low = spec.config.inner, is_low_memory(spec)
+        given = (base.family, data.mean.shape[1:], text, _describe_step(spec, base))
         with base.checkpoint_gradients(inner.gradient_checkpointing or low):
-            return measure_cost(
-                base.bare_denoiser,
-                spec.space,
-                spec.choice,
-                base.family,
-                data.mean.shape[1:],
-                text,
-                _describe_step(spec, base),
-                inner.ensemble.shares_a,
-                low,
-            )
+            if base.device.type == "cpu" and base.precision.is_plain and base.n_parameters < _SMALL_DENOISER:
+                return measure_step_cost(base.denoiser, adapter, *given)
+            shared_a = inner.ensemble.shares_a
+            return measure_cost(base.bare_denoiser, spec.space, spec.choice, *given, shared_a, low)
 
     def views(
         self, images: Images, extractor: str, cache: Path, progress: TellStage = _tell_nobody

@@ -82,7 +82,7 @@ def run_trial(
 
         # Save what was learned; sample and probe the model while it is there.
         adapter.save(folder, spec.description())
-        n_trained, cost = adapter.n_trained(), loaded.cost(spec, material.data)
+        n_trained, cost = adapter.n_trained(), loaded.cost(spec, adapter, material.data)
         with adapter.fold():
             with memory.watch("probe"):
                 probes = _probe_model(spec, loaded)
@@ -135,9 +135,8 @@ def _digest_file(path: Path) -> str:
 
 def _list_costs(base: Base, cost: Cost, n_trained: int) -> dict[str, float]:
     """What is known of the choice itself: the share that it trains, and what a step costs."""
-    n_all = sum(parameter.numel() for parameter in base.bare_denoiser.parameters())
     return {
-        "trained_fraction": n_trained / n_all,
+        "trained_fraction": n_trained / base.n_parameters,
         "step_gflops": cost.step_gflops,
         "memory_mib": cost.memory_mib,
     }
@@ -302,7 +301,7 @@ def _make_training_record(log: TrainLog, spec: Spec, loaded: LoadedModels) -> di
         **record,
         **members,
         "skips_by_image": skipped,
-        "peak_mib": round(measure_peak_mib(), 1),
+        "peak_mib": round(measure_peak_mib(), 1),  # of the process, its other trials included
     }
 
 

@@ -17,8 +17,7 @@ from memcontrol.core.files import replace_file
 from memcontrol.core.run_folder import RunFolder, StudyFolder
 from memcontrol.core.seeds import derive_seed
 from memcontrol.core.spec import Spec
-from memcontrol.data.cache import TensorRows, map_tensors, write_tensors
-from memcontrol.data.features import split_blocks
+from memcontrol.data.cache import TensorRows, iterate_rows, map_bytes, map_tensors, write_tensors
 from memcontrol.model.base import Base
 from memcontrol.scoring.evidence import Evidence, describe_broken_images
 from memcontrol.scoring.measures import N_PAIRED, measure_extraction
@@ -149,7 +148,10 @@ def read_samples(folder: Path) -> dict[str, np.ndarray]:
     """`images` uint8 [N, 3, H, W], `rows` [N] and `seeds` [N], as `write_samples` made them."""
     run = RunFolder(folder)
     if run.samples_file.is_file():
-        return {name: tensor.numpy() for name, tensor in map_tensors(run.samples_file).items()}
+        return {
+            name: map_bytes(run.samples_file, name) if tensor.dtype == torch.uint8 else tensor.numpy()
+            for name, tensor in map_tensors(run.samples_file).items()
+        }
     with np.load(run.old_samples_file, allow_pickle=False) as stored:
         return dict(stored)
 
@@ -159,7 +161,7 @@ def gather_evidence(samples: Mapping[str, np.ndarray], spec: Spec, loaded: Loade
     captions = tuple(train.captions[row] for row in samples["rows"])
     cache, network = StudyFolder(spec.study_folder).cache, loaded.extractor(rewards.extractor)
     return Evidence(
-        generated=describe_images(split_blocks(images, DESCRIBED_AT_A_TIME), network.extract),
+        generated=describe_images(iterate_rows(images, DESCRIBED_AT_A_TIME), network.extract),
         train=loaded.views(train, rewards.extractor, cache),
         holdout=loaded.views(loaded.parts(spec)[spec.reference], rewards.extractor, cache),
         seed=spec.sampling_seed,
