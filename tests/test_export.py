@@ -309,3 +309,16 @@ def test_the_card_names_a_base_of_the_hub_and_no_folder(tmp_path):
             10,
         )
         assert make_metadata(spec, True, True).get("base_model") == (base if known else None)
+
+
+@pytest.mark.parametrize("precision", ("bfloat16", "float16"))
+def test_a_fused_model_is_saved_in_the_precision_that_is_asked_for(precision, tmp_path):
+    """What was learned is added in float32; then all is rounded once."""
+    fused = finished_run(tmp_path / "run", "tiny", "attention").unet.state_dict()
+    out = export(tmp_path / "run", tmp_path / "half", "denoiser", precision)
+    half = type(open_pipeline("tiny").unet).from_pretrained(out, dtype="auto").state_dict()
+    kind = getattr(torch, precision)
+    assert {tensor.dtype for tensor in half.values()} == {kind} and half.keys() == fused.keys()
+    assert all(torch.equal(half[name], tensor.to(kind)) for name, tensor in fused.items())
+    with pytest.raises(MemControlError, match="'int8' is unknown; allowed: float32, bfloat16, float16"):
+        export(tmp_path / "run", tmp_path / "other", "denoiser", "int8")

@@ -21,12 +21,18 @@ def add_export(subparsers) -> None:
         choices=("adapter", "pipeline", "denoiser"),
         help="default: adapter for LoRA, pipeline for anything else",
     )
+    export.add_argument(
+        "--precision",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of a pipeline or denoiser (default: float32)",
+    )
 
 
 def _run_export(args: argparse.Namespace) -> int:
     from memcontrol.commands.export import describe_loading, export
 
-    out = export(args.run_dir, args.out, args.format)
+    out = export(args.run_dir, args.out, args.format, args.precision)
     sys.stdout.write(f"{out}\n")
     say(make_console(), describe_loading(args.run_dir, out))
     return 0

@@ -25,21 +25,25 @@ from memcontrol.trial.run import inject_choice
 from memcontrol.view.model_card import write_card
 
 _FORMATS = ("adapter", "pipeline", "denoiser")
+EXPORT_PRECISIONS = ("float32", "bfloat16", "float16")
 COMFYUI_FILE = "comfyui/lora.safetensors"
 
 
-def export(run: str | Path, out: str | Path, format: str | None = None) -> Path:
+def export(run: str | Path, out: str | Path, format: str | None = None, precision: str = "float32") -> Path:
     """Writes a run's model for plain diffusers to the new folder `out`. By default a LoRA as an adapter,
     anything else as a pipeline, and so a LoRA over a base that itself starts from an adapter. Returns the
     folder.
 
     adapter: a LoRA or DoRA as diffusers' and ComfyUI's LoRA files, other adapters of peft in peft's format,
-    and whatever is no LoRA as a file for `memcontrol.load_adapter`. Raises MemControlError: no finished run,
-    or `out` in use.
+    and whatever is no LoRA as a file for `memcontrol.load_adapter`. pipeline and denoiser: what was learned is
+    fused into the base in float32, unquantised, and saved in a `precision` of float32, bfloat16 or float16.
+    Raises MemControlError: no finished run, or `out` in use.
     """
     place, out = RunFolder(Path(run)), Path(out)
     spec = read_spec(place.path)
     _check_export(place, spec, out, format)
+    if precision not in EXPORT_PRECISIONS:
+        raise MemControlError(f"precision '{precision}' is unknown; allowed: {', '.join(EXPORT_PRECISIONS)}")
     with name_full_disk(out):
         # The base, with what was learned put into it.
         source = find_source(spec.pinned_base)
@@ -57,6 +61,7 @@ def export(run: str | Path, out: str | Path, format: str | None = None) -> Path:
             _write_adapter(adapter, place, part, out, spec)
         else:
             adapter.fuse()
+            pipeline.to(dtype=getattr(torch, precision))
             (denoiser if format == "denoiser" else pipeline).save_pretrained(out)
         code = _write_loading_code(out, source, type(pipeline).__name__, part)
         is_conditional = getattr(pipeline, "tokenizer", None) is not None
