@@ -35,9 +35,9 @@ def export(run: str | Path, out: str | Path, format: str | None = None, precisio
     folder.
 
     adapter: a LoRA or DoRA as diffusers' and ComfyUI's LoRA files, other adapters of peft in peft's format,
-    and whatever is no LoRA as a file for `memcontrol.load_adapter`. pipeline and denoiser: what was learned is
-    fused into the base in float32, unquantised, and saved in a `precision` of float32, bfloat16 or float16.
-    Raises MemControlError: no finished run, or `out` in use.
+    and whatever is no LoRA as a file for `memcontrol.load_adapter`. pipeline and denoiser: what was learned
+    is fused into the base in float32, unquantised, and saved in a `precision` of float32, bfloat16 or
+    float16. Raises MemControlError: no finished run, or `out` in use.
     """
     place, out = RunFolder(Path(run)), Path(out)
     spec = read_spec(place.path)
