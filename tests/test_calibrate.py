@@ -1,9 +1,11 @@
 """The calibration: what each part of a short trial took, told by a clock and files that are known."""
 
 import pytest
+import torch
 
 from memcontrol.core.choice import ANCHORS
 from memcontrol.core.config import load_config
+from memcontrol.core.errors import MemControlError
 from memcontrol.core.space_yaml import load_space
 from memcontrol.trial import calibrate
 from memcontrol.trial.calibrate import (
@@ -123,3 +125,16 @@ def test_choices_to_calibrate_with_are_the_anchors_and_a_few_others():
     assert pick_calibration_choices(space, ANCHORS, 0) == kinds
     assert list(pick_calibration_choices(space, ["all"], 0)) == ["none", "all", "sampled"]
     assert list(pick_calibration_choices(space, [], 0)) == ["none", "sampled"]
+
+
+def test_full_fine_tuning_that_does_not_fit_is_named_with_the_ways_on(monkeypatch, tmp_path):
+    def fail(folder, spec, loaded):
+        if spec.choice.method == "full":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return calibrate.TrialCost(0, 1, 1, 1, 1, 1, 1)
+
+    monkeypatch.setattr(calibrate, "measure_parts", fail)
+    monkeypatch.setattr(calibrate, "prepare_study", lambda *_: {"sizes": {"train": 20}})
+    values = load_config({"name": "a", "data": "digits", "space": "digits"}).model_dump(mode="json")
+    with pytest.raises(MemControlError, match="full fine-tuning.*low_memory_full=true.*anchors=.none, all"):
+        calibrate.calibrate(values, tmp_path, None, print, lambda *_: None)

@@ -38,6 +38,13 @@ def test_one_place_decides(base, inner, device, expected):
     assert choose_precision(base, inner, torch.device(device)) == expected
 
 
+@pytest.mark.parametrize("capability, kind", [((7, 5), torch.float16), ((8, 0), torch.bfloat16)])
+def test_a_card_without_bfloat16_computes_in_float16(capability, kind, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert choose_precision("auto", "float32", torch.device("cuda")) == Precision(kind, kind)
+
+
 def save_in_half(name, folder):
     pipeline = open_pipeline(str(build(name, folder / "full")))
     pipeline.to(dtype=torch.bfloat16)

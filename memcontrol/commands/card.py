@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 from memcontrol.core.choice import ANCHORS, Anchor
 
-# GiB, from the model's shapes. A trial of LoRA holds: base, text encoder and autoencoder in float32, 4.0; the
-# copies that autocast makes of the denoiser's weights, 1.6; the feature network and CUDA itself, 1.0
-_LORA_GIB = 6.6
-# full fine-tuning: weights, gradients, two moments and the weights before training, 16.8; and the last two
-_FULL_GIB = 19.4
-# images in a forward, whether activations are recomputed, and the 16-bit activations of such a step
-_FORWARDS = ((16, False, 12.3), (4, False, 3.1), (4, True, 0.9), (1, True, 0.2))
+# GiB, counted from the model's shapes (`python -m benchmarks memory`), with 1.0 for the feature network and
+# CUDA itself. A trial of LoRA holds the base in 16 bits, 1.6
+_LORA_GIB = 2.6
+# full fine-tuning: weights, gradients and two moments in float32, 12.8; in little memory, weights and
+# gradients in 16 bits, 3.2
+_FULL_GIB, _LOW_MEMORY_GIB = 13.8, 4.2
+# images in a forward, whether activations are recomputed, and the activations of such a step
+_FORWARDS = ((16, False, 16.7), (4, False, 4.2), (4, True, 1.0), (1, True, 0.3))
 
 # images a second of a LoRA step of Stable Diffusion 1.5 at 512 pixels in 16 bits, by part of the card's name:
 # assumed from the cards' peaks, right within a factor of two or so
@@ -28,7 +29,6 @@ class Card:
     name: str
     free_gib: float
     n: int = 1
-    has_bfloat16: bool = True
 
     @property
     def images_per_second(self) -> int:
@@ -43,17 +43,18 @@ def describe_card() -> Card | None:
     if not n:
         return None
     free, least = min((torch.cuda.mem_get_info(i)[0] / 2**30, i) for i in range(n))
-    has_bfloat16 = torch.cuda.get_device_capability(least) >= (8, 0)
-    return Card(torch.cuda.get_device_name(least), free, n, has_bfloat16)
+    return Card(torch.cuda.get_device_name(least), free, n)
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """How a step is made to fit: images in a forward, recomputed activations, and the anchors that fit."""
+    """How a step is made to fit: images in a forward, recomputed activations, the anchors that fit, and
+    whether full fine-tuning only fits in little memory."""
 
     micro_batch_size: int
     gradient_checkpointing: bool
     anchors: tuple[Anchor, ...]
+    low_memory_full: bool = False
 
 
 def propose_memory(card_gib: float) -> MemoryPlan:
@@ -64,6 +65,9 @@ def propose_memory(card_gib: float) -> MemoryPlan:
             return MemoryPlan(size, recomputes, ANCHORS)
     fitting = (step for step in _FORWARDS if _LORA_GIB + step[2] <= card_gib)
     size, recomputes, _ = next(fitting, _FORWARDS[-1])
+    recomputed = next(gib for n, again, gib in reversed(_FORWARDS) if again and n <= size)
+    if _LOW_MEMORY_GIB + recomputed <= card_gib:
+        return MemoryPlan(size, recomputes, ANCHORS, low_memory_full=True)
     return MemoryPlan(size, recomputes, ("none", "all"))
 
 

@@ -188,8 +188,7 @@ def _list_memory_lines(base: str, kind: str, card: Card | None, batch_size: int)
     """What makes a step fit on the card."""
     if card is None or base == "tiny":
         return []
-    precision = "bfloat16" if card.has_bfloat16 else "float16"
-    lines = [_format_line("  precision", precision, "of forward and backward: half the activations' memory")]
+    lines: list[str] = []
     if not _is_planned(base, kind):
         return lines
     plan = propose_memory(card.free_gib)
@@ -199,6 +198,9 @@ def _list_memory_lines(base: str, kind: str, card: Card | None, batch_size: int)
     if plan.gradient_checkpointing:
         about = "activations are computed again: slower, and a quarter of their memory"
         lines.append(_format_line("  gradient_checkpointing", "true", about))
+    if plan.low_memory_full:
+        about = f"{explain_too_small(card.free_gib)}; so in 16 bits, with Adafactor"
+        lines.append(_format_line("  low_memory_full", "true", about))
     return lines
 
 

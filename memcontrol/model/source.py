@@ -102,13 +102,20 @@ class Precision:
 
 
 def choose_precision(base_precision: str, inner_precision: str, device: torch.device) -> Precision:
-    """Of the keys base_precision and inner.precision. `auto` is bfloat16 on a card and float32 on a CPU,
-    where 16-bit products are many times slower; under quantized weights the rest is held as `auto` says."""
+    """Of the keys base_precision and inner.precision. `auto` is bfloat16 on a card, float16 on one that has
+    none, and float32 on a CPU, where 16-bit products are many times slower; under quantized weights the rest
+    is held as `auto` says."""
     quantized = base_precision if base_precision in _QUANTIZED else None
-    automatic = "float32" if device.type == "cpu" else "bfloat16"
+    automatic = "float32" if device.type == "cpu" else _choose_16_bits()
     name = automatic if quantized or base_precision == "auto" else base_precision
     held, asked = getattr(torch, name), getattr(torch, inner_precision)
     return Precision(held, asked if held == torch.float32 else held, quantized)
+
+
+def _choose_16_bits() -> str:
+    """Cards before Ampere have no bfloat16 of their own."""
+    lacks = torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0)
+    return "float16" if lacks else "bfloat16"
 
 
 @dataclass(frozen=True)

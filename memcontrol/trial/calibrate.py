@@ -11,14 +11,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from memcontrol.core.calibration import Calibration, TrialCost
-from memcontrol.core.choice import Choice
+from memcontrol.core.choice import EVERYTHING, Choice
 from memcontrol.core.config import Config, load_config
+from memcontrol.core.errors import MemControlError
 from memcontrol.core.run_folder import RunFolder
 from memcontrol.core.seeds import derive_seed
 from memcontrol.core.space import SearchSpace
 from memcontrol.core.space_yaml import load_space
 from memcontrol.core.spec import Spec
-from memcontrol.model.batches import MOST_AT_A_TIME
+from memcontrol.model.batches import MOST_AT_A_TIME, is_out_of_memory
 from memcontrol.trial.loaded import LoadedModels
 from memcontrol.trial.memory import measure_peak_mib
 from memcontrol.trial.prepare import prepare_study
@@ -45,7 +46,15 @@ def calibrate(
         spec = Spec(shorten_config(config, n_batches), space, choice, folder, "calibrate", "holdout", n_train)
         run_folder = folder / name
         spec.write(run_folder)
-        return measure_parts(run_folder, spec, loaded)
+        try:
+            return measure_parts(run_folder, spec, loaded)
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or EVERYTHING not in choice.groups:
+                raise
+        raise MemControlError(
+            "full fine-tuning, an anchor, does not fit into this machine's memory; set "
+            "inner.low_memory_full=true, or leave it out with search.anchors=[none, all]"
+        )
 
     # Once for all that is read, encoded and cached.
     kinds = pick_calibration_choices(space, config.search.anchors, config.search.seed)
