@@ -240,7 +240,7 @@ def test_names_of_cards_are_told_apart():
 def test_small_images_the_embedded_base_and_unknown_bases_are_proposed_less(
     monkeypatch, photographs, tmp_path
 ):
-    card = Card("RTX 4090", 5.0)
+    card = Card("RTX 4090", 3.7)
     config, _ = propose(monkeypatch, card, photographs(40, "small", size=(64, 64)))
     assert config.rewards == RewardsConfig() and config.search.anchors == ("none", "all")
     config, _ = propose(monkeypatch, card, photographs(40, "tiny", size=(90, 80)), base="tiny")
