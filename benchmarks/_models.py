@@ -11,9 +11,11 @@ import numpy as np
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 
+from memcontrol.core.config import BaseConfig
 from memcontrol.model.base import Base
 from memcontrol.model.encoded import Encoded
 from memcontrol.model.families import Family
+from memcontrol.model.source import TINY, Precision, Source
 from memcontrol.training.shard import Material
 
 
@@ -39,8 +41,6 @@ def stable_diffusion() -> str:
     the machine."""
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-    from memcontrol.model.source import TINY
 
     folder = Path(tempfile.gettempdir()) / "memcontrol-random-sd15"
     if not (folder / "model_index.json").is_file():
@@ -85,7 +85,10 @@ def stable_diffusion() -> str:
 def make_base(denoiser: UNet2DConditionModel, device: str) -> Base:
     denoiser.to(device).requires_grad_(False).eval()
     schedule = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    return Base(SimpleNamespace(unet=denoiser), Family(), schedule, torch.device(device))
+    source = Source(BaseConfig(id="random"), "random")
+    return Base(
+        SimpleNamespace(unet=denoiser), Family(), schedule, torch.device(device), source, Precision(), "none"
+    )
 
 
 def random_material(n: int, side: int) -> Material:
