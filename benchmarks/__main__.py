@@ -62,7 +62,11 @@ def name_card(device: str) -> str:
     """As a part of a file's name: "nvidia-h100-80gb-hbm3"."""
     import torch
 
-    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()) if device == "cuda" else "cpu"
+    return (
+        re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+        if device == "cuda"
+        else "cpu"
+    )
 
 
 def describe_run(name: str, device: str, rows: list[dict]) -> dict:
@@ -103,7 +107,6 @@ def run_gpu(device: str, minutes: float, out: Path) -> None:
             write_json(record, "gpu", device, rows)
             write_page(page, device, minutes, rows)
 
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     gpu.run(device, minutes, keep)
     print(f"written: {shorten_path(page)}, {shorten_path(record)}")
 
@@ -127,6 +130,7 @@ def main() -> None:
             else "--device is cuda, and torch finds no GPU here; leave it out to run on the CPU"
         )
     if args.name == "gpu":
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # keeps what it has
         run_gpu(device, args.minutes, args.out)
         return
     rows = importlib.import_module(f"benchmarks.{args.name}").run(device)

@@ -16,6 +16,7 @@ from benchmarks._real_bases import BASES, FEWER, TOYS
 from memcontrol.model.base import Base
 from memcontrol.model.cost import Cost, StepSettings
 from memcontrol.model.counting import count_decoding_bytes, count_encoding_bytes
+from memcontrol.model.source import import_libraries
 from memcontrol.training.optimizers import MOMENT_BYTES
 from memcontrol.trial.memory import StageMemory, read_process_mib
 
@@ -34,6 +35,7 @@ def run(size: Size, name: str, side: str) -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         path = write(name, Path(folder) / name, size)
+        import_libraries()
         held = StageMemory(0.0 if size.on_card else read_process_mib())
         bench = open_bench(size, path, int(side), choose_precision(size, quantized))
         changed = {} if size.toys else FEWER.get(name, {})
@@ -48,6 +50,8 @@ def write(name: str, folder: Path, size: Size) -> str:
     """Random weights of the real widths, drawn where that is fast; or a base that is there."""
     if name not in BASES:
         return name
+    if name == size.base:
+        return size.find_base()
     kind = torch.bfloat16 if size.on_card else torch.float32
     with torch.device(size.device):
         BASES[name](folder, kind, **(TOYS if size.toys else FEWER).get(name, {}))
@@ -59,8 +63,11 @@ def write(name: str, folder: Path, size: Size) -> str:
 def compare(held: StageMemory, bench: Bench, checkpointing: bool, said: str) -> None:
     """Every stage in a trial's order, one image at a time where a stage chooses by what is free."""
     base, side = bench.base, bench.data.mean.shape[-1] * bench.base.pixels_per_latent
-    with held.watch("captions"):
+    with held.watch("captions"), base.hold_encoders():
+        encoders = [getattr(base.pipeline, name) for name in base.source.list_encoders()]
+        n_encoders = sum(map(count_bytes, encoders))
         text = base.encode_captions(CAPTIONS)
+        del encoders
     with held.watch("encode"):
         base.encode_pixels(np.zeros((1, 3, side, side), np.uint8))
     with held.watch("train"):
@@ -70,9 +77,9 @@ def compare(held: StageMemory, bench: Bench, checkpointing: bool, said: str) -> 
     with held.watch("decode"):
         base.decode(latents)
     cost = count_step(bench, checkpointing)
-    for stage, predicted in predict(bench, cost, side).items():
+    for stage, predicted in {"captions": n_encoders / 2**20, **predict(bench, cost, side)}.items():
         mib = held.peaks[stage]
-        known = "" if predicted is None else f"predicted {predicted:.0f}, {predicted / max(mib, 1):.2f} of it"
+        known = f"predicted {predicted:.0f}, {predicted / max(mib, 1):.2f} of it"
         tell(stage, mib, "MiB", "; ".join(filter(None, (known, said))))
 
 
@@ -110,14 +117,13 @@ def count_step(bench: Bench, checkpointing: bool) -> Cost:
         return bench.count_cost(StepSettings(BATCH, False, moments, 0.0, beside, base.precision, on_card))
 
 
-def predict(bench: Bench, cost: Cost, side: int) -> dict[str, float | None]:
-    """MiB of each stage; of the captions nothing is predicted."""
+def predict(bench: Bench, cost: Cost, side: int) -> dict[str, float]:
+    """MiB of each stage after the captions, of which the encoders themselves are all that counts."""
     base, factor = bench.base, bench.base.pixels_per_latent
     autoencoder, weights = count_bytes(base.autoencoder) / 2**20, cost.parts["weights"]
     # a guided base asks about both captions at once; one that knows its guidance about one
     n = 1 if base.config.get("guidance_embeds") else 2
     return {
-        "captions": None,
         "encode": autoencoder + count_encoding_bytes(base.autoencoder, side, factor) / 2**20,
         "train": cost.memory_mib,
         "sample": weights + n * base.count_forward_bytes(bench.latents, bench.text) / 2**20,

@@ -31,13 +31,24 @@ image = pipe(
 ).images[0]
 assert image.shape == (int(side), int(side), 3) and numpy.isfinite(image).all(), image
 """
+SPACE = r"""
+groups:
+  down: 'down_blocks\.\d+\.attentions\.\d+\.transformer_blocks\.0\.attn[12]\.(to_[qkv]|to_out\.0)'
+  mid: 'mid_block\.attentions\.\d+\.transformer_blocks\.0\.attn[12]\.(to_[qkv]|to_out\.0)'
+  up: 'up_blocks\.\d+\.attentions\.\d+\.transformer_blocks\.0\.attn[12]\.(to_[qkv]|to_out\.0)'
+methods: [lora]
+learning_rate:
+  lora: [1.0e-5, 1.0e-3]
+  full: [1.0e-6, 1.0e-4]
+rank: [4, 8]
+"""
 
 
 def run(size: Size) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder, started = Path(name), time.perf_counter()
         base = size.find_base()
-        tell("base of random weights, ready", time.perf_counter() - started, "s", Path(base).name)
+        tell("libraries, base of random weights", time.perf_counter() - started, "s", Path(base).name)
         write_pictures(folder / "pictures", size.images, size.side)
         study = write_study(folder, base, size)
         seconds = call("search", study)
@@ -66,12 +77,12 @@ def write_pictures(folder: Path, n: int, side: int) -> None:
 
 
 def write_study(folder: Path, base: str, size: Size) -> Path:
-    """Three trials: LoRA everywhere, and two that are sampled."""
+    """Three trials of LoRA."""
     values = {
         "name": "study",
         "base": base,
         "data": {"path": str(folder / "pictures"), "resolution": size.side},
-        "space": size.space,
+        "space": str(folder / "lora.yaml"),
         "inner": {"budget_images": size.budget, "batch_size": size.batch, "rounds": 2},
         "rewards": {
             "n_samples": size.samples,
@@ -79,8 +90,9 @@ def write_study(folder: Path, base: str, size: Size) -> Path:
             "confirm": 1,
             "force": True,
         },
-        "search": {"trials": 2, "anchors": ["all"], "workers": 1, "executor": choose_executor(size)},
+        "search": {"trials": 3, "anchors": [], "workers": 1, "executor": choose_executor(size)},
     }
+    (folder / "lora.yaml").write_text(SPACE)
     path = folder / "study.yaml"
     path.write_text(yaml.safe_dump(values))
     return path
@@ -113,6 +125,5 @@ def tell_memory(folder: Path) -> None:
     records = [json.loads(path.read_text())["memory"] for path in folder.rglob("training.json")]
     most = max(records, key=lambda each: each["peak_mib"]["train"])
     predicted = sum(most["predicted_mib"].values())
-    tell("training's peak in a trial", most["peak_mib"]["train"], "MiB", f"predicted {predicted:.0f}")
-    stages = ", ".join(f"{stage} {mib:.0f}" for stage, mib in most["peak_mib"].items())
-    tell("its stages", len(most["peak_mib"]), "", f"MiB: {stages}")
+    for stage, mib in most["peak_mib"].items():
+        tell(f"a trial's peak, {stage}", mib, "MiB", f"predicted {predicted:.0f}" if stage == "train" else "")

@@ -5,19 +5,23 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 ROW = "ROW "  # how a line of a part's output begins that is a row
 NO_CARD = "no card"
+# warnings of libraries, and progress bars
+NOISE = re.compile(r"W\d{4} |Writing model shards|Loading |Unable to import `torchao`|Failed to load /")
 
 
 @dataclass(frozen=True)
 class Size:
     """`base` is sd15 (random weights) or what `base:` in a study file takes. Of the search: `images` in the
     folder, of `side` pixels, `budget` images a trial in steps of `batch`, `samples` by `solver_steps`. Of the
-    timed steps: `step_batch` images, `n_steps` steps. Of memory: bases and sides; toys where `toys` is set."""
+    timed steps: `step_batch` images, `n_steps` steps. Of memory: bases and sides, `toys` of their kinds where
+    that is set."""
 
     device: str
     base: str
@@ -35,10 +39,6 @@ class Size:
     @property
     def on_card(self) -> bool:
         return self.device == "cuda"
-
-    @property
-    def space(self) -> str:
-        return "digits" if self.base == "tiny" else "sd15-blocks"
 
     def find_base(self) -> str:
         """The base's folder, written first where it has random weights."""
@@ -62,7 +62,7 @@ SIZES = {
         10,
         tuple((base, side) for side in (512, 1024) for base in ("sd15", "sdxl", "sd3", "flux")),
     ),
-    "cpu": Size("cpu", "tiny", 32, 24, 16, 8, 8, 1, 4, 2, (("tiny", 32), ("sd3", 64), ("flux", 64)), True),
+    "cpu": Size("cpu", "tiny", 32, 32, 16, 8, 8, 1, 4, 2, (("tiny", 32), ("sd3", 64), ("flux", 64)), True),
 }
 
 
@@ -83,5 +83,5 @@ def telling_failures(what: str) -> Iterator[None]:
 
 def shorten_error(said: str) -> str:
     """The last lines of what a process said on stderr, in one."""
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
-    return " / ".join(lines[-3:])[-600:].replace("|", "/")
+    lines = [line.strip() for line in said.splitlines() if line.strip() and not NOISE.match(line)]
+    return " / ".join(lines[-3:])[-400:].replace("|", "/")

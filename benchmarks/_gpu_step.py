@@ -52,8 +52,8 @@ class Bench:
     def inject(self) -> Adapter:
         return inject_adapter(self.base.denoiser, self.space, self.choice, 0)
 
-    def count_cost(self, settings: StepSettings = StepSettings()) -> Cost:
-        arguments = (self.base.family, self.latents, self.text, settings)
+    def count_cost(self, settings: StepSettings | None = None) -> Cost:
+        arguments = (self.base.family, self.latents, self.text, settings or StepSettings())
         return measure_cost(self.base.bare_denoiser, self.space, self.choice, *arguments)
 
     def make_loop(self, adapter: Adapter, batch: int, **inner: Any) -> Loop:
@@ -113,6 +113,10 @@ def time_steps(bench: Bench, loop: Loop) -> tuple[float, float]:
     return seconds, torch.cuda.max_memory_allocated() / 2**20 if bench.size.on_card else 0.0
 
 
+def say_memory(mib: float) -> str:
+    return f"{mib:.0f} MiB" if mib else NO_CARD
+
+
 def measure(bench: Bench, checkpointing: bool = False, prefetch: bool = True, **inner: Any) -> tuple:
     """Seconds of a step, MiB, images in a forward."""
     adapter = bench.inject()
@@ -137,7 +141,7 @@ def run(size: Size) -> None:
         name = f"MFU, {'with' if checkpointing else 'without'} gradient checkpointing"
         with telling_failures(name):
             seconds, mib, n = measure(bench, checkpointing)
-            said = f"{seconds:.3g} s a step, {n} of {size.step_batch} in a forward, {mib:.0f} MiB"
+            said = f"{seconds:.3g} s a step, {n} of {size.step_batch} in a forward, {say_memory(mib)}"
             tell(name, tflops / seconds / rate, "of the matrix rate", said)
     with telling_failures("profile"):
         profile(bench)
@@ -192,7 +196,7 @@ def run_paths(size: Size) -> None:
     """Each path beside the plain step, in turn with it."""
     bench = open_bench(size, size.find_base(), size.side, choose_precision(size))
     plain, mib, n = measure(bench, checkpointing=True)
-    tell("plain step", plain, "s", f"checkpointed, {n} in a forward, {mib:.0f} MiB")
+    tell("plain step", plain, "s", f"checkpointed, {n} in a forward, {say_memory(mib)}")
     with telling_failures("without the prefetch thread"):
         if size.on_card:
             beside(measure(bench, checkpointing=True, prefetch=False), "without the prefetch thread", plain)
@@ -214,4 +218,4 @@ def run_paths(size: Size) -> None:
 
 def beside(measured: tuple, what: str, plain: float) -> None:
     seconds, mib, _ = measured
-    tell(what, seconds / plain, "of the plain step's time", f"{seconds:.3g} s, {mib:.0f} MiB")
+    tell(what, seconds / plain, "of the plain step's time", f"{seconds:.3g} s, {say_memory(mib)}")

@@ -24,12 +24,12 @@ MINUTES = 8.0
 LEAST = 12.0  # seconds without which a part is not begun: what it takes to import the libraries
 # a part gets so large a share of the time that is left when it begins
 SHARES = {
-    "search": 0.6,
-    "peers": 0.5,
-    "step": 0.5,
-    "shards": 0.4,
-    "trial": 0.5,
-    "memory": 0.35,
+    "search": 0.55,
+    "peers": 0.45,
+    "step": 0.4,
+    "shards": 0.3,
+    "trial": 0.35,
+    "memory": 0.4,
     "paths": 0.95,
 }
 
@@ -99,6 +99,8 @@ def run_part(part: str, size: Size, seconds: float) -> Iterator[dict]:
         finally:
             timer.cancel()
             end(process)
+            if process.stdout is not None:
+                process.stdout.close()
         said.seek(0)
         took = time.monotonic() - started
         if late.is_set():

@@ -1,5 +1,5 @@
-"""What the stages of a trial hold on a card, by real configurations, counted from shapes; and which cards that
-fits. Writes the table of docs/memory.md too."""
+"""What the stages of a trial hold on a card, by real configurations, counted from shapes; and which cards
+that fits. Writes the table of docs/memory.md too."""
 
 from __future__ import annotations
 

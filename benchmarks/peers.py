@@ -115,9 +115,10 @@ def specs(folder: Path, device: str):
             "rewards": {**DEMO_STUDY["rewards"], "n_samples": 16, "force": True, "sampling_steps": 2},
         }
     if device == "cuda":
+        held = {"holdout": 64, "test": 64} if SMALL else {}
         values |= {
             "base": stable_diffusion(device),
-            "data": {**DEMO_STUDY["data"], "resolution": 512},
+            "data": {**DEMO_STUDY["data"], **held, "resolution": 512},
             "inner": {
                 **DEMO_STUDY["inner"],
                 "budget_images": 320 if SMALL else 1600,
