@@ -14,6 +14,7 @@ from benchmarks._gpu_size import NO_CARD, Size, tell
 from benchmarks._gpu_step import Bench, choose_precision, open_bench
 from benchmarks._real_bases import BASES, FEWER, TOYS
 from memcontrol.model.base import Base
+from memcontrol.model.batches import release_memory
 from memcontrol.model.cost import Cost, StepSettings
 from memcontrol.model.counting import count_decoding_bytes, count_encoding_bytes
 from memcontrol.model.source import import_libraries
@@ -55,8 +56,7 @@ def write(name: str, folder: Path, size: Size) -> str:
     kind = torch.bfloat16 if size.on_card else torch.float32
     with torch.device(size.device):
         BASES[name](folder, kind, **(TOYS if size.toys else FEWER).get(name, {}))
-    if size.on_card:
-        torch.cuda.empty_cache()
+    release_memory()
     return str(folder)
 
 

@@ -43,9 +43,14 @@ class Size:
     def find_base(self) -> str:
         """The base's folder, written first where it has random weights."""
         from benchmarks._models import stable_diffusion
+        from memcontrol.model.batches import release_memory
         from memcontrol.model.source import find_base_path
 
-        return stable_diffusion(self.device) if self.base == "sd15" else find_base_path(self.base)
+        if self.base != "sd15":
+            return find_base_path(self.base)
+        path = stable_diffusion(self.device)
+        release_memory()  # of a card, where the weights were drawn
+        return path
 
 
 SIZES = {
