@@ -9,6 +9,9 @@ import importlib
 import json
 import os
 import platform
+import re
+import signal
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -55,33 +58,86 @@ def table(rows: list[dict]) -> str:
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
 
 
+def name_card(device: str) -> str:
+    """As a part of a file's name: "nvidia-h100-80gb-hbm3"."""
+    import torch
+
+    return (
+        re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+        if device == "cuda"
+        else "cpu"
+    )
+
+
+def describe_run(name: str, device: str, rows: list[dict]) -> dict:
+    """What the JSON holds."""
+    settings = {key: os.environ[key] for key in SETTINGS if key in os.environ}
+    return {
+        "name": name,
+        "date": datetime.date.today().isoformat(),
+        "machine": machine(device),
+        "settings": settings,
+        "rows": rows,
+    }
+
+
+def write_json(path: Path, name: str, device: str, rows: list[dict]) -> None:
+    path.parent.mkdir(exist_ok=True, parents=True)
+    path.write_text(json.dumps(describe_run(name, device, rows), indent=1) + "\n")
+
+
+def write_page(path: Path, device: str, minutes: float, rows: list[dict]) -> None:
+    """The table of `gpu` in Markdown, with the machine."""
+    said = ", ".join(f"{name} {value}" for name, value in machine(device).items() if value)
+    title = f"# {machine(device)['gpu'] or 'Rehearsal on a CPU'}, {datetime.date.today().isoformat()}"
+    how = f"`python -m benchmarks gpu --minutes {minutes:g}` ({said}). Once, not repeated."
+    path.parent.mkdir(exist_ok=True, parents=True)
+    path.write_text(f"{title}\n\n{how}\n\n{table(rows)}\n")
+
+
+def run_gpu(device: str, minutes: float, out: Path) -> None:
+    """All that waits for a card, kept after each part."""
+    from benchmarks import gpu
+
+    place = out / f"{datetime.date.today().isoformat()}-gpu-{name_card(device)}"
+    page, record = place.with_name(place.name + ".md"), place.with_name(place.name + ".json")
+
+    def keep(rows: list[dict]) -> None:
+        if rows:
+            write_json(record, "gpu", device, rows)
+            write_page(page, device, minutes, rows)
+
+    gpu.run(device, minutes, keep)
+    print(f"written: {shorten_path(page)}, {shorten_path(record)}")
+
+
+def shorten_path(path: Path) -> Path:
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("name", choices=NAMES)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cpu, and of gpu cuda")
+    parser.add_argument("--minutes", type=float, default=8.0, help="of gpu: how long it may take (8)")
+    parser.add_argument("--out", type=Path, default=HERE / "results", help="where its figures are written")
     args = parser.parse_args()
-    if args.device == "cuda" and not gpu_found():
-        parser.error("--device is cuda, and torch finds no GPU here; leave it out to run on the CPU")
-    rows = importlib.import_module(f"benchmarks.{args.name}").run(args.device)
-    print(table(rows))
-    day = datetime.date.today().isoformat()
-    path = HERE / "results" / f"{day}-{args.name}-{args.device}.json"
-    path.parent.mkdir(exist_ok=True)
-    settings = {name: os.environ[name] for name in SETTINGS if name in os.environ}
-    path.write_text(
-        json.dumps(
-            {
-                "name": args.name,
-                "date": day,
-                "machine": machine(args.device),
-                "settings": settings,
-                "rows": rows,
-            },
-            indent=1,
+    device = args.device or ("cuda" if args.name == "gpu" else "cpu")
+    if device == "cuda" and not gpu_found():
+        parser.error(
+            "torch finds no GPU here; --device cpu rehearses it at small size"
+            if args.device is None
+            else "--device is cuda, and torch finds no GPU here; leave it out to run on the CPU"
         )
-        + "\n"
-    )
-    print(f"written: {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
+    if args.name == "gpu":
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # keeps what it has
+        run_gpu(device, args.minutes, args.out)
+        return
+    rows = importlib.import_module(f"benchmarks.{args.name}").run(device)
+    print(table(rows))
+    path = args.out / f"{datetime.date.today().isoformat()}-{args.name}-{device}.json"
+    write_json(path, args.name, device, rows)
+    print(f"written: {shorten_path(path)}")
 
 
 if __name__ == "__main__":

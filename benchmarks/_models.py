@@ -11,9 +11,11 @@ import numpy as np
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 
+from memcontrol.core.config import BaseConfig
 from memcontrol.model.base import Base
 from memcontrol.model.encoded import Encoded
 from memcontrol.model.families import Family
+from memcontrol.model.source import TINY, Precision, Source
 from memcontrol.training.shard import Material
 
 
@@ -34,18 +36,26 @@ def unet(widths: tuple[int, int, int, int], side: int) -> UNet2DConditionModel:
     )
 
 
-def stable_diffusion() -> str:
-    """The folder of a pipeline of Stable Diffusion 1.5's size with random weights, made once for each boot of
-    the machine."""
+def stable_diffusion(device: str = "cpu") -> str:
+    """The folder of a pipeline of Stable Diffusion 1.5's size with random weights, drawn on a device, made
+    once for each boot of the machine."""
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-    from memcontrol.model.source import TINY
-
     folder = Path(tempfile.gettempdir()) / "memcontrol-random-sd15"
-    if not (folder / "model_index.json").is_file():
-        torch.manual_seed(0)
-        tokenizer = CLIPTokenizer.from_pretrained(TINY / "tokenizer", model_max_length=77)
+    if (folder / "model_index.json").is_file():
+        return str(folder)
+    torch.manual_seed(0)
+    tokenizer = CLIPTokenizer.from_pretrained(TINY / "tokenizer", model_max_length=77)
+    schedule = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+    with torch.device(device):
         text = CLIPTextModel(
             CLIPTextConfig(
                 vocab_size=len(tokenizer),
@@ -61,31 +71,20 @@ def stable_diffusion() -> str:
             "block_out_channels": (128, 256, 512, 512),
         }
         vae = AutoencoderKL(latent_channels=4, layers_per_block=2, sample_size=512, **blocks)
-        schedule = DDIMScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            clip_sample=False,
-            set_alpha_to_one=False,
-            steps_offset=1,
-        )
-        StableDiffusionPipeline(
-            vae,
-            text,
-            tokenizer,
-            unet((320, 640, 1280, 1280), 64),
-            schedule,
-            None,
-            None,
-            requires_safety_checker=False,
-        ).save_pretrained(folder)
+        denoiser = unet((320, 640, 1280, 1280), 64)
+    StableDiffusionPipeline(
+        vae, text, tokenizer, denoiser, schedule, None, None, requires_safety_checker=False
+    ).save_pretrained(folder)
     return str(folder)
 
 
 def make_base(denoiser: UNet2DConditionModel, device: str) -> Base:
     denoiser.to(device).requires_grad_(False).eval()
     schedule = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    return Base(SimpleNamespace(unet=denoiser), Family(), schedule, torch.device(device))
+    source = Source(BaseConfig(id="random"), "random")
+    return Base(
+        SimpleNamespace(unet=denoiser), Family(), schedule, torch.device(device), source, Precision(), "none"
+    )
 
 
 def random_material(n: int, side: int) -> Material:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks._real_bases import AUTOENCODER
+from benchmarks._real_bases import ARCHITECTURES, AUTOENCODER
 from memcontrol.core.choice import EVERYTHING, Choice
 from memcontrol.core.space_yaml import load_space
 from memcontrol.model.cost import StepSettings, measure_cost
@@ -24,7 +24,6 @@ from memcontrol.model.families import FAMILIES_BY_DENOISER
 from memcontrol.model.source import Precision, make_empty_denoiser
 from memcontrol.training.optimizers import MOMENT_BYTES
 
-ARCHITECTURES = Path(__file__).parent.parent / "tests" / "architectures"
 PAGE = Path(__file__).parent.parent / "docs" / "memory.md"
 BEGIN, END = "<!-- table: python -m benchmarks memory -->\n", "<!-- end of the table -->\n"
 CARDS = (16, 24, 48, 80)  # GB

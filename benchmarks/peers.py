@@ -24,7 +24,7 @@ from benchmarks._processes import peak_mib
 EACH = ", one for each core"  # processes at once, with one thread each
 OURS, PEERS = ("ours", "ours" + EACH), ("MemControl's recipe", "diffusers' LoRA recipe")
 N_REPEATS, N_TRIALS = int(os.environ.get("REPEATS", "3")), int(os.environ.get("TRIALS", "2"))
-SMALL = bool(os.environ.get("SMALL"))  # to see that it runs
+SMALL = bool(os.environ.get("SMALL"))  # to see that it runs; on a card, what takes a minute
 # of the digits' space
 MASKS = (
     ("down_attention", "mid_attention", "up_attention", "down_resnet", "mid_resnet"),
@@ -86,7 +86,10 @@ def measured(name: str, device: str) -> list[dict]:
         )
         for _ in range(n)
     ]
-    return [json.loads(process.communicate()[0].splitlines()[-1]) for process in running]
+    said = [process.communicate()[0].splitlines() for process in running]
+    if codes := [process.returncode for process in running if process.returncode]:
+        raise RuntimeError(f"{name}: exit {codes[0]}; see stderr")
+    return [json.loads(lines[-1]) for lines in said]
 
 
 def measure(name: str, device: str) -> dict:
@@ -109,19 +112,20 @@ def specs(folder: Path, device: str):
     if SMALL:
         values |= {
             "inner": {**DEMO_STUDY["inner"], "budget_images": 64, "batch_size": 16},
-            "rewards": {**DEMO_STUDY["rewards"], "n_samples": 64, "force": True, "sampling_steps": 2},
+            "rewards": {**DEMO_STUDY["rewards"], "n_samples": 16, "force": True, "sampling_steps": 2},
         }
     if device == "cuda":
+        held = {"holdout": 64, "test": 64} if SMALL else {}
         values |= {
-            "base": stable_diffusion(),
-            "data": {**DEMO_STUDY["data"], "resolution": 512},
+            "base": stable_diffusion(device),
+            "data": {**DEMO_STUDY["data"], **held, "resolution": 512},
             "inner": {
                 **DEMO_STUDY["inner"],
-                "budget_images": 1600,
+                "budget_images": 320 if SMALL else 1600,
                 "batch_size": 16,
                 "precision": "bfloat16",
             },
-            "rewards": {**DEMO_STUDY["rewards"], "n_samples": 64, "force": True},
+            "rewards": {**DEMO_STUDY["rewards"], "n_samples": 16 if SMALL else 64, "force": True},
         }
     config, loaded = load_config(values), LoadedModels()
     prepare_study(config.model_dump(mode="json"), folder, loaded, lambda line: None)

@@ -4,6 +4,7 @@ model (IET-AGC's): LoRA on a U-Net of 35 million random parameters."""
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 import time
@@ -14,6 +15,9 @@ from benchmarks._processes import medians, peak_mib
 COPIES = "10 copies"
 N_REPEATS, N_STEPS, N_ROUNDS, BATCH, SIDE, N_IMAGES = 3, 150, 5, 4, 16, 200
 WIDTHS = (64, 128, 256, 256)
+CARD = (160, 320, 640, 640), 32  # widths and side where there is a card: 220 million parameters
+if os.environ.get("SMALL"):  # to see that it runs; on a card, what takes a minute
+    N_STEPS, WIDTHS = 50, (16, 16, 16, 16)
 
 
 def run(device: str) -> list[dict]:
@@ -33,6 +37,11 @@ def run(device: str) -> list[dict]:
     ]
 
 
+def choose_size(device: str) -> tuple[tuple[int, int, int, int], int]:
+    """Widths of the U-Net, and the side of its latents."""
+    return CARD if device == "cuda" else (WIDTHS, SIDE)
+
+
 def copied(n: int, device: str) -> dict:
     """Each shard a copy of the model with an optimizer of its own, trained in turn, the adapters' mean given
     to all after each round."""
@@ -44,10 +53,11 @@ def copied(n: int, device: str) -> dict:
     from memcontrol.core.space_yaml import load_space
     from memcontrol.model.adapter import inject_adapter
 
+    widths, side = choose_size(device)
     first, space, data = (
-        make_base(unet(WIDTHS, SIDE), device),
+        make_base(unet(widths, side), device),
         load_space("sd15-sites-complete"),
-        random_material(N_IMAGES, SIDE).data,
+        random_material(N_IMAGES, side).data,
     )
     choice, parameters = (
         space.choice(space.select_groups("lora"), "lora", 0.5),
@@ -86,7 +96,8 @@ def measure(shards: str, device: str) -> dict:
     from memcontrol.model.adapter import inject_adapter
     from memcontrol.training.rounds import train_rounds
 
-    base, space = make_base(unet(WIDTHS, SIDE), device), load_space("sd15-sites-complete")
+    widths, side = choose_size(device)
+    base, space = make_base(unet(widths, side), device), load_space("sd15-sites-complete")
     adapter = inject_adapter(
         base.denoiser,
         space,
@@ -102,7 +113,7 @@ def measure(shards: str, device: str) -> dict:
         train_rounds(
             base,
             adapter,
-            random_material(N_IMAGES, SIDE),
+            random_material(N_IMAGES, side),
             inner,
             seed=0,
             folder=Path(folder),

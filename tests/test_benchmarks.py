@@ -2,11 +2,14 @@
 given what our trials are given."""
 
 import importlib
+import json
+from dataclasses import replace
 
 import pytest
 
-from benchmarks import _peers, overhead, peers, scale, shards, solver, trial, utilisation
-from benchmarks.__main__ import NAMES, main, table
+from benchmarks import _gpu_parts, _peers, gpu, overhead, peers, scale, shards, solver, trial, utilisation
+from benchmarks.__main__ import NAMES, main, run_gpu, table
+from benchmarks._gpu_size import NO_CARD, ROW, SIZES
 from benchmarks.evidence import inner_loop
 from memcontrol.core.jobs import Done
 from memcontrol.execution.job_queue import JobQueue
@@ -48,9 +51,17 @@ def test_peers_losses_are_ours_for_the_same_noise(tmp_path, monkeypatch):
         assert losses == pytest.approx(mine, abs=1e-6) and fid > 0, name
 
 
-def test_where_a_trials_time_goes_adds_up(monkeypatch):
-    monkeypatch.setattr(trial, "N_REPEATS", 1)
-    (row,) = trial.run("cpu")
+@pytest.fixture(scope="module")
+def timed_trial():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trial, "N_REPEATS", 1)
+        patch.setattr(peers, "SMALL", True)
+        patch.setattr(peers, "N_TRIALS", 1)
+        return trial.run("cpu")
+
+
+def test_where_a_trials_time_goes_adds_up(timed_trial):
+    (row,) = timed_trial
     parts = ("denoiser, forward", "denoiser, backward", "optimizer", "decoding", "scoring", "rest")
     assert sum(row[name] for name in parts) == pytest.approx(row["seconds"]) and all(
         row[name] > 0 for name in parts
@@ -132,3 +143,62 @@ def test_shards_are_measured_at_any_size(variant, monkeypatch):
     monkeypatch.setattr(shards, "N_ROUNDS", 2)
     monkeypatch.setattr(shards, "WIDTHS", (8, 8, 8, 8))
     assert shards.measure(variant, "cpu")["seconds"] > 0
+
+
+@pytest.fixture
+def told(monkeypatch, capsys, timed_trial):
+    """The rows of a part of `gpu`, in this process; what other tests here have measured is not again."""
+    taken = {"seconds": [2.0], "losses": [[0.5, 0.25]], "fid": [1.0], "mib": 8.0}
+    monkeypatch.setattr(peers, "measured", lambda name, device: [taken])
+    monkeypatch.setattr("benchmarks._processes.measured", lambda *_: {"seconds": 2.0, "mib": 8.0})
+    monkeypatch.setattr(trial, "run", lambda device: timed_trial)
+
+    def run(part):
+        name, *words = part.split()
+        _gpu_parts.PARTS[name](SIZES["cpu"], *words)
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(ROW)]
+        return {row["what"]: row for row in (json.loads(line.removeprefix(ROW)) for line in lines)}
+
+    return run
+
+
+@pytest.mark.parametrize("part", [part for part in gpu.list_parts(SIZES["cpu"]) if part != "search"])
+def test_every_part_of_the_gpus_script_is_rehearsed_on_a_cpu(part, told):
+    rows = told(part)
+    assert rows and not [row for row in rows.values() if row["figure"] == "failed"]
+    numbers = {what: row["figure"] for what, row in rows.items() if row["figure"] != NO_CARD}
+    assert all(figure >= 0 for figure in numbers.values()), numbers
+    if part == "step":
+        shares = [figure for what, figure in numbers.items() if what.startswith("kernel ")]
+        assert len(shares) == 15 and 0 < sum(shares) <= 1 and shares == sorted(shares, reverse=True)
+        assert 0 < numbers["MFU, without gradient checkpointing"] < 1
+    if part.startswith("memory"):
+        assert {"captions", "encode", "train", "sample", "decode"} <= set(numbers)
+    if part in ("paths", "memory flux 64"):
+        assert NO_CARD in [row["figure"] for row in rows.values()]
+    if part == "peers":
+        assert [numbers[f"ours / {name}"] for name in peers.PEERS] == [1, 1]
+
+
+def test_the_gpus_script_searches_through_the_command_line_and_keeps_its_rows(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "list_parts", lambda size: ["search"])
+    run_gpu("cpu", 5, tmp_path)
+    (page,), (record,) = tmp_path.glob("*-gpu-cpu.md"), tmp_path.glob("*-gpu-cpu.json")
+    rows = json.loads(record.read_text())["rows"]
+    figures = {row["what"]: row["figure"] for row in rows}
+    wanted = {"search", "pick", "retrain", "export", "export in plain diffusers"}
+    assert wanted <= set(figures), rows
+    assert "3 trials, 2 steps of 8" in next(row for row in rows if row["what"] == "search")["beside"]
+    assert table(rows) in page.read_text() and "search: pick: " in capsys.readouterr().out
+
+
+def test_a_part_that_fails_or_is_late_or_has_no_time_is_a_row(monkeypatch):
+    kept = []
+    size = replace(SIZES["cpu"], base="nowhere", memory=())
+    monkeypatch.setattr(gpu, "list_parts", lambda size: ["paths"])
+    (row,) = gpu.run_parts(size, 1, lambda rows: kept.append(len(rows)))
+    assert row["part"] == "paths" and row["what"] == "failed" and "nowhere" in row["beside"]
+    (late,) = gpu.run_part("search", SIZES["cpu"], 0.5)
+    assert late["what"] == "cut off"
+    (row,) = gpu.run_parts(size, 0.01, lambda rows: kept.append(len(rows)))
+    assert row["figure"] == "no time left" and kept == [1, 1]
