@@ -154,3 +154,16 @@ def test_a_stages_peak_is_its_own():
         pass
     assert memory.peaks["large"] - memory.peaks["small"] > 200
     assert json.dumps(memory.peaks)
+
+
+def test_a_fine_tuning_that_edits_captions_loads_text_encoders_once(trained, base, monkeypatch):
+    loaded = []
+    real = type(base).load_encoders
+    monkeypatch.setattr(
+        type(base),
+        "load_encoders",
+        lambda self, names: (loaded.append(base.pipeline.text_encoder is None), real(self, names)),
+    )
+    log, _ = trained(captions={"add_words": 1.0}, rounds=3)
+    assert log.n_steps == 3 and loaded == [True]
+    assert base.pipeline.text_encoder is None

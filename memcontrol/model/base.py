@@ -128,7 +128,8 @@ class Base:
     def denoiser(self) -> Any:
         found = getattr(self.pipeline, self.family.denoiser)
         if not self.is_placed and self.device.type == "cuda":
-            found.to(self.device)
+            if next(found.parameters()).device.type != "cuda":  # bitsandbytes has placed its weights itself
+                found.to(self.device)
             if self.family.denoiser == "unet":
                 found.to(memory_format=torch.channels_last)  # the order that tensor cores convolve in
         self.is_placed = True
@@ -150,6 +151,16 @@ class Base:
         """What every pass through the denoiser runs under, in training, sampling and probing alike."""
         kind = self.precision.compute
         return torch.autocast(self.device.type, kind, enabled=kind != torch.float32)
+
+    @contextlib.contextmanager
+    def hold_what_encodes(self, captions: bool, pixels: bool) -> Iterator[None]:
+        """What a fine-tuning encodes with in every step stays on the device as long as it lasts."""
+        with contextlib.ExitStack() as stack:
+            if captions:
+                stack.enter_context(self.hold_encoders())
+            if pixels:
+                stack.enter_context(self.hold_autoencoder())
+            yield
 
     @contextlib.contextmanager
     def hold_encoders(self) -> Iterator[None]:

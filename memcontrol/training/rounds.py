@@ -100,7 +100,8 @@ def train_rounds(
     plan = hashlib.sha256(f"{identity} {seed} {_describe_plan(inner)}".encode()).hexdigest()
     _clear_other_plans(folder, plan, team)
     rounds = Rounds(base, adapter, material, inner, seed, folder, progress, team, may_halve)
-    return rounds.run(n_rounds or inner.rounds)
+    with base.hold_what_encodes(inner.captions.any, inner.augmentation is not None):
+        return rounds.run(n_rounds or inner.rounds)
 
 
 def _describe_plan(inner: InnerConfig) -> str:
