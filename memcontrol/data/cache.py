@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 _DTYPES = {  # as safetensors calls them
     "torch.int64": "I64",
+    "torch.int32": "I32",
+    "torch.int8": "I8",
     "torch.float64": "F64",
     "torch.float32": "F32",
     "torch.bfloat16": "BF16",
@@ -41,13 +43,16 @@ def load_or_make(path: Path, make: Callable[[], Mapping[str, Tensor]]) -> dict[s
     return map_tensors(path)
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Raises DiskFull."""
-    # here, since most of core's users need no torch
-    from safetensors.torch import save_file
-
-    with replace_file(path) as part:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part)
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """A safetensors file. The library's own writer holds all of it once more as bytes; this one none. Raises
+    DiskFull."""
+    rows = {
+        name: TensorRows(str(tensor.dtype), tuple(tensor.shape), (tensor,))
+        for name, tensor in tensors.items()
+    }
+    write_tensors(path, rows, metadata)
 
 
 def map_tensors(path: Path) -> dict[str, Tensor]:

@@ -15,10 +15,10 @@ from torch.nn.utils import parametrize
 
 from memcontrol.core.choice import EVERYTHING, Choice
 from memcontrol.core.errors import MemControlError
-from memcontrol.core.files import replace_file
 from memcontrol.core.run_folder import RunFolder
 from memcontrol.core.seeds import derive_seed
 from memcontrol.core.space import SearchSpace
+from memcontrol.data.cache import save_tensors
 from memcontrol.model.parts import (
     DiffFit,
     State,
@@ -236,12 +236,9 @@ class Adapter:
 
     def save(self, folder: Path, description: dict) -> None:
         """Writes what was learned to folder/adapter.safetensors, what it is in the header."""
-        from safetensors.torch import save_file
-
-        with replace_file(RunFolder(folder).adapter_file) as part:
-            tensors = {name: tensor.cpu().contiguous() for name, tensor in self.state().items()}
-            # one entry: several are written in any order
-            save_file(tensors, part, {"memcontrol": format_header(description)})
+        state = dict(self.named_parameters()) | self.offsets()
+        header = {"memcontrol": format_header(description)}
+        save_tensors(RunFolder(folder).adapter_file, state, header)
 
     def load(self, folder: Path) -> None:
         from safetensors.torch import load_file

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from memcontrol.core import interrupt
 from memcontrol.core.config import InnerConfig
+from memcontrol.data.cache import save_tensors
 from memcontrol.model.adapter import Adapter
 from memcontrol.training.loop import Loop
-from memcontrol.training.round_files import STATE_KINDS, collect_tensors, save_state
+from memcontrol.training.round_files import STATE_KINDS, collect_tensors
 
 
 def describe_shard(loop: Loop, said: dict) -> dict[str, str]:
@@ -51,7 +52,9 @@ class Checkpoints:
             tensors = collect_tensors(self.adapter, self.loop, STATE_KINDS)
             copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
             self.wait()
-            self.writing = self.thread.submit(save_state, self.path, copies, describe_shard(self.loop, said))
+            self.writing = self.thread.submit(
+                save_tensors, self.path, copies, describe_shard(self.loop, said)
+            )
         if interrupt.is_terminated:
             self.wait()
             interrupt.end_if_terminated()

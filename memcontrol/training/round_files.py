@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from memcontrol.core.config import SkipConfig
-from memcontrol.core.files import replace_file
+from memcontrol.data.cache import save_tensors
 from memcontrol.model.adapter import Adapter
 from memcontrol.model.parts import State
 from memcontrol.training.loop import Loop
@@ -115,7 +115,9 @@ class RoundFiles:
     def write_mean(self, number: int, mean: State, ema: State, moments: State) -> None:
         """What a round's shards were averaged to."""
         found = _prefix_kinds(mean, "weights", "offsets") | _prefix_kinds(ema, "ema", "ema_offsets")
-        save_state(self.mean(number), found | {f"moments {name}": moment for name, moment in moments.items()})
+        save_tensors(
+            self.mean(number), found | {f"moments {name}": moment for name, moment in moments.items()}
+        )
 
     def drop_before(self, number: int, shards: Iterable[int], means: bool) -> None:
         """The files that no round from this one on looks at; `means`: those of earlier averagings too."""
@@ -145,15 +147,6 @@ def collect_tensors(adapter: Adapter, loop: Loop, kinds: Collection[str]) -> Sta
     if shard.memory:
         found |= {"bank": shard.memory.bank, "weight": shard.memory.weight}
     return found
-
-
-def save_state(path: Path, found: State, metadata: dict[str, str] | None = None) -> None:
-    from safetensors.torch import save_file
-
-    with replace_file(path) as part:
-        save_file(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}, part, metadata
-        )
 
 
 def select_tensors(path: Path | None, kind: str) -> State:

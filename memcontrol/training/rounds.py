@@ -19,6 +19,7 @@ from memcontrol.core.config import InnerConfig, RedistributionConfig
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import read_json, write_json
 from memcontrol.core.seeds import derive_seed
+from memcontrol.data.cache import save_tensors
 from memcontrol.model.adapter import Adapter
 from memcontrol.model.base import Base
 from memcontrol.model.parts import State
@@ -32,7 +33,6 @@ from memcontrol.training.round_files import (
     ShardState,
     collect_tensors,
     locate_plan,
-    save_state,
     select_tensors,
 )
 from memcontrol.training.shard import Material, Shard
@@ -276,7 +276,7 @@ class Rounds:
             kinds = ()
         if self.n_shards == 1 and not self.inner.stop_gap and number < self.last:
             self.live = loop
-        save_state(
+        save_tensors(
             path, collect_tensors(self.adapter, loop, kinds), describe_shard(loop, {"records": records})
         )
         self.files.partial(number, loop.shard.number).unlink(missing_ok=True)

@@ -24,6 +24,7 @@ from memcontrol.core.spec import Spec, read_spec
 from memcontrol.data.split import format_ranges
 from memcontrol.model.adapter import Adapter, inject_adapter
 from memcontrol.model.base import Base
+from memcontrol.model.batches import release_memory
 from memcontrol.model.cost import Cost
 from memcontrol.scoring.score import pool_scores
 from memcontrol.training.probe import choose_probe_size, measure_probe_rewards
@@ -97,6 +98,7 @@ def run_trial(
                 )
     finally:
         adapter.remove()
+        release_memory()
 
     # Score the samples.
     trained_at = time.monotonic()
