@@ -174,9 +174,10 @@ class Base:
         finally:
             self.n_holders -= 1
             if not self.n_holders and self.offload != "none":
+                n_bytes = sum(count_bytes(getattr(self.pipeline, name)) for name in names)
                 for name in names:
                     setattr(self.pipeline, name, None)
-                release_memory()
+                release_memory(n_bytes)
 
     def load_encoders(self, names: Sequence[str]) -> None:
         for name in names:
@@ -505,6 +506,11 @@ class Base:
             "height": resolution,
             "width": resolution,
         }
+
+
+def count_bytes(model: torch.nn.Module | None) -> int:
+    """Of its parameters."""
+    return sum(parameter.nbytes for parameter in model.parameters()) if model is not None else 0
 
 
 def _convert_to_bytes(pixels: np.ndarray) -> np.ndarray:

@@ -25,7 +25,7 @@ from memcontrol.data.features import pixel_features
 from memcontrol.data.images import Images
 from memcontrol.data.split import parse_parts
 from memcontrol.model.adapter import Adapter
-from memcontrol.model.base import Base, find_device, load_base, redraw_weights
+from memcontrol.model.base import Base, count_bytes, find_device, load_base, redraw_weights
 from memcontrol.model.cost import Cost, StepSettings, measure_cost, measure_step_cost
 from memcontrol.model.encoded import Encoded, load_encoded
 from memcontrol.model.source import choose_precision, import_libraries
@@ -231,7 +231,7 @@ def _describe_step(spec: Spec, base: Base) -> StepSettings:
 def _count_autoencoder_bytes(base: Base) -> int:
     """Of what stays beside the denoiser while that is trained."""
     stays = base.autoencoder is not None and (base.device.type == "cpu" or base.offload == "none")
-    return sum(each.nbytes for each in base.autoencoder.parameters()) if stays else 0
+    return count_bytes(base.autoencoder) if stays else 0
 
 
 def _tell_blocks(images: Images, progress: TellStage) -> Iterator[np.ndarray]:

@@ -23,7 +23,7 @@ from memcontrol.core.run_folder import (
 from memcontrol.core.spec import Spec, read_spec
 from memcontrol.data.split import format_ranges
 from memcontrol.model.adapter import Adapter, inject_adapter
-from memcontrol.model.base import Base
+from memcontrol.model.base import Base, count_bytes
 from memcontrol.model.batches import release_memory
 from memcontrol.model.cost import Cost
 from memcontrol.scoring.score import pool_scores
@@ -98,7 +98,7 @@ def run_trial(
                 )
     finally:
         adapter.remove()
-        release_memory()
+        release_memory(count_bytes(base.denoiser))
 
     # Score the samples.
     trained_at = time.monotonic()
