@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from benchmarks import _gpu_parts, _peers, gpu, overhead, peers, scale, shards, solver, trial, utilisation
-from benchmarks.__main__ import NAMES, main, run_gpu, table
+from benchmarks.__main__ import NAMES, main, table
 from benchmarks._gpu_size import NO_CARD, ROW, SIZES
 from benchmarks.evidence import inner_loop
 from memcontrol.core.jobs import Done
@@ -178,18 +178,6 @@ def test_every_part_of_the_gpus_script_is_rehearsed_on_a_cpu(part, told):
         assert NO_CARD in [row["figure"] for row in rows.values()]
     if part == "peers":
         assert [numbers[f"ours / {name}"] for name in peers.PEERS] == [1, 1]
-
-
-def test_the_gpus_script_searches_through_the_command_line_and_keeps_its_rows(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gpu, "list_parts", lambda size: ["search"])
-    run_gpu("cpu", 5, tmp_path)
-    (page,), (record,) = tmp_path.glob("*-gpu-cpu.md"), tmp_path.glob("*-gpu-cpu.json")
-    rows = json.loads(record.read_text())["rows"]
-    figures = {row["what"]: row["figure"] for row in rows}
-    wanted = {"search", "pick", "retrain", "export", "export in plain diffusers"}
-    assert wanted <= set(figures), rows
-    assert "3 trials, 2 steps of 8" in next(row for row in rows if row["what"] == "search")["beside"]
-    assert table(rows) in page.read_text() and "search: pick: " in capsys.readouterr().out
 
 
 def test_a_part_that_fails_or_is_late_or_has_no_time_is_a_row(monkeypatch):

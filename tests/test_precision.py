@@ -77,8 +77,12 @@ def find_float32_copies(base, others):
     ]
 
 
-@pytest.mark.parametrize("held", ("float32", "bfloat16"))
-@pytest.mark.parametrize("name", SMALL)
+IN_FLOAT32 = ("sd3", "flux")  # the others in tests/nightly/precisions.py
+
+
+@pytest.mark.parametrize(
+    "name, held", [*((name, "bfloat16") for name in SMALL), *((name, "float32") for name in IN_FLOAT32)]
+)
 def test_a_base_saved_in_half_is_searched(name, held, tmp_path, photographs, monkeypatch):
     """Two trials, in either precision; in bfloat16 no frozen weight has a copy in float32."""
     import memcontrol
@@ -163,7 +167,7 @@ def test_quantisation_without_its_library_is_one_line():
         load_base("tiny", Precision(quantized="nf4"))
 
 
-@pytest.mark.parametrize("name", [name for name in SMALL if name != "ddpm"])
+@pytest.mark.parametrize("name", IN_FLOAT32)
 def test_a_quantised_base_of_every_family_is_searched(name, tmp_path, photographs):
     """int8 by torchao, which runs on a CPU: LoRA is trained beside it, and its Linear weights stay as they
     are."""
