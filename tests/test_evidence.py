@@ -234,8 +234,8 @@ def test_a_model_that_makes_flat_images_is_pruned_by_name(study_file, monkeypatc
     spec.write(folder / "flat")
     monkeypatch.setattr(
         type(loaded.base(config)),
-        "sample",
-        lambda self, *args, seeds, **rest: np.full((len(seeds), 3, 32, 32), 7, np.uint8),
+        "iterate_samples",
+        lambda self, text, empty, seeds, *rest: iter([np.full((len(seeds), 3, 32, 32), 7, np.uint8)]),
     )
     attempt_trial(TrialJob(folder / "flat", spec.choice), loaded, lambda said: None)
     result = json.loads((folder / "flat" / "result.json").read_text())

@@ -107,7 +107,8 @@ def map_bytes(path: Path, name: str) -> np.ndarray:
         told = json.loads(file.read(n_head))[name]
     assert told["dtype"] == "U8", "images are bytes"
     start = 8 + n_head + told["data_offsets"][0]
-    return np.memmap(path, np.uint8, "r", offset=start, shape=tuple(told["shape"]))
+    # "c": torch warns of what may not be written; what is written stays in this process
+    return np.memmap(path, np.uint8, "c", offset=start, shape=tuple(told["shape"]))
 
 
 def iterate_rows(array: np.ndarray, size: int) -> Iterator[np.ndarray]:
