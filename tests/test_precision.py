@@ -169,8 +169,8 @@ def test_quantisation_without_its_library_is_one_line():
 
 @pytest.mark.parametrize("name", IN_FLOAT32)
 def test_a_quantised_base_of_every_family_is_searched(name, tmp_path, photographs):
-    """int8 by torchao, which runs on a CPU: LoRA is trained beside it. Not among what tests install: diffusers
-    would import it, for two seconds, in every worker."""
+    """int8 by torchao, which runs on a CPU: LoRA is trained beside it. Not among what tests install:
+    diffusers would import it, for two seconds, in every worker."""
     pytest.importorskip("torchao", reason="torchao is not installed")
     import memcontrol
 
