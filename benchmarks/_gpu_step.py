@@ -24,7 +24,7 @@ from memcontrol.model.base import Base, load_base
 from memcontrol.model.cost import Cost, StepSettings, measure_cost
 from memcontrol.model.derive_space import derive_space
 from memcontrol.model.encoded import Encoded
-from memcontrol.model.source import Precision
+from memcontrol.model.precision import Precision
 from memcontrol.training.loop import Loop
 from memcontrol.training.shard import Material, Shard
 

@@ -15,7 +15,8 @@ from memcontrol.core.config import BaseConfig
 from memcontrol.model.base import Base
 from memcontrol.model.encoded import Encoded
 from memcontrol.model.families import Family
-from memcontrol.model.source import TINY, Precision, Source
+from memcontrol.model.precision import Precision
+from memcontrol.model.source import TINY, Source
 from memcontrol.training.shard import Material
 
 

@@ -21,7 +21,8 @@ from memcontrol.model.counting import (
     pass_shapes,
 )
 from memcontrol.model.families import FAMILIES_BY_DENOISER
-from memcontrol.model.source import Precision, make_empty_denoiser
+from memcontrol.model.precision import Precision
+from memcontrol.model.source import make_empty_denoiser
 from memcontrol.training.optimizers import MOMENT_BYTES
 
 PAGE = Path(__file__).parent.parent / "docs" / "memory.md"
@@ -96,13 +97,11 @@ def measure_stages(setting: Setting) -> dict[str, float]:
         latents,
         text,
         StepSettings(
-            setting.forward,
-            setting.forward < setting.batch,
-            MOMENT_BYTES["adafactor" if setting.low_memory else "adamw"],
-            0.0,
-            0,
-            setting.precision,
-            True,
+            forward=setting.forward,
+            accumulates=setting.forward < setting.batch,
+            moments=MOMENT_BYTES["adafactor" if setting.low_memory else "adamw"],
+            precision=setting.precision,
+            on_card=True,
         ),
         low_memory_full=setting.low_memory,
     )

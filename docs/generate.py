@@ -31,11 +31,13 @@ GLUE = "\0"  # a space that no line is broken at
 
 def generate_keys() -> str:
     """The keys of a study file, a section for each mapping, and those that may change once it was begun."""
-    from memcontrol.core.config import FREE_KEYS, Config
+    from memcontrol.core.config import FREE_KEYS, Config, InnerConfig
 
     sections = [describe_model(path, model) for path, model in walk_models(Config)]
-    free = ", ".join(f"`{key}`" for key in FREE_KEYS)
-    return join_blocks([*sections, "## What may change", wrap(f"{CHANGING} {free}.")])
+    keys = (*FREE_KEYS, *(f"inner.{key}" for key in InnerConfig().memory_keys))
+    free = ", ".join(f"`{key}`" for key in keys)
+    but = "`inner.micro_batch_size` may not with `inner.norm_threshold: decile`, which looks at each forward."
+    return join_blocks([*sections, "## What may change", wrap(f"{CHANGING} {free}. {but}")])
 
 
 def walk_models(model: type[BaseModel], path: str = "") -> Iterator[tuple[str, type[BaseModel]]]:

@@ -166,7 +166,7 @@ def trained(base, material, tmp_path):
     from memcontrol.core.config import InnerConfig
     from memcontrol.core.space_yaml import load_space
     from memcontrol.model.adapter import inject_adapter
-    from memcontrol.model.source import choose_precision
+    from memcontrol.model.precision import choose_precision
     from memcontrol.training.rounds import train_rounds
 
     def run(choice=None, seed=3, folder="rounds", space="digits", progress=lambda *_, **said: None, **inner):

@@ -388,3 +388,23 @@ def test_a_base_on_the_command_line():
         parse_base("{id: owner/a, revison: b}")
     with pytest.raises(MemControlError, match="--base is '{id', which is not valid YAML"):
         parse_base("{id")
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("micro_batch_size", 8),
+        ("gradient_checkpointing", True),
+        ("checkpoint_minutes", 1),
+        ("checkpoint_gb", 1),
+    ],
+)
+def test_keys_of_memory_alone_may_change_between_two_runs(key, value):
+    plain, other = load_config(GOOD), load_config(GOOD, [f"inner.{key}={value}"])
+    assert plain != other and find_differing_keys(plain, other) == []
+
+
+def test_images_in_a_forward_may_not_change_where_the_top_decile_of_each_is_dropped():
+    rule = "inner.norm_threshold=decile"
+    plain, other = load_config(GOOD, [rule]), load_config(GOOD, [rule, "inner.micro_batch_size=12"])
+    assert find_differing_keys(plain, other) == ["inner.micro_batch_size (None there, 12 here)"]

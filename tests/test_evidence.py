@@ -235,7 +235,7 @@ def test_a_model_that_makes_flat_images_is_pruned_by_name(study_file, monkeypatc
     monkeypatch.setattr(
         type(loaded.base(config)),
         "iterate_samples",
-        lambda self, text, empty, seeds, *rest: iter([np.full((len(seeds), 3, 32, 32), 7, np.uint8)]),
+        lambda self, text, empty, *, seeds, **rest: iter([np.full((len(seeds), 3, 32, 32), 7, np.uint8)]),
     )
     attempt_trial(TrialJob(folder / "flat", spec.choice), loaded, lambda said: None)
     result = json.loads((folder / "flat" / "result.json").read_text())

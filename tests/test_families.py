@@ -41,8 +41,8 @@ ALL_AT_ONCE = {
 ON_TEXT = {"captions": {"add_words": 0.5, "repeat_word": 0.5}, "embedding_noise": 0.1, "norm_threshold": 1e6}
 
 
-def write_family_study(folder, base, name, photographs, method="svdiff", **keys):
-    """A study file of a small base: one sampled trial beside no training."""
+def write_family_space(folder, method):
+    """Two groups that every family has."""
     space = folder / "space.yaml"
     groups = (
         "{a: '(down_blocks|transformer_blocks)\\..*', b: "
@@ -50,6 +50,12 @@ def write_family_study(folder, base, name, photographs, method="svdiff", **keys)
     )
     rates = f"{{{method}: [1.0e-3, 1.0e-2], full: [1.0e-5, 1.0e-4]}}"
     space.write_text(f"groups: {groups}\nmethods: [{method}]\nlearning_rate: {rates}\n")
+    return space
+
+
+def write_family_study(folder, base, name, photographs, method="svdiff", **keys):
+    """A study file of a small base: one sampled trial beside no training."""
+    space = write_family_space(folder, method)
     study = {
         "name": "t",
         "base": base,
@@ -75,15 +81,7 @@ def write_family_study(folder, base, name, photographs, method="svdiff", **keys)
 def test_a_trial_runs_on_every_family(family, inner, tmp_path, photographs):
     name, base = family
     settings = {} if inner == "plain" else ALL_AT_ONCE if name == "ddpm" else ALL_AT_ONCE | ON_TEXT
-    space = tmp_path / "space.yaml"
-    groups = (
-        "{a: '(down_blocks|transformer_blocks)\\..*', b: "
-        "'(up_blocks|single_transformer_blocks|proj_out|norm_out)\\.?.*'}"
-    )
-    space.write_text(
-        f"groups: {groups}\nmethods: [svdiff]\nlearning_rate: {{svdiff: [1.0e-3, 1.0e-2], full: "
-        f"[1.0e-5, 1.0e-4]}}\n"
-    )
+    space = write_family_space(tmp_path, "svdiff")
     config = load_config(
         {
             "name": "t",

@@ -184,7 +184,13 @@ def test_rounds_that_are_there_outlive_a_change_of_keys_of_memory_alone(base, ma
 
     before = train()
     assert len(steps) == 3
-    for keys in ({"micro_batch_size": 2}, {"gradient_checkpointing": True}):
+    of_memory = {
+        "micro_batch_size": 2,
+        "gradient_checkpointing": True,
+        "checkpoint_minutes": 1.0,
+        "checkpoint_gb": 1.0,
+    }
+    for keys in ({key: value} for key, value in of_memory.items()):
         after = train(**keys)
         assert len(steps) == 3 and all(torch.equal(after[name], tensor) for name, tensor in before.items())
     train(weight_decay=0.5)

@@ -11,12 +11,12 @@ from small_pipelines import SMALL, build
 from test_families import write_family_study
 
 from memcontrol.core.choice import Choice
-from memcontrol.core.config import load_config
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.space_yaml import load_space
 from memcontrol.model.adapter import inject_adapter
 from memcontrol.model.base import load_base
-from memcontrol.model.source import Precision, choose_precision, open_pipeline
+from memcontrol.model.precision import Precision, choose_precision
+from memcontrol.model.source import open_pipeline
 
 pytestmark = pytest.mark.slow
 BF16 = Precision(torch.bfloat16, torch.bfloat16)
@@ -142,7 +142,6 @@ def test_what_is_trained_is_float32_over_a_half_base_that_comes_back_bit_for_bit
         torch.equal(after[name], tensor) and after[name].dtype == tensor.dtype
         for name, tensor in before.items()
     )
-    assert load_config({"name": "a", "data": "digits"}).base_precision == "auto"
 
 
 def test_bfloat16_gives_nearly_the_losses_of_float32():

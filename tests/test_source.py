@@ -24,7 +24,8 @@ from memcontrol.core.files import read_json, write_json
 from memcontrol.core.run_folder import RunFolder, StudyFolder
 from memcontrol.core.spec import Spec
 from memcontrol.model.base import load_base
-from memcontrol.model.source import TINY, Precision, find_source, make_empty_denoiser, open_pipeline
+from memcontrol.model.precision import Precision
+from memcontrol.model.source import TINY, find_source, make_empty_denoiser, open_pipeline
 from memcontrol.model.variants import choose_variant, find_variants
 from memcontrol.trial.loaded import LoadedModels
 from memcontrol.trial.prepare import prepare_study

@@ -20,7 +20,8 @@ from memcontrol.model.cost import (
 )
 from memcontrol.model.derive_space import derive_space
 from memcontrol.model.families import Family
-from memcontrol.model.source import choose_precision, make_empty_denoiser
+from memcontrol.model.precision import choose_precision
+from memcontrol.model.source import make_empty_denoiser
 
 ARCHITECTURES = Path(__file__).parent / "architectures"
 SD15 = 859_520_964

@@ -32,10 +32,6 @@ FREE_KEYS = (
     "storage",
     "base_offload",
     "data.path",
-    "inner.micro_batch_size",
-    "inner.gradient_checkpointing",
-    "inner.checkpoint_minutes",
-    "inner.checkpoint_gb",
     "search.trials",
     "search.anchors",
     "search.workers",
@@ -361,6 +357,13 @@ class InnerConfig(Strict):
                 f"x {self.rounds} rounds; raise the budget or lower one of them"
             )
         return self
+
+    @property
+    def memory_keys(self) -> tuple[str, ...]:
+        """Keys that say how a fine-tuning fits into memory and on disk, and nothing of what it finds. With
+        norm_threshold=decile micro_batch_size is none of them: the top decile is each forward's."""
+        keys = ("gradient_checkpointing", "checkpoint_minutes", "checkpoint_gb")
+        return keys if self.norm_threshold == "decile" else (*keys, "micro_batch_size")
 
     @property
     def budget_steps(self) -> int:
@@ -719,11 +722,12 @@ def find_differing_keys(stored: Config, given: Config, beside: Sequence[str] = (
     """Dotted keys, of those that numbers depend on and are not below one of `beside`, whose values differ:
     "inner.batch_size (8 there, 16 here)"."""
     there, here = (flatten_keys(_make_comparable(config)) for config in (stored, given))
+    of_memory = (f"inner.{key}" for key in given.inner.memory_keys)
+    free_keys = (*FREE_KEYS, *of_memory, *beside)
     return [
         f"{key} ({there.get(key)} there, {here.get(key)} here)"
         for key in sorted({*there, *here})
-        if there.get(key) != here.get(key)
-        and not any(f"{key}.".startswith(f"{free}.") for free in (*FREE_KEYS, *beside))
+        if there.get(key) != here.get(key) and not any(f"{key}.".startswith(f"{free}.") for free in free_keys)
     ]
 
 

@@ -24,7 +24,8 @@ from memcontrol.model.counting import (
     pass_shapes,
 )
 from memcontrol.model.families import Family, Text, Unconditional, find_family
-from memcontrol.model.source import Precision, Source, find_source
+from memcontrol.model.precision import Precision
+from memcontrol.model.source import Source, find_source
 
 _TEXT_BATCH = 64
 
@@ -126,14 +127,18 @@ class Base:
 
     @property
     def denoiser(self) -> Any:
-        found = getattr(self.pipeline, self.family.denoiser)
-        if not self.is_placed and self.device.type == "cuda":
-            if next(found.parameters()).device.type != "cuda":  # bitsandbytes has placed its weights itself
-                found.to(self.device)
-            if self.family.denoiser == "unet":
-                found.to(memory_format=torch.channels_last)  # the order that tensor cores convolve in
-        self.is_placed = True
-        return found
+        """On the device."""
+        self.place_denoiser()
+        return getattr(self.pipeline, self.family.denoiser)
+
+    def place_denoiser(self) -> None:
+        if self.is_placed or self.device.type != "cuda":
+            return
+        self.is_placed, found = True, getattr(self.pipeline, self.family.denoiser)
+        if next(found.parameters()).device.type != "cuda":  # bitsandbytes has placed its weights itself
+            found.to(self.device)
+        if self.family.denoiser == "unet":
+            found.to(memory_format=torch.channels_last)  # the order that tensor cores convolve in
 
     @contextlib.contextmanager
     def checkpoint_gradients(self, on: bool) -> Iterator[None]:
@@ -383,8 +388,12 @@ class Base:
             ]
         return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
 
+    def sample(self, text: Text, empty: Text, **settings: Any) -> np.ndarray:
+        """All images of `iterate_samples`, which takes the settings: uint8 [N, 3, H, W]."""
+        return np.concatenate(list(self.iterate_samples(text, empty, **settings)))
+
     @torch.no_grad()
-    def sample(
+    def iterate_samples(
         self,
         text: Text,
         empty: Text,
@@ -395,39 +404,23 @@ class Base:
         resolution: int,
         progress: Callable,
         guidance_from: float = 0.0,
-    ) -> np.ndarray:
-        """One image for each seed, from encodings [N, ...] and those of the empty caption [1, ...]. uint8 [N,
-        3, H, W].
+    ) -> Iterator[np.ndarray]:
+        """One image for each seed, from encodings [N, ...] and those of the empty caption [1, ...], as many
+        at a time as memory holds: each uint8 [n, 3, H, W].
 
         The noise of an image follows from its own seed. Diffusion: DPM-Solver++(2M), without captions DDIM;
         flow: the pipeline's own solver. Guidance acts after the share `guidance_from` of the steps (Jain et
         al. 2024, arXiv 2411.16738).
         """
-        settings = (text, empty, seeds, steps, guidance, resolution, progress, guidance_from)
-        return np.concatenate(list(self.iterate_samples(*settings)))
-
-    @torch.no_grad()
-    def iterate_samples(
-        self,
-        text: Text,
-        empty: Text,
-        seeds: Sequence[int],
-        steps: int,
-        guidance: float,
-        resolution: int,
-        progress: Callable,
-        guidance_from: float = 0.0,
-    ) -> Iterator[np.ndarray]:
-        """The images of `sample`, as many at a time as memory holds: each uint8 [n, 3, H, W]."""
 
         def sample_part(rows: slice) -> np.ndarray:
             generators = [torch.Generator().manual_seed(seed) for seed in seeds[rows]]
+            if not text:
+                return self.sample_unconditional(generators, steps)
             own = self.cast({name: tensor[rows] for name, tensor in text.items()})
             none = self.cast(
                 {name: tensor.expand(len(generators), *tensor.shape[1:]) for name, tensor in empty.items()}
             )
-            if not text:
-                return self.sample_unconditional(generators, steps)
             call = self.make_conditional_call(generators, own, none, guidance, resolution)
             if guidance_from and guidance > 1:
                 call |= _delay_guidance(guidance, round(guidance_from * steps))
@@ -440,7 +433,7 @@ class Base:
 
     def call_pipeline(self, call: dict, steps: int, resolution: int) -> np.ndarray:
         """uint8 [N, 3, H, W]."""
-        assert self.denoiser is not None  # placed, since the pipeline does not ask for it here
+        self.place_denoiser()
         with self.autocast():
             found = self.pipeline(**call, num_inference_steps=steps, output_type="latent").images
         side = resolution // self.pixels_per_latent

@@ -15,7 +15,7 @@ from memcontrol.core.space import SearchSpace
 from memcontrol.model.adapter import Adapter, inject_adapter, list_trainable_modules
 from memcontrol.model.counting import FlopCounter, PeakBytes, pass_shapes
 from memcontrol.model.families import FAMILIES_BY_DENOISER, Family
-from memcontrol.model.source import Precision
+from memcontrol.model.precision import Precision
 
 QUANTIZED_BITS = {"int8": 8.1, "nf4": 4.5}  # of a weight, with its scale
 # diffusers' U-Nets register the middle block last

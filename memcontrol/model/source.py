@@ -1,12 +1,11 @@
 """Owns where a base comes from and how its parts are read: a folder, a Hub id, a single file, an adapter over
-one of them; precisions, and the content that a digest names."""
+one of them; and the content that a digest names."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import importlib
-import importlib.util
 import json
 import os
 import warnings
@@ -31,6 +30,7 @@ from memcontrol.model.hub import (
     list_hub_files,
     refuse_uncached,
 )
+from memcontrol.model.precision import Precision, make_quantization_config
 from memcontrol.model.saved_adapter import find_adapter_file, fuse_file, list_left_out, read_description
 from memcontrol.model.single_file import UNNEEDED, convert_checkpoint, identify_checkpoint
 from memcontrol.model.variants import PLAIN, choose_variant, find_variants
@@ -38,7 +38,6 @@ from memcontrol.model.variants import PLAIN, choose_variant, find_variants
 TINY = PACKAGE / "assets" / "tiny"
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 _MODELS = ("unet", "transformer", "vae", "text_encoder")  # how the names of a pipeline's models begin
-_QUANTIZED = ("int8", "nf4")
 
 
 def find_base_path(name: str) -> str:
@@ -79,43 +78,6 @@ def _check_settings(base: BaseConfig, kind: str) -> None:
                 f"base.{key} is {getattr(base, key)}, which belongs to {' or '.join(kinds)}, and base "
                 f"'{base.id}' is {kind}; take it out"
             )
-
-
-@dataclass(frozen=True)
-class Precision:
-    """In what a base is held and computed: `weights`, the type of what is frozen; `compute`, of forward and
-    backward, by autocast where it is a 16-bit one; `quantized`: int8 or nf4, of the denoiser's Linear
-    weights."""
-
-    weights: torch.dtype = torch.float32
-    compute: torch.dtype = torch.float32
-    quantized: str | None = None
-
-    @property
-    def is_plain(self) -> bool:
-        """float32 throughout."""
-        return self == Precision()
-
-    def __str__(self) -> str:
-        names = [str(kind).removeprefix("torch.") for kind in (self.weights, self.compute)]
-        return "+".join(dict.fromkeys([*([self.quantized] if self.quantized else []), *names]))
-
-
-def choose_precision(base_precision: str, inner_precision: str, device: torch.device) -> Precision:
-    """Of the keys base_precision and inner.precision. `auto` is bfloat16 on a card, float16 on one that has
-    none, and float32 on a CPU, where 16-bit products are many times slower; under quantized weights the rest
-    is held as `auto` says."""
-    quantized = base_precision if base_precision in _QUANTIZED else None
-    automatic = "float32" if device.type == "cpu" else _choose_16_bits()
-    name = automatic if quantized or base_precision == "auto" else base_precision
-    held, asked = getattr(torch, name), getattr(torch, inner_precision)
-    return Precision(held, asked if held == torch.float32 else held, quantized)
-
-
-def _choose_16_bits() -> str:
-    """Cards before Ampere have no bfloat16 of their own."""
-    lacks = torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0)
-    return "float16" if lacks else "bfloat16"
 
 
 @dataclass(frozen=True)
@@ -200,11 +162,12 @@ class Source:
         """Names of the pipeline's text encoders."""
         return [name for name, kind in self.index.items() if name.startswith("text_encoder") and kind[0]]
 
-    def open(self, precision: Precision = Precision(), with_encoders: bool = True) -> Any:
-        """The pipeline as diffusers reads it, on the CPU or, where it is quantized, on the device that its
-        library wants. Raises MemControlError."""
+    def open(self, precision: Precision | None = None, with_encoders: bool = True) -> Any:
+        """The pipeline as diffusers reads it, in float32 unless another precision is given, on the CPU or,
+        where it is quantized, on the device that its library wants. Raises MemControlError."""
         from diffusers import DiffusionPipeline
 
+        precision = precision or Precision()
         index = self.index
         family = find_family(index.get("_class_name", ""), self.name)
         given = self.unneeded
@@ -355,34 +318,6 @@ def _explain_failure(name: str) -> Iterator[None]:
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = " ".join(str(error).split())[:200]
         raise MemControlError(f"base '{name}' cannot be loaded as a diffusers pipeline: {reason}") from None
-
-
-def make_quantization_config(precision: Precision) -> Any:
-    """Of diffusers, from the library that is installed: bitsandbytes for nf4, torchao or bitsandbytes for
-    int8. Raises MemControlError where there is none."""
-    has_torchao, has_bitsandbytes = (
-        importlib.util.find_spec(name) is not None for name in ("torchao", "bitsandbytes")
-    )
-    if precision.quantized == "nf4" and has_bitsandbytes:
-        from diffusers import BitsAndBytesConfig
-
-        return BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=precision.weights
-        )
-    if precision.quantized == "int8" and has_torchao:
-        from diffusers import TorchAoConfig
-        from torchao.quantization import Int8WeightOnlyConfig
-
-        return TorchAoConfig(Int8WeightOnlyConfig())
-    if precision.quantized == "int8" and has_bitsandbytes:
-        from diffusers import BitsAndBytesConfig
-
-        return BitsAndBytesConfig(load_in_8bit=True)
-    wanted = "bitsandbytes" if precision.quantized == "nf4" else "torchao (or bitsandbytes)"
-    raise MemControlError(
-        f"base_precision is {precision.quantized}, which needs {wanted}; pip install "
-        "'memcontrol[quantized]', or choose bfloat16"
-    )
 
 
 def quiet_libraries() -> None:

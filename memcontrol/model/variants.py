@@ -11,7 +11,8 @@ from memcontrol.core.errors import MemControlError
 PLAIN = ""  # the variant without a name
 _SHARD = r"(?:-\d+-of-\d+)?"
 _WEIGHTS = re.compile(
-    rf"([^/]+)/(?:diffusion_pytorch_model|pytorch_model|model){_SHARD}(?:\.(\w+?))?{_SHARD}\.(?:safetensors|bin)"
+    rf"([^/]+)/(?:diffusion_pytorch_model|pytorch_model|model){_SHARD}(?:\.(\w+?))?{_SHARD}"
+    r"\.(?:safetensors|bin)"
 )
 
 

@@ -65,6 +65,7 @@ class Checkpoints:
             self.writing.result()
             self.writing = None
 
-    def finish(self) -> None:
-        self.wait()
+    def close(self) -> None:
+        """Waits for what is being written."""
         self.thread.shutdown()
+        self.wait()

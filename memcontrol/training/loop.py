@@ -130,8 +130,7 @@ class Loop:
             else OPTIMIZERS[inner.optimizer](adapter.groups(), inner.weight_decay)
         )
         self.n_forward = n_forward or inner.micro_batch_size or inner.batch_size
-        # the top decile of a forward depends on how many images it has
-        self.may_halve = may_halve and inner.norm_threshold != "decile"
+        self.may_halve = may_halve and "micro_batch_size" in inner.memory_keys
         self.alphas_cumprod: Any = base.schedule.alphas_cumprod.to(base.device) if inner.min_snr else None
         self.has_rules = bool(inner.norm_threshold or shard.memory)
         self.unread: list[tuple[int, Tensor]] = []  # steps before, and the mean loss, of each slot

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import shutil
@@ -97,19 +98,12 @@ def train_rounds(
     """
     if not adapter.parameters():
         return TrainLog()
-    plan = hashlib.sha256(f"{identity} {seed} {_describe_plan(inner)}".encode()).hexdigest()
+    rest = inner.model_dump_json(exclude=set(inner.memory_keys))
+    plan = hashlib.sha256(f"{identity} {seed} {rest}".encode()).hexdigest()
     _clear_other_plans(folder, plan, team)
     rounds = Rounds(base, adapter, material, inner, seed, folder, progress, team, may_halve)
     with base.hold_what_encodes(inner.captions.any, inner.augmentation is not None):
         return rounds.run(n_rounds or inner.rounds)
-
-
-def _describe_plan(inner: InnerConfig) -> str:
-    """Less what changes memory alone: finished rounds stay good."""
-    of_memory = {"gradient_checkpointing"}
-    if inner.norm_threshold != "decile":  # the top decile of a forward depends on how many images it has
-        of_memory.add("micro_batch_size")
-    return inner.model_dump_json(exclude=of_memory)
 
 
 def _clear_other_plans(folder: Path, plan: str, team: ProcessGroup) -> None:
@@ -225,28 +219,12 @@ class Rounds:
         started, stored = time.monotonic(), self.start(number, shard)
         loop = self.live or self.loop(number, stored)
         self.live, state = None, loop.shard
-        begun = stored.begun or {"counts": dict(state.counts), "n_losses": len(state.losses)}
-        (first, end), counts = self.count_slots(number, shard), Counter(begun["counts"])
-        lengths = [last - start for start, last in (self.count_slots(i, shard) for i in range(self.n_rounds))]
-        checkpoints = Checkpoints(self.files.partial(number, shard), self.inner, self.adapter, loop)
-        read_at = started
-        for i in range(stored.n_done, end - first):
-            loop.take_slot((sum(lengths[:number]) + i + 1) / sum(lengths))
-            is_last, is_due = i + 1 == end - first, checkpoints.is_due()
-            if is_last or is_due or time.monotonic() - read_at > _READ_SECONDS:
-                loop.flush()
-                read_at = time.monotonic()
-            if is_due and not is_last:
-                checkpoints.write({"records": stored.records, "n_done": i + 1, "begun": begun})
-            done = state.counts - counts
-            self.progress(
-                first + i + 1,
-                self.inner.budget_steps,
-                round=number + 1,
-                loss=state.losses[-1] if state.losses else None,
-                skipped=done["skipped"] / max(done["seen"], 1),
-            )
-        losses, done = state.losses[begun["n_losses"] :], state.counts - counts
+        stored.begun = stored.begun or {"counts": dict(state.counts), "n_losses": len(state.losses)}
+        partial = self.files.partial(number, shard)
+        with contextlib.closing(Checkpoints(partial, self.inner, self.adapter, loop)) as checkpoints:
+            self.take_slots(number, loop, stored, checkpoints)
+        done = state.counts - Counter(stored.begun["counts"])
+        losses = state.losses[stored.begun["n_losses"] :]
         stored.records.append(
             {
                 "round": number + 1,
@@ -262,8 +240,31 @@ class Rounds:
             }
         )
         self.n_forward = loop.n_forward
-        checkpoints.finish()
         self.keep(number, loop, stored.records)
+
+    def take_slots(self, number: int, loop: Loop, stored: ShardState, checkpoints: Checkpoints) -> None:
+        """What is left of the shard's slots in the round. Losses are read, and checkpoints written, now and
+        then."""
+        state, counts = loop.shard, Counter(stored.begun["counts"])
+        slots = [self.count_slots(i, state.number) for i in range(self.n_rounds)]
+        lengths, (first, end) = [last - begin for begin, last in slots], slots[number]
+        read_at = time.monotonic()
+        for i in range(stored.n_done, end - first):
+            loop.take_slot((sum(lengths[:number]) + i + 1) / sum(lengths))
+            is_last, is_due = i + 1 == end - first, checkpoints.is_due()
+            if is_last or is_due or time.monotonic() - read_at > _READ_SECONDS:
+                loop.flush()
+                read_at = time.monotonic()
+            if is_due and not is_last:
+                checkpoints.write({"records": stored.records, "n_done": i + 1, "begun": stored.begun})
+            done = state.counts - counts
+            self.progress(
+                first + i + 1,
+                self.inner.budget_steps,
+                round=number + 1,
+                loss=state.losses[-1] if state.losses else None,
+                skipped=done["skipped"] / max(done["seen"], 1),
+            )
 
     def keep(self, number: int, loop: Loop, records: list[dict]) -> None:
         """The shard's file. Too large a one holds what the record needs, and the loop goes on as it is."""
@@ -271,10 +272,10 @@ class Rounds:
             ("weights", "ema", "moments") if self.keeps_moments(number) else ("weights", "ema")
         )
         path = self.files.shard(number, loop.shard.number)
-        may_wait = self.n_shards == 1 and not self.inner.stop_gap and number < self.last
-        if may_wait and not fits_on_disk(self.adapter, loop, self.inner):
+        goes_on = self.n_shards == 1 and not self.inner.stop_gap and number < self.last
+        if goes_on and not fits_on_disk(self.adapter, loop, self.inner):
             kinds = ()
-        if self.n_shards == 1 and not self.inner.stop_gap and number < self.last:
+        if goes_on:
             self.live = loop
         save_tensors(
             path, collect_tensors(self.adapter, loop, kinds), describe_shard(loop, {"records": records})

@@ -28,7 +28,8 @@ from memcontrol.model.adapter import Adapter
 from memcontrol.model.base import Base, count_bytes, find_device, load_base, redraw_weights
 from memcontrol.model.cost import Cost, StepSettings, measure_cost, measure_step_cost
 from memcontrol.model.encoded import Encoded, load_encoded
-from memcontrol.model.source import choose_precision, import_libraries
+from memcontrol.model.precision import choose_precision
+from memcontrol.model.source import import_libraries
 from memcontrol.scoring.evidence import Descriptors
 from memcontrol.scoring.extractors import Extractor, load_clip, load_extractor
 from memcontrol.training.optimizers import MOMENT_BYTES
@@ -218,13 +219,13 @@ def _describe_step(spec: Spec, base: Base) -> StepSettings:
     # on a CPU the base's own values lie beside those that are trained as they are
     originals = 4.0 if base.device.type == "cpu" and EVERYTHING in spec.choice.groups else 0.0
     return StepSettings(
-        n_forward,
-        n_forward < inner.batch_size,
-        MOMENT_BYTES["adafactor" if is_low_memory(spec) else inner.optimizer],
-        originals + (4.0 if inner.ema else 0.0),
-        _count_autoencoder_bytes(base),
-        base.precision,
-        base.device.type == "cuda",
+        forward=n_forward,
+        accumulates=n_forward < inner.batch_size,
+        moments=MOMENT_BYTES["adafactor" if is_low_memory(spec) else inner.optimizer],
+        copies=originals + (4.0 if inner.ema else 0.0),
+        beside=_count_autoencoder_bytes(base),
+        precision=base.precision,
+        on_card=base.device.type == "cuda",
     )
 
 

@@ -135,12 +135,12 @@ def _generate_images(
     return base.iterate_samples(
         text,
         data.texts(torch.tensor([0])),
-        seeds,
-        rewards.sampling_steps,
-        rewards.guidance,
-        spec.config.data.resolution or base.resolution,
-        progress,
-        rewards.guidance_from,
+        seeds=seeds,
+        steps=rewards.sampling_steps,
+        guidance=rewards.guidance,
+        resolution=spec.config.data.resolution or base.resolution,
+        progress=progress,
+        guidance_from=rewards.guidance_from,
     )
 
 
