@@ -130,6 +130,7 @@ class Life:
             if parametrize.is_parametrized(module)
             for kind in module.parametrizations
         }
+        self.n_parameters, self.n_added = count_parameters(denoiser), adapter.n_added()
         self.trainable = {id(parameter) for parameter in denoiser.parameters() if parameter.requires_grad}
         self.named = {id(parameter) for parameter in adapter.parameters()}
         self.grouped = [id(parameter) for group in adapter.groups() for parameter in group["params"]]
@@ -168,6 +169,10 @@ class Life:
         another.fuse()
         self.fused, self.fused_weights = output(self.base), copy_weights(self.base.denoiser)
         self.base.denoiser.load_state_dict(self.plain)
+
+
+def count_parameters(denoiser):
+    return sum(parameter.numel() for parameter in denoiser.parameters())
 
 
 def list_cases():
@@ -210,6 +215,9 @@ class TestContract:
     def test_parameters_alone_are_trainable_and_each_is_in_one_group(self, life):
         assert life.trainable == life.named != set()
         assert sorted(life.grouped) == sorted(life.trainable)
+
+    def test_what_is_added_is_what_the_denoiser_has_more_of(self, life):
+        assert life.n_added == life.n_parameters - count_parameters(life.base.denoiser)
 
     def test_training_changes_the_output(self, life):
         assert not torch.allclose(life.changed, life.before, atol=1e-4)

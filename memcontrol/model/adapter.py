@@ -173,6 +173,11 @@ class Adapter:
     def n_trained(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
 
+    def n_added(self) -> int:
+        """Parameters that were put beside the denoiser's own."""
+        added = (part.learned.values() for part in self.parts if not isinstance(part, Weights))
+        return sum(parameter.numel() for learned in added for parameter in learned)
+
     def groups(self) -> list[dict]:
         """Optimizer groups: parameters that share a learning rate, which is also kept under `rate`."""
         by_rate: dict[float, list[nn.Parameter]] = {}

@@ -23,7 +23,7 @@ from memcontrol.core.run_folder import (
 from memcontrol.core.spec import Spec, read_spec
 from memcontrol.data.split import format_ranges
 from memcontrol.model.adapter import Adapter, inject_adapter
-from memcontrol.model.base import Base, count_bytes
+from memcontrol.model.base import count_bytes
 from memcontrol.model.batches import release_memory
 from memcontrol.model.cost import Cost
 from memcontrol.scoring.score import pool_scores
@@ -83,7 +83,8 @@ def run_trial(
 
         # Save what was learned; sample and probe the model while it is there.
         adapter.save(folder, spec.description())
-        n_trained, cost = adapter.n_trained(), loaded.cost(spec, adapter, material.data)
+        n_trained, n_all = adapter.n_trained(), base.n_parameters + adapter.n_added()
+        cost = loaded.cost(spec, adapter, material.data)
         with adapter.fold():
             with memory.watch("probe"):
                 probes = _probe_model(spec, loaded)
@@ -105,7 +106,7 @@ def run_trial(
     with memory.watch("score"):
         evidence = gather_evidence(samples, spec, loaded)
         measured = score_samples(samples, evidence, spec, loaded)
-    costs = _list_costs(base, cost, n_trained)
+    costs = _list_costs(cost, n_trained / n_all)
     rewards = Rewards.from_estimates(measured | probes).to_plain() | costs
     result = _make_result(run, spec, loaded, log, rewards, n_trained, len(samples["images"]))
     now = time.monotonic()
@@ -135,10 +136,11 @@ def _digest_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _list_costs(base: Base, cost: Cost, n_trained: int) -> dict[str, float]:
-    """What is known of the choice itself: the share that it trains, and what a step costs."""
+def _list_costs(cost: Cost, trained_fraction: float) -> dict[str, float]:
+    """What is known of the choice itself: the share that it trains of all parameters, what it adds included,
+    and what a step costs."""
     return {
-        "trained_fraction": n_trained / base.n_parameters,
+        "trained_fraction": trained_fraction,
         "step_gflops": cost.step_gflops,
         "memory_mib": cost.memory_mib,
     }
