@@ -136,6 +136,23 @@ def test_the_extraction_attack_is_calibrated_on_held_out_pairs():
     assert 0 < found["extraction_threshold"] < 1
 
 
+def test_large_images_are_shrunk_some_at_a_time_and_as_one_would(monkeypatch):
+    images = np.random.default_rng(0).integers(0, 255, (23, 3, 512, 512), dtype=np.uint8)
+    whole = torch.nn.functional.interpolate(
+        torch.from_numpy(images).float() / 255, (32, 32), mode="bilinear", antialias=True, align_corners=False
+    )
+    sizes, shrink = [], torch.nn.functional.interpolate
+
+    def see(pixels, *given, **settings):
+        sizes.append(len(pixels))
+        return shrink(pixels, *given, **settings)
+
+    monkeypatch.setattr(torch.nn.functional, "interpolate", see)
+    assert np.array_equal(pixel_features(images), whole.flatten(1).numpy())
+    assert max(sizes) * images[0].nbytes <= 2**24 and sum(sizes) == len(images)
+    assert count_described(512) * 3 * 512 * 512 <= 2**26 and count_described(32) == 256
+
+
 def test_features_of_the_data_are_kept_on_disk_by_content(study_file):
     from memcontrol.core.config import load_config
     from memcontrol.core.run_folder import locate_study_folder

@@ -12,6 +12,7 @@ from memcontrol.core.errors import MemControlError
 # candidates beyond those asked for: float32 products may rank neighbours of equal distance wrongly
 _N_SPARE = 32
 REFERENCE_BLOCK = 16384
+_SHRUNK_BYTES = 2**24
 
 
 def check_matrix(features, name: str, least: int = 1, dtype=np.float64) -> np.ndarray:
@@ -58,10 +59,16 @@ def unit_rows(rows: np.ndarray) -> np.ndarray:
 
 
 def shrink_images(images: np.ndarray, size: int = 32) -> Tensor:
-    """uint8 [N, 3, H, W] to float [N, 3, size, size] in 0..1, antialiased."""
+    """uint8 [N, 3, H, W] to float [N, 3, size, size] in 0..1, antialiased; some at a time, since in floats
+    large images take four times their room."""
+    if images.shape[-2:] == (size, size):
+        return torch.from_numpy(np.ascontiguousarray(images)).float() / 255
+    n = max(1, _SHRUNK_BYTES // images[0].nbytes)
+    return torch.cat([_shrink_block(images[i : i + n], size) for i in range(0, len(images), n)])
+
+
+def _shrink_block(images: np.ndarray, size: int) -> Tensor:
     pixels = torch.from_numpy(np.ascontiguousarray(images)).float() / 255
-    if pixels.shape[-2:] == (size, size):
-        return pixels
     return nn.functional.interpolate(
         pixels, (size, size), mode="bilinear", antialias=True, align_corners=False
     )

@@ -40,7 +40,8 @@ from memcontrol.trial.memory import read_process_mib
 
 TellStage = Callable[..., None]  # (stage, done, total)
 _SMALL_DENOISER = 5e7  # parameters
-DESCRIBED_AT_A_TIME = 256  # a multiple of what a feature network takes at a time
+# images that are in memory at a time: a multiple of what a feature network takes, fewer where they are large
+_MOST_DESCRIBED, _DESCRIBED_BYTES = 256, 2**26
 
 
 def _tell_nobody(stage: str, done: int, total: int) -> None:
@@ -238,9 +239,14 @@ def _count_autoencoder_bytes(base: Base) -> int:
 def _tell_blocks(images: Images, progress: TellStage) -> Iterator[np.ndarray]:
     """The images' pixels, a block at a time."""
     done = 0
-    for block in images.iterate_pixels(DESCRIBED_AT_A_TIME):
+    for block in images.iterate_pixels(count_described(images.resolution)):
         yield block
         progress("describe", done := done + len(block), len(images))
+
+
+def count_described(side: int) -> int:
+    """How many images of a side in pixels are described at a time."""
+    return max(1, min(_MOST_DESCRIBED, _DESCRIBED_BYTES // (3 * side * side)))
 
 
 def describe_images(blocks: Iterable[np.ndarray], extract: Callable) -> Descriptors:

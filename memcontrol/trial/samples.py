@@ -24,7 +24,7 @@ from memcontrol.scoring.measures import N_PAIRED, measure_extraction
 from memcontrol.scoring.score import collect_contributions, score_evidence
 from memcontrol.training.mitigations import add_random_words, add_text_noise, list_vocabulary
 from memcontrol.training.shard import Material
-from memcontrol.trial.loaded import DESCRIBED_AT_A_TIME, LoadedModels, describe_images
+from memcontrol.trial.loaded import LoadedModels, count_described, describe_images
 
 _REWARDS_VERSION = 1  # of the rewards: raised whenever one of them would come out otherwise
 
@@ -161,7 +161,7 @@ def gather_evidence(samples: Mapping[str, np.ndarray], spec: Spec, loaded: Loade
     captions = tuple(train.captions[row] for row in samples["rows"])
     cache, network = StudyFolder(spec.study_folder).cache, loaded.extractor(rewards.extractor)
     return Evidence(
-        generated=describe_images(iterate_rows(images, DESCRIBED_AT_A_TIME), network.extract),
+        generated=describe_images(iterate_rows(images, count_described(images.shape[-1])), network.extract),
         train=loaded.views(train, rewards.extractor, cache),
         holdout=loaded.views(loaded.parts(spec)[spec.reference], rewards.extractor, cache),
         seed=spec.sampling_seed,
