@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from commands import run
 from PIL import Image, ImageFilter
@@ -137,6 +138,8 @@ def test_the_extraction_attack_is_calibrated_on_held_out_pairs():
 
 
 def test_large_images_are_shrunk_some_at_a_time_and_as_one_would(monkeypatch):
+    from memcontrol.trial.loaded import count_described
+
     images = np.random.default_rng(0).integers(0, 255, (23, 3, 512, 512), dtype=np.uint8)
     whole = torch.nn.functional.interpolate(
         torch.from_numpy(images).float() / 255, (32, 32), mode="bilinear", antialias=True, align_corners=False
