@@ -3,8 +3,10 @@ that was too many."""
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -70,6 +72,10 @@ def release_memory(n_bytes: int | None = None) -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    # glibc keeps what is freed between tensors that live: a gigabyte after full fine-tuning of SD 1.5
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim:
+        trim(0)
 
 
 def halve_until_it_fits(
