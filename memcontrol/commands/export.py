@@ -183,10 +183,12 @@ def describe_loading(run: Path, out: Path) -> str:
         loaded = f'memcontrol.load_adapter({opened}, "{out}")'
         return f"an adapter: {loaded if is_plain else f'for {base}; its README.md has the code'}"
     kind = "pipeline" if (out / "model_index.json").is_file() else "denoiser"
+    length = base.max_sequence_length
+    called = f"call it with max_sequence_length={length}; " if length else ""
     return (
         f"a fused {kind}: "
         f'{"DiffusionPipeline" if kind == "pipeline" else "its class"}.from_pretrained("{out}"); '
-        "--format adapter gives a small file instead"
+        f"{called}--format adapter gives a small file instead"
     )
 
 

@@ -105,6 +105,10 @@ class BaseConfig(Strict):
     config: Annotated[str, Field(min_length=1)] | None = None
     """of a single file: the folder in diffusers' format, or the Hub id, whose configs and tokenizers belong
     to it; none: those that diffusers knows, from the Hub. What the file lacks is read from there too"""
+    max_sequence_length: Count | None = None
+    """tokens of T5 or Gemma that a caption takes, in training and sampling; none: the pipeline's own default
+    (Stable Diffusion 3: 256, Flux: 512, PixArt: 120 or 300, Sana: 300). Padding takes part in what Stable
+    Diffusion 3 and Flux compute: give the same to diffusers' pipeline when you use the model"""
 
     @property
     def is_file(self) -> bool:
@@ -114,7 +118,7 @@ class BaseConfig(Strict):
     def __str__(self) -> str:
         """For people: the id, and what else is set, files by their names."""
         more = [(key, getattr(self, key)) for key in type(self).model_fields if key != "id"]
-        said = [f"{key} {_take_name(value)}" for key, value in more if value]
+        said = [f"{key} {_take_name(str(value))}" for key, value in more if value]
         return f"{self.id} ({', '.join(said)})" if said else self.id
 
     def without_paths(self) -> BaseConfig:

@@ -23,7 +23,7 @@ from memcontrol.model.counting import (
     make_bare_copy,
     pass_shapes,
 )
-from memcontrol.model.families import Family, Text, Unconditional, find_family
+from memcontrol.model.families import Family, Text, Unconditional
 from memcontrol.model.precision import Precision
 from memcontrol.model.source import Source, find_source
 
@@ -37,8 +37,7 @@ def load_base(base: BaseConfig | str, precision: Precision | None = None, offloa
 
     source, precision = find_source(base), precision or Precision()
     pipeline = source.open(precision, with_encoders=False)
-    family = find_family(type(pipeline).__name__, source.name)
-    settings = pipeline.scheduler.config
+    family, settings = source.family, pipeline.scheduler.config
     schedule = pipeline.scheduler if family.flow else DDPMScheduler.from_config(settings)
     if isinstance(family, Unconditional):
         # eta = 0: an image depends on its first noise alone

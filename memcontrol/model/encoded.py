@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +20,41 @@ from memcontrol.model.base import Base
 from memcontrol.model.families import Text
 
 _CHUNKS = {"captions": 64, "images": 256}  # how many are encoded before they are written
+_EMBEDDINGS = "prompt_embeds"  # what a family's mask is over
+_MASKED_FORMAT = "-v2"  # of files without padding; before, they had it
 
 TellDone = Callable[[int, int], None]  # images and captions done, of how many
+
+
+@dataclass(frozen=True)
+class MaskedTokens:
+    """Encodings [U, L, D] of which only the tokens that a mask shows are kept, and all others given back as
+    zeros: the denoiser does not look at them."""
+
+    tokens: Tensor  # [T, D], one caption after another
+    mask: Tensor  # [U, L]
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((*self.mask.shape, self.tokens.shape[1]))
+
+    @cached_property
+    def counts(self) -> Tensor:
+        """Kept tokens of each caption [U]."""
+        return _find_kept(self.mask).count_nonzero(1)
+
+    @cached_property
+    def ends(self) -> Tensor:
+        """Where each caption's tokens end [U]."""
+        return self.counts.cumsum(0)
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        """Of the captions in `rows` [B], [B, L, D]."""
+        kept, ends = _find_kept(self.mask[rows]), self.ends[rows]
+        found = self.tokens.new_zeros(*kept.shape, self.tokens.shape[1])
+        places = zip((ends - self.counts[rows]).tolist(), ends.tolist())
+        found[kept] = torch.cat([self.tokens[start:end] for start, end in places])
+        return found
 
 
 @dataclass(frozen=True)
@@ -29,7 +64,7 @@ class Encoded:
 
     mean: Tensor  # [N, C, h, w], scaled
     deviation: Tensor  # [N, C, h, w], scaled
-    text: Text  # each [U, ...]; row 0 is the empty caption
+    text: Mapping[str, Tensor | MaskedTokens]  # each [U, ...]; row 0 is the empty caption
     caption_rows: Tensor  # [N], into text
 
     def texts(self, rows: Tensor) -> Text:
@@ -63,7 +98,9 @@ class EncodingTask:
     def path(self) -> Path:
         """The whole, by the content that it depends on."""
         precision = "" if self.base.precision.is_plain else f"-{self.base.precision}"
-        return self.cache / f"latents-{self.images.digest}-{self.base.source.digest}{precision}.safetensors"
+        content = f"{self.images.digest}-{self.base.source.digest}"
+        kind = _MASKED_FORMAT if self.base.family.mask else ""
+        return self.cache / f"latents-{content}{precision}{kind}.safetensors"
 
     @property
     def captions(self) -> list[str]:
@@ -110,7 +147,8 @@ class EncodingTask:
     def encode(self, chunk: _Chunk) -> dict[str, Tensor]:
         if chunk.kind == "captions":
             captions = [self.captions[row] for row in chunk.rows]
-            return {f"text.{name}": tensor for name, tensor in self.base.encode_captions(captions).items()}
+            text = _drop_padding(self.base.encode_captions(captions), self.base.family.mask)
+            return {f"text.{name}": tensor for name, tensor in text.items()}
         mean, deviation = self.base.encode_images(self.images.take(chunk.rows))
         return {"mean": mean, "deviation": deviation}
 
@@ -129,10 +167,24 @@ class EncodingTask:
         found = {"caption_rows": TensorRows(str(rows.dtype), tuple(rows.shape), [rows])}
         for kind in ("captions", "images"):
             paths = [self.folder / chunk.file_name for chunk in chunks if chunk.kind == kind]
+            n_rows = sum(len(chunk.rows) for chunk in chunks if chunk.kind == kind)
             for name, first in map_tensors(paths[0]).items():
-                n = sum(len(chunk.rows) for chunk in chunks if chunk.kind == kind)
+                is_flat = self.base.family.mask and name == f"text.{_EMBEDDINGS}"
+                n = sum(map(len, _read_parts(paths, name))) if is_flat else n_rows
                 found[name] = TensorRows(str(first.dtype), (n, *first.shape[1:]), _read_parts(paths, name))
         return found
+
+
+def _drop_padding(text: Text, mask: str | None) -> Text:
+    """Of embeddings [n, L, D] the tokens that the mask shows, one caption after another: [t, D]."""
+    return {**text, _EMBEDDINGS: text[_EMBEDDINGS][_find_kept(text[mask])]} if mask else text
+
+
+def _find_kept(mask: Tensor) -> Tensor:
+    """Which tokens [n, L] the denoiser looks at: the same bias on all of a caption's is none at all, so that
+    it sees every token of one whose mask is empty."""
+    shown = mask.bool()
+    return shown | ~shown.any(1, keepdim=True)
 
 
 def _read_parts(paths: Sequence[Path], name: str) -> Iterator[Tensor]:
@@ -147,5 +199,9 @@ def load_encoded(
     task = EncodingTask(base, images, cache)
     task.run(tell)
     stored = map_tensors(task.path)
-    text = {name.removeprefix("text."): stored.pop(name) for name in list(stored) if name.startswith("text.")}
+    text: dict[str, Any] = {
+        name.removeprefix("text."): stored.pop(name) for name in list(stored) if name.startswith("text.")
+    }
+    if base.family.mask:
+        text[_EMBEDDINGS] = MaskedTokens(text[_EMBEDDINGS], text[base.family.mask])
     return Encoded(text=text, **stored)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from memcontrol.core.config import BaseConfig
 from memcontrol.core.errors import MemControlError
 
 Text = dict[str, Tensor]  # a caption's encodings by the name of the pipeline's argument, each [N, ...]
@@ -20,6 +21,13 @@ class Family:
     flow = False  # rectified flow: x_t = (1 - s) x + s noise, and the denoiser predicts noise - x
     packing = 1  # latents that the denoiser takes as one
     guides_late = True  # the pipeline reads its guidance scale anew in every step
+    longest: int | None = None  # tokens, where the pipeline lets a caption's length be chosen
+    # the encoding that says to which tokens of prompt_embeds the denoiser attends, where it is not all
+    mask: str | None = None
+
+    def __init__(self, max_sequence_length: int | None = None):
+        """Captions take that many tokens; None: the pipeline's own default."""
+        self.length = {} if max_sequence_length is None else {"max_sequence_length": max_sequence_length}
 
     def encode(self, pipeline, captions: Sequence[str], device: torch.device) -> Text:
         embeddings, _ = pipeline.encode_prompt(list(captions), device, 1, False)
@@ -78,12 +86,12 @@ class _StableDiffusionXL(Family):
 class _StableDiffusion3(Family):
     """MMDiT with up to three text encoders and rectified flow (arXiv 2403.03206)."""
 
-    denoiser, flow = "transformer", True
+    denoiser, flow, longest = "transformer", True, 512
 
     def encode(self, pipeline, captions: Sequence[str], device: torch.device) -> Text:
         captions = list(captions)
         embeddings, _, pooled, _ = pipeline.encode_prompt(
-            captions, None, None, device=device, do_classifier_free_guidance=False
+            captions, None, None, device=device, do_classifier_free_guidance=False, **self.length
         )
         return {"prompt_embeds": embeddings, "pooled_prompt_embeds": pooled}
 
@@ -106,11 +114,11 @@ class _Flux(Family):
     """A flow transformer on packed 2 x 2 latents; the guidance of distilled models is an input, as in
     sampling."""
 
-    denoiser, flow, packing, guides_late = "transformer", True, 4, False
+    denoiser, flow, packing, guides_late, longest = "transformer", True, 4, False, 512
     trained_guidance = 1.0  # as in diffusers' own fine-tuning of distilled models
 
     def encode(self, pipeline, captions: Sequence[str], device: torch.device) -> Text:
-        embeddings, pooled, _ = pipeline.encode_prompt(list(captions), None, device=device)
+        embeddings, pooled, _ = pipeline.encode_prompt(list(captions), None, device=device, **self.length)
         return {"prompt_embeds": embeddings, "pooled_prompt_embeds": pooled}
 
     def predict(self, denoiser, noisy: Tensor, time: Tensor, text: Text) -> Tensor:
@@ -160,10 +168,12 @@ class _PixArt(Family):
     2310.00426)."""
 
     denoiser, guides_late = "transformer", False
+    longest = 300  # that PixArt Sigma and Sana were trained with; diffusers itself knows no bound
+    mask = "prompt_attention_mask"  # padding has a bias of -10,000 in cross-attention, and is nowhere else
 
     def encode(self, pipeline, captions: Sequence[str], device: torch.device) -> Text:
         embeddings, mask, _, _ = pipeline.encode_prompt(
-            list(captions), do_classifier_free_guidance=False, device=device
+            list(captions), do_classifier_free_guidance=False, device=device, **self.length
         )
         return {"prompt_embeds": embeddings, "prompt_attention_mask": mask}
 
@@ -239,14 +249,31 @@ def name_denoiser(pipeline) -> str:
     return "unet" if getattr(pipeline, "unet", None) is not None else "transformer"
 
 
-def find_family(pipeline_class: str, base: str) -> Family:
-    """Raises MemControlError for a pipeline that no family knows."""
+def find_family(pipeline_class: str, base: BaseConfig) -> Family:
+    """Raises MemControlError for a pipeline that no family knows, and for a max_sequence_length that it does
+    not take."""
     if pipeline_class not in _FAMILIES:
         raise MemControlError(
             f"base '{base}' is a {pipeline_class}, which MemControl cannot train; it can train "
             f"{', '.join(_FAMILIES)}"
         )
-    return _FAMILIES[pipeline_class]()
+    family = _FAMILIES[pipeline_class](base.max_sequence_length)
+    if base.max_sequence_length:
+        _check_length(base.max_sequence_length, family.longest, pipeline_class)
+    return family
+
+
+def _check_length(given: int, longest: int | None, pipeline_class: str) -> None:
+    if longest is None:
+        raise MemControlError(
+            f"base.max_sequence_length is {given}, and the captions of a {pipeline_class} have no length to "
+            "choose; take it out"
+        )
+    if given > longest:
+        raise MemControlError(
+            f"base.max_sequence_length is {given}, and a {pipeline_class} takes {longest} tokens at most; "
+            "give fewer"
+        )
 
 
 FAMILIES_BY_DENOISER = {

@@ -21,7 +21,7 @@ from memcontrol.core.config import CHECKPOINT, BaseConfig, read_base
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import PACKAGE, read_json
 from memcontrol.data.cache import digest_file, find_cache_folder, make_folder
-from memcontrol.model.families import find_family
+from memcontrol.model.families import Family, find_family
 from memcontrol.model.hub import (
     download,
     find_commit,
@@ -112,6 +112,11 @@ class Source:
             return DiffusionPipeline.load_config(self.path, revision=self.commit)
 
     @property
+    def family(self) -> Family:
+        """Raises MemControlError."""
+        return find_family(self.index.get("_class_name", ""), self.base)
+
+    @property
     def unneeded(self) -> dict[str, Any]:
         return dict(UNNEEDED) if self.index.get("_class_name") == "StableDiffusionPipeline" else {}
 
@@ -168,8 +173,7 @@ class Source:
         from diffusers import DiffusionPipeline
 
         precision = precision or Precision()
-        index = self.index
-        family = find_family(index.get("_class_name", ""), self.name)
+        index, family = self.index, self.family
         given = self.unneeded
         if not with_encoders:
             given |= dict.fromkeys(self.list_encoders())
@@ -216,7 +220,8 @@ class Source:
         """Names the base's content: what it is pinned to; a folder's files by name, size and, where small,
         bytes."""
         digest = hashlib.sha256(self.base.id.encode())
-        more = self.pins | ({"variant": self.base.variant} if self.base.variant else {})
+        chosen = {key: getattr(self.base, key) for key in ("variant", "max_sequence_length")}
+        more = self.pins | {key: value for key, value in chosen.items() if value}
         if more:
             digest.update(json.dumps(more, sort_keys=True).encode())
         if not self.pins.keys() & {"commit", "file"}:
@@ -253,8 +258,7 @@ def _start_from(source: Source, given: Path) -> Source:
     with a denoiser that was exported alone. Raises MemControlError."""
     import diffusers
 
-    kind = source.index.get("_class_name", "")
-    part = find_family(kind, source.name).denoiser
+    kind, part = source.index.get("_class_name", ""), source.family.denoiser
     if (given / "model_index.json").is_file():
         raise MemControlError(f"base.adapter {given} is a whole pipeline; give it as base.id")
     if (given / "config.json").is_file():

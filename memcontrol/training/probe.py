@@ -63,7 +63,8 @@ def _probe_losses(
     """Losses, and norms of what a caption changes in the prediction (Wen et al. 2024, arXiv 2407.21720), of
     the first images: each [draws, images]. Norms are 0 unless asked for."""
     clean, found = data.mean[: size.images].float(), []
-    n_at_a_time = base.choose_sampling_batch(data.text, 1.0, clean.shape[-1] * base.pixels_per_latent)
+    side, first = clean.shape[-1] * base.pixels_per_latent, data.texts(data.caption_rows[:1])
+    n_at_a_time = base.choose_sampling_batch(first, 1.0, side)
     for draw in range(size.draws):
         generator = torch.Generator().manual_seed(derive_seed(seed, "probe", draw))
         drawn = base.draw_noise(clean.shape, generator, quantile=(draw + 0.5) / size.draws)

@@ -110,8 +110,10 @@ def _list_facts(spec: Spec, result: dict[str, Any]) -> str:
     trained = format_reward("trained_fraction", result["rewards"])
     groups = name_groups(choice.groups, "nothing")
     exported_with = ", ".join(f"{name} {version(name)}" for name in _EXPORTED_WITH)
+    length = config.base.max_sequence_length
     facts = {
         "Base": _describe_base(spec.pinned_base),
+        **({"Prompts": _describe_prompts(length)} if length else {}),
         "Trained": f"{describe_choice(choice, len(spec.space.groups))}: {groups} ({trained} of the denoiser)",
         "Images": f"{spec.n_train:,} private images; they are not part of this folder",
         "Budget": _describe_budget(spec, result["measured_with"]["resolution"]),
@@ -121,6 +123,13 @@ def _list_facts(spec: Spec, result: dict[str, Any]) -> str:
         "`other`, under which one it is shared",
     }
     return "\n".join(f"- **{name}**: {text}" for name, text in facts.items())
+
+
+def _describe_prompts(length: int) -> str:
+    return (
+        f"trained and measured at {length} tokens, which the pipeline does not know of itself: call it as "
+        f"`pipe(prompt, max_sequence_length={length})`"
+    )
 
 
 def _describe_budget(spec: Spec, resolution: int) -> str:
