@@ -18,11 +18,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 # how long ranks wait for one that says nothing; one that died is noticed at once on a CPU
 _PATIENCE = timedelta(minutes=15)
 _HOST, _POLL_SECONDS = "127.0.0.1", 0.05
-_PARTS_OF_UNETS = ("down_blocks", "mid_block", "up_blocks")
+_WORTH_SHARDING = 2**20  # bytes of a block: a smaller one comes with what is around it
+_INNER = ("BasicTransformerBlock", "ResnetBlock2D")  # of a U-Net's parts, which are large
 
 
 @dataclass(frozen=True)
@@ -128,10 +130,19 @@ def shard_denoiser(denoiser: Any, device: torch.device, offloads: bool) -> None:
     mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("fsdp",))
     policy = CPUOffloadPolicy() if offloads and device.type == "cuda" else OffloadPolicy()
     for module in (*find_repeated_blocks(denoiser), denoiser):
+        module.register_forward_hook(_copy_views)  # before FSDP's own
         fully_shard(module, mesh=mesh, reshard_after_forward=True, offload_policy=policy)
     if offloads:
         # a pipeline takes its device from its first weight, unless a hook in accelerate's manner names one
         denoiser._hf_hook = _Placed(device)
+
+
+def _copy_views(module: nn.Module, inputs: Any, output: Any) -> Any:
+    """What FSDP does in backward hangs on a block's outputs, and would be lost with a view that is changed in
+    place."""
+    if not torch.is_grad_enabled():
+        return output
+    return tree_map_only(Tensor, lambda each: each.clone() if each._base is not None else each, output)
 
 
 @dataclass(frozen=True)
@@ -140,13 +151,16 @@ class _Placed:
 
 
 def find_repeated_blocks(denoiser: Any) -> list[Any]:
-    """What a denoiser of diffusers computes one after another, inner blocks before those around them: the
-    blocks that its class names, and the parts of a U-Net."""
-    kinds = {*(getattr(denoiser, "_repeated_blocks", None) or ()), "ResnetBlock2D"}
-    parts = [getattr(denoiser, name, None) for name in _PARTS_OF_UNETS]
-    around = [each for part in parts for each in (part if isinstance(part, nn.ModuleList) else [part])]
-    inner = [module for module in denoiser.modules() if type(module).__name__ in kinds]
-    return [*reversed(inner), *(each for each in around if each is not None)]
+    """What a denoiser computes one after another, inner blocks before those around them: what its lists
+    hold (a transformer's blocks, the parts of a U-Net), a U-Net's middle and what is in these; of all that
+    the larger ones."""
+    lists = [child for child in denoiser.children() if isinstance(child, nn.ModuleList)]
+    around = [block for blocks in lists for block in blocks]
+    middle = getattr(denoiser, "mid_block", None)
+    around += [] if middle is None else [middle]
+    inner = [module for module in denoiser.modules() if type(module).__name__ in _INNER]
+    found = [*(module for module in inner if module not in around), *around]
+    return [block for block in found if sum(each.nbytes for each in block.parameters()) >= _WORTH_SHARDING]
 
 
 def is_sharded(tensor: Tensor | None) -> bool:
