@@ -23,9 +23,11 @@ from memcontrol.execution.job_queue import JobQueue
 from memcontrol.execution.local import Inline
 from memcontrol.execution.make import count_workers
 from memcontrol.execution.slurm_cluster import _choose_gres as choose_gres
+from memcontrol.execution.worker import COMMAND
 from memcontrol.model import sharding
 from memcontrol.model.adapter import inject_adapter
 from memcontrol.model.base import load_base
+from memcontrol.model.cost import _count_bytes_in_blocks as count_bytes_in_blocks
 from memcontrol.training.loop import Loop
 from memcontrol.trial.loaded import LoadedModels
 from memcontrol.trial.prepare import prepare_study
@@ -42,10 +44,12 @@ SPACE = {
     "rank": [2],
 }
 CHOICE = Choice(("attention", "convolutions"), "lora", 3e-3, 2)
-# 7 and 3 images, which two processes cannot share evenly
-PLAIN = {"budget_images": 35, "batch_size": 7, "micro_batch_size": 3, "rounds": 2, "gradient_checkpointing": True}
+# forwards of 5 and 2 images, of which two processes cannot share 5 evenly
+PLAIN = {"budget_images": 28, "batch_size": 7, "micro_batch_size": 5, "rounds": 2}
+PLAIN |= {"gradient_checkpointing": True}
+UNPROBED, PROBED = ("kid", "memorization"), ("kid", "loss_gap")
 RULES = {
-    "budget_images": 64,
+    "budget_images": 48,
     "batch_size": 8,
     "rounds": 2,
     "ema": 0.9,
@@ -64,11 +68,13 @@ def place(tmp_path_factory):
 def executor():
     """Whose process holds the base with one helper, which stays from trial to trial."""
     made = Inline()
+    made.loaded = LoadedModels(COMMAND)
+    made.loaded.helper(1)  # it imports its libraries meanwhile
     yield made
     made.close()
 
 
-def configure(place, inner=PLAIN, gpus=2, objectives=("kid", "memorization"), space=SPACE, search={}, **keys):
+def configure(place, inner=PLAIN, gpus=2, objectives=UNPROBED, space=SPACE, search=None, **keys):
     (place / "space.yaml").write_text(yaml.safe_dump(space))
     return load_config(
         {
@@ -79,12 +85,12 @@ def configure(place, inner=PLAIN, gpus=2, objectives=("kid", "memorization"), sp
             "rewards": {
                 "n_samples": 9,
                 "force": True,
-                "sampling_steps": 2,
+                "sampling_steps": 1,
                 "objectives": objectives,
                 "guidance": 2,
                 "confirm": 1,
             },
-            "search": {"gpus_per_trial": gpus, "anchors": ["none", "all"], **search},
+            "search": {"gpus_per_trial": gpus, "anchors": ["none", "all"], **(search or {})},
             **keys,
         }
     )
@@ -119,14 +125,16 @@ def assert_same_trials(one, two):
     return records[0]
 
 
-def test_two_processes_give_the_numbers_of_one(executor, place):
-    objectives = ("kid", "loss_gap")  # which is probed
-    one, two = (
-        run(each, write_trial(place / f"plain-{n}", configure(place, PLAIN, n, objectives)))
-        for n, each in ((1, Inline()), (2, executor))
-    )
-    assert_same_trials(one, two)
-    rewards = [run.read_result()["rewards"] for run in (one, two)]
+@pytest.fixture(scope="module")
+def whole(place):
+    """The trial by one process."""
+    return run(Inline(), write_trial(place / "whole", configure(place, gpus=1, objectives=PROBED)))
+
+
+def test_two_processes_give_the_numbers_of_one(executor, place, whole):
+    two = run(executor, write_trial(place / "plain", configure(place, objectives=PROBED)))
+    assert_same_trials(whole, two)
+    rewards = [run.read_result()["rewards"] for run in (whole, two)]
     for name in ("loss_gap", "noise_norm_mean", "noise_norm_max", "step_gflops"):
         assert rewards[0][name] == pytest.approx(rewards[1][name], rel=1e-3), name
     assert not two.rounds.exists() and not two.list_copies_of_rounds()
@@ -160,12 +168,11 @@ def test_a_trial_that_diverges_ends_no_process(executor, place):
     assert helper is None or executor.loaded.helpers[1] is helper and helper.poll() is None
 
 
-def test_a_process_that_dies_costs_an_attempt_and_no_number(executor, place, monkeypatch):
+def test_a_process_that_dies_costs_an_attempt_and_no_number(executor, place, whole, monkeypatch):
     """kill -9 in the second round; before, the way to a rung."""
     search = {"early_stopping": {"rungs": [0.5], "n_samples": 8}}
-    configs = [configure(place, PLAIN, n, search=search) for n in (1, 2)]
-    one = run(Inline(), write_trial(place / "whole", configs[0]))
-    job, taken, take = write_trial(place / "killed", configs[1]), [], Loop.take_slot
+    job = write_trial(place / "killed", configure(place, search=search))
+    taken, take = [], Loop.take_slot
     run(executor, TrialJob(job.folder, CHOICE, rung=0.5))
     assert RunFolder(job.folder).rung_file(0.5).exists()
 
@@ -179,7 +186,7 @@ def test_a_process_that_dies_costs_an_attempt_and_no_number(executor, place, mon
     monkeypatch.setattr(Loop, "take_slot", take_or_kill)
     assert [type(end) for end in JobQueue(executor, lambda event: None).run([job])] == [Done]
     assert len(read_failures(job.folder)) == 1 and taken[0] > 0.4
-    assert_same_trials(one, RunFolder(job.folder))
+    assert_same_trials(whole, RunFolder(job.folder))
 
 
 @pytest.fixture
@@ -211,20 +218,22 @@ def compute(base, space, choice):
 
 
 KIN = ("loha", "lokr", "ia3")
+FAMILIES = sorted(SMALL.keys() - {"sdxl", "pixart"})  # whose blocks are those of sd-v and sana
 
 
 @pytest.mark.parametrize(
-    "name, method", [*((name, "lora") for name in SMALL), *(("sd3", method) for method in KIN)]
+    "name, method", [*((name, "lora") for name in FAMILIES), *(("sd3", method) for method in KIN)]
 )
 def test_a_sharded_base_of_every_family_computes_the_same(name, method, alone, tmp_path, monkeypatch):
     monkeypatch.setattr(sharding, "_WORTH_SHARDING", 0)
-    whole, shared = (load_base(str(build(name, tmp_path / "base"))) for _ in range(2))
+    path = str(build(name, tmp_path / "base"))
+    plain, shared = load_base(path), load_base(path, offload="all")
     shared.share(alone)
     assert all(map(sharding.is_sharded, shared.denoiser.parameters()))
     assert sum(isinstance(module, FSDPModule) for module in shared.denoiser.modules()) > 2
     space = load_space(write_family_space(tmp_path, method))
     choice = space.list_anchors(["all"])["all"][0]
-    (expected, drawn), (found, images) = (compute(base, space, choice) for base in (whole, shared))
+    (expected, drawn), (found, images) = (compute(base, space, choice) for base in (plain, shared))
     assert all(map(sharding.is_sharded, shared.denoiser.parameters()))
     assert expected.keys() == found.keys() and len(found) > 4
     for key, value in expected.items():
@@ -235,7 +244,10 @@ def test_a_sharded_base_of_every_family_computes_the_same(name, method, alone, t
 @pytest.mark.parametrize(
     "keys, word",
     [
-        ({"search": {"anchors": ["none", "full"]}}, "search.gpus_per_trial shards .* search.anchors: .*none, all"),
+        (
+            {"search": {"anchors": ["none", "full"]}},
+            "search.gpus_per_trial shards .* search.anchors: .*none, all",
+        ),
         ({"base_precision": "int8"}, "base_precision: weights in 16 or 32 bits"),
         ({"inner": PLAIN | {"from_scratch": True}}, "inner.from_scratch"),
         ({"inner": RULES | {"ensemble": {"shards": 2, "average": "refactored"}}}, "set average: shared_a"),
@@ -273,6 +285,29 @@ def test_a_cluster_reserves_as_many_gpus_as_a_trial_takes(slurm, gpus, expected,
 def test_there_is_a_worker_for_so_many_gpus(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
     assert [count_workers(configure(tmp_path, gpus=n).search) for n in (1, 2, 3, 4)] == [4, 2, 1, 1]
+
+
+def test_the_card_is_counted_to_hold_a_part_and_two_blocks(monkeypatch):
+    """By hand: 2 ranks, three blocks of 4 x 4 + 4, the root's own 4 x 8 + 8, 5 trained, 4 bytes each."""
+    monkeypatch.setattr(sharding, "_WORTH_SHARDING", 0)
+    model = torch.nn.Module()
+    model.blocks = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(3))
+    model.last, model.requires = torch.nn.Linear(4, 8), torch.nn.Linear(4, 1)
+    for part in (model.blocks, model.last):
+        part.requires_grad_(False)
+    whole = sum(parameter.nbytes for parameter in model.parameters())
+    assert count_bytes_in_blocks(model, 2, whole) == 4 * ((3 * 20 + 40) // 2 + 5 + 40 + 2 * 20)
+    assert count_bytes_in_blocks(model, 1, whole) == 4 * (5 + 40 + 2 * 20)
+
+
+def test_too_many_images_are_told_of_and_not_halved(trained, base, monkeypatch):
+    def fail(loop, losses):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Loop, "learn_plain", fail)
+    monkeypatch.setattr(base, "is_sharded", True)
+    with pytest.raises(torch.OutOfMemoryError, match="8 images .* set inner.micro_batch_size=4 .CUDA out"):
+        trained()
 
 
 def test_parts_are_equal_and_complete():
