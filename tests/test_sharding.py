@@ -27,6 +27,7 @@ from memcontrol.execution.worker import COMMAND
 from memcontrol.model import sharding
 from memcontrol.model.adapter import inject_adapter
 from memcontrol.model.base import load_base
+from memcontrol.model.cost import Cost
 from memcontrol.model.cost import _count_bytes_in_blocks as count_bytes_in_blocks
 from memcontrol.training.loop import Loop
 from memcontrol.trial.loaded import LoadedModels
@@ -125,6 +126,12 @@ def assert_same_trials(one, two):
     return records[0]
 
 
+@pytest.fixture
+def uncounted(monkeypatch):
+    """What a step costs takes longer to count than to run here; one test looks at it."""
+    monkeypatch.setattr(LoadedModels, "cost", lambda *given: Cost(1, 1.0, 1.0))
+
+
 @pytest.fixture(scope="module")
 def whole(place):
     """The trial by one process."""
@@ -150,7 +157,7 @@ def test_two_processes_give_the_numbers_of_one(executor, place, whole):
     assert isinstance(list(executor.events(0))[-1], Done) and two.confirmed_file.exists()
 
 
-def test_rules_decide_the_same_in_every_process(executor, place):
+def test_rules_decide_the_same_in_every_process(executor, place, uncounted):
     one, two = (
         run(each, write_trial(place / f"rules-{n}", configure(place, RULES, n)))
         for n, each in ((1, Inline()), (2, executor))
@@ -168,7 +175,7 @@ def test_a_trial_that_diverges_ends_no_process(executor, place):
     assert helper is None or executor.loaded.helpers[1] is helper and helper.poll() is None
 
 
-def test_a_process_that_dies_costs_an_attempt_and_no_number(executor, place, whole, monkeypatch):
+def test_a_process_that_dies_costs_an_attempt_and_no_number(executor, place, whole, uncounted, monkeypatch):
     """kill -9 in the second round; before, the way to a rung."""
     search = {"early_stopping": {"rungs": [0.5], "n_samples": 8}}
     job = write_trial(place / "killed", configure(place, search=search))
