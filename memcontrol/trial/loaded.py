@@ -46,7 +46,7 @@ _SMALL_DENOISER = 5e7  # parameters
 DESCRIBED_AT_A_TIME = 256  # a multiple of what a feature network takes at a time
 
 
-def _tell_nobody(stage: str, done: int, total: int) -> None:
+def tell_nobody(*given: object, **said: object) -> None:
     pass
 
 
@@ -108,7 +108,7 @@ class LoadedModels:
             lambda: self.parts(spec)["train"].take(range(spec.n_train)),
         )
 
-    def load_encoded(self, spec: Spec, images: Images, progress: TellStage = _tell_nobody) -> Encoded:
+    def load_encoded(self, spec: Spec, images: Images, progress: TellStage = tell_nobody) -> Encoded:
         base = self.base(spec.config)
         return self.once(
             ("encoded", images.digest, base.source.name, str(base.precision)),
@@ -121,7 +121,7 @@ class LoadedModels:
         base.source.check_pins(place.read_pins())
         return load_encoded(base, images, place.cache, partial(progress, "encode"))
 
-    def make_material(self, spec: Spec, progress: TellStage = _tell_nobody) -> Material:
+    def make_material(self, spec: Spec, progress: TellStage = tell_nobody) -> Material:
         images = self.train_images(spec)
         return Material(
             self.load_encoded(spec, images, progress),
@@ -130,7 +130,7 @@ class LoadedModels:
             lambda: self.load_unseen(spec, "holdout"),
         )
 
-    def load_unseen(self, spec: Spec, part: str, progress: TellStage = _tell_nobody) -> Encoded:
+    def load_unseen(self, spec: Spec, part: str, progress: TellStage = tell_nobody) -> Encoded:
         """The first images of a part that is not trained on, for probes."""
         images = self.parts(spec)[part]
         return self.load_encoded(spec, images.take(range(len(images))[:N_PROBED]), progress)
@@ -149,7 +149,7 @@ class LoadedModels:
             return measure_cost(base.bare_denoiser, spec.space, spec.choice, *given, shared_a, low)
 
     def views(
-        self, images: Images, extractor: str, cache: Path, progress: TellStage = _tell_nobody
+        self, images: Images, extractor: str, cache: Path, progress: TellStage = tell_nobody
     ) -> Descriptors:
         """Both descriptors of images of the data, computed once per content and network and kept under the
         study's cache."""

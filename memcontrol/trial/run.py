@@ -33,7 +33,7 @@ from memcontrol.scoring.score import pool_scores
 from memcontrol.training.probe import choose_probe_size, measure_probe_rewards
 from memcontrol.training.rounds import ProcessGroup, TrainLog, train_rounds
 from memcontrol.training.shard import Material
-from memcontrol.trial.loaded import LoadedModels
+from memcontrol.trial.loaded import LoadedModels, tell_nobody
 from memcontrol.trial.memory import StageMemory, measure_peak_mib
 from memcontrol.trial.pictures import save_pictures
 from memcontrol.trial.samples import (
@@ -338,16 +338,16 @@ def _follow_trial(
     """All that goes through the denoiser, in the order of `run_trial`; nothing of it is written."""
     base = loaded.base(spec.config)
     try:
-        log = _fine_tune(job.folder, spec, loaded, adapter, _tell_nobody, ProcessGroup(), job.rung)
+        log = _fine_tune(job.folder, spec, loaded, adapter, tell_nobody, ProcessGroup(), job.rung)
     except Diverged:
         return
     with adapter.fold():
         if log.paused and job.rung:
-            sample_images(base, material, _lower_samples(spec), _tell_nobody)
+            sample_images(base, material, _lower_samples(spec), tell_nobody)
             return
         _probe_model(spec, loaded)
         if base.ranks.agree(None):
-            sample_images(base, material, spec, _tell_nobody)
+            sample_images(base, material, spec, tell_nobody)
 
 
 def _follow_confirming(
@@ -356,18 +356,14 @@ def _follow_confirming(
     adapter.load(job.folder)
     for i in range(spec.config.rewards.confirm):
         with adapter.fold():
-            sample_images(loaded.base(spec.config), material, _draw_afresh(spec, i), _tell_nobody)
-
-
-def _tell_nobody(*given: object, **said: object) -> None:
-    pass
+            sample_images(loaded.base(spec.config), material, _draw_afresh(spec, i), tell_nobody)
 
 
 def _train_shards(job: HelpJob, spec: Spec, loaded: LoadedModels) -> None:
     group = ProcessGroup(job.rank, job.size)
     adapter = inject_choice(loaded.base(spec.config).denoiser, spec)
     try:
-        _fine_tune(job.folder, spec, loaded, adapter, _tell_nobody, group, job.rung)
+        _fine_tune(job.folder, spec, loaded, adapter, tell_nobody, group, job.rung)
     finally:
         adapter.remove()
 
