@@ -37,6 +37,7 @@ FREE_KEYS = (
     "search.workers",
     "search.executor",
     "search.processes",
+    "search.gpus_per_trial",
     "search.time_limit_minutes",
     "search.accumulate_on_oom",
     "search.stop_when_flat",
@@ -485,10 +486,15 @@ class SearchConfig(Strict):
     What is added later is run by the next `search`"""
     workers: Count | None = None
     """trials at a time: processes, or Slurm jobs; none: of `local` ones one for each GPU (each
-    `search.processes` of them), and 2 where there are no GPUs or the executor is another"""
+    `search.processes` or `search.gpus_per_trial` of them), and 2 where there are no GPUs or the executor is
+    another"""
     processes: Count = 1
     """processes that train the shards of one trial side by side, a GPU each; no number changes (two cores
     gain nothing from it)"""
+    gpus_per_trial: Count = 1
+    """GPUs that hold the base together, for one that a single card does not hold: its frozen weights are
+    sharded (FSDP2), each batch is computed in as many parts; numbers change by rounding alone. For methods
+    beside the weights, such as LoRA"""
     seed: int = 0
     """every random draw follows from it"""
     sampler: Literal["auto", "gp", "tpe", "nsga2", "random"] = "auto"
@@ -528,6 +534,20 @@ class SearchConfig(Strict):
             )
         return self
 
+    @model_validator(mode="after")
+    def processes_share_one_way(self) -> SearchConfig:
+        if self.processes > 1 and self.gpus_per_trial > 1:
+            raise ValueError(
+                f"search.processes is {self.processes} and search.gpus_per_trial {self.gpus_per_trial}: "
+                "processes share a trial's shards or its base, not both; set one of them to 1"
+            )
+        return self
+
+    @property
+    def processes_per_trial(self) -> int:
+        """Processes that share one trial in one way or the other, a GPU each."""
+        return max(self.processes, self.gpus_per_trial)
+
     def count_train(self, n_images: int) -> int:
         """How many of so many training images a trial sees."""
         return max(1, round(n_images * self.train_fraction))
@@ -539,7 +559,7 @@ class RayConfig(Strict):
     address: str | None = None
     """a Ray cluster (`auto`, `ray://head:10001`); none: one is started on this machine"""
     gpus: NotNegative | None = None
-    """GPUs that a trial reserves; none: 1 where the cluster has any"""
+    """GPUs that a trial reserves; none: where the cluster has any, `search.gpus_per_trial`"""
     cpus: NotNegative = 1
     """cores that a trial reserves"""
 
@@ -552,7 +572,7 @@ class SlurmConfig(Strict):
     time_minutes: Count = 240
     """the job's time limit"""
     gres: str | None = None
-    """such as `gpu:1`"""
+    """such as `gpu:1`; none: with a `search.gpus_per_trial` above 1 as many GPUs"""
     cpus: Count = 1
     """cores, and threads"""
     memory_gb: Annotated[float, Field(gt=0)] | None = None
@@ -561,6 +581,13 @@ class SlurmConfig(Strict):
     """whose time it is"""
     extra: dict[str, str | int] = {}
     """further options of sbatch, such as `{qos: long}`"""
+
+    @property
+    def gpus(self) -> int | None:
+        """How many `gres` reserves (`gpu`, `gpu:2`, `gpu:a100:2`); none where it does not say."""
+        named = [part.split(":") for part in (self.gres or "").split(",")]
+        counts = [int(words[-1]) if words[-1].isdigit() else 1 for words in named if words[0] == "gpu"]
+        return sum(counts) if counts else None
 
 
 def _expand_path(value: Any) -> Any:
@@ -588,8 +615,10 @@ class Config(Strict):
     base_precision: Literal["auto", "float32", "bfloat16", "float16", "int8", "nf4"] = "auto"
     """in what the base's frozen weights are held and computed: `auto` is bfloat16 on a card and float32 on a
     CPU; `int8` and `nf4` quantise the denoiser, for LoRA and its kin. What is trained is float32 over it"""
-    base_offload: Literal["none", "encoders"] = "encoders"
-    """what leaves the card while it is not used: the text `encoders` and the autoencoder, or `none`"""
+    base_offload: Literal["none", "encoders", "all"] = "encoders"
+    """what leaves the card while it is not used: the text `encoders` and the autoencoder, or `none`; `all`:
+    the denoiser's frozen weights too, each block of which comes for its own pass (slow, for a base that no
+    card holds; methods beside the weights, such as LoRA; on a CPU there is nothing to leave)"""
     data: Annotated[DataConfig, BeforeValidator(_expand_path)]
     """the images; `data: digits` is short for `data: {path: digits}`"""
     space: str = "sd15-blocks"
@@ -617,6 +646,22 @@ class Config(Strict):
                 "at, before the last; raise inner.rounds, for example to 8, or give fewer rungs"
             )
         return self
+
+    @model_validator(mode="after")
+    def reservations_suffice(self) -> Config:
+        wanted, executor = self.search.gpus_per_trial, self.search.executor
+        key, gpus = ("ray.gpus", self.ray.gpus) if executor == "ray" else ("slurm.gres", self.slurm.gpus)
+        if executor in ("ray", "slurm") and wanted > 1 and gpus is not None and gpus < wanted:
+            raise ValueError(
+                f"{key} reserves {gpus:g} GPUs for a trial and search.gpus_per_trial is {wanted}; reserve "
+                f"{wanted}, or take {key} out"
+            )
+        return self
+
+    @property
+    def shards_base(self) -> bool:
+        """Whether the denoiser's frozen weights lie elsewhere than they are used."""
+        return self.search.gpus_per_trial > 1 or self.base_offload == "all"
 
     @model_validator(mode="before")
     @classmethod

@@ -78,12 +78,15 @@ class ConfirmJob(Job):
 
 @dataclass(frozen=True)
 class HelpJob(Job):
-    """A share of a trial that another process leads: the shards of one rank among `size`. Nothing is said of
-    it."""
+    """A share of a trial that another process leads: the shards of one rank among `size`, or, where there is
+    the `port` of a meeting, that rank's part of the base and of each batch, in the whole trial or in what
+    `confirms` it. Nothing is said of it."""
 
     rank: int
     size: int
     rung: float | None
+    port: int | None = None
+    confirms: bool = False
     kind: ClassVar[str] = "help"
 
     @property

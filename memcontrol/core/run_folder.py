@@ -84,6 +84,13 @@ class RunFolder:
         """The folder of its checkpoints, until its result is there."""
         return self.path / "rounds"
 
+    def copy_of_rounds(self, rank: int) -> Path:
+        """Where a rank above 0 of several that hold one base keeps the same rounds."""
+        return self.path / f"rounds-{rank}"
+
+    def list_copies_of_rounds(self) -> list[Path]:
+        return sorted(self.path.glob("rounds-*"))
+
     @property
     def attempts_file(self) -> Path:
         return self.path / "attempts.jsonl"

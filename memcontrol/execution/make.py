@@ -33,33 +33,29 @@ def make_executor(config: Config, folder: Path) -> Executor:
     if search.executor == "ray":
         from memcontrol.execution.ray_cluster import Ray
 
-        return Ray(config.ray, count_workers(search), limit)
+        return Ray(config.ray, count_workers(search), limit, search.gpus_per_trial)
     if search.executor == "slurm":
         from memcontrol.execution.slurm_cluster import Slurm
 
-        return Slurm(config.slurm, count_workers(search), limit, folder)
-    return Local(count_workers(search), search.processes, limit)
+        return Slurm(config.slurm, count_workers(search), limit, folder, search.gpus_per_trial)
+    return Local(count_workers(search), search.processes_per_trial, limit)
 
 
 def count_workers(search: SearchConfig) -> int:
     """How many trials run at a time: `search.workers`, or on this machine one for each GPU or each
-    `search.processes` of them, and 2 without GPUs or elsewhere."""
+    `search.processes_per_trial` of them, and 2 without GPUs or elsewhere."""
     if search.workers is not None:
         return search.workers
     n_gpus = len(list_gpus()) if search.executor == "local" else 0
-    return max(1, n_gpus // search.processes) if n_gpus else _N_WORKERS
+    return max(1, n_gpus // search.processes_per_trial) if n_gpus else _N_WORKERS
 
 
 def describe_sharing(search: SearchConfig) -> str:
     """What to know where workers share a GPU; empty where none does."""
-    n_workers, n_gpus = count_workers(search), len(list_gpus())
-    if (
-        search.executor != "local"
-        or not n_gpus
-        or n_workers * search.processes <= max(n_gpus, search.processes)
-    ):
+    n_workers, n_gpus, n_each = count_workers(search), len(list_gpus()), search.processes_per_trial
+    if search.executor != "local" or not n_gpus or n_workers * n_each <= max(n_gpus, n_each):
         return ""
-    most = -(-n_workers * search.processes // n_gpus)
+    most = -(-n_workers * n_each // n_gpus)
     return (
         f"{n_workers} workers share {n_gpus} GPU{'s' if n_gpus > 1 else ''}: each loads the base and needs a "
         f"trial's memory for itself, so that a card must hold {most} times as much (leave search.workers out "

@@ -49,9 +49,15 @@ class Place:
 class Ray(Executor):
     """An actor with its own GPUs and cores for each place, on an existing cluster or on one started here."""
 
-    def __init__(self, settings: RayConfig, n_workers: int, time_limit_seconds: float | None = None):
+    def __init__(
+        self,
+        settings: RayConfig,
+        n_workers: int,
+        time_limit_seconds: float | None = None,
+        gpus_per_trial: int = 1,
+    ):
         self.ray = _connect_ray(settings)
-        self.settings = settings
+        self.settings, self.gpus_per_trial = settings, gpus_per_trial
         self.time_limit_seconds = time_limit_seconds
         self.places = [Place() for _ in range(n_workers)]
 
@@ -70,7 +76,7 @@ class Ray(Executor):
         threads = str(max(1, int(self.settings.cpus)))
         gpus = self.settings.gpus
         if gpus is None:
-            gpus = 1 if self.ray.cluster_resources().get("GPU") else 0
+            gpus = self.gpus_per_trial if self.ray.cluster_resources().get("GPU") else 0
         environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive"}
         remote = self.ray.remote(
             num_cpus=self.settings.cpus, num_gpus=gpus, max_restarts=0, runtime_env={"env_vars": environment}

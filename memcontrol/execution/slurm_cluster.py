@@ -61,10 +61,17 @@ class Slurm(Executor):
     """Up to `n_workers` Slurm jobs in flight; scripts, logs and results of submitit are in the study's
     folder, under slurm/."""
 
-    def __init__(self, settings: SlurmConfig, n_workers: int, time_limit_seconds: float | None, folder: Path):
+    def __init__(
+        self,
+        settings: SlurmConfig,
+        n_workers: int,
+        time_limit_seconds: float | None,
+        folder: Path,
+        gpus_per_trial: int = 1,
+    ):
         self.n_workers, self.time_limit_seconds = n_workers, time_limit_seconds
         self.running: list[Running] = []
-        self.submitter = _make_submitter(settings, StudyFolder(folder).slurm)
+        self.submitter = _make_submitter(settings, StudyFolder(folder).slurm, gpus_per_trial)
 
     def count_free(self) -> int:
         return self.n_workers - len(self.running)
@@ -146,7 +153,14 @@ def _query_states(ids: list[str]) -> dict[str, str]:
     return dict(line.split() for line in done.stdout.splitlines())
 
 
-def _make_submitter(settings: SlurmConfig, folder: Path):
+def _choose_gres(settings: SlurmConfig, gpus_per_trial: int) -> str | None:
+    """The config's own, or as many GPUs as a trial takes where several are asked for and nothing else names
+    them."""
+    is_named = settings.gres or any(name.startswith(("gpus", "gres")) for name in settings.extra)
+    return settings.gres if is_named or gpus_per_trial == 1 else f"gpu:{gpus_per_trial}"
+
+
+def _make_submitter(settings: SlurmConfig, folder: Path, gpus_per_trial: int):
     """submitit's executor. Raises MemControlError where it or Slurm is missing."""
     try:
         import submitit
@@ -163,7 +177,7 @@ def _make_submitter(settings: SlurmConfig, folder: Path):
     threads = settings.cpus
     given = {
         "slurm_partition": settings.partition,
-        "slurm_gres": settings.gres,
+        "slurm_gres": _choose_gres(settings, gpus_per_trial),
         "mem_gb": settings.memory_gb,
         "slurm_account": settings.account,
         "slurm_additional_parameters": dict(settings.extra) or None,

@@ -51,9 +51,9 @@ def run_job(job: Job, loaded, say: SendEvent) -> None:
     """Says progress, then exactly one end; of a share of another process's trial nothing."""
     if isinstance(job, HelpJob):
         # what goes wrong here ends the process, and the one that leads the trial meets it itself
-        from memcontrol.trial.run import help_train
+        from memcontrol.trial.run import help_trial
 
-        return help_train(job, loaded)
+        return help_trial(job, loaded)
     try:
         say(_RUN[type(job)](job, loaded, say))
     except MemControlError as error:
@@ -138,7 +138,8 @@ def attempt_trial(job: TrialJob, loaded, say: SendEvent) -> Done:
         write_json(run.result_file, {"state": "PRUNED", "choice": choice, "reason": str(error)})
     attempt.check()
     if run.has_result:
-        shutil.rmtree(run.rounds, ignore_errors=True)  # nothing will go on from the rounds
+        for rounds in (run.rounds, *run.list_copies_of_rounds()):
+            shutil.rmtree(rounds, ignore_errors=True)  # nothing will go on from them
     return Done(job)
 
 

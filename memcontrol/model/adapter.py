@@ -32,6 +32,7 @@ from memcontrol.model.parts import (
     suits,
 )
 from memcontrol.model.peft_parts import PEFT, Peft
+from memcontrol.model.sharding import is_sharded
 
 
 def list_trainable_modules(denoiser: nn.Module) -> list[str]:
@@ -77,13 +78,15 @@ def _find_targets(denoiser: nn.Module, space: SearchSpace, choice: Choice) -> li
     return found
 
 
-def check_space(denoiser: nn.Module, space: SearchSpace) -> None:
-    """Raises MemControlError where a pattern matches nothing, groups share a module, or a method suits no
-    module of its group."""
+def check_space(denoiser: nn.Module, space: SearchSpace, will_shard: bool = False) -> None:
+    """Raises MemControlError where a pattern matches nothing, groups share a module, a method suits no
+    module of its group, or it changes weights that are quantised or, in trials, sharded."""
     for method in space.methods:
         targets = _find_targets(denoiser, space, space.choice(space.select_groups(method), method, 0.5))
         _check_ownership(denoiser, targets, space)
         _refuse_quantized(denoiser, targets)
+        if will_shard:
+            _refuse_sharded(targets)
 
 
 def _name_mechanism(method: str) -> str | None:
@@ -113,7 +116,8 @@ def is_quantized(module: nn.Module) -> bool:
     if not isinstance(module, nn.Linear):
         return False
     weight = module.weight
-    return not weight.is_floating_point() or type(weight.data) is not torch.Tensor
+    is_other_class = type(weight.data) is not torch.Tensor and not is_sharded(weight)
+    return not weight.is_floating_point() or is_other_class
 
 
 def _refuse_quantized(denoiser: nn.Module, targets: Sequence[Target]) -> None:
@@ -125,6 +129,19 @@ def _refuse_quantized(denoiser: nn.Module, targets: Sequence[Target]) -> None:
                 f"method {target.method} changes the weight of '{target.module}' itself, which is quantised "
                 f"(base_precision); allowed there: {', '.join(_BESIDE_QUANTIZED)}; take {target.method} out "
                 "of the space, or set base_precision=bfloat16"
+            )
+
+
+def _refuse_sharded(targets: Sequence[Target]) -> None:
+    """Raises MemControlError where a method would change a frozen weight, of which no process has the
+    whole."""
+    for target in targets:
+        if target.method not in _BESIDE_SHARDED:
+            raise MemControlError(
+                f"method {target.method} changes weights of '{target.module}' itself, which are sharded "
+                f"(search.gpus_per_trial, base_offload=all); allowed there: {', '.join(_BESIDE_SHARDED)}; "
+                f"take {target.method} out of the space, or set search.gpus_per_trial=1 and "
+                "base_offload=encoders"
             )
 
 
@@ -141,6 +158,7 @@ def _select_parameters(denoiser: nn.Module, target: Target) -> dict[str, nn.Para
 
 _WRAPPING = (*PEFT, "svdiff")
 _BESIDE_QUANTIZED = ("lora", "bias", "norm", "ln_tuning")  # which leave the weight as it is
+_BESIDE_SHARDED = ("lora", "loha", "lokr", "ia3")  # which leave all that is frozen as it is
 
 
 class Adapter:
@@ -305,7 +323,13 @@ def inject_adapter(
     `cache` keeps singular value decompositions. `shared_a` trains only B of a LoRA. `low_memory_full` leaves
     the weights of full fine-tuning in the base's own type. Raises MemControlError.
     """
+    shards = any(is_sharded(parameter) for parameter in denoiser.parameters())
     if EVERYTHING in choice.groups:
+        if shards:
+            raise MemControlError(
+                "full fine-tuning changes weights that are sharded (search.gpus_per_trial, "
+                "base_offload=all); leave it out with search.anchors=[none, all]"
+            )
         if any(is_quantized(module) for module in denoiser.modules()):
             raise MemControlError(
                 "full fine-tuning changes weights that are quantised (base_precision); leave it out with "
@@ -318,6 +342,8 @@ def inject_adapter(
     targets = _find_targets(denoiser, space, choice)
     _check_ownership(denoiser, targets, space)
     _refuse_quantized(denoiser, targets)
+    if shards:
+        _refuse_sharded(targets)
     plain: dict[str, nn.Parameter] = {}
     rates: dict[str, float] = {}
     for target in targets:  # before anything is wrapped: names and parameters are the base's own

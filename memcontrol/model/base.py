@@ -15,7 +15,13 @@ from torch import Tensor
 
 from memcontrol.core.config import BaseConfig
 from memcontrol.data.images import Images
-from memcontrol.model.batches import MOST_AT_A_TIME, choose_batch, halve_until_it_fits, release_memory
+from memcontrol.model.batches import (
+    MOST_AT_A_TIME,
+    Found,
+    choose_batch,
+    halve_until_it_fits,
+    release_memory,
+)
 from memcontrol.model.counting import (
     PeakBytes,
     count_decoding_bytes,
@@ -25,14 +31,21 @@ from memcontrol.model.counting import (
 )
 from memcontrol.model.families import Family, Text, Unconditional
 from memcontrol.model.precision import Precision
+from memcontrol.model.sharding import Ranks, join_alone, shard_denoiser
 from memcontrol.model.source import Source, find_source
 
 _TEXT_BATCH = 64
 
 
-def load_base(base: BaseConfig | str, precision: Precision | None = None, offload: str = "encoders") -> Base:
+def load_base(
+    base: BaseConfig | str,
+    precision: Precision | None = None,
+    offload: str = "encoders",
+    waits_for_ranks: bool = False,
+) -> Base:
     """A base, or one by its id alone, without its text encoders, which come when they are asked for. float32
-    unless another precision is given. Raises MemControlError."""
+    unless another precision is given. `waits_for_ranks`: the denoiser comes to no device before it is shared.
+    Raises MemControlError."""
     from diffusers import DDIMPipeline, DDPMScheduler, DPMSolverMultistepScheduler
 
     source, precision = find_source(base), precision or Precision()
@@ -45,7 +58,7 @@ def load_base(base: BaseConfig | str, precision: Precision | None = None, offloa
     elif not family.flow:
         pipeline.scheduler = DPMSolverMultistepScheduler.from_config(settings)
     pipeline.set_progress_bar_config(disable=True)
-    return Base(pipeline, family, schedule, find_device(), source, precision, offload)
+    return Base(pipeline, family, schedule, find_device(), source, precision, offload, waits_for_ranks)
 
 
 def find_device() -> torch.device:
@@ -83,7 +96,7 @@ class Noised:
     times: Tensor  # [B], as the denoiser takes them
     timesteps: Tensor  # [B], whole, 0..999
 
-    def part(self, rows: slice) -> Noised:
+    def part(self, rows: slice | Tensor) -> Noised:
         return Noised(self.noisy[rows], self.target[rows], self.times[rows], self.timesteps[rows])
 
 
@@ -91,7 +104,8 @@ class Base:
     """A frozen pipeline; trials put their adapters into `denoiser` and take them out again.
 
     Only what is used lies on the device: the denoiser from its first use on; the autoencoder, and the text
-    encoders, which are not even loaded before, while they encode or decode, unless `offload` is none.
+    encoders, which are not even loaded before, while they encode or decode, unless `offload` is none. Where
+    it is all, or several `ranks` share the base, frozen weights of the denoiser come together block by block.
     """
 
     def __init__(
@@ -103,6 +117,7 @@ class Base:
         source: Source,
         precision: Precision,
         offload: str,
+        waits_for_ranks: bool = False,
     ):
         self.pipeline, self.family, self.schedule, self.device = pipeline, family, schedule, device
         self.source, self.precision, self.offload = source, precision, offload
@@ -111,7 +126,8 @@ class Base:
         if self.autoencoder is not None:
             pipeline.vae = None
         self.n_holders = self.n_coding = 0  # users of the text encoders, of the autoencoder
-        self.is_placed = False
+        self.is_placed = self.is_sharded = False
+        self.ranks, self.waits_for_ranks = Ranks(), waits_for_ranks
         self.counted: dict[tuple, int] = {}
         for part in (self.autoencoder, getattr(pipeline, family.denoiser)):
             if part is not None:
@@ -131,13 +147,23 @@ class Base:
         return getattr(self.pipeline, self.family.denoiser)
 
     def place_denoiser(self) -> None:
-        if self.is_placed or self.device.type != "cuda":
+        if self.is_placed or self.waits_for_ranks or self.device.type != "cuda":
             return
+        if self.offload == "all":
+            return self.share(join_alone(self.device))
         self.is_placed, found = True, getattr(self.pipeline, self.family.denoiser)
         if next(found.parameters()).device.type != "cuda":  # bitsandbytes has placed its weights itself
             found.to(self.device)
         if self.family.denoiser == "unet":
             found.to(memory_format=torch.channels_last)  # the order that tensor cores convolve in
+
+    def share(self, ranks: Ranks) -> None:
+        """The denoiser's frozen weights are held by all ranks together from now on, or in the CPU's memory,
+        and nothing may be changed in them. Each rank computes its part of what goes through."""
+        _ = self.bare_denoiser  # from a class of diffusers, which sharding replaces
+        shard_denoiser(getattr(self.pipeline, self.family.denoiser), self.device, self.offload == "all")
+        self.ranks, self.waits_for_ranks = ranks, False
+        self.is_placed = self.is_sharded = True
 
     @contextlib.contextmanager
     def checkpoint_gradients(self, on: bool) -> Iterator[None]:
@@ -290,7 +316,18 @@ class Base:
         )
 
     def denoise(self, noised: Noised, text: Text) -> tuple[Tensor, Tensor]:
-        """The denoising loss of each latent, unreduced [B], and the prediction [B, C, h, w]."""
+        """The denoising loss of each latent, unreduced [B], and the prediction [B, C, h, w]. Where ranks
+        share the base, both are complete on each, and gradients those of its own rows."""
+        if self.ranks.size == 1:
+            return self.denoise_alone(noised, text)
+        n, rows = len(noised.noisy), torch.tensor(self.ranks.select_rows(len(noised.noisy)))
+        own = noised.part(rows.to(self.device))
+        loss, predicted = self.denoise_alone(own, {name: each[rows] for name, each in text.items()})
+        # losses are gathered too: computed anew they might differ in a bit, and ranks then in what they skip
+        return self.ranks.gather(loss, n), self.ranks.gather(predicted, n)
+
+    def denoise_alone(self, noised: Noised, text: Text) -> tuple[Tensor, Tensor]:
+        """The same, by this process."""
         with self.autocast():
             predicted = self.family.predict(self.denoiser, noised.noisy, noised.times, self.cast(text))
         return (predicted.float() - noised.target.float()).square().mean(dim=(1, 2, 3)), predicted
@@ -413,7 +450,13 @@ class Base:
         """
 
         def sample_part(rows: slice) -> np.ndarray:
-            generators = [torch.Generator().manual_seed(seed) for seed in seeds[rows]]
+            n = rows.stop - rows.start
+            own = [rows.start + row for row in self.ranks.select_rows(n)]
+            images = torch.from_numpy(sample_alone(own))
+            return self.ranks.gather(images, n).numpy()
+
+        def sample_alone(rows: list[int]) -> np.ndarray:
+            generators = [torch.Generator().manual_seed(seeds[row]) for row in rows]
             if not text:
                 return self.sample_unconditional(generators, steps)
             own = self.cast({name: tensor[rows] for name, tensor in text.items()})
@@ -426,9 +469,21 @@ class Base:
             return self.call_pipeline(call, steps, resolution)
 
         size = self.choose_sampling_batch(text, guidance, resolution)
-        for rows, images in halve_until_it_fits(len(seeds), size, sample_part):
+        for rows, images in self.work_in_parts(len(seeds), size, sample_part):
             progress(rows.stop, len(seeds))
             yield images
+
+    def work_in_parts(
+        self, n: int, size: int, work: Callable[[slice], Found]
+    ) -> Iterator[tuple[slice, Found]]:
+        """`halve_until_it_fits`, for passes through the denoiser; of a sharded one all parts are of one size,
+        on which ranks agree."""
+        if not self.is_sharded:
+            yield from halve_until_it_fits(n, size, work)
+            return
+        for start in range(0, n, size):
+            rows = slice(start, min(start + size, n))
+            yield rows, work(rows)
 
     def call_pipeline(self, call: dict, steps: int, resolution: int) -> np.ndarray:
         """uint8 [N, 3, H, W]."""
@@ -452,12 +507,13 @@ class Base:
         return _convert_to_bytes((images / 2 + 0.5).clamp(0, 1).cpu().numpy())
 
     def choose_sampling_batch(self, text: Text, guidance: float, resolution: int) -> int:
-        """How many images the denoiser takes at a time without gradients, each twice where there is
-        guidance."""
+        """How many images the denoiser takes at a time without gradients, on all ranks together, each twice
+        where there is guidance."""
         side = resolution // self.pixels_per_latent
         shapes = {name: tuple(tensor.shape[1:]) for name, tensor in text.items()}
         n_bytes = self.count_forward_bytes((self.n_channels, side, side), shapes)
-        return choose_batch(n_bytes * (1 if guidance == 1 else 2), self.device)
+        each = self.ranks.agree(choose_batch(n_bytes * (1 if guidance == 1 else 2), self.device))
+        return each * self.ranks.size
 
     def count_forward_bytes(self, latents: tuple[int, ...], text: Mapping[str, tuple[int, ...]]) -> int:
         """What one image's pass through the denoiser holds without gradients."""

@@ -16,6 +16,7 @@ from memcontrol.model.adapter import Adapter, inject_adapter, list_trainable_mod
 from memcontrol.model.counting import FlopCounter, PeakBytes, pass_shapes
 from memcontrol.model.families import FAMILIES_BY_DENOISER, Family
 from memcontrol.model.precision import Precision
+from memcontrol.model.sharding import find_repeated_blocks
 
 QUANTIZED_BITS = {"int8": 8.1, "nf4": 4.5}  # of a weight, with its scale
 # diffusers' U-Nets register the middle block last
@@ -27,7 +28,8 @@ class StepSettings:
     """What a step's memory depends on beside the choice: images in a `forward`, whether several of these
     `accumulates` to a batch, bytes of the optimizer's `moments` and of `copies` (a moving average; on a CPU
     the base's own values) for each trained parameter, bytes of what lies `beside` the denoiser,
-    the base's precision, and whether it is on a card."""
+    the base's precision, whether it is on a card, and how many `ranks` share what is frozen, or whether that
+    is offloaded to the CPU (`in_blocks` in both cases)."""
 
     forward: int = 1
     accumulates: bool = False
@@ -36,6 +38,8 @@ class StepSettings:
     beside: int = 0
     precision: Precision = Precision()
     on_card: bool = False
+    ranks: int = 1
+    in_blocks: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,8 @@ def measure_step_cost(
     Backward stops at the first trained module, so a choice that begins late is cheaper.
     """
     n_trained, weights = adapter.n_trained(), _count_weight_bytes(denoiser, settings.precision)
+    if settings.in_blocks:
+        weights = _count_bytes_in_blocks(denoiser, settings.ranks, weights)
     n_flops = n_passing = 0
     if n_trained:
         compute = settings.precision.compute
@@ -132,6 +138,20 @@ def _count_weight_bytes(denoiser: nn.Module, precision: Precision) -> int:
     saved = sum(weight.nbytes - weight.numel() * QUANTIZED_BITS[precision.quantized] / 8 for weight in linear)
     # a layer's weight comes back to 16 bits while it computes
     return round(total - saved + max((weight.nbytes for weight in linear), default=0))
+
+
+def _count_bytes_in_blocks(denoiser: nn.Module, ranks: int, whole: int) -> int:
+    """Of a sharded or offloaded denoiser of so many bytes: a rank's own part, what is trained, and what comes
+    together while it computes, which is the root's own weights, a block and the next one."""
+    seen: set[nn.Parameter] = set()
+    sizes = []
+    for module in (*find_repeated_blocks(denoiser), denoiser):
+        own = {parameter for parameter in module.parameters() if not parameter.requires_grad} - seen
+        sizes.append(sum(parameter.nbytes for parameter in own))
+        seen |= own
+    trained = sum(parameter.nbytes for parameter in denoiser.parameters() if parameter.requires_grad)
+    held = (whole - trained) // ranks if ranks > 1 else 0
+    return held + trained + sizes[-1] + sum(sorted(sizes[:-1])[-2:])
 
 
 def survey_space(denoiser: nn.Module, space: SearchSpace) -> dict:

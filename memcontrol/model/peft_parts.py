@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from memcontrol.model.parts import State, Target, Tuner
+from memcontrol.model.sharding import is_sharded, show_whole
 
 
 def _make_lora_config(targets: Sequence[Target], **settings):
@@ -122,7 +123,7 @@ class Peft(Tuner):
         self.config = PEFT[method](targets)
         if hasattr(denoiser, "peft_config"):
             del denoiser.peft_config  # another method's, on other modules; its layers stay
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), show_whole(denoiser):
             # of norms for LN tuning, of block sizes that must divide a width
             warnings.simplefilter("ignore", UserWarning)
             torch.manual_seed(seed)  # peft draws its start from the global generator
@@ -251,8 +252,9 @@ class Peft(Tuner):
             else [
                 (layer, layer.get_base_layer().weight)
                 for layer in self.layers.values()
-                # 16 bits would lose a small change, and a quantised weight takes none
+                # 16 bits would lose a small change, and a quantised or sharded weight takes none
                 if layer.get_base_layer().weight.dtype == torch.float32
+                and not is_sharded(layer.get_base_layer().weight)
             ]
         )
         n_bytes = sum(weight.nbytes for _, weight in layers)

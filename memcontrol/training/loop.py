@@ -130,7 +130,8 @@ class Loop:
             else OPTIMIZERS[inner.optimizer](adapter.groups(), inner.weight_decay)
         )
         self.n_forward = n_forward or inner.micro_batch_size or inner.batch_size
-        self.may_halve = may_halve and "micro_batch_size" in inner.memory_keys
+        # ranks that share a base must all take the same forwards
+        self.may_halve = may_halve and "micro_batch_size" in inner.memory_keys and not base.is_sharded
         self.alphas_cumprod: Any = base.schedule.alphas_cumprod.to(base.device) if inner.min_snr else None
         self.has_rules = bool(inner.norm_threshold or shard.memory)
         self.unread: list[tuple[int, Tensor]] = []  # steps before, and the mean loss, of each slot
@@ -164,6 +165,8 @@ class Loop:
             if not n_kept and not (self.inner.augmentation and self.inner.augmentation.rule == "kept"):
                 n_kept = self.learn_plain(losses)
         except RuntimeError as error:
+            if is_out_of_memory(error) and self.base.is_sharded:
+                raise _explain_lack(self.n_forward, error) from error
             if not is_out_of_memory(error) or not self.may_halve or self.n_forward == 1:
                 raise
             return False
@@ -426,6 +429,7 @@ class Loop:
 
     def step(self, n_kept: int) -> None:
         """The optimizer's step on the mean gradient of the images kept, clipped."""
+        self.base.ranks.add_gradients(self.parameters)
         self.scaler.unscale_(self.optimizer)
         if n_kept != self.inner.batch_size:
             torch._foreach_mul_(
@@ -462,6 +466,14 @@ class Loop:
     def load_shadows(self, state: dict[str, Tensor]) -> None:
         for shadow, name in zip(self.shadows, self.trained):
             shadow.copy_(state[name])
+
+
+def _explain_lack(n_forward: int, error: Exception) -> torch.OutOfMemoryError:
+    """Under a sharded base, where nothing is tried with fewer images."""
+    return torch.OutOfMemoryError(
+        f"{n_forward} images in a forward are too many, and over a sharded base they are not halved by "
+        f"themselves; set inner.micro_batch_size={max(1, n_forward // 2)} ({str(error).splitlines()[0]})"
+    )
 
 
 def learning_rate_factor(share: float, inner: InnerConfig) -> float:

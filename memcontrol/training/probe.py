@@ -14,7 +14,6 @@ from memcontrol.core.config import InnerConfig, RewardsConfig
 from memcontrol.core.estimate import Estimate, Measured
 from memcontrol.core.seeds import derive_seed
 from memcontrol.model.base import Base, Noised
-from memcontrol.model.batches import halve_until_it_fits
 from memcontrol.model.encoded import Encoded
 from memcontrol.training.mitigations import noise_norms
 
@@ -70,7 +69,7 @@ def _probe_losses(
         drawn = base.draw_noise(clean.shape, generator, quantile=(draw + 0.5) / size.draws)
         noised = base.mix(clean.to(base.device), drawn.to(base.device))
         ask = partial(_ask_denoiser, base, data, noised, norms)
-        parts = [part for _, part in halve_until_it_fits(len(clean), n_at_a_time, ask)]
+        parts = [part for _, part in base.work_in_parts(len(clean), n_at_a_time, ask)]
         found.append([torch.cat(each) for each in zip(*parts)])
     return torch.stack([losses for losses, _ in found]), torch.stack([apart for _, apart in found])
 

@@ -252,7 +252,9 @@ class Rounds:
         for i in range(stored.n_done, end - first):
             loop.take_slot((sum(lengths[:number]) + i + 1) / sum(lengths))
             is_last, is_due = i + 1 == end - first, checkpoints.is_due()
-            if is_last or is_due or time.monotonic() - read_at > _READ_SECONDS:
+            # ranks that share a base must all see in the same slot that a loss is not finite
+            in_step = self.base.ranks.size > 1
+            if is_last or is_due or in_step or time.monotonic() - read_at > _READ_SECONDS:
                 loop.flush()
                 read_at = time.monotonic()
             if is_due and not is_last:

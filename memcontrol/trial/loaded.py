@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torch
 
 from memcontrol.core.choice import EVERYTHING
 from memcontrol.core.config import Config
+from memcontrol.core.errors import Diverged, MemControlError
 from memcontrol.core.jobs import HelpJob
 from memcontrol.core.run_folder import StudyFolder
 from memcontrol.core.seeds import derive_seed
@@ -29,6 +31,7 @@ from memcontrol.model.base import Base, count_bytes, find_device, load_base, red
 from memcontrol.model.cost import Cost, StepSettings, measure_cost, measure_step_cost
 from memcontrol.model.encoded import Encoded, load_encoded
 from memcontrol.model.precision import choose_precision
+from memcontrol.model.sharding import Meeting, Ranks, leave_ranks
 from memcontrol.model.source import import_libraries
 from memcontrol.scoring.evidence import Descriptors
 from memcontrol.scoring.extractors import Extractor, load_clip, load_extractor
@@ -44,7 +47,7 @@ _SMALL_DENOISER = 5e7  # parameters
 _MOST_DESCRIBED, _DESCRIBED_BYTES = 256, 2**26
 
 
-def _tell_nobody(stage: str, done: int, total: int) -> None:
+def tell_nobody(*given: object, **said: object) -> None:
     pass
 
 
@@ -62,6 +65,8 @@ class LoadedModels:
         self.helper_command = helper_command
         self.libraries_mib = 0.0  # what the process held before its first base
         self.kept: dict[tuple, object] = {}
+        self.meeting: Meeting | None = None  # of the processes that hold the base together
+        self.ranks = Ranks()
         self.helpers: dict[int, subprocess.Popen] = {}
 
     def once(self, key: tuple, make: Callable):
@@ -77,7 +82,8 @@ class LoadedModels:
         def load() -> Base:
             import_libraries()
             self.libraries_mib = read_process_mib()
-            base = load_base(config.base, precision, config.base_offload)
+            waits = config.search.gpus_per_trial > 1 and bool(self.helper_command)
+            base = load_base(config.base, precision, config.base_offload, waits)
             if seed is not None:
                 redraw_weights(base.denoiser, seed)
             return base
@@ -103,7 +109,7 @@ class LoadedModels:
             lambda: self.parts(spec)["train"].take(range(spec.n_train)),
         )
 
-    def load_encoded(self, spec: Spec, images: Images, progress: TellStage = _tell_nobody) -> Encoded:
+    def load_encoded(self, spec: Spec, images: Images, progress: TellStage = tell_nobody) -> Encoded:
         base = self.base(spec.config)
         return self.once(
             ("encoded", images.digest, base.source.name, str(base.precision)),
@@ -116,7 +122,7 @@ class LoadedModels:
         base.source.check_pins(place.read_pins())
         return load_encoded(base, images, place.cache, partial(progress, "encode"))
 
-    def make_material(self, spec: Spec, progress: TellStage = _tell_nobody) -> Material:
+    def make_material(self, spec: Spec, progress: TellStage = tell_nobody) -> Material:
         images = self.train_images(spec)
         return Material(
             self.load_encoded(spec, images, progress),
@@ -125,7 +131,7 @@ class LoadedModels:
             lambda: self.load_unseen(spec, "holdout"),
         )
 
-    def load_unseen(self, spec: Spec, part: str, progress: TellStage = _tell_nobody) -> Encoded:
+    def load_unseen(self, spec: Spec, part: str, progress: TellStage = tell_nobody) -> Encoded:
         """The first images of a part that is not trained on, for probes."""
         images = self.parts(spec)[part]
         return self.load_encoded(spec, images.take(range(len(images))[:N_PROBED]), progress)
@@ -137,13 +143,14 @@ class LoadedModels:
         inner, low = spec.config.inner, is_low_memory(spec)
         given = (base.family, data.mean.shape[1:], text, _describe_step(spec, base))
         with base.checkpoint_gradients(inner.gradient_checkpointing or low):
-            if base.device.type == "cpu" and base.precision.is_plain and base.n_parameters < _SMALL_DENOISER:
+            is_small = base.n_parameters < _SMALL_DENOISER and not base.is_sharded
+            if base.device.type == "cpu" and base.precision.is_plain and is_small:
                 return measure_step_cost(base.denoiser, adapter, *given)
             shared_a = inner.ensemble.shares_a
             return measure_cost(base.bare_denoiser, spec.space, spec.choice, *given, shared_a, low)
 
     def views(
-        self, images: Images, extractor: str, cache: Path, progress: TellStage = _tell_nobody
+        self, images: Images, extractor: str, cache: Path, progress: TellStage = tell_nobody
     ) -> Descriptors:
         """Both descriptors of images of the data, computed once per content and network and kept under the
         study's cache."""
@@ -169,15 +176,63 @@ class LoadedModels:
         size = (
             min(spec.config.search.processes, spec.config.inner.ensemble.shards) if self.helper_command else 1
         )
-        helpers = [self.helper(rank) for rank in range(1, size)]
-        for rank, process in enumerate(helpers, start=1):
-            with contextlib.suppress(BrokenPipeError):  # it died: rank 0 trains its shards
-                print(
-                    json.dumps(HelpJob(folder, rank, size, rung).to_json()),
-                    file=process.stdin,
-                    flush=True,
-                )
+        helpers = self.tell_helpers(HelpJob(folder, 0, size, rung))
         return ProcessGroup(0, size, lambda rank: rank == 0 or helpers[rank - 1].poll() is None)
+
+    def tell_helpers(self, job: HelpJob) -> list[subprocess.Popen]:
+        """All ranks but this one get the job."""
+        helpers = [self.helper(rank) for rank in range(1, job.size)]
+        for rank, process in enumerate(helpers, start=1):
+            with contextlib.suppress(BrokenPipeError):  # it died, which whoever waits for it sees
+                print(json.dumps(replace(job, rank=rank).to_json()), file=process.stdin, flush=True)
+        return helpers
+
+    @contextlib.contextmanager
+    def lead_ranks(self, spec: Spec, job: HelpJob) -> Iterator[None]:
+        """As long as it lasts the processes that `search.gpus_per_trial` asks for hold the base together and
+        do the job in step. What fails on one of them ends all, and they begin anew; but a loss that is not
+        finite is seen by each."""
+        if job.size == 1 or not self.helper_command:
+            yield
+            return
+        try:
+            self.meet(spec, job)
+            yield
+        except BaseException as error:
+            if job.confirms or not isinstance(error, Diverged):
+                self.close()
+            raise
+
+    def meet(self, spec: Spec, job: HelpJob) -> None:
+        """Raises MemControlError where there are fewer GPUs, RuntimeError where a process is lost."""
+        n_gpus = torch.cuda.device_count()
+        if 0 < n_gpus < job.size:
+            raise MemControlError(
+                f"search.gpus_per_trial is {job.size} and a worker has {n_gpus} GPU(s) here; lower it, or "
+                "search.workers, so that each has as many"
+            )
+        if any(process.poll() is not None for process in self.helpers.values()):
+            self.close()  # their parts of the base are lost
+        is_new = self.meeting is None
+        meeting = self.meeting = self.meeting or Meeting(job.size)
+        helpers = self.tell_helpers(replace(job, port=meeting.port))
+        base = self.base(spec.config)
+        if is_new:
+            meeting.wait_for_others(lambda: any(process.poll() is not None for process in helpers))
+        self.join(base, meeting, 0, is_new)
+
+    def follow(self, spec: Spec, job: HelpJob) -> None:
+        """Takes this rank's part of the base that rank 0 has called together."""
+        assert job.port is not None
+        is_new = self.meeting is None
+        meeting = self.meeting = self.meeting or Meeting(job.size, job.port)
+        self.join(self.base(spec.config), meeting, job.rank, is_new)
+
+    def join(self, base: Base, meeting: Meeting, rank: int, is_new: bool) -> None:
+        if is_new:
+            self.ranks = meeting.join(rank, base.device)
+        if not base.is_sharded:
+            base.share(self.ranks)
 
     def helper(self, rank: int) -> subprocess.Popen:
         """The process of that rank, started when first needed, again if it died; it keeps the base loaded, as
@@ -187,16 +242,22 @@ class LoadedModels:
         return self.helpers[rank]
 
     def close(self) -> None:
+        """Ends the helpers; what they held of a base is lost, and so is the rest."""
         for process in self.helpers.values():
             process.kill()
             with contextlib.suppress(BrokenPipeError), process:
                 pass
+        if self.meeting:
+            self.kept = {key: kept for key, kept in self.kept.items() if key[0] != "base"}
+            self.meeting, self.ranks = None, Ranks()
+            leave_ranks()
 
 
 def _start_helper(command: Sequence[str], rank: int) -> subprocess.Popen:
     """A worker process that shares this one's trials, on the GPU of its rank where this process sees
     several."""
-    gpus = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
+    all_gpus = ",".join(map(str, range(torch.cuda.device_count())))
+    gpus = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", all_gpus).split(",") if gpu]
     own = {"CUDA_VISIBLE_DEVICES": gpus[rank % len(gpus)]} if gpus else {}
     return subprocess.Popen(
         command,
@@ -217,16 +278,19 @@ def _describe_step(spec: Spec, base: Base) -> StepSettings:
     """What a step's memory depends on beside the choice."""
     inner = spec.config.inner
     n_forward = inner.micro_batch_size or inner.batch_size
+    ranks = base.ranks.size
     # on a CPU the base's own values lie beside those that are trained as they are
     originals = 4.0 if base.device.type == "cpu" and EVERYTHING in spec.choice.groups else 0.0
     return StepSettings(
-        forward=n_forward,
+        forward=-(-n_forward // ranks),
         accumulates=n_forward < inner.batch_size,
         moments=MOMENT_BYTES["adafactor" if is_low_memory(spec) else inner.optimizer],
         copies=originals + (4.0 if inner.ema else 0.0),
         beside=_count_autoencoder_bytes(base),
         precision=base.precision,
         on_card=base.device.type == "cuda",
+        ranks=ranks,
+        in_blocks=base.is_sharded,
     )
 
 

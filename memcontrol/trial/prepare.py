@@ -15,6 +15,7 @@ from memcontrol.core.config import DIGITS, Config, load_config
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import read_json, write_json
 from memcontrol.core.run_folder import StudyFolder
+from memcontrol.core.space import SearchSpace
 from memcontrol.core.space_yaml import load_space
 from memcontrol.core.spec import Spec
 from memcontrol.data.images import Images
@@ -39,6 +40,7 @@ def prepare_study(values: dict, folder: Path, loaded: LoadedModels, warn: Callab
     """
     config = load_config(values)
     space = load_space(config.space)
+    _check_sharded(config, space)
 
     # What is measured, and with what.
     extractor = loaded.extractor(config.rewards.extractor)
@@ -52,7 +54,7 @@ def prepare_study(values: dict, folder: Path, loaded: LoadedModels, warn: Callab
     base.source.check_pins(place.read_pins())
     for note in base.source.notes:
         warn(note)
-    check_space(base.denoiser, space)
+    check_space(base.denoiser, space, config.shards_base)
     check_mitigations(config, base)
     _check_quantized(config, base)
 
@@ -163,6 +165,26 @@ def _check_quantized(config: Config, base: Base) -> None:
                 f"base_precision is {base.precision.quantized}, under which {key} asks for what quantised "
                 f"weights cannot take: {reason}"
             )
+
+
+def _check_sharded(config: Config, space: SearchSpace) -> None:
+    """Raises MemControlError for what a sharded or offloaded base cannot do."""
+    if not config.shards_base:
+        return
+    shards, kept_apart = config.inner.ensemble, {"lora", "ia3"}
+    makes_offsets = shards.average == "refactored" or not kept_apart.issuperset(space.methods)
+    refused = {
+        "base_precision": config.base_precision in ("int8", "nf4") and "weights in 16 or 32 bits; set auto",
+        "search.anchors": "full" in config.search.anchors and "no full fine-tuning; set [none, all]",
+        "inner.from_scratch": config.inner.from_scratch and "weights as they were read; take it out",
+        "inner.ensemble": shards.shards > 1
+        and makes_offsets
+        and "means without dense offsets of weights; set average: shared_a, and keep to lora or ia3",
+    }
+    key = "search.gpus_per_trial" if config.search.gpus_per_trial > 1 else "base_offload"
+    for other, reason in refused.items():
+        if reason:
+            raise MemControlError(f"{key} shards the base, which needs of {other}: {reason}")
 
 
 def _check_shards(config: Config, n_images: int) -> None:

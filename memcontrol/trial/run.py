@@ -4,6 +4,8 @@ folder and the cache."""
 from __future__ import annotations
 
 import hashlib
+import shutil
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from memcontrol.core.errors import Diverged
 from memcontrol.core.estimate import Measured, Rewards
 from memcontrol.core.files import write_json
 from memcontrol.core.jobs import HelpJob
@@ -29,7 +32,8 @@ from memcontrol.model.cost import Cost
 from memcontrol.scoring.score import pool_scores
 from memcontrol.training.probe import choose_probe_size, measure_probe_rewards
 from memcontrol.training.rounds import ProcessGroup, TrainLog, train_rounds
-from memcontrol.trial.loaded import LoadedModels
+from memcontrol.training.shard import Material
+from memcontrol.trial.loaded import LoadedModels, tell_nobody
 from memcontrol.trial.memory import StageMemory, measure_peak_mib
 from memcontrol.trial.pictures import save_pictures
 from memcontrol.trial.samples import (
@@ -68,6 +72,13 @@ def run_trial(
     finished stays in the folder, and is not done again by the next attempt.
     """
     spec = read_spec(folder)
+    with loaded.lead_ranks(spec, HelpJob(folder, 0, spec.config.search.gpus_per_trial, rung)):
+        return _lead_trial(folder, spec, loaded, progress, rung)
+
+
+def _lead_trial(
+    folder: Path, spec: Spec, loaded: LoadedModels, progress: Callable[..., None], rung: float | None
+) -> dict:
     started, run, memory = time.monotonic(), RunFolder(folder), StageMemory()
     base = loaded.base(spec.config)
     memory.libraries_mib = loaded.libraries_mib
@@ -214,12 +225,18 @@ def confirm_trial(folder: Path, loaded: LoadedModels, progress: Callable[..., No
     and writes confirmed.json: the rewards as means over these draws. A search picks lucky trials; these
     rewards know nothing of that."""
     spec = read_spec(folder)
+    job = HelpJob(folder, 0, spec.config.search.gpus_per_trial, None, confirms=True)
+    with loaded.lead_ranks(spec, job):
+        return _lead_confirming(folder, spec, loaded, progress)
+
+
+def _lead_confirming(folder: Path, spec: Spec, loaded: LoadedModels, progress: Callable[..., None]) -> dict:
     base, material, n = loaded.base(spec.config), loaded.make_material(spec), spec.config.rewards.confirm
     adapter, draws = inject_choice(base.denoiser, spec), []
     try:
         adapter.load(folder)
         for i in range(n):
-            fresh = replace(spec, purpose=f"{spec.purpose} confirmed {i}")
+            fresh = _draw_afresh(spec, i)
             with adapter.fold():
                 samples = sample_images(
                     base,
@@ -245,6 +262,11 @@ def confirm_trial(folder: Path, loaded: LoadedModels, progress: Callable[..., No
     return found
 
 
+def _draw_afresh(spec: Spec, i: int) -> Spec:
+    """With prompts and noise of its own."""
+    return replace(spec, purpose=f"{spec.purpose} confirmed {i}")
+
+
 def _fine_tune(
     folder: Path,
     spec: Spec,
@@ -259,6 +281,7 @@ def _fine_tune(
     base, inner = loaded.base(spec.config), spec.config.inner
     recomputes = inner.gradient_checkpointing or adapter.is_low_memory
     identity = f"{spec.config.base} {spec.choice} {spec.space} {loaded.train_images(spec).digest}"
+    rounds = _place_rounds(RunFolder(folder), base)
     try:
         with base.checkpoint_gradients(recomputes):
             return train_rounds(
@@ -267,25 +290,82 @@ def _fine_tune(
                 loaded.make_material(spec),
                 inner,
                 seed=spec.seed,
-                folder=RunFolder(folder).rounds,
+                folder=rounds,
                 identity=identity,
                 progress=progress,
                 team=team or loaded.team(folder, spec, rung),
                 n_rounds=inner.rounds_to(rung) if rung else None,
                 may_halve=spec.config.search.accumulate_on_oom,
             )
-    except BaseException:
+    except BaseException as error:
+        if base.ranks.size > 1 and isinstance(error, Diverged):
+            raise  # each rank has seen it
         # helpers would wait for ever for the end of a round that never comes, and for the next trial with it
         loaded.close()
         raise
 
 
-def help_train(job: HelpJob, loaded: LoadedModels) -> None:
-    """Trains this rank's shards of a trial that another process leads."""
-    spec, group = read_spec(job.folder), ProcessGroup(job.rank, job.size)
+def _place_rounds(run: RunFolder, base: Base) -> Path:
+    """Where the rounds are kept. Ranks that share a base take the same steps, each over files of its own:
+    those above 0 begin with a copy of what rank 0 begins with."""
+    rank = base.ranks.rank
+    place = run.copy_of_rounds(rank) if rank else run.rounds
+    if rank:
+        shutil.rmtree(place, ignore_errors=True)
+        if run.rounds.is_dir():
+            shutil.copytree(run.rounds, place)
+    base.ranks.wait()
+    return place
+
+
+def help_trial(job: HelpJob, loaded: LoadedModels) -> None:
+    """This rank's share of a trial that another process leads."""
+    spec = read_spec(job.folder)
+    if job.port is None:
+        return _train_shards(job, spec, loaded)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # rank 0 leaves the checkpoint, and ends this process
+    loaded.follow(spec, job)
+    base, material = loaded.base(spec.config), loaded.make_material(spec)
+    adapter = inject_choice(base.denoiser, spec)
+    try:
+        (_follow_confirming if job.confirms else _follow_trial)(job, spec, loaded, adapter, material)
+    finally:
+        adapter.remove()
+        shutil.rmtree(RunFolder(job.folder).copy_of_rounds(job.rank), ignore_errors=True)
+
+
+def _follow_trial(
+    job: HelpJob, spec: Spec, loaded: LoadedModels, adapter: Adapter, material: Material
+) -> None:
+    """All that goes through the denoiser, in the order of `run_trial`; nothing of it is written."""
+    base = loaded.base(spec.config)
+    try:
+        log = _fine_tune(job.folder, spec, loaded, adapter, tell_nobody, ProcessGroup(), job.rung)
+    except Diverged:
+        return
+    with adapter.fold():
+        if log.paused and job.rung:
+            sample_images(base, material, _lower_samples(spec), tell_nobody)
+            return
+        _probe_model(spec, loaded)
+        if base.ranks.agree(None):
+            sample_images(base, material, spec, tell_nobody)
+
+
+def _follow_confirming(
+    job: HelpJob, spec: Spec, loaded: LoadedModels, adapter: Adapter, material: Material
+) -> None:
+    adapter.load(job.folder)
+    for i in range(spec.config.rewards.confirm):
+        with adapter.fold():
+            sample_images(loaded.base(spec.config), material, _draw_afresh(spec, i), tell_nobody)
+
+
+def _train_shards(job: HelpJob, spec: Spec, loaded: LoadedModels) -> None:
+    group = ProcessGroup(job.rank, job.size)
     adapter = inject_choice(loaded.base(spec.config).denoiser, spec)
     try:
-        _fine_tune(job.folder, spec, loaded, adapter, lambda *_, **said: None, group, job.rung)
+        _fine_tune(job.folder, spec, loaded, adapter, tell_nobody, group, job.rung)
     finally:
         adapter.remove()
 

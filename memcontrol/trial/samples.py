@@ -46,7 +46,8 @@ def write_samples(
 ) -> dict[str, np.ndarray]:
     """The same, written as they come and then mapped from the file: no more than a batch is in memory. Those
     that are there, of the same `model`, are not made again."""
-    if not path.exists() or _read_model(path) != model:
+    # all ranks that share a base sample, or none
+    if base.ranks.agree(not path.exists() or _read_model(path) != model):
         plan = plan_samples(base, material, spec)
         tensors = {
             name: TensorRows(
