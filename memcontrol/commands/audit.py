@@ -28,8 +28,9 @@ from memcontrol.data.pictures import (
     wrap_samples,
 )
 from memcontrol.model.base import load_base
-from memcontrol.scoring.copying import DistanceSpace, line_ratio, ratio, real_ratios
-from memcontrol.scoring.evidence import Descriptors, Evidence, describe_broken_images
+from memcontrol.scoring.copying import find_suspects, line_ratio
+from memcontrol.scoring.distances import DistanceSpace
+from memcontrol.scoring.evidence import DESCRIPTORS, Descriptors, Evidence, describe_broken_images
 from memcontrol.scoring.extractors import load_extractor
 from memcontrol.scoring.measures import N_PAIRED, measure_extraction
 from memcontrol.scoring.score import score_evidence
@@ -217,36 +218,44 @@ def judge_images(
     rewards = Rewards.from_estimates(measured).to_plain()
     progress("judging", 1, 2)
     space = evidence.space("pixels")
-    same = float((space.to_holdout < 1e-6).mean())
+    same = float((space.to_holdout[0] < 1e-6).mean())
     if same > _MOST_SAME:
         raise MemControlError(
             f"{same:.0%} of the generated images are held-out images themselves; hold out images "
             "that the model never saw and that are not audited, since copying could not be seen"
         )
-    suspicion, limit = ratio(space.to_train[0], space.to_holdout), line_ratio(real_ratios(space))
-    order = np.argsort(suspicion, kind="stable")
-    copies = [
-        {
-            "generated": generated.names[i],
-            "training": train.names[space.to_train[1][i]],
-            "distance": float(space.to_train[0][i]),
-            "of_holdout": float(suspicion[i]),
-            "copy": bool(suspicion[i] < limit),
-            "rows": [int(i), int(space.to_train[1][i])],
-        }
-        for i in order[: max(N_SHOWN, int((suspicion < limit).sum()))]
-    ]
+    copies = _list_copies(evidence, generated, train)
     return {
         "verdict": write_verdict(rewards, len(generated)),
         "sizes": {part.title: len(part) for part in (generated, train, holdout)},
         "extractor": network.id,
         "side": PICTURES_SIDE,
-        "threshold": float(limit),
+        "threshold": line_ratio(space.real_ratios),
         "rewards": rewards,
         "copies": copies,
         "duplicates": _find_duplicates(space, train, progress),
         "cannot_see": list(BLIND_SPOTS),
     }
+
+
+def _list_copies(evidence: Evidence, generated: Pictures, train: Pictures) -> list[dict]:
+    """What any rule calls a copy, and some more, the most suspicious first; each in the descriptor in which
+    it is that."""
+    found = find_suspects(evidence.spaces, evidence.n_judged)
+    return [
+        {
+            "generated": generated.names[i],
+            "training": train.names[found.training[i]],
+            "descriptor": DESCRIPTORS[found.descriptors[i]],
+            "distance": float(found.distances[i]),
+            "of_holdout": float(found.ratios[i]),
+            "chance": float(found.chances[i]),
+            "copy": bool(found.is_copy[i]),
+            "rows": [int(i), int(found.training[i])],
+        }
+        for n, i in enumerate(found.order)
+        if n < N_SHOWN or found.is_copy[i]
+    ]
 
 
 def _judge_attack(attack: np.ndarray | None, holdout: Pictures) -> Measured:
@@ -300,14 +309,14 @@ def _find_duplicates(space: DistanceSpace, train: Pictures, progress: ShowProgre
     8 x 8 thumbnails are compared first: block means times 4 are an orthogonal projection, so no pair is
     nearer than its thumbnails.
     """
-    limit = 0.5 * np.quantile(space.held_to_train, FALSE_POSITIVES)
+    limit = 0.5 * np.quantile(space.holdout_to_train, FALSE_POSITIVES)
     pairs: dict[tuple[int, ...], float] = {}
-    small = 4 * space.train.reshape(-1, 3, 8, 4, 8, 4).mean((3, 5)).reshape(-1, 192)
+    small = 4 * space.train[0].reshape(-1, 3, 8, 4, 8, 4).mean((3, 5)).reshape(-1, 192)
     for start in range(0, len(small), PICTURES_CHUNK):
         rows = np.arange(start, min(start + PICTURES_CHUNK, len(small)))
         near = rows[nearest(small[rows], small, 2)[0][:, 1] < limit]
         distances, indices = (
-            nearest(space.train[near], space.train, 2)
+            nearest(space.train[0][near], space.train[0], 2)
             if len(near)
             else (np.empty((0, 2)), np.empty((0, 2), int))
         )

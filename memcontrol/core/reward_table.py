@@ -143,7 +143,7 @@ REWARDS = {
         form="{:.1%}",
         direction=MINIMIZE,
         objective=True,
-        interval=_WILSON,
+        interval="Wilson, 95 %; p, label permutation",
         cost=_NEIGHBOURS,
         meaning="share nearer to a training image than 99 % of real images; about 1 % is chance, more "
         "where held-out images are few",
@@ -157,6 +157,34 @@ REWARDS = {
         cost=_NEIGHBOURS,
         meaning="the same in the feature network",
     ),
+    "copy_rate_swapped": _RewardInfo(
+        title="copied, swapped",
+        form="{:.1%}",
+        direction=_BESIDE,
+        objective=False,
+        interval=_WILSON,
+        cost=_NEIGHBOURS,
+        meaning="`copy_rate` with training and held-out images in each other's place: its null",
+    ),
+    "copy_rate_features_swapped": _RewardInfo(
+        title="copied, features, swapped",
+        form="{:.1%}",
+        direction=_BESIDE,
+        objective=False,
+        interval=_WILSON,
+        cost=_NEIGHBOURS,
+        meaning="the same in the feature network",
+    ),
+    "copying": _RewardInfo(
+        title="copied beyond swapped",
+        form="{:.1%}",
+        direction=MINIMIZE,
+        objective=False,
+        interval="p, label permutation",
+        cost=_NEIGHBOURS,
+        meaning="the larger excess of a copy rate over its swapped one, in pixels or in features; the "
+        "verdict goes by its p",
+    ),
     "clear_copy_rate": _RewardInfo(
         title="clear copies",
         form="{:.1%}",
@@ -164,8 +192,8 @@ REWARDS = {
         objective=False,
         interval=_WILSON,
         cost=_NEIGHBOURS,
-        meaning="share so near to a training image that one such among all has a chance of 1 % without "
-        "copying",
+        meaning="share so near to a training image, in pixels or in features, that one such among all has a "
+        "chance of 1 % without copying",
     ),
     "loss_gap": _RewardInfo(
         title="loss gap",

@@ -7,21 +7,19 @@ from collections.abc import Callable
 
 import numpy as np
 
-from memcontrol.core.estimate import Estimate, Measured
+from memcontrol.core.estimate import Estimate, Measured, estimate_share
 from memcontrol.core.reward_table import FALSE_POSITIVES
 from memcontrol.scoring.copying import (
-    authpct,
-    carlini_rate,
     chance_rate,
-    extraction,
-    measure_clear_copies,
+    combine_rates,
+    find_clear_copies,
     measure_copy_rate,
     measure_memorization,
-    mq,
-    remember_once,
-    tile_distances,
+    measure_swapped_rate,
 )
+from memcontrol.scoring.distances import remember_once
 from memcontrol.scoring.evidence import Evidence
+from memcontrol.scoring.published import authpct, carlini_rate, extraction, mq, tile_distances
 from memcontrol.scoring.quality import clip_score, fd_pca, fid, kid, mifid, prdc
 
 _N_BALL = 5  # neighbours of precision, recall, density and coverage
@@ -69,7 +67,7 @@ def _measure_text_fit(evidence: Evidence) -> Measured:
 
 @_register_measure
 def _measure_memorization_distance(evidence: Evidence) -> Measured:
-    pixels, features = (measure_memorization(evidence.space(name)) for name in ("pixels", "features"))
+    pixels, features = (measure_memorization(space) for space in evidence.spaces)
     return {
         "memorization_pixels": pixels,
         "memorization_features": features,
@@ -79,22 +77,34 @@ def _measure_memorization_distance(evidence: Evidence) -> Measured:
 
 def find_worst(*distances: Estimate) -> Estimate:
     """The reward `memorization`: the larger M, of pixels and features, and at least 0: below 0 is noise,
-    never "better"."""
+    never "better". Its p is that of the larger of both."""
     worst = max(distances, key=float)
-    return Estimate(max(worst.value, 0.0), worst.error, p=worst.p, contributions=worst.contributions)
+    labels = np.max([one.labels for one in distances if one.labels is not None], axis=0)
+    return Estimate(max(worst.value, 0.0), worst.error, contributions=worst.contributions, labels=labels)
 
 
 @_register_measure
 def _measure_copies(evidence: Evidence) -> Measured:
-    pixels, features = evidence.space("pixels"), evidence.space("features")
-    n_real = len(evidence.holdout.pixels)
-    return {
+    pixels, features = evidence.spaces
+    n_real = len(pixels.real_ratios)
+    rates: Measured = {
         "copy_rate": measure_copy_rate(pixels),
+        "copy_rate_swapped": measure_swapped_rate(pixels),
         "copy_rate_features": measure_copy_rate(features),
-        "clear_copy_rate": max(measure_clear_copies(pixels), measure_clear_copies(features), key=float),
+        "copy_rate_features_swapped": measure_swapped_rate(features),
+    }
+    return rates | {
+        "copying": combine_copy_rates(rates),
+        "clear_copy_rate": estimate_share(find_clear_copies(evidence.spaces, evidence.n_judged)),
         "copy_rate_line": chance_rate(n_real),
         "copy_rate_n_real": n_real,
     }
+
+
+def combine_copy_rates(rates: Measured) -> Estimate:
+    """The reward `copying`, from the copy rates of all descriptors."""
+    pairs = [(rates[name], rates[f"{name}_swapped"]) for name in ("copy_rate", "copy_rate_features")]
+    return combine_rates([pair for pair in pairs if isinstance(pair[0], Estimate)])
 
 
 @_register_measure
@@ -125,8 +135,8 @@ def _measure_nearest_distances(evidence: Evidence) -> Measured:
     space = evidence.space("pixels")
     return {
         "amd_train": float(space.to_train[0].mean()),
-        "amd_holdout": float(space.to_holdout.mean()),
-        "amd_holdout_train": float(space.held_to_train.mean()),
+        "amd_holdout": float(space.to_holdout[0].mean()),
+        "amd_holdout_train": float(space.holdout_to_train.mean()),
     }
 
 
