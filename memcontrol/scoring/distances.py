@@ -70,7 +70,10 @@ class DistanceSpace:
 
     @property
     def floor(self) -> float:
-        """Where most held-out images lie on training images, at least what float32 can tell apart."""
+        return self.remember("floor", self._find_floor)
+
+    def _find_floor(self) -> float:
+        """At least what float32 can tell apart, where most held-out images lie on training images."""
         scale = float(np.abs(self.train[0]).max()) * np.sqrt(self.train[0].shape[1])
         return max(_FLOOR * float(np.median(self.holdout_to_train)), 1e-6 * scale, 1e-12)
 
@@ -214,9 +217,7 @@ def nearest_versions(queries: Versions, references: np.ndarray, k: int) -> tuple
     distances, indices = (np.concatenate(parts, axis=1) for parts in zip(*by_version))
     distances, indices = _sort_neighbours(distances, indices)  # [N, versions k], a reference once a version
     k = min(k, len(references))
-    if k == 1:
-        return distances[:, :1], indices[:, :1]
-    kept = np.array([_unique_first(row, k) for row in indices])
+    kept = _find_again(indices).argsort(axis=1, kind="stable")[:, :k]
     return np.take_along_axis(distances, kept, 1), np.take_along_axis(indices, kept, 1)
 
 
@@ -226,8 +227,13 @@ def _sort_neighbours(distances: np.ndarray, indices: np.ndarray) -> tuple[np.nda
     return np.take_along_axis(distances, order, 1), np.take_along_axis(indices, order, 1)
 
 
-def _unique_first(row: np.ndarray, k: int) -> np.ndarray:
-    return np.sort(np.unique(row, return_index=True)[1])[:k]
+def _find_again(indices: np.ndarray) -> np.ndarray:
+    """Which of the indices [N, K] stand in their row before already."""
+    order = indices.argsort(axis=1, kind="stable")
+    rising = np.take_along_axis(indices, order, 1)
+    again = np.zeros(indices.shape, bool)
+    np.put_along_axis(again, order[:, 1:], rising[:, 1:] == rising[:, :-1], 1)
+    return again
 
 
 def nearest_foreign(

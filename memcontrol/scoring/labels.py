@@ -18,7 +18,7 @@ from memcontrol.core.seeds import derive_seed
 
 N_PERMUTATIONS = 400
 _MOST_POOLED = 2048  # references of either side
-_FEWEST_NEIGHBOURS, _MOST_NEIGHBOURS = 96, 1024
+_MOST_NEIGHBOURS = 1024
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,10 @@ class Labels:
 
     @property
     def n_neighbours(self) -> int:
-        """So many that both sides are nearly always among them."""
+        """So many that both sides are among them but once in a million (1 - q)^(14 / q), where q is the share
+        of the smaller side."""
         smaller = min(len(self.train), len(self.holdout)) / self.n
-        return min(self.n, max(_FEWEST_NEIGHBOURS, min(int(10 / smaller), _MOST_NEIGHBOURS)))
+        return min(self.n, int(14 / smaller), _MOST_NEIGHBOURS)
 
 
 def draw_labels(orders: tuple[np.ndarray, np.ndarray], groups: tuple[np.ndarray, np.ndarray]) -> Labels:

@@ -66,7 +66,7 @@ def _measure_text_fit(evidence: Evidence) -> Measured:
 
 
 @_register_measure
-def _measure_memorization_distance(evidence: Evidence) -> Measured:
+def measure_memorization_distance(evidence: Evidence) -> Measured:
     pixels, features = (measure_memorization(space) for space in evidence.spaces)
     return {
         "memorization_pixels": pixels,
@@ -84,7 +84,7 @@ def find_worst(*distances: Estimate) -> Estimate:
 
 
 @_register_measure
-def _measure_copies(evidence: Evidence) -> Measured:
+def measure_copies(evidence: Evidence) -> Measured:
     pixels, features = evidence.spaces
     n_real = len(pixels.real_ratios)
     rates: Measured = {
