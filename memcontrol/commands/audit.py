@@ -214,7 +214,7 @@ def judge_images(
         raise MemControlError(f"{broken}, so nothing can be judged")
     evidence = Evidence(made, known, held)
     progress("judging", 0, 2)
-    measured = score_evidence(evidence) | _judge_attack(attack, holdout)
+    measured = score_evidence(evidence) | _judge_attack(attack, holdout, evidence)
     rewards = Rewards.from_estimates(measured).to_plain()
     progress("judging", 1, 2)
     space = evidence.space("pixels")
@@ -258,15 +258,16 @@ def _list_copies(evidence: Evidence, generated: Pictures, train: Pictures) -> li
     ]
 
 
-def _judge_attack(attack: np.ndarray | None, holdout: Pictures) -> Measured:
+def _judge_attack(attack: np.ndarray | None, holdout: Pictures, evidence: Evidence) -> Measured:
     """What the extraction attack found, all images brought to one size."""
     if attack is None:
         return {}
     small = wrap_samples(attack.reshape(-1, *attack.shape[2:])).read(
         list(range(attack.shape[0] * attack.shape[1]))
     )
+    pairs = holdout.read(list(range(len(holdout))[:N_PAIRED]))
     return measure_extraction(
-        small.reshape(*attack.shape[:2], *small.shape[1:]), holdout.read(list(range(len(holdout))[:N_PAIRED]))
+        small.reshape(*attack.shape[:2], *small.shape[1:]), pairs, evidence.space("pixels")
     )
 
 

@@ -34,6 +34,7 @@ class _RewardInfo:
 _WILSON, _DELTA, _NONE = "Wilson, 95 %", "standard error, delta method", "none"
 _FEATURES, _NEIGHBOURS = "features of the samples", "nearest neighbours"
 _DENOISER = "four passes of 64 images through the denoiser"
+_ATTACK = "samples of its own (rewards.extraction)"
 _FREE = "none: known before training"
 
 REWARDS = {
@@ -237,8 +238,9 @@ REWARDS = {
         direction=MINIMIZE,
         objective=True,
         interval=_WILSON,
-        cost="samples of its own (rewards.extraction)",
-        meaning="prompts whose samples agree, chained by pairs (MemControl's code)",
+        cost=_ATTACK,
+        meaning="prompts whose samples match a training image and agree, chained by pairs (MemControl's "
+        "code)",
     ),
     "extraction_clique": _RewardInfo(
         title="extracted, cliques",
@@ -246,26 +248,44 @@ REWARDS = {
         direction=MINIMIZE,
         objective=True,
         interval=_WILSON,
-        cost="samples of its own (rewards.extraction)",
-        meaning="prompts whose samples all agree with each other (Carlini)",
+        cost=_ATTACK,
+        meaning="prompts whose samples match a training image and all agree with each other (Carlini)",
     ),
-    "extraction_component_holdout": _RewardInfo(
-        title="components, held out",
+    "agreement_component": _RewardInfo(
+        title="agreeing, components",
         form="{:.1%}",
         direction=_BESIDE,
         objective=False,
         interval=_WILSON,
-        cost="samples of its own (rewards.extraction)",
-        meaning="the same of groups of held-out images: what no extraction gives",
+        cost=_ATTACK,
+        meaning="prompts whose samples agree, whether or not they match a training image",
     ),
-    "extraction_clique_holdout": _RewardInfo(
+    "agreement_clique": _RewardInfo(
+        title="agreeing, cliques",
+        form="{:.1%}",
+        direction=_BESIDE,
+        objective=False,
+        interval=_WILSON,
+        cost=_ATTACK,
+        meaning="the same by cliques",
+    ),
+    "agreement_component_holdout": _RewardInfo(
+        title="agreeing, held out",
+        form="{:.1%}",
+        direction=_BESIDE,
+        objective=False,
+        interval=_WILSON,
+        cost=_ATTACK,
+        meaning="of groups of held-out images: what agrees without a model",
+    ),
+    "agreement_clique_holdout": _RewardInfo(
         title="cliques, held out",
         form="{:.1%}",
         direction=_BESIDE,
         objective=False,
         interval=_WILSON,
-        cost="samples of its own (rewards.extraction)",
-        meaning="the same of groups of held-out images",
+        cost=_ATTACK,
+        meaning="the same by cliques",
     ),
     "mq": _RewardInfo(
         title="MQ",

@@ -183,7 +183,8 @@ def measure_memorization(space: DistanceSpace) -> Estimate:
     n_draws = 1 if len(order_train) == len(order_holdout) else _N_REFERENCE_DRAWS
     draws = [_draw_references(space, (order_train, order_holdout), m, draw) for draw in range(n_draws)]
     terms = [
-        _log_ratios(*(_find_nearest(space.generated, rows) for rows in pair), space.floor) for pair in draws
+        np.clip(-np.log(space.divide(*(_find_nearest(space.generated, rows) for rows in pair))), -CLIP, CLIP)
+        for pair in draws
     ]
     contributions = np.mean(terms, axis=0)  # [N]
     labels = _permute_distances(space)
@@ -207,12 +208,6 @@ def _draw_references(
 
 def _find_nearest(queries: Versions, references: np.ndarray) -> np.ndarray:
     return take_first(*nearest_versions(queries, references, 1))[0]
-
-
-def _log_ratios(to_train: np.ndarray, to_holdout: np.ndarray, floor: float) -> np.ndarray:
-    """The terms of M, clipped log(d_H / d_T) [N]."""
-    d_train, d_holdout = np.maximum(to_train, floor), np.maximum(to_holdout, floor)
-    return np.clip(np.log(d_holdout / d_train), -CLIP, CLIP)
 
 
 def _permute_hits(space: DistanceSpace) -> np.ndarray:

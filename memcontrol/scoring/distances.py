@@ -181,7 +181,12 @@ class DistanceSpace:
 
 
 def make_space(
-    generated, train, holdout, calibration=None, groups=(None, None), seed: int = 0
+    generated,
+    train,
+    holdout,
+    calibration=None,
+    groups: tuple[Sequence[str] | None, Sequence[str] | None] = (None, None),
+    seed: int = 0,
 ) -> DistanceSpace:
     """Of feature matrices [n, D], numpy or torch. Raises MemControlError."""
     g = check_matrix(generated, "generated", dtype=None)
@@ -189,7 +194,7 @@ def make_space(
     h = check_matrix(holdout, "holdout", 2, dtype=None)
     c = None if calibration is None else (check_matrix(calibration, "calibration", dtype=None),)
     refuse_unlike_widths(g, t, h, *(c or ()))
-    return DistanceSpace((g,), (t,), (h,), c, *groups, seed=seed)
+    return DistanceSpace((g,), (t,), (h,), c, groups[0], groups[1], seed)
 
 
 def remember_once(known: dict[str, Any], name: str, make: Callable[[], Any]) -> Any:

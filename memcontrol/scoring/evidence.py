@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from memcontrol.data.features import unit_rows
-from memcontrol.scoring.distances import DistanceSpace, order_rows, remember_once
+from memcontrol.scoring.distances import DistanceSpace, Versions, order_rows, remember_once
 from memcontrol.scoring.labels import Labels, draw_labels
 from memcontrol.scoring.quality import Gaussian, fit_gaussian
 
@@ -30,7 +30,7 @@ class Descriptors:
         return fit_gaussian(self.features)
 
     @property
-    def versions(self) -> tuple[np.ndarray, ...]:
+    def versions(self) -> Versions:
         """The pixels as they are, and mirrored: [N, 3072] each."""
         return self.pixels, self.mirrored
 
@@ -69,13 +69,17 @@ class Evidence:
     def space(self, name: str) -> DistanceSpace:
         if name not in self.cache:
             project = _project_pixels if name == "pixels" else _project_features
+            generated, train, holdout, calibration = project(self)
             self.cache[name] = DistanceSpace(
-                *project(self),
-                train_groups=self.train_groups,
-                holdout_groups=self.holdout_groups,
-                seed=self.seed,
-                known=self.known[name],
-                drawn=self.labels,
+                generated,
+                train,
+                holdout,
+                calibration or None,
+                self.train_groups,
+                self.holdout_groups,
+                self.seed,
+                self.known[name],
+                self.labels,
             )
         return self.cache[name]
 
@@ -94,22 +98,23 @@ class Evidence:
         return len(self.generated.pixels) * self.n_draws
 
 
-def _project_pixels(evidence: Evidence) -> list[tuple[np.ndarray, ...] | None]:
-    """Generated, training, held-out and calibration images as a space of pixels has them."""
-    sets = (evidence.generated, evidence.train, evidence.holdout, evidence.calibration)
-    return [one and one.versions for one in sets]
+def _project_pixels(evidence: Evidence) -> list[Versions]:
+    """Generated, training, held-out and calibration images as a space of pixels has them, the last empty
+    where there are none."""
+    third = evidence.calibration.versions if evidence.calibration else ()
+    return [one.versions for one in (evidence.generated, evidence.train, evidence.holdout)] + [third]
 
 
-def _project_features(evidence: Evidence) -> list[tuple[np.ndarray, ...] | None]:
+def _project_features(evidence: Evidence) -> list[Versions]:
     """Features centred on the mean of both references and scaled to unit length (cosine geometry)."""
     known, references = evidence.known["features"], (evidence.train.features, evidence.holdout.features)
     centre = remember_once(known, "centre", lambda: (references[0].mean(0) + references[1].mean(0)) / 2)
 
-    def project() -> list[tuple[np.ndarray, ...]]:
+    def project() -> list[Versions]:
         return [(unit_rows(rows - centre),) for rows in references]
 
     train, held = remember_once(known, "on the sphere", project)
-    third = evidence.calibration and (unit_rows(evidence.calibration.features - centre),)
+    third = (unit_rows(evidence.calibration.features - centre),) if evidence.calibration else ()
     return [(unit_rows(evidence.generated.features - centre),), train, held, third]
 
 

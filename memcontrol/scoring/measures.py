@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
 from memcontrol.core.estimate import Estimate, Measured, estimate_share
 from memcontrol.core.reward_table import FALSE_POSITIVES
+from memcontrol.data.features import pixel_features
 from memcontrol.scoring.copying import (
     chance_rate,
     combine_rates,
     find_clear_copies,
+    line_ratio,
     measure_copy_rate,
     measure_memorization,
     measure_swapped_rate,
 )
-from memcontrol.scoring.distances import remember_once
-from memcontrol.scoring.evidence import Evidence
+from memcontrol.scoring.distances import DistanceSpace, remember_once
+from memcontrol.scoring.evidence import Descriptors, Evidence
 from memcontrol.scoring.published import authpct, carlini_rate, extraction, mq, tile_distances
 from memcontrol.scoring.quality import clip_score, fd_pca, fid, kid, mifid, prdc
 
@@ -103,8 +106,9 @@ def measure_copies(evidence: Evidence) -> Measured:
 
 def combine_copy_rates(rates: Measured) -> Estimate:
     """The reward `copying`, from the copy rates of all descriptors."""
-    pairs = [(rates[name], rates[f"{name}_swapped"]) for name in ("copy_rate", "copy_rate_features")]
-    return combine_rates([pair for pair in pairs if isinstance(pair[0], Estimate)])
+    names = ("copy_rate", "copy_rate_features")
+    pairs = ((rates[name], rates[f"{name}_swapped"]) for name in names)
+    return combine_rates([(rate, swapped) for rate, swapped in pairs if isinstance(rate, Estimate)])
 
 
 @_register_measure
@@ -140,18 +144,28 @@ def _measure_nearest_distances(evidence: Evidence) -> Measured:
     }
 
 
-def measure_extraction(generations: np.ndarray, holdout: np.ndarray) -> Measured:
-    """The extraction attack on prompts' generations, uint8 [P, m, 3, H, W], its threshold the distance that 1
-    % of pairs of held-out images, uint8 [N, 3, H, W], lie below."""
+def measure_extraction(generations: np.ndarray, holdout: np.ndarray, references: DistanceSpace) -> Measured:
+    """The extraction attack on prompts' generations, uint8 [P, m, 3, H, W]: which agree, the threshold being
+    the distance that 1 % of pairs of held-out images, uint8 [N, 3, H, W], lie below; and which of these match
+    a training image, as far as 99 % of real images do not, in a space of pixels."""
     apart = tile_distances(holdout / 255)
     threshold = float(np.quantile(apart[np.triu_indices(len(apart), 1)], FALSE_POSITIVES))
-    found: Measured = {
-        f"extraction_{name}": share for name, share in extraction(generations / 255, threshold).items()
-    }
+    matches = _match_training_images(generations, references)
+    found: Measured = {}
+    for kind, share in extraction(generations / 255, threshold, matches=matches).items():
+        found[f"extraction_{kind}"] = share
+    for kind, share in extraction(generations / 255, threshold).items():
+        found[f"agreement_{kind}"] = share
     n_groups = len(holdout) // generations.shape[1]
     if n_groups:  # what images that have nothing to do with each other get
         groups = holdout[: n_groups * generations.shape[1]].reshape(n_groups, -1, *holdout.shape[1:])
-        found |= {
-            f"extraction_{name}_holdout": share for name, share in extraction(groups / 255, threshold).items()
-        }
+        for kind, share in extraction(groups / 255, threshold).items():
+            found[f"agreement_{kind}_holdout"] = share
     return found | {"extraction_threshold": threshold, "extraction_prompts": len(generations)}
+
+
+def _match_training_images(generations: np.ndarray, references: DistanceSpace) -> np.ndarray:
+    """Which of uint8 [P, m, 3, H, W] lie below the line of copies: [P, m]."""
+    pixels = pixel_features(generations.reshape(-1, *generations.shape[2:]))
+    space = replace(references, generated=Descriptors(pixels, pixels).versions)
+    return (space.ratios < line_ratio(space.real_ratios)).reshape(generations.shape[:2])

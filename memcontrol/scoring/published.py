@@ -92,20 +92,27 @@ def tile_distances(images, n_tiles: int = 4) -> np.ndarray:
 
 
 def extraction(
-    generations, threshold: float, least: int = PRESETS["memcontrol2025"]["component"]
+    generations,
+    threshold: float,
+    least: int = PRESETS["memcontrol2025"]["component"],
+    matches=None,
 ) -> dict[str, Estimate]:
     """The share of prompts whose generations [P, m, C, H, W] agree: `component` by `least` images joined by
     pairs below the threshold (what MemControl's code counts), `clique` by `least` images that all lie below
     it pairwise (Carlini et al. 2023).
 
-    Calibrate the threshold, the 1 % quantile of `tile_distances` of held-out images: a fixed one passes half
-    of all X-ray pairs.
+    Of `matches` [P, m], where given, only images that match a training image count: what agrees and matches
+    was extracted; a model that makes one picture only agrees with itself. Calibrate the threshold, the 1 %
+    quantile of `tile_distances` of held-out images: a fixed one passes half of all X-ray pairs.
     """
     import networkx
 
     hits: dict[str, list[bool]] = {"component": [], "clique": []}
-    for images in generations:
-        graph = networkx.from_numpy_array(np.triu(tile_distances(images) < threshold, 1))
+    for i, images in enumerate(generations):
+        joined = np.triu(tile_distances(images) < threshold, 1)
+        if matches is not None:
+            joined &= np.logical_and.outer(matches[i], matches[i])
+        graph = networkx.from_numpy_array(joined)
         hits["component"].append(max(map(len, networkx.connected_components(graph))) >= least)
         hits["clique"].append(max(map(len, networkx.find_cliques(graph))) >= least)
     return {name: estimate_share(np.array(by_prompt)) for name, by_prompt in hits.items()}

@@ -34,6 +34,15 @@ def collect_contributions(measured: Mapping[str, Estimate | float]) -> dict[str,
     }
 
 
+def collect_labels(measured: Mapping[str, Estimate | float]) -> dict[str, np.ndarray]:
+    """What a reward's statistic is under permuted labels, where that is known: name to [1 + B]."""
+    return {
+        name: value.labels
+        for name, value in measured.items()
+        if isinstance(value, Estimate) and value.labels is not None
+    }
+
+
 def pool_scores(draws: Sequence[Measured]) -> Measured:
     """The rewards of one model over several draws of samples: means, with the errors that are left."""
     pooled = {name: _pool_reward([draw[name] for draw in draws]) for name in draws[0]}

@@ -104,8 +104,8 @@ def draw_pairs(strips: Sequence[Strip]) -> Image.Image:
             draw.text((4, row + side // 2 - 8), name, fill="black", font=font)
             for column, image in enumerate(images):
                 sheet.paste(_make_tile(image, side), (_TITLE_WIDTH + column * (side + _GAP), row))
-        for column in np.flatnonzero(strip.copies):
-            _draw_frame(draw, _TITLE_WIDTH + int(column) * (side + _GAP), top + _LINE, side)
+        for copy in np.flatnonzero(strip.copies).tolist():
+            _draw_frame(draw, _TITLE_WIDTH + copy * (side + _GAP), top + _LINE, side)
         for column, (distance, share) in enumerate(zip(strip.distances, strip.shares)):
             draw.text(
                 (_TITLE_WIDTH + column * (side + _GAP), top + below),

@@ -18,7 +18,9 @@ N_SHOWN = 24
 _AUDIT_REWARDS = (
     "clear_copy_rate",
     "copy_rate",
+    "copy_rate_swapped",
     "copy_rate_features",
+    "copy_rate_features_swapped",
     "memorization_pixels",
     "memorization_features",
     "amd_train",
@@ -29,9 +31,11 @@ _AUDIT_REWARDS = (
     "authpct",
     "authpct_holdout",
     "extraction_component",
-    "extraction_component_holdout",
     "extraction_clique",
-    "extraction_clique_holdout",
+    "agreement_component",
+    "agreement_component_holdout",
+    "agreement_clique",
+    "agreement_clique_holdout",
     "fid",
     "kid",
     "recall",
@@ -54,7 +58,7 @@ def _render_pair(one: dict, generated: np.ndarray, training: np.ndarray) -> str:
         for kind, image in (("generated", generated), ("training", training))
     )
     names = f"{escape(one['generated'])}<br>{escape(one['training'])}"
-    distance = f"distance {one['distance']:.2f}, {one['of_holdout']:.2f} of held out"
+    distance = f"in {one['descriptor']}: distance {one['distance']:.2f}, {one['of_holdout']:.2f} of held out"
     return f'<figure class="{mark}">{images}<figcaption>{names}<br>{escape(distance)}</figcaption></figure>'
 
 
@@ -71,7 +75,8 @@ def _render_audit(found: dict, cards: str) -> str:
         f"<p>{escape(_describe_sizes(found))}</p>",
         f"<h2>Rewards</h2>{_render_rewards(found['rewards'])}",
         "<h2>Most suspicious images beside their nearest training images</h2>",
-        f'<p>Framed in red: nearer than 99 % of real images are.</p><div class="pairs">{cards}</div>',
+        "<p>Framed in red: called a copy by any rule, in pixels or in features.</p>"
+        f'<div class="pairs">{cards}</div>',
         f"<h2>Training images that are nearly the same</h2>{_render_duplicates(found['duplicates'])}",
         f"<h2>What this cannot see</h2>{render_list(found['cannot_see'])}",
     ]

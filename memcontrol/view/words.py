@@ -10,7 +10,8 @@ from memcontrol.core.choice import EVERYTHING, Choice
 from memcontrol.core.estimate import Rewards
 from memcontrol.core.reward_table import CLIP, FALSE_POSITIVES, REWARDS
 
-_SURE = 0.01  # p-values below it are said to be something
+# p-values below it are said to be something; with clear copies that is one clean model in a hundred at most
+_SURE = 0.005
 
 
 def find_title(name: str) -> str:
@@ -78,11 +79,13 @@ def _describe_copy_rate(rewards: dict[str, float], n: int) -> str:
         if lower
         else f" are nearer to a training image than {1 - FALSE_POSITIVES:.0%} of real images are"
     )
+    expected = f"{rewards['copy_rate_line']:.1%} is expected without copying"
     if "copy_rate_swapped" not in rewards:
-        return f"{said}, where {rewards['copy_rate_line']:.1%} is expected without copying, p {p}"
+        return f"{said}, where {expected}, p {p}"
     return (
-        f"{said}, {rewards['copy_rate_features']:.1%} in features; as near to a held-out image are "
-        f"{rewards['copy_rate_swapped']:.1%} and {rewards['copy_rate_features_swapped']:.1%}, p {p}"
+        f"{said}, {rewards['copy_rate_features']:.1%} in features, where {expected}, and "
+        f"{rewards['copy_rate_swapped']:.1%} and {rewards['copy_rate_features_swapped']:.1%} are as near to "
+        f"a held-out image, p {p}"
     )
 
 
