@@ -161,10 +161,13 @@ def gather_evidence(samples: Mapping[str, np.ndarray], spec: Spec, loaded: Loade
     rewards, images, train = spec.config.rewards, samples["images"], loaded.train_images(spec)
     captions = tuple(train.captions[row] for row in samples["rows"])
     cache, network = StudyFolder(spec.study_folder).cache, loaded.extractor(rewards.extractor)
+    held = loaded.parts(spec)[spec.reference]
     return Evidence(
+        train_groups=train.groups,
+        holdout_groups=held.groups,
         generated=describe_images(iterate_rows(images, count_described(images.shape[-1])), network.extract),
         train=loaded.views(train, rewards.extractor, cache),
-        holdout=loaded.views(loaded.parts(spec)[spec.reference], rewards.extractor, cache),
+        holdout=loaded.views(held, rewards.extractor, cache),
         seed=spec.sampling_seed,
         images=images,
         captions=captions,

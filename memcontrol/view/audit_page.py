@@ -15,6 +15,7 @@ from memcontrol.core.reward_table import REWARDS, format_reward
 from memcontrol.view.html import make_data_uri, read_asset, render_document, render_list
 
 N_SHOWN = 24
+SHOWN_SIDE = 128  # pixels of an image at the most
 _AUDIT_REWARDS = (
     "clear_copy_rate",
     "copy_rate",
@@ -86,7 +87,18 @@ def _render_audit(found: dict, cards: str) -> str:
 def _describe_sizes(found: dict) -> str:
     sizes = ", ".join(f"{n:,} {title}" for title, n in found["sizes"].items())
     side = found["side"]
-    return f"{sizes} images, brought to {side} x {side} pixels; features by {found['extractor']}."
+    said = f"{sizes} images, brought to squares of {side} pixels ({found['fit']})" if "fit" in found else ""
+    if len(found.get("fits", ())) > 1:
+        said += f", compared under {', '.join(found['fits'])}: this is where most copying shows"
+    said = said or f"{sizes} images, brought to {side} x {side} pixels"
+    return f"{said}; features by {found['extractor']}. {_describe_people(found)}"
+
+
+def _describe_people(found: dict) -> str:
+    people = found.get("copied", {})
+    if not people.get("images"):
+        return ""
+    return f"Copies are of {people['images']} training images, which are of {people['groups']} groups."
 
 
 def _render_rewards(rewards: dict[str, float]) -> str:
