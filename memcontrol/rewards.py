@@ -1,16 +1,8 @@
 """Owns the rewards as plain functions of feature matrices, under a public name; see memcontrol.scoring."""
 
 from memcontrol.core.estimate import Estimate
-from memcontrol.scoring.copying import (
-    PRESETS,
-    authpct,
-    carlini_rate,
-    copy_rate,
-    extraction,
-    memorization,
-    mq,
-    tile_distances,
-)
+from memcontrol.scoring.copying import copy_rate, memorization
+from memcontrol.scoring.published import PRESETS, authpct, carlini_rate, extraction, mq, tile_distances
 from memcontrol.scoring.quality import Gaussian, clip_score, cosine_distance, fd_pca, fid, kid, mifid, prdc
 from memcontrol.scoring.quality import fit_gaussian as gaussian
 

@@ -121,19 +121,22 @@ def test_clip_score_is_that_of_the_model_itself(tmp_path):
     )
 
 
-def test_the_extraction_attack_is_calibrated_on_held_out_pairs():
-    """Two prompts whose images agree, one whose do so in a chain only, and five whose images are like any
-    others."""
+def test_the_extraction_attack_counts_what_agrees_and_matches_a_training_image():
+    """Of four prompts' images that agree, two are a training image; one prompt makes one grey picture only;
+    the rest are like any others."""
     rng = np.random.default_rng(0)
-    holdout = rng.integers(0, 256, (60, 3, 16, 16), dtype=np.uint8)
-    apart = rng.integers(0, 256, (8, 4, 3, 16, 16), dtype=np.uint8)
+    train, holdout = (rng.integers(0, 256, (60, 3, 32, 32), dtype=np.uint8) for _ in range(2))
+    apart = rng.integers(0, 256, (8, 4, 3, 32, 32), dtype=np.uint8)
     for prompt in (0, 1):
-        apart[prompt] = apart[prompt, :1]
-    found = measure_extraction(apart, holdout)
-    assert (
-        found["extraction_clique"].value == found["extraction_component"].value == 0.25
-        and found["extraction_clique"].high < 0.65
+        apart[prompt] = train[prompt]
+    apart[2], apart[3] = apart[2, :1], 127
+    references = Evidence(
+        *(Descriptors(pixel_features(one), np.ones((60, 2))) for one in (train, train, holdout))
     )
+    found = measure_extraction(apart, holdout, references.space("pixels"))
+    for kind in ("clique", "component"):
+        assert found[f"extraction_{kind}"].value == 0.25 and found[f"extraction_{kind}"].high < 0.65
+        assert found[f"agreement_{kind}"].value == 0.5 and found[f"agreement_{kind}_holdout"].value == 0
     assert 0 < found["extraction_threshold"] < 1
 
 

@@ -20,8 +20,8 @@ def test_knee_is_nearest_to_the_ideal_after_scaling():
     assert find_knee([[0, 100], [1, 10], [10, 0]]) == 1
     assert find_knee([[5, 5]]) == 0
     assert find_knee([[0, 1], [0, 2]]) == 0
-    assert find_knee([[14.0, 0.10], [15.5, 0.05]], reference=[16.0, 0.25]) == 0
-    assert find_knee([[14.0, 0.24], [14.5, 0.05]], reference=[16.0, 0.25]) == 1
+    assert find_knee([[14.0, 0.10], [15.5, 0.05]], scale=[2.0, 0.15]) == 0
+    assert find_knee([[14.0, 0.24], [14.5, 0.05]], scale=[2.0, 0.2]) == 1
 
 
 def test_limits():

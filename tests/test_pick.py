@@ -11,8 +11,15 @@ from memcontrol.study.pick import choose_trial, find_trial, select_front, select
 from memcontrol.study.record import Record
 
 
-def record(number, fid, memorization, anchor=None, low=0.0, state="COMPLETE"):
-    rewards = {"fid": fid, "memorization": memorization, "copy_rate_low": low, "copy_rate_line": 0.01}
+def record(number, fid, memorization, anchor=None, low=0.0, state="COMPLETE", **more):
+    """Errors of FIDs make a difference of 0.8 one that is seen."""
+    rewards = {
+        "fid": fid,
+        "fid_error": 0.3,
+        "memorization": memorization,
+        "copy_rate_low": low,
+        "copy_rate_line": 0.01,
+    }
     return Record(
         number,
         state,
@@ -20,7 +27,7 @@ def record(number, fid, memorization, anchor=None, low=0.0, state="COMPLETE"):
         anchor,
         Choice((), "full", 1e-3),
         {"fid": "minimize", "memorization": "minimize"},
-        rewards,
+        rewards | more,
     )
 
 
@@ -50,6 +57,59 @@ def test_conditions_that_no_trial_meets_are_dropped():
         4,
     )
     assert choose_trial([record(3, 15.0, 0.03)]).number == 3
+
+
+def pair(full, mask, copying, scale=1.0, shift=0.0, error=None, none=None):
+    """Full fine-tuning and a mask, (first objective, M, copies?) each, in other units of the first
+    objective."""
+
+    def make(number, given, anchor=None):
+        quality, memorization, copies = given
+        known = {} if error is None else {"fid_error": scale * error}
+        one = record(number, scale * quality + shift, memorization, anchor, **known)
+        p = 0.001 if copies else 0.4
+        searched = {**one.searched, "copying_p": p, "clear_copy_rate": 0.0}
+        if error is None:
+            del searched["fid_error"]
+        return replace(one, searched=searched)
+
+    trials = [make(2, (*full, copying[0]), "full"), make(3, (*mask, copying[1]))]
+    return trials if none is None else [make(0, (*none, False), "none"), *trials]
+
+
+@pytest.mark.parametrize("scale", (1.0, 1e-3, 1e3))
+@pytest.mark.parametrize("shift", (0.0, -200.0, 1e-4))
+@pytest.mark.parametrize("error", (None, 1.5))
+@pytest.mark.parametrize("none", (None, (300.0, 0.0)))
+def test_units_and_origin_of_an_objective_change_nothing(scale, shift, error, none):
+    """Full fine-tuning at 200 copies much; a mask at 203 hardly, whatever the FID is measured in."""
+    trials = pair((200.0, 0.40), (203.0, 0.03), (True, True), scale, shift, error, none)
+    assert choose_trial(trials).number == 3
+    worse = pair((200.0, 0.40), (260.0, 0.03), (True, True), scale, shift, 1.5, none)
+    assert choose_trial(worse).number == 2
+
+
+def test_the_knee_is_defined_where_full_fine_tuning_is_among_the_best():
+    """A lies a tenth before it and copies, B nine tenths behind it and hardly does."""
+    full, a, b = record(2, 20.0, 0.40, "full"), record(3, 19.9, 0.30), record(4, 20.9, 0.05)
+    copying = {"copying_p": 0.001, "clear_copy_rate": 0.0, "fid_error": 1.0}
+    trials = [replace(one, searched={**one.searched, **copying}) for one in (full, a, b)]
+    assert choose_trial(trials).number == 4
+
+
+def test_what_is_worse_within_its_error_is_no_worse():
+    full = record(2, 0.0001, 0.2, "full", copying_p=0.0025, copy_rate=0.2, fid_error=0.003)
+    mask = record(3, 0.002, 0.01, copying_p=0.4, copy_rate=0.01, fid_error=0.003)
+    assert choose_trial([full, mask]).number == 3
+
+
+def test_copying_goes_by_the_permuted_labels_and_by_clear_copies():
+    clean, sure, clear = (
+        record(i, 16.0 + i / 100, 0.1, copying_p=p, clear_copy_rate=rate)
+        for i, (p, rate) in enumerate([(0.05, 0.0), (0.04, 0.0), (0.5, 0.01)])
+    )
+    assert choose_trial([sure, clear, clean]) is clean
+    assert choose_trial([sure, clear]) in (sure, clear)  # dropped, where all copy
 
 
 def test_what_did_not_finish_or_does_not_train_is_never_picked():

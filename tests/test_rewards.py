@@ -14,21 +14,17 @@ from memcontrol.core.estimate import Estimate, wilson_interval
 from memcontrol.core.reward_table import OBJECTIVES, REWARDS
 from memcontrol.data.features import nearest
 from memcontrol.scoring.copying import (
-    DistanceSpace,
-    authpct,
-    carlini_rate,
     copy_rate,
-    extraction,
-    measure_clear_copies,
+    find_clear_copies,
     measure_copy_rate,
     measure_memorization,
     memorization,
-    mq,
     tail_chances,
-    tile_distances,
 )
+from memcontrol.scoring.distances import DistanceSpace
 from memcontrol.scoring.evidence import Descriptors, Evidence
 from memcontrol.scoring.own_rewards import check_rewards
+from memcontrol.scoring.published import authpct, carlini_rate, extraction, mq, tile_distances
 from memcontrol.scoring.quality import clip_score, fd_pca, fid, fit_gaussian, kid, mifid, prdc
 from memcontrol.scoring.score import score_evidence
 
@@ -110,7 +106,7 @@ def world(n_copies, n=300, d=24, n_train=80, n_holdout=200):
     """Generated points of which n_copies are training points with a little noise."""
     train, holdout, generated = normal(n_train, d, 1), normal(n_holdout, d, 2), normal(n, d, 3)
     generated[:n_copies] = train[np.arange(n_copies) % n_train] + 0.01 * normal(n_copies, d, 4)
-    return DistanceSpace((generated,), train, holdout, (holdout,), seed=0)
+    return DistanceSpace((generated,), (train,), (holdout,))
 
 
 @pytest.mark.parametrize("n_copies", [0, 15, 60, 300])
@@ -128,7 +124,7 @@ def test_memorization_is_zero_without_copies_and_grows_with_them():
 
 def test_memorization_changes_sign_with_the_labels():
     space = world(60, n_holdout=80)
-    swapped = DistanceSpace(space.generated, space.holdout, space.train, (space.train,), seed=0)
+    swapped = DistanceSpace(space.generated, space.holdout, space.train)
     forwards, backwards = float(measure_memorization(space)), float(measure_memorization(swapped))
     assert backwards == pytest.approx(-forwards, abs=1e-9)
 
@@ -136,7 +132,7 @@ def test_memorization_changes_sign_with_the_labels():
 def test_noise_and_collapse_do_not_look_like_copying():
     space = world(0)
     for generated in (10 * normal(300, 24, 5), np.zeros((300, 24))):
-        value = memorization(generated, space.train, space.holdout)
+        value = memorization(generated, space.train[0], space.holdout[0])
         assert abs(value.value) < 3 * value.error
 
 
@@ -294,14 +290,15 @@ def test_mifid_in_both_directions():
 @pytest.mark.parametrize("n_copies", [0, 15, 60, 300])
 def test_copy_rate_with_calibration_images_of_their_own(n_copies):
     space, calibration = world(n_copies), normal(400, 24, 9)
-    found = copy_rate(space.generated[0], space.train, space.holdout, calibration)
+    found = copy_rate(space.generated[0], space.train[0], space.holdout[0], calibration)
     to_train, to_holdout = (
-        np.linalg.norm(calibration[:, None] - x[None], axis=2).min(1) for x in (space.train, space.holdout)
+        np.linalg.norm(calibration[:, None] - x[None], axis=2).min(1)
+        for x in (space.train[0], space.holdout[0])
     )
     limit = np.quantile(to_train / to_holdout, 0.01, method="lower")
     own = [
         np.linalg.norm(space.generated[0][:, None] - x[None], axis=2).min(1)
-        for x in (space.train, space.holdout)
+        for x in (space.train[0], space.holdout[0])
     ]
     assert (
         found.value == pytest.approx((own[0] / own[1] < limit).mean())
@@ -313,15 +310,15 @@ def test_order_and_chunks_change_nothing():
     space = world(30)
     g, order = space.generated[0], np.random.default_rng(0).permutation(300)
     for metric in (
-        lambda x: copy_rate(x, space.train, space.holdout),
-        lambda x: authpct(x, space.train),
-        lambda x: carlini_rate(x, space.train),
+        lambda x: copy_rate(x, space.train[0], space.holdout[0]),
+        lambda x: authpct(x, space.train[0]),
+        lambda x: carlini_rate(x, space.train[0]),
     ):
         assert metric(g) == metric(g[order])
-    assert float(memorization(g[order], space.train, space.holdout)) == pytest.approx(
-        float(memorization(g, space.train, space.holdout)), abs=1e-12
+    assert float(memorization(g[order], space.train[0], space.holdout[0])) == pytest.approx(
+        float(memorization(g, space.train[0], space.holdout[0])), abs=1e-12
     )
-    one, other = nearest(g, space.train, 3, chunk=7), nearest(g, space.train, 3, chunk=1000)
+    one, other = nearest(g, space.train[0], 3, chunk=7), nearest(g, space.train[0], 3, chunk=1000)
     assert np.array_equal(one[0], other[0]) and np.array_equal(one[1], other[1])
 
 
@@ -430,17 +427,19 @@ def test_clear_copies_are_found_with_few_held_out_images_and_rarely_without_copy
         generated, train, holdout = (
             normal(n, 30, 3 * seed + i) for i, n in enumerate((200, n_train, n_holdout))
         )
-        clean = measure_clear_copies(DistanceSpace((generated,), train, holdout, (holdout,)))
-        false_alarms += clean.value > 0
+        clean = find_clear_copies([DistanceSpace((generated,), (train,), (holdout,))], 200)
+        false_alarms += clean.any()
         generated[:7] = train[:7] + 0.05 * normal(7, 30, seed + 1000)
-        copied = measure_clear_copies(DistanceSpace((generated,), train, holdout, (holdout,))).contributions
+        copied = find_clear_copies([DistanceSpace((generated,), (train,), (holdout,))], 200)
         found.append(copied[:7].mean() - copied[7:].mean())
     assert false_alarms <= 2 and np.mean(found) > 0.95
 
 
-def test_the_tail_is_exact_where_the_law_is():
-    """For ratios with P(ratio < r) = r^5: chances agree with it, to the error of the estimated rate."""
+def test_the_tail_is_never_lighter_than_the_law_and_no_heavier_than_it_must_be():
+    """For ratios with P(ratio < r) = r^5, of whose tail a Lomax of index 10 and the same scale is known."""
     rng = np.random.default_rng(0)
-    for r in (0.5, 0.3, 0.2):
+    for r in (0.9, 0.6, 0.5, 0.3, 0.2):
         found = [tail_chances(rng.random(2000) ** (1 / 5), np.array([r]))[0] for _ in range(50)]
-        assert np.exp(np.mean(np.log(found))) == pytest.approx(r**5, rel=0.3)
+        above = np.log(0.1) / 5 - np.log(r)  # how far below the tenth
+        lomax = 0.1 * (1 + above * 5 / 10) ** -10 if above > 0 else r**5
+        assert np.exp(np.mean(np.log(found))) == pytest.approx(lomax, rel=0.3) and lomax >= 0.99 * r**5

@@ -66,7 +66,7 @@ def test_p_is_not_said_finer_than_it_is_known():
     [
         ({}, "No copying is visible at this sample size: 2.0% of 500 images (1.0% to 3.4%)"),
         (
-            {"memorization_p": 0.009},
+            {"memorization_p": 0.004},
             "The images lean towards the training set, without copies that stand out",
         ),
         ({"copy_rate_p": 0.0001}, "Copying is visible: 2.0% of 500 images"),

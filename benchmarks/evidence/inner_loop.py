@@ -105,7 +105,7 @@ def run_seed(seed: int, folder: Path, jobs: JobQueue) -> None:
 def row(arm: str, seed: int, folder: Path) -> dict:
     from memcontrol.core.spec import read_spec
     from memcontrol.data.features import pixel_features
-    from memcontrol.scoring.copying import mq
+    from memcontrol.scoring.published import mq
     from memcontrol.trial.loaded import LoadedModels
     from memcontrol.trial.samples import read_samples
 

@@ -44,6 +44,23 @@ def add_audit(subparsers) -> None:
     )
     _add_sampling(audit)
     audit.add_argument(
+        "--group",
+        metavar="RULE",
+        help="who is in an image: a column of the metadata, a pattern on its path whose first group is the "
+        "name, such as '(p\\d+)_', or folder",
+    )
+    audit.add_argument(
+        "--twins",
+        choices=("refuse", "drop", "keep"),
+        default="refuse",
+        help="held-out images that are nearly training images (default: refuse)",
+    )
+    audit.add_argument(
+        "--fit",
+        choices=("crop", "pad", "squash"),
+        help="how images that are not square become so (default: each way, where shapes differ)",
+    )
+    audit.add_argument(
         "--skip-unreadable",
         action="store_true",
         help="skip images that cannot be decoded instead of stopping",
@@ -76,7 +93,15 @@ def _run_audit(args: argparse.Namespace) -> int:
     sampling = {name: value for name, value in given.items() if value is not None}
     with Steps(make_console()) as steps:
         source = AuditSource(
-            args.images, args.train, args.holdout, args.model, args.skip_unreadable, sampling
+            args.images,
+            args.train,
+            args.holdout,
+            args.model,
+            args.skip_unreadable,
+            sampling,
+            args.group,
+            args.twins,
+            args.fit,
         )
         found, generated, train = audit_source(source, args.extractor, steps.show, steps.warn)
         write_audit(found, read_pairs(found, generated, train), args.out)

@@ -10,35 +10,42 @@ from typing import Any
 
 import numpy as np
 
-from memcontrol.core.config import parse_base
+from memcontrol.core.config import Fit, parse_base
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.estimate import Measured, Rewards
 from memcontrol.core.reward_table import BLIND_SPOTS, FALSE_POSITIVES
 from memcontrol.core.run_folder import RunFolder
 from memcontrol.core.seeds import derive_seed
 from memcontrol.core.spec import read_spec
-from memcontrol.data.features import nearest, pixel_features
+from memcontrol.data.features import nearest
 from memcontrol.data.images import read_captions
 from memcontrol.data.pictures import (
-    PICTURES_CHUNK,
-    PICTURES_SIDE,
+    FITS,
+    FolderImages,
     Pictures,
+    choose_fits,
+    find_common_greys,
+    leave_out_twins,
     make_pictures,
-    read_folder_pictures,
+    read_folder,
     wrap_samples,
 )
 from memcontrol.model.base import load_base
-from memcontrol.scoring.copying import DistanceSpace, line_ratio, ratio, real_ratios
-from memcontrol.scoring.evidence import Descriptors, Evidence, describe_broken_images
+from memcontrol.scoring.copying import find_suspects, line_ratio
+from memcontrol.scoring.distances import DistanceSpace
+from memcontrol.scoring.evidence import DESCRIPTORS, Descriptors, Evidence, describe_broken_images
 from memcontrol.scoring.extractors import load_extractor
 from memcontrol.scoring.measures import N_PAIRED, measure_extraction
 from memcontrol.scoring.score import score_evidence
-from memcontrol.trial.loaded import LoadedModels
+from memcontrol.trial.loaded import LoadedModels, describe_images
 from memcontrol.trial.samples import read_samples
-from memcontrol.view.audit_page import N_SHOWN
+from memcontrol.view.audit_page import N_SHOWN, SHOWN_SIDE
 from memcontrol.view.words import write_verdict
 
 _FEWEST = 8
+_TWINS = ("refuse", "drop", "keep")
+_CHUNK = 512  # training images that are looked at for twins at a time
+_SMALL_SIDE = 64  # pixels of the images that an extraction attack compares
 _MOST_SAME = 0.05
 _N_ATTACK = 10  # images of each attacked caption
 # of an audited pipeline
@@ -104,13 +111,29 @@ def audit(
     model: str | Path | None = None,
     extractor: str = "tiny",
     skip_unreadable: bool = False,
+    group: str | None = None,
+    twins: str = "refuse",
+    fit: Fit | None = None,
     **sampling: Any,
 ) -> dict[str, Any]:
     """How much a model (a run folder, or a pipeline to sample from) or a folder of images copies a training
-    set, judged against held-out images: what audit.json holds. A run knows its own images. `sampling` of a
-    pipeline: samples, attacked, steps, guidance, seed. Raises MemControlError."""
+    set, judged against held-out images: what audit.json holds. A run knows its own images.
+
+    `group`, `twins` and `fit` are as data.group, data.twins and data.fit of a study; without a fit images are
+    compared under each where shapes differ. `sampling` of a pipeline: samples, attacked, steps, guidance,
+    seed. Raises MemControlError."""
     generated, known, held = (Path(path) if path else None for path in (images, train, holdout))
-    source = AuditSource(generated, known, held, str(model) if model else None, skip_unreadable, sampling)
+    source = AuditSource(
+        generated,
+        known,
+        held,
+        str(model) if model else None,
+        skip_unreadable,
+        sampling,
+        group,
+        twins,
+        fit,
+    )
     return audit_source(source, extractor, lambda title, done, total: None, lambda line: None)[0]
 
 
@@ -126,6 +149,9 @@ class AuditSource:
     model: str | None
     skip_unreadable: bool
     sampling: Mapping[str, Any]
+    group: str | None = None
+    twins: str = "refuse"
+    fit: Fit | None = None
 
     @property
     def run(self) -> Path | None:
@@ -142,6 +168,15 @@ class AuditSource:
         if not self.run and not (self.train and self.holdout):
             raise MemControlError(
                 "audit compares with training and held-out images; give --train DIR and --holdout DIR"
+            )
+        for name, value, allowed in (("twins", self.twins, _TWINS), ("fit", self.fit, (None, *FITS))):
+            if value not in allowed:
+                known = ", ".join(str(one) for one in allowed if one)
+                raise MemControlError(f"{name} is '{value}'; allowed: {known}")
+        if self.run and not (self.train and self.holdout) and (self.group or self.fit):
+            raise MemControlError(
+                "a run knows the groups and the fit of its own images; leave out --group and --fit, or give "
+                "--train and --holdout"
             )
         if unknown := set(self.sampling) - set(SAMPLING):
             raise MemControlError(
@@ -160,38 +195,83 @@ def audit_source(
 ) -> tuple[dict, Pictures, Pictures]:
     """The audit, and the generated and training images that it tells of. Raises MemControlError."""
     source.check()
-    given = {"train": source.train, "holdout": source.holdout}
-    parts = {
-        name: read_folder_pictures(name, folder, warn, source.skip_unreadable)
-        for name, folder in given.items()
-        if folder
-    }
-    attack = None
+    seen = _read_references(source, warn)
+    attack: np.ndarray | None = None
+    fits: tuple[Fit, ...]
     if source.run:
         RunFolder(source.run).refuse_dropped(RunFolder(source.run).samples_file)
         spec, loaded, samples = read_spec(source.run), LoadedModels(), read_samples(source.run)
         own = {"train": loaded.train_images(spec), "holdout": loaded.parts(spec)[spec.reference]}
-        parts = {name: parts.get(name) or make_pictures(name, found) for name, found in own.items()}
-        generated, attack = wrap_samples(samples["images"]), samples.get("extraction")
-    elif source.images:
-        generated = read_folder_pictures("generated", source.images, warn, source.skip_unreadable)
+        parts = [
+            seen[name].make_pictures(source.fit or "crop") if name in seen else make_pictures(name, found)
+            for name, found in own.items()
+        ]
+        sets = [(wrap_samples(samples["images"]), *parts)]
+        attack, fits = samples.get("extraction"), (spec.config.data.fit,)
     else:
-        captions = sorted(read_captions(source.train).values()) if source.train else []
-        generated, attack = _sample_pipeline(
-            str(source.model), captions, **{**SAMPLING, **source.sampling}, progress=progress
-        )
-    return (
-        judge_images(generated, parts["train"], parts["holdout"], extractor, progress, attack),
-        generated,
-        parts["train"],
-    )
+        if source.images:
+            folder = read_folder("generated", source.images, warn, source.skip_unreadable)
+            fits = choose_fits(folder, seen["train"], source.fit)
+            shown = [folder.make_pictures(fit) for fit in fits]
+        else:
+            captions = sorted(read_captions(source.train).values()) if source.train else []
+            sampled, attack = _sample_pipeline(
+                str(source.model), captions, **{**SAMPLING, **source.sampling}, progress=progress
+            )
+            fits = choose_fits(None, seen["train"], source.fit)
+            shown = [sampled for _ in fits]
+        sets = [
+            (one, seen["train"].make_pictures(fit), seen["holdout"].make_pictures(fit))
+            for one, fit in zip(shown, fits)
+        ]
+    judged = [
+        judge_images(made, known, held, extractor, progress, attack, len(sets)) for made, known, held in sets
+    ]
+    # what was copied shows where images are brought to squares as the model's were
+    most = max(range(len(judged)), key=lambda i: _rank_copying(judged[i]["rewards"]))
+    generated, train, _ = sets[most]
+    return {**judged[most], "fit": fits[most], "fits": list(fits)}, generated, train
+
+
+def _rank_copying(rewards: Mapping[str, float]) -> tuple[float, float]:
+    return rewards["clear_copy_rate"], rewards["copying"]
+
+
+def _read_references(source: AuditSource, warn: Callable[[str], None]) -> dict[str, FolderImages]:
+    """The training and held-out folders that are given, without twins of each other. Raises
+    MemControlError."""
+    given = {"train": source.train, "holdout": source.holdout}
+    folders = {name: folder for name, folder in given.items() if folder}
+    greys = find_common_greys(list(folders.values()))
+    seen = {
+        name: read_folder(name, folder, warn, source.skip_unreadable, source.group, greys)
+        for name, folder in folders.items()
+    }
+    if len(seen) == 2:
+        _refuse_same_images(seen["train"], seen["holdout"])
+        train, holdout = leave_out_twins(seen["train"], seen["holdout"], source.twins, warn)
+        seen = {"train": train, "holdout": holdout}
+    return seen
+
+
+def _refuse_same_images(train: FolderImages, holdout: FolderImages) -> None:
+    held = {record.digest: record.name for record in holdout.look.records}
+    for record in train.look.records:
+        if record.digest in held:
+            raise MemControlError(
+                f"train and holdout share an image: '{record.name}' and '{held[record.digest]}' have the "
+                "same pixels; remove one, since copying could not be told from chance"
+            )
 
 
 def read_pairs(found: dict, generated: Pictures, train: Pictures) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The generated image and its nearest training image, uint8 [3, H, W], of the first copies of an
     audit."""
     rows = [one["rows"] for one in found["copies"][:N_SHOWN]]
-    return zip(generated.read([row for row, _ in rows]), train.read([row for _, row in rows]))
+    return zip(
+        generated.read_small([row for row, _ in rows], min(generated.side, SHOWN_SIDE)),
+        train.read_small([row for _, row in rows], min(train.side, SHOWN_SIDE)),
+    )
 
 
 def judge_images(
@@ -201,9 +281,11 @@ def judge_images(
     extractor: str,
     progress: ShowProgress,
     attack: np.ndarray | None = None,
+    n_judgements: int = 1,
 ) -> dict:
     """Every reward of the audit, as audit.json holds it; `attack` is what an extraction attack sampled, uint8
-    [P, m, 3, H, W]. Raises MemControlError where the images cannot be judged."""
+    [P, m, 3, H, W]; the most suspicious of `n_judgements` is taken. Raises MemControlError where the images
+    cannot be judged."""
     _check_pictures(generated, train, holdout)
     network = load_extractor(extractor)
     made, known, held = (
@@ -211,53 +293,77 @@ def judge_images(
     )
     if broken := describe_broken_images(made.pixels):
         raise MemControlError(f"{broken}, so nothing can be judged")
-    evidence = Evidence(made, known, held)
+    evidence = Evidence(
+        made, known, held, train_groups=train.groups, holdout_groups=holdout.groups, n_draws=n_judgements
+    )
     progress("judging", 0, 2)
-    measured = score_evidence(evidence) | _judge_attack(attack, holdout)
+    measured = score_evidence(evidence) | _judge_attack(attack, holdout, evidence)
     rewards = Rewards.from_estimates(measured).to_plain()
+    for name in ("copying_p", "memorization_p"):  # of the largest of several
+        rewards[name] = min(1.0, n_judgements * rewards[name])
     progress("judging", 1, 2)
     space = evidence.space("pixels")
-    same = float((space.to_holdout < 1e-6).mean())
+    same = float((space.to_holdout[0] < 1e-6).mean())
     if same > _MOST_SAME:
         raise MemControlError(
             f"{same:.0%} of the generated images are held-out images themselves; hold out images "
             "that the model never saw and that are not audited, since copying could not be seen"
         )
-    suspicion, limit = ratio(space.to_train[0], space.to_holdout), line_ratio(real_ratios(space))
-    order = np.argsort(suspicion, kind="stable")
-    copies = [
-        {
-            "generated": generated.names[i],
-            "training": train.names[space.to_train[1][i]],
-            "distance": float(space.to_train[0][i]),
-            "of_holdout": float(suspicion[i]),
-            "copy": bool(suspicion[i] < limit),
-            "rows": [int(i), int(space.to_train[1][i])],
-        }
-        for i in order[: max(N_SHOWN, int((suspicion < limit).sum()))]
-    ]
+    copies = _list_copies(evidence, generated, train)
     return {
         "verdict": write_verdict(rewards, len(generated)),
         "sizes": {part.title: len(part) for part in (generated, train, holdout)},
         "extractor": network.id,
-        "side": PICTURES_SIDE,
-        "threshold": float(limit),
+        "side": train.side,
+        "threshold": line_ratio(space.real_ratios),
         "rewards": rewards,
         "copies": copies,
         "duplicates": _find_duplicates(space, train, progress),
+        "copied": _count_copied(evidence, train),
         "cannot_see": list(BLIND_SPOTS),
     }
 
 
-def _judge_attack(attack: np.ndarray | None, holdout: Pictures) -> Measured:
+def _list_copies(evidence: Evidence, generated: Pictures, train: Pictures) -> list[dict]:
+    """What any rule calls a copy, and some more, the most suspicious first; each in the descriptor in which
+    it is that."""
+    found = find_suspects(evidence.spaces, evidence.n_judged)
+    return [
+        {
+            "generated": generated.names[i],
+            "training": train.names[found.training[i]],
+            "descriptor": DESCRIPTORS[found.descriptors[i]],
+            "distance": float(found.distances[i]),
+            "of_holdout": float(found.ratios[i]),
+            "chance": float(found.chances[i]),
+            "copy": bool(found.is_copy[i]),
+            "rows": [int(i), int(found.training[i])],
+        }
+        for n, i in enumerate(found.order)
+        if n < N_SHOWN or found.is_copy[i]
+    ]
+
+
+def _count_copied(evidence: Evidence, train: Pictures) -> dict[str, int]:
+    """How many generated images are copies, of how many training images, of how many groups."""
+    found = find_suspects(evidence.spaces, evidence.n_judged)
+    rows = set(found.training[found.is_copy].tolist())
+    return {
+        "generated": int(found.is_copy.sum()),
+        "images": len(rows),
+        "groups": len({train.groups[row] for row in rows}),
+    }
+
+
+def _judge_attack(attack: np.ndarray | None, holdout: Pictures, evidence: Evidence) -> Measured:
     """What the extraction attack found, all images brought to one size."""
     if attack is None:
         return {}
-    small = wrap_samples(attack.reshape(-1, *attack.shape[2:])).read(
-        list(range(attack.shape[0] * attack.shape[1]))
-    )
+    flat = wrap_samples(attack.reshape(-1, *attack.shape[2:]))
+    small = flat.read_small(list(range(len(flat))), _SMALL_SIDE)
+    pairs = holdout.read_small(list(range(len(holdout))[:N_PAIRED]), _SMALL_SIDE)
     return measure_extraction(
-        small.reshape(*attack.shape[:2], *small.shape[1:]), holdout.read(list(range(len(holdout))[:N_PAIRED]))
+        small.reshape(*attack.shape[:2], *small.shape[1:]), pairs, evidence.space("pixels")
     )
 
 
@@ -278,19 +384,14 @@ def _check_pictures(generated: Pictures, train: Pictures, holdout: Pictures) -> 
 
 
 def _describe_pictures(pictures: Pictures, extract: Callable, progress: ShowProgress) -> Descriptors:
-    """Descriptors of all images, read in chunks: pixels [N, 3072], features [N, D]."""
-    views: Descriptors | None = None
-    for start in range(0, len(pictures), PICTURES_CHUNK):
-        rows = list(range(start, min(start + PICTURES_CHUNK, len(pictures))))
-        pixels = pictures.read(rows)
-        found = Descriptors(pixel_features(pixels), extract(pixels))
-        views = views or Descriptors(
-            *(np.empty((len(pictures), rows.shape[1]), np.float32) for rows in (found.pixels, found.features))
-        )
-        views.pixels[rows], views.features[rows] = found.pixels, found.features
-        progress(pictures.title, rows[-1] + 1, len(pictures))
-    assert views is not None  # `check` refuses an empty set
-    return views
+    """Descriptors of all images, read in blocks: pixels [N, 3072], features [N, D]."""
+
+    def read() -> Iterator[np.ndarray]:
+        for rows in pictures.iterate_rows():
+            yield pictures.read(rows)
+            progress(pictures.title, rows[-1] + 1, len(pictures))
+
+    return describe_images(read(), extract)
 
 
 def _find_duplicates(space: DistanceSpace, train: Pictures, progress: ShowProgress) -> list[dict]:
@@ -300,14 +401,14 @@ def _find_duplicates(space: DistanceSpace, train: Pictures, progress: ShowProgre
     8 x 8 thumbnails are compared first: block means times 4 are an orthogonal projection, so no pair is
     nearer than its thumbnails.
     """
-    limit = 0.5 * np.quantile(space.held_to_train, FALSE_POSITIVES)
+    limit = 0.5 * np.quantile(space.holdout_to_train, FALSE_POSITIVES)
     pairs: dict[tuple[int, ...], float] = {}
-    small = 4 * space.train.reshape(-1, 3, 8, 4, 8, 4).mean((3, 5)).reshape(-1, 192)
-    for start in range(0, len(small), PICTURES_CHUNK):
-        rows = np.arange(start, min(start + PICTURES_CHUNK, len(small)))
+    small = 4 * space.train[0].reshape(-1, 3, 8, 4, 8, 4).mean((3, 5)).reshape(-1, 192)
+    for start in range(0, len(small), _CHUNK):
+        rows = np.arange(start, min(start + _CHUNK, len(small)))
         near = rows[nearest(small[rows], small, 2)[0][:, 1] < limit]
         distances, indices = (
-            nearest(space.train[near], space.train, 2)
+            nearest(space.train[0][near], space.train[0], 2)
             if len(near)
             else (np.empty((0, 2)), np.empty((0, 2), int))
         )

@@ -13,7 +13,7 @@ from memcontrol.core.spec import read_spec
 from memcontrol.study.store import refuse_incomparable
 from memcontrol.trial.loaded import LoadedModels
 from memcontrol.trial.pictures import Strip, make_strip
-from memcontrol.trial.samples import gather_evidence, read_contributions, read_samples
+from memcontrol.trial.samples import gather_evidence, read_estimates, read_samples
 
 
 def compare(run_a: str | Path, run_b: str | Path) -> dict[str, Estimate]:
@@ -36,16 +36,14 @@ def measure_differences(a: Path, b: Path) -> dict[str, Estimate]:
     """
     results = [read_finished_result(run) for run in (a, b)]
     refuse_incomparable(results[0]["measured_with"], results[1]["measured_with"], f"{a} and {b}")
-    first, second = read_contributions(a), read_contributions(b)
-    prompts, found = first["prompts"], {}
-    for name in first:
-        if name != "prompts" and name in second:
-            one, other = (
-                Estimate(result["rewards"][name], contributions=rows[name])
-                for result, rows in zip(results, (first, second))
-            )
-            found[name] = paired_difference(one, other, prompts, seed=derive_seed(0, "paired", name))
-    return found
+    (first, prompts), (second, _) = (
+        read_estimates(run, result["rewards"]) for run, result in zip((a, b), results)
+    )
+    return {
+        name: paired_difference(first[name], second[name], prompts, seed=derive_seed(0, "paired", name))
+        for name in first
+        if name in second
+    }
 
 
 def read_finished_result(run: Path) -> dict:

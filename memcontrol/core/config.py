@@ -48,6 +48,7 @@ FREE_KEYS = (
     "slurm",
 )
 
+Fit = Literal["crop", "pad", "squash"]
 DIGITS = "digits"  # data.path of the images that are embedded
 CHECKPOINT = ".safetensors"  # how a base in one file ends
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
@@ -149,6 +150,16 @@ class DataConfig(Strict):
     """share or number of images that only `retrain` is scored on"""
     resolution: Annotated[int, Field(ge=8)] | None = None
     """side of the square images in pixels; none: the base's own"""
+    fit: Fit = "crop"
+    """how an image that is not square becomes so: its centre square, the whole on black, or squashed"""
+    group: Annotated[str, Field(min_length=1)] | None = None
+    """who is in an image, such as a patient: a column of the metadata (`patient_id`), a pattern on its path
+    whose first group is the name (`"(p\\d+)_"`), or `folder`. A group is in one part and one shard, and one
+    unit of every error; none: each image for itself"""
+    twins: Literal["refuse", "drop", "keep"] = "refuse"
+    """images that are nearly the same (re-encoded, resized, turned, cropped) in two of the folders `train/`,
+    `holdout/` and `test/`: refuse them, drop the one that is not trained on, or keep both. A pool that is
+    split keeps them in one part"""
     skip_unreadable: bool = False
     """skip images that cannot be decoded instead of stopping"""
 

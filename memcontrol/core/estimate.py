@@ -27,6 +27,9 @@ class Estimate:
     for a value that is no mean of images, its first-order part (its influence function). They make two models
     comparable image by image.
 
+    `labels` [1 + B], where there are any: a statistic of the references as they are, then with their labels
+    permuted; the same permutations wherever the references are the same. It gives the p.
+
     It is no number itself, since sums and ratios would lose the error in silence: `value`, or float() of it,
     is the number, and format() writes that one.
     """
@@ -37,9 +40,12 @@ class Estimate:
     high: float | None = None
     p: float | None = None
     contributions: np.ndarray | None = field(default=None, repr=False, compare=False)
+    labels: np.ndarray | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self):
         object.__setattr__(self, "value", float(self.value))  # as dataclasses set what is frozen
+        if self.labels is not None and self.p is None:
+            object.__setattr__(self, "p", permutation_p(self.labels))
         if self.error is None:
             return
         for name, sign in (("low", -1), ("high", 1)):
@@ -174,14 +180,21 @@ def beta_binomial_p(hits: int, n: int, rank: int, n_real: int) -> float:
     return min(1.0, sum(terms))
 
 
+def permutation_p(labels: np.ndarray) -> float:
+    """How often a statistic under permuted labels is as large as under the true ones, which come first
+    (Phipson and Smyth 2010)."""
+    return float((1 + (labels[1:] >= labels[0] - 1e-12).sum()) / len(labels))
+
+
 def paired_difference(a: Estimate, b: Estimate, prompts=None, n_draws: int = 1000, seed: int = 0) -> Estimate:
     """a - b for two models that were given the same prompts and noise, image by image, with its error and 95
     % interval.
 
     Prompts are drawn with replacement, and all images of a prompt with them (`prompts` [N] names each
     image's; without it every image has its own): what both models share, such as a prompt that is easily
-    copied, cancels. Raises MemControlError where the estimates have no contributions, or of different numbers
-    of images.
+    copied, cancels. Where both know it, the error has the part that comes from which references happen to
+    be training images. Raises MemControlError where the estimates have no contributions, or of different
+    numbers of images.
     """
     # a plain number has none
     mine, theirs = (getattr(estimate, "contributions", None) for estimate in (a, b))
@@ -202,8 +215,21 @@ def paired_difference(a: Estimate, b: Estimate, prompts=None, n_draws: int = 100
     drawn = rng.multinomial(len(sums), shares, size=n_draws)  # [draws, prompts]
     spread = drawn @ sums / (drawn @ counts) - apart.mean()
     low, high = np.quantile(spread, (0.025, 0.975))
-    value = float(a) - float(b)
-    return Estimate(value, float(spread.std()), low=value + float(low), high=value + float(high))
+    value, of_labels = float(a) - float(b), _compare_labels(a, b)
+    reach = _NORMAL_95 * of_labels
+    return Estimate(
+        value,
+        math.hypot(spread.std(), of_labels),
+        low=value - math.hypot(low, reach),
+        high=value + math.hypot(high, reach),
+    )
+
+
+def _compare_labels(a: Estimate, b: Estimate) -> float:
+    """The standard deviation of the difference under permuted labels; 0 where it is not known."""
+    if a.labels is None or b.labels is None or len(a.labels) != len(b.labels):
+        return 0.0
+    return float((a.labels - b.labels)[1:].std())
 
 
 def spearman(x: Sequence[float], y: Sequence[float]) -> Estimate:
@@ -228,14 +254,19 @@ def pool_estimates(draws: Sequence[Estimate]) -> Estimate:
     """The mean of one reward over independent draws of the same number of images: as biased as each, with a
     smaller error."""
     value, contributions = float(np.mean([draw.value for draw in draws])), _pool_contributions(draws)
+    labels = _pool_labels(draws)
     errors = [draw.error for draw in draws if draw.error is not None]
     if len(errors) == len(draws):
-        error = math.sqrt(sum(error**2 for error in errors)) / len(draws)
-        p = 0.5 * math.erfc(value / error / math.sqrt(2)) if error and draws[0].p is not None else None
-        return Estimate(value, error, p=p, contributions=contributions)
+        # what the labels add is common to all draws, and no draw makes it less
+        error = (
+            math.sqrt(sum(error**2 for error in errors)) / len(draws)
+            if labels is None
+            else float(labels[1:].std())
+        )
+        return Estimate(value, error, contributions=contributions, labels=labels)
     if draws[0].low is not None and contributions is not None:  # a share
         low, high = wilson_interval(value, len(contributions))
-        return Estimate(value, low=low, high=high, contributions=contributions)
+        return Estimate(value, low=low, high=high, contributions=contributions, labels=labels)
     reaches = [
         (draw.value - draw.low, draw.high - draw.value)
         for draw in draws
@@ -245,6 +276,12 @@ def pool_estimates(draws: Sequence[Estimate]) -> Estimate:
         below, above = map(_pooled_reach, zip(*reaches))
         return Estimate(value, low=value - below, high=value + above, contributions=contributions)
     return Estimate(value, contributions=contributions)
+
+
+def _pool_labels(draws: Sequence[Estimate]) -> np.ndarray | None:
+    """Their mean; None where one has none."""
+    known = [draw.labels for draw in draws if draw.labels is not None]
+    return np.mean(known, axis=0) if len(known) == len(draws) else None
 
 
 def _pool_contributions(draws: Sequence[Estimate]) -> np.ndarray | None:

@@ -34,6 +34,7 @@ class _RewardInfo:
 _WILSON, _DELTA, _NONE = "Wilson, 95 %", "standard error, delta method", "none"
 _FEATURES, _NEIGHBOURS = "features of the samples", "nearest neighbours"
 _DENOISER = "four passes of 64 images through the denoiser"
+_ATTACK = "samples of its own (rewards.extraction)"
 _FREE = "none: known before training"
 
 REWARDS = {
@@ -143,7 +144,7 @@ REWARDS = {
         form="{:.1%}",
         direction=MINIMIZE,
         objective=True,
-        interval=_WILSON,
+        interval="Wilson, 95 %; p, label permutation",
         cost=_NEIGHBOURS,
         meaning="share nearer to a training image than 99 % of real images; about 1 % is chance, more "
         "where held-out images are few",
@@ -157,6 +158,34 @@ REWARDS = {
         cost=_NEIGHBOURS,
         meaning="the same in the feature network",
     ),
+    "copy_rate_swapped": _RewardInfo(
+        title="copied, swapped",
+        form="{:.1%}",
+        direction=_BESIDE,
+        objective=False,
+        interval=_WILSON,
+        cost=_NEIGHBOURS,
+        meaning="`copy_rate` with training and held-out images in each other's place: its null",
+    ),
+    "copy_rate_features_swapped": _RewardInfo(
+        title="copied, features, swapped",
+        form="{:.1%}",
+        direction=_BESIDE,
+        objective=False,
+        interval=_WILSON,
+        cost=_NEIGHBOURS,
+        meaning="the same in the feature network",
+    ),
+    "copying": _RewardInfo(
+        title="copied beyond swapped",
+        form="{:.1%}",
+        direction=MINIMIZE,
+        objective=False,
+        interval="p, label permutation",
+        cost=_NEIGHBOURS,
+        meaning="the larger excess of a copy rate over its swapped one, in pixels or in features; the "
+        "verdict goes by its p",
+    ),
     "clear_copy_rate": _RewardInfo(
         title="clear copies",
         form="{:.1%}",
@@ -164,8 +193,8 @@ REWARDS = {
         objective=False,
         interval=_WILSON,
         cost=_NEIGHBOURS,
-        meaning="share so near to a training image that one such among all has a chance of 1 % without "
-        "copying",
+        meaning="share so near to a training image, in pixels or in features, that one such among all has a "
+        "chance of 1 % without copying",
     ),
     "loss_gap": _RewardInfo(
         title="loss gap",
@@ -209,8 +238,9 @@ REWARDS = {
         direction=MINIMIZE,
         objective=True,
         interval=_WILSON,
-        cost="samples of its own (rewards.extraction)",
-        meaning="prompts whose samples agree, chained by pairs (MemControl's code)",
+        cost=_ATTACK,
+        meaning="prompts whose samples match a training image and agree, chained by pairs (MemControl's "
+        "code)",
     ),
     "extraction_clique": _RewardInfo(
         title="extracted, cliques",
@@ -218,26 +248,44 @@ REWARDS = {
         direction=MINIMIZE,
         objective=True,
         interval=_WILSON,
-        cost="samples of its own (rewards.extraction)",
-        meaning="prompts whose samples all agree with each other (Carlini)",
+        cost=_ATTACK,
+        meaning="prompts whose samples match a training image and all agree with each other (Carlini)",
     ),
-    "extraction_component_holdout": _RewardInfo(
-        title="components, held out",
+    "agreement_component": _RewardInfo(
+        title="agreeing, components",
         form="{:.1%}",
         direction=_BESIDE,
         objective=False,
         interval=_WILSON,
-        cost="samples of its own (rewards.extraction)",
-        meaning="the same of groups of held-out images: what no extraction gives",
+        cost=_ATTACK,
+        meaning="prompts whose samples agree, whether or not they match a training image",
     ),
-    "extraction_clique_holdout": _RewardInfo(
+    "agreement_clique": _RewardInfo(
+        title="agreeing, cliques",
+        form="{:.1%}",
+        direction=_BESIDE,
+        objective=False,
+        interval=_WILSON,
+        cost=_ATTACK,
+        meaning="the same by cliques",
+    ),
+    "agreement_component_holdout": _RewardInfo(
+        title="agreeing, held out",
+        form="{:.1%}",
+        direction=_BESIDE,
+        objective=False,
+        interval=_WILSON,
+        cost=_ATTACK,
+        meaning="of groups of held-out images: what agrees without a model",
+    ),
+    "agreement_clique_holdout": _RewardInfo(
         title="cliques, held out",
         form="{:.1%}",
         direction=_BESIDE,
         objective=False,
         interval=_WILSON,
-        cost="samples of its own (rewards.extraction)",
-        meaning="the same of groups of held-out images",
+        cost=_ATTACK,
+        meaning="the same by cliques",
     ),
     "mq": _RewardInfo(
         title="MQ",

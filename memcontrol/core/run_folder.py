@@ -151,16 +151,23 @@ class RunFolder:
         measured = [read_json(path) for path in paths if path.is_file()]
         return [{**one, "rewards": _select_rewards(one["rewards"], names)} for one in measured]
 
+    def read_contributions(self) -> Mapping[str, np.ndarray]:
+        """What each sample added to each reward, where that was kept: name to [N]."""
+        return _read_arrays(self.contributions_file)
+
     def read_rung_contributions(self, rung: float) -> Mapping[str, np.ndarray]:
-        """What each sample added to each reward at the rung, where that was kept: name to [N]."""
-        path = self.rung_contributions_file(rung)
-        if not path.is_file():
-            return {}
-        with np.load(path, allow_pickle=False) as stored:
-            return dict(stored)
+        """The same at the rung."""
+        return _read_arrays(self.rung_contributions_file(rung))
 
     def count_rungs(self) -> int:
         return len(list(self.path.glob("rung-*.json")))
+
+
+def _read_arrays(path: Path) -> Mapping[str, np.ndarray]:
+    if not path.is_file():
+        return {}
+    with np.load(path, allow_pickle=False) as stored:
+        return dict(stored)
 
 
 def _select_rewards(rewards: dict[str, float], names: tuple[str, ...]) -> dict[str, float]:

@@ -2,43 +2,51 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from memcontrol.core.config import DIGITS, PARTS
+from memcontrol.core.config import DIGITS, PARTS, Fit
 from memcontrol.core.errors import MemControlError
+from memcontrol.data.greys import Greys, choose_greys, is_deep, read_greys
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 _METADATA = ("metadata.jsonl", "metadata.csv")
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
 class ImageRecord:
-    """One image: its path inside the data folder (or its index among the digits), caption, and hash of its
-    pixels."""
+    """One image: its path inside the data folder (or its index among the digits), caption, hash of its
+    pixels, and the group of images that it belongs to, such as a person; empty: none but itself."""
 
     name: str
     caption: str
     digest: str = ""
+    group: str = ""
 
 
 @dataclass(frozen=True)
 class Images:
-    """Some of a source's images, in order; pixels are decoded only when asked for."""
+    """Some of a source's images, in order; pixels are decoded only when asked for, brought to squares as
+    `fit` says, and deep greys to 8 bits by one scale for all."""
 
     source: str
     resolution: int
     records: tuple[ImageRecord, ...]
+    fit: Fit = "crop"
+    greys: Greys | None = None
 
     def __len__(self) -> int:
         return len(self.records)
@@ -47,12 +55,18 @@ class Images:
     def captions(self) -> list[str]:
         return [record.caption for record in self.records]
 
+    @property
+    def groups(self) -> list[str]:
+        """Who is in each image."""
+        return [record.group or f"{self.source} {record.name}" for record in self.records]
+
     @cached_property
     def digest(self) -> str:
         """Names the content: the same images with the same captions at the same resolution, in the same
-        order."""
+        order, brought to squares alike."""
         lines = [f"{record.digest} {record.caption}" for record in self.records]
-        return hashlib.sha256("\n".join([str(self.resolution), *lines]).encode()).hexdigest()[:16]
+        form = str(self.resolution) if self.fit == "crop" else f"{self.resolution} {self.fit}"
+        return hashlib.sha256("\n".join([form, *lines]).encode()).hexdigest()[:16]
 
     def take(self, rows: Sequence[int]) -> Images:
         return replace(self, records=tuple(self.records[row] for row in rows))
@@ -64,8 +78,12 @@ class Images:
 
     def pixels(self) -> np.ndarray:
         """uint8 [N, 3, resolution, resolution]."""
-        read = _make_digit_reader() if self.source == DIGITS else _make_folder_reader(Path(self.source))
-        squares = [crop_square(read(record.name), self.resolution) for record in self.records]
+        read = (
+            _make_digit_reader()
+            if self.source == DIGITS
+            else _make_folder_reader(Path(self.source), self.greys)
+        )
+        squares = [fit_square(read(record.name), self.resolution, self.fit) for record in self.records]
         return np.stack(squares).transpose(0, 3, 1, 2)
 
 
@@ -79,18 +97,22 @@ def _make_digit_reader():
     return lambda name: Image.fromarray(paper[int(name)]).convert("RGB")
 
 
-def _make_folder_reader(folder: Path):
-    return lambda name: decode_image(folder / name)
+def _make_folder_reader(folder: Path, greys: Greys | None):
+    return lambda name: decode_image(folder / name, greys)
 
 
-def decode_image(path: Path) -> Image.Image:
-    """An image file as upright RGB: EXIF rotation applied, transparency on white, 16-bit grey scaled. Raises
-    MemControlError."""
+def decode_image(path: Path, greys: Greys | None = None) -> Image.Image:
+    """An image file as upright RGB: EXIF rotation applied, transparency on white; greys of more than 8 bits
+    by the scale, without one by that of the image itself. Raises MemControlError."""
+    return _read_image(path, lambda image: _convert_to_rgb(ImageOps.exif_transpose(image), greys))
+
+
+def _read_image(path: Path, read: Callable[[Image.Image], Found]) -> Found:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd but readable files: palettes, EXIF blocks, huge pictures
             with Image.open(path) as image:
-                return _convert_to_rgb(ImageOps.exif_transpose(image))
+                return read(image)
     except FileNotFoundError:
         raise MemControlError(
             f"image {path} is not there any more; restore it, or where the images have moved, set "
@@ -103,19 +125,23 @@ def decode_image(path: Path) -> Image.Image:
         ) from None
 
 
-def _convert_to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):
-        grey = np.asarray(image, np.float64)
-        return Image.fromarray((grey * (255 / max(65535.0, grey.max()))).astype(np.uint8)).convert("RGB")
+def _convert_to_rgb(image: Image.Image, greys: Greys | None) -> Image.Image:
+    if is_deep(image):
+        values = read_greys(image)
+        return (greys or choose_greys(values.min(), values.max(), image.mode)).convert(values)
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
 
 
-def crop_square(image: Image.Image, resolution: int) -> np.ndarray:
-    """The centre square, resized with antialiasing. uint8 [resolution, resolution, 3]."""
-    return np.asarray(ImageOps.fit(image, (resolution, resolution), Image.Resampling.BICUBIC))
+def fit_square(image: Image.Image, resolution: int, fit: Fit = "crop") -> np.ndarray:
+    """The centre square, the whole on black, or the whole squashed; resized with antialiasing. uint8
+    [resolution, resolution, 3]."""
+    size, way = (resolution, resolution), Image.Resampling.BICUBIC
+    if fit == "pad":
+        return np.asarray(ImageOps.pad(image, size, way))
+    return np.asarray(ImageOps.fit(image, size, way) if fit == "crop" else image.resize(size, way))
 
 
 def list_digit_records() -> list[ImageRecord]:
@@ -132,7 +158,12 @@ def list_digit_records() -> list[ImageRecord]:
 
 def read_captions(folder: Path) -> dict[str, str]:
     """Image path inside the folder to caption, from every metadata file of the imagefolder kind below it."""
-    captions: dict[str, str] = {}
+    return {name: str(row.get("text") or "") for name, row in read_metadata(folder).items()}
+
+
+def read_metadata(folder: Path) -> dict[str, Mapping[str, object]]:
+    """Image path inside the folder to its row, of every metadata file below it. Raises MemControlError."""
+    found: dict[str, Mapping[str, object]] = {}
     for file in sorted(path for name in _METADATA for path in folder.rglob(name)):
         for number, row in enumerate(_read_metadata_rows(file), start=1):
             name = row.get("file_name")
@@ -145,10 +176,8 @@ def read_captions(folder: Path) -> dict[str, str]:
                 raise MemControlError(
                     f"{file}, row {number}: names '{name}', and there is no such image in {file.parent}"
                 )
-            captions[Path(os.path.normpath(path)).relative_to(os.path.normpath(folder)).as_posix()] = str(
-                row.get("text") or ""
-            )
-    return captions
+            found[Path(os.path.normpath(path)).relative_to(os.path.normpath(folder)).as_posix()] = row
+    return found
 
 
 def _read_metadata_rows(file: Path) -> list[dict]:
@@ -166,23 +195,64 @@ def _read_metadata_rows(file: Path) -> list[dict]:
     return rows
 
 
-def read_records(folder: Path, captions: dict[str, str], skip_unreadable: bool, warn) -> list[ImageRecord]:
-    """A record for each image of the folder, decoded once to see that it can be and to hash its pixels."""
-    names = sorted(
-        name
-        for name in (path.relative_to(folder).as_posix() for path in folder.rglob("*"))
-        if _is_image(folder, name, captions)
-    )
-    records = []
+def list_names(folder: Path, captions: dict[str, str]) -> list[str]:
+    """Of the images of a folder and its sub-folders."""
+    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+    return sorted(name for name in names if _is_image(folder, name, captions))
+
+
+def find_greys(folder: Path, names: Sequence[str]) -> Greys | None:
+    """The scale of a folder's images of more than 8 bits, None where there are none: from the values that
+    they have in all. Raises MemControlError for 16-bit colour in whose high bytes there is next to nothing,
+    which is all that is read of it."""
+    least, most, kinds, high, colour = np.inf, -np.inf, set(), 0, ""
     for name in names:
+        with contextlib.suppress(MemControlError):  # said by whoever decodes it
+            found = _read_image(folder / name, _look_at_depth)
+            if found and found[0] == "colour":
+                high, colour = max(high, int(found[2])), name
+            elif found:
+                kinds.add(found[0])
+                least, most = min(least, found[1]), max(most, found[2])
+    if colour and high < 128:
+        raise MemControlError(
+            f"{folder}: 16-bit colour such as '{colour}' holds values up to {high * 256 + 255} of 65,535, "
+            "and would be read as nearly black; convert it to 8 bits, or to the full range"
+        )
+    return choose_greys(least, most, "F" if "F" in kinds else "I") if kinds else None
+
+
+def _look_at_depth(image: Image.Image) -> tuple[str, float, float] | None:
+    """Kind, least and largest value of an image of more than 8 bits; of colour the high bytes."""
+    if is_deep(image):
+        values = read_greys(image)
+        return image.mode[0], float(values.min()), float(values.max())
+    if image.mode in ("RGB", "RGBA") and "16" in str(getattr(image, "tile", "")):
+        return "colour", 0.0, float(np.asarray(image.convert("RGB")).max())
+    return None
+
+
+def read_records(
+    folder: Path,
+    captions: dict[str, str],
+    skip_unreadable: bool,
+    warn,
+    greys: Greys | None = None,
+    see: Callable[[Image.Image], None] = lambda image: None,
+) -> list[ImageRecord]:
+    """A record for each image of the folder, decoded once to see that it can be and to hash its pixels;
+    `see` is shown each."""
+    records = []
+    for name in list_names(folder, captions):
         try:
-            image = decode_image(folder / name)
+            image = decode_image(folder / name, greys)
         except MemControlError as error:
             if not skip_unreadable:
                 raise
             warn(f"skipped: {error}".split(";")[0])
             continue
         digest = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()[:16]
+        see(image)
         records.append(
             ImageRecord(name, captions.get(name, "" if captions else _derive_caption(name)), digest)
         )

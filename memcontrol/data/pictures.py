@@ -1,61 +1,161 @@
-"""Owns named sets of images to be judged, from a folder or from a model, read at one size."""
+"""Owns named sets of images to be judged, from a folder or from a model: read, matched and brought to
+squares."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 from PIL import Image
 
+from memcontrol.core.config import Fit
 from memcontrol.core.errors import MemControlError
-from memcontrol.data.images import Images, crop_square, read_captions, read_records
+from memcontrol.data.greys import Greys
+from memcontrol.data.images import Images, find_greys, fit_square, list_names, read_captions
+from memcontrol.data.split import Look, choose_dropped, look_at_images
+from memcontrol.data.twins import find_twins
 
-PICTURES_CHUNK = 512
-# pixels of a side, to which every image is brought: descriptors use 32, the report shows this
-PICTURES_SIDE = 64
+_LARGEST_SIDE = 512  # pixels to which larger images are brought: no feature network looks at more
+_BLOCK_BYTES = 2**26
+_SAME_SHAPE = 0.05  # by how much sides' ratios may differ
+FITS: tuple[Fit, ...] = ("crop", "pad", "squash")
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """A named set of images: where they came from, their names, and how to read some of them as uint8 [B, 3,
-    SIDE, SIDE]."""
+    """A named set of images: their names, who is in them, and how to read some of them as uint8 [B, 3, side,
+    side]."""
 
     title: str
     names: tuple[str, ...]
     digests: tuple[str, ...]
     read: Callable[[list[int]], np.ndarray]
+    side: int
+    groups: tuple[str, ...]
 
     def __len__(self) -> int:
         return len(self.names)
 
+    def iterate_rows(self) -> Iterator[list[int]]:
+        """As many at a time as may be in memory."""
+        size = max(1, min(256, _BLOCK_BYTES // (3 * self.side**2)))
+        for start in range(0, len(self), size):
+            yield list(range(start, min(start + size, len(self))))
 
-def read_folder_pictures(
-    title: str, folder: Path, warn: Callable[[str], None], skip_unreadable: bool = False
-) -> Pictures:
+    def read_small(self, rows: list[int], side: int) -> np.ndarray:
+        """uint8 [B, 3, side, side]."""
+        found = self.read(rows)
+        if found.shape[-1] == side:
+            return found
+        tiles = (fit_square(Image.fromarray(one.transpose(1, 2, 0)), side) for one in found)
+        return np.stack(list(tiles)).transpose(0, 3, 1, 2)
+
+
+@dataclass(frozen=True)
+class FolderImages:
+    """The images of a folder, and the shapes that they have."""
+
+    title: str
+    folder: Path
+    look: Look
+
+    @property
+    def side(self) -> int:
+        """Of the squares that they are brought to: what is usual among them."""
+        return min(int(median(min(size) for size in self.look.sizes)), _LARGEST_SIDE)
+
+    @property
+    def shape(self) -> float:
+        """Width over height, as is usual."""
+        return float(median(width / height for width, height in self.look.sizes))
+
+    def make_pictures(self, fit: Fit) -> Pictures:
+        images = Images(str(self.folder), self.side, tuple(self.look.records), fit, self.look.greys)
+        return make_pictures(self.title, images)
+
+    def leave_out(self, names: Sequence[str]) -> FolderImages:
+        """Without the images of these names."""
+        gone = set(names)
+        kept = [i for i, record in enumerate(self.look.records) if record.name not in gone]
+        return replace(self, look=self.look.take(kept))
+
+
+def read_folder(
+    title: str,
+    folder: Path,
+    warn: Callable[[str], None],
+    skip_unreadable: bool = False,
+    group: str | None = None,
+    greys: Greys | None = None,
+) -> FolderImages:
     """The images of a folder and its sub-folders. Raises MemControlError: none, or one that cannot be
     decoded."""
     if not folder.is_dir():
         raise MemControlError(f"{title}: {folder} is no folder; give a folder of images")
-    records = read_records(folder, read_captions(folder), skip_unreadable, warn)
-    if not records:
+    look = look_at_images(folder, skip_unreadable, warn, group, greys)
+    if not look.records:
         raise MemControlError(f"{title}: {folder} holds no images; give a folder of images")
-    return make_pictures(title, Images(str(folder), PICTURES_SIDE, tuple(records)))
+    return FolderImages(title, folder, look)
+
+
+def find_common_greys(folders: Sequence[Path]) -> Greys | None:
+    """One scale for the deep greys of several folders."""
+    found = [
+        find_greys(folder, list_names(folder, read_captions(folder))) for folder in folders if folder.is_dir()
+    ]
+    known = [greys for greys in found if greys]
+    if not known:
+        return None
+    return Greys(min(greys.black for greys in known), max(greys.white for greys in known))
+
+
+def leave_out_twins(
+    train: FolderImages, holdout: FolderImages, rule: str, warn: Callable[[str], None]
+) -> tuple[FolderImages, FolderImages]:
+    """Held-out images that are nearly training images, by a rule as data.twins is one; twins within a part
+    become a group. Raises MemControlError where they are refused."""
+    found = find_twins(np.stack([*train.look.thumbnails, *holdout.look.thumbnails]))
+    records = [
+        replace(record, name=f"{part}/{record.name}")
+        for part, one in (("train", train), ("holdout", holdout))
+        for record in one.look.records
+    ]
+    dropped = choose_dropped(records, found.pairs, rule, "--twins drop")
+    if dropped:
+        warn(
+            f"{len(dropped)} of {len(holdout.look.records)} held-out images are left out: they are nearly "
+            f"training images, such as {dropped[0]}"
+        )
+    n = len(train.look.records)
+    within = [
+        [pair for pair in found.pairs if max(pair) < n],
+        [pair for pair in found.pairs if min(pair) >= n],
+    ]
+    named = replace(train, look=train.look.name_twins(within[0]))
+    held = replace(holdout, look=holdout.look.name_twins([(i - n, j - n) for i, j in within[1]]))
+    return named, held.leave_out([name.removeprefix("holdout/") for name in dropped])
+
+
+def choose_fits(generated: FolderImages | None, train: FolderImages, given: Fit | None) -> tuple[Fit, ...]:
+    """How images are brought to squares: as is said; else by the centre square, and where generated images
+    are of another shape than training images in all ways, since they were made so."""
+    if given:
+        return (given,)
+    shape = generated.shape if generated else 1.0
+    return ("crop",) if abs(shape / train.shape - 1) <= _SAME_SHAPE else FITS
 
 
 def make_pictures(title: str, images: Images) -> Pictures:
-    small = replace(images, resolution=PICTURES_SIDE)
     names, digests = (tuple(getattr(record, key) for record in images.records) for key in ("name", "digest"))
-    return Pictures(title, names, digests, lambda rows: small.take(rows).pixels())
+    groups = tuple(images.groups)
+    return Pictures(title, names, digests, lambda rows: images.take(rows).pixels(), images.resolution, groups)
 
 
 def wrap_samples(pixels: np.ndarray) -> Pictures:
-    """uint8 [N, 3, H, W] that a model made."""
+    """uint8 [N, 3, H, H] that a model made."""
     names = tuple(f"sample {i}" for i in range(len(pixels)))
-
-    def read(rows: list[int]) -> np.ndarray:
-        tiles = (crop_square(Image.fromarray(pixels[row].transpose(1, 2, 0)), PICTURES_SIDE) for row in rows)
-        return np.stack(list(tiles)).transpose(0, 3, 1, 2)
-
-    return Pictures("generated", names, tuple("" for _ in names), read)
+    digests = tuple("" for _ in names)
+    return Pictures("generated", names, digests, lambda rows: pixels[rows], pixels.shape[-1], names)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 
 from memcontrol.data.features import unit_rows
-from memcontrol.scoring.copying import DistanceSpace, remember_once
+from memcontrol.scoring.distances import DistanceSpace, Versions, order_rows, remember_once
+from memcontrol.scoring.labels import Labels, draw_labels
 from memcontrol.scoring.quality import Gaussian, fit_gaussian
+
+DESCRIPTORS = ("pixels", "features")
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,11 @@ class Descriptors:
         return fit_gaussian(self.features)
 
     @property
+    def versions(self) -> Versions:
+        """The pixels as they are, and mirrored: [N, 3072] each."""
+        return self.pixels, self.mirrored
+
+    @property
     def mirrored(self) -> np.ndarray:
         """The pixels of the mirror images [N, 3072]."""
         return self.pixels.reshape(-1, 3, 32, 32)[..., ::-1].reshape(len(self.pixels), -1)
@@ -40,6 +49,10 @@ class Evidence:
     train: Descriptors
     holdout: Descriptors
     seed: int = 0
+    train_groups: Sequence[str] | None = None  # who is in each training image; None: each another
+    holdout_groups: Sequence[str] | None = None
+    calibration: Descriptors | None = None  # real images that are neither trained on nor held out
+    n_draws: int = 1  # so many sets as this one are judged together
     images: np.ndarray | None = None  # uint8 [N, 3, H, W], the generated ones as they are
     captions: tuple[str, ...] = ()  # that they were generated from
     # a CLIP model's embeddings of images and captions, [N, D] each
@@ -48,37 +61,61 @@ class Evidence:
     known: dict[str, dict] = field(default_factory=lambda: {"pixels": {}, "features": {}}, compare=False)
     cache: dict = field(default_factory=dict, compare=False)
 
+    @property
+    def spaces(self) -> list[DistanceSpace]:
+        """Of all descriptors."""
+        return [self.space(name) for name in DESCRIPTORS]
+
     def space(self, name: str) -> DistanceSpace:
         if name not in self.cache:
-            make = _make_pixel_space if name == "pixels" else _make_feature_space
-            self.cache[name] = make(self)
+            project = _project_pixels if name == "pixels" else _project_features
+            generated, train, holdout, calibration = project(self)
+            self.cache[name] = DistanceSpace(
+                generated,
+                train,
+                holdout,
+                calibration or None,
+                self.train_groups,
+                self.holdout_groups,
+                self.seed,
+                self.known[name],
+                self.labels,
+            )
         return self.cache[name]
 
+    @property
+    def labels(self) -> Labels:
+        """Labels of the references, permuted alike in all descriptors."""
+        first = DistanceSpace(
+            (), (self.train.pixels,), (self.holdout.pixels,), None, self.train_groups, self.holdout_groups
+        )
+        orders = (order_rows(self.train.pixels), order_rows(self.holdout.pixels))
+        return remember_once(self.known["pixels"], "labels", lambda: draw_labels(orders, first.groups))
 
-def _make_pixel_space(evidence: Evidence) -> DistanceSpace:
-    generated, held = evidence.generated, evidence.holdout
-    return DistanceSpace(
-        (generated.pixels, generated.mirrored),
-        evidence.train.pixels,
-        held.pixels,
-        (held.pixels, held.mirrored),
-        evidence.seed,
-        evidence.known["pixels"],
-    )
+    @property
+    def n_judged(self) -> int:
+        """Images of all draws of the model."""
+        return len(self.generated.pixels) * self.n_draws
 
 
-def _make_feature_space(evidence: Evidence) -> DistanceSpace:
+def _project_pixels(evidence: Evidence) -> list[Versions]:
+    """Generated, training, held-out and calibration images as a space of pixels has them, the last empty
+    where there are none."""
+    third = evidence.calibration.versions if evidence.calibration else ()
+    return [one.versions for one in (evidence.generated, evidence.train, evidence.holdout)] + [third]
+
+
+def _project_features(evidence: Evidence) -> list[Versions]:
     """Features centred on the mean of both references and scaled to unit length (cosine geometry)."""
     known, references = evidence.known["features"], (evidence.train.features, evidence.holdout.features)
     centre = remember_once(known, "centre", lambda: (references[0].mean(0) + references[1].mean(0)) / 2)
 
-    def project() -> list[np.ndarray]:
-        return [unit_rows(rows - centre) for rows in references]
+    def project() -> list[Versions]:
+        return [(unit_rows(rows - centre),) for rows in references]
 
     train, held = remember_once(known, "on the sphere", project)
-    return DistanceSpace(
-        (unit_rows(evidence.generated.features - centre),), train, held, (held,), evidence.seed, known
-    )
+    third = (unit_rows(evidence.calibration.features - centre),) if evidence.calibration else ()
+    return [(unit_rows(evidence.generated.features - centre),), train, held, third]
 
 
 def describe_broken_images(pixels: np.ndarray) -> str:

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
-from memcontrol.core.estimate import Estimate, Measured
+from memcontrol.core.estimate import Estimate, Measured, estimate_share
 from memcontrol.core.reward_table import FALSE_POSITIVES
+from memcontrol.data.features import pixel_features
 from memcontrol.scoring.copying import (
-    authpct,
-    carlini_rate,
     chance_rate,
-    extraction,
-    measure_clear_copies,
+    combine_rates,
+    find_clear_copies,
+    line_ratio,
     measure_copy_rate,
     measure_memorization,
-    mq,
-    remember_once,
-    tile_distances,
+    measure_swapped_rate,
 )
-from memcontrol.scoring.evidence import Evidence
+from memcontrol.scoring.distances import DistanceSpace, remember_once
+from memcontrol.scoring.evidence import Descriptors, Evidence
+from memcontrol.scoring.published import authpct, carlini_rate, extraction, mq, tile_distances
 from memcontrol.scoring.quality import clip_score, fd_pca, fid, kid, mifid, prdc
 
 _N_BALL = 5  # neighbours of precision, recall, density and coverage
@@ -68,8 +69,8 @@ def _measure_text_fit(evidence: Evidence) -> Measured:
 
 
 @_register_measure
-def _measure_memorization_distance(evidence: Evidence) -> Measured:
-    pixels, features = (measure_memorization(evidence.space(name)) for name in ("pixels", "features"))
+def measure_memorization_distance(evidence: Evidence) -> Measured:
+    pixels, features = (measure_memorization(space) for space in evidence.spaces)
     return {
         "memorization_pixels": pixels,
         "memorization_features": features,
@@ -79,22 +80,35 @@ def _measure_memorization_distance(evidence: Evidence) -> Measured:
 
 def find_worst(*distances: Estimate) -> Estimate:
     """The reward `memorization`: the larger M, of pixels and features, and at least 0: below 0 is noise,
-    never "better"."""
+    never "better". Its p is that of the larger of both."""
     worst = max(distances, key=float)
-    return Estimate(max(worst.value, 0.0), worst.error, p=worst.p, contributions=worst.contributions)
+    labels = np.max([one.labels for one in distances if one.labels is not None], axis=0)
+    return Estimate(max(worst.value, 0.0), worst.error, contributions=worst.contributions, labels=labels)
 
 
 @_register_measure
-def _measure_copies(evidence: Evidence) -> Measured:
-    pixels, features = evidence.space("pixels"), evidence.space("features")
-    n_real = len(evidence.holdout.pixels)
-    return {
+def measure_copies(evidence: Evidence) -> Measured:
+    pixels, features = evidence.spaces
+    n_real = len(pixels.real_ratios)
+    rates: Measured = {
         "copy_rate": measure_copy_rate(pixels),
+        "copy_rate_swapped": measure_swapped_rate(pixels),
         "copy_rate_features": measure_copy_rate(features),
-        "clear_copy_rate": max(measure_clear_copies(pixels), measure_clear_copies(features), key=float),
+        "copy_rate_features_swapped": measure_swapped_rate(features),
+    }
+    return rates | {
+        "copying": combine_copy_rates(rates),
+        "clear_copy_rate": estimate_share(find_clear_copies(evidence.spaces, evidence.n_judged)),
         "copy_rate_line": chance_rate(n_real),
         "copy_rate_n_real": n_real,
     }
+
+
+def combine_copy_rates(rates: Measured) -> Estimate:
+    """The reward `copying`, from the copy rates of all descriptors."""
+    names = ("copy_rate", "copy_rate_features")
+    pairs = ((rates[name], rates[f"{name}_swapped"]) for name in names)
+    return combine_rates([(rate, swapped) for rate, swapped in pairs if isinstance(rate, Estimate)])
 
 
 @_register_measure
@@ -125,23 +139,33 @@ def _measure_nearest_distances(evidence: Evidence) -> Measured:
     space = evidence.space("pixels")
     return {
         "amd_train": float(space.to_train[0].mean()),
-        "amd_holdout": float(space.to_holdout.mean()),
-        "amd_holdout_train": float(space.held_to_train.mean()),
+        "amd_holdout": float(space.to_holdout[0].mean()),
+        "amd_holdout_train": float(space.holdout_to_train.mean()),
     }
 
 
-def measure_extraction(generations: np.ndarray, holdout: np.ndarray) -> Measured:
-    """The extraction attack on prompts' generations, uint8 [P, m, 3, H, W], its threshold the distance that 1
-    % of pairs of held-out images, uint8 [N, 3, H, W], lie below."""
+def measure_extraction(generations: np.ndarray, holdout: np.ndarray, references: DistanceSpace) -> Measured:
+    """The extraction attack on prompts' generations, uint8 [P, m, 3, H, W]: which agree, the threshold being
+    the distance that 1 % of pairs of held-out images, uint8 [N, 3, H, W], lie below; and which of these match
+    a training image, as far as 99 % of real images do not, in a space of pixels."""
     apart = tile_distances(holdout / 255)
     threshold = float(np.quantile(apart[np.triu_indices(len(apart), 1)], FALSE_POSITIVES))
-    found: Measured = {
-        f"extraction_{name}": share for name, share in extraction(generations / 255, threshold).items()
-    }
+    matches = _match_training_images(generations, references)
+    found: Measured = {}
+    for kind, share in extraction(generations / 255, threshold, matches=matches).items():
+        found[f"extraction_{kind}"] = share
+    for kind, share in extraction(generations / 255, threshold).items():
+        found[f"agreement_{kind}"] = share
     n_groups = len(holdout) // generations.shape[1]
     if n_groups:  # what images that have nothing to do with each other get
         groups = holdout[: n_groups * generations.shape[1]].reshape(n_groups, -1, *holdout.shape[1:])
-        found |= {
-            f"extraction_{name}_holdout": share for name, share in extraction(groups / 255, threshold).items()
-        }
+        for kind, share in extraction(groups / 255, threshold).items():
+            found[f"agreement_{kind}_holdout"] = share
     return found | {"extraction_threshold": threshold, "extraction_prompts": len(generations)}
+
+
+def _match_training_images(generations: np.ndarray, references: DistanceSpace) -> np.ndarray:
+    """Which of uint8 [P, m, 3, H, W] lie below the line of copies: [P, m]."""
+    pixels = pixel_features(generations.reshape(-1, *generations.shape[2:]))
+    space = replace(references, generated=Descriptors(pixels, pixels).versions)
+    return (space.ratios < line_ratio(space.real_ratios)).reshape(generations.shape[:2])

@@ -22,7 +22,7 @@ from memcontrol.data.features import (
     split_blocks,
     unit_rows,
 )
-from memcontrol.scoring.copying import PRESETS
+from memcontrol.scoring.published import PRESETS
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from statistics import mean
 
 import numpy as np
 
 from memcontrol.core.estimate import Estimate, Measured, pool_estimates
-from memcontrol.scoring.copying import hits_p_value
-from memcontrol.scoring.evidence import Evidence
-from memcontrol.scoring.measures import MEASURES, find_worst
+from memcontrol.scoring.evidence import DESCRIPTORS, Evidence
+from memcontrol.scoring.measures import MEASURES, combine_copy_rates, find_worst
 from memcontrol.scoring.own_rewards import compute_own_reward
 
 
@@ -36,17 +34,22 @@ def collect_contributions(measured: Mapping[str, Estimate | float]) -> dict[str,
     }
 
 
+def collect_labels(measured: Mapping[str, Estimate | float]) -> dict[str, np.ndarray]:
+    """What a reward's statistic is under permuted labels, where that is known: name to [1 + B]."""
+    return {
+        name: value.labels
+        for name, value in measured.items()
+        if isinstance(value, Estimate) and value.labels is not None
+    }
+
+
 def pool_scores(draws: Sequence[Measured]) -> Measured:
     """The rewards of one model over several draws of samples: means, with the errors that are left."""
     pooled = {name: _pool_reward([draw[name] for draw in draws]) for name in draws[0]}
     # of the same held-out images each time: no draw adds to it
     pooled["authpct_holdout"] = draws[0]["authpct_holdout"]
-    n_real = int(float(pooled["copy_rate_n_real"]))
-    for name in ("copy_rate", "copy_rate_features"):
-        share = _require_estimate(pooled, name)
-        pooled[name] = replace(share, p=hits_p_value(share, n_real))
-    distances = (_require_estimate(pooled, f"memorization_{space}") for space in ("pixels", "features"))
-    return pooled | {"memorization": find_worst(*distances)}
+    distances = (_require_estimate(pooled, f"memorization_{space}") for space in DESCRIPTORS)
+    return pooled | {"copying": combine_copy_rates(pooled), "memorization": find_worst(*distances)}
 
 
 def _pool_reward(values: Sequence[Estimate | float]) -> Estimate | float:

@@ -86,16 +86,12 @@ def hypervolume(points: Sequence[Sequence[float]] | np.ndarray, reference: Seque
     )
 
 
-def find_knee(points: Sequence[Sequence[float]], reference: Sequence[float] | None = None) -> int:
-    """The index of the point nearest to the ideal one, the best of each value (all minimised).
-
-    Each value is scaled to 0 at the ideal and 1 at the reference point; without a reference, at the worst of
-    the points.
-    """
-    lows = [min(column) for column in zip(*points)]
-    highs = reference or [max(column) for column in zip(*points)]
-    widths = [high - low if high > low else 1 for low, high in zip(lows, highs)]
-    squares = [
-        sum(((x - low) / width) ** 2 for x, low, width in zip(point, lows, widths)) for point in points
-    ]
-    return min(range(len(points)), key=lambda i: (squares[i], tuple(points[i])))
+def find_knee(points: Sequence[Sequence[float]], scale: Sequence[float] | None = None) -> int:
+    """The index of the point nearest to the ideal one, the best of each value (all minimised), in units of
+    `scale`; without it of what lies between the best and the worst. Of equally near ones, the best in the
+    first value."""
+    values = np.asarray(points, np.float64)
+    spread = np.ptp(values, axis=0)
+    widths = np.where(spread > 0, spread, 1.0) if scale is None else np.asarray(scale)
+    squares = np.square((values - values.min(0)) / widths).sum(1)
+    return min(range(len(values)), key=lambda i: (round(squares[i], 12), *values[i]))

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from memcontrol.core.choice import Choice
 from memcontrol.core.errors import MemControlError
-from memcontrol.core.estimate import Rewards
+from memcontrol.core.estimate import READ_95, Rewards
+from memcontrol.core.run_folder import RunFolder
 from memcontrol.study.pareto import Limit, find_front, find_knee, parse_limit
 from memcontrol.study.record import Record
 from memcontrol.study.store import Study
 
-_TOLERANCE = 0.05
+_LEAST_P = 0.05  # from which on copying cannot be told from chance
 _RULES = ("knee", "quality", "memorization")
 
 
@@ -82,12 +84,11 @@ def choose_trial(
     """One finished trial that fine-tunes and keeps the limits, and where any does the study's own, `wanted`.
     Where some were measured again, one of those: what one measurement says of the best of many is too good.
 
-    knee: of the front, the trials at most 5 % worse than full fine-tuning in the first objective (an FID of
-    some hundred images errs by more); of those, the ones whose copying cannot be told from chance (the
-    interval of the copy rate reaches what is expected without copying: strict, so that a pick is safe); of
-    those, the one nearest to the ideal, on a scale where full fine-tuning is at 1. A condition that no trial
-    meets is dropped. quality, memorization: the best in the first or the last objective. Raises
-    MemControlError.
+    knee: of the front, the trials that are no worse than full fine-tuning in the first objective, as far as
+    errors tell; of those, the ones whose copying cannot be told from chance (no clear copy, and p at least
+    0.05); of those, the one nearest to the ideal, each objective in units of what lies between no training
+    and full fine-tuning. A condition that no trial meets is dropped. quality, memorization: the best in the
+    first or the last objective. Raises MemControlError.
     """
     complete = require_finished(records)
     parsed = [parse_limit(text, list(complete[0].rewards)) for text in limits]
@@ -108,11 +109,13 @@ def choose_trial(
         return min(points, key=lambda record: record.losses[::-1])
     if rule != "knee":
         raise MemControlError(f"rule '{rule}' is unknown; allowed: {', '.join(_RULES)}")
-    full = next((record.losses for record in complete if record.anchor == "full"), None)
-    if full:
-        points = [record for record in points if _is_nearly_as_good(record, full)] or points
-    points = [record for record in points if _is_not_copying(record)] or points
-    return points[find_knee([record.losses for record in points], full)]
+    anchors = {record.anchor: record for record in complete if record.anchor}
+    if full := anchors.get("full"):
+        points = [record for record in points if _is_no_worse(record, full)] or points
+    points = [record for record in points if not _is_copying(record)] or points
+    # the last objective first: of two that are equally near to the ideal, the one that copies less
+    losses = [record.losses[::-1] for record in points]
+    return points[find_knee(losses, _measure_scale(points, anchors)[::-1])]
 
 
 def _describe_reached(records: Sequence[Record], limits: Sequence[Limit]) -> str:
@@ -124,15 +127,50 @@ def _describe_reached(records: Sequence[Record], limits: Sequence[Limit]) -> str
     return ", ".join(f"{name} {value:.4g}" for name, value in best.items())
 
 
-def _is_nearly_as_good(record: Record, full: Sequence[float]) -> bool:
-    """Whether its first loss is at most TOLERANCE worse than that of full fine-tuning."""
-    return record.losses[0] <= full[0] + _TOLERANCE * abs(full[0])
+def _is_no_worse(record: Record, full: Record) -> bool:
+    """Whether its first loss is no worse than full fine-tuning's by more than its 95 % interval reaches; true
+    where no error is known."""
+    error = _measure_errors_of_difference(record, full)[0]
+    return not error or record.losses[0] - full.losses[0] <= READ_95 * error
 
 
-def _is_not_copying(record: Record) -> bool:
-    """Whether the interval of its copy rate reaches what is expected without copying."""
-    low = Rewards(record.rewards).low("copy_rate")
-    return low is None or low <= record.rewards.get("copy_rate_line", 0.0)
+def _measure_errors_of_difference(one: Record, other: Record) -> list[float]:
+    """The standard errors of the differences of two trials' losses. Both were given the same prompts and
+    noise, and what that makes alike, as far as it was kept image by image, does not count."""
+    kept = [RunFolder(record.run).read_contributions() for record in (one, other)]
+    return [
+        math.sqrt(max(a**2 + b**2 - 2 * _correlate(kept[0].get(name), kept[1].get(name)) * a * b, 0.0))
+        for name, a, b in zip(one.objectives, one.errors, other.errors)
+    ]
+
+
+def _correlate(mine: np.ndarray | None, theirs: np.ndarray | None) -> float:
+    """Of what each image adds to a reward of two models; 0 where it is not known."""
+    if mine is None or theirs is None or len(mine) != len(theirs) or not (mine.std() and theirs.std()):
+        return 0.0
+    return float(np.corrcoef(mine, theirs)[0, 1])
+
+
+def _measure_scale(points: Sequence[Record], anchors: Mapping[str, Record]) -> list[float]:
+    """What a difference in each loss is measured in: what lies between no training and full fine-tuning, at
+    least what errors leave open; without these what lies between the points."""
+    errors = np.array([record.errors for record in points])
+    scale = 2 * np.sqrt(2) * np.median(errors, axis=0)
+    if {"none", "full"} <= anchors.keys():
+        scale = np.maximum(scale, np.abs(np.subtract(anchors["none"].losses, anchors["full"].losses)))
+    spread = np.ptp([record.losses for record in points], axis=0)
+    return np.where(scale > 0, scale, np.where(spread > 0, spread, 1.0)).tolist()
+
+
+def _is_copying(record: Record) -> bool:
+    """Whether images of it are clear copies, or come nearer to training images than with labels permuted; of
+    rewards from before there was a p, whether the interval of the copy rate lies above chance."""
+    rewards = record.rewards
+    p = rewards.get("copying_p", rewards.get("copy_rate_p"))
+    if p is not None:
+        return rewards.get("clear_copy_rate", 0.0) > 0 or p < _LEAST_P
+    low = Rewards(rewards).low("copy_rate")
+    return low is not None and low > rewards.get("copy_rate_line", 0.0)
 
 
 def find_pick(records: Sequence[Record], study: Study) -> Record | None:

@@ -98,8 +98,7 @@ class LoadedModels:
 
     def parts(self, spec: Spec) -> dict[str, Images]:
         def read():
-            stored = StudyFolder(spec.study_folder).read_split()
-            return parse_parts(stored["parts"], stored["source"], stored["resolution"])
+            return parse_parts(StudyFolder(spec.study_folder).read_split())
 
         return self.once(("parts", spec.study_folder), read)
 

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from memcontrol.core.files import replace_file
 from memcontrol.core.run_folder import RunFolder
 from memcontrol.core.spec import Spec
-from memcontrol.scoring.copying import ratio
+from memcontrol.scoring.copying import find_suspects
 from memcontrol.scoring.evidence import Evidence
 from memcontrol.trial.loaded import LoadedModels
 
@@ -25,8 +25,9 @@ _TITLE_WIDTH, _LINE = 72, 18
 @dataclass(frozen=True)
 class Strip:
     """The most suspicious images of a run, most suspicious first, each uint8 [N, 3, H, W]: `generated`, the
-    `training` and `held_out` images nearest to them; `distances` to the training ones [N], and their share of
-    the distance to the held-out ones [N]."""
+    `training` and `held_out` images nearest to them in the descriptor in which they are most suspicious;
+    `distances` to the training ones [N], their share of the distance to the held-out ones [N], and whether a
+    rule calls them copies [N]."""
 
     title: str
     generated: np.ndarray
@@ -34,6 +35,7 @@ class Strip:
     held_out: np.ndarray
     distances: np.ndarray
     shares: np.ndarray
+    copies: np.ndarray
 
     @property
     def rows(self) -> dict[str, np.ndarray]:
@@ -47,14 +49,18 @@ class Strip:
 def make_strip(
     title: str, samples: Mapping[str, np.ndarray], evidence: Evidence, spec: Spec, loaded: LoadedModels
 ) -> Strip:
-    space = evidence.space("pixels")
-    (distances, matches), (others, held) = space.to_train, space.nearest_held
-    shares = ratio(distances, others)
-    rows = np.argsort(shares, kind="stable")[:_N_COLUMNS]
-    training = loaded.train_images(spec).take(matches[rows].tolist())
-    held_out = loaded.parts(spec)[spec.reference].take(held[rows].tolist())
+    found = find_suspects(evidence.spaces, evidence.n_judged)
+    rows = found.order[:_N_COLUMNS]
+    training = loaded.train_images(spec).take(found.training[rows].tolist())
+    held_out = loaded.parts(spec)[spec.reference].take(found.held_out[rows].tolist())
     return Strip(
-        title, samples["images"][rows], training.pixels(), held_out.pixels(), distances[rows], shares[rows]
+        title,
+        samples["images"][rows],
+        training.pixels(),
+        held_out.pixels(),
+        found.distances[rows],
+        found.ratios[rows],
+        found.is_copy[rows],
     )
 
 
@@ -98,6 +104,8 @@ def draw_pairs(strips: Sequence[Strip]) -> Image.Image:
             draw.text((4, row + side // 2 - 8), name, fill="black", font=font)
             for column, image in enumerate(images):
                 sheet.paste(_make_tile(image, side), (_TITLE_WIDTH + column * (side + _GAP), row))
+        for copy in np.flatnonzero(strip.copies).tolist():
+            _draw_frame(draw, _TITLE_WIDTH + copy * (side + _GAP), top + _LINE, side)
         for column, (distance, share) in enumerate(zip(strip.distances, strip.shares)):
             draw.text(
                 (_TITLE_WIDTH + column * (side + _GAP), top + below),
@@ -106,6 +114,12 @@ def draw_pairs(strips: Sequence[Strip]) -> Image.Image:
                 font=font,
             )
     return sheet
+
+
+def _draw_frame(draw: ImageDraw.ImageDraw, left: int, top: int, side: int) -> None:
+    """Around what a rule calls a copy, and what it is a copy of."""
+    bottom = top + 2 * side + _GAP
+    draw.rectangle((left - 3, top - 3, left + side + 2, bottom + 2), outline="crimson", width=2)
 
 
 def _choose_side(images: np.ndarray) -> int:

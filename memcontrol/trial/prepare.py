@@ -19,7 +19,7 @@ from memcontrol.core.space import SearchSpace
 from memcontrol.core.space_yaml import load_space
 from memcontrol.core.spec import Spec
 from memcontrol.data.images import Images
-from memcontrol.data.split import dump_parts, load_parts
+from memcontrol.data.split import Split, dump_parts, load_parts
 from memcontrol.model.adapter import check_space
 from memcontrol.model.base import Base
 from memcontrol.model.cost import list_blocks
@@ -60,14 +60,18 @@ def prepare_study(values: dict, folder: Path, loaded: LoadedModels, warn: Callab
 
     # The images, and whether a user's own rewards run on them.
     resolution = _choose_resolution(config, base)
-    parts = load_parts(config.data, resolution, config.search.seed, warn)
+    known = place.read_split() if place.split_file.is_file() else None
+    split = load_parts(config.data, resolution, config.search.seed, warn, known)
+    parts = split.parts
+    for line in _describe_split(split):
+        warn(line)
     _check_shards(config, len(parts["train"]))
     _try_own_rewards(config, parts, extractor)
 
     # What the study was begun with.
     if base.source.pins and not place.split_file.exists():
         write_json(place.base_file, {"id": config.base.id} | base.source.pins)
-    _record_split(place.split_file, parts, config, resolution)
+    _record_split(place.split_file, split, config, resolution)
     write_json(place.network_file, list_blocks(base.denoiser, space))
     record_extractor(place.extractor_file, extractor.id, config)
     if "fid" in config.rewards.objectives and len(parts["holdout"]) < 4 * n_features:
@@ -217,9 +221,17 @@ def record_extractor(path: Path, pinned: str, config: Config) -> None:
         )
 
 
-def _record_split(path: Path, parts: dict[str, Images], config: Config, resolution: int) -> None:
+def _record_split(path: Path, split: Split, config: Config, resolution: int) -> None:
     source = config.data.path if config.data.path == DIGITS else str(Path(config.data.path).resolve())
-    record = {"source": source, "resolution": resolution, "parts": dump_parts(parts)}
+    greys = split.parts["train"].greys
+    record = {
+        "source": source,
+        "resolution": resolution,
+        "fit": config.data.fit,
+        "greys": [greys.black, greys.white] if greys else None,
+        **split.found,
+        "parts": dump_parts(split.parts),
+    }
     known = read_json(path) if path.exists() else record
     if known["parts"] == record["parts"]:
         write_json(path, record)  # again, where the images have moved
@@ -228,3 +240,14 @@ def _record_split(path: Path, parts: dict[str, Images], config: Config, resoluti
             f"the images are not those that study '{config.name}' began with (recorded in {path}); "
             "restore them, or choose another name"
         )
+
+
+def _describe_split(split: Split) -> list[str]:
+    """What a person should know of how the images were dealt."""
+    lines = []
+    if groups := split.found.get("groups"):
+        said = ", ".join(f"{len(split.parts[part])} images of {n} {part}" for part, n in groups.items())
+        lines.append(f"groups: {said}")
+    if pairs := split.found.get("twins", {}).get("pairs"):
+        lines.append(f"{len(pairs)} pairs of images are nearly the same, such as {' and '.join(pairs[0])}")
+    return lines

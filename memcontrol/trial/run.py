@@ -244,7 +244,8 @@ def _lead_confirming(folder: Path, spec: Spec, loaded: LoadedModels, progress: C
                     fresh,
                     lambda done, total, i=i: progress("confirm", i * total + done, n * total),
                 )
-            draws.append(score_samples(samples, gather_evidence(samples, fresh, loaded), fresh, loaded))
+            evidence = replace(gather_evidence(samples, fresh, loaded), n_draws=n)
+            draws.append(score_samples(samples, evidence, fresh, loaded))
     finally:
         adapter.remove()
     known = RunFolder(folder).read_result()["rewards"]

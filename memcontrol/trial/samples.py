@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from memcontrol.core.errors import Diverged
-from memcontrol.core.estimate import Measured
+from memcontrol.core.estimate import Estimate, Measured
 from memcontrol.core.files import replace_file
 from memcontrol.core.run_folder import RunFolder, StudyFolder
 from memcontrol.core.seeds import derive_seed
@@ -21,12 +21,13 @@ from memcontrol.data.cache import TensorRows, iterate_rows, map_bytes, map_tenso
 from memcontrol.model.base import Base
 from memcontrol.scoring.evidence import Evidence, describe_broken_images
 from memcontrol.scoring.measures import N_PAIRED, measure_extraction
-from memcontrol.scoring.score import collect_contributions, score_evidence
+from memcontrol.scoring.score import collect_contributions, collect_labels, score_evidence
 from memcontrol.training.mitigations import add_random_words, add_text_noise, list_vocabulary
 from memcontrol.training.shard import Material
 from memcontrol.trial.loaded import LoadedModels, count_described, describe_images
 
 _REWARDS_VERSION = 1  # of the rewards: raised whenever one of them would come out otherwise
+_LABELS = " labels"  # after the name of a reward: its statistic under permuted labels
 
 
 def sample_images(base: Base, material: Material, spec: Spec, progress: Callable) -> dict[str, np.ndarray]:
@@ -161,10 +162,13 @@ def gather_evidence(samples: Mapping[str, np.ndarray], spec: Spec, loaded: Loade
     rewards, images, train = spec.config.rewards, samples["images"], loaded.train_images(spec)
     captions = tuple(train.captions[row] for row in samples["rows"])
     cache, network = StudyFolder(spec.study_folder).cache, loaded.extractor(rewards.extractor)
+    held = loaded.parts(spec)[spec.reference]
     return Evidence(
+        train_groups=train.groups,
+        holdout_groups=held.groups,
         generated=describe_images(iterate_rows(images, count_described(images.shape[-1])), network.extract),
         train=loaded.views(train, rewards.extractor, cache),
-        holdout=loaded.views(loaded.parts(spec)[spec.reference], rewards.extractor, cache),
+        holdout=loaded.views(held, rewards.extractor, cache),
         seed=spec.sampling_seed,
         images=images,
         captions=captions,
@@ -184,7 +188,8 @@ def score_samples(
     attack: Measured = {}
     if "extraction" in samples:
         held = loaded.parts(spec)[spec.reference]
-        attack = measure_extraction(samples["extraction"], held.take(range(len(held))[:N_PAIRED]).pixels())
+        pairs = held.take(range(len(held))[:N_PAIRED]).pixels()
+        attack = measure_extraction(samples["extraction"], pairs, evidence.space("pixels"))
     return score_evidence(evidence, spec.config.rewards.functions) | attack
 
 
@@ -215,6 +220,8 @@ def describe_measurement(spec: Spec, loaded: LoadedModels) -> dict[str, object]:
         "sampling": sampling,
         "prompts_and_noise": spec.sampling_seed,
         **({} if precision.is_plain else {"precision": str(precision)}),
+        # what agreed was enough before
+        **({"extracted": "what agrees and matches"} if rewards.extraction else {}),
     }
 
 
@@ -225,11 +232,17 @@ def save_contributions(path: Path, measured: Measured, prompts: np.ndarray) -> N
         name: values
         for name, values in collect_contributions(measured).items()
         if len(values) == len(prompts)
-    }
+    } | {f"{name}{_LABELS}": values for name, values in collect_labels(measured).items()}
     with replace_file(path) as part, open(part, "wb") as file:
         np.savez_compressed(file, prompts=prompts, **added)
 
 
-def read_contributions(folder: Path) -> dict[str, np.ndarray]:
-    with np.load(RunFolder(folder).contributions_file, allow_pickle=False) as stored:
-        return dict(stored)
+def read_estimates(folder: Path, rewards: Mapping[str, float]) -> tuple[dict[str, Estimate], np.ndarray]:
+    """The rewards of a run that know what each image adds, with that, and the prompts of the images [N]."""
+    stored = RunFolder(folder).read_contributions()
+    found = {
+        name: Estimate(rewards[name], contributions=values, labels=stored.get(f"{name}{_LABELS}"))
+        for name, values in stored.items()
+        if name != "prompts" and not name.endswith(_LABELS)
+    }
+    return found, stored["prompts"]

@@ -15,10 +15,13 @@ from memcontrol.core.reward_table import REWARDS, format_reward
 from memcontrol.view.html import make_data_uri, read_asset, render_document, render_list
 
 N_SHOWN = 24
+SHOWN_SIDE = 128  # pixels of an image at the most
 _AUDIT_REWARDS = (
     "clear_copy_rate",
     "copy_rate",
+    "copy_rate_swapped",
     "copy_rate_features",
+    "copy_rate_features_swapped",
     "memorization_pixels",
     "memorization_features",
     "amd_train",
@@ -29,9 +32,11 @@ _AUDIT_REWARDS = (
     "authpct",
     "authpct_holdout",
     "extraction_component",
-    "extraction_component_holdout",
     "extraction_clique",
-    "extraction_clique_holdout",
+    "agreement_component",
+    "agreement_component_holdout",
+    "agreement_clique",
+    "agreement_clique_holdout",
     "fid",
     "kid",
     "recall",
@@ -54,7 +59,7 @@ def _render_pair(one: dict, generated: np.ndarray, training: np.ndarray) -> str:
         for kind, image in (("generated", generated), ("training", training))
     )
     names = f"{escape(one['generated'])}<br>{escape(one['training'])}"
-    distance = f"distance {one['distance']:.2f}, {one['of_holdout']:.2f} of held out"
+    distance = f"in {one['descriptor']}: distance {one['distance']:.2f}, {one['of_holdout']:.2f} of held out"
     return f'<figure class="{mark}">{images}<figcaption>{names}<br>{escape(distance)}</figcaption></figure>'
 
 
@@ -71,7 +76,8 @@ def _render_audit(found: dict, cards: str) -> str:
         f"<p>{escape(_describe_sizes(found))}</p>",
         f"<h2>Rewards</h2>{_render_rewards(found['rewards'])}",
         "<h2>Most suspicious images beside their nearest training images</h2>",
-        f'<p>Framed in red: nearer than 99 % of real images are.</p><div class="pairs">{cards}</div>',
+        "<p>Framed in red: called a copy by any rule, in pixels or in features.</p>"
+        f'<div class="pairs">{cards}</div>',
         f"<h2>Training images that are nearly the same</h2>{_render_duplicates(found['duplicates'])}",
         f"<h2>What this cannot see</h2>{render_list(found['cannot_see'])}",
     ]
@@ -81,7 +87,18 @@ def _render_audit(found: dict, cards: str) -> str:
 def _describe_sizes(found: dict) -> str:
     sizes = ", ".join(f"{n:,} {title}" for title, n in found["sizes"].items())
     side = found["side"]
-    return f"{sizes} images, brought to {side} x {side} pixels; features by {found['extractor']}."
+    said = f"{sizes} images, brought to squares of {side} pixels ({found['fit']})" if "fit" in found else ""
+    if len(found.get("fits", ())) > 1:
+        said += f", compared under {', '.join(found['fits'])}: this is where most copying shows"
+    said = said or f"{sizes} images, brought to {side} x {side} pixels"
+    return f"{said}; features by {found['extractor']}. {_describe_people(found)}"
+
+
+def _describe_people(found: dict) -> str:
+    people = found.get("copied", {})
+    if not people.get("images"):
+        return ""
+    return f"Copies are of {people['images']} training images, which are of {people['groups']} groups."
 
 
 def _render_rewards(rewards: dict[str, float]) -> str:

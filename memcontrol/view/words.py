@@ -3,11 +3,15 @@ a table in Markdown."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
 from memcontrol.core.choice import EVERYTHING, Choice
 from memcontrol.core.estimate import Rewards
 from memcontrol.core.reward_table import CLIP, FALSE_POSITIVES, REWARDS
+
+# p-values below it are said to be something; with clear copies that is one clean model in a hundred at most
+_SURE = 0.005
 
 
 def find_title(name: str) -> str:
@@ -38,27 +42,50 @@ def format_p(p: float) -> str:
 
 
 def write_verdict(rewards: dict[str, float], n: int) -> str:
-    """One sentence with its error, on the rewards of `n` images."""
+    """One sentence with its error, on the rewards of `n` images: all pages have their words on copying from
+    here."""
     said = f"{_describe_copy_rate(rewards, n)}; {_describe_memorization(rewards)}."
-    clear = round(rewards["clear_copy_rate"] * n)
+    clear = count_clear_copies(rewards, n)
     if clear:
         return (
             f"Copying is visible: {clear} of {n} images are far nearer to a training image than any "
             f"real image would be; {said}"
         )
-    if Rewards(rewards).p("copy_rate") < 0.01:
+    if find_copying_p(rewards) < _SURE:
         return f"Copying is visible: {said}"
-    if Rewards(rewards).p("memorization") < 0.01:
+    if Rewards(rewards).p("memorization") < _SURE:
         return f"The images lean towards the training set, without copies that stand out: {said}"
     return f"No copying is visible at this sample size: {said}"
 
 
+def count_clear_copies(rewards: Mapping[str, float], n: int) -> int:
+    """Of n images; at least one where there is any, however many draws the share is a mean of."""
+    return math.ceil(rewards.get("clear_copy_rate", 0.0) * n - 1e-9)
+
+
+def find_copying_p(rewards: Mapping[str, float]) -> float:
+    """Of copying in any descriptor; of pixels alone where rewards are from before there was one."""
+    return rewards["copying_p"] if "copying_p" in rewards else rewards["copy_rate_p"]
+
+
 def _describe_copy_rate(rewards: dict[str, float], n: int) -> str:
+    p = format_p(find_copying_p(rewards))
     rate, (low, high) = rewards["copy_rate"], Rewards(rewards).interval("copy_rate")
-    line, p = rewards["copy_rate_line"], format_p(Rewards(rewards).p("copy_rate"))
+    said = f"{rate:.1%} of {n} images ({low:.1%} to {high:.1%})"
+    # the line is drawn from real images, of which some may be nearly training images themselves
+    lower = round(rate * n) < count_clear_copies(rewards, n)
+    said += (
+        f" lie below the line that {1 - FALSE_POSITIVES:.0%} of real images keep, which is lower still here"
+        if lower
+        else f" are nearer to a training image than {1 - FALSE_POSITIVES:.0%} of real images are"
+    )
+    expected = f"{rewards['copy_rate_line']:.1%} is expected without copying"
+    if "copy_rate_swapped" not in rewards:
+        return f"{said}, where {expected}, p {p}"
     return (
-        f"{rate:.1%} of {n} images ({low:.1%} to {high:.1%}) are nearer to a training image than "
-        f"{1 - FALSE_POSITIVES:.0%} of real images are, where {line:.1%} is expected without copying, p {p}"
+        f"{said}, {rewards['copy_rate_features']:.1%} in features, where {expected}, and "
+        f"{rewards['copy_rate_swapped']:.1%} and {rewards['copy_rate_features_swapped']:.1%} are as near to "
+        f"a held-out image, p {p}"
     )
 
 

@@ -1,0 +1,50 @@
+"""Owns greys of more than 8 bits: which values are shown as black and as white, the same for a whole
+folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+_BITS = (8, 10, 12, 14, 16)  # that cameras and X-ray machines store
+_PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0  # of TIFF (6.0, page 37)
+
+
+@dataclass(frozen=True)
+class Greys:
+    """The values that are shown as black and as white."""
+
+    black: float
+    white: float
+
+    def convert(self, values: np.ndarray) -> Image.Image:
+        """RGB of greys [H, W]."""
+        share = (values - self.black) / max(self.white - self.black, 1e-12)
+        return Image.fromarray((255 * share.clip(0, 1)).round().astype(np.uint8)).convert("RGB")
+
+
+def is_deep(image: Image.Image) -> bool:
+    """Whether its greys have more than 8 bits."""
+    return image.mode == "F" or image.mode.startswith("I")
+
+
+def read_greys(image: Image.Image) -> np.ndarray:
+    """float64 [H, W]; negated where 0 is white: more is brighter. What is not finite is the least."""
+    values = np.asarray(image, np.float64)
+    values = np.where(np.isfinite(values), values, np.nanmin(np.where(np.isfinite(values), values, np.nan)))
+    tags = getattr(image, "tag_v2", {})
+    return -values if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO else values
+
+
+def choose_greys(least: float, most: float, mode: str) -> Greys:
+    """The scale of values between these. Whole ones from 0 on: that of as many bits as hold the largest;
+    signed ones, and floats: from the least to the largest, and from 0 to 1 where floats lie within."""
+    if mode.startswith("F"):
+        return Greys(0.0, 1.0) if 0 <= least and 0 < most <= 1 else Greys(min(0.0, least), most)
+    if least < 0 < most:
+        return Greys(least, most)
+    largest = max(most, -least)
+    full = next((2.0**bits - 1 for bits in _BITS if largest < 2**bits), largest)
+    return Greys(-full, 0.0) if least < 0 else Greys(0.0, full)

@@ -1,0 +1,99 @@
+"""Owns groups: who is in an image, as its path, its folder or a column of the metadata tells, and how images
+that belong together are joined."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import PurePosixPath
+
+from memcontrol.core.config import PARTS
+from memcontrol.core.errors import MemControlError
+
+_FOLDER = "folder"
+FindGroup = Callable[[str], str]  # of an image by its path inside the folder
+
+
+def make_grouping(rule: str, metadata: Mapping[str, Mapping[str, object]]) -> FindGroup:
+    """What tells an image's group by data.group: a pattern, `folder`, or a column of the metadata. It raises
+    MemControlError for an image of which it is not known."""
+    if "(" in rule:
+        return _group_by_pattern(rule)
+    return _group_by_folder if rule == _FOLDER else _group_by_column(rule, metadata)
+
+
+def _group_by_pattern(rule: str) -> FindGroup:
+    try:
+        pattern = re.compile(rule)
+    except re.error as error:
+        raise MemControlError(f"data.group is '{rule}', which is no regular expression: {error}") from None
+    if not pattern.groups:
+        raise MemControlError(
+            f"data.group is '{rule}', which has no group in parentheses that could be the name"
+        )
+
+    def find(name: str) -> str:
+        found = pattern.search(name)
+        if not found or not found.group(1):
+            raise MemControlError(
+                f"data.group is '{rule}', which does not match image '{name}'; each image needs a group"
+            )
+        return found.group(1)
+
+    return find
+
+
+def _group_by_folder(name: str) -> str:
+    """The innermost folder, whichever part it lies in."""
+    folders = PurePosixPath(name).parent.parts
+    own = folders[1:] if folders[:1] and folders[0] in PARTS else folders
+    if not own:
+        raise MemControlError(
+            f"data.group is '{_FOLDER}', and image '{name}' lies in no folder of its own; each image needs "
+            "a group"
+        )
+    return "/".join(own)
+
+
+def _group_by_column(rule: str, metadata: Mapping[str, Mapping[str, object]]) -> FindGroup:
+    columns = sorted({str(column) for row in metadata.values() for column in row} - {"file_name"})
+    if rule not in columns:
+        raise MemControlError(
+            f"data.group is '{rule}': no pattern with a group in parentheses, not '{_FOLDER}', and no column "
+            f"of the metadata, which has {', '.join(columns) or 'none'}"
+        )
+
+    def find(name: str) -> str:
+        value = metadata.get(name, {}).get(rule)
+        if value is None or str(value).strip() in ("", "nan"):
+            raise MemControlError(
+                f"data.group is '{rule}', and image '{name}' has none in the metadata; each image needs a "
+                "group"
+            )
+        return str(value).strip()
+
+    return find
+
+
+def join_rows(n: int, pairs: Iterable[tuple[int, int]]) -> list[int]:
+    """Of n rows, the first row of all that pairs join each to."""
+    first = list(range(n))
+
+    def find(row: int) -> int:
+        while first[row] != row:
+            first[row] = first[first[row]]
+            row = first[row]
+        return row
+
+    for i, j in pairs:
+        one, other = sorted((find(i), find(j)))
+        first[other] = one
+    return [find(row) for row in range(n)]
+
+
+def pair_equals(names: Sequence[str]) -> Iterable[tuple[int, int]]:
+    """Pairs of rows that join those with the same name; of an empty one none."""
+    seen: dict[str, int] = {}
+    for row, name in enumerate(names):
+        if name:
+            yield seen.setdefault(name, row), row
