@@ -124,13 +124,13 @@ def chromium():
 
 @pytest.fixture
 def photographs(tmp_path):
-    """A folder of n smooth colour images, no two alike."""
+    """A folder of n smooth colour images, no two alike, numbered from `first` on."""
 
-    def make(n, folder="photos", size=(40, 30), mode="RGB"):
+    def make(n, folder="photos", size=(40, 30), mode="RGB", first=0):
         root = tmp_path / folder
         root.mkdir(parents=True, exist_ok=True)
         for i in range(n):
-            cells = np.random.default_rng(i).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+            cells = np.random.default_rng(first + i).integers(0, 256, (4, 4, 3), dtype=np.uint8)
             Image.fromarray(cells).resize(size, Image.Resampling.BICUBIC).convert(mode).save(
                 root / f"{i:03}.png"
             )
@@ -151,7 +151,7 @@ def material(base, tmp_path_factory):
         load_config({"name": "a", "data": {"path": "digits", "train": N_IMAGES, "holdout": 20, "test": 20}}),
         tmp_path_factory.mktemp("cache"),
     )
-    parts = load_parts(config.data, 32, 0)
+    parts = load_parts(config.data, 32, 0).parts
     encoded = {part: load_encoded(base, images, cache) for part, images in parts.items()}
     images = parts["train"]
     return Material(

@@ -16,7 +16,7 @@ HALVES = {"train": 0.5, "holdout": 0.25, "test": 0.25}
 
 def load(path, warn=lambda line: None, seed=0, **keys):
     config = load_config({"name": "a", "data": {"path": str(path), **HALVES, **keys}})
-    return load_parts(config.data, 32, seed, warn)
+    return load_parts(config.data, 32, seed, warn).parts
 
 
 def refused(path, words, **keys):
@@ -54,7 +54,8 @@ def test_a_folder_is_split_by_share_and_the_same_again(photographs):
     assert [len(images) for images in first.values()] == [20, 10, 10]
     assert first == again != other
     assert first["train"].pixels().shape == (20, 3, 32, 32)
-    assert parse_parts(json.loads(json.dumps(dump_parts(first))), str(root), 32) == first
+    stored = {"source": str(root), "resolution": 32, "parts": dump_parts(first)}
+    assert parse_parts(json.loads(json.dumps(stored))) == first
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
@@ -83,7 +84,7 @@ def test_without_metadata_the_folder_is_the_caption(photographs):
 
 def test_sub_folders_are_the_parts_with_metadata_in_each(photographs):
     for offset, part in enumerate(("train", "holdout", "test")):
-        root = photographs(10, f"x/{part}", size=(30 + offset, 30))
+        root = photographs(10, f"x/{part}", first=10 * offset)
         (root / "metadata.jsonl").write_text(json.dumps({"file_name": "003.png", "text": part}) + "\n")
     parts = load(photographs(0, "x"))
     assert {part: len(images) for part, images in parts.items()} == {"train": 10, "holdout": 10, "test": 10}
@@ -93,7 +94,7 @@ def test_sub_folders_are_the_parts_with_metadata_in_each(photographs):
 
 def test_sub_folders_that_share_an_image_are_refused(photographs):
     for offset, part in enumerate(("train", "holdout", "test")):
-        photographs(10, f"x/{part}", size=(30 + offset, 30))
+        photographs(10, f"x/{part}", first=10 * offset)
     Image.open(photographs(0, "x") / "train/004.png").save(photographs(0, "x") / "holdout/zz.bmp")
     refused(photographs(0, "x"), "train and holdout share an image: 'train/004.png' and 'holdout/zz.bmp'")
 

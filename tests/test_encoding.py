@@ -51,7 +51,7 @@ def test_a_lock_that_another_one_holds_is_waited_for_or_not(tmp_path):
 @pytest.fixture
 def images():
     config = load_config({"name": "a", "data": {"path": "digits", "train": 20, "holdout": 20, "test": 20}})
-    return load_parts(config.data, 32, 0)["train"]
+    return load_parts(config.data, 32, 0).parts["train"]
 
 
 @pytest.fixture

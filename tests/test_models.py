@@ -69,7 +69,7 @@ def test_samples_are_those_of_the_plain_pipeline(base):
 
 def test_encoding_is_the_autoencoders_and_happens_once(base, tmp_path, monkeypatch):
     config = load_config({"name": "a", "data": {"path": "digits", "train": 20, "holdout": 20, "test": 20}})
-    images = load_parts(config.data, 32, 0)["train"]
+    images = load_parts(config.data, 32, 0).parts["train"]
     encoded = load_encoded(base, images, tmp_path)
     with torch.no_grad():
         pixels = torch.from_numpy(images.pixels()).float() / 127.5 - 1

@@ -127,6 +127,17 @@ def _write_proposal(
                 for part, share in shares.items()
             ),
             *(
+                [
+                    _format_line(
+                        "  group",
+                        json.dumps(seen.group, ensure_ascii=False),
+                        "who is in an image: nobody is in two parts; take it out where that is not so",
+                    )
+                ]
+                if seen.group
+                else []
+            ),
+            *(
                 [_format_line("  skip_unreadable", "true", f"{len(seen.unreadable)} cannot be decoded")]
                 if seen.unreadable
                 else []
@@ -339,8 +350,12 @@ def _explain_data(seen: FolderSummary, base: str) -> str:
         if n_captioned
         else "no captions: every prompt is the empty one"
     )
+    if seen.greys:
+        said.append(
+            f"greys of more than 8 bits, of which {seen.greys.white:g} is shown as white in all images"
+        )
     if seen.near:
-        said.append(f"{len(seen.near)} pairs that are nearly the same, which may come into two parts")
+        said.append(f"{len(seen.near)} pairs that are nearly the same, which stay in one part")
     if seen.copies:
         said.append(f"{sum(len(names) - 1 for names in seen.copies)} exact copies, which stay in one part")
     return "; ".join(said)
@@ -365,8 +380,8 @@ def choose_space(base: BaseConfig | str) -> str:
 def list_warnings(seen: FolderSummary) -> list[str]:
     """What a person should know before anything is trained."""
     found = [
-        f"nearly the same: {a} and {b}; in two parts they would hide copying: remove one, or put "
-        "both into train/"
+        f"nearly the same: {a} and {b}; in two parts they would hide copying: a search keeps them in one, "
+        "and refuses them where folders say otherwise (data.twins)"
         for a, b in seen.near
     ]
     found += [f"not decoded: {name}" for name in seen.unreadable]

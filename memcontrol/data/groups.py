@@ -11,6 +11,9 @@ from memcontrol.core.config import PARTS
 from memcontrol.core.errors import MemControlError
 
 _FOLDER = "folder"
+_COLUMN_NAMES = r"^(patient|subject|person|participant|identity)([ _-]?(id|name|number))?$"
+_NAME_PATTERN = r"(?i)((?:patient|subject|subj|person|pat|pt|id|p)[_-]?\d+)"
+_FEWEST_PROPOSED = 8  # groups, below which a coincidence may look like them
 FindGroup = Callable[[str], str]  # of an image by its path inside the folder
 
 
@@ -73,6 +76,23 @@ def _group_by_column(rule: str, metadata: Mapping[str, Mapping[str, object]]) ->
         return str(value).strip()
 
     return find
+
+
+def propose_grouping(names: Sequence[str], metadata: Mapping[str, Mapping[str, object]]) -> str | None:
+    """What data.group could be: a column or a pattern that names people, or the like, several of whose images
+    there are; None where nothing looks like it."""
+    columns = {str(column) for row in metadata.values() for column in row}
+    rules = [column for column in sorted(columns) if re.search(_COLUMN_NAMES, column, re.IGNORECASE)]
+    return next((rule for rule in [*rules, _NAME_PATTERN] if _makes_groups(rule, names, metadata)), None)
+
+
+def _makes_groups(rule: str, names: Sequence[str], metadata: Mapping[str, Mapping[str, object]]) -> bool:
+    try:
+        find = make_grouping(rule, metadata)
+        found = {find(name) for name in names}
+    except MemControlError:
+        return False
+    return _FEWEST_PROPOSED <= len(found) <= len(names) / 1.5
 
 
 def join_rows(n: int, pairs: Iterable[tuple[int, int]]) -> list[int]:

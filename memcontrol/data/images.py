@@ -23,7 +23,7 @@ from memcontrol.data.greys import Greys, choose_greys, is_deep, read_greys
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 _METADATA = ("metadata.jsonl", "metadata.csv")
-Found = TypeVar("Found")
+Read = TypeVar("Read")
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def decode_image(path: Path, greys: Greys | None = None) -> Image.Image:
     return _read_image(path, lambda image: _convert_to_rgb(ImageOps.exif_transpose(image), greys))
 
 
-def _read_image(path: Path, read: Callable[[Image.Image], Found]) -> Found:
+def _read_image(path: Path, read: Callable[[Image.Image], Read]) -> Read:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd but readable files: palettes, EXIF blocks, huge pictures

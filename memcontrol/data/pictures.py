@@ -101,6 +101,13 @@ def read_folder(
     return FolderImages(title, folder, look)
 
 
+def read_folder_pictures(
+    title: str, folder: Path, warn: Callable[[str], None], skip_unreadable: bool = False
+) -> Pictures:
+    """The centre squares of a folder's images. Raises MemControlError."""
+    return read_folder(title, folder, warn, skip_unreadable).make_pictures("crop")
+
+
 def find_common_greys(folders: Sequence[Path]) -> Greys | None:
     """One scale for the deep greys of several folders."""
     found = [

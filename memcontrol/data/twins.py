@@ -65,6 +65,8 @@ def find_twins(
 ) -> Twins:
     """Among uint8 thumbnails [n, S, S]. Candidates are neighbours in keys of few dimensions, by a tree, so
     that time grows as n log n."""
+    if len(thumbnails) < 2:
+        return Twins((), 0.0, 0.0, np.inf)
     views, is_flat = _make_views(thumbnails)
     found: dict[tuple[int, int], float] = {}
     nearest = np.full(len(views), np.inf)  # to another image
