@@ -43,7 +43,7 @@ from memcontrol.view.audit_page import N_SHOWN, SHOWN_SIDE
 from memcontrol.view.words import write_verdict
 
 _FEWEST = 8
-_TWINS = ("refuse", "drop", "keep")
+_TWIN_RULES = ("refuse", "drop", "keep")
 _CHUNK = 512  # training images that are looked at for twins at a time
 _SMALL_SIDE = 64  # pixels of the images that an extraction attack compares
 _MOST_SAME = 0.05
@@ -169,7 +169,7 @@ class AuditSource:
             raise MemControlError(
                 "audit compares with training and held-out images; give --train DIR and --holdout DIR"
             )
-        for name, value, allowed in (("twins", self.twins, _TWINS), ("fit", self.fit, (None, *FITS))):
+        for name, value, allowed in (("twins", self.twins, _TWIN_RULES), ("fit", self.fit, (None, *FITS))):
             if value not in allowed:
                 known = ", ".join(str(one) for one in allowed if one)
                 raise MemControlError(f"{name} is '{value}'; allowed: {known}")

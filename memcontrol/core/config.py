@@ -186,6 +186,8 @@ class EnsembleConfig(Strict):
     moments: Literal["reset", "averaged", "kept"] = "averaged"
     """the optimizer's moments after an averaging: `averaged`, `reset`, or `kept` by each shard, as published;
     `averaged` had the lowest FID on each of three seeds"""
+    split_groups: bool = False
+    """whether the images of a group (`data.group`) may be dealt to several shards"""
 
     @property
     def shares_a(self) -> bool:

@@ -29,7 +29,7 @@ from memcontrol.data.images import (
 )
 from memcontrol.data.twins import find_twins, shrink_to_thumbnail
 
-_TWINS = "twins of "  # how a group of twins is called
+_TWINS_NAME = "twins of "  # how a group of twins is called
 _N_NAMED = 3  # of pairs of twins that are refused
 FEWEST_IMAGES = 8  # per part; below it no interval says anything
 
@@ -138,7 +138,7 @@ class Look:
         return replace(
             self,
             records=[
-                replace(record, group=f"{_TWINS}{self.records[row].name}")
+                replace(record, group=f"{_TWINS_NAME}{self.records[row].name}")
                 if counts[row] > 1 and not record.group
                 else record
                 for record, row in zip(self.records, first)
@@ -216,7 +216,7 @@ def _refuse_shared_groups(parts: dict[str, list[ImageRecord]]) -> None:
             if not record.group:
                 continue
             other, name = seen.setdefault(record.group, (part, record.name))
-            if other != part and not record.group.startswith(_TWINS):
+            if other != part and not record.group.startswith(_TWINS_NAME):
                 raise MemControlError(
                     f"data: {other} and {part} share group '{record.group}': '{name}' and '{record.name}'; a "
                     "group belongs to one part, since copying could not be told from chance"

@@ -65,9 +65,9 @@ def find_twins(
 ) -> Twins:
     """Among uint8 thumbnails [n, S, S]. Candidates are neighbours in keys of few dimensions, by a tree, so
     that time grows as n log n."""
-    if len(thumbnails) < 2:
-        return Twins((), 0.0, 0.0, np.inf)
     views, is_flat = _make_views(thumbnails)
+    if (~is_flat).sum() < 2:
+        return Twins((), 0.0, 0.0, np.inf)
     found: dict[tuple[int, int], float] = {}
     nearest = np.full(len(views), np.inf)  # to another image
     for rows, others in _iterate_candidates(views, progress):
@@ -75,7 +75,7 @@ def find_twins(
         np.minimum.at(nearest, rows, apart)
         for i, j, distance in zip(rows.tolist(), others.tolist(), apart.tolist()):
             found[min(i, j), max(i, j)] = distance
-    threshold, selves, others_from = _calibrate(thumbnails, views, nearest[~is_flat], seed)
+    threshold, selves, others_from = _calibrate(thumbnails, views, nearest, np.flatnonzero(~is_flat), seed)
     pairs = sorted(
         pair for pair, apart in found.items() if apart < threshold and not is_flat[list(pair)].any()
     )
@@ -181,16 +181,18 @@ def _turn(views: Tensor) -> list[Tensor]:
 
 
 def _calibrate(
-    thumbnails: np.ndarray, views: np.ndarray, nearest: np.ndarray, seed: int
+    thumbnails: np.ndarray, views: np.ndarray, nearest: np.ndarray, lively: np.ndarray, seed: int
 ) -> tuple[float, float, float]:
-    """The threshold, and what it lies between."""
+    """The threshold, and what it lies between; from the rows that are not flat."""
     rng = np.random.default_rng(derive_seed(seed, "twins"))
-    rows = rng.permutation(len(thumbnails))[:_N_CALIBRATED]
+    rows = rng.permutation(lively)[:_N_CALIBRATED]
     changed = [np.stack([change(thumbnails[row]) for row in rows]) for change in _CHANGES]
     each = np.arange(len(rows))
     apart = [_measure_apart(views, _make_views(one)[0], rows, each) for one in changed]
     selves = float(np.quantile(np.concatenate(apart), 0.95))
-    known = nearest[np.isfinite(nearest) & (nearest > 1.5 * selves)]  # what is nearer may be twins
+    apart_from_others = nearest[lively]
+    # what is nearer may be twins
+    known = apart_from_others[np.isfinite(apart_from_others) & (apart_from_others > 1.5 * selves)]
     if len(known) < _FEWEST_OTHERS:
         return selves, selves, np.inf
     low, middle = np.quantile(np.log(known), (0.2, 0.5))

@@ -98,7 +98,10 @@ def train_rounds(
     """
     if not adapter.parameters():
         return TrainLog()
-    rest = inner.model_dump_json(exclude=set(inner.memory_keys))
+    # groups are the material's; rounds from before that key are gone on with
+    rest = inner.model_dump_json(
+        exclude=dict.fromkeys(inner.memory_keys, True) | {"ensemble": {"split_groups"}}
+    )
     plan = hashlib.sha256(f"{identity} {seed} {rest}".encode()).hexdigest()
     _clear_other_plans(folder, plan, team)
     rounds = Rounds(base, adapter, material, inner, seed, folder, progress, team, may_halve)
@@ -352,11 +355,21 @@ class Rounds:
     def fresh(self, shard: int) -> ShardState:
         data = self.material.data
         rows = deal_images(
-            self.inner.ensemble.split, self.n_shards, data.caption_rows, data.mean.flatten(1), self.seed
+            self.inner.ensemble.split,
+            self.n_shards,
+            data.caption_rows,
+            data.mean.flatten(1),
+            self.seed,
+            self.groups,
         )[shard]
         memory = LossMemory.empty(self.inner.skip, self.base.device) if self.inner.skip else None
         zeros = torch.zeros(len(data.mean), dtype=torch.long)
         return ShardState(Shard(shard, rows, zeros, zeros.clone(), memory), self.initial, {}, {}, {}, [])
+
+    @property
+    def groups(self) -> Tensor | None:
+        """Group numbers of the images, where a group must stay in one shard."""
+        return None if self.inner.ensemble.split_groups else self.material.group_numbers
 
     def exchange_members(self, number: int, rule: RedistributionConfig) -> list[Tensor]:
         """Who has which images after a round's exchange."""
@@ -366,6 +379,7 @@ class Rounds:
             [shard.skips for shard in shards],
             rule,
             derive_seed(self.seed, "exchange", number),
+            self.groups,
         )
 
     def change_images(self, shard: Shard, rows: Tensor) -> None:

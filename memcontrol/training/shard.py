@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,13 @@ class Material:
     captions: Sequence[str]
     pixels: Callable[[Sequence[int]], np.ndarray]  # image numbers [B] -> uint8 [B, 3, H, W]
     holdout: Callable[[], Encoded]
+    groups: Sequence[str] = ()  # of each image, where a group must stay in one shard
+
+    @cached_property
+    def group_numbers(self) -> Tensor | None:
+        """[N], equal within a group; None where there are no groups."""
+        numbers = {name: number for number, name in enumerate(dict.fromkeys(self.groups))}
+        return torch.tensor([numbers[name] for name in self.groups]) if numbers else None
 
 
 @dataclass

@@ -128,6 +128,7 @@ class LoadedModels:
             images.captions,
             lambda rows: images.take(rows).pixels(),
             lambda: self.load_unseen(spec, "holdout"),
+            images.groups if spec.config.data.group else (),
         )
 
     def load_unseen(self, spec: Spec, part: str, progress: TellStage = tell_nobody) -> Encoded:

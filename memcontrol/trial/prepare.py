@@ -65,7 +65,7 @@ def prepare_study(values: dict, folder: Path, loaded: LoadedModels, warn: Callab
     parts = split.parts
     for line in _describe_split(split):
         warn(line)
-    _check_shards(config, len(parts["train"]))
+    _check_shards(config, parts["train"])
     _try_own_rewards(config, parts, extractor)
 
     # What the study was begun with.
@@ -191,12 +191,19 @@ def _check_sharded(config: Config, space: SearchSpace) -> None:
             raise MemControlError(f"{key} shards the base, which needs of {other}: {reason}")
 
 
-def _check_shards(config: Config, n_images: int) -> None:
+def _check_shards(config: Config, images: Images) -> None:
     """Raises MemControlError where a shard would be empty."""
-    n_train, n_shards = config.search.count_train(n_images), config.inner.ensemble.shards
+    n_train, n_shards = config.search.count_train(len(images)), config.inner.ensemble.shards
     if n_shards > n_train:
         raise MemControlError(
             f"inner.ensemble.shards is {n_shards} and there are {n_train} training images; ask for fewer"
+        )
+    n_groups = len(set(images.groups[:n_train]))
+    if config.data.group and n_shards > n_groups and not config.inner.ensemble.split_groups:
+        raise MemControlError(
+            f"inner.ensemble.shards is {n_shards} and the training images are of {n_groups} groups "
+            "(data.group), none of which may be in two shards; ask for fewer, or set "
+            "inner.ensemble.split_groups: true"
         )
 
 

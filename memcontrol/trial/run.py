@@ -26,7 +26,7 @@ from memcontrol.core.run_folder import (
 from memcontrol.core.spec import Spec, read_spec
 from memcontrol.data.split import format_ranges
 from memcontrol.model.adapter import Adapter, inject_adapter
-from memcontrol.model.base import count_bytes
+from memcontrol.model.base import Base, count_bytes
 from memcontrol.model.batches import release_memory
 from memcontrol.model.cost import Cost
 from memcontrol.scoring.score import pool_scores
