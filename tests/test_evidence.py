@@ -293,7 +293,8 @@ def test_a_search_with_a_users_reward_and_a_limit(own, study_file):
     rewards = {
         "objectives": ["fid", "memorization", "my_rewards.py:brightness"],
         "limits": {"fid": 1e-3, "copy_rate": 1.0},
-        "n_samples": 256,
+        "n_samples": 32,
+        "force": True,
         "sampling_steps": 1,
         "confirm": 0,
     }

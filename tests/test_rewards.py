@@ -443,3 +443,53 @@ def test_the_tail_is_never_lighter_than_the_law_and_no_heavier_than_it_must_be()
         above = np.log(0.1) / 5 - np.log(r)  # how far below the tenth
         lomax = 0.1 * (1 + above * 5 / 10) ** -10 if above > 0 else r**5
         assert np.exp(np.mean(np.log(found))) == pytest.approx(lomax, rel=0.3) and lomax >= 0.99 * r**5
+
+
+def test_a_statistic_under_permuted_labels_is_what_the_sets_themselves_give():
+    """By brute force, for some labellings: copy rate less swapped copy rate, and M of all references."""
+    generated, real = normal(60, 6, 1), normal(90, 6, 2)
+    generated[:9] = real[:9] + 0.01
+    space = DistanceSpace((generated,), (real[:40],), (real[40:],))
+    rates, distances = measure_copy_rate(space).labels, measure_memorization(space).labels
+    pool = np.concatenate([real[:40][space.labels.train], real[40:][space.labels.holdout]])
+    apart = np.linalg.norm(pool[:, None] - pool[None], axis=2) + np.diag(np.full(90, np.inf))
+    for number in (0, 1, 7, 400):
+        sides = space.labels.sides[number]
+        to = np.linalg.norm(generated[:, None] - pool[None], axis=2)
+        r = to[:, sides].min(1) / to[:, ~sides].min(1)
+        real_r = apart[:, sides].min(1) / apart[:, ~sides].min(1)
+        hits = (r < real_r[~sides].min()).mean() - (1 / r < (1 / real_r[sides]).min()).mean()
+        assert rates[number] == pytest.approx(hits, abs=1e-12) and sides.sum() == 40
+        m = np.clip(np.log(1 / r), -math.log(4), math.log(4)).mean()
+        assert distances[number] == pytest.approx(m, rel=1e-9)
+
+
+def test_labels_are_permuted_by_group_and_no_image_is_its_siblings_reference():
+    real = normal(60, 4, 1)
+    people = [f"p{i // 3}" for i in range(60)]
+    space = DistanceSpace((normal(20, 4, 2),), (real[:30],), (real[30:],), None, people[:30], people[30:])
+    for sides in space.labels.sides:
+        for group in range(20):
+            assert len(set(sides[space.labels.groups == group])) == 1
+        assert sides.sum() == 30
+    held = real[30:]
+    for i, found in enumerate(space.real_ratios):
+        others = [j for j in range(30) if j // 3 != i // 3]
+        to_train = np.linalg.norm(held[i] - real[:30], axis=1).min()
+        assert found == pytest.approx(to_train / np.linalg.norm(held[i] - held[others], axis=1).min())
+
+
+@pytest.mark.parametrize("soft", (1.0, 0.4))
+def test_people_and_flat_images_are_not_accused(soft):
+    """Four pictures of a person each, and images that are nearer to everything than real ones are: p is below
+    0.05 about that often."""
+    found = []
+    for seed in range(60):
+        faces, noise = normal(70, 12, seed), 0.2 * normal(280, 12, 1000 + seed)
+        real = np.repeat(faces, 4, axis=0) + noise
+        people = [f"p{i // 4}" for i in range(280)]
+        generated = soft * normal(100, 12, 5000 + seed)
+        space = DistanceSpace((generated,), (real[:140],), (real[140:],), None, people[:140], people[140:])
+        found.append(measure_copy_rate(space))
+    assert np.mean([one.p < 0.05 for one in found]) <= 0.12
+    assert soft < 1 or np.mean([float(one) for one in found]) < 0.05
