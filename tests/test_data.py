@@ -165,3 +165,14 @@ def test_images_are_upright_rgb(tmp_path):
         path = tmp_path / f"{mode}.{'tif' if mode == 'CMYK' else 'png'}"
         image.save(path)
         assert decode_image(path).mode == "RGB"
+
+
+def test_a_calibration_part_is_split_off_last_and_used_for_the_line(photographs, tmp_path):
+    parts = load(photographs(60), train=20, holdout=10, test=10, calibration=12)
+    assert [len(images) for images in parts.values()] == [20, 10, 10, 12] and list(parts)[3] == "calibration"
+    names = [record.name for images in parts.values() for record in images.records]
+    assert len(set(names)) == 52
+    for number, part in enumerate(("train", "holdout", "test", "calibration")):
+        photographs(10, f"given/{part}", first=100 * number)
+    given = load(tmp_path / "given")
+    assert [record.caption for record in given["calibration"].records] == [""] * 10

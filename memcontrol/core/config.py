@@ -148,6 +148,9 @@ class DataConfig(Strict):
     """share or number of images that a search compares with, never trained on"""
     test: Share | Count = 0.25
     """share or number of images that only `retrain` is scored on"""
+    calibration: Share | Count | None = None
+    """share or number of further real images, of which 99 % lie above the line of copies; or a folder
+    `calibration/` beside the others. None: held-out images, each left out of its own reference"""
     resolution: Annotated[int, Field(ge=8)] | None = None
     """side of the square images in pixels; none: the base's own"""
     fit: Fit = "crop"
@@ -805,3 +808,4 @@ def _make_comparable(config: Config) -> dict:
 
 
 PARTS = ("train", "holdout", "test")
+CALIBRATION = "calibration"  # a part that a study may have

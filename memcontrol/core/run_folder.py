@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from memcontrol.core.choice import Choice
-from memcontrol.core.config import DIGITS, PARTS, Config
+from memcontrol.core.config import CALIBRATION, DIGITS, PARTS, Config
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import read_json
 
@@ -292,7 +292,8 @@ def refuse_results_among(source: str, folder: Path) -> None:
     """Raises MemControlError where a study's folder lies among its images: its pictures would count as images
     the next time."""
     images = Path(source)
-    places = [images / part for part in PARTS if (images / part).is_dir()] or [images]
+    parts = (images / part for part in (*PARTS, CALIBRATION))
+    places = [part for part in parts if part.is_dir()] or [images]
     if source != DIGITS and any(folder.resolve().is_relative_to(place.resolve()) for place in places):
         raise MemControlError(
             f"results would go to {folder}, among the images of data.path, '{source}', and count as images "

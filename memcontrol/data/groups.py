@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import PurePosixPath
 
-from memcontrol.core.config import PARTS
+from memcontrol.core.config import CALIBRATION, PARTS
 from memcontrol.core.errors import MemControlError
 
 _FOLDER = "folder"
@@ -49,7 +49,7 @@ def _group_by_pattern(rule: str) -> FindGroup:
 def _group_by_folder(name: str) -> str:
     """The innermost folder, whichever part it lies in."""
     folders = PurePosixPath(name).parent.parts
-    own = folders[1:] if folders[:1] and folders[0] in PARTS else folders
+    own = folders[1:] if folders[:1] and folders[0] in (*PARTS, CALIBRATION) else folders
     if not own:
         raise MemControlError(
             f"data.group is '{_FOLDER}', and image '{name}' lies in no folder of its own; each image needs "

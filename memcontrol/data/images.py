@@ -17,7 +17,7 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image, ImageOps
 
-from memcontrol.core.config import DIGITS, PARTS, Fit
+from memcontrol.core.config import CALIBRATION, DIGITS, PARTS, Fit
 from memcontrol.core.errors import MemControlError
 from memcontrol.data.greys import Greys, choose_greys, is_deep, read_greys
 
@@ -271,4 +271,4 @@ def _is_image(folder: Path, name: str, captions: dict[str, str]) -> bool:
 def _derive_caption(name: str) -> str:
     """Without metadata the caption is the innermost folder's name, unless that folder is a part."""
     parent = Path(name).parent.name
-    return "" if parent in PARTS else parent
+    return "" if parent in (*PARTS, CALIBRATION) else parent

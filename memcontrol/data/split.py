@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from memcontrol.core.config import DIGITS, PARTS, DataConfig
+from memcontrol.core.config import CALIBRATION, DIGITS, PARTS, DataConfig
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.seeds import derive_seed
 from memcontrol.data.greys import Greys
@@ -103,7 +103,8 @@ def _list_folder_parts(
     records = look.name_twins(pairs).records
     if not given:
         return split_records(records, config, seed, pairs), found, look.greys
-    parts = {part: [record for record in records if record.name.startswith(f"{part}/")] for part in PARTS}
+    names = (*PARTS, CALIBRATION) if (folder / CALIBRATION).is_dir() else PARTS
+    parts = {part: [record for record in records if record.name.startswith(f"{part}/")] for part in names}
     _refuse_shared_images(parts)
     _refuse_shared_groups(parts)
     dropped = choose_dropped(records, pairs, config.twins, "data.twins=drop")
@@ -228,7 +229,7 @@ def choose_dropped(
     pairs: Sequence[tuple[int, int]],
     rule: str,
     cure: str,
-    parts: Sequence[str] = PARTS,
+    parts: Sequence[str] = (*PARTS, CALIBRATION),
 ) -> list[str]:
     """Names of the images that are left out, as a rule says, since they are twins of one in an earlier of the
     parts, which names begin with. Raises MemControlError where it says that there may be none."""
@@ -267,18 +268,19 @@ def split_records(
         units.setdefault(first, []).append(record)
     order = np.random.default_rng(derive_seed(seed, "split")).permutation(len(units))
     members = list(units.values())
-    parts: dict[str, list[ImageRecord]] = {part: [] for part in PARTS}
+    parts: dict[str, list[ImageRecord]] = {part: [] for part in sizes}
     for i in order:
-        part = next((part for part in PARTS if len(parts[part]) < sizes[part]), None)
+        part = next((part for part in sizes if len(parts[part]) < sizes[part]), None)
         if part:
             parts[part] += members[i]
     return parts
 
 
 def _count_parts(n: int, config: DataConfig) -> dict[str, int]:
-    given = {part: getattr(config, part) for part in PARTS}
+    names = (*PARTS, CALIBRATION) if config.calibration else PARTS
+    given = {part: getattr(config, part) for part in names}
     sizes = {part: size if isinstance(size, int) else round(n * size) for part, size in given.items()}
-    if sum(sizes.values()) > n + len(PARTS) - 1:
+    if sum(sizes.values()) > n + len(names) - 1:
         asked = ", ".join(f"{part} {size}" for part, size in given.items())
         raise MemControlError(
             f"data: {asked} asks for {sum(sizes.values())} images and there are {n}; ask for fewer"

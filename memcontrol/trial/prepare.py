@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from memcontrol.core.choice import Choice
-from memcontrol.core.config import DIGITS, Config, load_config
+from memcontrol.core.config import CALIBRATION, DIGITS, Config, load_config
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import read_json, write_json
 from memcontrol.core.run_folder import StudyFolder
@@ -101,7 +101,9 @@ def encode_study(
     spec = Spec(config, space, Choice((), "none", 0.0), folder, "encode", reference, n_train)
     loaded.make_material(spec, progress)
     loaded.load_unseen(spec, reference, progress)
-    for images in (loaded.train_images(spec), loaded.parts(spec)[reference]):
+    parts = loaded.parts(spec)
+    third = [parts[CALIBRATION]] if CALIBRATION in parts else []
+    for images in (loaded.train_images(spec), parts[reference], *third):
         loaded.views(images, config.rewards.extractor, StudyFolder(folder).cache, progress)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from memcontrol.core.config import CALIBRATION
 from memcontrol.core.errors import Diverged
 from memcontrol.core.estimate import Estimate, Measured
 from memcontrol.core.files import replace_file
@@ -162,13 +163,15 @@ def gather_evidence(samples: Mapping[str, np.ndarray], spec: Spec, loaded: Loade
     rewards, images, train = spec.config.rewards, samples["images"], loaded.train_images(spec)
     captions = tuple(train.captions[row] for row in samples["rows"])
     cache, network = StudyFolder(spec.study_folder).cache, loaded.extractor(rewards.extractor)
-    held = loaded.parts(spec)[spec.reference]
+    parts = loaded.parts(spec)
+    held, third = parts[spec.reference], parts.get(CALIBRATION)
     return Evidence(
         train_groups=train.groups,
         holdout_groups=held.groups,
         generated=describe_images(iterate_rows(images, count_described(images.shape[-1])), network.extract),
         train=loaded.views(train, rewards.extractor, cache),
         holdout=loaded.views(held, rewards.extractor, cache),
+        calibration=loaded.views(third, rewards.extractor, cache) if third else None,
         seed=spec.sampling_seed,
         images=images,
         captions=captions,
