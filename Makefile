@@ -4,7 +4,7 @@ VENV := .venv
 CODE := memcontrol tests benchmarks docs
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo check quick test chaos clean
+.PHONY: demo check quick test nightly chaos clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/memcontrol demo --out runs/demo
@@ -16,6 +16,10 @@ check: $(VENV)/tested
 
 test: $(VENV)/tested
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --dist worksteal
+
+# All of it: what takes minutes on a core, too, and tests/nightly.
+nightly: $(VENV)/tested
+	NIGHTLY=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --dist worksteal tests tests/nightly/*.py
 
 # What trains nothing and starts no process, in under a minute.
 quick: $(VENV)/tested

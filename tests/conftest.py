@@ -239,8 +239,28 @@ SLOW_FILES = {  # that start processes or services, or fine-tune, by themselves
 }
 
 
-def pytest_collection_modifyitems(items):
-    """`make quick` leaves out what is marked slow."""
+NIGHTLY = {  # half a minute to two on a core each: `make nightly` runs them too
+    "test_a_full_disk_is_named_and_what_was_done_is_kept[150000]",
+    "test_a_proposed_study_is_searched_without_an_edit[grey]",
+    "test_a_proposed_study_is_searched_without_an_edit[plain]",
+    "test_a_search_starts_from_an_adapter",
+    "test_a_search_survives_each_fault_once",
+    "test_a_trial_runs_on_every_family[sd3-all at once]",
+    "test_a_trial_runs_on_every_family[sdxl-all at once]",
+    "test_its_commands_search_a_study_without_containers",
+    "test_our_spaces_hide_nothing[sd15-sites-complete]",
+    "test_the_bytes_of_a_step_are_those_that_the_allocator_gives[bfloat16-groups0-lora]",
+    "test_the_bytes_of_a_step_are_those_that_the_allocator_gives[bfloat16-groups1-full]",
+    "test_the_model_card_tells_what_was_measured_and_its_code_runs[svdiff-None]",
+}
+
+
+def pytest_collection_modifyitems(config, items):
+    """`make quick` leaves out what is marked slow, `make test` what is left to `make nightly`."""
+    if "NIGHTLY" not in os.environ:
+        left = [item for item in items if item.name in NIGHTLY]
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item.name not in NIGHTLY]
     for item in items:
         if item.path.name in SLOW_FILES or SLOW_FIXTURES & set(item.fixturenames):
             item.add_marker("slow")

@@ -45,7 +45,7 @@ def place(tmp_path_factory):
 @pytest.fixture(scope="module")
 def images():
     config = load_config({"name": "a", "data": {"path": "digits", "train": 8, "holdout": 8, "test": 8}})
-    found = load_parts(config.data, 32, 0)["train"]
+    found = load_parts(config.data, 32, 0).parts["train"]
     records = (replace(record, caption=caption) for record, caption in zip(found.records, CAPTIONS))
     return replace(found, records=tuple(records))
 

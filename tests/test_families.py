@@ -80,8 +80,6 @@ def write_family_study(folder, base, name, photographs, method="svdiff", **keys)
 @pytest.mark.parametrize("inner", ("plain", "all at once"))
 def test_a_trial_runs_on_every_family(family, inner, tmp_path, photographs):
     name, base = family
-    if (name, inner) == ("sdxl", "all at once"):
-        pytest.skip("takes two minutes on a CPU; SDXL runs plain, and all at once with the other families")
     settings = {} if inner == "plain" else ALL_AT_ONCE if name == "ddpm" else ALL_AT_ONCE | ON_TEXT
     space = write_family_space(tmp_path, "svdiff")
     config = load_config(

@@ -67,7 +67,7 @@ def test_memcontrols_spaces_train_what_its_code_trains(architecture, name):
         assert group["parameters"][method] == sites[site], group["name"]
 
 
-@pytest.mark.parametrize("name", ["sd15-projections"])  # tests/nightly: sd15-sites-complete
+@pytest.mark.parametrize("name", ["sd15-sites-complete", "sd15-projections"])
 def test_our_spaces_hide_nothing(architecture, name):
     space = load_space(name)
     found = survey_space(architecture("sd15"), space)
@@ -166,7 +166,7 @@ def measure_allocations(run):
 
 
 @pytest.mark.parametrize("groups, method", [(("down_attention", "up_resnet"), "lora"), (("mid",), "full")])
-@pytest.mark.parametrize("precision", ("float32",))  # tests/nightly: bfloat16, slow on a CPU
+@pytest.mark.parametrize("precision", ("float32", "bfloat16"))
 def test_the_bytes_of_a_step_are_those_that_the_allocator_gives(base, material, groups, method, precision):
     space, text = load_space("digits"), material.data.texts(torch.zeros(8, dtype=torch.long))
     choice = space.choice(groups, "lora", 0.5, 4) if method == "lora" else space.list_anchors()["full"][1]
