@@ -141,7 +141,7 @@ def test_the_extraction_attack_counts_what_agrees_and_matches_a_training_image()
 
 
 def test_large_images_are_shrunk_some_at_a_time_and_as_one_would(monkeypatch):
-    from memcontrol.trial.loaded import count_described
+    from memcontrol.data.images import count_at_once
 
     images = np.random.default_rng(0).integers(0, 255, (23, 3, 512, 512), dtype=np.uint8)
     whole = torch.nn.functional.interpolate(
@@ -156,7 +156,7 @@ def test_large_images_are_shrunk_some_at_a_time_and_as_one_would(monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "interpolate", see)
     assert np.array_equal(pixel_features(images), whole.flatten(1).numpy())
     assert max(sizes) * images[0].nbytes <= 2**24 and sum(sizes) == len(images)
-    assert count_described(512) * 3 * 512 * 512 <= 2**26 and count_described(32) == 256
+    assert count_at_once(512) * 3 * 512 * 512 <= 2**26 and count_at_once(32) == 256
 
 
 def test_features_of_the_data_are_kept_on_disk_by_content(study_file):

@@ -104,12 +104,14 @@ def test_what_is_worse_within_its_error_is_no_worse():
 
 
 def test_copying_goes_by_the_permuted_labels_and_by_clear_copies():
+    """The clean one is the farthest from the knee, where the condition is dropped since all copy."""
     clean, sure, clear = (
-        record(i, 16.0 + i / 100, 0.1, copying_p=p, clear_copy_rate=rate)
-        for i, (p, rate) in enumerate([(0.05, 0.0), (0.04, 0.0), (0.5, 0.01)])
+        record(i, 15.0 + i / 20, memorization, copying_p=p, clear_copy_rate=rate)
+        for i, (memorization, p, rate) in enumerate([(0.3, 0.05, 0.0), (0.1, 0.04, 0.0), (0.05, 0.5, 0.01)])
     )
     assert choose_trial([sure, clear, clean]) is clean
-    assert choose_trial([sure, clear]) in (sure, clear)  # dropped, where all copy
+    copying = replace(clean, searched={**clean.searched, "copying_p": 0.04})
+    assert choose_trial([sure, clear, copying]) is clear
 
 
 def test_what_did_not_finish_or_does_not_train_is_never_picked():

@@ -31,7 +31,7 @@ from memcontrol.data.pictures import (
     wrap_samples,
 )
 from memcontrol.model.base import load_base
-from memcontrol.scoring.copying import find_suspects, line_ratio
+from memcontrol.scoring.copying import Suspects, find_suspects, line_ratio
 from memcontrol.scoring.distances import DistanceSpace
 from memcontrol.scoring.evidence import DESCRIPTORS, Descriptors, Evidence, describe_broken_images
 from memcontrol.scoring.extractors import load_extractor
@@ -248,20 +248,10 @@ def _read_references(source: AuditSource, warn: Callable[[str], None]) -> dict[s
         for name, folder in folders.items()
     }
     if len(seen) == 2:
-        _refuse_same_images(seen["train"], seen["holdout"])
+        _refuse_same_images(*(seen[name].make_pictures("crop") for name in ("train", "holdout")))
         train, holdout = leave_out_twins(seen["train"], seen["holdout"], source.twins, warn)
         seen = {"train": train, "holdout": holdout}
     return seen
-
-
-def _refuse_same_images(train: FolderImages, holdout: FolderImages) -> None:
-    held = {record.digest: record.name for record in holdout.look.records}
-    for record in train.look.records:
-        if record.digest in held:
-            raise MemControlError(
-                f"train and holdout share an image: '{record.name}' and '{held[record.digest]}' have the "
-                "same pixels; remove one, since copying could not be told from chance"
-            )
 
 
 def read_pairs(found: dict, generated: Pictures, train: Pictures) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -309,7 +299,7 @@ def judge_images(
             f"{same:.0%} of the generated images are held-out images themselves; hold out images "
             "that the model never saw and that are not audited, since copying could not be seen"
         )
-    copies = _list_copies(evidence, generated, train)
+    suspects = find_suspects(evidence.spaces, evidence.n_judged)
     return {
         "verdict": write_verdict(rewards, len(generated)),
         "sizes": {part.title: len(part) for part in (generated, train, holdout)},
@@ -317,17 +307,16 @@ def judge_images(
         "side": train.side,
         "threshold": line_ratio(space.real_ratios),
         "rewards": rewards,
-        "copies": copies,
+        "copies": _list_copies(suspects, generated, train),
         "duplicates": _find_duplicates(space, train, progress),
-        "copied": _count_copied(evidence, train),
+        "copied": _count_copied(suspects, train),
         "cannot_see": list(BLIND_SPOTS),
     }
 
 
-def _list_copies(evidence: Evidence, generated: Pictures, train: Pictures) -> list[dict]:
+def _list_copies(found: Suspects, generated: Pictures, train: Pictures) -> list[dict]:
     """What any rule calls a copy, and some more, the most suspicious first; each in the descriptor in which
     it is that."""
-    found = find_suspects(evidence.spaces, evidence.n_judged)
     return [
         {
             "generated": generated.names[i],
@@ -344,9 +333,8 @@ def _list_copies(evidence: Evidence, generated: Pictures, train: Pictures) -> li
     ]
 
 
-def _count_copied(evidence: Evidence, train: Pictures) -> dict[str, int]:
+def _count_copied(found: Suspects, train: Pictures) -> dict[str, int]:
     """How many generated images are copies, of how many training images, of how many groups."""
-    found = find_suspects(evidence.spaces, evidence.n_judged)
     rows = set(found.training[found.is_copy].tolist())
     return {
         "generated": int(found.is_copy.sum()),
@@ -374,6 +362,11 @@ def _check_pictures(generated: Pictures, train: Pictures, holdout: Pictures) -> 
                 f"{part.title} has {len(part)} images; an audit needs at least {_FEWEST} of each, "
                 "and some hundred to say much"
             )
+    _refuse_same_images(train, holdout)
+
+
+def _refuse_same_images(train: Pictures, holdout: Pictures) -> None:
+    """Raises MemControlError."""
     held = dict(zip(holdout.digests, holdout.names))
     for digest, name in zip(train.digests, train.names):
         if digest in held:

@@ -23,7 +23,14 @@ from memcontrol.data.greys import Greys, choose_greys, is_deep, read_greys
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 _METADATA = ("metadata.jsonl", "metadata.csv")
+# images that are in memory at a time: a multiple of what a feature network takes, fewer where they are large
+_MOST_AT_ONCE, _BYTES_AT_ONCE = 256, 2**26
 Read = TypeVar("Read")
+
+
+def count_at_once(side: int) -> int:
+    """How many images of a side in pixels are in memory at a time."""
+    return max(1, min(_MOST_AT_ONCE, _BYTES_AT_ONCE // (3 * side * side)))
 
 
 @dataclass(frozen=True)
@@ -158,7 +165,12 @@ def list_digit_records() -> list[ImageRecord]:
 
 def read_captions(folder: Path) -> dict[str, str]:
     """Image path inside the folder to caption, from every metadata file of the imagefolder kind below it."""
-    return {name: str(row.get("text") or "") for name, row in read_metadata(folder).items()}
+    return take_captions(read_metadata(folder))
+
+
+def take_captions(metadata: Mapping[str, Mapping[str, object]]) -> dict[str, str]:
+    """Of the images that `read_metadata` knows."""
+    return {name: str(row.get("text") or "") for name, row in metadata.items()}
 
 
 def read_metadata(folder: Path) -> dict[str, Mapping[str, object]]:

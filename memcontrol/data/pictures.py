@@ -14,12 +14,11 @@ from PIL import Image
 from memcontrol.core.config import Fit
 from memcontrol.core.errors import MemControlError
 from memcontrol.data.greys import Greys
-from memcontrol.data.images import Images, find_greys, fit_square, list_names, read_captions
+from memcontrol.data.images import Images, count_at_once, find_greys, fit_square, list_names, read_captions
 from memcontrol.data.split import Look, choose_dropped, look_at_images
 from memcontrol.data.twins import find_twins
 
 _LARGEST_SIDE = 512  # pixels to which larger images are brought: no feature network looks at more
-_BLOCK_BYTES = 2**26
 _SAME_SHAPE = 0.05  # by how much sides' ratios may differ
 FITS: tuple[Fit, ...] = ("crop", "pad", "squash")
 
@@ -41,7 +40,7 @@ class Pictures:
 
     def iterate_rows(self) -> Iterator[list[int]]:
         """As many at a time as may be in memory."""
-        size = max(1, min(256, _BLOCK_BYTES // (3 * self.side**2)))
+        size = count_at_once(self.side)
         for start in range(0, len(self), size):
             yield list(range(start, min(start + size, len(self))))
 

@@ -23,9 +23,9 @@ from memcontrol.data.images import (
     find_greys,
     list_digit_records,
     list_names,
-    read_captions,
     read_metadata,
     read_records,
+    take_captions,
 )
 from memcontrol.data.twins import find_twins, shrink_to_thumbnail
 
@@ -100,9 +100,12 @@ def _list_folder_parts(
     if look.greys:
         warn(describe_greys(look.greys))
     pairs, found = _recall_twins(look, known) if known else _seek_twins(look, seed)
-    records = look.name_twins(pairs).records
     if not given:
+        records = look.name_twins(pairs).records
         return split_records(records, config, seed, pairs), found, look.greys
+    # by their folders, since a group belongs to one part
+    homes = [record.name.split("/")[0] for record in look.records]
+    records = look.name_twins([(i, j) for i, j in pairs if homes[i] == homes[j]]).records
     names = (*PARTS, CALIBRATION) if (folder / CALIBRATION).is_dir() else PARTS
     parts = {part: [record for record in records if record.name.startswith(f"{part}/")] for part in names}
     _refuse_shared_images(parts)
@@ -152,7 +155,7 @@ def look_at_images(
 ) -> Look:
     """Raises MemControlError."""
     metadata = read_metadata(folder)
-    captions = read_captions(folder)
+    captions = take_captions(metadata)
     greys = greys or find_greys(folder, list_names(folder, captions))
     thumbnails: list[np.ndarray] = []
     sizes: list[tuple[int, int]] = []
@@ -217,7 +220,7 @@ def _refuse_shared_groups(parts: dict[str, list[ImageRecord]]) -> None:
             if not record.group:
                 continue
             other, name = seen.setdefault(record.group, (part, record.name))
-            if other != part and not record.group.startswith(_TWINS_NAME):
+            if other != part:
                 raise MemControlError(
                     f"data: {other} and {part} share group '{record.group}': '{name}' and '{record.name}'; a "
                     "group belongs to one part, since copying could not be told from chance"

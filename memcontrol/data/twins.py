@@ -60,9 +60,7 @@ def shrink_to_thumbnail(image: Image.Image) -> np.ndarray:
     return np.asarray(image.convert("L").resize(side, Image.Resampling.BICUBIC))
 
 
-def find_twins(
-    thumbnails: np.ndarray, seed: int = 0, progress: Callable[[int, int], None] = lambda done, total: None
-) -> Twins:
+def find_twins(thumbnails: np.ndarray, seed: int = 0) -> Twins:
     """Among uint8 thumbnails [n, S, S]. Candidates are neighbours in keys of few dimensions, by a tree, so
     that time grows as n log n."""
     views, is_flat = _make_views(thumbnails)
@@ -70,7 +68,7 @@ def find_twins(
         return Twins((), 0.0, 0.0, np.inf)
     found: dict[tuple[int, int], float] = {}
     nearest = np.full(len(views), np.inf)  # to another image
-    for rows, others in _iterate_candidates(views, progress):
+    for rows, others in _iterate_candidates(views):
         apart = _measure_apart(views, views, rows, others)
         np.minimum.at(nearest, rows, apart)
         for i, j, distance in zip(rows.tolist(), others.tolist(), apart.tolist()):
@@ -112,9 +110,7 @@ def _crop_thumbnails(greys: Tensor, share: float, left: float, top: float) -> Te
     return greys[:, :, y : y + n_kept, x : x + n_kept]
 
 
-def _iterate_candidates(
-    views: np.ndarray, progress: Callable[[int, int], None]
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _iterate_candidates(views: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Rows that may be twins: [m], [m]."""
     from scipy.spatial import cKDTree
 
@@ -125,7 +121,6 @@ def _iterate_candidates(
         _, near = tree.query(block, k=min(_N_NEAREST, n))  # [m, 6, _N_NEAREST]
         rows = np.broadcast_to(np.arange(start, start + len(block))[:, None, None], near.shape)
         pairs = np.unique(np.stack([rows[rows != near], near[rows != near]], 1), axis=0)
-        progress(min(start + _BLOCK, n), n)
         yield pairs[:, 0], pairs[:, 1]
 
 

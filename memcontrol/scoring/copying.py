@@ -88,7 +88,12 @@ def find_clear_copies(spaces: Sequence[DistanceSpace], n_judged: int) -> np.ndar
     """Which images [N] are so near to a training image, relative to held-out ones, that without copying one
     such among `n_judged` images and all descriptors has a chance of 1 % at most. Few held-out images suffice
     for it, since it goes by how far below the line an image lies."""
-    return find_chances(spaces).min(0) * n_judged * len(spaces) < FALSE_POSITIVES
+    return _are_clear(find_chances(spaces), n_judged)
+
+
+def _are_clear(chances: np.ndarray, n_judged: int) -> np.ndarray:
+    """By their chances [spaces, N]: [N]."""
+    return chances.min(0) * n_judged * len(chances) < FALSE_POSITIVES
 
 
 def find_chances(spaces: Sequence[DistanceSpace]) -> np.ndarray:
@@ -136,7 +141,6 @@ class Suspects:
     distances: np.ndarray  # to the training images
     ratios: np.ndarray  # r
     is_copy: np.ndarray  # whether any rule calls it one, in any descriptor
-    is_clear: np.ndarray
 
     @property
     def order(self) -> np.ndarray:
@@ -153,7 +157,6 @@ def find_suspects(spaces: Sequence[DistanceSpace], n_judged: int) -> Suspects:
         return np.array(by_space)[strongest, np.arange(len(strongest))]
 
     below = np.any([space.ratios < line_ratio(space.real_ratios) for space in spaces], axis=0)
-    is_clear = find_clear_copies(spaces, n_judged)
     return Suspects(
         chances.min(0),
         strongest,
@@ -161,8 +164,7 @@ def find_suspects(spaces: Sequence[DistanceSpace], n_judged: int) -> Suspects:
         choose([space.to_holdout[1] for space in spaces]),
         choose([space.to_train[0] for space in spaces]),
         choose([space.ratios for space in spaces]),
-        below | is_clear,
-        is_clear,
+        below | _are_clear(chances, n_judged),
     )
 
 

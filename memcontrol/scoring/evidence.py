@@ -9,8 +9,8 @@ from functools import cached_property
 import numpy as np
 
 from memcontrol.data.features import unit_rows
-from memcontrol.scoring.distances import DistanceSpace, Versions, order_rows, remember_once
-from memcontrol.scoring.labels import Labels, draw_labels
+from memcontrol.scoring.distances import DistanceSpace, Versions, remember_once
+from memcontrol.scoring.labels import Labels
 from memcontrol.scoring.quality import Gaussian, fit_gaussian
 
 DESCRIPTORS = ("pixels", "features")
@@ -86,11 +86,12 @@ class Evidence:
     @property
     def labels(self) -> Labels:
         """Labels of the references, permuted alike in all descriptors."""
-        first = DistanceSpace(
-            (), (self.train.pixels,), (self.holdout.pixels,), None, self.train_groups, self.holdout_groups
-        )
-        orders = (order_rows(self.train.pixels), order_rows(self.holdout.pixels))
-        return remember_once(self.known["pixels"], "labels", lambda: draw_labels(orders, first.groups))
+
+        def draw() -> Labels:
+            train, holdout = (self.train.pixels,), (self.holdout.pixels,)
+            return DistanceSpace((), train, holdout, None, self.train_groups, self.holdout_groups).labels
+
+        return remember_once(self.known["pixels"], "labels", draw)
 
     @property
     def n_judged(self) -> int:

@@ -24,7 +24,7 @@ from memcontrol.core.seeds import derive_seed
 from memcontrol.core.spec import Spec
 from memcontrol.data.cache import load_or_make
 from memcontrol.data.features import pixel_features
-from memcontrol.data.images import Images
+from memcontrol.data.images import Images, count_at_once
 from memcontrol.data.split import parse_parts
 from memcontrol.model.adapter import Adapter
 from memcontrol.model.base import Base, count_bytes, find_device, load_base, redraw_weights
@@ -43,8 +43,6 @@ from memcontrol.trial.memory import read_process_mib
 
 TellStage = Callable[..., None]  # (stage, done, total)
 _SMALL_DENOISER = 5e7  # parameters
-# images that are in memory at a time: a multiple of what a feature network takes, fewer where they are large
-_MOST_DESCRIBED, _DESCRIBED_BYTES = 256, 2**26
 
 
 def tell_nobody(*given: object, **said: object) -> None:
@@ -303,14 +301,9 @@ def _count_autoencoder_bytes(base: Base) -> int:
 def _tell_blocks(images: Images, progress: TellStage) -> Iterator[np.ndarray]:
     """The images' pixels, a block at a time."""
     done = 0
-    for block in images.iterate_pixels(count_described(images.resolution)):
+    for block in images.iterate_pixels(count_at_once(images.resolution)):
         yield block
         progress("describe", done := done + len(block), len(images))
-
-
-def count_described(side: int) -> int:
-    """How many images of a side in pixels are described at a time."""
-    return max(1, min(_MOST_DESCRIBED, _DESCRIBED_BYTES // (3 * side * side)))
 
 
 def describe_images(blocks: Iterable[np.ndarray], extract: Callable) -> Descriptors:

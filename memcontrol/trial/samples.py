@@ -19,13 +19,14 @@ from memcontrol.core.run_folder import RunFolder, StudyFolder
 from memcontrol.core.seeds import derive_seed
 from memcontrol.core.spec import Spec
 from memcontrol.data.cache import TensorRows, iterate_rows, map_bytes, map_tensors, write_tensors
+from memcontrol.data.images import count_at_once
 from memcontrol.model.base import Base
 from memcontrol.scoring.evidence import Evidence, describe_broken_images
 from memcontrol.scoring.measures import N_PAIRED, measure_extraction
 from memcontrol.scoring.score import collect_contributions, collect_labels, score_evidence
 from memcontrol.training.mitigations import add_random_words, add_text_noise, list_vocabulary
 from memcontrol.training.shard import Material
-from memcontrol.trial.loaded import LoadedModels, count_described, describe_images
+from memcontrol.trial.loaded import LoadedModels, describe_images
 
 _REWARDS_VERSION = 1  # of the rewards: raised whenever one of them would come out otherwise
 _LABELS = " labels"  # after the name of a reward: its statistic under permuted labels
@@ -168,7 +169,7 @@ def gather_evidence(samples: Mapping[str, np.ndarray], spec: Spec, loaded: Loade
     return Evidence(
         train_groups=train.groups,
         holdout_groups=held.groups,
-        generated=describe_images(iterate_rows(images, count_described(images.shape[-1])), network.extract),
+        generated=describe_images(iterate_rows(images, count_at_once(images.shape[-1])), network.extract),
         train=loaded.views(train, rewards.extractor, cache),
         holdout=loaded.views(held, rewards.extractor, cache),
         calibration=loaded.views(third, rewards.extractor, cache) if third else None,
