@@ -1,20 +1,23 @@
 """What the figures of copying see and how often they are wrong: false alarms on images that copy nothing, and
 the share of planted copies that is found, by kind of copy.
 
-`PHOTOGRAPHS=FILE.npz [REPEATS=200] [WORKERS=2] python -m benchmarks copies`: FILE holds arrays uint8 [N, H,
-W, 3] of photographs, such as CIFAR-10's, of which some thousand are needed; without it digits alone are
-looked at. Draws `results/DATE-copies.png` too.
+`PHOTOGRAPHS=FILE.npz [REPEATS=200] [WORKERS=2] [KEPT=ROWS.jsonl] python -m benchmarks copies`: FILE holds
+arrays uint8 [N, H, W, 3] of photographs, such as CIFAR-10's, of which some thousand are needed; without it
+digits alone are looked at. 200 runs of each setting take hours: what KEPT holds is not done again. Draws
+`results/DATE-copies.png` too.
 """
 
 from __future__ import annotations
 
 import datetime
 import io
+import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +28,7 @@ N_WORKERS = int(os.environ.get("WORKERS", "2"))
 HELD_OUT = (20, 50, 200, 500)
 N_GENERATED, PLANTED, N_SEEN_REPEATS = 200, 20, 10
 SIDE, GROUP_SIZES = 32, (2, 8)
+DIGITS = "digits"  # others are named by their file
 Change = Callable[[Image.Image], Image.Image]
 
 
@@ -100,19 +104,12 @@ WITH_ANOTHER: dict[str, float] = {"blended, 70 %": 0.7, "blended, 50 %": 0.5}
 PATCHES: dict[str, float] = {f"a patch of {share:.0%}": share for share in (0.75, 0.5, 0.25, 0.06)}
 
 
-@dataclass(frozen=True)
-class Pool:
-    """Real images, uint8 [N, SIDE, SIDE, 3]."""
-
-    name: str
-    images: np.ndarray
-
-
 @lru_cache
-def load_pool(name: str) -> Pool:
-    """Without its own twins: one of two images that are nearly the same is left out."""
-    images = load_digits() if name == "digits" else load_photographs(Path(name))
-    return Pool("digits" if name == "digits" else "photographs", images[find_distinct(images)])
+def load_pool(name: str) -> np.ndarray:
+    """Real images, uint8 [N, SIDE, SIDE, 3], without their own twins: one of two that are nearly the same is
+    left out."""
+    images = load_digits() if name == DIGITS else load_photographs(Path(name))
+    return images[find_distinct(images)]
 
 
 def load_digits() -> np.ndarray:
@@ -163,7 +160,7 @@ def describe(images: np.ndarray):
 
 @lru_cache
 def describe_pool(name: str, soft: str):
-    return describe(change_all(load_pool(name).images, SOFT[soft]))
+    return describe(change_all(load_pool(name), SOFT[soft]))
 
 
 def change_all(images: np.ndarray, change: Change) -> np.ndarray:
@@ -181,7 +178,7 @@ def judge_clean(name: str, soft: str, grouped: bool, n_held: int, seed: int) -> 
     from memcontrol.scoring.evidence import Evidence
 
     rng = np.random.default_rng(seed)
-    images = load_pool(name).images
+    images = load_pool(name)
     rows = rng.permutation(len(images))
     generated = take(describe_pool(name, soft), rows[:N_GENERATED])
     rest = rows[N_GENERATED:]
@@ -229,45 +226,44 @@ def judge_task(task: tuple[str, str, bool, int, int]) -> dict[str, float]:
     return judge_clean(*task)
 
 
-def list_false_alarms(name: str, workers: ProcessPoolExecutor) -> Iterator[dict]:
+def count_false_alarms(
+    workers: ProcessPoolExecutor, name: str, soft: str, grouped: bool, n_held: int
+) -> dict:
     from memcontrol.view.words import write_verdict
 
-    for grouped in (False, True):
-        for soft in SOFT:
-            for n_held in HELD_OUT:
-                tasks = [(name, soft, grouped, n_held, seed) for seed in range(N_REPEATS)]
-                found = list(workers.map(judge_task, tasks, chunksize=10))
-                visible = [write_verdict(one, N_GENERATED).startswith("Copying is visible") for one in found]
-                yield {
-                    "images": load_pool(name).name,
-                    "what": soft + (f", {GROUP_SIZES[0]} to {GROUP_SIZES[1]} a person" if grouped else ""),
-                    "held out": n_held,
-                    "copied": mean(one["copy_rate"] for one in found),
-                    "swapped": mean(one["copy_rate_swapped"] for one in found),
-                    "visible": mean(visible),
-                    "p < .05": mean(one["copying_p"] < 0.05 for one in found),
-                    "p(M) < .05": mean(one["memorization_p"] < 0.05 for one in found),
-                    "clear": mean(one["clear_copy_rate"] > 0 for one in found),
-                }
+    tasks = [(name, soft, grouped, n_held, seed) for seed in range(N_REPEATS)]
+    found = list(workers.map(judge_task, tasks, chunksize=10))
+    visible = [write_verdict(one, N_GENERATED).startswith("Copying is visible") for one in found]
+    return {
+        "copied": mean(one["copy_rate"] for one in found),
+        "swapped": mean(one["copy_rate_swapped"] for one in found),
+        "visible": mean(visible),
+        "p < .05": mean(one["copying_p"] < 0.05 for one in found),
+        "p(M) < .05": mean(one["memorization_p"] < 0.05 for one in found),
+        "clear": mean(one["clear_copy_rate"] > 0 for one in found),
+    }
 
 
 def mean(values) -> float:
     return float(np.mean(list(values)))
 
 
-def list_seen(name: str) -> Iterator[dict]:
+def count_seen(workers: ProcessPoolExecutor, name: str, kind: str) -> dict:
     """The share of planted copies, a tenth of 200 generated images, that any rule finds, against 200 training
     and 200 held-out images."""
-    for kind in (*COPIES, *WITH_ANOTHER, *PATCHES):
-        shares = [find_planted(name, kind, seed) for seed in range(N_SEEN_REPEATS)]
-        yield {"images": load_pool(name).name, "what": kind, "found": mean(shares)}
+    tasks = [(name, kind, seed) for seed in range(N_SEEN_REPEATS)]
+    return {"found": mean(workers.map(find_task, tasks))}
+
+
+def find_task(task: tuple[str, str, int]) -> float:
+    return find_planted(*task)
 
 
 def find_planted(name: str, kind: str, seed: int) -> float:
     from memcontrol.scoring.copying import find_suspects
     from memcontrol.scoring.evidence import Evidence
 
-    rng, images = np.random.default_rng(seed), load_pool(name).images
+    rng, images = np.random.default_rng(seed), load_pool(name)
     rows = rng.permutation(len(images))
     clean, train, held, others = np.split(rows[:800], [200, 400, 600])
     planted = plant(kind, images[train[:PLANTED]], images[others[:PLANTED]], rng)
@@ -292,17 +288,51 @@ def plant(kind: str, images: np.ndarray, others: np.ndarray, rng: np.random.Gene
 
 
 def run(device: str) -> list[dict]:
-    names = ["digits"] + ([os.environ["PHOTOGRAPHS"]] if "PHOTOGRAPHS" in os.environ else [])
+    names = [DIGITS] + ([os.environ["PHOTOGRAPHS"]] if "PHOTOGRAPHS" in os.environ else [])
+    kept = Kept(Path(os.environ["KEPT"]) if "KEPT" in os.environ else None)
     with ProcessPoolExecutor(N_WORKERS) as workers:
-        alarms = [row for name in names for row in list_false_alarms(name, workers)]
-        seen = [row for rows in workers.map(collect_seen, names) for row in rows]
+        seen = [
+            kept.find(name, kind, "", partial(count_seen, workers, name, kind))
+            for name in names
+            for kind in (*COPIES, *WITH_ANOTHER, *PATCHES)
+        ]
+        alarms = [
+            kept.find(
+                name,
+                soft + (f", {GROUP_SIZES[0]} to {GROUP_SIZES[1]} a person" if grouped else ""),
+                n_held,
+                partial(count_false_alarms, workers, name, soft, grouped, n_held),
+            )
+            for grouped in (False, True)
+            for soft in SOFT
+            for name in names
+            for n_held in HELD_OUT
+        ]
     draw(alarms, seen, Path(__file__).parent / "results" / f"{datetime.date.today().isoformat()}-copies.png")
     columns = list(dict.fromkeys(key for row in (*alarms, *seen) for key in row))
     return [{key: row.get(key, "") for key in columns} for row in (*alarms, *seen)]
 
 
-def collect_seen(name: str) -> list[dict]:
-    return list(list_seen(name))
+@dataclass
+class Kept:
+    """Rows of a run, in a file where there is one."""
+
+    path: Path | None
+
+    def find(self, name: str, what: str, n_held: int | str, count: Callable[[], dict]) -> dict:
+        images = name if name == DIGITS else "photographs"
+        setting = {"images": images, "what": what, "held out": n_held}
+        key = json.dumps({**setting, "repeats": N_REPEATS})
+        lines = self.path.read_text().splitlines() if self.path and self.path.exists() else []
+        for line in lines:
+            known, found = json.loads(line)
+            if known == key:
+                return setting | found
+        found = count()
+        print(f"{setting} {found}", file=sys.stderr, flush=True)
+        if self.path:
+            self.path.write_text("\n".join([*lines, json.dumps([key, found])]) + "\n")
+        return setting | found
 
 
 def draw(alarms: list[dict], seen: list[dict], path: Path) -> None:
