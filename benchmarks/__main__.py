@@ -17,7 +17,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 # not FOLDER: a path of this machine is nobody's business
-SETTINGS = ("REPEATS", "SEEDS", "SMALL", "TRIALS", "VARIANTS", "WORKERS")
+SETTINGS = ("IMAGES", "REPEATS", "SEEDS", "SMALL", "TRIALS", "VARIANTS", "WORKERS")
 NAMES = sorted(path.stem for path in HERE.glob("*.py") if not path.stem.startswith("_"))
 
 

@@ -49,7 +49,8 @@ def crop(share: float) -> Change:
 
 
 def shift(n: int) -> Change:
-    return change_pixels(lambda pixels: np.pad(pixels, ((n, 0), (n, 0), (0, 0)), "edge")[:SIDE, :SIDE])
+    """Along the rows."""
+    return change_pixels(lambda pixels: np.pad(pixels, ((0, 0), (n, 0), (0, 0)), "edge")[:, :SIDE])
 
 
 def encode_jpeg(quality: int) -> Change:

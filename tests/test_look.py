@@ -44,7 +44,7 @@ def test_near_copies_are_found_and_copies_are_not_among_them(photographs):
         moved = pixels + np.random.default_rng(i).integers(-noise, noise + 1, pixels.shape)
         Image.fromarray(np.clip(moved, 0, 255).astype(np.uint8)).save(folder / f"near{i}.png")
     Image.open(folder / "007.png").save(folder / "same.bmp")
-    assert look(folder).near == (("003.png", "near3.png"), ("005.png", "near5.png"))
+    assert look(folder).near == (("005.png", "near5.png"), ("003.png", "near3.png"))  # the nearest first
 
 
 def test_parts_and_captions_are_counted(photographs):

@@ -13,11 +13,11 @@ import numpy as np
 from memcontrol.core.config import Fit, parse_base
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.estimate import Measured, Rewards
-from memcontrol.core.reward_table import BLIND_SPOTS, FALSE_POSITIVES
-from memcontrol.core.run_folder import RunFolder
+from memcontrol.core.reward_table import BLIND_SPOTS
+from memcontrol.core.run_folder import RunFolder, StudyFolder
 from memcontrol.core.seeds import derive_seed
 from memcontrol.core.spec import read_spec
-from memcontrol.data.features import nearest
+from memcontrol.data.groups import pair_equals
 from memcontrol.data.images import read_captions
 from memcontrol.data.pictures import (
     FITS,
@@ -32,7 +32,6 @@ from memcontrol.data.pictures import (
 )
 from memcontrol.model.base import load_base
 from memcontrol.scoring.copying import Suspects, find_suspects, line_ratio
-from memcontrol.scoring.distances import DistanceSpace
 from memcontrol.scoring.evidence import DESCRIPTORS, Descriptors, Evidence, describe_broken_images
 from memcontrol.scoring.extractors import load_extractor
 from memcontrol.scoring.measures import N_PAIRED, measure_extraction
@@ -44,7 +43,6 @@ from memcontrol.view.words import write_verdict
 
 _FEWEST = 8
 _TWIN_RULES = ("refuse", "drop", "keep")
-_CHUNK = 512  # training images that are looked at for twins at a time
 _SMALL_SIDE = 64  # pixels of the images that an extraction attack compares
 _MOST_SAME = 0.05
 _N_ATTACK = 10  # images of each attacked caption
@@ -202,8 +200,11 @@ def audit_source(
         RunFolder(source.run).refuse_dropped(RunFolder(source.run).samples_file)
         spec, loaded, samples = read_spec(source.run), LoadedModels(), read_samples(source.run)
         own = {"train": loaded.train_images(spec), "holdout": loaded.parts(spec)[spec.reference]}
+        twins = StudyFolder(spec.study_folder).list_twins([one.name for one in own["train"].records])
         parts = [
-            seen[name].make_pictures(source.fit or "crop") if name in seen else make_pictures(name, found)
+            seen[name].make_pictures(source.fit or "crop")
+            if name in seen
+            else make_pictures(name, found, twins if name == "train" else ())
             for name, found in own.items()
         ]
         sets = [(wrap_samples(samples["images"]), *parts)]
@@ -250,8 +251,8 @@ def _read_references(source: AuditSource, warn: Callable[[str], None]) -> dict[s
     if len(seen) == 2:
         _refuse_same_images(*(seen[name].make_pictures("crop") for name in ("train", "holdout")))
         train, holdout = leave_out_twins(seen["train"], seen["holdout"], source.twins, warn)
-        seen = {"train": train, "holdout": holdout}
-    return seen
+        return {"train": train, "holdout": holdout}
+    return {name: one.name_twins(one.look.find_twins().pairs) for name, one in seen.items()}
 
 
 def read_pairs(found: dict, generated: Pictures, train: Pictures) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -308,7 +309,7 @@ def judge_images(
         "threshold": line_ratio(space.real_ratios),
         "rewards": rewards,
         "copies": _list_copies(suspects, generated, train),
-        "duplicates": _find_duplicates(space, train, progress),
+        "duplicates": _list_duplicates(train),
         "copied": _count_copied(suspects, train),
         "cannot_see": list(BLIND_SPOTS),
     }
@@ -387,32 +388,7 @@ def _describe_pictures(pictures: Pictures, extract: Callable, progress: ShowProg
     return describe_images(read(), extract)
 
 
-def _find_duplicates(space: DistanceSpace, train: Pictures, progress: ShowProgress) -> list[dict]:
-    """Pairs of training images at less than half the distance that 99 % of held-out images keep from their
-    nearest training image.
-
-    8 x 8 thumbnails are compared first: block means times 4 are an orthogonal projection, so no pair is
-    nearer than its thumbnails.
-    """
-    limit = 0.5 * np.quantile(space.holdout_to_train, FALSE_POSITIVES)
-    pairs: dict[tuple[int, ...], float] = {}
-    small = 4 * space.train[0].reshape(-1, 3, 8, 4, 8, 4).mean((3, 5)).reshape(-1, 192)
-    for start in range(0, len(small), _CHUNK):
-        rows = np.arange(start, min(start + _CHUNK, len(small)))
-        near = rows[nearest(small[rows], small, 2)[0][:, 1] < limit]
-        distances, indices = (
-            nearest(space.train[0][near], space.train[0], 2)
-            if len(near)
-            else (np.empty((0, 2)), np.empty((0, 2), int))
-        )
-        other = np.where(indices[:, 0] == near, indices[:, 1], indices[:, 0])
-        pairs |= {
-            tuple(sorted((int(i), int(j)))): float(d)
-            for i, j, d in zip(near, other, distances[:, 1])
-            if d < limit
-        }
-        progress("duplicates", int(rows[-1]) + 1, len(small))
-    return [
-        {"images": [train.names[i], train.names[j]], "distance": d}
-        for (i, j), d in sorted(pairs.items(), key=lambda pair: pair[1])
-    ]
+def _list_duplicates(train: Pictures) -> list[dict]:
+    """Pairs of training images that are the same or nearly so."""
+    same = [(train.names[i], train.names[j]) for i, j in pair_equals(train.digests) if i < j]
+    return [{"images": sorted(pair)} for pair in (*same, *train.twins)]

@@ -262,6 +262,11 @@ class StudyFolder:
         """Source, resolution and parts: name, caption and hash of each image."""
         return read_json(self.split_file)
 
+    def list_twins(self, names: Sequence[str]) -> tuple[tuple[str, str], ...]:
+        """Pairs of images that are nearly the same, both of `names`."""
+        known, pairs = set(names), self.read_split().get("twins", {}).get("pairs", [])
+        return tuple((a, b) for a, b in pairs if a in known and b in known)
+
     def read_blocks(self) -> list[dict]:
         """The denoiser's blocks; empty where they are not on this machine."""
         return read_json(self.network_file) if self.network_file.is_file() else []

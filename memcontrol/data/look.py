@@ -16,7 +16,6 @@ from memcontrol.data.greys import Greys
 from memcontrol.data.groups import propose_grouping
 from memcontrol.data.images import ImageRecord, decode_image, read_metadata
 from memcontrol.data.split import Look, look_at_images
-from memcontrol.data.twins import find_twins
 
 _N_GREY = 200  # images that are looked at for colour
 
@@ -99,7 +98,4 @@ def _group_copies(records: list[ImageRecord]) -> tuple[tuple[str, ...], ...]:
 def _find_near_pairs(look: Look) -> tuple[tuple[str, str], ...]:
     """Twins that do not have the same pixels."""
     records = look.records
-    found = find_twins(np.stack(look.thumbnails)).pairs
-    return tuple(
-        (records[i].name, records[j].name) for i, j in found if records[i].digest != records[j].digest
-    )
+    return tuple((records[i].name, records[j].name) for i, j in look.find_twins().pairs)

@@ -25,8 +25,8 @@ FITS: tuple[Fit, ...] = ("crop", "pad", "squash")
 
 @dataclass(frozen=True)
 class Pictures:
-    """A named set of images: their names, who is in them, and how to read some of them as uint8 [B, 3, side,
-    side]."""
+    """A named set of images: their names, who is in them, how to read some of them as uint8 [B, 3, side,
+    side], and which are known to be nearly the same, by name."""
 
     title: str
     names: tuple[str, ...]
@@ -34,6 +34,7 @@ class Pictures:
     read: Callable[[list[int]], np.ndarray]
     side: int
     groups: tuple[str, ...]
+    twins: tuple[tuple[str, str], ...] = ()
 
     def __len__(self) -> int:
         return len(self.names)
@@ -55,11 +56,11 @@ class Pictures:
 
 @dataclass(frozen=True)
 class FolderImages:
-    """The images of a folder, and the shapes that they have."""
+    """The images of a folder, the shapes that they have, and which are nearly the same, by name."""
 
     title: str
-    folder: Path
     look: Look
+    twins: tuple[tuple[str, str], ...] = ()
 
     @property
     def side(self) -> int:
@@ -72,8 +73,14 @@ class FolderImages:
         return float(median(width / height for width, height in self.look.sizes))
 
     def make_pictures(self, fit: Fit) -> Pictures:
-        images = Images(str(self.folder), self.side, tuple(self.look.records), fit, self.look.greys)
-        return make_pictures(self.title, images)
+        images = Images(str(self.look.folder), self.side, tuple(self.look.records), fit, self.look.greys)
+        return make_pictures(self.title, images, self.twins)
+
+    def name_twins(self, pairs: Sequence[tuple[int, int]]) -> FolderImages:
+        """With these rows as twins."""
+        records = self.look.records
+        twins = tuple((records[i].name, records[j].name) for i, j in pairs)
+        return replace(self, look=self.look.name_twins(pairs), twins=twins)
 
     def leave_out(self, names: Sequence[str]) -> FolderImages:
         """Without the images of these names."""
@@ -97,7 +104,7 @@ def read_folder(
     look = look_at_images(folder, skip_unreadable, warn, group, greys)
     if not look.records:
         raise MemControlError(f"{title}: {folder} holds no images; give a folder of images")
-    return FolderImages(title, folder, look)
+    return FolderImages(title, look)
 
 
 def read_folder_pictures(
@@ -123,26 +130,26 @@ def leave_out_twins(
 ) -> tuple[FolderImages, FolderImages]:
     """Held-out images that are nearly training images, by a rule as data.twins is one; twins within a part
     become a group. Raises MemControlError where they are refused."""
-    found = find_twins(np.stack([*train.look.thumbnails, *holdout.look.thumbnails]))
+    n = len(train.look.records)
     records = [
         replace(record, name=f"{part}/{record.name}")
         for part, one in (("train", train), ("holdout", holdout))
         for record in one.look.records
     ]
-    dropped = choose_dropped(records, found.pairs, rule, "--twins drop")
+    pairs = find_twins(
+        np.stack([*train.look.thumbnails, *holdout.look.thumbnails]),
+        [record.digest for record in records],
+        lambda row: train.look.decode(row) if row < n else holdout.look.decode(row - n),
+    ).pairs
+    dropped = choose_dropped(records, pairs, rule, "--twins drop")
     if dropped:
         warn(
             f"{len(dropped)} of {len(holdout.look.records)} held-out images are left out: they are nearly "
             f"training images, such as {dropped[0]}"
         )
-    n = len(train.look.records)
-    within = [
-        [pair for pair in found.pairs if max(pair) < n],
-        [pair for pair in found.pairs if min(pair) >= n],
-    ]
-    named = replace(train, look=train.look.name_twins(within[0]))
-    held = replace(holdout, look=holdout.look.name_twins([(i - n, j - n) for i, j in within[1]]))
-    return named, held.leave_out([name.removeprefix("holdout/") for name in dropped])
+    known = train.name_twins([pair for pair in pairs if max(pair) < n])
+    held = holdout.name_twins([(i - n, j - n) for i, j in pairs if min(i, j) >= n])
+    return known, held.leave_out([name.removeprefix("holdout/") for name in dropped])
 
 
 def choose_fits(generated: FolderImages | None, train: FolderImages, given: Fit | None) -> tuple[Fit, ...]:
@@ -154,10 +161,13 @@ def choose_fits(generated: FolderImages | None, train: FolderImages, given: Fit 
     return ("crop",) if abs(shape / train.shape - 1) <= _SAME_SHAPE else FITS
 
 
-def make_pictures(title: str, images: Images) -> Pictures:
+def make_pictures(title: str, images: Images, twins: tuple[tuple[str, str], ...] = ()) -> Pictures:
     names, digests = (tuple(getattr(record, key) for record in images.records) for key in ("name", "digest"))
-    groups = tuple(images.groups)
-    return Pictures(title, names, digests, lambda rows: images.take(rows).pixels(), images.resolution, groups)
+
+    def read(rows: list[int]) -> np.ndarray:
+        return images.take(rows).pixels()
+
+    return Pictures(title, names, digests, read, images.resolution, tuple(images.groups), twins)
 
 
 def wrap_samples(pixels: np.ndarray) -> Pictures:

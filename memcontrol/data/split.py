@@ -20,6 +20,7 @@ from memcontrol.data.images import (
     SUFFIXES,
     ImageRecord,
     Images,
+    decode_image,
     find_greys,
     list_digit_records,
     list_names,
@@ -27,7 +28,7 @@ from memcontrol.data.images import (
     read_records,
     take_captions,
 )
-from memcontrol.data.twins import find_twins, shrink_to_thumbnail
+from memcontrol.data.twins import Twins, find_twins, shrink_to_thumbnail
 
 _TWINS_NAME = "twins of "  # how a group of twins is called
 _N_NAMED = 3  # of pairs of twins that are refused
@@ -119,9 +120,10 @@ def _list_folder_parts(
 
 @dataclass(frozen=True)
 class Look:
-    """The images of a folder as they were read, their thumbnails uint8 [n, S, S], widths and heights, and the
-    scale of their greys."""
+    """The images of a folder as they were read, their thumbnails uint8 [n, 3, S, S], widths and heights, and
+    the scale of their greys."""
 
+    folder: Path
     records: list[ImageRecord]
     thumbnails: list[np.ndarray]
     sizes: list[tuple[int, int]]
@@ -129,11 +131,19 @@ class Look:
 
     def take(self, rows: Sequence[int]) -> Look:
         return Look(
+            self.folder,
             [self.records[row] for row in rows],
             [self.thumbnails[row] for row in rows],
             [self.sizes[row] for row in rows],
             self.greys,
         )
+
+    def decode(self, row: int) -> Image.Image:
+        return decode_image(self.folder / self.records[row].name, self.greys)
+
+    def find_twins(self, seed: int = 0) -> Twins:
+        digests = [record.digest for record in self.records]
+        return find_twins(np.stack(self.thumbnails), digests, self.decode, seed)
 
     def name_twins(self, pairs: Sequence[tuple[int, int]]) -> Look:
         """Twins of no group become one."""
@@ -168,7 +178,7 @@ def look_at_images(
     if group:
         find_group = make_grouping(group, metadata)
         records = [replace(record, group=find_group(record.name)) for record in records]
-    return Look(records, thumbnails, sizes, greys)
+    return Look(folder, records, thumbnails, sizes, greys)
 
 
 def describe_greys(greys: Greys) -> str:
@@ -180,14 +190,15 @@ def describe_greys(greys: Greys) -> str:
 
 def _seek_twins(look: Look, seed: int) -> tuple[list[tuple[int, int]], dict[str, Any]]:
     """Pairs of rows, and what split.json records of them."""
-    found = find_twins(np.stack(look.thumbnails), seed)
+    found = look.find_twins(seed)
     names = [record.name for record in look.records]
     return list(found.pairs), {
         "twins": {
             "pairs": [[names[i], names[j]] for i, j in found.pairs],
             "threshold": found.threshold,
-            "selves": found.selves,
-            "others": found.others if np.isfinite(found.others) else None,
+            "covered": dict(found.covered),
+            "compared": found.n_compared,
+            "plain": found.n_plain,
         }
     }
 

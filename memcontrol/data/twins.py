@@ -1,220 +1,239 @@
-"""Owns twins: images that are nearly the same (re-encoded, resized, mirrored, turned by right angles,
-slightly cropped, brighter), found by content.
+"""Owns the search for twins: images that are one picture, encoded again, resized, mirrored, turned by right
+angles, slightly cropped or of another brightness. How near is a twin is measured on the images themselves.
 
-How near is a twin is read off the data: farther than most of some images' own changed selves lie from them,
-and nearer than any other image should.
-
-Notations
-
-n: Images. S: Side of a thumbnail; s: side of what is compared.
-view: A thumbnail's whole or one of its slight crops, grey, less its mean, of unit length: [s, s].
-key: What of a view's low frequencies neither mirroring nor turning changes.
-apart: The least distance between the views of two images, either of which is whole, in all turns.
+Thumbnails are compared without brightness and its slopes; images that have nothing else are plain and left
+out. The low frequencies of their cosine transform (of which mirroring and turning change signs and order
+alone) find each one's nearest others, in n log n; these are laid over it and compared pixel by pixel.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from PIL import Image, ImageEnhance
-from torch import Tensor, nn
+from PIL import Image, ImageOps
+from torch import Tensor
 
 from memcontrol.core.seeds import derive_seed
+from memcontrol.data.neighbour_trees import Questions, find_neighbours
+from memcontrol.data.registration import measure_unlikeness, remove_slopes
 
-THUMBNAIL_SIDE = 64  # S
-_SIDE, _N_FREQUENCIES = 16, 5  # s
-# share of a side that a crop keeps, and where it lies in the slack: left and top
-_CROPS = (
-    *((0.97, x, y) for x, y in ((0.5, 0.5), (0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0))),
-    *((0.94, x, y) for x in (0.0, 0.5, 1.0) for y in (0.0, 0.5, 1.0)),
-)
-_KEYED = (0, *range(6, 6 + 9, 2))  # views whose keys look for candidates: the whole, and five of 94 %
-_N_NEAREST = 4  # candidates of each view
-_FEWEST_OTHERS = 4
-_N_CALIBRATED = 100  # images whose changed selves are looked at
-_FLAT = 2.0  # root mean square of a thumbnail's greys, of 255, below which there is nothing to compare
-_BLOCK, _PAIRS = 2048, 1024
-# of log distances to the nearest other image, in standard deviations: one in 300,000 where they are normal
-_FAR_BELOW = 4.5
-_NORMAL_20 = 0.8416
+THUMBNAIL_SIDE = 32
+CHANGES = ("re-encoded", "resized", "mirrored", "turned", "cropped", "brighter")
+_PLAIN = 4 / 255  # root mean square of its detail, below which an image is plain
+_N_LOW = 7  # frequencies along an axis; both together are below it
+_N_VERSIONS = 8  # of a square: transposed or not, mirrored down or not, along or not
+_N_NEAREST = 3  # others that are compared with an image
+_N_CHANGED, _SAMPLED_SIDE = 128, 256  # images whose changed selves are measured, and their side at the most
+_COVERED = 0.98  # of the selves with the change that matters most
+_WIDER = 1.25  # from one window of distances to the next
+_REACH = 1.5  # of descriptors, by what changed images reach
+_LEAST_POWER, _MOST_POWER = 4.0, 32.0
+_N_LIMITS, _FINEST = 64, 32.0  # thresholds that are tried, down to a part of what changed images reach
+_MOST_FALSE, _MOST_FALSE_SHARE = 0.5, 0.05  # pairs of strangers that are expected, or their share
+_BLOCK = 1024  # pairs that are compared at a time
+_DESCRIBED = 8192  # thumbnails that are described at a time
 
 
 @dataclass(frozen=True)
 class Twins:
-    """Pairs of rows that are twins, and what was taken for one: distances below `threshold`, where changed
-    selves lie at `selves` (95 %) and other images from `others` on."""
+    """Pairs of rows, nearest first; the distance up to which images are twins (0: the same; 1: nothing in
+    common); for each change the share of changed images that are as near to themselves; how many images were
+    compared, and how many are too plain."""
 
-    pairs: tuple[tuple[int, int], ...]
-    threshold: float
-    selves: float
-    others: float
+    pairs: tuple[tuple[int, int], ...] = ()
+    threshold: float = 0.0
+    covered: Mapping[str, float] = field(default_factory=dict)
+    n_compared: int = 0
+    n_plain: int = 0
 
 
 def shrink_to_thumbnail(image: Image.Image) -> np.ndarray:
-    """uint8 [S, S], the whole image squashed."""
+    """The whole of an RGB image squashed, uint8 [3, THUMBNAIL_SIDE, THUMBNAIL_SIDE]."""
     side = (THUMBNAIL_SIDE, THUMBNAIL_SIDE)
-    return np.asarray(image.convert("L").resize(side, Image.Resampling.BICUBIC))
+    return np.asarray(image.resize(side, Image.Resampling.BICUBIC)).transpose(2, 0, 1)
 
 
-def find_twins(thumbnails: np.ndarray, seed: int = 0) -> Twins:
-    """Among uint8 thumbnails [n, S, S]. Candidates are neighbours in keys of few dimensions, by a tree, so
-    that time grows as n log n."""
-    views, is_flat = _make_views(thumbnails)
-    if (~is_flat).sum() < 2:
-        return Twins((), 0.0, 0.0, np.inf)
-    found: dict[tuple[int, int], float] = {}
-    nearest = np.full(len(views), np.inf)  # to another image
-    for rows, others in _iterate_candidates(views):
-        apart = _measure_apart(views, views, rows, others)
-        np.minimum.at(nearest, rows, apart)
-        for i, j, distance in zip(rows.tolist(), others.tolist(), apart.tolist()):
-            found[min(i, j), max(i, j)] = distance
-    threshold, selves, others_from = _calibrate(thumbnails, views, nearest, np.flatnonzero(~is_flat), seed)
+def find_twins(
+    thumbnails: np.ndarray,
+    digests: Sequence[str],
+    decode: Callable[[int], Image.Image],
+    seed: int = 0,
+) -> Twins:
+    """Twins among thumbnails, uint8 [N, 3, THUMBNAIL_SIDE, THUMBNAIL_SIDE], of which `decode` gives the RGB
+    image of a row. Images of one digest are copies: their first stands for them."""
+    first_of = {digest: row for row, digest in reversed(list(enumerate(digests)))}
+    different = np.array(sorted(first_of.values()), np.int64)
+    detailed = different[_measure_detail(thumbnails[different]) >= _PLAIN]
+    n_plain = len(different) - len(detailed)
+    if len(detailed) < 2:
+        return Twins(n_compared=len(detailed), n_plain=n_plain)
+    random = np.random.default_rng(derive_seed(seed, "twins"))
+    selves = _measure_selves(thumbnails, random.permutation(detailed)[:_N_CHANGED], decode, random)
+    distances = _measure_others(thumbnails[detailed], selves, random)
+    reached = max(float(np.quantile(found, _COVERED)) for found in selves.distances.values())
+    threshold = choose_threshold(np.array(list(distances.values())), reached)
     pairs = sorted(
-        pair for pair, apart in found.items() if apart < threshold and not is_flat[list(pair)].any()
+        (d, int(detailed[i]), int(detailed[j])) for (i, j), d in distances.items() if d <= threshold
     )
-    return Twins(tuple(pairs), threshold, selves, others_from)
+    covered = {change: float((found <= threshold).mean()) for change, found in selves.distances.items()}
+    return Twins(tuple((i, j) for _, i, j in pairs), threshold, covered, len(detailed), n_plain)
 
 
-def _make_views(thumbnails: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of each image its views, the whole first, float16 [n, v, s, s]; and whether it is flat [n]."""
-    n = len(thumbnails)
-    views, is_flat = np.empty((n, 1 + len(_CROPS), _SIDE, _SIDE), np.float16), np.empty(n, bool)
-    for start in range(0, n, _BLOCK):
-        rows = slice(start, start + _BLOCK)
-        views[rows], is_flat[rows] = _make_views_of_block(thumbnails[rows])
-    return views, is_flat
+def choose_threshold(distances: np.ndarray, reached: float) -> float:
+    """The distance up to which pairs are twins: a little more than `reached`, to which changed images come
+    from themselves, or less, where strangers are as near.
+
+    Strangers' distances rise by a power law at their lower end, as a ball's volume does. Its power is told by
+    two windows beyond `reached`, where twins are few; how many strangers a threshold lets in, by the pairs
+    just beyond it. Those are to be no more than _MOST_FALSE, or than their share of the pairs.
+    """
+    ends = [_count_within(distances, _WIDER**step * reached) for step in range(3)]
+    power = np.log(max(ends[2] - ends[1], 1) / max(ends[1] - ends[0], 1)) / np.log(_WIDER)
+    power = np.clip(power, _LEAST_POWER, _MOST_POWER)
+    for limit in np.geomspace(_WIDER * reached, reached / _FINEST, _N_LIMITS):
+        within = _count_within(distances, limit)
+        n_strangers = (_count_within(distances, _WIDER * limit) - within) / (_WIDER**power - 1)
+        if n_strangers <= max(_MOST_FALSE, _MOST_FALSE_SHARE * within):
+            return float(limit)
+    return 0.0
 
 
-def _make_views_of_block(thumbnails: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    greys = torch.from_numpy(np.ascontiguousarray(thumbnails)).float()[:, None]  # [n, 1, S, S]
-    parts = [greys, *(_crop_thumbnails(greys, *crop) for crop in _CROPS)]
-    shrunk = [
-        nn.functional.interpolate(part, (_SIDE, _SIDE), mode="bilinear", antialias=True, align_corners=False)
-        for part in parts
-    ]
-    views = torch.cat(shrunk, 1)  # [n, v, s, s]
-    views -= views.mean((2, 3), keepdim=True)
-    lengths = torch.linalg.vector_norm(views, dim=(2, 3), keepdim=True)
-    is_flat = lengths[:, 0, 0, 0] < _FLAT * _SIDE
-    return (views / lengths.clamp_min(1e-3)).half().numpy(), is_flat.numpy()
+def _count_within(distances: np.ndarray, limit: float) -> int:
+    return int((distances <= limit).sum())
 
 
-def _crop_thumbnails(greys: Tensor, share: float, left: float, top: float) -> Tensor:
-    n_kept = round(share * THUMBNAIL_SIDE)
-    x, y = (round(place * (THUMBNAIL_SIDE - n_kept)) for place in (left, top))
-    return greys[:, :, y : y + n_kept, x : x + n_kept]
+def _measure_detail(thumbnails: np.ndarray) -> np.ndarray:
+    """Root mean square [N] of what slopes leave over."""
+    blocks = (remove_slopes(grey).square().mean((1, 2)).sqrt() for grey in _split_grey(thumbnails))
+    return torch.cat(list(blocks)).numpy() if len(thumbnails) else np.empty(0)
 
 
-def _iterate_candidates(views: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Rows that may be twins: [m], [m]."""
-    from scipy.spatial import cKDTree
-
-    keys = _make_keys(views[:, _KEYED])  # [n, 6, k]
-    tree, n = cKDTree(keys[:, 0]), len(views)
-    for start in range(0, n, _BLOCK):
-        block = keys[start : start + _BLOCK]
-        _, near = tree.query(block, k=min(_N_NEAREST, n))  # [m, 6, _N_NEAREST]
-        rows = np.broadcast_to(np.arange(start, start + len(block))[:, None, None], near.shape)
-        pairs = np.unique(np.stack([rows[rows != near], near[rows != near]], 1), axis=0)
-        yield pairs[:, 0], pairs[:, 1]
+def _split_grey(thumbnails: np.ndarray):
+    """Grey levels in 0..1, some images at a time."""
+    for start in range(0, len(thumbnails), _DESCRIBED):
+        yield torch.from_numpy(thumbnails[start : start + _DESCRIBED]).float().mean(1) / 255
 
 
-def _make_keys(views: np.ndarray) -> np.ndarray:
-    """Of views [n, v, s, s]: amplitudes of low frequencies, of (u, v) and (v, u) the larger and the smaller:
-    [n, v, k]."""
-    from scipy.fft import dct
-
-    basis = dct(np.eye(_SIDE), axis=0, norm="ortho")[:_N_FREQUENCIES].astype(np.float32)  # [f, s]
-    blocks = [
-        np.abs(
-            np.einsum(
-                "fy,nvyx,gx->nvfg", basis, views[i : i + _BLOCK].astype(np.float32), basis, optimize=True
-            )
-        )
-        for i in range(0, len(views), _BLOCK)
-    ]
-    found = np.concatenate(blocks)
-    turned = found.swapaxes(2, 3)
-    u, v = np.triu_indices(_N_FREQUENCIES)
-    larger, smaller = np.maximum(found, turned)[:, :, u, v], np.minimum(found, turned)[:, :, u, v]
-    return np.concatenate([larger[:, :, 1:], smaller[:, :, u != v]], 2)
+def _describe(thumbnails: np.ndarray) -> Tensor:
+    """Low frequencies [N, _N_LOW, _N_LOW] of the cosine transform, of length 1, without the constant."""
+    k, x = torch.arange(_N_LOW), torch.arange(THUMBNAIL_SIDE)
+    basis = torch.cos(torch.pi * k[:, None] * (x + 0.5) / THUMBNAIL_SIDE)
+    both = k[:, None] + k
+    kept = (both > 0) & (both < _N_LOW)
+    blocks = [basis @ remove_slopes(grey) @ basis.T * kept for grey in _split_grey(thumbnails)]
+    points = torch.cat(blocks)
+    return points / points.flatten(1).norm(dim=1)[:, None, None].clamp(min=1e-12)
 
 
-def _measure_apart(
-    views: np.ndarray, others: np.ndarray, rows: np.ndarray, other_rows: np.ndarray
-) -> np.ndarray:
-    """Of pairs of images, by their rows [m] in views [n, v, s, s]: [m]."""
-    blocks = (slice(start, start + _PAIRS) for start in range(0, len(rows), _PAIRS))
-    found = [
-        _measure_block(
-            torch.from_numpy(views[rows[block]]).float(), torch.from_numpy(others[other_rows[block]]).float()
-        )
-        for block in blocks
-    ]
-    return np.concatenate(found) if found else np.zeros(0)
+def _turn_points(points: Tensor, version: int) -> Tensor:
+    """Descriptors of turned images: by the bits of `version` transposed, then mirrored down, then along."""
+    signs = (-1.0) ** torch.arange(_N_LOW)
+    points = points.transpose(-2, -1) if version & 1 else points
+    points = points * signs[:, None] if version & 2 else points
+    return points * signs if version & 4 else points
 
 
-def _measure_block(mine: Tensor, theirs: Tensor) -> np.ndarray:
-    best = torch.full((len(mine),), -1.0)
-    for turned in _turn(mine):
-        flat = turned.flatten(2)  # [m, v, s s]
-        own = torch.einsum("mvp,mp->mv", flat, theirs[:, 0].flatten(1)).amax(1)
-        other = torch.einsum("mp,mvp->mv", flat[:, 0], theirs.flatten(2)).amax(1)
-        best = torch.maximum(best, torch.maximum(own, other))
-    return (2 - 2 * best).clamp_min(0).sqrt().numpy()
+def _turn_images(images: Tensor, version: int) -> Tensor:
+    """As `_turn_points`, of pixels."""
+    images = images.transpose(-2, -1) if version & 1 else images
+    images = images.flip(-2) if version & 2 else images
+    return images.flip(-1) if version & 4 else images
 
 
-def _turn(views: Tensor) -> list[Tensor]:
-    """In all eight ways that right angles and mirrors give."""
-    turned = [torch.rot90(views, k, (2, 3)) for k in range(4)]
-    return turned + [one.flip(3) for one in turned]
+def _invert_version(version: int) -> int:
+    """That which turns back: after transposing, down and along change places."""
+    return version if version in (0, 1, 2, 4, 6, 7) else 8 - version
 
 
-def _calibrate(
-    thumbnails: np.ndarray, views: np.ndarray, nearest: np.ndarray, lively: np.ndarray, seed: int
-) -> tuple[float, float, float]:
-    """The threshold, and what it lies between; from the rows that are not flat."""
-    rng = np.random.default_rng(derive_seed(seed, "twins"))
-    rows = rng.permutation(lively)[:_N_CALIBRATED]
-    changed = [np.stack([change(thumbnails[row]) for row in rows]) for change in _CHANGES]
-    each = np.arange(len(rows))
-    apart = [_measure_apart(views, _make_views(one)[0], rows, each) for one in changed]
-    selves = float(np.quantile(np.concatenate(apart), 0.95))
-    apart_from_others = nearest[lively]
-    # what is nearer may be twins
-    known = apart_from_others[np.isfinite(apart_from_others) & (apart_from_others > 1.5 * selves)]
-    if len(known) < _FEWEST_OTHERS:
-        return selves, selves, np.inf
-    low, middle = np.quantile(np.log(known), (0.2, 0.5))
-    others = float(np.exp(middle - (middle - low) * _FAR_BELOW / _NORMAL_20))
-    return (float(np.sqrt(selves * others)) if selves < others else others), selves, others
+@dataclass(frozen=True)
+class _Selves:
+    """How far changed images are from themselves, by change, and to how much their descriptors come."""
+
+    distances: dict[str, np.ndarray]
+    reach: float
 
 
-def _change_image(change: Callable[[Image.Image], Image.Image]) -> Callable[[np.ndarray], np.ndarray]:
-    return lambda pixels: shrink_to_thumbnail(change(Image.fromarray(pixels)))
+def _measure_selves(
+    thumbnails: np.ndarray,
+    rows: np.ndarray,
+    decode: Callable[[int], Image.Image],
+    random: np.random.Generator,
+) -> _Selves:
+    changed: dict[str, list[np.ndarray]] = {change: [] for change in CHANGES}
+    for row in rows.tolist():
+        image = decode(row)
+        image.thumbnail((_SAMPLED_SIDE, _SAMPLED_SIDE))
+        for change in CHANGES:
+            changed[change].append(shrink_to_thumbnail(change_image(image, change, random)))
+    places, distances, apart = np.arange(len(rows)), {}, []
+    own = _describe(thumbnails[rows])
+    for change, found in changed.items():
+        version = {"mirrored": 4, "turned": 3}.get(change, 0)
+        both = np.concatenate([thumbnails[rows], np.stack(found)])
+        distances[change] = _compare(both, places, np.full(len(rows), version), len(rows) + places)
+        apart.append((_turn_points(own, version) - _describe(np.stack(found))).flatten(1).norm(dim=1))
+    return _Selves(distances, float(max(np.quantile(one.numpy(), _COVERED) for one in apart)))
 
 
-def _encode_again(image: Image.Image) -> Image.Image:
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=60)
-    return Image.open(buffer)
+def change_image(image: Image.Image, change: str, random: np.random.Generator) -> Image.Image:
+    """An RGB image with one of CHANGES."""
+    if change == "re-encoded":
+        file = io.BytesIO()
+        image.save(file, "JPEG", quality=int(random.integers(50, 91)))
+        return Image.open(file).convert("RGB")
+    if change == "resized":
+        scale = random.uniform(0.5, 0.9)
+        return image.resize([max(8, round(scale * side)) for side in image.size], Image.Resampling.BILINEAR)
+    if change == "mirrored":
+        return ImageOps.mirror(image)
+    if change == "turned":
+        return image.transpose(Image.Transpose.ROTATE_90)
+    if change == "cropped":
+        left, top = (round(random.uniform(0, 0.06) * side) for side in image.size)
+        width, height = (round(0.94 * side) for side in image.size)
+        return image.crop((left, top, left + width, top + height))
+    gain = random.uniform(0.85, 1.15)
+    return image.point([min(255, round(gain * level + 8)) for level in range(256)] * 3)
 
 
-def _cut_edges(share: float) -> Callable[[Image.Image], Image.Image]:
-    edge = THUMBNAIL_SIDE * share
-    box = (edge, edge / 2, THUMBNAIL_SIDE - edge / 2, THUMBNAIL_SIDE - edge)
-    return lambda image: image.resize(image.size, Image.Resampling.BICUBIC, box)
+def _measure_others(
+    thumbnails: np.ndarray, selves: _Selves, random: np.random.Generator
+) -> dict[tuple[int, int], float]:
+    """Distances of images from their nearest others, by pair, the lower row first."""
+    points = _describe(thumbnails)
+    kept = points.flatten(1).abs().sum(0) > 0
+    rows = torch.arange(len(points))
+    versions = [_turn_points(points, version).flatten(1)[:, kept] for version in range(_N_VERSIONS)]
+    questions = Questions(
+        torch.cat(versions),
+        rows.repeat(_N_VERSIONS),
+        torch.arange(_N_VERSIONS).repeat_interleave(len(rows)),
+        _N_VERSIONS,
+    )
+    found = find_neighbours(points.flatten(1)[:, kept], questions, _N_NEAREST, _REACH * selves.reach, random)
+    first, version, second = found
+    swapped = first > second
+    inverse = np.array([_invert_version(version) for version in range(_N_VERSIONS)])
+    version = np.where(swapped, inverse[version], version)
+    low, high = np.minimum(first, second), np.maximum(first, second)
+    low, high, version = np.unique(np.stack([low, high, version]), axis=1)
+    nearest: dict[tuple[int, int], float] = {}
+    for i, j, d in zip(low.tolist(), high.tolist(), _compare(thumbnails, low, version, high).tolist()):
+        nearest[i, j] = min(d, nearest.get((i, j), 1.0))
+    return nearest
 
 
-_CHANGES: Sequence[Callable[[np.ndarray], np.ndarray]] = (
-    _change_image(_encode_again),
-    _change_image(lambda image: image.resize((THUMBNAIL_SIDE // 2,) * 2, Image.Resampling.BICUBIC)),
-    _change_image(_cut_edges(0.03)),
-    _change_image(lambda image: ImageEnhance.Brightness(image).enhance(1.15)),
-    _change_image(lambda image: image.rotate(90)),
-)
+def _compare(thumbnails: np.ndarray, left: np.ndarray, versions: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Distances of pairs of rows, the left one turned."""
+    distances = np.ones(len(left))
+    for version in range(_N_VERSIONS):
+        places = np.flatnonzero(versions == version)
+        for start in range(0, len(places), _BLOCK):
+            some = places[start : start + _BLOCK]
+            one, other = (torch.from_numpy(thumbnails[rows[some]]).float() / 255 for rows in (left, right))
+            distances[some] = measure_unlikeness(_turn_images(one, version), other).numpy()
+    return distances
