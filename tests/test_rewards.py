@@ -73,6 +73,18 @@ def test_kid_and_its_error_equal_the_loops(scale):
     assert found.error == pytest.approx(math.sqrt(6 * np.var(left_x) + 8 * np.var(left_y)), rel=1e-9)
 
 
+def test_kid_leaves_out_whole_groups():
+    """By the loops: the error of held-out images comes from leaving out one person at a time."""
+    x, y = normal(9, 4, 0), normal(8, 4, 1)
+    names = list("aabbbcdde")
+    left_x = [kid_by_loops(x[[name != out for name in names]], y) for out in "abcde"]
+    left_y = [kid_by_loops(x, np.delete(y, i, 0)) for i in range(8)]
+    variance = (5 - 1) * np.var(left_x) + (8 - 1) * np.var(left_y)
+    found = kid(x, y, real_groups=names)
+    assert found.error == pytest.approx(variance**0.5, rel=1e-8) and found.value == float(kid(x, y))
+    assert kid(x, y, real_groups=["a"] * 9).error == kid(x, y).error
+
+
 def test_kid_of_equal_distributions_is_near_zero_and_may_be_negative():
     found = [kid(normal(200, 8, seed), normal(150, 8, 100 + seed)) for seed in range(20)]
     assert all(abs(one.value) < 4 * one.error for one in found) and min(map(float, found)) < 0

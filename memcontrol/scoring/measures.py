@@ -55,7 +55,8 @@ def _measure_frechet(evidence: Evidence) -> Measured:
 def _measure_kernel_distance(evidence: Evidence) -> Measured:
     """Of features divided by the held-out ones' root mean square, since the kernel is not scale-free."""
     scale = math.sqrt(np.square(evidence.holdout.features, dtype=np.float64).mean())
-    return {"kid": kid(evidence.holdout.features, evidence.generated.features, scale), "kid_scale": scale}
+    found = kid(evidence.holdout.features, evidence.generated.features, scale, evidence.holdout_groups)
+    return {"kid": found, "kid_scale": scale}
 
 
 @_register_measure

@@ -6,6 +6,7 @@ Every value is an Estimate, which knows its error or interval. Distances are Euc
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -116,24 +117,50 @@ def fd_pca(real, generated, k: int = 64) -> Estimate:
     return fid(Gaussian(x.mean @ first, x.factor @ first), check_matrix(generated, "generated", 2) @ first)
 
 
-def kid(real, generated, scale: float = 1.0) -> Estimate:
+def kid(real, generated, scale: float = 1.0, real_groups: Sequence[str] | None = None) -> Estimate:
     """Unbiased squared MMD with the kernel (x.y / d + 1)^3 over all rows, its error by the jackknife
-    (Binkowski et al. 2018, arXiv 1801.01401). Values a little below 0 are right. `scale` divides the features
-    first: the kernel is not scale-free."""
+    (Binkowski et al. 2018, arXiv 1801.01401), which leaves out one of the `real_groups` [N] at a time. Values
+    a little below 0 are right. `scale` divides the features first: the kernel is not scale-free."""
     x, y = check_matrix(real, "real", 3) / scale, check_matrix(generated, "generated", 3) / scale
     refuse_unlike_widths(x, y)
     n, m = len(x), len(y)
     xx, yy, xy, yx = (_kernel_sums(p, q) for p, q in ((x, x), (y, y), (x, y), (y, x)))
     for points, sums in ((x, xx), (y, yy)):
-        sums -= np.power(np.square(points).sum(1) / x.shape[1] + 1, 3)  # an image with itself
+        sums -= _square_kernel(points)
     within_x, within_y, across = xx.sum() / (n * (n - 1)), yy.sum() / (m * (m - 1)), xy.sum() / (n * m)
-    # What is left when one row is left out, for each row.
-    without_x = (xx.sum() - 2 * xx) / ((n - 1) * (n - 2)) - 2 * (xy.sum() - xy) / ((n - 1) * m)
+    # what is left when one row, or one group, is left out, for each
+    without_x = np.array(
+        [
+            (xx.sum() - 2 * xx[out].sum() + _sum_pairs(x[out])) / ((n - len(out)) * (n - len(out) - 1))
+            - 2 * (xy.sum() - xy[out].sum()) / ((n - len(out)) * m)
+            for out in _list_left_out(n, real_groups)
+        ]
+    )
     without_y = (yy.sum() - 2 * yy) / ((m - 1) * (m - 2)) - 2 * (xy.sum() - yx) / (n * (m - 1))
-    variance = (n - 1) * without_x.var() + (m - 1) * without_y.var()
+    variance = (len(without_x) - 1) * without_x.var() + (m - 1) * without_y.var()
     value = float(within_x + within_y - 2 * across)
     contributions = value + (m - 1) * (without_y.mean() - without_y)  # [M]
     return Estimate(value, math.sqrt(variance), contributions=contributions)
+
+
+def _square_kernel(x: np.ndarray) -> np.ndarray:
+    """Of each image with itself: [N]."""
+    return np.power(np.square(x).sum(1) / x.shape[1] + 1, 3)
+
+
+def _sum_pairs(x: np.ndarray) -> float:
+    """The kernel's sum over all ordered pairs of different rows."""
+    return float(_kernel_sums(x, x).sum() - _square_kernel(x).sum()) if len(x) > 1 else 0.0
+
+
+def _list_left_out(n: int, groups: Sequence[str] | None) -> list[np.ndarray]:
+    """Rows of each group, each of n rows its own without any; groups without which less than two rows are
+    left cannot be left out."""
+    if groups is None:
+        return list(np.arange(n)[:, None])
+    numbers = np.unique(list(groups), return_inverse=True)[1]
+    rows = (np.flatnonzero(numbers == number) for number in range(numbers.max() + 1))
+    return [out for out in rows if n - len(out) > 1] or _list_left_out(n, None)
 
 
 def _kernel_sums(x: np.ndarray, y: np.ndarray) -> np.ndarray:
