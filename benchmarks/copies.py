@@ -261,7 +261,6 @@ def find_task(task: tuple[str, str, int]) -> float:
 
 
 def find_planted(name: str, kind: str, seed: int) -> float:
-    from memcontrol.scoring.copying import find_suspects
     from memcontrol.scoring.evidence import Evidence
 
     rng, images = np.random.default_rng(seed), load_pool(name)
@@ -271,7 +270,7 @@ def find_planted(name: str, kind: str, seed: int) -> float:
     generated = describe(np.concatenate([planted, images[clean[PLANTED:]]]))
     real = describe_pool(name, AS_IT_IS)
     evidence = Evidence(generated, take(real, train), take(real, held), seed)
-    return float(find_suspects(evidence.spaces, evidence.n_judged).is_copy[:PLANTED].mean())
+    return float(evidence.suspects.is_copy[:PLANTED].mean())
 
 
 def plant(kind: str, images: np.ndarray, others: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from commands import run
 
-from memcontrol.core.run_folder import locate_study_folder
+from memcontrol.core.run_folder import StudyFolder, locate_study_folder
 from memcontrol.study.pareto import find_front
+from memcontrol.view.report import render_page
 
 
 @pytest.fixture(scope="module")
@@ -153,3 +154,17 @@ def test_what_is_missing_is_said(shown, tmp_path):
         and "has not been searched yet" in done.stderr
         and not (tmp_path / "x.html").exists()
     )
+
+
+def test_people_are_counted_beside_images_and_every_part_has_its_use(shown, facts, tmp_path):
+    folder = locate_study_folder(shown, "seen")
+    split = json.loads((folder / "split.json").read_text())
+    rows = split["parts"]["train"]
+    for number, row in enumerate(rows):
+        row["group"] = f"p{number // 4}"
+    split["parts"]["calibration"] = split["parts"]["test"]
+    (tmp_path / "split.json").write_text(json.dumps(split))
+    page = render_page({**facts, "data": StudyFolder(tmp_path).summarize_data()}, with_images=False)
+    cells = [re.search(rf"<td[^>]*>{part}</td>(.*?)</tr>", page).group(1) for part in split["parts"]]
+    assert re.findall(r">(\d+)<", cells[0])[:2] == [str(len(rows)), str(-(-len(rows) // 4))]
+    assert "real images lie" in cells[-1]

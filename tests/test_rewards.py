@@ -15,7 +15,7 @@ from memcontrol.core.reward_table import OBJECTIVES, REWARDS
 from memcontrol.data.features import nearest
 from memcontrol.scoring.copying import (
     copy_rate,
-    find_clear_copies,
+    find_suspects,
     measure_copy_rate,
     measure_memorization,
     memorization,
@@ -439,10 +439,10 @@ def test_clear_copies_are_found_with_few_held_out_images_and_rarely_without_copy
         generated, train, holdout = (
             normal(n, 30, 3 * seed + i) for i, n in enumerate((200, n_train, n_holdout))
         )
-        clean = find_clear_copies([DistanceSpace((generated,), (train,), (holdout,))], 200)
+        clean = find_suspects([DistanceSpace((generated,), (train,), (holdout,))], 200).is_clear
         false_alarms += clean.any()
         generated[:7] = train[:7] + 0.05 * normal(7, 30, seed + 1000)
-        copied = find_clear_copies([DistanceSpace((generated,), (train,), (holdout,))], 200)
+        copied = find_suspects([DistanceSpace((generated,), (train,), (holdout,))], 200).is_clear
         found.append(copied[:7].mean() - copied[7:].mean())
     assert false_alarms <= 2 and np.mean(found) > 0.95
 

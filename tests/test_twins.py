@@ -130,4 +130,4 @@ def test_an_audit_leaves_twins_out_or_refuses_them(tmp_path):
     assert found["sizes"]["holdout"] == 38 and found["rewards"]["copy_rate"] == pytest.approx(0.5, abs=0.05)
     copied = {(one["generated"], one["training"]) for one in found["copies"] if one["copy"]}
     assert {(f"{seed}.png", f"{seed:03}.png") for seed in range(1, 40, 2)} <= copied
-    assert found["copied"]["generated"] == len(copied) and found["copied"]["images"] >= 20
+    assert found["rewards"]["copied_images"] == found["rewards"]["copied_groups"] >= 20

@@ -6,6 +6,7 @@ from memcontrol.core.choice import EVERYTHING, Choice, Setting
 from memcontrol.core.reward_table import REWARDS
 from memcontrol.view.words import (
     describe_choice,
+    describe_copied,
     find_title,
     format_markdown_table,
     format_p,
@@ -85,3 +86,10 @@ def test_verdict_ends_with_both_measures_and_their_errors():
     said = write_verdict(CLEAN, 500)
     assert "where 1.1% is expected without copying, p = 0.500;" in said
     assert "memorization distance 0.040 ± 0.020 of at most" in said and said.endswith("p = 0.300.")
+
+
+def test_copies_are_counted_by_training_image_and_by_person():
+    assert describe_copied({}) == describe_copied({"copied_images": 0, "copied_groups": 0}) == ""
+    assert describe_copied({"copied_images": 3, "copied_groups": 3}) == "Copies are of 3 training images."
+    said = describe_copied({"copied_images": 12, "copied_groups": 5})
+    assert said == "Copies are of 12 training images, which are of 5 groups."

@@ -31,7 +31,7 @@ from memcontrol.data.pictures import (
     wrap_samples,
 )
 from memcontrol.model.base import load_base
-from memcontrol.scoring.copying import Suspects, find_suspects, line_ratio
+from memcontrol.scoring.copying import Suspects, line_ratio
 from memcontrol.scoring.evidence import DESCRIPTORS, Descriptors, Evidence, describe_broken_images
 from memcontrol.scoring.extractors import load_extractor
 from memcontrol.scoring.measures import N_PAIRED, measure_extraction
@@ -300,7 +300,6 @@ def judge_images(
             f"{same:.0%} of the generated images are held-out images themselves; hold out images "
             "that the model never saw and that are not audited, since copying could not be seen"
         )
-    suspects = find_suspects(evidence.spaces, evidence.n_judged)
     return {
         "verdict": write_verdict(rewards, len(generated)),
         "sizes": {part.title: len(part) for part in (generated, train, holdout)},
@@ -308,9 +307,8 @@ def judge_images(
         "side": train.side,
         "threshold": line_ratio(space.real_ratios),
         "rewards": rewards,
-        "copies": _list_copies(suspects, generated, train),
+        "copies": _list_copies(evidence.suspects, generated, train),
         "duplicates": _list_duplicates(train),
-        "copied": _count_copied(suspects, train),
         "cannot_see": list(BLIND_SPOTS),
     }
 
@@ -332,16 +330,6 @@ def _list_copies(found: Suspects, generated: Pictures, train: Pictures) -> list[
         for n, i in enumerate(found.order)
         if n < N_SHOWN or found.is_copy[i]
     ]
-
-
-def _count_copied(found: Suspects, train: Pictures) -> dict[str, int]:
-    """How many generated images are copies, of how many training images, of how many groups."""
-    rows = set(found.training[found.is_copy].tolist())
-    return {
-        "generated": int(found.is_copy.sum()),
-        "images": len(rows),
-        "groups": len({train.groups[row] for row in rows}),
-    }
 
 
 def _judge_attack(attack: np.ndarray | None, holdout: Pictures, evidence: Evidence) -> Measured:

@@ -196,6 +196,24 @@ REWARDS = {
         meaning="share so near to a training image, in pixels or in features, that one such among all has a "
         "chance of 1 % without copying",
     ),
+    "copied_images": _RewardInfo(
+        title="training images copied",
+        form="{:.0f}",
+        direction=_BESIDE,
+        objective=False,
+        interval=_NONE,
+        cost=_NEIGHBOURS,
+        meaning="how many training images those are that copies, by any rule, are of",
+    ),
+    "copied_groups": _RewardInfo(
+        title="groups copied",
+        form="{:.0f}",
+        direction=_BESIDE,
+        objective=False,
+        interval=_NONE,
+        cost=_NEIGHBOURS,
+        meaning="of how many people or other groups these are, as `data.group` names them",
+    ),
     "loss_gap": _RewardInfo(
         title="loss gap",
         form="{:.3f}",

@@ -272,8 +272,8 @@ class StudyFolder:
         return read_json(self.network_file) if self.network_file.is_file() else []
 
     def summarize_data(self) -> dict[str, Any]:
-        """The images as split.json knows them: source, resolution, and for each part its number of `images`
-        and the `digest` of their contents; empty where it is not on this machine."""
+        """The images as split.json knows them: source, resolution, and for each part its numbers of `images`
+        and of `groups` (people), and the `digest` of its contents; empty where it is not on this machine."""
         if not self.split_file.is_file():
             return {}
         stored = self.read_split()
@@ -283,7 +283,9 @@ class StudyFolder:
 
 def _summarize_part(rows: Sequence[dict[str, str]]) -> dict[str, Any]:
     lines = "\n".join(f"{row['digest']} {row['caption']}" for row in rows)
-    return {"images": len(rows), "digest": hashlib.sha256(lines.encode()).hexdigest()[:16]}
+    groups = {row.get("group") or row["name"] for row in rows}
+    digest = hashlib.sha256(lines.encode()).hexdigest()[:16]
+    return {"images": len(rows), "groups": len(groups), "digest": digest}
 
 
 def locate_study_folder(study_file: Path, name: str) -> Path:

@@ -84,18 +84,6 @@ def combine_rates(rates: Sequence[tuple[Estimate, Estimate | float]]) -> Estimat
     return Estimate(value, labels=np.max(standard, axis=0))
 
 
-def find_clear_copies(spaces: Sequence[DistanceSpace], n_judged: int) -> np.ndarray:
-    """Which images [N] are so near to a training image, relative to held-out ones, that without copying one
-    such among `n_judged` images and all descriptors has a chance of 1 % at most. Few held-out images suffice
-    for it, since it goes by how far below the line an image lies."""
-    return _are_clear(find_chances(spaces), n_judged)
-
-
-def _are_clear(chances: np.ndarray, n_judged: int) -> np.ndarray:
-    """By their chances [spaces, N]: [N]."""
-    return chances.min(0) * n_judged * len(chances) < FALSE_POSITIVES
-
-
 def find_chances(spaces: Sequence[DistanceSpace]) -> np.ndarray:
     """Of each image in each descriptor, the chance that an image which is no copy comes as near: [spaces, N].
 
@@ -140,6 +128,7 @@ class Suspects:
     held_out: np.ndarray  # and of the nearest held-out ones
     distances: np.ndarray  # to the training images
     ratios: np.ndarray  # r
+    is_clear: np.ndarray  # whether it is a clear copy
     is_copy: np.ndarray  # whether any rule calls it one, in any descriptor
 
     @property
@@ -147,11 +136,22 @@ class Suspects:
         """The most suspicious first."""
         return np.lexsort((self.ratios, self.chances))
 
+    @property
+    def copied(self) -> np.ndarray:
+        """Rows of the training images that copies are of."""
+        return np.unique(self.training[self.is_copy])
+
 
 def find_suspects(spaces: Sequence[DistanceSpace], n_judged: int) -> Suspects:
-    """In the descriptors of all spaces, among `n_judged` images of the model."""
+    """In the descriptors of all spaces, among `n_judged` images of the model.
+
+    A clear copy is so near to a training image, relative to held-out ones, that without copying one such
+    among `n_judged` images and all descriptors has a chance of 1 % at most. Few held-out images suffice for
+    it, since it goes by how far below the line an image lies.
+    """
     chances = find_chances(spaces)
     strongest = chances.argmin(0)
+    is_clear = chances.min(0) * n_judged * len(spaces) < FALSE_POSITIVES
 
     def choose(by_space: list[np.ndarray]) -> np.ndarray:
         return np.array(by_space)[strongest, np.arange(len(strongest))]
@@ -164,7 +164,8 @@ def find_suspects(spaces: Sequence[DistanceSpace], n_judged: int) -> Suspects:
         choose([space.to_holdout[1] for space in spaces]),
         choose([space.to_train[0] for space in spaces]),
         choose([space.ratios for space in spaces]),
-        below | _are_clear(chances, n_judged),
+        is_clear,
+        below | is_clear,
     )
 
 

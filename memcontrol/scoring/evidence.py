@@ -9,6 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from memcontrol.data.features import unit_rows
+from memcontrol.scoring.copying import Suspects, find_suspects
 from memcontrol.scoring.distances import DistanceSpace, Versions, remember_once
 from memcontrol.scoring.labels import Labels
 from memcontrol.scoring.quality import Gaussian, fit_gaussian
@@ -82,6 +83,10 @@ class Evidence:
                 self.labels,
             )
         return self.cache[name]
+
+    @property
+    def suspects(self) -> Suspects:
+        return remember_once(self.cache, "suspects", lambda: find_suspects(self.spaces, self.n_judged))
 
     @property
     def labels(self) -> Labels:

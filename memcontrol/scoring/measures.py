@@ -14,7 +14,6 @@ from memcontrol.data.features import pixel_features
 from memcontrol.scoring.copying import (
     chance_rate,
     combine_rates,
-    find_clear_copies,
     line_ratio,
     measure_copy_rate,
     measure_memorization,
@@ -99,7 +98,9 @@ def measure_copies(evidence: Evidence) -> Measured:
     }
     return rates | {
         "copying": combine_copy_rates(rates),
-        "clear_copy_rate": estimate_share(find_clear_copies(evidence.spaces, evidence.n_judged)),
+        "clear_copy_rate": estimate_share(evidence.suspects.is_clear),
+        "copied_images": len(evidence.suspects.copied),
+        "copied_groups": len(np.unique(pixels.groups[0][evidence.suspects.copied])),
         "copy_rate_line": chance_rate(n_real),
         "copy_rate_n_real": n_real,
     }

@@ -13,7 +13,6 @@ from PIL import Image, ImageDraw, ImageFont
 from memcontrol.core.files import replace_file
 from memcontrol.core.run_folder import RunFolder
 from memcontrol.core.spec import Spec
-from memcontrol.scoring.copying import find_suspects
 from memcontrol.scoring.evidence import Evidence
 from memcontrol.trial.loaded import LoadedModels
 
@@ -49,7 +48,7 @@ class Strip:
 def make_strip(
     title: str, samples: Mapping[str, np.ndarray], evidence: Evidence, spec: Spec, loaded: LoadedModels
 ) -> Strip:
-    found = find_suspects(evidence.spaces, evidence.n_judged)
+    found = evidence.suspects
     rows = found.order[:_N_COLUMNS]
     training = loaded.train_images(spec).take(found.training[rows].tolist())
     held_out = loaded.parts(spec)[spec.reference].take(found.held_out[rows].tolist())

@@ -13,6 +13,7 @@ from PIL import Image
 from memcontrol.core.files import replace_file, write_json
 from memcontrol.core.reward_table import REWARDS, format_reward
 from memcontrol.view.html import make_data_uri, read_asset, render_document, render_list
+from memcontrol.view.words import describe_copied
 
 N_SHOWN = 24
 SHOWN_SIDE = 128  # pixels of an image at the most
@@ -91,14 +92,7 @@ def _describe_sizes(found: dict) -> str:
     if len(found.get("fits", ())) > 1:
         said += f", compared under {', '.join(found['fits'])}: this is where most copying shows"
     said = said or f"{sizes} images, brought to {side} x {side} pixels"
-    return f"{said}; features by {found['extractor']}. {_describe_people(found)}"
-
-
-def _describe_people(found: dict) -> str:
-    people = found.get("copied", {})
-    if not people.get("images"):
-        return ""
-    return f"Copies are of {people['images']} training images, which are of {people['groups']} groups."
+    return f"{said}; features by {found['extractor']}. {describe_copied(found['rewards'])}"
 
 
 def _render_rewards(rewards: dict[str, float]) -> str:

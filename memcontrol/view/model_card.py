@@ -15,7 +15,13 @@ from memcontrol.core.reward_table import BLIND_SPOTS, REWARDS, format_reward
 from memcontrol.core.run_folder import StudyFolder
 from memcontrol.core.spec import Spec
 from memcontrol.core.version import __version__
-from memcontrol.view.words import describe_choice, format_markdown_table, name_groups, write_verdict
+from memcontrol.view.words import (
+    describe_choice,
+    describe_copied,
+    format_markdown_table,
+    name_groups,
+    write_verdict,
+)
 
 _CARD_REWARDS = (
     "fid",
@@ -96,12 +102,13 @@ def compose_body(spec: Spec, result: dict[str, Any], code: str) -> str:
         f"```python\n{code}\n```",
         "## How much it copies",
         write_verdict(result["rewards"], result["n_samples"]),
+        describe_copied(result["rewards"]),
         _tell_how_measured(spec, result),
         _make_card_table(spec, columns),
         "## Limits",
         "\n".join(f"- {line}" for line in _LIMITS),
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _list_facts(spec: Spec, result: dict[str, Any]) -> str:

@@ -40,6 +40,12 @@ from memcontrol.view.report_results import (
 )
 from memcontrol.view.words import find_title
 
+_USE_BY_PART = {  # of the parts of the data
+    "train": "fine-tuned on",
+    "holdout": "what the search's figures compare with",
+    "test": "for `retrain` only",
+    "calibration": "where 99 % of real images lie, from which the line of copies is drawn",
+}
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
@@ -152,21 +158,22 @@ def _render_images(facts: ReportData) -> str:
     data = facts["data"]
     if not data:
         return render_section("Images", render_paragraph("split.json is not on this machine.", "note"))
-    uses = {
-        "train": "fine-tuned on",
-        "holdout": "what the search's figures compare with",
-        "test": "for `retrain` only",
-    }
     rows = [
-        render_row([name, f"{part['images']:,}", f"<code>{part['digest']}</code>", render_code(uses[name])])
+        render_row([name, *_render_part(part), render_code(_USE_BY_PART[name])])
         for name, part in data["parts"].items()
     ]
     about = (
         f"{_take_last_part(data['source'])}, {data['resolution']} x {data['resolution']} pixels; no image, "
-        "by its exact pixels, is in two parts. The hash is of the pixels and captions (SHA-256, 16 digits)."
+        "by its exact pixels, and no group (a patient, say, where data.group names them; else each image) "
+        "is in two parts. The hash is of the pixels and captions (SHA-256, 16 digits)."
     )
-    table = render_table(["part", "images", "hash", "use"], rows)
+    table = render_table(["part", "images", "groups", "hash", "use"], rows)
     return render_section("Images", render_paragraph(about), table)
+
+
+def _render_part(part: dict[str, Any]) -> list[str]:
+    groups = f"{part['groups']:,}" if "groups" in part else ""
+    return [f"{part['images']:,}", groups, f"<code>{part['digest']}</code>"]
 
 
 def _render_setting(facts: ReportData) -> str:

@@ -32,7 +32,7 @@ from memcontrol.view.html import (
     render_section,
     render_table,
 )
-from memcontrol.view.words import find_title, name_groups
+from memcontrol.view.words import describe_copied, find_title, name_groups
 
 ReportData = dict[str, Any]  # what report_data collects
 _BESIDE_OBJECTIVES = ("copy_rate", "trained_fraction")  # rewards that a table of trials always has
@@ -227,6 +227,7 @@ def render_no_pairs(facts: ReportData) -> str:
 
 def _render_pair_figure(trial: TrialData) -> str:
     address = make_data_uri("image/png", RunFolder(Path(trial["run"])).pairs_picture.read_bytes())
-    said = escape(f"{describe_trial(trial)}; {describe_rewards(['copy_rate'], trial['rewards'])}")
+    rates = describe_rewards(["copy_rate"], trial["rewards"])
+    said = escape(f"{describe_trial(trial)}; {rates}. {describe_copied(trial['rewards'])}".strip())
     image = f'<img alt="{said}" src="{address}">'
     return f'<figure><figcaption>{said}</figcaption><div class="wide">{image}</div></figure>'

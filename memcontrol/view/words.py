@@ -63,6 +63,16 @@ def count_clear_copies(rewards: Mapping[str, float], n: int) -> int:
     return math.ceil(rewards.get("clear_copy_rate", 0.0) * n - 1e-9)
 
 
+def describe_copied(rewards: Mapping[str, float]) -> str:
+    """How many training images, and people or other groups, copies are of; where a table says how many copies
+    there are."""
+    images, groups = (math.ceil(rewards.get(name, 0)) for name in ("copied_images", "copied_groups"))
+    if not images:
+        return ""
+    said = f", which are of {groups} groups" if groups < images else ""
+    return f"Copies are of {images} training images{said}."
+
+
 def find_copying_p(rewards: Mapping[str, float]) -> float:
     """Of copying in any descriptor; of pixels alone where rewards are from before there was one."""
     return rewards["copying_p"] if "copying_p" in rewards else rewards["copy_rate_p"]
