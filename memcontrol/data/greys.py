@@ -19,9 +19,10 @@ class Greys:
     black: float
     white: float
 
-    def convert(self, values: np.ndarray) -> Image.Image:
-        """RGB of greys [H, W]."""
+    def convert(self, values: np.ndarray, inverted: bool = False) -> Image.Image:
+        """RGB of greys [H, W]; inverted where black is shown as white."""
         share = (values - self.black) / max(self.white - self.black, 1e-12)
+        share = 1 - share if inverted else share
         return Image.fromarray((255 * share.clip(0, 1)).round().astype(np.uint8)).convert("RGB")
 
 
@@ -31,20 +32,22 @@ def is_deep(image: Image.Image) -> bool:
 
 
 def read_greys(image: Image.Image) -> np.ndarray:
-    """float64 [H, W]; negated where 0 is white: more is brighter. What is not finite is the least."""
+    """float64 [H, W], as stored. What is not finite is the least."""
     values = np.asarray(image, np.float64)
-    values = np.where(np.isfinite(values), values, np.nanmin(np.where(np.isfinite(values), values, np.nan)))
-    tags = getattr(image, "tag_v2", {})
-    return -values if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO else values
+    return np.where(np.isfinite(values), values, np.nanmin(np.where(np.isfinite(values), values, np.nan)))
+
+
+def is_inverted(image: Image.Image) -> bool:
+    """Whether the least value is white, of deep greys; Pillow turns those of 8 bits itself."""
+    return getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == _WHITE_IS_ZERO
 
 
 def choose_greys(least: float, most: float, mode: str) -> Greys:
     """The scale of values between these. Whole ones from 0 on: that of as many bits as hold the largest;
-    signed ones, and floats: from the least to the largest, and from 0 to 1 where floats lie within."""
+    signed ones, and floats: from the least to the largest, and from 0 to 1 where floats reach into its upper
+    half."""
     if mode.startswith("F"):
-        return Greys(0.0, 1.0) if 0 <= least and 0 < most <= 1 else Greys(min(0.0, least), most)
-    if least < 0 < most:
+        return Greys(0.0, 1.0) if 0 <= least and 0.5 < most <= 1 else Greys(min(0.0, least), most)
+    if least < 0:
         return Greys(least, most)
-    largest = max(most, -least)
-    full = next((2.0**bits - 1 for bits in _BITS if largest < 2**bits), largest)
-    return Greys(-full, 0.0) if least < 0 else Greys(0.0, full)
+    return Greys(0.0, next((2.0**bits - 1 for bits in _BITS if most < 2**bits), most))

@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 
 from memcontrol.core.config import CALIBRATION, DIGITS, PARTS, Fit
 from memcontrol.core.errors import MemControlError
-from memcontrol.data.greys import Greys, choose_greys, is_deep, read_greys
+from memcontrol.data.greys import Greys, choose_greys, is_deep, is_inverted, read_greys
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 _METADATA = ("metadata.jsonl", "metadata.csv")
@@ -111,7 +111,12 @@ def _make_folder_reader(folder: Path, greys: Greys | None):
 def decode_image(path: Path, greys: Greys | None = None) -> Image.Image:
     """An image file as upright RGB: EXIF rotation applied, transparency on white; greys of more than 8 bits
     by the scale, without one by that of the image itself. Raises MemControlError."""
-    return _read_image(path, lambda image: _convert_to_rgb(ImageOps.exif_transpose(image), greys))
+
+    def read(image: Image.Image) -> Image.Image:
+        inverted = is_inverted(image)  # turning it upright loses the tag
+        return _convert_to_rgb(ImageOps.exif_transpose(image), greys, inverted)
+
+    return _read_image(path, read)
 
 
 def _read_image(path: Path, read: Callable[[Image.Image], Read]) -> Read:
@@ -132,10 +137,11 @@ def _read_image(path: Path, read: Callable[[Image.Image], Read]) -> Read:
         ) from None
 
 
-def _convert_to_rgb(image: Image.Image, greys: Greys | None) -> Image.Image:
+def _convert_to_rgb(image: Image.Image, greys: Greys | None, inverted: bool) -> Image.Image:
     if is_deep(image):
         values = read_greys(image)
-        return (greys or choose_greys(values.min(), values.max(), image.mode)).convert(values)
+        scale = greys or choose_greys(values.min(), values.max(), image.mode)
+        return scale.convert(values, inverted)
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -231,7 +237,12 @@ def find_greys(folder: Path, names: Sequence[str]) -> Greys | None:
             f"{folder}: 16-bit colour such as '{colour}' holds values up to {high * 256 + 255} of 65,535, "
             "and would be read as nearly black; convert it to 8 bits, or to the full range"
         )
-    return choose_greys(least, most, "F" if "F" in kinds else "I") if kinds else None
+    if len(kinds) > 1:
+        raise MemControlError(
+            f"{folder}: some greys are whole numbers and others fractions, which have no common scale; store "
+            "all of them alike"
+        )
+    return choose_greys(least, most, kinds.pop()) if kinds else None
 
 
 def _look_at_depth(image: Image.Image) -> tuple[str, float, float] | None:
