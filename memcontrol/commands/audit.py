@@ -34,6 +34,7 @@ from memcontrol.model.base import load_base
 from memcontrol.scoring.copying import Suspects, line_ratio
 from memcontrol.scoring.evidence import DESCRIPTORS, Descriptors, Evidence, describe_broken_images
 from memcontrol.scoring.extractors import load_extractor
+from memcontrol.scoring.labels import N_PERMUTATIONS
 from memcontrol.scoring.measures import N_PAIRED, measure_extraction
 from memcontrol.scoring.score import score_evidence
 from memcontrol.trial.loaded import LoadedModels, describe_images
@@ -285,7 +286,13 @@ def judge_images(
     if broken := describe_broken_images(made.pixels):
         raise MemControlError(f"{broken}, so nothing can be judged")
     evidence = Evidence(
-        made, known, held, train_groups=train.groups, holdout_groups=holdout.groups, n_draws=n_judgements
+        made,
+        known,
+        held,
+        train_groups=train.groups,
+        holdout_groups=holdout.groups,
+        n_draws=n_judgements,
+        n_permutations=n_judgements * N_PERMUTATIONS,  # or the p of the largest could not be small
     )
     progress("judging", 0, 2)
     measured = score_evidence(evidence) | _judge_attack(attack, holdout, evidence)

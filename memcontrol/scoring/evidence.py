@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from memcontrol.data.features import unit_rows
 from memcontrol.scoring.copying import Suspects, find_suspects
 from memcontrol.scoring.distances import DistanceSpace, Versions, remember_once
-from memcontrol.scoring.labels import Labels
+from memcontrol.scoring.labels import N_PERMUTATIONS, Labels
 from memcontrol.scoring.quality import Gaussian, fit_gaussian
 
 DESCRIPTORS = ("pixels", "features")
@@ -54,6 +54,7 @@ class Evidence:
     holdout_groups: Sequence[str] | None = None
     calibration: Descriptors | None = None  # real images that are neither trained on nor held out
     n_draws: int = 1  # so many sets as this one are judged together
+    n_permutations: int = N_PERMUTATIONS  # of the labels of references
     images: np.ndarray | None = None  # uint8 [N, 3, H, W], the generated ones as they are
     captions: tuple[str, ...] = ()  # that they were generated from
     # a CLIP model's embeddings of images and captions, [N, D] each
@@ -94,7 +95,8 @@ class Evidence:
 
         def draw() -> Labels:
             train, holdout = (self.train.pixels,), (self.holdout.pixels,)
-            return DistanceSpace((), train, holdout, None, self.train_groups, self.holdout_groups).labels
+            drawn = DistanceSpace((), train, holdout, None, self.train_groups, self.holdout_groups).labels
+            return replace(drawn, n_permutations=self.n_permutations)
 
         return remember_once(self.known["pixels"], "labels", draw)
 

@@ -32,6 +32,7 @@ class Labels:
     train: np.ndarray  # rows of training images in the pool [P_T]
     holdout: np.ndarray  # rows of held-out images [P_H]; the pool has the training images first
     groups: np.ndarray  # [P]
+    n_permutations: int = N_PERMUTATIONS
 
     @property
     def n(self) -> int:
@@ -39,12 +40,12 @@ class Labels:
 
     @cached_property
     def sides(self) -> np.ndarray:
-        """Whether a reference counts as a training image: [1 + N_PERMUTATIONS, P], first as it is."""
+        """Whether a reference counts as a training image: [1 + n_permutations, P], first as it is."""
         true = np.arange(self.n) < len(self.train)
         rng = np.random.default_rng(derive_seed("labels"))
         sizes = np.bincount(self.groups)
         drawn = [true]
-        for _ in range(N_PERMUTATIONS):
+        for _ in range(self.n_permutations):
             order = rng.permutation(len(sizes))
             # groups in this order are training images until there are as many of these as there were
             n_before = np.concatenate([[0], np.cumsum(sizes[order])[:-1]])
