@@ -101,7 +101,9 @@ def test_given_parts_that_share_twins_are_refused_or_lose_the_held_out_one(tmp_p
     with pytest.raises(MemControlError, match="'holdout/again.jpg' and 'train/03.png'; copying could"):
         load(tmp_path)
     said = []
-    parts = load(tmp_path, said.append, twins="drop").parts
+    split = load(tmp_path, said.append, twins="drop")
+    parts = split.parts
+    assert split.found["twins"]["dropped"] == ["holdout/again.jpg"]
     assert "holdout/again.jpg" not in [record.name for record in parts["holdout"].records]
     assert len(parts["train"]) == 12 and "left out" in said[0] and "again.jpg" in said[0]
     kept = load(tmp_path, twins="keep").parts

@@ -420,7 +420,10 @@ BLIND_SPOTS = (  # what no reward sees
     "style, not facts about a person.",
     "No figure here is a privacy guarantee: a model that shows no copies can still reveal who was "
     "in the training set.",
-    "Copies that were rotated, cropped or redrawn may be missed; mirrored ones are seen in pixels.",
+    # as `benchmarks copies` found; a test holds this to its table
+    "Changed copies may be missed. Hardly any is found that is turned by 90 degrees, upside down, inverted, "
+    "blended half and half with another image, or fills no more than half of one; of those cropped to 75 % "
+    "or shifted by an eighth of the side, half are found on photographs and none on digits.",
 )
 
 _ENOUGH_SAMPLES = 4  # samples for each feature, below which a FID ranks by chance

@@ -273,12 +273,19 @@ class StudyFolder:
 
     def summarize_data(self) -> dict[str, Any]:
         """The images as split.json knows them: source, resolution, and for each part its numbers of `images`
-        and of `groups` (people), and the `digest` of its contents; empty where it is not on this machine."""
+        and of `groups` (people), and the `digest` of its contents, and of twins, where they were sought, how
+        many `pairs` there are and images were `dropped`; empty where it is not on this machine."""
         if not self.split_file.is_file():
             return {}
         stored = self.read_split()
         parts = {name: _summarize_part(rows) for name, rows in stored["parts"].items()}
-        return {"source": stored["source"], "resolution": stored["resolution"], "parts": parts}
+        twins = stored.get("twins", {})
+        return {
+            "source": stored["source"],
+            "resolution": stored["resolution"],
+            "parts": parts,
+            "twins": {key: len(twins.get(key, ())) for key in ("pairs", "dropped") if twins},
+        }
 
 
 def _summarize_part(rows: Sequence[dict[str, str]]) -> dict[str, Any]:

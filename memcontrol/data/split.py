@@ -114,6 +114,7 @@ def _list_folder_parts(
     dropped = choose_dropped(records, pairs, config.twins, "data.twins=drop")
     if dropped:
         warn(f"{len(dropped)} images are left out: twins of images in another part, such as {dropped[0]}")
+        found["twins"] = {**found["twins"], "dropped": dropped}
     left = {part: [one for one in own if one.name not in dropped] for part, own in parts.items()}
     return left, found, look.greys
 

@@ -257,6 +257,11 @@ def _describe_split(split: Split) -> list[str]:
     if groups := split.found.get("groups"):
         said = ", ".join(f"{len(split.parts[part])} images of {n} {part}" for part, n in groups.items())
         lines.append(f"groups: {said}")
-    if pairs := split.found.get("twins", {}).get("pairs"):
+    twins = split.found.get("twins", {})
+    if pairs := twins.get("pairs"):
         lines.append(f"{len(pairs)} pairs of images are nearly the same, such as {' and '.join(pairs[0])}")
+    if n_plain := twins.get("plain"):
+        lines.append(
+            f"{n_plain} images are plain (black frames, say): none can be told from another, nor a copy of it"
+        )
     return lines
