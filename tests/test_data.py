@@ -101,7 +101,10 @@ def test_sub_folders_that_share_an_image_are_refused(photographs):
 
 def test_a_missing_part_is_named(photographs):
     photographs(10, "x/train")
-    refused(photographs(0, "x"), "has train/ but no holdout/, test/")
+    refused(
+        photographs(0, "x"),
+        "has train/ but no holdout, test; add it, by one of its names .holdout: .*validation",
+    )
 
 
 def test_duplicates_in_a_pool_stay_in_one_part(photographs):
@@ -129,14 +132,14 @@ def test_an_undecodable_image_is_named_and_skipped_only_on_demand(photographs):
 def test_a_caption_for_an_image_that_is_not_there(photographs):
     root = photographs(32)
     (root / "metadata.csv").write_text("file_name,text\nnope.png,a\n")
-    refused(root, "row 1: names 'nope.png'")
+    refused(root, "no row of metadata.csv names an image that is there, the first being metadata.csv, row 1")
     (root / "metadata.csv").write_text("name,text\n000.png,a\n")
-    refused(root, "row 1: no 'file_name'")
+    refused(root, "metadata.csv, row 1 has no 'file_name'")
     (root / "metadata.csv").unlink()
     (root / "metadata.jsonl").write_text("{not json}\n")
     refused(root, "metadata.jsonl cannot be read")
     (root / "metadata.jsonl").write_text("[1]\n")
-    refused(root, "each line must be an object")
+    refused(root, "row 1 is no object; each is one such as")
 
 
 def test_too_few_images_and_no_folder(photographs, tmp_path):

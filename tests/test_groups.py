@@ -115,7 +115,7 @@ def test_what_names_no_group_is_refused_by_name(tmp_path):
     write(tmp_path / "lonely.png", 777)
     refused("does not match image 'lonely.png'", tmp_path, group=r"(p\d+)_")
     refused("image 'lonely.png' has none in the metadata", tmp_path, group="patient")
-    refused("no column of the metadata, which has patient, text", tmp_path, group="person")
+    refused("no column of the metadata, which has file_name, text, patient", tmp_path, group="person")
     refused("'lonely.png' lies in no folder of its own", tmp_path / ".", group="folder")
     refused("is '.p', which is no regular expression", tmp_path, group="(p")
     refused("is '..:p.', which has no group in parentheses", tmp_path, group="(?:p)")

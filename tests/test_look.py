@@ -49,10 +49,11 @@ def test_near_copies_are_found_and_copies_are_not_among_them(photographs):
 
 def test_parts_and_captions_are_counted(photographs):
     photographs(3, folder="photos/train")
+    photographs(4, folder="photos/Validation")
     folder = photographs(2, folder="photos/test").parent
     found = look(folder)
-    assert found.parts == {"train": 3, "test": 2} and not found.has_metadata
-    assert sum(found.captions.values()) == 5
+    assert found.parts == {"train": 3, "holdout": 4, "test": 2}
+    assert sum(found.captions.values()) == 9 and found.caption_source == "the folders' names"
 
 
 def test_what_cannot_be_decoded_is_told_and_left_out(photographs):

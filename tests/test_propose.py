@@ -64,7 +64,11 @@ def copied(folder):
 
 
 FOLDERS = {
-    captioned: ["captions for 30 of 30, 10 different, from metadata", "48 pixels; squares", "greyscale"],
+    captioned: [
+        "captions for 30 of 30, 10 different, from column 'text' of metadata.jsonl",
+        "48 pixels; squares",
+        "greyscale",
+    ],
     plain: ["no captions", "64 pixels; squares", "resolution, 32", "colour"],
     grey: ["greyscale, read as RGB", "train: 8"],
     copied: [

@@ -18,7 +18,6 @@ from memcontrol.core.run_folder import RunFolder, StudyFolder
 from memcontrol.core.seeds import derive_seed
 from memcontrol.core.spec import read_spec
 from memcontrol.data.groups import pair_equals
-from memcontrol.data.images import read_captions
 from memcontrol.data.pictures import (
     FITS,
     FolderImages,
@@ -216,7 +215,8 @@ def audit_source(
             fits = choose_fits(folder, seen["train"], source.fit)
             shown = [folder.make_pictures(fit) for fit in fits]
         else:
-            captions = sorted(read_captions(source.train).values()) if source.train else []
+            records = seen["train"].look.records
+            captions = sorted({record.caption for record in records} - {""})
             sampled, attack = _sample_pipeline(
                 str(source.model), captions, **{**SAMPLING, **source.sampling}, progress=progress
             )

@@ -344,16 +344,12 @@ def _explain_data(seen: FolderSummary, base: str) -> str:
         said.append(f"split by its folders into {', '.join(f'{n} {part}' for part, n in seen.parts.items())}")
     said.append("greyscale, read as RGB" if seen.is_grey else "colour")
     n_captioned = seen.n - seen.captions[""]
-    source = "from metadata" if seen.has_metadata else "named by their folders"
+    n_different = len(set(seen.captions) - {""})
     said.append(
-        f"captions for {n_captioned} of {seen.n}, {len(set(seen.captions) - {''})} different, {source}"
+        f"captions for {n_captioned} of {seen.n}, {n_different} different, from {seen.caption_source}"
         if n_captioned
         else "no captions: every prompt is the empty one"
     )
-    if seen.greys:
-        said.append(
-            f"greys of more than 8 bits, of which {seen.greys.white:g} is shown as white in all images"
-        )
     if seen.near:
         said.append(f"{len(seen.near)} pairs that are nearly the same, which stay in one part")
     if seen.copies:
@@ -385,9 +381,6 @@ def list_warnings(seen: FolderSummary) -> list[str]:
         for a, b in seen.near
     ]
     found += [f"not decoded: {name}" for name in seen.unreadable]
+    found += seen.notes
     found += [f"the same pixels, which stay in one part: {', '.join(names)}" for names in seen.copies]
-    if seen.captions[""] and len(seen.captions) > 1:
-        found.append(
-            f"{seen.captions['']} images have no caption and the others have; their prompt is the empty one"
-        )
     return found

@@ -4,11 +4,12 @@ that belong together are joined."""
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import PurePosixPath
 
-from memcontrol.core.config import CALIBRATION, PARTS
 from memcontrol.core.errors import MemControlError
+from memcontrol.data.parts import is_part_folder
+from memcontrol.data.tables import Tables, clean_text
 
 _FOLDER = "folder"
 _COLUMN_NAMES = r"^(patient|subject|person|participant|identity)([ _-]?(id|name|number))?$"
@@ -17,12 +18,12 @@ _FEWEST_PROPOSED = 8  # groups, below which a coincidence may look like them
 FindGroup = Callable[[str], str]  # of an image by its path inside the folder
 
 
-def make_grouping(rule: str, metadata: Mapping[str, Mapping[str, object]]) -> FindGroup:
+def make_grouping(rule: str, tables: Tables) -> FindGroup:
     """What tells an image's group by data.group: a pattern, `folder`, or a column of the metadata. It raises
     MemControlError for an image of which it is not known."""
     if "(" in rule:
         return _group_by_pattern(rule)
-    return _group_by_folder if rule == _FOLDER else _group_by_column(rule, metadata)
+    return _group_by_folder if rule == _FOLDER else _group_by_column(rule, tables)
 
 
 def _group_by_pattern(rule: str) -> FindGroup:
@@ -49,7 +50,7 @@ def _group_by_pattern(rule: str) -> FindGroup:
 def _group_by_folder(name: str) -> str:
     """The innermost folder, whichever part it lies in."""
     folders = PurePosixPath(name).parent.parts
-    own = folders[1:] if folders[:1] and folders[0] in (*PARTS, CALIBRATION) else folders
+    own = folders[1:] if folders and is_part_folder(folders[0]) else folders
     if not own:
         raise MemControlError(
             f"data.group is '{_FOLDER}', and image '{name}' lies in no folder of its own; each image needs "
@@ -58,37 +59,39 @@ def _group_by_folder(name: str) -> str:
     return "/".join(own)
 
 
-def _group_by_column(rule: str, metadata: Mapping[str, Mapping[str, object]]) -> FindGroup:
-    columns = sorted({str(column) for row in metadata.values() for column in row} - {"file_name"})
-    if rule not in columns:
+def _group_by_column(rule: str, tables: Tables) -> FindGroup:
+    column = tables.find_column([rule])
+    if column is None:
+        columns = ", ".join(tables.columns) or "none"
         raise MemControlError(
             f"data.group is '{rule}': no pattern with a group in parentheses, not '{_FOLDER}', and no column "
-            f"of the metadata, which has {', '.join(columns) or 'none'}"
+            f"of the metadata, which has {columns}"
         )
 
     def find(name: str) -> str:
-        value = metadata.get(name, {}).get(rule)
-        if value is None or str(value).strip() in ("", "nan"):
+        values = (row.values.get(column) for row in tables.rows.get(name, ()))
+        said = {text for value in values if (text := clean_text(value))}
+        if len(said) != 1:
+            has = f"{len(said)} of them" if said else "none"
             raise MemControlError(
-                f"data.group is '{rule}', and image '{name}' has none in the metadata; each image needs a "
+                f"data.group is '{rule}', and image '{name}' has {has} in the metadata; each image needs a "
                 "group"
             )
-        return str(value).strip()
+        return said.pop()
 
     return find
 
 
-def propose_grouping(names: Sequence[str], metadata: Mapping[str, Mapping[str, object]]) -> str | None:
+def propose_grouping(names: Sequence[str], tables: Tables) -> str | None:
     """What data.group could be: a column or a pattern that names people, or the like, several of whose images
     there are; None where nothing looks like it."""
-    columns = {str(column) for row in metadata.values() for column in row}
-    rules = [column for column in sorted(columns) if re.search(_COLUMN_NAMES, column, re.IGNORECASE)]
-    return next((rule for rule in [*rules, _NAME_PATTERN] if _makes_groups(rule, names, metadata)), None)
+    rules = [column for column in sorted(tables.columns) if re.search(_COLUMN_NAMES, column, re.IGNORECASE)]
+    return next((rule for rule in [*rules, _NAME_PATTERN] if _makes_groups(rule, names, tables)), None)
 
 
-def _makes_groups(rule: str, names: Sequence[str], metadata: Mapping[str, Mapping[str, object]]) -> bool:
+def _makes_groups(rule: str, names: Sequence[str], tables: Tables) -> bool:
     try:
-        find = make_grouping(rule, metadata)
+        find = make_grouping(rule, tables)
         found = {find(name) for name in names}
     except MemControlError:
         return False

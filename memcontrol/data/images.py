@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import hashlib
-import json
-import os
+import io
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageOps
 
-from memcontrol.core.config import CALIBRATION, DIGITS, PARTS, Fit
+from memcontrol.core.config import DIGITS, Fit
 from memcontrol.core.errors import MemControlError
 from memcontrol.data.greys import Greys, choose_greys, is_deep, is_inverted, read_greys
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
-_METADATA = ("metadata.jsonl", "metadata.csv")
 # images that are in memory at a time: a multiple of what a feature network takes, fewer where they are large
 _MOST_AT_ONCE, _BYTES_AT_ONCE = 256, 2**26
+_UPRIGHT = {  # what turns an image of each EXIF orientation (CIPA DC-008)
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 Read = TypeVar("Read")
 
 
@@ -109,14 +114,43 @@ def _make_folder_reader(folder: Path, greys: Greys | None):
 
 
 def decode_image(path: Path, greys: Greys | None = None) -> Image.Image:
-    """An image file as upright RGB: EXIF rotation applied, transparency on white; greys of more than 8 bits
-    by the scale, without one by that of the image itself. Raises MemControlError."""
+    """An image file as upright RGB, sRGB where it has a colour profile: EXIF rotation applied, transparency
+    on white; greys of more than 8 bits by the scale, without one by that of the image itself. Raises
+    MemControlError."""
 
     def read(image: Image.Image) -> Image.Image:
+        image.load()
         inverted = is_inverted(image)  # turning it upright loses the tag
-        return _convert_to_rgb(ImageOps.exif_transpose(image), greys, inverted)
+        return _convert_to_rgb(_turn_upright(_convert_colours(image)), greys, inverted)
 
     return _read_image(path, read)
+
+
+def _turn_upright(image: Image.Image) -> Image.Image:
+    """By the orientation alone: Pillow's own way writes the other fields anew, of which one may be odd."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # a block that cannot be parsed costs the orientation, not the image
+        return image
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+
+
+def _convert_colours(image: Image.Image) -> Image.Image:
+    """Of an image with a colour profile, to sRGB; as it is where that is what it has, or is unreadable."""
+    profile = image.info.get("icc_profile")
+    if not profile or image.mode not in ("RGB", "CMYK"):
+        return image
+    try:
+        known = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "srgb" in ImageCms.getProfileDescription(known).lower():
+            return image
+        exif = image.getexif()
+        found = ImageCms.profileToProfile(image, known, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except Exception:  # a broken profile costs the colours' accuracy, not the image
+        return image
+    assert found is not None  # only in place there is none
+    found.getexif().update(exif)
+    return found
 
 
 def _read_image(path: Path, read: Callable[[Image.Image], Read]) -> Read:
@@ -130,7 +164,11 @@ def _read_image(path: Path, read: Callable[[Image.Image], Read]) -> Read:
             f"image {path} is not there any more; restore it, or where the images have moved, set "
             "data.path and run the search once more"
         ) from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except MemControlError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise MemControlError(f"image {path} is too large: {error}; shrink it") from None
+    except Exception as error:  # decoders of broken files raise what they like
         raise MemControlError(
             f"image {path} cannot be decoded ({type(error).__name__}); mend or remove it, or set "
             "data.skip_unreadable=true (audit: --skip-unreadable)"
@@ -167,56 +205,6 @@ def list_digit_records() -> list[ImageRecord]:
         )
         for i, (label, pixels) in enumerate(zip(digits.target, digits.images))
     ]
-
-
-def read_captions(folder: Path) -> dict[str, str]:
-    """Image path inside the folder to caption, from every metadata file of the imagefolder kind below it."""
-    return take_captions(read_metadata(folder))
-
-
-def take_captions(metadata: Mapping[str, Mapping[str, object]]) -> dict[str, str]:
-    """Of the images that `read_metadata` knows."""
-    return {name: str(row.get("text") or "") for name, row in metadata.items()}
-
-
-def read_metadata(folder: Path) -> dict[str, Mapping[str, object]]:
-    """Image path inside the folder to its row, of every metadata file below it. Raises MemControlError."""
-    found: dict[str, Mapping[str, object]] = {}
-    for file in sorted(path for name in _METADATA for path in folder.rglob(name)):
-        for number, row in enumerate(_read_metadata_rows(file), start=1):
-            name = row.get("file_name")
-            if not isinstance(name, str) or not name:
-                raise MemControlError(
-                    f"{file}, row {number}: no 'file_name'; each row needs file_name and text"
-                )
-            path = file.parent / name
-            if not path.is_file():
-                raise MemControlError(
-                    f"{file}, row {number}: names '{name}', and there is no such image in {file.parent}"
-                )
-            found[Path(os.path.normpath(path)).relative_to(os.path.normpath(folder)).as_posix()] = row
-    return found
-
-
-def _read_metadata_rows(file: Path) -> list[dict]:
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-        if file.suffix == ".csv":
-            return list(csv.DictReader(text.splitlines()))
-        rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-    except (OSError, ValueError, csv.Error) as error:
-        raise MemControlError(f"{file} cannot be read: {error}") from None
-    if not all(isinstance(row, dict) for row in rows):
-        raise MemControlError(
-            f'{file}: each line must be an object such as {{"file_name": "a.png", "text": "a cat"}}'
-        )
-    return rows
-
-
-def list_names(folder: Path, captions: dict[str, str]) -> list[str]:
-    """Of the images of a folder and its sub-folders."""
-    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*"))
-    return sorted(name for name in names if _is_image(folder, name, captions))
 
 
 def find_greys(folder: Path, names: Sequence[str]) -> Greys | None:
@@ -257,16 +245,16 @@ def _look_at_depth(image: Image.Image) -> tuple[str, float, float] | None:
 
 def read_records(
     folder: Path,
-    captions: dict[str, str],
+    names: Sequence[str],
     skip_unreadable: bool,
     warn,
     greys: Greys | None = None,
     see: Callable[[Image.Image], None] = lambda image: None,
 ) -> list[ImageRecord]:
-    """A record for each image of the folder, decoded once to see that it can be and to hash its pixels;
-    `see` is shown each."""
+    """A record for each image of these names in the folder, as yet without a caption; decoded once to see
+    that it can be and to hash its pixels; `see` is shown each."""
     records = []
-    for name in list_names(folder, captions):
+    for name in names:
         try:
             image = decode_image(folder / name, greys)
         except MemControlError as error:
@@ -276,22 +264,5 @@ def read_records(
             continue
         digest = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()[:16]
         see(image)
-        records.append(
-            ImageRecord(name, captions.get(name, "" if captions else _derive_caption(name)), digest)
-        )
+        records.append(ImageRecord(name, "", digest))
     return records
-
-
-def _is_image(folder: Path, name: str, captions: dict[str, str]) -> bool:
-    hidden = any(part.startswith(".") for part in Path(name).parts)
-    return (
-        not hidden
-        and (name in captions or Path(name).suffix.lower() in SUFFIXES)
-        and (folder / name).is_file()
-    )
-
-
-def _derive_caption(name: str) -> str:
-    """Without metadata the caption is the innermost folder's name, unless that folder is a part."""
-    parent = Path(name).parent.name
-    return "" if parent in (*PARTS, CALIBRATION) else parent

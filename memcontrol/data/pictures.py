@@ -13,9 +13,11 @@ from PIL import Image
 
 from memcontrol.core.config import Fit
 from memcontrol.core.errors import MemControlError
+from memcontrol.data.folder import list_folder
 from memcontrol.data.greys import Greys
-from memcontrol.data.images import Images, count_at_once, find_greys, fit_square, list_names, read_captions
-from memcontrol.data.split import Look, choose_dropped, look_at_images
+from memcontrol.data.images import Images, count_at_once, find_greys, fit_square
+from memcontrol.data.look import Look, look_at_images
+from memcontrol.data.split import choose_dropped
 from memcontrol.data.twins import find_twins
 
 _LARGEST_SIDE = 512  # pixels to which larger images are brought: no feature network looks at more
@@ -101,9 +103,11 @@ def read_folder(
     decoded."""
     if not folder.is_dir():
         raise MemControlError(f"{title}: {folder} is no folder; give a folder of images")
-    look = look_at_images(folder, skip_unreadable, warn, group, greys)
+    look = look_at_images(folder, skip_unreadable, warn, group, greys=greys)
     if not look.records:
         raise MemControlError(f"{title}: {folder} holds no images; give a folder of images")
+    for note in look.notes:
+        warn(f"{title}: {note}")
     return FolderImages(title, look)
 
 
@@ -116,9 +120,7 @@ def read_folder_pictures(
 
 def find_common_greys(folders: Sequence[Path]) -> Greys | None:
     """One scale for the deep greys of several folders."""
-    found = [
-        find_greys(folder, list_names(folder, read_captions(folder))) for folder in folders if folder.is_dir()
-    ]
+    found = [find_greys(folder, list_folder(folder).images) for folder in folders if folder.is_dir()]
     known = [greys for greys in found if greys]
     if not known:
         return None
@@ -141,7 +143,8 @@ def leave_out_twins(
         [record.digest for record in records],
         lambda row: train.look.decode(row) if row < n else holdout.look.decode(row - n),
     ).pairs
-    dropped = choose_dropped(records, pairs, rule, "--twins drop")
+    homes = ["train"] * n + ["holdout"] * (len(records) - n)
+    dropped = choose_dropped(records, homes, pairs, rule, "--twins drop")
     if dropped:
         warn(
             f"{len(dropped)} of {len(holdout.look.records)} held-out images are left out: they are nearly "

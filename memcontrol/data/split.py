@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from memcontrol.core.config import CALIBRATION, DIGITS, PARTS, DataConfig
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.seeds import derive_seed
 from memcontrol.data.greys import Greys
-from memcontrol.data.groups import join_rows, make_grouping, pair_equals
-from memcontrol.data.images import (
-    SUFFIXES,
-    ImageRecord,
-    Images,
-    decode_image,
-    find_greys,
-    list_digit_records,
-    list_names,
-    read_metadata,
-    read_records,
-    take_captions,
-)
-from memcontrol.data.twins import Twins, find_twins, shrink_to_thumbnail
+from memcontrol.data.groups import join_rows, pair_equals
+from memcontrol.data.images import ImageRecord, Images, list_digit_records
+from memcontrol.data.look import Look, look_at_images
+from memcontrol.data.parts import assign_parts
 
-_TWINS_NAME = "twins of "  # how a group of twins is called
 _N_NAMED = 3  # of pairs of twins that are refused
 FEWEST_IMAGES = 8  # per part; below it no interval says anything
 
@@ -86,107 +73,46 @@ def _list_folder_parts(
         raise MemControlError(
             f"data.path is '{config.path}': no such folder; give 'digits' or a folder of images"
         )
-    given = [part for part in PARTS if (folder / part).is_dir()]
-    if given and len(given) < len(PARTS):
-        missing = ", ".join(f"{part}/" for part in PARTS if part not in given)
-        raise MemControlError(
-            f"data: {folder} has {given[0]}/ but no {missing}; add it, or put all images in one "
-            "folder to be split"
-        )
-    look = look_at_images(folder, config.skip_unreadable, warn, config.group)
+    look = look_at_images(folder, config.skip_unreadable, warn, config.group, config.caption, seed=seed)
     if not look.records:
-        raise MemControlError(
-            f"data: {folder} holds no images; known endings are {', '.join(sorted(SUFFIXES))}"
-        )
-    if look.greys:
-        warn(describe_greys(look.greys))
+        raise MemControlError(f"data: {folder} holds no images that can be read")
+    for note in look.notes:
+        warn(note)
+    homes = assign_parts(folder, [record.name for record in look.records], look.tables)
     pairs, found = _recall_twins(look, known) if known else _seek_twins(look, seed)
-    if not given:
+    found |= {"captions": look.captions.source, "left_out": look.left_out}
+    if homes is None:
         records = look.name_twins(pairs).records
         return split_records(records, config, seed, pairs), found, look.greys
-    # by their folders, since a group belongs to one part
-    homes = [record.name.split("/")[0] for record in look.records]
-    records = look.name_twins([(i, j) for i, j in pairs if homes[i] == homes[j]]).records
-    names = (*PARTS, CALIBRATION) if (folder / CALIBRATION).is_dir() else PARTS
-    parts = {part: [record for record in records if record.name.startswith(f"{part}/")] for part in names}
+    return _deal_out(look, homes, pairs, config, warn, found), found, look.greys
+
+
+def _deal_out(
+    look: Look,
+    homes: Mapping[str, str],
+    pairs: Sequence[tuple[int, int]],
+    config: DataConfig,
+    warn,
+    found: dict[str, Any],
+) -> dict[str, list[ImageRecord]]:
+    """The parts that a person has made, by the name of each image that is in one; `found` is told what
+    becomes of twins. Raises MemControlError."""
+    parts_of_rows = [homes.get(record.name) for record in look.records]
+    if n_outside := parts_of_rows.count(None):
+        first = look.records[parts_of_rows.index(None)].name
+        warn(f"{n_outside} images are left out: they are in none of the parts, such as {first}")
+    # twins of two parts are no group, since a group belongs to one
+    within = [(i, j) for i, j in pairs if parts_of_rows[i] == parts_of_rows[j]]
+    records = look.name_twins(within).records
+    names = [part for part in (*PARTS, CALIBRATION) if part in parts_of_rows]
+    parts = {part: [record for record, home in zip(records, parts_of_rows) if home == part] for part in names}
     _refuse_shared_images(parts)
     _refuse_shared_groups(parts)
-    dropped = choose_dropped(records, pairs, config.twins, "data.twins=drop")
+    dropped = choose_dropped(records, parts_of_rows, pairs, config.twins, "data.twins=drop")
     if dropped:
         warn(f"{len(dropped)} images are left out: twins of images in another part, such as {dropped[0]}")
         found["twins"] = {**found["twins"], "dropped": dropped}
-    left = {part: [one for one in own if one.name not in dropped] for part, own in parts.items()}
-    return left, found, look.greys
-
-
-@dataclass(frozen=True)
-class Look:
-    """The images of a folder as they were read, their thumbnails uint8 [n, 3, S, S], widths and heights, and
-    the scale of their greys."""
-
-    folder: Path
-    records: list[ImageRecord]
-    thumbnails: list[np.ndarray]
-    sizes: list[tuple[int, int]]
-    greys: Greys | None
-
-    def take(self, rows: Sequence[int]) -> Look:
-        return Look(
-            self.folder,
-            [self.records[row] for row in rows],
-            [self.thumbnails[row] for row in rows],
-            [self.sizes[row] for row in rows],
-            self.greys,
-        )
-
-    def decode(self, row: int) -> Image.Image:
-        return decode_image(self.folder / self.records[row].name, self.greys)
-
-    def find_twins(self, seed: int = 0) -> Twins:
-        digests = [record.digest for record in self.records]
-        return find_twins(np.stack(self.thumbnails), digests, self.decode, seed)
-
-    def name_twins(self, pairs: Sequence[tuple[int, int]]) -> Look:
-        """Twins of no group become one."""
-        first = join_rows(len(self.records), pairs)
-        counts = Counter(first)
-        return replace(
-            self,
-            records=[
-                replace(record, group=f"{_TWINS_NAME}{self.records[row].name}")
-                if counts[row] > 1 and not record.group
-                else record
-                for record, row in zip(self.records, first)
-            ],
-        )
-
-
-def look_at_images(
-    folder: Path, skip_unreadable: bool, warn, group: str | None = None, greys: Greys | None = None
-) -> Look:
-    """Raises MemControlError."""
-    metadata = read_metadata(folder)
-    captions = take_captions(metadata)
-    greys = greys or find_greys(folder, list_names(folder, captions))
-    thumbnails: list[np.ndarray] = []
-    sizes: list[tuple[int, int]] = []
-
-    def see(image: Image.Image) -> None:
-        thumbnails.append(shrink_to_thumbnail(image))
-        sizes.append(image.size)
-
-    records = read_records(folder, captions, skip_unreadable, warn, greys, see)
-    if group:
-        find_group = make_grouping(group, metadata)
-        records = [replace(record, group=find_group(record.name)) for record in records]
-    return Look(folder, records, thumbnails, sizes, greys)
-
-
-def describe_greys(greys: Greys) -> str:
-    return (
-        f"greys of more than 8 bits: {greys.black:g} is shown as black and {greys.white:g} as white, in all "
-        "images alike"
-    )
+    return {part: [one for one in own if one.name not in dropped] for part, own in parts.items()}
 
 
 def _seek_twins(look: Look, seed: int) -> tuple[list[tuple[int, int]], dict[str, Any]]:
@@ -241,16 +167,16 @@ def _refuse_shared_groups(parts: dict[str, list[ImageRecord]]) -> None:
 
 def choose_dropped(
     records: Sequence[ImageRecord],
+    parts: Sequence[str | None],
     pairs: Sequence[tuple[int, int]],
     rule: str,
     cure: str,
-    parts: Sequence[str] = (*PARTS, CALIBRATION),
 ) -> list[str]:
     """Names of the images that are left out, as a rule says, since they are twins of one in an earlier of the
-    parts, which names begin with. Raises MemControlError where it says that there may be none."""
-    order = {part: number for number, part in enumerate(parts)}
-    places = [order.get(record.name.split("/")[0], 0) for record in records]
-    across = [(i, j) for i, j in pairs if places[i] != places[j]]
+    `parts`, by record; None is in no part. Raises MemControlError where it says that there may be none."""
+    order = {part: number for number, part in enumerate((*PARTS, CALIBRATION))}
+    places = [order[part] if part else None for part in parts]
+    across = [(i, j) for i, j in pairs if None not in (places[i], places[j]) and places[i] != places[j]]
     if rule == "keep" or not across:
         return []
     if rule == "refuse":
@@ -261,7 +187,7 @@ def choose_dropped(
             f"could not be told from chance: remove one of each, or set {cure} to leave out the one that is "
             "not trained on"
         )
-    return list(dict.fromkeys(records[max((i, j), key=lambda row: places[row])].name for i, j in across))
+    return list(dict.fromkeys(records[i if places[i] > places[j] else j].name for i, j in across))  # type: ignore[operator]
 
 
 def split_records(

@@ -1,0 +1,180 @@
+"""Owns captions: what is said of each image, by a metadata table, a text file beside it, or its folder."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from memcontrol.core.errors import MemControlError
+from memcontrol.core.seeds import derive_seed
+from memcontrol.data.parts import is_part_folder
+from memcontrol.data.tables import TableRow, Tables, clean_text
+
+COLUMNS = ("text", "caption", "prompt", "description")  # that are looked for, in this order
+TEXT_SUFFIXES = (".txt", ".caption")
+_KOHYA = re.compile(r"(\d+)_(.+)")  # a folder's repeats and subject, as kohya's sd-scripts name it
+
+
+@dataclass(frozen=True)
+class Captions:
+    """Of each image the texts that are said of it, by its path: none, one, or several to draw from; where
+    they come from, for a person; and what a person should know of them."""
+
+    texts: Mapping[str, tuple[str, ...]]
+    source: str
+    notes: tuple[str, ...] = ()
+
+    def draw(self, name: str, seed: int) -> str:
+        """One of an image's texts, the same for the same seed."""
+        texts = self.texts.get(name, ())
+        if len(texts) < 2:
+            return texts[0] if texts else ""
+        return texts[np.random.default_rng(derive_seed(seed, "caption", name)).integers(len(texts))]
+
+
+def find_captions(
+    folder: Path, images: Sequence[str], texts: Sequence[str], tables: Tables, column: str | None
+) -> Captions:
+    """Of `images`, from `texts` beside them and from the tables' column of that name, or one of COLUMNS;
+    where neither has any, the images' folders name them. All are paths inside the folder. Raises
+    MemControlError."""
+    chosen = _choose_column(folder, tables, column)
+    said = _read_column(folder, tables, chosen) if chosen else {}
+    beside, strays = _read_text_files(folder, images, texts)
+    for name, caption in beside.items():
+        if said.setdefault(name, (caption,)) != (caption,):
+            raise MemControlError(
+                f"{folder}: '{name}' has one caption in {tables.rows[name][0].place} and another in its text "
+                "file; keep one of them"
+            )
+    notes = [*_describe_strays(strays), *_describe_unused(tables, chosen)]
+    if not any(said.values()):
+        return Captions(_name_by_folders(images), "the folders' names", tuple(notes))
+    sources = [f"column '{chosen}' of {', '.join(tables.names)}"] if chosen else []
+    sources += ["text files beside the images"] if beside else []
+    n_without = sum(not said.get(name) for name in images)
+    notes += [f"{n_without} of {len(images)} images have no caption"] if n_without else []
+    notes += _describe_several(said)
+    return Captions(said, " and ".join(sources), tuple(notes))
+
+
+def _choose_column(folder: Path, tables: Tables, asked: str | None) -> str | None:
+    if asked is None:
+        return tables.find_column(COLUMNS)
+    found = tables.find_column([asked])
+    if found is None:
+        has = f"which have {', '.join(tables.columns)}" if tables.columns else "of which there are none"
+        raise MemControlError(f"data.caption is '{asked}': no column of {folder}'s metadata tables, {has}")
+    return found
+
+
+def _read_column(folder: Path, tables: Tables, column: str) -> dict[str, tuple[str, ...]]:
+    """Of each image in the tables. Raises MemControlError where two rows differ."""
+    found: dict[str, tuple[str, ...]] = {}
+    for name, rows in tables.rows.items():
+        said = [(row, texts) for row in rows if (texts := _take_texts(folder, row, column))]
+        for row, texts in said[1:]:
+            if texts != said[0][1]:
+                raise MemControlError(
+                    f"{folder}: '{name}' has one caption in {said[0][0].place} and another in {row.place}; "
+                    "keep one of them, or put both into a list in one row"
+                )
+        found[name] = said[0][1] if said else ()
+    return found
+
+
+def _take_texts(folder: Path, row: TableRow, column: str) -> tuple[str, ...]:
+    value = row.values.get(column)
+    if isinstance(value, Mapping):
+        raise MemControlError(
+            f"{folder}: {row.place} has captions by name in '{column}' ({', '.join(map(str, value))}); put "
+            "the one that is meant into a column of its own"
+        )
+    several = value if isinstance(value, (list, tuple)) else [value]
+    return tuple(text for one in several if (text := clean_text(one)))
+
+
+def _read_text_files(
+    folder: Path, images: Sequence[str], texts: Sequence[str]
+) -> tuple[dict[str, str], list[str]]:
+    """Captions by image, and text files that are of none. Raises MemControlError."""
+    by_stem: dict[str, list[str]] = {}
+    for name in images:
+        by_stem.setdefault(_cut_suffix(name), []).append(name)
+    found: dict[str, str] = {}
+    strays = []
+    for text in texts:
+        owners = by_stem.get(_cut_suffix(text), [])
+        caption = _read_text_file(folder / text) if owners else ""
+        if not owners:
+            strays.append(text)
+        for name in owners if caption else ():
+            if found.setdefault(name, caption) != caption:
+                raise MemControlError(f"{folder}: '{name}' has two text files that differ; keep one of them")
+    if found:
+        _refuse_repeats(folder, found)
+    return found, strays
+
+
+def _cut_suffix(name: str) -> str:
+    return str(PurePosixPath(name).with_suffix(""))
+
+
+def _read_text_file(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig").strip()
+    except (OSError, UnicodeError) as error:
+        why = "it is not UTF-8; store it so" if isinstance(error, UnicodeError) else str(error)
+        raise MemControlError(f"caption {path} cannot be read: {why}") from None
+
+
+def _refuse_repeats(folder: Path, names: Mapping[str, str]) -> None:
+    """kohya's folders say how often their images are used in an epoch; here all are used alike."""
+    parents = {PurePosixPath(name).parent.name for name in names}
+    repeats = {parent: match[1] for parent in sorted(parents) if (match := _KOHYA.fullmatch(parent))}
+    if len({int(one) for one in repeats.values()}) > 1:
+        raise MemControlError(
+            f"{folder}: the folders {', '.join(repr(one) for one in repeats)} ask for different repeats, as "
+            "kohya's scripts read their names; all images are used alike here: give them one number"
+        )
+
+
+def _name_by_folders(images: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """By the innermost folder, unless that is a part; of kohya's by the subject alone."""
+    found: dict[str, tuple[str, ...]] = {}
+    for name in images:
+        path = PurePosixPath(name)
+        parent = "" if len(path.parts) == 2 and is_part_folder(path.parts[0]) else path.parent.name
+        subject = match[2] if (match := _KOHYA.fullmatch(parent)) else parent
+        found[name] = (subject,) if subject else ()
+    return found
+
+
+def _describe_strays(strays: Sequence[str]) -> Iterator[str]:
+    if strays:
+        yield f"{len(strays)} text files are of no image, such as {strays[0]}"
+
+
+def _describe_unused(tables: Tables, chosen: str | None) -> Iterator[str]:
+    if tables.unmatched:
+        n, first = len(tables.unmatched), tables.unmatched[0]
+        yield f"{n} rows of the metadata name images that are not there, the first being {first}"
+    others = [name for one in COLUMNS if (name := tables.find_column([one])) and name != chosen]
+    if chosen and others:
+        said = ", ".join(f"'{name}'" for name in others)
+        yield f"captions are column '{chosen}'; {said} is not used (data.caption names another)"
+    if tables.columns and not chosen:
+        yield (
+            f"the metadata has columns {', '.join(tables.columns)} and none of {', '.join(COLUMNS)}; "
+            "data.caption can name the one with captions"
+        )
+
+
+def _describe_several(said: Mapping[str, tuple[str, ...]]) -> Iterator[str]:
+    n = sum(len(texts) > 1 for texts in said.values())
+    if n:
+        yield f"{n} images have several captions, of which one is drawn by the study's seed"

@@ -1,0 +1,142 @@
+"""Owns what lies in a folder of images: which files are images, captions and metadata, and what is left
+out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+from PIL import Image
+
+from memcontrol.core.errors import MemControlError
+from memcontrol.data.captions import TEXT_SUFFIXES
+from memcontrol.data.tables import is_table
+
+# what reads them, where it is not there
+_HELP = {
+    ".heic": "pip install pillow-heif",
+    ".heif": "pip install pillow-heif",
+    ".jxl": "pip install pillow-jxl-plugin",
+    ".dcm": "pip install 'memcontrol[dicom]'",
+    ".nii": "pip install nibabel, and store slices as PNG",
+    ".nii.gz": "pip install nibabel, and store slices as PNG",
+}
+# of files that Pillow knows by name alone, or that are pages rather than pictures
+_NO_PICTURES = {".pdf", ".eps", ".ps", ".mpg", ".mpeg", ".h5", ".hdf", ".grib", ".bufr", ".wmf", ".emf"}
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Files by what they are, their paths inside the folder in order; of what is left out, names by the
+    reason."""
+
+    images: tuple[str, ...]
+    texts: tuple[str, ...] = ()
+    tables: tuple[str, ...] = ()
+    left_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def describe_left_out(self) -> Iterator[str]:
+        """A line for each reason."""
+        for reason, names in self.left_out.items():
+            yield f"{len(names)} files are left out: {reason}, such as {names[0]}"
+
+
+@cache
+def list_suffixes() -> frozenset[str]:
+    """Of the pictures that the installed Pillow reads, with its plugins for HEIC and JPEG XL where these are
+    installed."""
+    _register_plugins()
+    Image.init()
+    known = {suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN}
+    return frozenset(known - _NO_PICTURES)
+
+
+def _register_plugins() -> None:
+    try:
+        from pillow_heif import register_heif_opener
+
+        register_heif_opener()
+    except ImportError:
+        pass
+    try:
+        import pillow_jxl  # noqa: F401  registers itself
+    except ImportError:
+        pass
+
+
+def list_folder(folder: Path) -> Listing:
+    """All files below a folder but hidden ones; links to folders are followed. A file is a picture by its
+    ending, or by what it holds. Raises MemControlError."""
+    found: dict[str, list[str]] = {"images": [], "texts": [], "tables": []}
+    left_out: dict[str, list[str]] = {}
+    for name in sorted(_walk(folder)):
+        kind, reason = _tell_kind(folder, name)
+        (left_out.setdefault(reason, []) if reason else found[kind]).append(name)
+    return Listing(
+        **{kind: tuple(names) for kind, names in found.items()},
+        left_out={reason: tuple(names) for reason, names in left_out.items()},
+    )
+
+
+def _walk(folder: Path) -> Iterator[str]:
+    seen: set[str] = set()  # a link to a folder above it would never end
+    for path, folders, files in os.walk(folder, followlinks=True, onerror=_refuse_unreadable):
+        real = os.path.realpath(path)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        inside = os.path.relpath(path, folder)
+        for name in files:
+            if not name.startswith("."):
+                yield name if inside == os.curdir else f"{inside}/{name}"
+
+
+def _refuse_unreadable(error: OSError) -> None:
+    raise MemControlError(
+        f"{error.filename} cannot be read: {error.strerror}; mend its permissions"
+    ) from None
+
+
+def _tell_kind(folder: Path, name: str) -> tuple[str, str]:
+    """ "images", "texts" or "tables", or why a file is left out."""
+    path, suffix = folder / name, find_suffix(name)
+    if not _is_utf8(name):
+        return "", "the name is not UTF-8"
+    if not path.is_file():
+        return "", "a link that leads nowhere" if path.is_symlink() else "no file"
+    if is_table(path):
+        return "tables", ""
+    if suffix in TEXT_SUFFIXES:
+        return "texts", ""
+    if suffix in list_suffixes():
+        return "images", ""
+    if suffix in _HELP:
+        return "", f"{suffix} is not read here ({_HELP[suffix]})"
+    return ("images", "") if _opens(path) else ("", f"{suffix or 'without an ending'} is no known picture")
+
+
+def find_suffix(name: str) -> str:
+    """In small letters; of compressed ones both."""
+    path = Path(name.lower())
+    return "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _opens(path: Path) -> bool:
+    try:
+        with Image.open(path):
+            return True
+    except Exception:  # of anything that is no picture, whatever a decoder thinks of it
+        return False

@@ -1,0 +1,91 @@
+"""Owns the parts that a person has made: folders or a column that say what is trained on, held out or kept
+for the test, under the names that people use."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+
+from memcontrol.core.config import CALIBRATION, PARTS
+from memcontrol.core.errors import MemControlError
+from memcontrol.data.tables import Tables, clean_text
+
+_NAMES = {
+    "train": ("train", "training"),
+    "holdout": ("holdout", "hold-out", "hold_out", "validation", "val", "valid", "dev", "eval", "evaluation"),
+    "test": ("test", "testing"),
+    CALIBRATION: (CALIBRATION,),
+}
+_PART_BY_NAME = {name: part for part, names in _NAMES.items() for name in names}
+_COLUMN = "split"
+
+
+def is_part_folder(name: str) -> bool:
+    return name.lower() in _PART_BY_NAME
+
+
+def find_part_folders(folder: Path) -> dict[str, str]:
+    """Sub-folders by the part that each is, none where there are none. Raises MemControlError where two are
+    the same part, or one of PARTS is missing."""
+    found: dict[str, str] = {}
+    for path in sorted(folder.iterdir()):
+        part = _PART_BY_NAME.get(path.name.lower()) if path.is_dir() else None
+        if part and part in found:
+            raise MemControlError(
+                f"data: {folder} has {found[part]}/ and {path.name}/, which both are the part '{part}'; put "
+                "the images of both into one of them"
+            )
+        if part:
+            found[part] = path.name
+    _refuse_missing(f"{folder} has", {part: f"{name}/" for part, name in found.items()})
+    return found
+
+
+def assign_parts(folder: Path, images: Sequence[str], tables: Tables) -> dict[str, str] | None:
+    """Of images, by their paths, the part of each that has one, by its folder or by a column `split`; None
+    where a person has made no parts. Raises MemControlError."""
+    folders = {name: part for part, name in find_part_folders(folder).items()}
+    column = tables.find_column([_COLUMN])
+    by_column = _read_split_column(folder, tables, column) if column else {}
+    if not folders and not by_column:
+        return None
+    found = {name: folders[first] for name in images if (first := PurePosixPath(name).parts[0]) in folders}
+    for name, part in by_column.items():
+        if found.setdefault(name, part) != part:
+            raise MemControlError(
+                f"data: '{name}' lies in the part '{found[name]}', and column '{column}' says '{part}'; make "
+                "them agree, or take the column out"
+            )
+    return found
+
+
+def _read_split_column(folder: Path, tables: Tables, column: str) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name, rows in tables.rows.items():
+        for row in rows:
+            value = clean_text(row.values.get(column))
+            part = _PART_BY_NAME.get(value.lower())
+            if not value:
+                continue
+            if part is None:
+                raise MemControlError(
+                    f"data: {row.place} has '{value}' in column '{column}'; allowed: "
+                    f"{', '.join(_PART_BY_NAME)}"
+                )
+            if found.setdefault(name, part) != part:
+                raise MemControlError(
+                    f"data: '{name}' is in two parts, '{found[name]}' and '{part}' ({row.place}); keep one"
+                )
+    given = {part: part for part in found.values()}
+    _refuse_missing(f"column '{column}' of {', '.join(tables.names)} has", given)
+    return found
+
+
+def _refuse_missing(where: str, given: Mapping[str, str]) -> None:
+    missing = [part for part in PARTS if part not in given]
+    if given and missing:
+        names = "; ".join(f"{part}: {', '.join(_NAMES[part])}" for part in missing)
+        raise MemControlError(
+            f"data: {where} {', '.join(given.values())} but no {', '.join(missing)}; add it, by one of its "
+            f"names ({names}), or put all images in one folder to be split"
+        )
