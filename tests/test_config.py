@@ -87,7 +87,7 @@ def test_overrides_win_and_take_exponents_and_lists():
         (
             GOOD,
             ["rewards.objectives={}"],
-            ["'rewards.objectives' is {}; give a list, such as [fid, memorization]"],
+            ["'rewards.objectives' is {}; give a list, such as [a, b]"],
         ),
         (GOOD, ["inner.batch_size"], ["key=value"]),
         (GOOD, ["inner.batch_size=[1"], ["not valid YAML"]),
@@ -159,7 +159,7 @@ SENTENCES = [
     ({"rewards": {"limits": {"fid": "low"}}}, "key 'rewards.limits' is 'low'; it should be a valid number"),
     (
         {"rewards": {"objectives": "fid", "clip": 1}},
-        "key 'rewards.objectives' is 'fid'; give a list, such as [fid, memorization]; key "
+        "key 'rewards.objectives' is 'fid'; give a list, such as [a, b]; key "
         "'rewards.clip' is 1; it should be a valid string",
     ),
     (
@@ -177,7 +177,7 @@ SENTENCES = [
     ({"rewards": [1, "fid"]}, "key 'rewards.objectives' is 1; it should be a valid string"),
     (
         {"rewards": {"objectives": {"fid": 1}}},
-        "key 'rewards.objectives' is {'fid': 1}; give a list, such as [fid, memorization]",
+        "key 'rewards.objectives' is {'fid': 1}; give a list, such as [a, b]",
     ),
     (
         {"search": {"early_stopping": True}},
@@ -190,7 +190,7 @@ SENTENCES = [
     ),
     (
         {"search": {"early_stopping": {"rungs": 0.5}}},
-        "key 'search.early_stopping.rungs' is 0.5; give a list, such as [fid, memorization]",
+        "key 'search.early_stopping.rungs' is 0.5; give a list, such as [a, b]",
     ),
     (
         {"search": {"early_stopping": {"rungs": [0.5, 1]}}},

@@ -14,7 +14,7 @@ from small_pipelines import build
 from test_adapters import disturb, make_space
 
 from memcontrol import load_adapter
-from memcontrol.commands.export import COMFYUI_FILE, LORA_FILE, export
+from memcontrol.commands.export import COMFYUI_FILE, LORA_FILE, describe_loading, export
 from memcontrol.core.config import load_config
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import read_json, write_json
@@ -323,3 +323,17 @@ def test_a_fused_model_is_saved_in_the_precision_that_is_asked_for(precision, tm
     assert all(torch.equal(half[name], tensor.to(kind)) for name, tensor in fused.items())
     with pytest.raises(MemControlError, match="'int8' is unknown; allowed: float32, bfloat16, float16"):
         export(tmp_path / "run", tmp_path / "other", "denoiser", "int8")
+
+
+@pytest.mark.parametrize("format, precision", [(None, "float32"), ("pipeline", "bfloat16")])
+def test_what_is_stored_in_half_is_loaded_in_one_type_by_the_cards_code(format, precision, tmp_path):
+    """Else transformers takes the file's type and diffusers float32, and they meet in a product."""
+    pipeline = open_pipeline(str(build("sd3", tmp_path / "full")))
+    pipeline.to(dtype=torch.bfloat16).save_pretrained(tmp_path / "half")
+    finished_run(tmp_path / "run", str(tmp_path / "half"), "lora")
+    out = export(tmp_path / "run", tmp_path / "model", format, precision)
+    kind = f"torch_dtype=torch.{precision}"
+    code = (out / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    assert kind in code and kind in describe_loading(tmp_path / "run", out)
+    code += "\npipe('a digit', height=32, width=32, num_inference_steps=1, output_type='np')"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)

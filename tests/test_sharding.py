@@ -253,9 +253,9 @@ def test_a_sharded_base_of_every_family_computes_the_same(name, method, alone, t
     [
         (
             {"search": {"anchors": ["none", "full"]}},
-            "search.gpus_per_trial shards .* search.anchors: .*none, all",
+            "gpus_per_trial is 2, which shards the base; search.anchors must .*none, all",
         ),
-        ({"base_precision": "int8"}, "base_precision: weights in 16 or 32 bits"),
+        ({"base_precision": "int8"}, "base_precision must then ask for weights in 16 or 32 bits"),
         ({"inner": PLAIN | {"from_scratch": True}}, "inner.from_scratch"),
         ({"inner": RULES | {"ensemble": {"shards": 2, "average": "refactored"}}}, "set average: shared_a"),
         ({"space": SPACE | {"methods": ["dora"]}}, "method dora changes weights of .* which are sharded"),

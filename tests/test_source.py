@@ -332,7 +332,7 @@ def test_adapters_that_do_not_fit_are_refused(lora, tmp_path):
         (scratch, "was drawn anew; export that run with --format pipeline"),
         (TINY, "is a whole pipeline; give it as base.id"),
         (tmp_path, "holds no adapter"),
-        (tmp_path / "none", "holds no adapter"),
+        (tmp_path / "none", "is not there"),
     ):
         with pytest.raises(MemControlError, match=words) as found:
             find_source(BaseConfig(adapter=str(place)))

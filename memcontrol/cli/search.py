@@ -79,10 +79,11 @@ def _print_prediction(place: StudyPlace) -> None:
     from memcontrol.execution.job_queue import JobQueue
     from memcontrol.execution.make import open_executor
     from memcontrol.search.prediction import describe_prediction, predict_search, run_calibrations
-    from memcontrol.view.live import Steps
+    from memcontrol.view.live import LOADING, Steps
 
-    folder = place.folder.path
-    with open_executor(place.config, folder) as executor, Steps(make_console()) as steps:
+    folder, console = place.folder.path, make_console()
+    say(console, f"{LOADING}, then short trials of each kind")
+    with open_executor(place.config, folder) as executor, Steps(console) as steps:
 
         def show(event: Event) -> None:
             if isinstance(event, Progress):

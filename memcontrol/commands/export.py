@@ -48,6 +48,7 @@ def export(run: str | Path, out: str | Path, format: str | None = None, precisio
         # The base, with what was learned put into it.
         source = find_source(spec.pinned_base)
         pipeline = source.open()
+        kind = _choose_loaded_type(source, spec)
         part = name_denoiser(pipeline)
         denoiser = getattr(pipeline, part)
         if spec.config.inner.from_scratch:
@@ -62,8 +63,9 @@ def export(run: str | Path, out: str | Path, format: str | None = None, precisio
         else:
             adapter.fuse()
             pipeline.to(dtype=getattr(torch, precision))
+            kind = precision if precision != "float32" else kind if format == "denoiser" else None
             (denoiser if format == "denoiser" else pipeline).save_pretrained(out)
-        code = _write_loading_code(out, source, type(pipeline).__name__, part)
+        code = _write_loading_code(out, source, type(pipeline).__name__, part, kind)
         is_conditional = getattr(pipeline, "tokenizer", None) is not None
         write_card(out, spec, place.read_result(), code, (out / LORA_FILE).is_file(), is_conditional)
     return out
@@ -85,6 +87,15 @@ def _check_export(run: RunFolder, spec: Spec, out: Path, format: str | None) -> 
         raise MemControlError(f"{out} exists and is not an empty folder; give another one")
 
 
+def _choose_loaded_type(source: Source, spec: Spec) -> str | None:
+    """The type in which a reader should load the base: where some parts are stored in 16 bits, diffusers and
+    transformers would load them in different ones. None where all are float32."""
+    if not source.holds_half:
+        return None
+    asked = spec.config.base_precision
+    return asked if asked in EXPORT_PRECISIONS else "float32"
+
+
 def _is_lora(adapter: Adapter) -> bool:
     config = _find_lone_config(adapter)
     return config is not None and config.peft_type == "LORA"
@@ -104,24 +115,25 @@ def _write_adapter(adapter: Adapter, run: RunFolder, part: str, out: Path, spec:
         _write_peft(adapter, out)
 
 
-def _write_loading_code(out: Path, source: Source, pipeline_class: str, part: str) -> str:
+def _write_loading_code(out: Path, source: Source, pipeline_class: str, part: str, kind: str | None) -> str:
     """What a reader of the folder's card types, with the folder's name and, but for a Hub id, the base's in
-    place of paths; `part` is what the pipeline calls its denoiser."""
+    place of paths; `part` is what the pipeline calls its denoiser, and `kind` the type to load all parts in,
+    where it must be said."""
+    typed = [f"torch_dtype=torch.{kind}"] if kind else []
     if (out / "model_index.json").is_file():
-        return (
-            "from diffusers import DiffusionPipeline\n\npipe = "
-            f'DiffusionPipeline.from_pretrained("{out.name}")'
-        )
+        given = ", ".join([f'"{out.name}"', *typed])
+        return _add_imports([f"pipe = DiffusionPipeline.from_pretrained({given})"])
     denoiser_class = source.index[part][1]
     if (out / LORA_FILE).is_file():
         first, load = _write_start(source, part), f'pipe.load_lora_weights("{out.name}")'
     elif RunFolder(out).adapter_file.is_file():
         first, load = _write_start(source, part), f'memcontrol.load_adapter(pipe, "{out.name}")'
     else:
-        opened = _write_opening(source, pipeline_class, f"{part}={part}")
-        denoiser = f'{part} = {denoiser_class}.from_pretrained("{out.name}")'
+        opened = _write_opening(source, pipeline_class, f"{part}={part}", *typed)
+        given = ", ".join([f'"{out.name}"', *typed])
+        denoiser = f"{part} = {denoiser_class}.from_pretrained({given})"
         return _add_imports([denoiser, f"pipe = {opened}"], pipeline_class, denoiser_class)
-    opened = _write_opening(source, pipeline_class)
+    opened = _write_opening(source, pipeline_class, *typed)
     return _add_imports([f"pipe = {opened}", *first, load], pipeline_class, denoiser_class)
 
 
@@ -162,6 +174,7 @@ def _add_imports(lines: list[str], *classes: str) -> str:
     code = "\n".join(lines)
     used = [name for name in ("DiffusionPipeline", *classes) if re.search(rf"\b{name}\.", code)]
     imports = [
+        *(["import torch"] if "torch." in code else []),
         *(["import memcontrol"] if "memcontrol." in code else []),
         f"from diffusers import {', '.join(sorted(set(used)))}",
         *(["from memcontrol.models import TINY"] if "TINY" in code else []),
@@ -173,7 +186,9 @@ def describe_loading(run: Path, out: Path) -> str:
     """One line that says what an exported folder is and how it is loaded."""
     base = read_spec(run).pinned_base
     is_plain = base.model_dump() == base.id and not base.is_file
-    opened = f'DiffusionPipeline.from_pretrained("{find_base_path(base.id)}")'
+    typed = re.search(r", (torch_dtype=[a-z0-9.]+)", (out / "README.md").read_text(encoding="utf-8"))
+    more = f", {typed[1]}" if typed else ""
+    opened = f'DiffusionPipeline.from_pretrained("{find_base_path(base.id)}"{more})'
     if (out / LORA_FILE).is_file():
         loaded = (
             f'{opened}.load_lora_weights("{out}")' if is_plain else f"for {base}; its README.md has the code"
@@ -187,7 +202,7 @@ def describe_loading(run: Path, out: Path) -> str:
     called = f"call it with max_sequence_length={length}; " if length else ""
     return (
         f"a fused {kind}: "
-        f'{"DiffusionPipeline" if kind == "pipeline" else "its class"}.from_pretrained("{out}"); '
+        f'{"DiffusionPipeline" if kind == "pipeline" else "its class"}.from_pretrained("{out}"{more}); '
         f"{called}--format adapter gives a small file instead"
     )
 

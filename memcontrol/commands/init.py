@@ -323,11 +323,16 @@ def _explain_base(base: str, card: Card | None) -> str:
             "embedded, knows printed characters: to try the whole way; for photographs give a real "
             "one, such as " + _STABLE_DIFFUSION
         )
-    return (
-        "a folder in diffusers' format, or a Hub id"
+    place = Path(base)
+    what = "a folder in diffusers' format"
+    if not place.exists():
+        what = "a Hub id" + (", since there is no such folder" if place.parent.is_dir() else "")
+    needs = (
+        "docs/memory.md says what it needs of a card"
         if card
-        else "without a GPU each fine-tuning will take very long"
+        else "without a GPU each fine-tuning will take long"
     )
+    return f"{what}; {needs}"
 
 
 def _explain_data(seen: FolderSummary, base: str) -> str:

@@ -47,7 +47,7 @@ _WORDS = {
     "string_pattern_mismatch": NAME_RULE,
     "string_too_short": "string should have at least {min_length} character",
     "too_short": "{owner} should have at least {min_length} item after validation, not {actual_length}",
-    "tuple_type": "give a list, such as [fid, memorization]",
+    "tuple_type": "give a list, such as [a, b]",
 }
 
 

@@ -170,7 +170,8 @@ class SearchSpace:
             if not modules:
                 raise MemControlError(
                     f"space '{self.name}': pattern '{pattern}' of {owner} matches no module of the base "
-                    f"that can be trained; names look like '{names[len(names) // 2]}'"
+                    f"that can be trained; names look like '{names[len(names) // 2]}'; `space: auto` makes "
+                    "groups of any base's own modules"
                 )
             found += modules
         return list(dict.fromkeys(found))

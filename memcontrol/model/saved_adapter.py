@@ -43,8 +43,10 @@ def find_adapter_file(path: Path) -> Path:
         places = (RunFolder(path).adapter_file, path / LORA_FILE)
         path = next((place for place in places if place.is_file()), path)
     if not path.is_file():
+        why = "holds no adapter" if path.exists() else "is not there"
         raise MemControlError(
-            f"{path} holds no adapter; give a run folder, or what `memcontrol export --format adapter` wrote"
+            f"adapter {path} {why}; give a run folder, what `memcontrol export --format adapter` wrote, or a "
+            "LoRA's safetensors file"
         )
     return path
 
@@ -71,6 +73,15 @@ def _read_head(path: Path) -> tuple[list[str], str | None]:
             return list(opened.keys()), (opened.metadata() or {}).get("memcontrol")
     except SafetensorError as error:
         raise MemControlError(f"{path} is no safetensors file ({error}); give one") from None
+
+
+def find_stored_type(path: Path) -> str:
+    """Of the first tensor of a safetensors file, as its header calls it ("F32", "BF16"); empty of none."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as opened:
+        name = next(iter(opened.keys()), None)
+        return opened.get_slice(name).get_dtype() if name else ""
 
 
 def put_adapter(denoiser: torch.nn.Module, part: str, path: Path) -> Adapter:
@@ -103,7 +114,12 @@ def fuse_file(denoiser: Any, part: str, pipeline_class: Any, path: Path) -> None
             "pipeline, and give the folder as base.id"
         )
     else:
-        put_adapter(denoiser, part, path).fuse()
+        try:
+            put_adapter(denoiser, part, path).fuse()
+        except MemControlError as error:
+            raise MemControlError(
+                f"base.adapter {path} does not fit the base, it was trained over another: {error}"
+            ) from None
 
 
 def _fuse_lora(denoiser: Any, part: str, pipeline_class: Any, path: Path) -> None:

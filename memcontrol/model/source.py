@@ -31,7 +31,13 @@ from memcontrol.model.hub import (
     refuse_uncached,
 )
 from memcontrol.model.precision import Precision, make_quantization_config
-from memcontrol.model.saved_adapter import find_adapter_file, fuse_file, list_left_out, read_description
+from memcontrol.model.saved_adapter import (
+    find_adapter_file,
+    find_stored_type,
+    fuse_file,
+    list_left_out,
+    read_description,
+)
 from memcontrol.model.single_file import UNNEEDED, convert_checkpoint, identify_checkpoint
 from memcontrol.model.variants import PLAIN, choose_variant, find_variants
 
@@ -133,6 +139,13 @@ class Source:
     def variant(self) -> str | None:
         """What parts that have it are read in."""
         return next(filter(None, self.variants.values()), None)
+
+    @cached_property
+    def holds_half(self) -> bool:
+        """Whether any part is stored in 16 bits. Raises MemControlError."""
+        place = Path(self.folder)
+        files = [place] if place.is_file() else place.rglob("*.safetensors")
+        return any(find_stored_type(file) in ("F16", "BF16") for file in files)
 
     @cached_property
     def folder(self) -> str:

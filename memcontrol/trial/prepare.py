@@ -41,6 +41,7 @@ def prepare_study(values: dict, folder: Path, loaded: LoadedModels, warn: Callab
     config = load_config(values)
     space = load_space(config.space)
     _check_sharded(config, space)
+    _warn_of_device(config, warn)
 
     # What is measured, and with what.
     extractor = loaded.extractor(config.rewards.extractor)
@@ -57,6 +58,7 @@ def prepare_study(values: dict, folder: Path, loaded: LoadedModels, warn: Callab
     check_space(base.denoiser, space, config.shards_base)
     check_mitigations(config, base)
     _check_quantized(config, base)
+    _check_low_memory(config, base)
 
     # The images, and whether a user's own rewards run on them.
     resolution = _choose_resolution(config, base)
@@ -173,6 +175,30 @@ def _check_quantized(config: Config, base: Base) -> None:
             )
 
 
+def _check_low_memory(config: Config, base: Base) -> None:
+    """Raises MemControlError where gradients would have to be scaled in the weights' own float16."""
+    if config.inner.low_memory_full and base.precision.weights == torch.float16:
+        raise MemControlError(
+            "inner.low_memory_full trains the weights in their own type, and float16 is too narrow for that; "
+            "set base_precision: bfloat16 or float32, or leave low_memory_full out"
+        )
+
+
+def _warn_of_device(config: Config, warn: Callable[[str], None]) -> None:
+    """Of what is asked for on a machine that has not got it."""
+    if torch.cuda.is_available():
+        return
+    if config.base_precision in ("bfloat16", "float16"):
+        warn(
+            f"base_precision is {config.base_precision}: without a GPU some fourteen times as slow as float32"
+        )
+    if config.search.gpus_per_trial > 1 and config.search.executor in ("local", "inline"):
+        warn(
+            f"search.gpus_per_trial is {config.search.gpus_per_trial}, and there is no GPU here: a trial's "
+            "processes share the cores"
+        )
+
+
 def _check_sharded(config: Config, space: SearchSpace) -> None:
     """Raises MemControlError for what a sharded or offloaded base cannot do."""
     if not config.shards_base:
@@ -187,10 +213,15 @@ def _check_sharded(config: Config, space: SearchSpace) -> None:
         and makes_offsets
         and "means without dense offsets of weights; set average: shared_a, and keep to lora or ia3",
     }
-    key = "search.gpus_per_trial" if config.search.gpus_per_trial > 1 else "base_offload"
+    shards_base = config.search.gpus_per_trial > 1
+    said = (
+        f"search.gpus_per_trial is {config.search.gpus_per_trial}, which shards the base"
+        if shards_base
+        else f"base_offload is {config.base_offload}, which keeps the base's weights in host memory"
+    )
     for other, reason in refused.items():
         if reason:
-            raise MemControlError(f"{key} shards the base, which needs of {other}: {reason}")
+            raise MemControlError(f"{said}; {other} must then ask for {reason}")
 
 
 def _check_shards(config: Config, images: Images) -> None:

@@ -22,7 +22,8 @@ from memcontrol.study.store import Study
 from memcontrol.view.words import describe_choice
 
 _REFRESH_SECONDS = 0.5
-_LOADING = "loading the base, reading the images"
+LOADING = "loading the base, reading the images"
+_SAID_EVERY_SECONDS = 10
 _STAGES = {
     "train": (0.0, 0.8),
     "confirm": (0.0, 1.0),
@@ -46,7 +47,7 @@ def describe_step(event: Progress) -> str:
 class Display(Observer):
     """Follows a search's events: a live block on a terminal, else one line for each finished trial."""
 
-    def __init__(self, console: Console, n_sampled: int, n_groups: int, n_workers: int, note: str = _LOADING):
+    def __init__(self, console: Console, n_sampled: int, n_groups: int, n_workers: int, note: str = LOADING):
         self.console, self.n_sampled, self.n_groups, self.n_workers = console, n_sampled, n_groups, n_workers
         self.records: list[Record] = []
         self.running: dict[
@@ -225,7 +226,8 @@ class EventLog(Observer):
 
 
 class Steps:
-    """Bars of a command that does one thing after another: what it is at, and how far."""
+    """Bars of a command that does one thing after another: what it is at, and how far; where nothing can be
+    drawn again, a line now and then."""
 
     def __init__(self, console: Console):
         self.progress = bars.Progress(
@@ -236,6 +238,7 @@ class Steps:
             transient=True,
         )
         self.tasks: dict[str, bars.TaskID] = {}
+        self.last_said = time.monotonic()
 
     def __enter__(self) -> Steps:
         return self
@@ -245,10 +248,18 @@ class Steps:
             self.progress.stop()
 
     def show(self, title: str, done: int, total: int) -> None:
+        if not self.progress.console.is_terminal:
+            self._say_now_and_then(f"{title}: {done} of {total}")
+            return
         self.progress.start()
         if title not in self.tasks:
             self.tasks[title] = self.progress.add_task(title, total=total)
         self.progress.update(self.tasks[title], completed=done)
+
+    def _say_now_and_then(self, line: str) -> None:
+        if time.monotonic() - self.last_said >= _SAID_EVERY_SECONDS:
+            say(self.progress.console, line)
+            self.last_said = time.monotonic()
 
     def warn(self, line: str) -> None:
         say(self.progress.console, f"warning: {line}")
