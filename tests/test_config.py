@@ -222,7 +222,7 @@ SENTENCES = [
     (
         {"data": {"path": "digits", "batch_size": 4}},
         "unknown key 'data.batch_size'; did you mean inner.batch_size? allowed: path, train, "
-        "holdout, test, calibration, resolution, fit, group, twins, skip_unreadable",
+        "holdout, test, calibration, resolution, fit, caption, group, twins, skip_unreadable",
     ),
     (
         {"name": "a b", "inner": {"rounds": 0, "skip": {"ratios": 2}}},

@@ -32,7 +32,7 @@ def mark_white_is_zero(path):
 def show(folder):
     """Greys of each image as shown, uint8 [H, W], by name."""
     paths = sorted(folder.iterdir())
-    greys = find_greys(folder, [path.name for path in paths])
+    greys = find_greys(paths)
     return {path.stem: np.asarray(decode_image(path, greys))[..., 0] for path in paths}
 
 
@@ -74,4 +74,16 @@ def test_whole_numbers_and_fractions_have_no_common_scale(tmp_path):
     save(tmp_path / "whole.tiff", (RAMP * 4095).astype(np.int32))
     save(tmp_path / "float.tiff", RAMP.astype(np.float32))
     with pytest.raises(MemControlError, match="no common scale; store all"):
+        show(tmp_path)
+
+
+def test_depths_that_are_mixed_are_refused_and_dark_images_are_not(tmp_path):
+    for i in range(10):
+        save(tmp_path / f"a{i}.png", (RAMP * 4095).astype(np.uint16))
+    save(tmp_path / "black.png", (RAMP * 20).astype(np.uint16))
+    assert show(tmp_path)["a3"].max() == 255
+    save(tmp_path / "b.tif", (RAMP * 65535).astype(np.uint16))
+    with pytest.raises(
+        MemControlError, match="two depths: 11 images, .* up to 4095 alone, .*b.tif, up to 65535"
+    ):
         show(tmp_path)

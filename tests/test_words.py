@@ -90,6 +90,7 @@ def test_verdict_ends_with_both_measures_and_their_errors():
 
 def test_copies_are_counted_by_training_image_and_by_person():
     assert describe_copied({}) == describe_copied({"copied_images": 0, "copied_groups": 0}) == ""
-    assert describe_copied({"copied_images": 3, "copied_groups": 3}) == "Copies are of 3 training images."
+    said = describe_copied({"copied_images": 3, "copied_groups": 3})
+    assert said.endswith("are nearest to 3 training images.")
     said = describe_copied({"copied_images": 12, "copied_groups": 5})
-    assert said == "Copies are of 12 training images, which are of 5 groups."
+    assert said.endswith("are nearest to 12 training images, of 5 groups (people, or twins).")

@@ -34,6 +34,12 @@ def add_audit(subparsers) -> None:
         help="real images of the same kind, never trained on (default for a run: its own)",
     )
     audit.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="DIR",
+        help="further real images, from which the line of copies is drawn (default for a run: its own)",
+    )
+    audit.add_argument(
         "--out",
         type=Path,
         default=Path("audit"),
@@ -102,6 +108,7 @@ def _run_audit(args: argparse.Namespace) -> int:
             args.group,
             args.twins,
             args.fit,
+            args.calibration,
         )
         found, generated, train = audit_source(source, args.extractor, steps.show, steps.warn)
         write_audit(found, read_pairs(found, generated, train), args.out)

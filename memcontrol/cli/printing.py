@@ -20,9 +20,9 @@ def warn_of_pick(study, picked, screen) -> None:
     if picked and picked.anchor == "full":
         warn(
             screen,
-            "no mask on the front comes within 5 % of full fine-tuning's first objective, so the pick is "
-            "full fine-tuning itself; search on with more trials, or pick one that `memcontrol front` "
-            "lists: memcontrol pick ... --trial N",
+            "no mask on the front is as good as full fine-tuning in the first objective, within its error, "
+            "so the pick is full fine-tuning itself; search on with more trials, or pick one that "
+            "`memcontrol front` lists: memcontrol pick ... --trial N",
         )
     if picked and not keeps_limits(picked, study.limits):
         bounds = ", ".join(_describe_bound(limit, picked) for limit in study.limits)

@@ -3,14 +3,15 @@ held-out images."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from memcontrol.core.config import Fit, parse_base
+from memcontrol.core.config import CALIBRATION, Fit, parse_base
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.estimate import Measured, Rewards
 from memcontrol.core.reward_table import BLIND_SPOTS
@@ -41,7 +42,7 @@ from memcontrol.trial.samples import read_samples
 from memcontrol.view.audit_page import N_SHOWN, SHOWN_SIDE
 from memcontrol.view.words import write_verdict
 
-_FEWEST = 8
+_FEWEST, _FEWEST_GROUPS = 8, 8
 _TWIN_RULES = ("refuse", "drop", "keep")
 _SMALL_SIDE = 64  # pixels of the images that an extraction attack compares
 _MOST_SAME = 0.05
@@ -112,14 +113,16 @@ def audit(
     group: str | None = None,
     twins: str = "refuse",
     fit: Fit | None = None,
+    calibration: str | Path | None = None,
     **sampling: Any,
 ) -> dict[str, Any]:
     """How much a model (a run folder, or a pipeline to sample from) or a folder of images copies a training
     set, judged against held-out images: what audit.json holds. A run knows its own images.
 
     `group`, `twins` and `fit` are as data.group, data.twins and data.fit of a study; without a fit images are
-    compared under each where shapes differ. `sampling` of a pipeline: samples, attacked, steps, guidance,
-    seed. Raises MemControlError."""
+    compared under each where shapes differ. `calibration` is a folder of further real images, from which the
+    line of copies is drawn; a run knows its own. `sampling` of a pipeline: samples, attacked, steps,
+    guidance, seed. Raises MemControlError."""
     generated, known, held = (Path(path) if path else None for path in (images, train, holdout))
     source = AuditSource(
         generated,
@@ -131,6 +134,7 @@ def audit(
         group,
         twins,
         fit,
+        Path(calibration) if calibration else None,
     )
     return audit_source(source, extractor, lambda title, done, total: None, lambda line: None)[0]
 
@@ -150,6 +154,7 @@ class AuditSource:
     group: str | None = None
     twins: str = "refuse"
     fit: Fit | None = None
+    calibration: Path | None = None
 
     @property
     def run(self) -> Path | None:
@@ -196,6 +201,7 @@ def audit_source(
     seen = _read_references(source, warn)
     attack: np.ndarray | None = None
     fits: tuple[Fit, ...]
+    thirds: list[Pictures | None]
     if source.run:
         RunFolder(source.run).refuse_dropped(RunFolder(source.run).samples_file)
         spec, loaded, samples = read_spec(source.run), LoadedModels(), read_samples(source.run)
@@ -208,6 +214,8 @@ def audit_source(
             for name, found in own.items()
         ]
         sets = [(wrap_samples(samples["images"]), *parts)]
+        third = loaded.parts(spec).get(CALIBRATION) if not seen else None
+        thirds = [make_pictures(CALIBRATION, third) if third else None]
         attack, fits = samples.get("extraction"), (spec.config.data.fit,)
     else:
         if source.images:
@@ -222,12 +230,16 @@ def audit_source(
             )
             fits = choose_fits(None, seen["train"], source.fit)
             shown = [sampled for _ in fits]
+        thirds = [None for _ in fits]
         sets = [
             (one, seen["train"].make_pictures(fit), seen["holdout"].make_pictures(fit))
             for one, fit in zip(shown, fits)
         ]
+    if CALIBRATION in seen:
+        thirds = [seen[CALIBRATION].make_pictures(fit) for fit in fits]
     judged = [
-        judge_images(made, known, held, extractor, progress, attack, len(sets)) for made, known, held in sets
+        judge_images(made, known, held, extractor, progress, attack, len(sets), third)
+        for (made, known, held), third in zip(sets, thirds)
     ]
     # what was copied shows where images are brought to squares as the model's were
     most = max(range(len(judged)), key=lambda i: _rank_copying(judged[i]["rewards"]))
@@ -242,18 +254,31 @@ def _rank_copying(rewards: Mapping[str, float]) -> tuple[float, float]:
 def _read_references(source: AuditSource, warn: Callable[[str], None]) -> dict[str, FolderImages]:
     """The training and held-out folders that are given, without twins of each other. Raises
     MemControlError."""
-    given = {"train": source.train, "holdout": source.holdout}
+    given = {"train": source.train, "holdout": source.holdout, CALIBRATION: source.calibration}
     folders = {name: folder for name, folder in given.items() if folder}
     greys = find_common_greys(list(folders.values()))
     seen = {
         name: read_folder(name, folder, warn, source.skip_unreadable, source.group, greys)
         for name, folder in folders.items()
     }
-    if len(seen) == 2:
-        _refuse_same_images(*(seen[name].make_pictures("crop") for name in ("train", "holdout")))
+    pictures = [one.make_pictures("crop") for one in seen.values()]
+    for one, other in itertools.combinations(pictures, 2):
+        if source.twins == "refuse" or CALIBRATION in (one.title, other.title):
+            _refuse_same_images(one, other)
+    _warn_of_few_groups(pictures, source.group, warn)
+    if {"train", "holdout"} <= seen.keys():
         train, holdout = leave_out_twins(seen["train"], seen["holdout"], source.twins, warn)
-        return {"train": train, "holdout": holdout}
+        return {**seen, "train": train, "holdout": holdout}
     return {name: one.name_twins(one.look.find_twins().pairs) for name, one in seen.items()}
+
+
+def _warn_of_few_groups(pictures: Sequence[Pictures], rule: str | None, warn: Callable[[str], None]) -> None:
+    if not rule:
+        return
+    for one in pictures:
+        n = len(set(one.groups))
+        if n < _FEWEST_GROUPS:
+            warn(f"{one.title}: images of {n} groups alone; with so few no p can be small, whatever shows")
 
 
 def read_pairs(found: dict, generated: Pictures, train: Pictures) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -274,6 +299,7 @@ def judge_images(
     progress: ShowProgress,
     attack: np.ndarray | None = None,
     n_judgements: int = 1,
+    calibration: Pictures | None = None,
 ) -> dict:
     """Every reward of the audit, as audit.json holds it; `attack` is what an extraction attack sampled, uint8
     [P, m, 3, H, W]; the most suspicious of `n_judgements` is taken. Raises MemControlError where the images
@@ -283,6 +309,7 @@ def judge_images(
     made, known, held = (
         _describe_pictures(pictures, network.extract, progress) for pictures in (generated, train, holdout)
     )
+    third = _describe_pictures(calibration, network.extract, progress) if calibration else None
     if broken := describe_broken_images(made.pixels):
         raise MemControlError(f"{broken}, so nothing can be judged")
     evidence = Evidence(
@@ -291,6 +318,7 @@ def judge_images(
         held,
         train_groups=train.groups,
         holdout_groups=holdout.groups,
+        calibration=third,
         n_draws=n_judgements,
         n_permutations=n_judgements * N_PERMUTATIONS,  # or the p of the largest could not be small
     )
@@ -309,7 +337,7 @@ def judge_images(
         )
     return {
         "verdict": write_verdict(rewards, len(generated)),
-        "sizes": {part.title: len(part) for part in (generated, train, holdout)},
+        "sizes": {part.title: len(part) for part in (generated, train, holdout, calibration) if part},
         "extractor": network.id,
         "side": train.side,
         "threshold": line_ratio(space.real_ratios),
@@ -361,15 +389,16 @@ def _check_pictures(generated: Pictures, train: Pictures, holdout: Pictures) -> 
     _refuse_same_images(train, holdout)
 
 
-def _refuse_same_images(train: Pictures, holdout: Pictures) -> None:
+def _refuse_same_images(one: Pictures, other: Pictures) -> None:
     """Raises MemControlError."""
-    held = dict(zip(holdout.digests, holdout.names))
-    for digest, name in zip(train.digests, train.names):
-        if digest in held:
-            raise MemControlError(
-                f"train and holdout share an image: '{name}' and '{held[digest]}' have the same "
-                "pixels; remove one, since copying could not be told from chance"
-            )
+    known = dict(zip(other.digests, other.names))
+    shared = [(name, known[digest]) for name, digest in zip(one.names, one.digests) if digest in known]
+    if shared:
+        more = f", as have {len(shared) - 1} more pairs" if len(shared) > 1 else ""
+        raise MemControlError(
+            f"{one.title} and {other.title} share an image: '{shared[0][0]}' and '{shared[0][1]}' have the "
+            f"same pixels{more}; remove one of each, since copying could not be told from chance"
+        )
 
 
 def _describe_pictures(pictures: Pictures, extract: Callable, progress: ShowProgress) -> Descriptors:

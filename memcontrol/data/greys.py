@@ -3,12 +3,18 @@ folder."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from memcontrol.core.errors import MemControlError
+
 _BITS = (8, 10, 12, 14, 16)  # that cameras and X-ray machines store
+# images whose lightest value is below a share of the scale, and how many of them are just dark
+_DARKEST, _MOST_DARK = 12, 0.05
 _PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0  # of TIFF (6.0, page 37)
 
 
@@ -40,6 +46,21 @@ def read_greys(image: Image.Image) -> np.ndarray:
 def is_inverted(image: Image.Image) -> bool:
     """Whether the least value is white, of deep greys; Pillow turns those of 8 bits itself."""
     return getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == _WHITE_IS_ZERO
+
+
+def refuse_mixed_depths(greys: Greys, ranges: Mapping[Path, tuple[float, float]]) -> None:
+    """Of images' least and largest values: some that would be shown as nearly black are dark; many are of
+    another depth. Raises MemControlError."""
+    whole = greys.white - greys.black
+    dark = [path for path, (_, most) in ranges.items() if most - greys.black < whole / _DARKEST]
+    if len(dark) > max(1, _MOST_DARK * len(ranges)):
+        largest = max(ranges[path][1] for path in dark)
+        other = max(ranges, key=lambda path: ranges[path][1])
+        raise MemControlError(
+            f"greys of two depths: {len(dark)} images, such as {dark[0]}, hold values up to {largest:g} "
+            f"alone, and others, such as {other}, up to {ranges[other][1]:g}; store all of them in one "
+            "depth, or the first ones would be shown as nearly black"
+        )
 
 
 def choose_greys(least: float, most: float, mode: str) -> Greys:

@@ -13,7 +13,7 @@ from memcontrol.data.tables import Tables, clean_text
 
 _FOLDER = "folder"
 _COLUMN_NAMES = r"^(patient|subject|person|participant|identity)([ _-]?(id|name|number))?$"
-_NAME_PATTERN = r"(?i)((?:patient|subject|subj|person|pat|pt|id|p)[_-]?\d+)"
+_NAME_PATTERN = r"(?i)((?:patient|subject|subj|person|case|pat|pt|id|p)[_-]?\d+)"
 _FEWEST_PROPOSED = 8  # groups, below which a coincidence may look like them
 FindGroup = Callable[[str], str]  # of an image by its path inside the folder
 

@@ -17,7 +17,7 @@ from PIL import ExifTags, Image, ImageCms, ImageOps
 
 from memcontrol.core.config import DIGITS, Fit
 from memcontrol.core.errors import MemControlError
-from memcontrol.data.greys import Greys, choose_greys, is_deep, is_inverted, read_greys
+from memcontrol.data.greys import Greys, choose_greys, is_deep, is_inverted, read_greys, refuse_mixed_depths
 
 # images that are in memory at a time: a multiple of what a feature network takes, fewer where they are large
 _MOST_AT_ONCE, _BYTES_AT_ONCE = 256, 2**26
@@ -207,30 +207,36 @@ def list_digit_records() -> list[ImageRecord]:
     ]
 
 
-def find_greys(folder: Path, names: Sequence[str]) -> Greys | None:
-    """The scale of a folder's images of more than 8 bits, None where there are none: from the values that
-    they have in all. Raises MemControlError for 16-bit colour in whose high bytes there is next to nothing,
-    which is all that is read of it."""
-    least, most, kinds, high, colour = np.inf, -np.inf, set(), 0, ""
-    for name in names:
+def find_greys(paths: Sequence[Path]) -> Greys | None:
+    """The scale of images of more than 8 bits, None where there are none: from the values that they have in
+    all. Raises MemControlError where they have no common one, and for 16-bit colour in whose high bytes there
+    is next to nothing, which is all that is read of it."""
+    ranges: dict[Path, tuple[float, float]] = {}
+    kinds, high, colour = set(), 0, None
+    for path in paths:
         with contextlib.suppress(MemControlError):  # said by whoever decodes it
-            found = _read_image(folder / name, _look_at_depth)
+            found = _read_image(path, _look_at_depth)
             if found and found[0] == "colour":
-                high, colour = max(high, int(found[2])), name
+                high, colour = max(high, int(found[2])), path
             elif found:
                 kinds.add(found[0])
-                least, most = min(least, found[1]), max(most, found[2])
+                ranges[path] = found[1:]
     if colour and high < 128:
         raise MemControlError(
-            f"{folder}: 16-bit colour such as '{colour}' holds values up to {high * 256 + 255} of 65,535, "
-            "and would be read as nearly black; convert it to 8 bits, or to the full range"
+            f"16-bit colour such as '{colour}' holds values up to {high * 256 + 255} of 65,535, and would be "
+            "read as nearly black; convert it to 8 bits, or to the full range"
         )
     if len(kinds) > 1:
         raise MemControlError(
-            f"{folder}: some greys are whole numbers and others fractions, which have no common scale; store "
-            "all of them alike"
+            f"some greys are whole numbers and others fractions, such as in {paths[0].parent}, which have no "
+            "common scale; store all of them alike"
         )
-    return choose_greys(least, most, kinds.pop()) if kinds else None
+    if not ranges:
+        return None
+    least, most = min(low for low, _ in ranges.values()), max(high for _, high in ranges.values())
+    greys = choose_greys(least, most, kinds.pop())
+    refuse_mixed_depths(greys, ranges)
+    return greys
 
 
 def _look_at_depth(image: Image.Image) -> tuple[str, float, float] | None:

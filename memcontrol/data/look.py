@@ -86,7 +86,7 @@ def look_at_images(
     listing = list_folder(folder)
     tables = read_tables(folder, listing.tables)
     captions = find_captions(folder, listing.images, listing.texts, tables, caption)
-    greys = greys or find_greys(folder, listing.images)
+    greys = greys or find_greys([folder / name for name in listing.images])
     thumbnails: list[np.ndarray] = []
     sizes: list[tuple[int, int]] = []
     unreadable: list[str] = []

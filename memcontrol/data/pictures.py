@@ -15,6 +15,7 @@ from memcontrol.core.config import Fit
 from memcontrol.core.errors import MemControlError
 from memcontrol.data.folder import list_folder
 from memcontrol.data.greys import Greys
+from memcontrol.data.groups import pair_equals
 from memcontrol.data.images import Images, count_at_once, find_greys, fit_square
 from memcontrol.data.look import Look, look_at_images
 from memcontrol.data.split import choose_dropped
@@ -119,12 +120,9 @@ def read_folder_pictures(
 
 
 def find_common_greys(folders: Sequence[Path]) -> Greys | None:
-    """One scale for the deep greys of several folders."""
-    found = [find_greys(folder, list_folder(folder).images) for folder in folders if folder.is_dir()]
-    known = [greys for greys in found if greys]
-    if not known:
-        return None
-    return Greys(min(greys.black for greys in known), max(greys.white for greys in known))
+    """One scale for the deep greys of several folders. Raises MemControlError where there is none."""
+    there = (folder for folder in folders if folder.is_dir())
+    return find_greys([folder / name for folder in there for name in list_folder(folder).images])
 
 
 def leave_out_twins(
@@ -143,6 +141,7 @@ def leave_out_twins(
         [record.digest for record in records],
         lambda row: train.look.decode(row) if row < n else holdout.look.decode(row - n),
     ).pairs
+    pairs += tuple((i, j) for i, j in pair_equals([record.digest for record in records]) if i < j)
     homes = ["train"] * n + ["holdout"] * (len(records) - n)
     dropped = choose_dropped(records, homes, pairs, rule, "--twins drop")
     if dropped:

@@ -106,9 +106,11 @@ def _deal_out(
     records = look.name_twins(within).records
     names = [part for part in (*PARTS, CALIBRATION) if part in parts_of_rows]
     parts = {part: [record for record, home in zip(records, parts_of_rows) if home == part] for part in names}
-    _refuse_shared_images(parts)
+    if config.twins == "refuse":
+        _refuse_shared_images(parts)
     _refuse_shared_groups(parts)
-    dropped = choose_dropped(records, parts_of_rows, pairs, config.twins, "data.twins=drop")
+    same = [(i, j) for i, j in pair_equals([record.digest for record in records]) if i < j]
+    dropped = choose_dropped(records, parts_of_rows, [*pairs, *same], config.twins, "data.twins=drop")
     if dropped:
         warn(f"{len(dropped)} images are left out: twins of images in another part, such as {dropped[0]}")
         found["twins"] = {**found["twins"], "dropped": dropped}

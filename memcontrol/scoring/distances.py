@@ -26,6 +26,7 @@ from memcontrol.scoring.labels import Labels, Neighbours, draw_labels
 
 Versions = tuple[np.ndarray, ...]  # [n, D] each
 _MOST_SWAPPED = 2048  # training images that are looked at as if they were held out
+_FEWEST_CALIBRATION = 8
 _FLOOR = 1e-3  # of the median distance between held-out images and their nearest training image
 
 
@@ -189,12 +190,46 @@ def make_space(
     seed: int = 0,
 ) -> DistanceSpace:
     """Of feature matrices [n, D], numpy or torch. Raises MemControlError."""
+    if len(groups) != 2:
+        raise MemControlError(
+            f"groups has {len(groups)} items; give a pair: the names of training and of held-out images' "
+            "groups"
+        )
     g = check_matrix(generated, "generated", dtype=None)
     t = check_matrix(train, "train", 2, dtype=None)
     h = check_matrix(holdout, "holdout", 2, dtype=None)
     c = None if calibration is None else (check_matrix(calibration, "calibration", dtype=None),)
     refuse_unlike_widths(g, t, h, *(c or ()))
+    for name, own, n in (("train", groups[0], len(t)), ("holdout", groups[1], len(h))):
+        _check_groups(name, own, n)
+    if c:
+        _check_calibration(c[0], t, h)
     return DistanceSpace((g,), (t,), (h,), c, groups[0], groups[1], seed)
+
+
+def _check_groups(name: str, groups: Sequence[str] | None, n: int) -> None:
+    """Raises MemControlError."""
+    if groups is not None and (len(groups) != n or any(one is None for one in groups)):
+        raise MemControlError(
+            f"groups of {name} are {len(groups)} names for {n} images; give a name for each image, as a "
+            "pair: of training and of held-out images"
+        )
+
+
+def _check_calibration(rows: np.ndarray, train: np.ndarray, holdout: np.ndarray) -> None:
+    """Raises MemControlError."""
+    if len(rows) < _FEWEST_CALIBRATION:
+        raise MemControlError(
+            f"calibration has {len(rows)} images; give {_FEWEST_CALIBRATION} or more, real ones that are "
+            "neither trained on nor held out"
+        )
+    known = {row.tobytes() for side in (train, holdout) for row in side.astype(rows.dtype, copy=False)}
+    n_shared = sum(row.tobytes() in known for row in rows)
+    if n_shared:
+        raise MemControlError(
+            f"{n_shared} of {len(rows)} calibration images are training or held-out images themselves; give "
+            "others of their kind"
+        )
 
 
 def remember_once(known: dict[str, Any], name: str, make: Callable[[], Any]) -> Any:
@@ -267,7 +302,7 @@ def distances_to_others(
     found = nearest_foreign(queries, own, references, groups, 1)[0][:, 0]
     if np.isinf(found).any():
         raise MemControlError(
-            "all images of one side are of one group, so that none of them has a reference; copying is "
-            "judged against images of at least two"
+            f"all {len(groups)} images of one side are of one group (a person, or twins of each other), so "
+            "that none of them has a reference; copying is judged against images of at least two groups"
         )
     return found

@@ -9,6 +9,7 @@ far as groups of both sides are drawn alike (Pitman 1937; Phipson and Smyth 2010
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,14 +20,15 @@ from memcontrol.core.seeds import derive_seed
 N_PERMUTATIONS = 400
 _MOST_POOLED = 2048  # references of either side
 _MOST_NEIGHBOURS = 1024
+_ALIKE = 1.25  # of mean sizes of groups, whose labels are permuted
 
 
 @dataclass(frozen=True)
 class Labels:
     """The pooled references, and their labels.
 
-    Groups of different sizes are not alike, so none has more of its images in the pool than is usual on both
-    sides.
+    Groups of different sizes are not alike, so where those of one side are larger, none has more of its
+    images in the pool than makes them alike.
     """
 
     train: np.ndarray  # rows of training images in the pool [P_T]
@@ -74,11 +76,17 @@ def trim_groups(
     orders: tuple[np.ndarray, np.ndarray], groups: tuple[np.ndarray, np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Of the rows of both sides, in their order, those that are among the first of their group: as many of
-    each as half of the groups of either side have at most."""
-    sizes = (np.unique(own, return_counts=True)[1] for own in groups)
-    most = max(1, min(int(np.median(each)) for each in sizes))
+    each as leave groups of nearly the same size, on average, on either side."""
+    sizes = [np.unique(own, return_counts=True)[1] for own in groups]
+    most = next(n for n in range(min(int(own.max()) for own in sizes), 0, -1) if _are_alike(sizes, n))
     train, holdout = (_take_first_of_groups(order, own, most) for order, own in zip(orders, groups))
     return train, holdout
+
+
+def _are_alike(sizes: Sequence[np.ndarray], most: int) -> bool:
+    """Whether groups, of which no more than `most` images count, are of one mean size on both sides."""
+    mine, theirs = (np.minimum(own, most).mean() for own in sizes)
+    return max(mine, theirs) <= _ALIKE * min(mine, theirs)
 
 
 def _take_first_of_groups(order: np.ndarray, groups: np.ndarray, most: int) -> np.ndarray:

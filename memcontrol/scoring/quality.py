@@ -124,6 +124,10 @@ def kid(real, generated, scale: float = 1.0, real_groups: Sequence[str] | None =
     x, y = check_matrix(real, "real", 3) / scale, check_matrix(generated, "generated", 3) / scale
     refuse_unlike_widths(x, y)
     n, m = len(x), len(y)
+    if real_groups is not None and len(real_groups) != n:
+        raise MemControlError(
+            f"real_groups are {len(real_groups)} names for {n} images; give one for each image"
+        )
     xx, yy, xy, yx = (_kernel_sums(p, q) for p, q in ((x, x), (y, y), (x, y), (y, x)))
     for points, sums in ((x, xx), (y, yy)):
         sums -= _square_kernel(points)

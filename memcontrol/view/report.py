@@ -110,7 +110,7 @@ def _describe_answer(facts: ReportData, picked: TrialData, full: TrialData | Non
     against = ""
     if picked is full:
         against = (
-            ". No mask on the front comes within 5 % of it in the first objective, so the pick is full "
+            ". No mask on the front is as good in the first objective, within its error, so the pick is full "
             "fine-tuning itself: search on, or pick another"
         )
     elif full:

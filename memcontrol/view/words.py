@@ -69,8 +69,11 @@ def describe_copied(rewards: Mapping[str, float]) -> str:
     images, groups = (math.ceil(rewards.get(name, 0)) for name in ("copied_images", "copied_groups"))
     if not images:
         return ""
-    said = f", which are of {groups} groups" if groups < images else ""
-    return f"Copies are of {images} training images{said}."
+    said = f", of {groups} groups (people, or twins)" if groups < images else ""
+    return (
+        "Images that any rule calls copies, in pixels or in features and by chance too, are nearest to "
+        f"{images} training images{said}."
+    )
 
 
 def find_copying_p(rewards: Mapping[str, float]) -> float:
