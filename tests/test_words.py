@@ -1,9 +1,12 @@
 """What is said in the same words wherever it is said."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 from memcontrol.core.choice import EVERYTHING, Choice, Setting
-from memcontrol.core.reward_table import REWARDS
+from memcontrol.core.reward_table import BLIND_SPOTS, REWARDS
 from memcontrol.view.words import (
     describe_choice,
     describe_copied,
@@ -94,3 +97,28 @@ def test_copies_are_counted_by_training_image_and_by_person():
     assert said.endswith("are nearest to 3 training images.")
     said = describe_copied({"copied_images": 12, "copied_groups": 5})
     assert said.endswith("are nearest to 12 training images, of 5 groups (people, or twins).")
+
+
+def test_what_is_not_seen_is_what_the_benchmark_found():
+    """Kinds of copies of which less than a third is found on photographs are named where it is said what is
+    not seen; of those that are half found, fewer than three quarters are."""
+    said = " ".join(BLIND_SPOTS)
+    latest = max((Path(__file__).parent.parent / "benchmarks" / "results").glob("*-copies-cpu.json"))
+    rows = json.loads(latest.read_text())["rows"]
+    found = {
+        row["what"]: row["found"] for row in rows if row["images"] == "photographs" and row["found"] != ""
+    }
+    words = {
+        "rotated 90 degrees": "turned by 90 degrees",
+        "upside down": "upside down",
+        "inverted": "inverted",
+        "blended, 50 %": "half and half",
+        "a patch of 50%": "no more than half",
+        "a patch of 25%": "no more than half",
+        "a patch of 6%": "no more than half",
+    }
+    assert {kind for kind, share in found.items() if share < 1 / 3} == set(words)
+    assert all(word in said for word in words.values())
+    half = {"cropped to 75 %": "cropped to 75 %", "shifted 4 pixels": "an eighth of the side"}
+    assert {kind for kind, share in found.items() if 1 / 3 <= share < 2 / 3} == set(half)
+    assert all(word in said for word in half.values())

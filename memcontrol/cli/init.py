@@ -19,7 +19,7 @@ def add_init(subparsers) -> None:
         "images",
         type=Path,
         metavar="DIR",
-        help="the images, with captions in metadata.jsonl or metadata.csv if there are any",
+        help="the images, with captions in tables or text files beside them if there are any",
     )
     init.add_argument(
         "--out", type=Path, metavar="STUDY.yaml", help="file to write (default: NAME.yaml in this folder)"

@@ -244,7 +244,8 @@ def audit_source(
     # what was copied shows where images are brought to squares as the model's were
     most = max(range(len(judged)), key=lambda i: _rank_copying(judged[i]["rewards"]))
     generated, train, _ = sets[most]
-    return {**judged[most], "fit": fits[most], "fits": list(fits)}, generated, train
+    dropped = list(seen["holdout"].dropped) if "holdout" in seen else []
+    return {**judged[most], "fit": fits[most], "fits": list(fits), "dropped": dropped}, generated, train
 
 
 def _rank_copying(rewards: Mapping[str, float]) -> tuple[float, float]:

@@ -156,7 +156,7 @@ REWARDS = {
         objective=False,
         interval=_WILSON,
         cost=_NEIGHBOURS,
-        meaning="the same in the feature network",
+        meaning="`copy_rate` in the feature network",
     ),
     "copy_rate_swapped": _RewardInfo(
         title="copied, swapped",
@@ -174,7 +174,7 @@ REWARDS = {
         objective=False,
         interval=_WILSON,
         cost=_NEIGHBOURS,
-        meaning="the same in the feature network",
+        meaning="`copy_rate_swapped` in the feature network",
     ),
     "copying": _RewardInfo(
         title="copied beyond swapped",

@@ -64,6 +64,7 @@ class FolderImages:
     title: str
     look: Look
     twins: tuple[tuple[str, str], ...] = ()
+    dropped: tuple[str, ...] = ()  # images that are left out, twins of another set's
 
     @property
     def side(self) -> int:
@@ -89,7 +90,7 @@ class FolderImages:
         """Without the images of these names."""
         gone = set(names)
         kept = [i for i, record in enumerate(self.look.records) if record.name not in gone]
-        return replace(self, look=self.look.take(kept))
+        return replace(self, look=self.look.take(kept), dropped=tuple(names))
 
 
 def read_folder(

@@ -12,7 +12,7 @@ from PIL import Image
 
 from memcontrol.core.files import replace_file, write_json
 from memcontrol.core.reward_table import REWARDS, format_reward
-from memcontrol.view.html import make_data_uri, read_asset, render_document, render_list
+from memcontrol.view.html import make_data_uri, read_asset, render_code, render_document, render_list
 from memcontrol.view.words import describe_copied
 
 N_SHOWN = 24
@@ -77,9 +77,11 @@ def _render_audit(found: dict, cards: str) -> str:
         f"<p>{escape(_describe_sizes(found))}</p>",
         f"<h2>Rewards</h2>{_render_rewards(found['rewards'])}",
         "<h2>Most suspicious images beside their nearest training images</h2>",
-        "<p>Framed in red: called a copy by any rule, in pixels or in features.</p>"
+        "<p>Framed in red: below the line of copies in pixels or in features, where chance puts some too, "
+        "or a clear copy.</p>"
         f'<div class="pairs">{cards}</div>',
         f"<h2>Training images that are nearly the same</h2>{_render_duplicates(found['duplicates'])}",
+        *_render_dropped(found.get("dropped", [])),
         f"<h2>What this cannot see</h2>{render_list(found['cannot_see'])}",
     ]
     return render_document("Audit of copying", read_asset("audit.css"), "\n".join(parts))
@@ -103,7 +105,14 @@ def _render_rewards(rewards: dict[str, float]) -> str:
 
 def _render_reward(name: str, rewards: dict[str, float]) -> str:
     info = REWARDS[name]
-    return f"<tr><td>{info.title}</td><td>{format_reward(name, rewards)}</td><td>{info.meaning}</td></tr>"
+    value, meaning = format_reward(name, rewards), render_code(info.meaning)
+    return f"<tr><td>{info.title}</td><td>{value}</td><td>{meaning}</td></tr>"
+
+
+def _render_dropped(names: list[str]) -> list[str]:
+    if not names:
+        return []
+    return [f"<h2>Held-out images that are left out, twins of training images</h2>{render_list(names)}"]
 
 
 def _render_duplicates(duplicates: list[dict]) -> str:

@@ -32,7 +32,7 @@ from memcontrol.view.html import (
     render_section,
     render_table,
 )
-from memcontrol.view.words import describe_copied, find_title, name_groups
+from memcontrol.view.words import describe_copied, find_title, name_groups, write_verdict
 
 ReportData = dict[str, Any]  # what report_data collects
 _BESIDE_OBJECTIVES = ("copy_rate", "trained_fraction")  # rewards that a table of trials always has
@@ -105,6 +105,11 @@ def render_retrained(facts: ReportData) -> str:
         render_row([escape(run["said"]), *(format_reward(name, run["rewards"]) for name in names)])
         for run in facts["retrained"]
     ]
+    verdicts = [
+        render_paragraph(f"{run['said']}: {write_verdict(run['rewards'], run['n_samples'])}")
+        for run in facts["retrained"]
+        if "copy_rate" in run["rewards"]
+    ]
     about = (
         "Trained again from a new seed on all training images, and scored with new prompts and "
         "noise against test images, which the search never saw: the figures to trust. `memcontrol "
@@ -114,6 +119,7 @@ def render_retrained(facts: ReportData) -> str:
         "Retrained, on test images",
         render_paragraph(about, "note"),
         render_table(["choice", *map(find_title, names)], rows),
+        *verdicts,
     )
 
 
