@@ -15,7 +15,7 @@ from memcontrol.core.space_yaml import load_space, parse_space
 from memcontrol.model.adapter import format_header
 from memcontrol.search.optuna_samplers import mirror_record
 from memcontrol.study.pick import choose_trial, select_front
-from memcontrol.study.store import open_study
+from memcontrol.study.store import is_searched, open_study
 
 SPACE = load_space("digits")
 
@@ -171,3 +171,12 @@ def test_what_was_confirmed_is_what_is_reported(tmp_path):
     record = opened(tmp_path).records()[0]
     assert record.values == {"fid": 11.0, "memorization": 0.2} and record.searched["fid"] == 9.0
     assert study.inner.trials[0].values == [9.0, 0.1]
+
+
+@pytest.mark.parametrize("name", ["what now?", "my%20scans", "a#b & 100% c's"])
+def test_a_study_lies_below_folders_of_any_name(tmp_path, name):
+    folder = tmp_path / name / "runs" / "a"
+    config = load_config({"name": "a", "data": "digits"})
+    open_study(config, folder, tmp_path / name / "a.yaml", create=True).close()
+    assert (folder / "study.db").is_file() and is_searched(config, folder, tmp_path / name / "a.yaml")
+    assert [path.name for path in tmp_path.iterdir()] == [name]

@@ -121,3 +121,9 @@ def test_the_threshold_lies_below_strangers_and_little_above_what_changes_reach(
     limit = choose_threshold(np.append(twins, strangers), 0.4)
     assert 0.1 < limit < 0.4 and (strangers <= limit).mean() < 0.005
     assert choose_threshold(np.empty(0), 0.2) == 0.25
+
+
+def test_noise_is_no_twin_of_other_noise():
+    """Of which nothing is left in common with itself once it is resized."""
+    draws = (np.random.default_rng(i).integers(0, 255, (24, 24, 3), dtype=np.uint8) for i in range(40))
+    assert not find([Image.fromarray(pixels) for pixels in draws]).pairs

@@ -8,7 +8,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from memcontrol.commands.card import Card, describe_card, explain_too_small, propose_memory
@@ -20,6 +20,7 @@ from memcontrol.core.files import replace_file
 from memcontrol.core.run_folder import locate_study_folder, refuse_results_among
 from memcontrol.data.look import FolderSummary, summarize_folder
 from memcontrol.data.split import FEWEST_IMAGES, split_records
+from memcontrol.model.caption_length import describe_cut, is_long, open_clip_tokenizer
 
 _STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 _SPACES = {  # of bases that lie on this machine, by the class of their pipeline
@@ -77,11 +78,25 @@ def propose_study(
         _check_base(given)
     refuse_results_among(str(folder), locate_study_folder(path, name))
     seen = summarize_folder(folder, progress)
+    cut = _describe_cut_captions(seen, given)
+    seen = replace(seen, notes=(*seen.notes, *([cut] if cut else [])))
     proposal = Proposal(path, _write_proposal(folder, seen, name, given, path), seen)
     with replace_file(path) as part:
         part.write_text(proposal.text, encoding="utf-8")
     load_config(path)
     return proposal
+
+
+def _describe_cut_captions(seen: FolderSummary, given: BaseConfig | None) -> str:
+    """Where the base, or the embedded one, lies on this machine and reads captions by CLIP."""
+    captions = [record.caption for record in seen.records]
+    from memcontrol.model.source import find_base_path  # imports torch
+
+    folder = Path(find_base_path(given.id if given else "tiny"))
+    if not folder.is_dir() or not any(is_long(caption) for caption in captions):
+        return ""
+    tokenizer = open_clip_tokenizer(folder)
+    return describe_cut(tokenizer, tokenizer.model_max_length, captions) if tokenizer else ""
 
 
 def _check_base(base: BaseConfig) -> None:

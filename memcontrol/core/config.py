@@ -159,8 +159,8 @@ class DataConfig(Strict):
     """the column of the metadata that holds captions; none: `text`, `caption`, `prompt` or `description`"""
     group: Annotated[str, Field(min_length=1)] | None = None
     """who is in an image, such as a patient: a column of the metadata (`patient_id`), a pattern on its path
-    whose first group is the name (`"(p\\d+)_"`), or `folder`. A group is in one part and one shard, and one
-    unit of every error; none: each image for itself"""
+    whose first group is the name (`"(p\\d+)_"`), `folder`, or `PatientID` of DICOM files. A group is in one
+    part and one shard, and one unit of every error; none: each image for itself"""
     twins: Literal["refuse", "drop", "keep"] = "refuse"
     """images that are nearly the same (re-encoded, resized, turned, cropped) in two of the folders `train/`,
     `holdout/` and `test/`: refuse them, drop the one that is not trained on, or keep both. A pool that is

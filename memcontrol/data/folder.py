@@ -13,6 +13,7 @@ from PIL import Image
 
 from memcontrol.core.errors import MemControlError
 from memcontrol.data.captions import TEXT_SUFFIXES
+from memcontrol.data.dicom import can_read_dicom, is_dicom
 from memcontrol.data.tables import is_table
 
 # what reads them, where it is not there
@@ -113,7 +114,7 @@ def _tell_kind(folder: Path, name: str) -> tuple[str, str]:
         return "tables", ""
     if suffix in TEXT_SUFFIXES:
         return "texts", ""
-    if suffix in list_suffixes():
+    if suffix in list_suffixes() or (can_read_dicom() and is_dicom(path)):
         return "images", ""
     if suffix in _HELP:
         return "", f"{suffix} is not read here ({_HELP[suffix]})"

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 from memcontrol.core.errors import MemControlError
+from memcontrol.data.dicom import PATIENT, can_read_dicom, is_dicom, read_patient
 from memcontrol.data.parts import is_part_folder
 from memcontrol.data.tables import Tables, clean_text
 
@@ -18,11 +19,13 @@ _FEWEST_PROPOSED = 8  # groups, below which a coincidence may look like them
 FindGroup = Callable[[str], str]  # of an image by its path inside the folder
 
 
-def make_grouping(rule: str, tables: Tables) -> FindGroup:
-    """What tells an image's group by data.group: a pattern, `folder`, or a column of the metadata. It raises
-    MemControlError for an image of which it is not known."""
+def make_grouping(rule: str, tables: Tables, folder: Path) -> FindGroup:
+    """What tells an image's group by data.group: a pattern, `folder`, a column of the metadata, or what DICOM
+    files in the folder say. It raises MemControlError for an image of which it is not known."""
     if "(" in rule:
         return _group_by_pattern(rule)
+    if rule == PATIENT and tables.find_column([rule]) is None:
+        return lambda name: _find_patient(folder / name)
     return _group_by_folder if rule == _FOLDER else _group_by_column(rule, tables)
 
 
@@ -45,6 +48,15 @@ def _group_by_pattern(rule: str) -> FindGroup:
         return found.group(1)
 
     return find
+
+
+def _find_patient(path: Path) -> str:
+    found = read_patient(path) if can_read_dicom() and is_dicom(path) else ""
+    if not found:
+        raise MemControlError(
+            f"data.group is '{PATIENT}', and image '{path}' says none; DICOM files do, or a column"
+        )
+    return found
 
 
 def _group_by_folder(name: str) -> str:
@@ -82,16 +94,19 @@ def _group_by_column(rule: str, tables: Tables) -> FindGroup:
     return find
 
 
-def propose_grouping(names: Sequence[str], tables: Tables) -> str | None:
+def propose_grouping(names: Sequence[str], tables: Tables, folder: Path) -> str | None:
     """What data.group could be: a column or a pattern that names people, or the like, several of whose images
     there are; None where nothing looks like it."""
     rules = [column for column in sorted(tables.columns) if re.search(_COLUMN_NAMES, column, re.IGNORECASE)]
-    return next((rule for rule in [*rules, _NAME_PATTERN] if _makes_groups(rule, names, tables)), None)
+    rules += [PATIENT] if can_read_dicom() and any(is_dicom(folder / name) for name in names[:1]) else []
+    return next(
+        (rule for rule in [*rules, _NAME_PATTERN] if _makes_groups(rule, names, tables, folder)), None
+    )
 
 
-def _makes_groups(rule: str, names: Sequence[str], tables: Tables) -> bool:
+def _makes_groups(rule: str, names: Sequence[str], tables: Tables, folder: Path) -> bool:
     try:
-        find = make_grouping(rule, tables)
+        find = make_grouping(rule, tables, folder)
         found = {find(name) for name in names}
     except MemControlError:
         return False

@@ -17,6 +17,7 @@ from PIL import ExifTags, Image, ImageCms, ImageOps
 
 from memcontrol.core.config import DIGITS, Fit
 from memcontrol.core.errors import MemControlError
+from memcontrol.data.dicom import can_read_dicom, decode_dicom, is_dicom
 from memcontrol.data.greys import Greys, choose_greys, is_deep, is_inverted, read_greys, refuse_mixed_depths
 
 # images that are in memory at a time: a multiple of what a feature network takes, fewer where they are large
@@ -157,6 +158,8 @@ def _read_image(path: Path, read: Callable[[Image.Image], Read]) -> Read:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd but readable files: palettes, EXIF blocks, huge pictures
+            if can_read_dicom() and is_dicom(path):
+                return read(decode_dicom(path))
             with Image.open(path) as image:
                 return read(image)
     except FileNotFoundError:

@@ -102,7 +102,7 @@ def look_at_images(
     records = read_records(folder, listing.images, skip_unreadable, skip, greys, see)
     records = [replace(record, caption=captions.draw(record.name, seed)) for record in records]
     if group:
-        find_group = make_grouping(group, tables)
+        find_group = make_grouping(group, tables, folder)
         records = [replace(record, group=find_group(record.name)) for record in records]
     left_out = {reason: len(names) for reason, names in listing.left_out.items()}
     notes = [*listing.describe_left_out(), *captions.notes]
@@ -186,7 +186,7 @@ def summarize_folder(folder: Path, progress: Callable[[str, int, int], None]) ->
         look.captions.source,
         look.notes,
         look.greys,
-        propose_grouping(names, look.tables),
+        propose_grouping(names, look.tables, folder),
     )
 
 

@@ -189,7 +189,8 @@ def choose_dropped(
             f"could not be told from chance: remove one of each, or set {cure} to leave out the one that is "
             "not trained on"
         )
-    return list(dict.fromkeys(records[i if places[i] > places[j] else j].name for i, j in across))  # type: ignore[operator]
+    later = (max((i, j), key=lambda row: places[row] or 0) for i, j in across)
+    return list(dict.fromkeys(records[row].name for row in later))
 
 
 def split_records(

@@ -30,6 +30,7 @@ _N_NEAREST = 3  # others that are compared with an image
 _N_CHANGED, _SAMPLED_SIDE = 128, 256  # images whose changed selves are measured, and their side at the most
 _COVERED = 0.98  # of the selves with the change that matters most
 _WIDER = 1.25  # from one window of distances to the next
+_MOST_APART = 0.6  # that twins ever are: noise is that far from its own changed selves
 _REACH = 1.5  # of descriptors, by what changed images reach
 _LEAST_POWER, _MOST_POWER = 4.0, 32.0
 _N_LIMITS, _FINEST = 64, 32.0  # thresholds that are tried, down to a part of what changed images reach
@@ -94,7 +95,7 @@ def choose_threshold(distances: np.ndarray, reached: float) -> float:
     ends = [_count_within(distances, _WIDER**step * reached) for step in range(3)]
     power = np.log(max(ends[2] - ends[1], 1) / max(ends[1] - ends[0], 1)) / np.log(_WIDER)
     power = np.clip(power, _LEAST_POWER, _MOST_POWER)
-    for limit in np.geomspace(_WIDER * reached, reached / _FINEST, _N_LIMITS):
+    for limit in np.geomspace(min(_WIDER * reached, _MOST_APART), reached / _FINEST, _N_LIMITS):
         within = _count_within(distances, limit)
         n_strangers = (_count_within(distances, _WIDER * limit) - within) / (_WIDER**power - 1)
         if n_strangers <= max(_MOST_FALSE, _MOST_FALSE_SHARE * within):

@@ -4,17 +4,21 @@ errors a person can mend, and the lock that keeps a study to one orchestrator. P
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import os
 import re
 import socket
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from memcontrol.core import interrupt
 from memcontrol.core.errors import MemControlError
+
+SQLITE = "sqlite:///"  # and a path, as it is
 
 PATIENCE_SECONDS = 600
 RETRY_SECONDS = 2.0
@@ -36,9 +40,17 @@ def is_postgresql(url: str) -> bool:
     return url.startswith("postgresql")
 
 
+def make_engine_url(url: str) -> str:
+    """For sqlalchemy.create_engine. Of a file whose path has what a URL reads as something else (?, %20), any
+    file's: `make_engine_arguments` then says how the right one is opened."""
+    return f"{SQLITE}study.db" if _is_odd_path(url) else url
+
+
 def make_engine_arguments(url: str) -> dict[str, Any]:
     """For sqlalchemy.create_engine: few connections, each tried before it is used, none that hangs for
     long."""
+    if _is_odd_path(url):
+        return {"creator": functools.partial(connect_file, url)}
     if not is_postgresql(url):
         return {}
     return {
@@ -48,6 +60,15 @@ def make_engine_arguments(url: str) -> dict[str, Any]:
         "pool_recycle": 600,
         "connect_args": make_connection_arguments("statement_timeout=60000"),
     }
+
+
+def _is_odd_path(url: str) -> bool:
+    return url.startswith(SQLITE) and not set("?%").isdisjoint(url)
+
+
+def connect_file(url: str) -> sqlite3.Connection:
+    """To a SQLite file, whose path is as it is in our URLs: nothing in it is quoted."""
+    return sqlite3.connect(url.removeprefix(SQLITE), check_same_thread=False, timeout=30)
 
 
 def make_connection_arguments(*settings: str, name: str = "") -> dict[str, Any]:

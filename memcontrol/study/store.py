@@ -25,11 +25,13 @@ from memcontrol.core.run_folder import StudyFolder
 from memcontrol.core.space import SearchSpace
 from memcontrol.study.artifacts import attach_pictures
 from memcontrol.study.database import (
+    SQLITE,
     StudyLock,
     Tell,
     explain_open_error,
     hide_password,
     make_engine_arguments,
+    make_engine_url,
     retry_while_away,
     validate_url,
 )
@@ -260,10 +262,9 @@ def resolve_storage_url(config: Config, folder: Path, study_file: Path) -> str:
     """The database: SQLite in the study's folder unless the config names another; relative SQLite paths start
     at the study file. Raises MemControlError where it is no URL."""
     if config.storage is None:
-        return f"sqlite:///{StudyFolder(folder).database}"
-    prefix = "sqlite:///"
-    if config.storage.startswith(prefix):
-        return prefix + os.path.join(study_file.resolve().parent, config.storage.removeprefix(prefix))
+        return f"{SQLITE}{StudyFolder(folder).database}"
+    if config.storage.startswith(SQLITE):
+        return SQLITE + os.path.join(study_file.resolve().parent, config.storage.removeprefix(SQLITE))
     return validate_url(config.storage)
 
 
@@ -314,7 +315,7 @@ def open_study(
 def is_searched(config: Config, folder: Path, study_file: Path) -> bool:
     """Whether the storage holds the study."""
     url = resolve_storage_url(config, folder, study_file)
-    absent = url.startswith("sqlite:///") and not Path(url.removeprefix("sqlite:///")).is_file()
+    absent = url.startswith(SQLITE) and not Path(url.removeprefix(SQLITE)).is_file()
     if absent:
         return False
     storage = _open_storage(url)
@@ -328,9 +329,9 @@ def _open_storage(url: str) -> optuna.storages.RDBStorage:
     import sqlalchemy.exc
 
     try:
-        if url.startswith("sqlite:///"):
-            Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-        return optuna.storages.RDBStorage(url, engine_kwargs=make_engine_arguments(url))
+        if url.startswith(SQLITE):
+            Path(url.removeprefix(SQLITE)).parent.mkdir(parents=True, exist_ok=True)
+        return optuna.storages.RDBStorage(make_engine_url(url), engine_kwargs=make_engine_arguments(url))
     except (
         sqlalchemy.exc.SQLAlchemyError,
         optuna.exceptions.StorageInternalError,

@@ -22,6 +22,7 @@ from memcontrol.data.images import Images
 from memcontrol.data.split import Split, dump_parts, load_parts
 from memcontrol.model.adapter import check_space
 from memcontrol.model.base import Base
+from memcontrol.model.caption_length import describe_cut, find_limit
 from memcontrol.model.cost import list_blocks
 from memcontrol.model.families import Unconditional
 from memcontrol.scoring.evidence import Evidence
@@ -67,6 +68,7 @@ def prepare_study(values: dict, folder: Path, loaded: LoadedModels, warn: Callab
     parts = split.parts
     for line in _describe_split(split):
         warn(line)
+    _warn_of_cut_captions(base, parts, warn)
     _check_shards(config, parts["train"])
     _try_own_rewards(config, parts, extractor)
 
@@ -173,6 +175,13 @@ def _check_quantized(config: Config, base: Base) -> None:
                 f"base_precision is {base.precision.quantized}, under which {key} asks for what quantised "
                 f"weights cannot take: {reason}"
             )
+
+
+def _warn_of_cut_captions(base: Base, parts: dict[str, Images], warn: Callable[[str], None]) -> None:
+    found = find_limit(base.pipeline, base.source.base.max_sequence_length)
+    captions = [caption for images in parts.values() for caption in images.captions]
+    if found and (said := describe_cut(*found, captions)):
+        warn(said)
 
 
 def _check_low_memory(config: Config, base: Base) -> None:

@@ -20,11 +20,16 @@ from optuna.storages import RDBStorage
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.run_folder import StudyFolder
 from memcontrol.study.artifacts import ReadOnlyStore
-from memcontrol.study.database import is_postgresql, make_connection_arguments, make_engine_arguments
+from memcontrol.study.database import (
+    connect_file,
+    is_postgresql,
+    make_connection_arguments,
+    make_engine_arguments,
+    make_engine_url,
+)
 from memcontrol.study.optuna_private import close_storage
 from memcontrol.view.dashboard_guard import LOOPBACK, App, guard_app
 
-_SQLITE = "sqlite:///"
 _TOKEN = r"[A-Za-z0-9_-]{16,}"
 _ANY = ("0.0.0.0", "::", "")  # noqa: S104  # all interfaces of the machine, which is reached by its name
 
@@ -53,7 +58,7 @@ def _make_read_only_arguments(url: str) -> dict[str, Any]:
         }
 
     def connect() -> sqlite3.Connection:
-        connection = sqlite3.connect(url.removeprefix(_SQLITE), check_same_thread=False, timeout=30)
+        connection = connect_file(url)
         connection.execute("PRAGMA query_only = ON")
         return connection
 
@@ -65,7 +70,7 @@ def make_application(url: str, folder: Path, writable: bool, token: str | None) 
 
     arguments = make_engine_arguments(url) if writable else _make_read_only_arguments(url)
     storage = RDBStorage(
-        url, engine_kwargs=arguments, skip_compatibility_check=True, skip_table_creation=True
+        make_engine_url(url), engine_kwargs=arguments, skip_compatibility_check=True, skip_table_creation=True
     )
     store = FileSystemArtifactStore(StudyFolder(folder).artifacts) if writable else ReadOnlyStore(folder)
     return guard_app(wsgi(storage, artifact_store=store), writable, token)
@@ -74,7 +79,7 @@ def make_application(url: str, folder: Path, writable: bool, token: str | None) 
 def find_study_id(url: str, name: str) -> int:
     """Optuna's number of the study, which the dashboard's addresses have."""
     storage = RDBStorage(
-        url,
+        make_engine_url(url),
         engine_kwargs=_make_read_only_arguments(url),
         skip_compatibility_check=True,
         skip_table_creation=True,

@@ -249,14 +249,14 @@ class Steps:
 
     def show(self, title: str, done: int, total: int) -> None:
         if not self.progress.console.is_terminal:
-            self._say_now_and_then(f"{title}: {done} of {total}")
+            self.say_now_and_then(f"{title}: {done} of {total}")
             return
         self.progress.start()
         if title not in self.tasks:
             self.tasks[title] = self.progress.add_task(title, total=total)
         self.progress.update(self.tasks[title], completed=done)
 
-    def _say_now_and_then(self, line: str) -> None:
+    def say_now_and_then(self, line: str) -> None:
         if time.monotonic() - self.last_said >= _SAID_EVERY_SECONDS:
             say(self.progress.console, line)
             self.last_said = time.monotonic()
