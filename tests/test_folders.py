@@ -309,3 +309,17 @@ def swap_red_and_green(profile):
     for name in ("sRGB", "s\0R\0G\0B", "\0s\0R\0G\0B"):
         content = content.replace(name.encode(), name.replace("s", "t", 1).encode())
     return bytes(content)
+
+
+def test_parquet_is_read_and_a_broken_one_refused(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    fill(tmp_path)
+    names = [f"{i:03}.png" for i in range(N)]
+    table = pyarrow.table({"file_name": names, "caption": [None, *(f"c {i}" for i in range(1, N))]})
+    parquet.write_table(table, tmp_path / "metadata.parquet")
+    captions, _, said = load(tmp_path)
+    assert captions["005.png"] == "c 5" and captions["000.png"] == "" and "1 of 32 images" in said
+    (tmp_path / "metadata.parquet").write_bytes(b"PAR1")
+    refused(tmp_path, "metadata.parquet cannot be read: ")

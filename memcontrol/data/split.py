@@ -49,13 +49,19 @@ def load_parts(
         if len(records) < FEWEST_IMAGES:
             raise MemControlError(
                 f"data: {part} has {len(records)} images and the rewards need at least {FEWEST_IMAGES}; "
-                "add images or change data.train, data.holdout, data.test"
+                f"add images or change data.train, data.holdout, data.test{_tell_of_groups(parts)}"
             )
     images = {
         part: Images(config.path, resolution, tuple(records), config.fit, greys)
         for part, records in parts.items()
     }
     return Split(images, found | _count_groups(images, config))
+
+
+def _tell_of_groups(parts: Mapping[str, Sequence[ImageRecord]]) -> str:
+    """What keeps a part from having as many as were asked for."""
+    groups = {record.group for records in parts.values() for record in records if record.group}
+    return f" (images of a group stay together, and there are {len(groups)} groups)" if groups else ""
 
 
 def _count_groups(parts: dict[str, Images], config: DataConfig) -> dict[str, Any]:
