@@ -49,11 +49,19 @@ def decode_dicom(path: Path) -> Image.Image:
     try:
         values = data.pixel_array
     except (RuntimeError, NotImplementedError) as error:
-        syntax = data.file_meta.TransferSyntaxUID.name
+        syntax = _name_syntax(data)
         raise MemControlError(
             f"image {path} is compressed as {syntax}, which is not read here; {_PLUGINS}"
         ) from error
     return _show(values, data)
+
+
+def _name_syntax(data: Any) -> str:
+    """Of the compression, where it is one that is known."""
+    from pydicom.uid import AllTransferSyntaxes
+
+    known = data.file_meta.get("TransferSyntaxUID")
+    return known.name if known in AllTransferSyntaxes else "something unknown"
 
 
 def _show(values: np.ndarray, data: Any) -> Image.Image:
