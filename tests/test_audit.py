@@ -3,14 +3,17 @@ pipeline are audited too."""
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
 from commands import run
 from PIL import Image
 
-from memcontrol.commands.audit import judge_images
+from memcontrol.commands.audit import audit
+from memcontrol.commands.judge import judge_images
 from memcontrol.core.errors import MemControlError
+from memcontrol.core.run_folder import StudyFolder
 from memcontrol.data.pictures import read_folder_pictures
 
 
@@ -100,8 +103,9 @@ def test_what_cannot_be_judged_is_named(folders, tmp_path):
     with pytest.raises(MemControlError, match="75% of the generated images are one flat colour"):
         found_in(root)
     (root / "holdout" / "same.png").write_bytes((root / "train" / "5.png").read_bytes())
-    with pytest.raises(MemControlError, match="train and holdout share an image: '5.png' and 'same.png'"):
-        found_in(root)
+    sets = [word for part in ("train", "holdout") for word in (f"--{part}", root / part)]
+    words = ["audit", "--images", root / "generated", *sets]
+    assert "train and holdout share an image: '5.png' and 'same.png'" in run(*words).stderr
     (tmp_path / "few").mkdir()
     with pytest.raises(MemControlError, match="few: .* holds no images"):
         judge_images(
@@ -181,3 +185,38 @@ def test_sampling_options_without_a_pipeline_and_an_attack_without_captions_are_
 
     refused = run("audit", "--model", TINY, *parts, "--attacked", 3, "--samples", 8, "--steps", 1)
     assert refused.returncode == 1 and "--train has no captions" in refused.stderr
+
+
+def test_an_image_in_both_parts_is_dropped_or_kept_as_twins_are(folders):
+    root = folders(20)
+    (root / "holdout" / "same.png").write_bytes((root / "train" / "5.png").read_bytes())
+    sets = {part: root / part for part in ("train", "holdout")}
+    dropped = audit(root / "generated", **sets, twins="drop")
+    assert dropped["dropped"] == ["same.png"] and dropped["sizes"]["holdout"] == 150
+    kept = audit(root / "generated", **sets, twins="keep")
+    assert kept["dropped"] == [] and kept["sizes"]["holdout"] == 151
+
+
+def test_further_real_images_draw_the_line(folders, shown, tmp_path):
+    """Of folders that are given, and a run's own."""
+    root = folders(20)
+    (root / "third").mkdir()
+    for path in sorted((root / "generated").glob("2*.png"))[:60]:
+        path.rename(root / "third" / path.name)
+    sets = {part: root / part for part in ("train", "holdout")}
+    found = audit(root / "generated", **sets, calibration=root / "third")
+    assert found["rewards"]["copy_rate_n_real"] == found["sizes"]["calibration"] == 60
+    (root / "third" / "same.png").write_bytes((root / "train" / "5.png").read_bytes())
+    with pytest.raises(MemControlError, match="train and calibration share an image"):
+        audit(root / "generated", **sets, calibration=root / "third")
+
+    study = tmp_path / "study"
+    shutil.copytree(shown.parent / "runs" / "seen", study)
+    folder = StudyFolder(study)
+    split = folder.read_split()
+    split["parts"]["calibration"] = split["parts"]["test"][:40]
+    folder.split_file.write_text(json.dumps(split))
+    first = next(one for one in folder.list_runs() if one.is_complete and one.samples_file.is_file())
+    spec = json.loads(first.spec_file.read_text()) | {"study_folder": str(study)}
+    first.spec_file.write_text(json.dumps(spec))
+    assert audit(model=first.path)["rewards"]["copy_rate_n_real"] == 40

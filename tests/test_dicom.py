@@ -85,7 +85,7 @@ def is_inside_the_wheel(name):
 
 @pytest.mark.filterwarnings("ignore")
 def test_files_of_pydicoms_wheel_are_its_values_on_a_scale(tmp_path):
-    """Each is an affine map of apply_voi_lut's values, falling for MONOCHROME1, to half a grey."""
+    """Each is an affine map of apply_voi_lut's values, falling for MONOCHROME1, to a grey."""
     n_compared = 0
     for name in list_monochrome():
         data = pydicom.dcmread(name, force=True)

@@ -292,6 +292,9 @@ def test_colour_profiles_are_brought_to_srgb_and_broken_ones_ignored(tmp_path):
     )
     found = np.asarray(decode_image(tmp_path / "x.png")).astype(int)
     assert (found == np.asarray(wanted)).all() and np.abs(found - np.asarray(image)).max() > 20
+    clear = image.convert("RGBA")
+    clear.save(tmp_path / "x.png", icc_profile=swapped)
+    assert (np.asarray(decode_image(tmp_path / "x.png")) == np.asarray(wanted)).all()
     image.save(tmp_path / "x.png", icc_profile=b"nonsense")
     assert (np.asarray(decode_image(tmp_path / "x.png")) == np.asarray(image)).all()
 

@@ -302,6 +302,17 @@ def test_steps_have_a_bar_each_and_leave_nothing():
     assert "warning: [one] is broken" in console.file.getvalue()
 
 
+def test_steps_are_lines_now_and_then_where_nothing_can_be_drawn_again(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(live, "time", clock)
+    console = Console(file=io.StringIO(), width=80)
+    with Steps(console) as steps:
+        for done in range(1, 7):
+            clock.now += 4
+            steps.show("reading", done, 6)
+    assert console.file.getvalue().splitlines() == ["reading: 3 of 6", "reading: 6 of 6"]
+
+
 def test_path_is_written_as_a_person_in_the_folder_would(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert shorten_path(tmp_path / "runs" / "a") == "runs/a"

@@ -11,14 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from memcontrol.commands.judge import ShowProgress, judge_images
 from memcontrol.core.config import CALIBRATION, Fit, parse_base
 from memcontrol.core.errors import MemControlError
-from memcontrol.core.estimate import Measured, Rewards
-from memcontrol.core.reward_table import BLIND_SPOTS
 from memcontrol.core.run_folder import RunFolder, StudyFolder
 from memcontrol.core.seeds import derive_seed
 from memcontrol.core.spec import read_spec
-from memcontrol.data.groups import pair_equals
 from memcontrol.data.pictures import (
     FITS,
     FolderImages,
@@ -31,25 +29,15 @@ from memcontrol.data.pictures import (
     wrap_samples,
 )
 from memcontrol.model.base import load_base
-from memcontrol.scoring.copying import Suspects, line_ratio
-from memcontrol.scoring.evidence import DESCRIPTORS, Descriptors, Evidence, describe_broken_images
-from memcontrol.scoring.extractors import load_extractor
-from memcontrol.scoring.labels import N_PERMUTATIONS
-from memcontrol.scoring.measures import N_PAIRED, measure_extraction
-from memcontrol.scoring.score import score_evidence
-from memcontrol.trial.loaded import LoadedModels, describe_images
+from memcontrol.trial.loaded import LoadedModels
 from memcontrol.trial.samples import read_samples
 from memcontrol.view.audit_page import N_SHOWN, SHOWN_SIDE
-from memcontrol.view.words import write_verdict
 
-_FEWEST, _FEWEST_GROUPS = 8, 8
+_FEWEST_GROUPS = 8  # of one part, below which no p can be small
 _TWIN_RULES = ("refuse", "drop", "keep")
-_SMALL_SIDE = 64  # pixels of the images that an extraction attack compares
-_MOST_SAME = 0.05
 _N_ATTACK = 10  # images of each attacked caption
 # of an audited pipeline
 SAMPLING: dict[str, Any] = {"samples": 256, "attacked": 0, "steps": 20, "guidance": 1.0, "seed": 0}
-ShowProgress = Callable[[str, int, int], None]
 
 
 def _sample_pipeline(
@@ -193,59 +181,82 @@ class AuditSource:
             )
 
 
+@dataclass(frozen=True)
+class _Comparison:
+    """By fit, the generated, training, held-out and, where there are any, calibration images; and what an
+    extraction attack sampled, uint8 [P, m, 3, H, W]."""
+
+    sets: dict[Fit, tuple[Pictures, Pictures, Pictures, Pictures | None]]
+    attack: np.ndarray | None
+
+
 def audit_source(
     source: AuditSource, extractor: str, progress: ShowProgress, warn: Callable[[str], None]
 ) -> tuple[dict, Pictures, Pictures]:
     """The audit, and the generated and training images that it tells of. Raises MemControlError."""
     source.check()
     seen = _read_references(source, warn)
-    attack: np.ndarray | None = None
-    fits: tuple[Fit, ...]
-    thirds: list[Pictures | None]
     if source.run:
-        RunFolder(source.run).refuse_dropped(RunFolder(source.run).samples_file)
-        spec, loaded, samples = read_spec(source.run), LoadedModels(), read_samples(source.run)
-        own = {"train": loaded.train_images(spec), "holdout": loaded.parts(spec)[spec.reference]}
-        twins = StudyFolder(spec.study_folder).list_twins([one.name for one in own["train"].records])
-        parts = [
-            seen[name].make_pictures(source.fit or "crop")
-            if name in seen
-            else make_pictures(name, found, twins if name == "train" else ())
-            for name, found in own.items()
-        ]
-        sets = [(wrap_samples(samples["images"]), *parts)]
-        third = loaded.parts(spec).get(CALIBRATION) if not seen else None
-        thirds = [make_pictures(CALIBRATION, third) if third else None]
-        attack, fits = samples.get("extraction"), (spec.config.data.fit,)
+        compared = _compare_run(source, source.run, seen)
     else:
-        if source.images:
-            folder = read_folder("generated", source.images, warn, source.skip_unreadable)
-            fits = choose_fits(folder, seen["train"], source.fit)
-            shown = [folder.make_pictures(fit) for fit in fits]
-        else:
-            records = seen["train"].look.records
-            captions = sorted({record.caption for record in records} - {""})
-            sampled, attack = _sample_pipeline(
-                str(source.model), captions, **{**SAMPLING, **source.sampling}, progress=progress
-            )
-            fits = choose_fits(None, seen["train"], source.fit)
-            shown = [sampled for _ in fits]
-        thirds = [None for _ in fits]
-        sets = [
-            (one, seen["train"].make_pictures(fit), seen["holdout"].make_pictures(fit))
-            for one, fit in zip(shown, fits)
-        ]
-    if CALIBRATION in seen:
-        thirds = [seen[CALIBRATION].make_pictures(fit) for fit in fits]
-    judged = [
-        judge_images(made, known, held, extractor, progress, attack, len(sets), third)
-        for (made, known, held), third in zip(sets, thirds)
-    ]
+        compared = _compare_folders(source, seen, progress, warn)
+    judged = {
+        fit: judge_images(made, known, held, extractor, progress, compared.attack, len(compared.sets), third)
+        for fit, (made, known, held, third) in compared.sets.items()
+    }
     # what was copied shows where images are brought to squares as the model's were
-    most = max(range(len(judged)), key=lambda i: _rank_copying(judged[i]["rewards"]))
-    generated, train, _ = sets[most]
+    fit = max(judged, key=lambda fit: _rank_copying(judged[fit]["rewards"]))
+    generated, train, *_ = compared.sets[fit]
     dropped = list(seen["holdout"].dropped) if "holdout" in seen else []
-    return {**judged[most], "fit": fits[most], "fits": list(fits), "dropped": dropped}, generated, train
+    return {**judged[fit], "fit": fit, "fits": list(judged), "dropped": dropped}, generated, train
+
+
+def _compare_run(source: AuditSource, run: Path, seen: Mapping[str, FolderImages]) -> _Comparison:
+    """What a run generated, beside its own images where no others are given."""
+    RunFolder(run).refuse_dropped(RunFolder(run).samples_file)
+    spec, loaded, samples = read_spec(run), LoadedModels(), read_samples(run)
+    parts, known = loaded.parts(spec), loaded.train_images(spec)
+    twins = StudyFolder(spec.study_folder).list_twins([one.name for one in known.records])
+    own = {"train": make_pictures("train", known, twins)}
+    own["holdout"] = make_pictures("holdout", parts[spec.reference])
+    if CALIBRATION in parts and not seen:  # further images belong to the run's own references
+        own[CALIBRATION] = make_pictures(CALIBRATION, parts[CALIBRATION])
+    own |= {name: one.make_pictures(source.fit or "crop") for name, one in seen.items()}
+    if source.twins == "refuse" and len({"train", "holdout"} & seen.keys()) == 1:
+        _refuse_same_images(own["train"], own["holdout"])
+    sets = (wrap_samples(samples["images"]), own["train"], own["holdout"], own.get(CALIBRATION))
+    return _Comparison({spec.config.data.fit: sets}, samples.get("extraction"))
+
+
+def _compare_folders(
+    source: AuditSource,
+    seen: Mapping[str, FolderImages],
+    progress: ShowProgress,
+    warn: Callable[[str], None],
+) -> _Comparison:
+    """A folder's images, or a pipeline's samples, beside the references that are given, under each fit."""
+    attack: np.ndarray | None = None
+    if source.images:
+        folder = read_folder("generated", source.images, warn, source.skip_unreadable)
+        fits = choose_fits(folder, seen["train"], source.fit)
+        shown = [folder.make_pictures(fit) for fit in fits]
+    else:
+        captions = sorted({record.caption for record in seen["train"].look.records} - {""})
+        sampling = {**SAMPLING, **source.sampling}
+        sampled, attack = _sample_pipeline(str(source.model), captions, **sampling, progress=progress)
+        fits = choose_fits(None, seen["train"], source.fit)
+        shown = [sampled for _ in fits]
+    third = seen.get(CALIBRATION)
+    sets = {
+        fit: (
+            one,
+            seen["train"].make_pictures(fit),
+            seen["holdout"].make_pictures(fit),
+            third.make_pictures(fit) if third else None,
+        )
+        for fit, one in zip(fits, shown)
+    }
+    return _Comparison(sets, attack)
 
 
 def _rank_copying(rewards: Mapping[str, float]) -> tuple[float, float]:
@@ -292,104 +303,6 @@ def read_pairs(found: dict, generated: Pictures, train: Pictures) -> Iterator[tu
     )
 
 
-def judge_images(
-    generated: Pictures,
-    train: Pictures,
-    holdout: Pictures,
-    extractor: str,
-    progress: ShowProgress,
-    attack: np.ndarray | None = None,
-    n_judgements: int = 1,
-    calibration: Pictures | None = None,
-) -> dict:
-    """Every reward of the audit, as audit.json holds it; `attack` is what an extraction attack sampled, uint8
-    [P, m, 3, H, W]; the most suspicious of `n_judgements` is taken. Raises MemControlError where the images
-    cannot be judged."""
-    _check_pictures(generated, train, holdout)
-    network = load_extractor(extractor)
-    made, known, held = (
-        _describe_pictures(pictures, network.extract, progress) for pictures in (generated, train, holdout)
-    )
-    third = _describe_pictures(calibration, network.extract, progress) if calibration else None
-    if broken := describe_broken_images(made.pixels):
-        raise MemControlError(f"{broken}, so nothing can be judged")
-    evidence = Evidence(
-        made,
-        known,
-        held,
-        train_groups=train.groups,
-        holdout_groups=holdout.groups,
-        calibration=third,
-        n_draws=n_judgements,
-        n_permutations=n_judgements * N_PERMUTATIONS,  # or the p of the largest could not be small
-    )
-    progress("judging", 0, 2)
-    measured = score_evidence(evidence) | _judge_attack(attack, holdout, evidence)
-    rewards = Rewards.from_estimates(measured).to_plain()
-    for name in ("copying_p", "memorization_p"):  # of the largest of several
-        rewards[name] = min(1.0, n_judgements * rewards[name])
-    progress("judging", 1, 2)
-    space = evidence.space("pixels")
-    same = float((space.to_holdout[0] < 1e-6).mean())
-    if same > _MOST_SAME:
-        raise MemControlError(
-            f"{same:.0%} of the generated images are held-out images themselves; hold out images "
-            "that the model never saw and that are not audited, since copying could not be seen"
-        )
-    return {
-        "verdict": write_verdict(rewards, len(generated)),
-        "sizes": {part.title: len(part) for part in (generated, train, holdout, calibration) if part},
-        "extractor": network.id,
-        "side": train.side,
-        "threshold": line_ratio(space.real_ratios),
-        "rewards": rewards,
-        "copies": _list_copies(evidence.suspects, generated, train),
-        "duplicates": _list_duplicates(train),
-        "cannot_see": list(BLIND_SPOTS),
-    }
-
-
-def _list_copies(found: Suspects, generated: Pictures, train: Pictures) -> list[dict]:
-    """What any rule calls a copy, and some more, the most suspicious first; each in the descriptor in which
-    it is that."""
-    return [
-        {
-            "generated": generated.names[i],
-            "training": train.names[found.training[i]],
-            "descriptor": DESCRIPTORS[found.descriptors[i]],
-            "distance": float(found.distances[i]),
-            "of_holdout": float(found.ratios[i]),
-            "chance": float(found.chances[i]),
-            "copy": bool(found.is_copy[i]),
-            "rows": [int(i), int(found.training[i])],
-        }
-        for n, i in enumerate(found.order)
-        if n < N_SHOWN or found.is_copy[i]
-    ]
-
-
-def _judge_attack(attack: np.ndarray | None, holdout: Pictures, evidence: Evidence) -> Measured:
-    """What the extraction attack found, all images brought to one size."""
-    if attack is None:
-        return {}
-    flat = wrap_samples(attack.reshape(-1, *attack.shape[2:]))
-    small = flat.read_small(list(range(len(flat))), _SMALL_SIDE)
-    pairs = holdout.read_small(list(range(len(holdout))[:N_PAIRED]), _SMALL_SIDE)
-    return measure_extraction(
-        small.reshape(*attack.shape[:2], *small.shape[1:]), pairs, evidence.space("pixels")
-    )
-
-
-def _check_pictures(generated: Pictures, train: Pictures, holdout: Pictures) -> None:
-    for part in (generated, train, holdout):
-        if len(part) < _FEWEST:
-            raise MemControlError(
-                f"{part.title} has {len(part)} images; an audit needs at least {_FEWEST} of each, "
-                "and some hundred to say much"
-            )
-    _refuse_same_images(train, holdout)
-
-
 def _refuse_same_images(one: Pictures, other: Pictures) -> None:
     """Raises MemControlError."""
     known = dict(zip(other.digests, other.names))
@@ -400,20 +313,3 @@ def _refuse_same_images(one: Pictures, other: Pictures) -> None:
             f"{one.title} and {other.title} share an image: '{shared[0][0]}' and '{shared[0][1]}' have the "
             f"same pixels{more}; remove one of each, since copying could not be told from chance"
         )
-
-
-def _describe_pictures(pictures: Pictures, extract: Callable, progress: ShowProgress) -> Descriptors:
-    """Descriptors of all images, read in blocks: pixels [N, 3072], features [N, D]."""
-
-    def read() -> Iterator[np.ndarray]:
-        for rows in pictures.iterate_rows():
-            yield pictures.read(rows)
-            progress(pictures.title, rows[-1] + 1, len(pictures))
-
-    return describe_images(read(), extract)
-
-
-def _list_duplicates(train: Pictures) -> list[dict]:
-    """Pairs of training images that are the same or nearly so."""
-    same = [(train.names[i], train.names[j]) for i, j in pair_equals(train.digests) if i < j]
-    return [{"images": sorted(pair)} for pair in (*same, *train.twins)]

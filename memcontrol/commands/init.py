@@ -7,9 +7,10 @@ import json
 import os
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from memcontrol.commands.card import Card, describe_card, explain_too_small, propose_memory
 from memcontrol.core.choice import ANCHORS
@@ -34,6 +35,9 @@ _SPACES = {  # of bases that lie on this machine, by the class of their pipeline
     "DDPMPipeline": "ddpm-cifar10",
 }
 _TINY_SIDE = 32  # pixels of the embedded base
+_BATCH_SIZE = 16
+_SPACE_HINT = "which layers may be trained: memcontrol spaces show, or check with --base"
+_USES = {"train": "to fine-tune on", "holdout": "to compare with in the search", "test": "for retrain alone"}
 _SEED = 0
 _TRIALS = 20
 _PER_FEATURE = 4  # samples, and held-out images, below which FID is coarse
@@ -89,9 +93,9 @@ def propose_study(
 
 def _describe_cut_captions(seen: FolderSummary, given: BaseConfig | None) -> str:
     """Where the base, or the embedded one, lies on this machine and reads captions by CLIP."""
-    captions = [record.caption for record in seen.records]
     from memcontrol.model.source import find_base_path  # imports torch
 
+    captions = [record.caption for record in seen.records]
     folder = Path(find_base_path(given.id if given else "tiny"))
     if not folder.is_dir() or not any(is_long(caption) for caption in captions):
         return ""
@@ -123,70 +127,63 @@ def _write_proposal(
     n_train = sizes["train"]
     budget = min(max(100 * n_train, 2_000), max(10_000, 10 * n_train))
     sees_photos = card is not None and base != "tiny" and seen.sides[1] > _PHOTO_SIDE
-    text = "\n".join(
-        [
-            f"# Proposed by memcontrol init, after a look at {seen.n} images. Change what you know "
-            "better; docs/study-file.md has every key.",
-            f"name: {name}",
-            _format_line(
-                "base", json.dumps(given.model_dump(), ensure_ascii=False), _explain_base(base, card)
-            ),
-            "data:",
-            _format_line(
-                "  path",
-                json.dumps(_express_path(path, folder), ensure_ascii=False),
-                _explain_data(seen, base),
-            ),
-            *(
-                _format_line(f"  {part}", str(share), f"{sizes[part]} images, {_USES[part]}")
-                for part, share in shares.items()
-            ),
-            *(
-                [
-                    _format_line(
-                        "  group",
-                        json.dumps(seen.group, ensure_ascii=False),
-                        "who is in an image: nobody is in two parts; take it out where that is not so",
-                    )
-                ]
-                if seen.group
-                else []
-            ),
-            *(
-                [_format_line("  skip_unreadable", "true", f"{len(seen.unreadable)} cannot be decoded")]
-                if seen.unreadable
-                else []
-            ),
-            _format_line(
-                "space",
-                choose_space(given),
-                "which layers may be trained: memcontrol spaces show, or check with --base",
-            ),
-            "inner:",
-            _format_line(
-                "  budget_images",
-                str(budget),
-                f"each fine-tuning sees every one of the {n_train} training images "
-                f"{budget / n_train:.0f} times: enough to see copying",
-            ),
-            _format_line(
-                "  batch_size", str(min(16, n_train)), "less where the GPU's memory does not suffice"
-            ),
-            *_list_memory_lines(base, kind, card, min(16, n_train)),
-            "rewards:",
-            _format_line(
-                "  objectives", "[fid, memorization]", _explain_objectives(sizes["holdout"], sees_photos)
-            ),
-            *(_list_network_lines() if sees_photos else []),
-            "search:",
-            *_list_search_lines(base, kind, card, budget),
-            _format_line("  seed", str(_SEED), "of everything that is drawn"),
-        ]
+    lines = [
+        f"# Proposed by memcontrol init, after a look at {seen.n} images. Change what you know better; "
+        "docs/study-file.md has every key.",
+        f"name: {name}",
+        _format_line("base", _dump_value(given.model_dump()), _explain_base(base, card)),
+        "data:",
+        _format_line("  path", _dump_value(_express_path(path, folder)), _explain_data(seen, base)),
+        *_list_data_lines(seen, shares, sizes),
+        _format_line("space", choose_space(given), _SPACE_HINT),
+        "inner:",
+        *_list_inner_lines(n_train, budget),
+        *_list_memory_lines(base, kind, card, min(_BATCH_SIZE, n_train)),
+        "rewards:",
+        _format_line(
+            "  objectives", "[fid, memorization]", _explain_objectives(sizes["holdout"], sees_photos)
+        ),
+        *(_list_network_lines() if sees_photos else []),
+        "search:",
+        *_list_search_lines(base, kind, card, budget),
+        _format_line("  seed", str(_SEED), "of everything that is drawn"),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _dump_value(value: Any) -> str:
+    """As YAML reads it, on one line."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _list_data_lines(
+    seen: FolderSummary, shares: Mapping[str, float | int], sizes: Mapping[str, int]
+) -> list[str]:
+    """How the images are dealt out, who is in them, and whether some are skipped."""
+    lines = [
+        _format_line(f"  {part}", str(share), f"{sizes[part]} images, {_USES[part]}")
+        for part, share in shares.items()
+    ]
+    if seen.group:
+        about = "who is in an image: nobody is in two parts; take it out where that is not so"
+        lines.append(_format_line("  group", _dump_value(seen.group), about))
+    if seen.unreadable:
+        about = f"{len(seen.unreadable)} cannot be decoded"
+        lines.append(_format_line("  skip_unreadable", "true", about))
+    return lines
+
+
+def _list_inner_lines(n_train: int, budget: int) -> list[str]:
+    """How long a fine-tuning is, and in what steps."""
+    about = (
+        f"each fine-tuning sees every one of the {n_train} training images {budget / n_train:.0f} times: "
+        "enough to see copying"
     )
-    return f"{text}\n"
-
-
-_USES = {"train": "to fine-tune on", "holdout": "to compare with in the search", "test": "for retrain alone"}
+    size = str(min(_BATCH_SIZE, n_train))
+    return [
+        _format_line("  budget_images", str(budget), about),
+        _format_line("  batch_size", size, "less where the GPU's memory does not suffice"),
+    ]
 
 
 def _format_line(key: str, value: str, why: str) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.seeds import derive_seed
 from memcontrol.data.parts import is_part_folder
-from memcontrol.data.tables import TableRow, Tables, clean_text
+from memcontrol.data.tables import TableRow, Tables, clean_text, describe_read_error, read_text
 
 COLUMNS = ("text", "caption", "prompt", "description")  # that are looked for, in this order
 TEXT_SUFFIXES = (".txt", ".caption")
@@ -126,10 +126,9 @@ def _cut_suffix(name: str) -> str:
 
 def _read_text_file(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8-sig").strip()
+        return read_text(path).strip()
     except (OSError, UnicodeError) as error:
-        why = "it is not UTF-8; store it so" if isinstance(error, UnicodeError) else str(error)
-        raise MemControlError(f"caption {path} cannot be read: {why}") from None
+        raise MemControlError(f"caption {path} cannot be read: {describe_read_error(error)}") from None
 
 
 def _refuse_repeats(folder: Path, names: Mapping[str, str]) -> None:

@@ -73,13 +73,13 @@ def _show(values: np.ndarray, data: Any) -> Image.Image:
     if data.SamplesPerPixel > 1:  # pydicom has made RGB of it
         return Image.fromarray((values >> max(0, data.BitsStored - 8)).astype(np.uint8), "RGB")
     rescaled = apply_modality_lut(values, data)
-    low, high = find_range(data)
+    low, high = _find_range(data)
     shares = (np.asarray(apply_voi_lut(rescaled, data), np.float64) - low) / max(high - low, 1e-12)
     shares = 1 - shares if data.PhotometricInterpretation == "MONOCHROME1" else shares
     return Image.fromarray((255 * shares.clip(0, 1)).round().astype(np.uint8)).convert("RGB")
 
 
-def find_range(data: Any) -> tuple[float, float]:
+def _find_range(data: Any) -> tuple[float, float]:
     """The values that are shown as darkest and lightest, after rescaling (DICOM PS3.3, C.11.1 and C.11.2)."""
     if data.get("VOILUTSequence"):
         return 0.0, 2.0 ** data.VOILUTSequence[0].LUTDescriptor[2] - 1

@@ -46,7 +46,7 @@ class Listing:
 
 
 @cache
-def list_suffixes() -> frozenset[str]:
+def _list_suffixes() -> frozenset[str]:
     """Of the pictures that the installed Pillow reads, with its plugins for HEIC and JPEG XL where these are
     installed."""
     _register_plugins()
@@ -104,8 +104,8 @@ def _refuse_unreadable(error: OSError) -> None:
 
 
 def _tell_kind(folder: Path, name: str) -> tuple[str, str]:
-    """ "images", "texts" or "tables", or why a file is left out."""
-    path, suffix = folder / name, find_suffix(name)
+    """Which of a Listing's kinds a file is of, or why it is left out."""
+    path, suffix = folder / name, _find_suffix(name)
     if not _is_utf8(name):
         return "", "the name is not UTF-8"
     if not path.is_file():
@@ -114,14 +114,14 @@ def _tell_kind(folder: Path, name: str) -> tuple[str, str]:
         return "tables", ""
     if suffix in TEXT_SUFFIXES:
         return "texts", ""
-    if suffix in list_suffixes() or (can_read_dicom() and is_dicom(path)):
+    if suffix in _list_suffixes() or (can_read_dicom() and is_dicom(path)):
         return "images", ""
     if suffix in _HELP:
         return "", f"{suffix} is not read here ({_HELP[suffix]})"
     return ("images", "") if _opens(path) else ("", f"{suffix or 'without an ending'} is no known picture")
 
 
-def find_suffix(name: str) -> str:
+def _find_suffix(name: str) -> str:
     """In small letters; of compressed ones both."""
     path = Path(name.lower())
     return "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix

@@ -122,7 +122,7 @@ def decode_image(path: Path, greys: Greys | None = None) -> Image.Image:
     def read(image: Image.Image) -> Image.Image:
         image.load()
         inverted = is_inverted(image)  # turning it upright loses the tag
-        return _convert_to_rgb(_turn_upright(_convert_colours(image)), greys, inverted)
+        return _convert_to_rgb(_convert_colours(_turn_upright(image)), greys, inverted)
 
     return _read_image(path, read)
 
@@ -139,18 +139,17 @@ def _turn_upright(image: Image.Image) -> Image.Image:
 def _convert_colours(image: Image.Image) -> Image.Image:
     """Of an image with a colour profile, to sRGB; as it is where that is what it has, or is unreadable."""
     profile = image.info.get("icc_profile")
-    if not profile or image.mode not in ("RGB", "CMYK"):
+    if not profile or image.mode not in ("RGB", "RGBA", "CMYK"):
         return image
     try:
         known = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         if "srgb" in ImageCms.getProfileDescription(known).lower():
             return image
-        exif = image.getexif()
-        found = ImageCms.profileToProfile(image, known, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        mode = "RGBA" if image.mode == "RGBA" else "RGB"
+        found = ImageCms.profileToProfile(image, known, ImageCms.createProfile("sRGB"), outputMode=mode)
     except Exception:  # a broken profile costs the colours' accuracy, not the image
         return image
     assert found is not None  # only in place there is none
-    found.getexif().update(exif)
     return found
 
 
@@ -215,14 +214,17 @@ def find_greys(paths: Sequence[Path]) -> Greys | None:
     all. Raises MemControlError where they have no common one, and for 16-bit colour in whose high bytes there
     is next to nothing, which is all that is read of it."""
     ranges: dict[Path, tuple[float, float]] = {}
-    kinds, high, colour = set(), 0, None
+    kinds: dict[str, Path] = {}  # with an image of each
+    high, colour = 0, None
     for path in paths:
+        if can_read_dicom() and is_dicom(path):  # which says itself what is black and white
+            continue
         with contextlib.suppress(MemControlError):  # said by whoever decodes it
             found = _read_image(path, _look_at_depth)
             if found and found[0] == "colour":
                 high, colour = max(high, int(found[2])), path
             elif found:
-                kinds.add(found[0])
+                kinds.setdefault(found[0], path)
                 ranges[path] = found[1:]
     if colour and high < 128:
         raise MemControlError(
@@ -230,14 +232,15 @@ def find_greys(paths: Sequence[Path]) -> Greys | None:
             "read as nearly black; convert it to 8 bits, or to the full range"
         )
     if len(kinds) > 1:
+        whole, fractions = kinds["I"], kinds["F"]
         raise MemControlError(
-            f"some greys are whole numbers and others fractions, such as in {paths[0].parent}, which have no "
-            "common scale; store all of them alike"
+            f"some greys are whole numbers, such as {whole}, and others fractions, such as {fractions}, with "
+            "no common scale; store all of them alike"
         )
     if not ranges:
         return None
     least, most = min(low for low, _ in ranges.values()), max(high for _, high in ranges.values())
-    greys = choose_greys(least, most, kinds.pop())
+    greys = choose_greys(least, most, next(iter(kinds)))
     refuse_mixed_depths(greys, ranges)
     return greys
 

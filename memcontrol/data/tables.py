@@ -42,8 +42,8 @@ class Tables:
 
     def find_column(self, names: Sequence[str]) -> str | None:
         """The first of these names that a column has, in any case and without spaces around it."""
-        known = {simplify(column): column for column in reversed(self.columns)}
-        return next((known[name] for name in map(simplify, names) if name in known), None)
+        known = {_simplify(column): column for column in reversed(self.columns)}
+        return next((known[name] for name in map(_simplify, names) if name in known), None)
 
 
 def clean_text(value: Any) -> str:
@@ -53,7 +53,7 @@ def clean_text(value: Any) -> str:
     return str(value).strip()
 
 
-def simplify(column: str) -> str:
+def _simplify(column: str) -> str:
     return column.strip().lower()
 
 
@@ -90,7 +90,7 @@ def _read_table(path: Path, title: str) -> Iterator[tuple[str, dict[str, Any]]]:
     except MemControlError:
         raise
     except (OSError, ValueError, csv.Error, RecursionError) as error:
-        raise MemControlError(f"{path} cannot be read: {_describe_error(error)}") from None
+        raise MemControlError(f"{path} cannot be read: {describe_read_error(error)}") from None
     for number, row in rows:
         place = f"{title}, row {number}"
         if not isinstance(row, dict):
@@ -98,7 +98,7 @@ def _read_table(path: Path, title: str) -> Iterator[tuple[str, dict[str, Any]]]:
         yield place, {str(column).strip(): value for column, value in row.items()}
 
 
-def _describe_error(error: Exception) -> str:
+def describe_read_error(error: Exception) -> str:
     if isinstance(error, UnicodeError):
         return "it is not UTF-8; store it so"
     return (str(error).splitlines() or [type(error).__name__])[0]
@@ -107,7 +107,7 @@ def _describe_error(error: Exception) -> str:
 def _find_image(folder: Path, beside: Path, values: Mapping[str, Any], place: str) -> str | None:
     """The path inside the folder of the image that a row is of; None where there is no such image. Raises
     MemControlError."""
-    known = {simplify(column): value for column, value in values.items()}
+    known = {_simplify(column): value for column, value in values.items()}
     column = next((name for name in _FILE_COLUMNS if name in known), None)
     name = known.get(column) if column else None
     if not isinstance(name, str) or not name.strip() or "\0" in name:
@@ -127,14 +127,15 @@ def _find_image(folder: Path, beside: Path, values: Mapping[str, Any], place: st
     return Path(inside).as_posix() if os.path.isfile(path) else None
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """In UTF-8, or as its first bytes say. Raises OSError and UnicodeError."""
     content = path.read_bytes()
     return content.decode(_MARKS.get(content[:2], "utf-8-sig"))
 
 
 def _read_lines(path: Path) -> Iterator[tuple[int, Any]]:
     """Of JSON, one value a line; other characters than a line feed may be part of a text."""
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if line.strip():
             yield number, json.loads(line)
 
@@ -142,7 +143,7 @@ def _read_lines(path: Path) -> Iterator[tuple[int, Any]]:
 def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
     """A list of rows; or an object of one for each image, as kohya's scripts write it, which may be the
     caption alone."""
-    found = json.loads(_read_text(path))
+    found = json.loads(read_text(path))
     if isinstance(found, dict):
         found = [
             {"file_name": name, **(row if isinstance(row, dict) else {"text": row})}
@@ -154,7 +155,7 @@ def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _read_csv(path: Path) -> Iterator[tuple[int, Any]]:
-    text = _read_text(path)
+    text = read_text(path)
     head = next(iter(text.split("\n")), "")
     separator = next((one for one in _SEPARATORS if _names_images(head, one)), ",")
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
@@ -168,7 +169,7 @@ def _read_csv(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _names_images(head: str, separator: str) -> bool:
-    columns = {simplify(column.strip().strip('"')) for column in head.split(separator)}
+    columns = {_simplify(column.strip().strip('"')) for column in head.split(separator)}
     return len(columns) > 1 and not columns.isdisjoint(_FILE_COLUMNS)
 
 
@@ -183,7 +184,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
     try:
         yield from enumerate(parquet.read_table(path).to_pylist(), start=1)
     except ArrowException as error:
-        raise ValueError(_describe_error(error)) from None
+        raise ValueError(describe_read_error(error)) from None
 
 
 _READERS: dict[str, Callable[[Path], Iterator[tuple[int, Any]]]] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -74,3 +75,12 @@ def make_quantization_config(precision: Precision) -> Any:
         f"base_precision is {precision.quantized}, which needs {wanted}; pip install "
         "'memcontrol[quantized]', or choose bfloat16"
     )
+
+
+def find_stored_type(path: Path) -> str:
+    """Of the first tensor of a safetensors file, as its header calls it ("F32", "BF16"); empty of none."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as opened:
+        name = next(iter(opened.keys()), None)
+        return opened.get_slice(name).get_dtype() if name else ""

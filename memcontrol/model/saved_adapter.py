@@ -75,15 +75,6 @@ def _read_head(path: Path) -> tuple[list[str], str | None]:
         raise MemControlError(f"{path} is no safetensors file ({error}); give one") from None
 
 
-def find_stored_type(path: Path) -> str:
-    """Of the first tensor of a safetensors file, as its header calls it ("F32", "BF16"); empty of none."""
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as opened:
-        name = next(iter(opened.keys()), None)
-        return opened.get_slice(name).get_dtype() if name else ""
-
-
 def put_adapter(denoiser: torch.nn.Module, part: str, path: Path) -> Adapter:
     """Of MemControl's own file; `part` is what the pipeline calls its denoiser. Raises MemControlError."""
     from safetensors.torch import load_file

@@ -30,10 +30,9 @@ from memcontrol.model.hub import (
     list_hub_files,
     refuse_uncached,
 )
-from memcontrol.model.precision import Precision, make_quantization_config
+from memcontrol.model.precision import Precision, find_stored_type, make_quantization_config
 from memcontrol.model.saved_adapter import (
     find_adapter_file,
-    find_stored_type,
     fuse_file,
     list_left_out,
     read_description,

@@ -223,11 +223,12 @@ def _check_calibration(rows: np.ndarray, train: np.ndarray, holdout: np.ndarray)
             f"calibration has {len(rows)} images; give {_FEWEST_CALIBRATION} or more, real ones that are "
             "neither trained on nor held out"
         )
-    known = {row.tobytes() for side in (train, holdout) for row in side.astype(rows.dtype, copy=False)}
-    n_shared = sum(row.tobytes() in known for row in rows)
+    own = {row.tobytes() for row in rows}
+    references = (row for side in (train, holdout) for row in side.astype(rows.dtype, copy=False))
+    n_shared = sum(row.tobytes() in own for row in references)
     if n_shared:
         raise MemControlError(
-            f"{n_shared} of {len(rows)} calibration images are training or held-out images themselves; give "
+            f"{n_shared} training and held-out images are among the {len(rows)} calibration images; give "
             "others of their kind"
         )
 

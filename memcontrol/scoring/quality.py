@@ -133,13 +133,10 @@ def kid(real, generated, scale: float = 1.0, real_groups: Sequence[str] | None =
         sums -= _square_kernel(points)
     within_x, within_y, across = xx.sum() / (n * (n - 1)), yy.sum() / (m * (m - 1)), xy.sum() / (n * m)
     # what is left when one row, or one group, is left out, for each
-    without_x = np.array(
-        [
-            (xx.sum() - 2 * xx[out].sum() + _sum_pairs(x[out])) / ((n - len(out)) * (n - len(out) - 1))
-            - 2 * (xy.sum() - xy[out].sum()) / ((n - len(out)) * m)
-            for out in _list_left_out(n, real_groups)
-        ]
-    )
+    groups = _number_groups(n, real_groups)
+    n_left = n - np.bincount(groups)
+    without_xx = xx.sum() - 2 * np.bincount(groups, xx) + _sum_pairs_of_groups(x, groups)
+    without_x = without_xx / (n_left * (n_left - 1)) - 2 * (xy.sum() - np.bincount(groups, xy)) / (n_left * m)
     without_y = (yy.sum() - 2 * yy) / ((m - 1) * (m - 2)) - 2 * (xy.sum() - yx) / (n * (m - 1))
     variance = (len(without_x) - 1) * without_x.var() + (m - 1) * without_y.var()
     value = float(within_x + within_y - 2 * across)
@@ -152,19 +149,23 @@ def _square_kernel(x: np.ndarray) -> np.ndarray:
     return np.power(np.square(x).sum(1) / x.shape[1] + 1, 3)
 
 
-def _sum_pairs(x: np.ndarray) -> float:
-    """The kernel's sum over all ordered pairs of different rows."""
-    return float(_kernel_sums(x, x).sum() - _square_kernel(x).sum()) if len(x) > 1 else 0.0
+def _number_groups(n: int, names: Sequence[str] | None) -> np.ndarray:
+    """The number of each row's group [n]: each its own where there are no names, or where without one of them
+    less than two rows would be left."""
+    if names is None:
+        return np.arange(n)
+    groups = np.unique(list(names), return_inverse=True)[1]
+    return groups if n - np.bincount(groups).max() > 1 else np.arange(n)
 
 
-def _list_left_out(n: int, groups: Sequence[str] | None) -> list[np.ndarray]:
-    """Rows of each group, each of n rows its own without any; groups without which less than two rows are
-    left cannot be left out."""
-    if groups is None:
-        return list(np.arange(n)[:, None])
-    numbers = np.unique(list(groups), return_inverse=True)[1]
-    rows = (np.flatnonzero(numbers == number) for number in range(numbers.max() + 1))
-    return [out for out in rows if n - len(out) > 1] or _list_left_out(n, None)
+def _sum_pairs_of_groups(x: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """The kernel's sum over all ordered pairs of different rows of each group [G]."""
+    sizes = np.bincount(groups)
+    sums = np.zeros(len(sizes))
+    for group in np.flatnonzero(sizes > 1):
+        own = x[groups == group]
+        sums[group] = _kernel_sums(own, own).sum() - _square_kernel(own).sum()
+    return sums
 
 
 def _kernel_sums(x: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -222,10 +222,10 @@ def _check_sharded(config: Config, space: SearchSpace) -> None:
         and makes_offsets
         and "means without dense offsets of weights; set average: shared_a, and keep to lora or ia3",
     }
-    shards_base = config.search.gpus_per_trial > 1
+    n_gpus = config.search.gpus_per_trial
     said = (
-        f"search.gpus_per_trial is {config.search.gpus_per_trial}, which shards the base"
-        if shards_base
+        f"search.gpus_per_trial is {n_gpus}, which shards the base"
+        if n_gpus > 1
         else f"base_offload is {config.base_offload}, which keeps the base's weights in host memory"
     )
     for other, reason in refused.items():

@@ -168,12 +168,11 @@ def _render_images(facts: ReportData) -> str:
         "is in two parts. The hash is of the pixels and captions (SHA-256, 16 digits)."
     )
     table = render_table(["part", "images", "groups", "hash", "use"], rows)
-    return render_section("Images", render_paragraph(about), table, render_paragraph(_describe_twins(data)))
+    twins = [render_paragraph(_describe_twins(data))] if data["twins"] else []
+    return render_section("Images", render_paragraph(about), table, *twins)
 
 
 def _describe_twins(data: dict[str, Any]) -> str:
-    if not data["twins"]:
-        return ""
     pairs, dropped = data["twins"]["pairs"], data["twins"]["dropped"]
     left_out = f"; {dropped} images are left out, twins of images in another part" if dropped else ""
     return f"{pairs} pairs of images are nearly the same{left_out}."

@@ -64,8 +64,7 @@ def count_clear_copies(rewards: Mapping[str, float], n: int) -> int:
 
 
 def describe_copied(rewards: Mapping[str, float]) -> str:
-    """How many training images, and people or other groups, copies are of; where a table says how many copies
-    there are."""
+    """How many training images, and people or other groups, copies are of; empty where there are none."""
     images, groups = (math.ceil(rewards.get(name, 0)) for name in ("copied_images", "copied_groups"))
     if not images:
         return ""

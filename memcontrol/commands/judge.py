@@ -1,0 +1,143 @@
+"""Owns the judgement of an audit: generated images held against training and held-out ones, in every reward,
+and what copies are of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from memcontrol.core.errors import MemControlError
+from memcontrol.core.estimate import Measured, Rewards
+from memcontrol.core.reward_table import BLIND_SPOTS
+from memcontrol.data.groups import pair_equals
+from memcontrol.data.pictures import Pictures, wrap_samples
+from memcontrol.scoring.copying import Suspects, line_ratio
+from memcontrol.scoring.evidence import DESCRIPTORS, Descriptors, Evidence, describe_broken_images
+from memcontrol.scoring.extractors import load_extractor
+from memcontrol.scoring.labels import N_PERMUTATIONS
+from memcontrol.scoring.measures import N_PAIRED, measure_extraction
+from memcontrol.scoring.score import score_evidence
+from memcontrol.trial.loaded import describe_images
+from memcontrol.view.audit_page import N_SHOWN
+from memcontrol.view.words import write_verdict
+
+_FEWEST = 8
+_SMALL_SIDE = 64  # pixels of the images that an extraction attack compares
+_MOST_SAME = 0.05
+ShowProgress = Callable[[str, int, int], None]
+
+
+def judge_images(
+    generated: Pictures,
+    train: Pictures,
+    holdout: Pictures,
+    extractor: str,
+    progress: ShowProgress,
+    attack: np.ndarray | None = None,
+    n_judgements: int = 1,
+    calibration: Pictures | None = None,
+) -> dict:
+    """Every reward of the audit, as audit.json holds it; `attack` is what an extraction attack sampled, uint8
+    [P, m, 3, H, W]; the most suspicious of `n_judgements` is taken. Raises MemControlError where the images
+    cannot be judged."""
+    _check_sizes([one for one in (generated, train, holdout, calibration) if one])
+    network = load_extractor(extractor)
+    made, known, held = (
+        _describe_pictures(pictures, network.extract, progress) for pictures in (generated, train, holdout)
+    )
+    third = _describe_pictures(calibration, network.extract, progress) if calibration else None
+    if broken := describe_broken_images(made.pixels):
+        raise MemControlError(f"{broken}, so nothing can be judged")
+    evidence = Evidence(
+        made,
+        known,
+        held,
+        train_groups=train.groups,
+        holdout_groups=holdout.groups,
+        calibration=third,
+        n_draws=n_judgements,
+        n_permutations=n_judgements * N_PERMUTATIONS,  # or the p of the largest could not be small
+    )
+    progress("judging", 0, 2)
+    measured = score_evidence(evidence) | _judge_attack(attack, holdout, evidence)
+    rewards = Rewards.from_estimates(measured).to_plain()
+    for name in ("copying_p", "memorization_p"):  # of the largest of several
+        rewards[name] = min(1.0, n_judgements * rewards[name])
+    progress("judging", 1, 2)
+    space = evidence.space("pixels")
+    same = float((space.to_holdout[0] < 1e-6).mean())
+    if same > _MOST_SAME:
+        raise MemControlError(
+            f"{same:.0%} of the generated images are held-out images themselves; hold out images "
+            "that the model never saw and that are not audited, since copying could not be seen"
+        )
+    return {
+        "verdict": write_verdict(rewards, len(generated)),
+        "sizes": {part.title: len(part) for part in (generated, train, holdout, calibration) if part},
+        "extractor": network.id,
+        "side": train.side,
+        "threshold": line_ratio(space.real_ratios),
+        "rewards": rewards,
+        "copies": _list_copies(evidence.suspects, generated, train),
+        "duplicates": _list_duplicates(train),
+        "cannot_see": list(BLIND_SPOTS),
+    }
+
+
+def _list_copies(found: Suspects, generated: Pictures, train: Pictures) -> list[dict]:
+    """What any rule calls a copy, and some more, the most suspicious first; each in the descriptor in which
+    it is that."""
+    return [
+        {
+            "generated": generated.names[i],
+            "training": train.names[found.training[i]],
+            "descriptor": DESCRIPTORS[found.descriptors[i]],
+            "distance": float(found.distances[i]),
+            "of_holdout": float(found.ratios[i]),
+            "chance": float(found.chances[i]),
+            "copy": bool(found.is_copy[i]),
+            "rows": [int(i), int(found.training[i])],
+        }
+        for n, i in enumerate(found.order)
+        if n < N_SHOWN or found.is_copy[i]
+    ]
+
+
+def _judge_attack(attack: np.ndarray | None, holdout: Pictures, evidence: Evidence) -> Measured:
+    """What the extraction attack found, all images brought to one size."""
+    if attack is None:
+        return {}
+    flat = wrap_samples(attack.reshape(-1, *attack.shape[2:]))
+    small = flat.read_small(list(range(len(flat))), _SMALL_SIDE)
+    pairs = holdout.read_small(list(range(len(holdout))[:N_PAIRED]), _SMALL_SIDE)
+    return measure_extraction(
+        small.reshape(*attack.shape[:2], *small.shape[1:]), pairs, evidence.space("pixels")
+    )
+
+
+def _check_sizes(parts: Sequence[Pictures]) -> None:
+    """Raises MemControlError."""
+    for part in parts:
+        if len(part) < _FEWEST:
+            raise MemControlError(
+                f"{part.title} has {len(part)} images; an audit needs at least {_FEWEST} of each, "
+                "and some hundred to say much"
+            )
+
+
+def _describe_pictures(pictures: Pictures, extract: Callable, progress: ShowProgress) -> Descriptors:
+    """Descriptors of all images, read in blocks: pixels [N, 3072], features [N, D]."""
+
+    def read() -> Iterator[np.ndarray]:
+        for rows in pictures.iterate_rows():
+            yield pictures.read(rows)
+            progress(pictures.title, rows[-1] + 1, len(pictures))
+
+    return describe_images(read(), extract)
+
+
+def _list_duplicates(train: Pictures) -> list[dict]:
+    """Pairs of training images that are the same or nearly so."""
+    same = [(train.names[i], train.names[j]) for i, j in pair_equals(train.digests) if i < j]
+    return [{"images": sorted(pair)} for pair in (*same, *train.twins)]
