@@ -8,8 +8,8 @@ from PIL import Image
 
 from memcontrol.core.config import load_config
 from memcontrol.core.errors import MemControlError
-from memcontrol.data.images import decode_image
 from memcontrol.data.split import dump_parts, format_ranges, load_parts, parse_parts
+from memcontrol.reading.decode import decode_image
 
 HALVES = {"train": 0.5, "holdout": 0.25, "test": 0.25}
 

@@ -14,8 +14,9 @@ from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, ge
 
 from memcontrol.core.config import load_config
 from memcontrol.core.errors import MemControlError
-from memcontrol.data.images import decode_image
+from memcontrol.data.index import examine_files
 from memcontrol.data.split import load_parts
+from memcontrol.reading.decode import decode_image
 
 RAMP = np.tile(np.linspace(0, 1, 64), (64, 1))
 
@@ -122,11 +123,19 @@ def test_patients_are_groups_under_names_that_say_nothing(tmp_path):
     assert "group: PatientID" in (tmp_path / "x.yaml").read_text().replace('"', ""), said.stderr
 
 
-def test_frames_and_what_has_no_patient_are_refused_in_one_line(tmp_path):
+def test_frames_are_refused_or_images_of_their_own(tmp_path):
     values = np.round(RAMP * 4095)
-    path = write(tmp_path / "a.dcm", np.concatenate([values, values]), NumberOfFrames=2, Rows=64)
-    with pytest.raises(MemControlError, match="a.dcm has 2 frames; store those that are meant"):
-        decode_image(path)
+    write(tmp_path / "a.dcm", np.concatenate([values, values[:, ::-1]]), NumberOfFrames=2, Rows=64)
+    with pytest.raises(MemControlError, match="1 files have several pages or frames, such as .*a.dcm with 2"):
+        examine_files(tmp_path, ["a.dcm"])
+    first, second = examine_files(tmp_path, ["a.dcm"], pages="all").images
+    shown = [np.asarray(decode_image(tmp_path / name)) for name in (first, second)]
+    assert (shown[0] == shown[1][:, ::-1]).all() and (shown[0] != shown[1]).any()
+    assert (shown[0] == np.asarray(decode_image(write(tmp_path / "b.dcm", values)))).all()
+
+
+def test_what_is_broken_or_has_no_patient_is_refused_in_one_line(tmp_path):
+    values = np.round(RAMP * 4095)
     (tmp_path / "b.dcm").write_bytes(write(tmp_path / "c.dcm", values).read_bytes()[:900])
     with pytest.raises(MemControlError, match="b.dcm cannot be decoded"):
         decode_image(tmp_path / "b.dcm")

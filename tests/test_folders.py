@@ -11,8 +11,8 @@ from PIL import Image, ImageCms
 
 from memcontrol.core.config import load_config
 from memcontrol.core.errors import MemControlError
-from memcontrol.data.images import decode_image
 from memcontrol.data.split import load_parts
+from memcontrol.reading.decode import decode_image
 
 N = 32
 

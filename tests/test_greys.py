@@ -7,7 +7,9 @@ import pytest
 from PIL import Image
 
 from memcontrol.core.errors import MemControlError
-from memcontrol.data.images import decode_image, find_greys
+from memcontrol.data.index import examine_files
+from memcontrol.data.look import find_greys
+from memcontrol.reading.decode import decode_image
 
 RAMP = np.linspace(0, 1, 64 * 64).reshape(64, 64)
 
@@ -32,7 +34,8 @@ def mark_white_is_zero(path):
 def show(folder):
     """Greys of each image as shown, uint8 [H, W], by name."""
     paths = sorted(folder.iterdir())
-    greys = find_greys(paths)
+    found = examine_files(folder, [path.name for path in paths]).images
+    greys = find_greys({folder / name: seen for name, seen in found.items()})
     return {path.stem: np.asarray(decode_image(path, greys))[..., 0] for path in paths}
 
 

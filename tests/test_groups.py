@@ -13,9 +13,9 @@ from PIL import Image
 from memcontrol.commands.audit import audit
 from memcontrol.core.config import RedistributionConfig, load_config
 from memcontrol.core.errors import MemControlError
-from memcontrol.data.groups import join_rows
 from memcontrol.data.look import summarize_folder
 from memcontrol.data.split import dump_parts, load_parts, parse_parts
+from memcontrol.reading.groups import join_rows
 from memcontrol.training.shards import deal_images, exchange_images
 
 PARTS = ("train", "holdout", "test")

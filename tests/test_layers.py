@@ -1,5 +1,5 @@
 """The packages and their rule: a package imports only those named before it; study, search and view import
-nothing from data to trial."""
+nothing from reading to trial."""
 
 import ast
 import re
@@ -10,8 +10,8 @@ from pathlib import Path
 import memcontrol
 
 PACKAGE = Path(memcontrol.__file__).parent
-ORDER = "core data model training scoring trial execution study search view commands cli".split()
-TORCH, HEAD = {"data", "model", "training", "scoring", "trial"}, {"study", "search", "view"}
+ORDER = "core reading data model training scoring trial execution study search view commands cli".split()
+TORCH, HEAD = {"reading", "data", "model", "training", "scoring", "trial"}, {"study", "search", "view"}
 MODULES = [path for name in ORDER for path in sorted((PACKAGE / name).glob("*.py"))]
 
 

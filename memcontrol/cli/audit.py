@@ -67,6 +67,19 @@ def add_audit(subparsers) -> None:
         help="how images that are not square become so (default: each way, where shapes differ)",
     )
     audit.add_argument(
+        "--pages",
+        choices=("refuse", "first", "all"),
+        default="refuse",
+        help="files of several pages or frames: refuse them, take the first, or make each an image (default: "
+        "refuse)",
+    )
+    audit.add_argument(
+        "--max-pixels",
+        type=make_whole_parser(1),
+        metavar="N",
+        help="width times height beyond which an image is refused (default: 178,956,970)",
+    )
+    audit.add_argument(
         "--skip-unreadable",
         action="store_true",
         help="skip images that cannot be decoded instead of stopping",
@@ -109,6 +122,8 @@ def _run_audit(args: argparse.Namespace) -> int:
             args.twins,
             args.fit,
             args.calibration,
+            args.pages,
+            args.max_pixels,
         )
         found, generated, train = audit_source(source, args.extractor, steps.show, steps.warn)
         write_audit(found, read_pairs(found, generated, train), args.out)

@@ -6,13 +6,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import numpy as np
 
 from memcontrol.commands.judge import ShowProgress, judge_images
-from memcontrol.core.config import CALIBRATION, Fit, parse_base
+from memcontrol.core.config import CALIBRATION, DataConfig, Fit, Pages, parse_base
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.run_folder import RunFolder, StudyFolder
 from memcontrol.core.seeds import derive_seed
@@ -22,10 +23,10 @@ from memcontrol.data.pictures import (
     FolderImages,
     Pictures,
     choose_fits,
-    find_common_greys,
     leave_out_twins,
     make_pictures,
     read_folder,
+    share_greys,
     wrap_samples,
 )
 from memcontrol.model.base import load_base
@@ -102,14 +103,16 @@ def audit(
     twins: str = "refuse",
     fit: Fit | None = None,
     calibration: str | Path | None = None,
+    pages: str = "refuse",
+    max_pixels: int | None = None,
     **sampling: Any,
 ) -> dict[str, Any]:
     """How much a model (a run folder, or a pipeline to sample from) or a folder of images copies a training
     set, judged against held-out images: what audit.json holds. A run knows its own images.
 
-    `group`, `twins` and `fit` are as data.group, data.twins and data.fit of a study; without a fit images are
-    compared under each where shapes differ. `calibration` is a folder of further real images, from which the
-    line of copies is drawn; a run knows its own. `sampling` of a pipeline: samples, attacked, steps,
+    `group`, `twins`, `fit`, `pages` and `max_pixels` are as those of `data` in a study; without a fit images
+    are compared under each where shapes differ. `calibration` is a folder of further real images, from which
+    the line of copies is drawn; a run knows its own. `sampling` of a pipeline: samples, attacked, steps,
     guidance, seed. Raises MemControlError."""
     generated, known, held = (Path(path) if path else None for path in (images, train, holdout))
     source = AuditSource(
@@ -123,6 +126,8 @@ def audit(
         twins,
         fit,
         Path(calibration) if calibration else None,
+        pages,
+        max_pixels,
     )
     return audit_source(source, extractor, lambda title, done, total: None, lambda line: None)[0]
 
@@ -143,6 +148,18 @@ class AuditSource:
     twins: str = "refuse"
     fit: Fit | None = None
     calibration: Path | None = None
+    pages: str = "refuse"
+    max_pixels: int | None = None
+
+    @property
+    def reading(self) -> DataConfig:
+        """How folders are read."""
+        return DataConfig(
+            path=".",
+            skip_unreadable=self.skip_unreadable,
+            pages=cast(Pages, self.pages),
+            max_pixels=self.max_pixels,
+        )
 
     @property
     def run(self) -> Path | None:
@@ -160,7 +177,11 @@ class AuditSource:
             raise MemControlError(
                 "audit compares with training and held-out images; give --train DIR and --holdout DIR"
             )
-        for name, value, allowed in (("twins", self.twins, _TWIN_RULES), ("fit", self.fit, (None, *FITS))):
+        for name, value, allowed in (
+            ("twins", self.twins, _TWIN_RULES),
+            ("fit", self.fit, (None, *FITS)),
+            ("pages", self.pages, get_args(Pages)),
+        ):
             if value not in allowed:
                 known = ", ".join(str(one) for one in allowed if one)
                 raise MemControlError(f"{name} is '{value}'; allowed: {known}")
@@ -195,7 +216,7 @@ def audit_source(
 ) -> tuple[dict, Pictures, Pictures]:
     """The audit, and the generated and training images that it tells of. Raises MemControlError."""
     source.check()
-    seen = _read_references(source, warn)
+    seen = _read_references(source, progress, warn)
     if source.run:
         compared = _compare_run(source, source.run, seen)
     else:
@@ -237,7 +258,8 @@ def _compare_folders(
     """A folder's images, or a pipeline's samples, beside the references that are given, under each fit."""
     attack: np.ndarray | None = None
     if source.images:
-        folder = read_folder("generated", source.images, warn, source.skip_unreadable)
+        tell = partial(progress, "reading generated images")
+        folder = read_folder("generated", source.images, source.reading, warn, tell)
         fits = choose_fits(folder, seen["train"], source.fit)
         shown = [folder.make_pictures(fit) for fit in fits]
     else:
@@ -263,16 +285,20 @@ def _rank_copying(rewards: Mapping[str, float]) -> tuple[float, float]:
     return rewards["clear_copy_rate"], rewards["copying"]
 
 
-def _read_references(source: AuditSource, warn: Callable[[str], None]) -> dict[str, FolderImages]:
+def _read_references(
+    source: AuditSource, progress: ShowProgress, warn: Callable[[str], None]
+) -> dict[str, FolderImages]:
     """The training and held-out folders that are given, without twins of each other. Raises
     MemControlError."""
     given = {"train": source.train, "holdout": source.holdout, CALIBRATION: source.calibration}
-    folders = {name: folder for name, folder in given.items() if folder}
-    greys = find_common_greys(list(folders.values()))
-    seen = {
-        name: read_folder(name, folder, warn, source.skip_unreadable, source.group, greys)
-        for name, folder in folders.items()
-    }
+    config = source.reading.model_copy(update={"group": source.group})
+    seen = share_greys(
+        {
+            name: read_folder(name, folder, config, warn, partial(progress, f"reading {name} images"))
+            for name, folder in given.items()
+            if folder
+        }
+    )
     pictures = [one.make_pictures("crop") for one in seen.values()]
     for one, other in itertools.combinations(pictures, 2):
         if source.twins == "refuse" or CALIBRATION in (one.title, other.title):

@@ -18,7 +18,7 @@ from memcontrol.core.config import NAME, PARTS, BaseConfig, DataConfig, load_con
 from memcontrol.core.config_errors import NAME_RULE
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import replace_file
-from memcontrol.core.run_folder import locate_study_folder, refuse_results_among
+from memcontrol.core.run_folder import StudyFolder, locate_study_folder, refuse_results_among
 from memcontrol.data.look import FolderSummary, summarize_folder
 from memcontrol.data.split import FEWEST_IMAGES, split_records
 from memcontrol.model.caption_length import describe_cut, is_long, open_clip_tokenizer
@@ -80,8 +80,9 @@ def propose_study(
     given = parse_base(base) if base else None
     if given:
         _check_base(given)
-    refuse_results_among(str(folder), locate_study_folder(path, name))
-    seen = summarize_folder(folder, progress)
+    place = StudyFolder(locate_study_folder(path, name))
+    refuse_results_among(str(folder), place.path)
+    seen = summarize_folder(folder, progress, place.image_index)
     cut = _describe_cut_captions(seen, given)
     seen = replace(seen, notes=(*seen.notes, *([cut] if cut else [])))
     proposal = Proposal(path, _write_proposal(folder, seen, name, given, path), seen)
@@ -167,6 +168,9 @@ def _list_data_lines(
     if seen.group:
         about = "who is in an image: nobody is in two parts; take it out where that is not so"
         lines.append(_format_line("  group", _dump_value(seen.group), about))
+    if seen.n_several:
+        about = f"{seen.n_several} files have several pages or frames; all: each page is an image"
+        lines.append(_format_line("  pages", "first", about))
     if seen.unreadable:
         about = f"{len(seen.unreadable)} cannot be decoded"
         lines.append(_format_line("  skip_unreadable", "true", about))

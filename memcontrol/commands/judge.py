@@ -10,8 +10,8 @@ import numpy as np
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.estimate import Measured, Rewards
 from memcontrol.core.reward_table import BLIND_SPOTS
-from memcontrol.data.groups import pair_equals
 from memcontrol.data.pictures import Pictures, wrap_samples
+from memcontrol.reading.groups import pair_equals
 from memcontrol.scoring.copying import Suspects, line_ratio
 from memcontrol.scoring.evidence import DESCRIPTORS, Descriptors, Evidence, describe_broken_images
 from memcontrol.scoring.extractors import load_extractor

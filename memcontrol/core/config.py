@@ -48,6 +48,7 @@ FREE_KEYS = (
     "slurm",
 )
 
+Pages = Literal["refuse", "first", "all"]
 Fit = Literal["crop", "pad", "squash"]
 DIGITS = "digits"  # data.path of the images that are embedded
 CHECKPOINT = ".safetensors"  # how a base in one file ends
@@ -165,8 +166,13 @@ class DataConfig(Strict):
     """images that are nearly the same (re-encoded, resized, turned, cropped) in two of the folders `train/`,
     `holdout/` and `test/`: refuse them, drop the one that is not trained on, or keep both. A pool that is
     split keeps them in one part"""
+    pages: Pages = "refuse"
+    """files of several pages or frames (TIFF, animations, DICOM): refuse them, take the first page, or make
+    each an image"""
+    max_pixels: Annotated[int, Field(ge=1)] | None = None
+    """width times height beyond which an image is refused; none: 178,956,970"""
     skip_unreadable: bool = False
-    """skip images that cannot be decoded instead of stopping"""
+    """skip images that cannot be decoded, or are too large, instead of stopping"""
 
 
 class EnsembleConfig(Strict):

@@ -13,7 +13,10 @@ import numpy as np
 from memcontrol.core.choice import Choice
 from memcontrol.core.config import CALIBRATION, DIGITS, PARTS, Config
 from memcontrol.core.errors import MemControlError
-from memcontrol.core.files import read_json
+from memcontrol.core.files import read_json, write_json
+
+_MOST_ROWS = 10_000  # of split.json, beyond which it is a table by columns
+_SPLIT_COLUMNS = ("name", "caption", "digest", "group")
 
 
 @dataclass(frozen=True)
@@ -237,6 +240,11 @@ class StudyFolder:
         return self.path / "cache"
 
     @property
+    def image_index(self) -> Path:
+        """What was read of each image file."""
+        return self.cache / "images.db"
+
+    @property
     def slurm(self) -> Path:
         return self.path / "slurm"
 
@@ -260,7 +268,16 @@ class StudyFolder:
 
     def read_split(self) -> dict[str, Any]:
         """Source, resolution and parts: name, caption and hash of each image."""
-        return read_json(self.split_file)
+        stored = read_json(self.split_file)
+        return stored | {"parts": {part: _list_rows(table) for part, table in stored["parts"].items()}}
+
+    def write_split(self, split: Mapping[str, Any]) -> None:
+        """What `read_split` gives; many images as a table by columns. Raises DiskFull."""
+        n = sum(len(rows) for rows in split["parts"].values())
+        parts = {
+            part: _list_columns(rows) if n > _MOST_ROWS else rows for part, rows in split["parts"].items()
+        }
+        write_json(self.split_file, {**split, "parts": parts})
 
     def list_twins(self, names: Sequence[str]) -> tuple[tuple[str, str], ...]:
         """Pairs of images that are nearly the same, both of `names`."""
@@ -286,6 +303,17 @@ class StudyFolder:
             "parts": parts,
             "twins": {key: len(twins.get(key, ())) for key in ("pairs", "dropped") if twins},
         }
+
+
+def _list_columns(rows: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
+    return {column: [row.get(column, "") for row in rows] for column in _SPLIT_COLUMNS}
+
+
+def _list_rows(table: Mapping[str, list[str]] | list[dict[str, str]]) -> list[dict[str, str]]:
+    if isinstance(table, list):
+        return table
+    rows = (dict(zip(table, values)) for values in zip(*table.values()))
+    return [{column: value for column, value in row.items() if value or column != "group"} for row in rows]
 
 
 def _summarize_part(rows: Sequence[dict[str, str]]) -> dict[str, Any]:

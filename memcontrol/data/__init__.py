@@ -1,1 +1,1 @@
-"""Owns the images: folders, captions, splits, feature matrices."""
+"""Owns the images: with what is known of them: the index of a folder, twins, the split, feature matrices."""

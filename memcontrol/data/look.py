@@ -5,57 +5,68 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from memcontrol.core.config import DataConfig
 from memcontrol.core.errors import MemControlError
-from memcontrol.data.captions import Captions, find_captions
-from memcontrol.data.folder import list_folder
-from memcontrol.data.greys import Greys
-from memcontrol.data.groups import join_rows, make_grouping, propose_grouping
-from memcontrol.data.images import ImageRecord, decode_image, find_greys, read_records
-from memcontrol.data.parts import assign_parts
-from memcontrol.data.tables import Tables, read_tables
-from memcontrol.data.twins import Twins, find_twins, shrink_to_thumbnail
+from memcontrol.data.images import ImageRecord
+from memcontrol.data.index import Seen, ShowDone, examine_files, recall_twins
+from memcontrol.data.twins import Twins, find_twins
+from memcontrol.reading.captions import Captions, find_captions
+from memcontrol.reading.decode import decode_image, locate_page
+from memcontrol.reading.folder import list_folder
+from memcontrol.reading.greys import Greys, choose_greys, refuse_mixed_depths
+from memcontrol.reading.groups import join_rows, make_grouping, propose_grouping
+from memcontrol.reading.parts import assign_parts
+from memcontrol.reading.tables import Tables, read_tables
 
 _TWINS_NAME = "twins of "  # how a group of twins is called
-_N_GREY = 200  # images that are looked at for colour
 
 
 @dataclass(frozen=True)
 class Look:
-    """The images of a folder as they were read, their thumbnails uint8 [n, 3, S, S], widths and heights, and
-    the scale of their greys; the folder's metadata; how many files are left out, by reason; and what a person
-    should know."""
+    """The images of a folder, what was seen of each and where that is kept, and the scale of their greys; the
+    folder's metadata; how many files are left out, by reason; and what a person should know."""
 
     folder: Path
     records: list[ImageRecord]
-    thumbnails: list[np.ndarray]
-    sizes: list[tuple[int, int]]
+    seen: list[Seen]
+    kept: Path | None
     greys: Greys | None
     tables: Tables
     captions: Captions
     left_out: dict[str, int]
+    unreadable: tuple[str, ...]
     notes: tuple[str, ...]
 
     def take(self, rows: Sequence[int]) -> Look:
         return replace(
-            self,
-            records=[self.records[row] for row in rows],
-            thumbnails=[self.thumbnails[row] for row in rows],
-            sizes=[self.sizes[row] for row in rows],
+            self, records=[self.records[row] for row in rows], seen=[self.seen[row] for row in rows]
         )
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """Widths and heights."""
+        return [(one.width, one.height) for one in self.seen]
 
     def decode(self, row: int) -> Image.Image:
         return decode_image(self.folder / self.records[row].name, self.greys)
 
+    def show_thumbnails(self) -> np.ndarray:
+        """uint8 [N, 3, S, S]."""
+        return np.stack([one.show_thumbnail(self.greys) for one in self.seen])
+
     def find_twins(self, seed: int = 0) -> Twins:
         digests = [record.digest for record in self.records]
-        return find_twins(np.stack(self.thumbnails), digests, self.decode, seed)
+        return recall_twins(
+            self.kept, digests, seed, lambda: find_twins(self.show_thumbnails(), digests, self.decode, seed)
+        )
 
     def name_twins(self, pairs: Sequence[tuple[int, int]]) -> Look:
         """Twins of no group become one."""
@@ -74,51 +85,103 @@ class Look:
 
 def look_at_images(
     folder: Path,
-    skip_unreadable: bool,
+    config: DataConfig,
     warn: Callable[[str], None],
-    group: str | None = None,
-    caption: str | None = None,
-    greys: Greys | None = None,
     seed: int = 0,
+    kept: Path | None = None,
+    progress: ShowDone = lambda done, total: None,
 ) -> Look:
-    """Reads every image of a folder. `group` and `caption` are as data.group and data.caption. Raises
-    MemControlError."""
+    """Reads every image of a folder that is not known from `kept`, as the config says but for its path.
+    Raises MemControlError."""
     listing = list_folder(folder)
     tables = read_tables(folder, listing.tables)
-    captions = find_captions(folder, listing.images, listing.texts, tables, caption)
-    greys = greys or find_greys([folder / name for name in listing.images])
-    thumbnails: list[np.ndarray] = []
-    sizes: list[tuple[int, int]] = []
-    unreadable: list[str] = []
-
-    def see(image: Image.Image) -> None:
-        thumbnails.append(shrink_to_thumbnail(image))
-        sizes.append(image.size)
-
-    def skip(line: str) -> None:
-        unreadable.append(line)
-        warn(line)
-
-    records = read_records(folder, listing.images, skip_unreadable, skip, greys, see)
-    records = [replace(record, caption=captions.draw(record.name, seed)) for record in records]
-    if group:
-        find_group = make_grouping(group, tables, folder)
-        records = [replace(record, group=find_group(record.name)) for record in records]
+    captions = find_captions(folder, listing.images, listing.texts, tables, config.caption)
+    found = examine_files(folder, listing.images, kept, config.pages, config.max_pixels, progress)
+    unreadable = _skip(found.failures.values(), config.skip_unreadable, warn)
+    greys = find_greys({folder / name: one for name, one in found.images.items()})
+    records = [
+        ImageRecord(name, captions.draw(locate_page(name)[0], seed), one.digest)
+        for name, one in found.images.items()
+    ]
     left_out = {reason: len(names) for reason, names in listing.left_out.items()}
-    notes = [*listing.describe_left_out(), *captions.notes]
-    if greys:
-        notes.append(describe_greys(greys))
     return Look(
         folder,
-        records,
-        thumbnails,
-        sizes,
+        _name_groups(records, found.images, config.group, tables),
+        list(found.images.values()),
+        kept,
         greys,
         tables,
         captions,
         left_out | ({"cannot be decoded": len(unreadable)} if unreadable else {}),
-        tuple(notes),
+        unreadable,
+        (*listing.describe_left_out(), *captions.notes),
     )
+
+
+def _skip(
+    failures: Iterable[MemControlError], may_skip: bool, warn: Callable[[str], None]
+) -> tuple[str, ...]:
+    """What is said of images that cannot be read. Raises MemControlError where none may be skipped."""
+    said = []
+    for error in failures:
+        if not may_skip:
+            raise error
+        said.append(f"skipped: {error}".split(";")[0])
+        warn(said[-1])
+    return tuple(said)
+
+
+def _name_groups(
+    records: list[ImageRecord], seen: Mapping[str, Seen], rule: str | None, tables: Tables
+) -> list[ImageRecord]:
+    """By data.group; without it the pages of a file are of one. Raises MemControlError."""
+    if rule:
+        find = make_grouping(rule, tables, _find_patients(seen))
+        return [replace(record, group=find(record.file)) for record in records]
+    return [
+        replace(record, group=f"pages of {record.file}") if record.file != record.name else record
+        for record in records
+    ]
+
+
+def _find_patients(seen: Mapping[str, Seen]) -> dict[str, str]:
+    """By file, of those that say so."""
+    return {locate_page(name)[0]: one.patient for name, one in seen.items() if one.patient}
+
+
+def find_greys(seen: Mapping[Path, Seen]) -> Greys | None:
+    """The scale of images of more than 8 bits, None where there are none: from the values that they have in
+    all. Raises MemControlError where they have no common one, and for 16-bit colour in whose high bytes there
+    is next to nothing, which is all that is read of it."""
+    kinds: dict[str, dict[Path, Seen]] = {}
+    for path, one in seen.items():
+        if one.kind:
+            kinds.setdefault(one.kind, {})[path] = one
+    _refuse_dark_colours(kinds.pop("colour", {}))
+    if len(kinds) > 1:
+        whole, fractions = (next(iter(kinds[kind])) for kind in ("I", "F"))
+        raise MemControlError(
+            f"some greys are whole numbers, such as {whole}, and others fractions, such as {fractions}, with "
+            "no common scale; store all of them alike"
+        )
+    for kind, found in kinds.items():
+        ranges = {path: (one.least, one.most) for path, one in found.items()}
+        greys = choose_greys(
+            min(low for low, _ in ranges.values()), max(high for _, high in ranges.values()), kind
+        )
+        refuse_mixed_depths(greys, ranges)
+        return greys
+    return None
+
+
+def _refuse_dark_colours(wide: Mapping[Path, Seen]) -> None:
+    """Of 16 bits. Raises MemControlError."""
+    high = max((int(one.most) for one in wide.values()), default=255)
+    if high < 128:
+        raise MemControlError(
+            f"16-bit colour such as '{next(iter(wide))}' holds values up to {high * 256 + 255} of 65,535, and"
+            " would be read as nearly black; convert it to 8 bits, or to the full range"
+        )
 
 
 def describe_greys(greys: Greys) -> str:
@@ -132,8 +195,9 @@ def describe_greys(greys: Greys) -> str:
 class FolderSummary:
     """What a folder of images holds: its images; how many in each part, where the folder has parts; sides in
     pixels; groups of images with the same pixels, and pairs that are nearly the same; what cannot be decoded,
-    and why; where captions come from; what a person should know; the scale of greys of more than 8 bits; and
-    what seems to tell who is in an image."""
+    and why; where captions come from; what a person should know; how many files have several pages, of which
+    the first was looked at; the scale of greys of more than 8 bits; and what seems to tell who is in an
+    image."""
 
     records: tuple[ImageRecord, ...]
     parts: dict[str, int]
@@ -144,6 +208,7 @@ class FolderSummary:
     unreadable: tuple[str, ...]
     caption_source: str
     notes: tuple[str, ...]
+    n_several: int = 0
     greys: Greys | None = None
     group: str | None = None
 
@@ -156,46 +221,46 @@ class FolderSummary:
         return Counter(record.caption for record in self.records)
 
 
-def summarize_folder(folder: Path, progress: Callable[[str, int, int], None]) -> FolderSummary:
-    """Reads every image once, some twice. Raises MemControlError where there are none."""
+def summarize_folder(
+    folder: Path, progress: Callable[[str, int, int], None], kept: Path | None = None
+) -> FolderSummary:
+    """Reads every image that is not known from `kept`. Raises MemControlError where there are none."""
     if not folder.is_dir():
         raise MemControlError(f"{folder} is no folder; give a folder of images")
-    unreadable: list[str] = []
-    progress("reading images", 0, 3)
-    look = look_at_images(folder, True, unreadable.append)
+    config = DataConfig(path=str(folder), skip_unreadable=True, pages="first")
+    tell = partial(progress, "reading images")
+    look = look_at_images(folder, config, lambda line: None, 0, kept, tell)
     if not look.records:
         raise MemControlError(
             f"{folder} holds no images that can be decoded; give a folder of images, with "
             "metadata.csv or text files beside them for captions"
         )
-    progress("reading images", 1, 3)
     names = [record.name for record in look.records]
     homes = assign_parts(folder, names, look.tables)
+    progress("looking for twins", 0, 1)
     near = _find_near_pairs(look)
-    progress("reading images", 3, 3)
-    unread = tuple(text.removeprefix("skipped: image ") for text in unreadable)
+    progress("looking for twins", 1, 1)
     shorter = [min(size) for size in look.sizes]
     return FolderSummary(
         tuple(look.records),
         dict(Counter(homes[name] for name in names if name in homes)) if homes else {},
         (min(shorter), int(statistics.median(shorter)), max(shorter)),
-        _are_grey(folder, look),
+        _are_grey(look),
         _group_copies(look.records),
         near,
-        unread,
+        tuple(text.removeprefix("skipped: image ") for text in look.unreadable),
         look.captions.source,
-        look.notes,
+        (*look.notes, *([describe_greys(look.greys)] if look.greys else [])),
+        sum(one.n_pages > 1 for one in look.seen),
         look.greys,
-        propose_grouping(names, look.tables, folder),
+        propose_grouping(names, look.tables, _find_patients(dict(zip(names, look.seen)))),
     )
 
 
-def _are_grey(folder: Path, look: Look) -> bool:
-    """Whether the first images have no colour, however they are stored."""
-    pixels = (np.asarray(decode_image(folder / record.name, look.greys)) for record in look.records[:_N_GREY])
-    return all(
-        (image[..., 0] == image[..., 1]).all() and (image[..., 1] == image[..., 2]).all() for image in pixels
-    )
+def _are_grey(look: Look) -> bool:
+    """Whether no image has colour, however it is stored."""
+    shown = (one.show_thumbnail(look.greys) for one in look.seen)
+    return all((image[0] == image[1]).all() and (image[1] == image[2]).all() for image in shown)
 
 
 def _group_copies(records: list[ImageRecord]) -> tuple[tuple[str, ...], ...]:

@@ -3,7 +3,7 @@ squares."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -11,15 +11,14 @@ from statistics import median
 import numpy as np
 from PIL import Image
 
-from memcontrol.core.config import Fit
+from memcontrol.core.config import DataConfig, Fit
 from memcontrol.core.errors import MemControlError
-from memcontrol.data.folder import list_folder
-from memcontrol.data.greys import Greys
-from memcontrol.data.groups import pair_equals
-from memcontrol.data.images import Images, count_at_once, find_greys, fit_square
-from memcontrol.data.look import Look, look_at_images
+from memcontrol.data.images import Images, count_at_once, fit_square
+from memcontrol.data.index import ShowDone
+from memcontrol.data.look import Look, find_greys, look_at_images
 from memcontrol.data.split import choose_dropped
 from memcontrol.data.twins import find_twins
+from memcontrol.reading.groups import pair_equals
 
 _LARGEST_SIDE = 512  # pixels to which larger images are brought: no feature network looks at more
 _SAME_SHAPE = 0.05  # by how much sides' ratios may differ
@@ -94,18 +93,13 @@ class FolderImages:
 
 
 def read_folder(
-    title: str,
-    folder: Path,
-    warn: Callable[[str], None],
-    skip_unreadable: bool = False,
-    group: str | None = None,
-    greys: Greys | None = None,
+    title: str, folder: Path, config: DataConfig, warn: Callable[[str], None], progress: ShowDone
 ) -> FolderImages:
-    """The images of a folder and its sub-folders. Raises MemControlError: none, or one that cannot be
-    decoded."""
+    """The images of a folder and its sub-folders, read as the config says but for its path. Raises
+    MemControlError: none, or one that cannot be decoded."""
     if not folder.is_dir():
         raise MemControlError(f"{title}: {folder} is no folder; give a folder of images")
-    look = look_at_images(folder, skip_unreadable, warn, group, greys=greys)
+    look = look_at_images(folder, config, warn, progress=progress)
     if not look.records:
         raise MemControlError(f"{title}: {folder} holds no images; give a folder of images")
     for note in look.notes:
@@ -117,13 +111,19 @@ def read_folder_pictures(
     title: str, folder: Path, warn: Callable[[str], None], skip_unreadable: bool = False
 ) -> Pictures:
     """The centre squares of a folder's images. Raises MemControlError."""
-    return read_folder(title, folder, warn, skip_unreadable).make_pictures("crop")
+    config = DataConfig(path=str(folder), skip_unreadable=skip_unreadable)
+    return read_folder(title, folder, config, warn, lambda done, total: None).make_pictures("crop")
 
 
-def find_common_greys(folders: Sequence[Path]) -> Greys | None:
-    """One scale for the deep greys of several folders. Raises MemControlError where there is none."""
-    there = (folder for folder in folders if folder.is_dir())
-    return find_greys([folder / name for folder in there for name in list_folder(folder).images])
+def share_greys(sets: Mapping[str, FolderImages]) -> dict[str, FolderImages]:
+    """With one scale for the deep greys of all. Raises MemControlError where there is none."""
+    seen = {
+        one.look.folder / record.name: seen
+        for one in sets.values()
+        for record, seen in zip(one.look.records, one.look.seen)
+    }
+    greys = find_greys(seen)
+    return {name: replace(one, look=replace(one.look, greys=greys)) for name, one in sets.items()}
 
 
 def leave_out_twins(
@@ -138,7 +138,7 @@ def leave_out_twins(
         for record in one.look.records
     ]
     pairs = find_twins(
-        np.stack([*train.look.thumbnails, *holdout.look.thumbnails]),
+        np.concatenate([train.look.show_thumbnails(), holdout.look.show_thumbnails()]),
         [record.digest for record in records],
         lambda row: train.look.decode(row) if row < n else holdout.look.decode(row - n),
     ).pairs

@@ -12,11 +12,12 @@ import numpy as np
 from memcontrol.core.config import CALIBRATION, DIGITS, PARTS, DataConfig
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.seeds import derive_seed
-from memcontrol.data.greys import Greys
-from memcontrol.data.groups import join_rows, pair_equals
 from memcontrol.data.images import ImageRecord, Images, list_digit_records
-from memcontrol.data.look import Look, look_at_images
-from memcontrol.data.parts import assign_parts
+from memcontrol.data.index import ShowDone
+from memcontrol.data.look import Look, describe_greys, look_at_images
+from memcontrol.reading.greys import Greys
+from memcontrol.reading.groups import join_rows, pair_equals
+from memcontrol.reading.parts import assign_parts
 
 _N_NAMED = 3  # of pairs of twins that are refused
 FEWEST_IMAGES = 8  # per part; below it no interval says anything
@@ -36,15 +37,23 @@ def load_parts(
     seed: int,
     warn=lambda line: None,
     known: Mapping[str, Any] | None = None,
+    kept: Path | None = None,
+    progress: ShowDone = lambda done, total: None,
 ) -> Split:
-    """Reads and checks every image and splits them into train, holdout and test, disjoint by content, twins
-    and groups. `known`: what split.json records of a study that has begun, whose twins are not sought again.
-    Raises MemControlError."""
+    """Reads and checks every image that is not known from `kept`, and splits them into train, holdout and
+    test, disjoint by content, twins and groups. `known`: what split.json records of a study that has begun,
+    whose twins are not sought again. Raises MemControlError."""
     found: dict[str, Any] = {}
     if config.path == DIGITS:
         parts, greys = split_records(list_digit_records(), config, seed), None
     else:
-        parts, found, greys = _list_folder_parts(Path(config.path), config, seed, warn, known)
+        folder = Path(config.path)
+        if not folder.is_dir():
+            raise MemControlError(
+                f"data.path is '{config.path}': no such folder; give 'digits' or a folder of images"
+            )
+        look = look_at_images(folder, config, warn, seed, kept, progress)
+        (parts, found), greys = _list_folder_parts(look, config, seed, warn, known), look.greys
     for part, records in parts.items():
         if len(records) < FEWEST_IMAGES:
             raise MemControlError(
@@ -71,26 +80,20 @@ def _count_groups(parts: dict[str, Images], config: DataConfig) -> dict[str, Any
 
 
 def _list_folder_parts(
-    folder: Path, config: DataConfig, seed: int, warn, known: Mapping[str, Any] | None
-) -> tuple[dict[str, list[ImageRecord]], dict[str, Any], Greys | None]:
+    look: Look, config: DataConfig, seed: int, warn, known: Mapping[str, Any] | None
+) -> tuple[dict[str, list[ImageRecord]], dict[str, Any]]:
     """The parts of an image folder: its sub-folders train, holdout and test, or one pool split by the
     config."""
-    if not folder.is_dir():
-        raise MemControlError(
-            f"data.path is '{config.path}': no such folder; give 'digits' or a folder of images"
-        )
-    look = look_at_images(folder, config.skip_unreadable, warn, config.group, config.caption, seed=seed)
     if not look.records:
-        raise MemControlError(f"data: {folder} holds no images that can be read")
-    for note in look.notes:
+        raise MemControlError(f"data: {look.folder} holds no images that can be read")
+    for note in (*look.notes, *([describe_greys(look.greys)] if look.greys else [])):
         warn(note)
-    homes = assign_parts(folder, [record.name for record in look.records], look.tables)
+    homes = assign_parts(look.folder, [record.file for record in look.records], look.tables)
     pairs, found = _recall_twins(look, known) if known else _seek_twins(look, seed)
     found |= {"captions": look.captions.source, "left_out": look.left_out}
     if homes is None:
-        records = look.name_twins(pairs).records
-        return split_records(records, config, seed, pairs), found, look.greys
-    return _deal_out(look, homes, pairs, config, warn, found), found, look.greys
+        return split_records(look.name_twins(pairs).records, config, seed, pairs), found
+    return _deal_out(look, homes, pairs, config, warn, found), found
 
 
 def _deal_out(
@@ -101,9 +104,9 @@ def _deal_out(
     warn,
     found: dict[str, Any],
 ) -> dict[str, list[ImageRecord]]:
-    """The parts that a person has made, by the name of each image that is in one; `found` is told what
+    """The parts that a person has made, by the file of each image that is in one; `found` is told what
     becomes of twins. Raises MemControlError."""
-    parts_of_rows = [homes.get(record.name) for record in look.records]
+    parts_of_rows = [homes.get(record.file) for record in look.records]
     if n_outside := parts_of_rows.count(None):
         first = look.records[parts_of_rows.index(None)].name
         warn(f"{n_outside} images are left out: they are in none of the parts, such as {first}")

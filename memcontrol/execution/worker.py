@@ -40,7 +40,7 @@ from memcontrol.core.jobs import (
     Warned,
     parse_job,
 )
-from memcontrol.core.run_folder import RunFolder
+from memcontrol.core.run_folder import RunFolder, StudyFolder
 
 COMMAND = (sys.executable, "-m", "memcontrol.execution.worker")
 _IDLE_SECONDS = 0.5  # between two looks at whether SIGTERM came
@@ -97,7 +97,10 @@ def _make_progress(
 def _prepare_folder(job: PrepareJob, loaded, say: SendEvent) -> Prepared:
     from memcontrol.trial.prepare import prepare_study
 
-    return Prepared(job, **prepare_study(job.config, job.folder, loaded, lambda line: say(Warned(job, line))))
+    progress = _make_progress(job, say)
+    kept = StudyFolder(job.folder).image_index
+    found = prepare_study(job.config, job.folder, loaded, lambda line: say(Warned(job, line)), kept, progress)
+    return Prepared(job, **found)
 
 
 def _calibrate_folder(job: CalibrateJob, loaded, say: SendEvent) -> Calibrated:

@@ -14,7 +14,7 @@ from memcontrol.core.calibration import Calibration, TrialCost
 from memcontrol.core.choice import EVERYTHING, Choice
 from memcontrol.core.config import Config, load_config
 from memcontrol.core.errors import MemControlError
-from memcontrol.core.run_folder import RunFolder
+from memcontrol.core.run_folder import RunFolder, StudyFolder
 from memcontrol.core.seeds import derive_seed
 from memcontrol.core.space import SearchSpace
 from memcontrol.core.space_yaml import load_space
@@ -39,7 +39,8 @@ def calibrate(
     """Runs short trials of the config in an empty folder. Raises MemControlError."""
     started, config = time.monotonic(), load_config(values)
     space = load_space(config.space)
-    prepared = prepare_study(values, folder, loaded, warn)
+    kept = StudyFolder(folder.parent).image_index  # the study's own: images are read once for all
+    prepared = prepare_study(values, folder, loaded, warn, kept, progress)
     n_train = config.search.count_train(prepared["sizes"]["train"])
 
     def run(name: str, choice: Choice, n_batches: int) -> TrialCost:

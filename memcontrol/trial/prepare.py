@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -28,14 +29,21 @@ from memcontrol.model.families import Unconditional
 from memcontrol.scoring.evidence import Evidence
 from memcontrol.scoring.extractors import Extractor
 from memcontrol.scoring.own_rewards import check_rewards, compute_own_reward, find_directions
-from memcontrol.trial.loaded import LoadedModels, describe_images
+from memcontrol.trial.loaded import LoadedModels, TellStage, describe_images, tell_nobody
 
 _MADE_WITH = ("memcontrol", "torch", "diffusers", "peft", "transformers", "optuna")
 
 
-def prepare_study(values: dict, folder: Path, loaded: LoadedModels, warn: Callable[[str], None]) -> dict:
-    """Checks the config against base, space and data and writes split.json. Returns the parts' sizes and the
-    objectives' directions.
+def prepare_study(
+    values: dict,
+    folder: Path,
+    loaded: LoadedModels,
+    warn: Callable[[str], None],
+    kept: Path | None = None,
+    progress: TellStage = tell_nobody,
+) -> dict:
+    """Checks the config against base, space and data and writes split.json; what is read of images is kept in
+    a file. Returns the parts' sizes and the objectives' directions.
 
     Raises MemControlError, also where the data is not what the study began with.
     """
@@ -64,7 +72,8 @@ def prepare_study(values: dict, folder: Path, loaded: LoadedModels, warn: Callab
     # The images, and whether a user's own rewards run on them.
     resolution = _choose_resolution(config, base)
     known = place.read_split() if place.split_file.is_file() else None
-    split = load_parts(config.data, resolution, config.search.seed, warn, known)
+    tell = partial(progress, "read")
+    split = load_parts(config.data, resolution, config.search.seed, warn, known, kept, tell)
     parts = split.parts
     for line in _describe_split(split):
         warn(line)
@@ -75,7 +84,7 @@ def prepare_study(values: dict, folder: Path, loaded: LoadedModels, warn: Callab
     # What the study was begun with.
     if base.source.pins and not place.split_file.exists():
         write_json(place.base_file, {"id": config.base.id} | base.source.pins)
-    _record_split(place.split_file, split, config, resolution)
+    _record_split(place, split, config, resolution)
     write_json(place.network_file, list_blocks(base.denoiser, space))
     record_extractor(place.extractor_file, extractor.id, config)
     if "fid" in config.rewards.objectives and len(parts["holdout"]) < 4 * n_features:
@@ -270,7 +279,7 @@ def record_extractor(path: Path, pinned: str, config: Config) -> None:
         )
 
 
-def _record_split(path: Path, split: Split, config: Config, resolution: int) -> None:
+def _record_split(place: StudyFolder, split: Split, config: Config, resolution: int) -> None:
     source = config.data.path if config.data.path == DIGITS else str(Path(config.data.path).resolve())
     greys = split.parts["train"].greys
     record = {
@@ -281,13 +290,13 @@ def _record_split(path: Path, split: Split, config: Config, resolution: int) -> 
         **split.found,
         "parts": dump_parts(split.parts),
     }
-    known = read_json(path) if path.exists() else record
-    if known["parts"] == record["parts"]:
-        write_json(path, record)  # again, where the images have moved
+    known = place.read_split() if place.split_file.is_file() else record
+    if known["parts"] == record["parts"] and known.get("greys") == record["greys"]:
+        place.write_split(record)  # again, where the images have moved
     else:
         raise MemControlError(
-            f"the images are not those that study '{config.name}' began with (recorded in {path}); "
-            "restore them, or choose another name"
+            f"the images are not those that study '{config.name}' began with (recorded in "
+            f"{place.split_file}); restore them, or choose another name"
         )
 
 

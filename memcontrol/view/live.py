@@ -13,7 +13,17 @@ from rich.live import Live
 from rich.text import Text
 
 from memcontrol.core.console import LOG, say
-from memcontrol.core.jobs import END_EVENTS, ConfirmJob, EncodeJob, Event, Failed, Progress, TrialJob, Warned
+from memcontrol.core.jobs import (
+    END_EVENTS,
+    ConfirmJob,
+    EncodeJob,
+    Event,
+    Failed,
+    PrepareJob,
+    Progress,
+    TrialJob,
+    Warned,
+)
 from memcontrol.core.run_folder import RunFolder
 from memcontrol.search.observer import Observer
 from memcontrol.study.pick import select_front
@@ -28,7 +38,12 @@ _STAGES = {
     "train": (0.0, 0.8),
     "confirm": (0.0, 1.0),
 }  # of a job: where in its time a stage begins, and its length
-_ENCODINGS = {"encode": "encoding images and captions", "describe": "features of real images"}
+_PREPARATIONS = {
+    "read": "reading images",
+    "encode": "encoding images and captions",
+    "describe": "features of real images",
+    "calibrate": "short trials",
+}
 _SCORING = (0.8, 0.15)  # any other stage of a trial
 
 
@@ -56,7 +71,8 @@ class Display(Observer):
         self.study: Study | None = None
         self.done: Counter[int] = Counter()  # runs ended, by trial
         self.lengths: list[float] = []  # seconds
-        self.started, self.shown = time.monotonic(), 0.0
+        self.started = self.said = time.monotonic()
+        self.shown = 0.0
         self.begun_at: dict[Path, float] = {}
         self.live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
         self.note = note
@@ -82,8 +98,8 @@ class Display(Observer):
         job = event.job
         if isinstance(event, Warned):
             self.console.print(Text(f"warning: {event.text}", style="yellow"))
-        elif isinstance(job, EncodeJob):
-            self.show_encoding(event, job)
+        elif isinstance(job, (PrepareJob, EncodeJob)):
+            self.show_preparation(event, job)
         elif isinstance(job, (TrialJob, ConfirmJob)):
             if isinstance(event, Progress):
                 self.show_progress(event, job)
@@ -93,16 +109,24 @@ class Display(Observer):
                 self.show_end(job)
         self.refresh()
 
-    def show_encoding(self, event: Event, job: EncodeJob) -> None:
+    def show_preparation(self, event: Event, job: PrepareJob | EncodeJob) -> None:
         """How far a worker is with its share of what is made before the first trial."""
-        place = job.folder / f"encoding {job.index}"
-        if isinstance(event, Progress):
-            text = _ENCODINGS.get(event.stage, event.stage)
-            self.running[place] = f"{text} ({event.done} of {event.total})", event.done / event.total
-            if not self.live and event.done == event.total:
-                say(self.console, f"{(time.monotonic() - self.started) / 60:.1f} min: {text}: {event.total}")
+        place = job.folder / f"encoding {job.index}" if isinstance(job, EncodeJob) else job.folder
+        if isinstance(event, Progress) and event.total:
+            text = _PREPARATIONS.get(event.stage, event.stage)
+            said = f"{text} ({event.done} of {event.total})"
+            self.running[place] = said, event.done / event.total
+            if not self.live:
+                self.say_preparation(said, event.done == event.total)
         elif isinstance(event, END_EVENTS):
             self.running.pop(place, None)
+
+    def say_preparation(self, text: str, is_over: bool) -> None:
+        """A line now and then, and one at the end of what took long enough to have had one."""
+        now = time.monotonic()
+        if is_over or now - self.said >= _SAID_EVERY_SECONDS:
+            say(self.console, f"{(now - self.started) / 60:.1f} min: {text}")
+            self.said = now
 
     def show_progress(self, event: Progress, job: TrialJob | ConfirmJob) -> None:
         self.begun_at.setdefault(job.folder, time.monotonic())

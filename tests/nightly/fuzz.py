@@ -17,11 +17,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from test_dicom import RAMP, write
 
 from memcontrol.core.errors import MemControlError
-from memcontrol.data.captions import find_captions
-from memcontrol.data.folder import list_folder
-from memcontrol.data.images import decode_image, find_greys
-from memcontrol.data.parts import assign_parts
-from memcontrol.data.tables import read_tables
+from memcontrol.data.index import examine_files
+from memcontrol.reading.captions import find_captions
+from memcontrol.reading.decode import decode_image
+from memcontrol.reading.folder import list_folder
+from memcontrol.reading.parts import assign_parts
+from memcontrol.reading.tables import read_tables
 
 N_IMAGES = int(os.environ.get("FUZZED_IMAGES", "10000"))
 N_TABLES = int(os.environ.get("FUZZED_TABLES", "1000"))
@@ -77,13 +78,19 @@ def mutate(content, rng):
     return bytes(found)
 
 
+def examine(path):
+    """Raises what cannot be read."""
+    for error in examine_files(path.parent, [path.name], pages="all").failures.values():
+        raise error
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", FORMATS)
 def test_a_broken_image_is_read_or_refused_in_a_line(kind, tmp_path):
     content, path = make_file(kind, tmp_path), tmp_path / "broken"
     for number in range(N_IMAGES // len(FORMATS)):
         path.write_bytes(mutate(content, np.random.default_rng([FORMATS.index(kind), number])))
-        for read in (decode_image, lambda path: find_greys([path])):
+        for read in (decode_image, examine):
             try:
                 read(path)
             except MemControlError as error:

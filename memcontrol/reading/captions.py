@@ -11,8 +11,8 @@ import numpy as np
 
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.seeds import derive_seed
-from memcontrol.data.parts import is_part_folder
-from memcontrol.data.tables import TableRow, Tables, clean_text, describe_read_error, read_text
+from memcontrol.reading.parts import is_part_folder
+from memcontrol.reading.tables import TableRow, Tables, clean_text, describe_read_error, read_text
 
 COLUMNS = ("text", "caption", "prompt", "description")  # that are looked for, in this order
 TEXT_SUFFIXES = (".txt", ".caption")

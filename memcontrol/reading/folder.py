@@ -12,9 +12,10 @@ from pathlib import Path
 from PIL import Image
 
 from memcontrol.core.errors import MemControlError
-from memcontrol.data.captions import TEXT_SUFFIXES
-from memcontrol.data.dicom import can_read_dicom, is_dicom
-from memcontrol.data.tables import is_table
+from memcontrol.reading.captions import TEXT_SUFFIXES
+from memcontrol.reading.decode import locate_page
+from memcontrol.reading.dicom import can_read_dicom, is_dicom
+from memcontrol.reading.tables import is_table
 
 # what reads them, where it is not there
 _HELP = {
@@ -108,6 +109,8 @@ def _tell_kind(folder: Path, name: str) -> tuple[str, str]:
     path, suffix = folder / name, _find_suffix(name)
     if not _is_utf8(name):
         return "", "the name is not UTF-8"
+    if locate_page(name)[0] != name:
+        return "", "the name ends as that of a page does"
     if not path.is_file():
         return "", "a link that leads nowhere" if path.is_symlink() else "no file"
     if is_table(path):

@@ -37,23 +37,42 @@ def is_dicom(path: Path) -> bool:
         return False
 
 
-def decode_dicom(path: Path) -> Image.Image:
-    """RGB. Raises MemControlError; whatever a broken file makes pydicom raise is for the caller."""
-    import pydicom
+class DicomFile:
+    """A file whose pixels are not read as yet. Whatever a broken one makes pydicom raise is for the
+    caller."""
 
-    data = pydicom.dcmread(path)
-    if int(data.get("NumberOfFrames") or 1) > 1:
-        raise MemControlError(
-            f"image {path} has {data.NumberOfFrames} frames; store those that are meant as files of their own"
-        )
-    try:
-        values = data.pixel_array
-    except (RuntimeError, NotImplementedError) as error:
-        syntax = _name_syntax(data)
-        raise MemControlError(
-            f"image {path} is compressed as {syntax}, which is not read here; {_PLUGINS}"
-        ) from error
-    return _show(values, data)
+    def __init__(self, path: Path):
+        import pydicom
+
+        self.path, self.data = path, pydicom.dcmread(path)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height."""
+        return int(self.data.Columns), int(self.data.Rows)
+
+    @property
+    def n_frames(self) -> int:
+        return int(self.data.get("NumberOfFrames") or 1)
+
+    @property
+    def patient(self) -> str:
+        """A name for the patient that says nothing, a digest of PatientID; empty where there is none."""
+        text = str(self.data.get(PATIENT) or "").strip()
+        return f"patient {hashlib.sha256(text.encode()).hexdigest()[:12]}" if text else ""
+
+    def show(self, frame: int) -> Image.Image:
+        """A frame, from 0 on, as RGB. Raises MemControlError."""
+        from pydicom.pixels import pixel_array
+
+        try:
+            values = pixel_array(self.data, index=frame)
+        except (RuntimeError, NotImplementedError) as error:
+            syntax = _name_syntax(self.data)
+            raise MemControlError(
+                f"image {self.path} is compressed as {syntax}, which is not read here; {_PLUGINS}"
+            ) from error
+        return _show(values, self.data)
 
 
 def _name_syntax(data: Any) -> str:
@@ -90,12 +109,3 @@ def _find_range(data: Any) -> tuple[float, float]:
     slope, intercept = float(data.get("RescaleSlope", 1) or 1), float(data.get("RescaleIntercept", 0) or 0)
     low, high = sorted((low * slope + intercept, high * slope + intercept))
     return low, high
-
-
-def read_patient(path: Path) -> str:
-    """A name for the patient that says nothing, a digest of PatientID; empty where there is none."""
-    import pydicom
-
-    found = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=[PATIENT]).get(PATIENT)
-    text = str(found or "").strip()
-    return f"patient {hashlib.sha256(text.encode()).hexdigest()[:12]}" if text else ""

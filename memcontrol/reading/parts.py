@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 
 from memcontrol.core.config import CALIBRATION, PARTS
 from memcontrol.core.errors import MemControlError
-from memcontrol.data.tables import Tables, clean_text
+from memcontrol.reading.tables import Tables, clean_text
 
 _NAMES = {
     "train": ("train", "training"),

@@ -4,13 +4,13 @@ that belong together are joined."""
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import PurePosixPath
 
 from memcontrol.core.errors import MemControlError
-from memcontrol.data.dicom import PATIENT, can_read_dicom, is_dicom, read_patient
-from memcontrol.data.parts import is_part_folder
-from memcontrol.data.tables import Tables, clean_text
+from memcontrol.reading.dicom import PATIENT
+from memcontrol.reading.parts import is_part_folder
+from memcontrol.reading.tables import Tables, clean_text
 
 _FOLDER = "folder"
 _COLUMN_NAMES = r"^(patient|subject|person|participant|identity)([ _-]?(id|name|number))?$"
@@ -19,13 +19,13 @@ _FEWEST_PROPOSED = 8  # groups, below which a coincidence may look like them
 FindGroup = Callable[[str], str]  # of an image by its path inside the folder
 
 
-def make_grouping(rule: str, tables: Tables, folder: Path) -> FindGroup:
-    """What tells an image's group by data.group: a pattern, `folder`, a column of the metadata, or what DICOM
-    files in the folder say. It raises MemControlError for an image of which it is not known."""
+def make_grouping(rule: str, tables: Tables, patients: Mapping[str, str]) -> FindGroup:
+    """What tells an image's group by data.group: a pattern, `folder`, a column of the metadata, or the
+    `patients` that DICOM files say. It raises MemControlError for an image of which it is not known."""
     if "(" in rule:
         return _group_by_pattern(rule)
     if rule == PATIENT and tables.find_column([rule]) is None:
-        return lambda name: _find_patient(folder / name)
+        return lambda name: _find_patient(name, patients)
     return _group_by_folder if rule == _FOLDER else _group_by_column(rule, tables)
 
 
@@ -50,13 +50,12 @@ def _group_by_pattern(rule: str) -> FindGroup:
     return find
 
 
-def _find_patient(path: Path) -> str:
-    found = read_patient(path) if can_read_dicom() and is_dicom(path) else ""
-    if not found:
+def _find_patient(name: str, patients: Mapping[str, str]) -> str:
+    if name not in patients:
         raise MemControlError(
-            f"data.group is '{PATIENT}', and image '{path}' says none; DICOM files do, or a column"
+            f"data.group is '{PATIENT}', and image '{name}' says none; DICOM files do, or a column"
         )
-    return found
+    return patients[name]
 
 
 def _group_by_folder(name: str) -> str:
@@ -94,19 +93,19 @@ def _group_by_column(rule: str, tables: Tables) -> FindGroup:
     return find
 
 
-def propose_grouping(names: Sequence[str], tables: Tables, folder: Path) -> str | None:
+def propose_grouping(names: Sequence[str], tables: Tables, patients: Mapping[str, str]) -> str | None:
     """What data.group could be: a column or a pattern that names people, or the like, several of whose images
     there are; None where nothing looks like it."""
     rules = [column for column in sorted(tables.columns) if re.search(_COLUMN_NAMES, column, re.IGNORECASE)]
-    rules += [PATIENT] if can_read_dicom() and any(is_dicom(folder / name) for name in names[:1]) else []
+    rules += [PATIENT] if patients else []
     return next(
-        (rule for rule in [*rules, _NAME_PATTERN] if _makes_groups(rule, names, tables, folder)), None
+        (rule for rule in [*rules, _NAME_PATTERN] if _makes_groups(rule, names, tables, patients)), None
     )
 
 
-def _makes_groups(rule: str, names: Sequence[str], tables: Tables, folder: Path) -> bool:
+def _makes_groups(rule: str, names: Sequence[str], tables: Tables, patients: Mapping[str, str]) -> bool:
     try:
-        find = make_grouping(rule, tables, folder)
+        find = make_grouping(rule, tables, patients)
         found = {find(name) for name in names}
     except MemControlError:
         return False
