@@ -4,6 +4,8 @@ kinds, broken EXIF, colour profiles. What is not used is said."""
 import io
 import json
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -225,7 +227,7 @@ def test_what_pillow_reads_is_used(tmp_path, ending):
 
 def test_what_is_left_out_is_counted_by_kind(tmp_path):
     fill(tmp_path / "cat")
-    for ending in ("heic", "jxl", "dcm", "nii.gz", "bin"):
+    for ending in ("nii.gz", "bin"):
         (tmp_path / f"x.{ending}").write_bytes(b"x")
     (tmp_path / "gone.png").symlink_to("/nowhere/x.png")
     fill(tmp_path.parent / f"{tmp_path.name} store", 16, 100)
@@ -233,14 +235,53 @@ def test_what_is_left_out_is_counted_by_kind(tmp_path):
     (tmp_path / "cat" / "again").symlink_to(tmp_path)
     captions, parts, said = load(tmp_path)
     assert len(captions) == N + 16 and set(captions.values()) == {"cat", "dog"}
-    for reason in (
-        ".heic is not read here (pip install pillow-heif)",
-        ".jxl is",
-        ".nii.gz is",
-        ".bin is no known",
-    ):
+    for reason in (".nii.gz is not read here (pip install nibabel, and", ".bin is no known"):
         assert f"1 files are left out: {reason}" in said
     assert "1 files are left out: a link that leads nowhere, such as gone.png" in said
+
+
+_WITHOUT = """
+import sys
+for name in ("pillow_heif", "pillow_jxl", "pydicom"):
+    sys.modules[name] = None
+from pathlib import Path
+from memcontrol.reading.folder import list_folder
+for line in list_folder(Path(sys.argv[1])).describe_left_out():
+    print(line)
+"""
+_DECODE = """
+import sys
+import numpy as np
+from pathlib import Path
+from memcontrol.reading.decode import decode_image
+sys.stdout.buffer.write(np.asarray(decode_image(Path(sys.argv[1]))).tobytes())
+"""
+
+
+def run_script(script, path):
+    return subprocess.run([sys.executable, "-c", script, path], stdout=subprocess.PIPE, check=True).stdout
+
+
+def test_plugins_read_what_pillow_does_not_and_are_named_where_they_are_missing(tmp_path):
+    import pillow_heif
+    import pillow_jxl  # noqa: F401  registers itself
+
+    pillow_heif.register_heif_opener()
+    low = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    image = Image.fromarray(low).resize((64, 64))
+    for ending, how in (("heic", {"quality": 90}), ("jxl", {"lossless": True})):
+        image.save(tmp_path / f"x.{ending}", **how)
+        with Image.open(tmp_path / f"x.{ending}") as stored:
+            wanted = np.asarray(stored).tobytes()
+        assert run_script(_DECODE, tmp_path / f"x.{ending}") == wanted
+    (tmp_path / "x.dcm").write_bytes(b"x")
+    said = run_script(_WITHOUT, tmp_path).decode()
+    for reason in (
+        ".dcm is not read here (pip install 'memcontrol[dicom]')",
+        ".heic is not read here (pip install pillow-heif)",
+        ".jxl is not read here (pip install pillow-jxl-plugin)",
+    ):
+        assert f"1 files are left out: {reason}" in said
 
 
 def make_exif(*entries):

@@ -17,9 +17,9 @@ def add_init(subparsers) -> None:
     init = add_command(subparsers, "init", _run_init, text)
     init.add_argument(
         "images",
-        type=Path,
         metavar="DIR",
-        help="the images, with captions in tables or text files beside them if there are any",
+        help="the images, with captions in tables or text files beside them if there are any; or a dataset: "
+        "a folder of parquet shards or WebDataset tars, or hf://OWNER/NAME",
     )
     init.add_argument(
         "--out", type=Path, metavar="STUDY.yaml", help="file to write (default: NAME.yaml in this folder)"

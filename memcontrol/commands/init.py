@@ -9,19 +9,31 @@ import re
 import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from memcontrol.commands.card import Card, describe_card, explain_too_small, propose_memory
 from memcontrol.core.choice import ANCHORS
-from memcontrol.core.config import NAME, PARTS, BaseConfig, DataConfig, load_config, parse_base, read_base
+from memcontrol.core.config import (
+    HUB,
+    NAME,
+    PARTS,
+    BaseConfig,
+    DataConfig,
+    load_config,
+    parse_base,
+    read_base,
+)
 from memcontrol.core.config_errors import NAME_RULE
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import replace_file
 from memcontrol.core.run_folder import StudyFolder, locate_study_folder, refuse_results_among
+from memcontrol.data.dataset import is_dataset, list_splits, locate_images, plan_splits
 from memcontrol.data.look import FolderSummary, summarize_folder
 from memcontrol.data.split import FEWEST_IMAGES, split_records
 from memcontrol.model.caption_length import describe_cut, is_long, open_clip_tokenizer
+from memcontrol.reading.parts import find_part
 
 _STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 _SPACES = {  # of bases that lie on this machine, by the class of their pipeline
@@ -49,10 +61,10 @@ _PHOTO_NETWORK, _N_PHOTO_FEATURES, _PHOTO_SIDE = "transformers:facebook/dinov2-b
 def init(
     images: str | Path, out: str | Path | None = None, *, name: str | None = None, base: str | None = None
 ) -> Path:
-    """Looks at a folder of images and writes a study for it, with the reason beside each value. Returns the
-    file. Raises MemControlError."""
+    """Looks at a folder of images, or a dataset as data.path names one, and writes a study for it, with the
+    reason beside each value. Returns the file. Raises MemControlError."""
     place = Path(out) if out else None
-    return propose_study(Path(images), place, name, base, lambda title, done, total: None).path
+    return propose_study(str(images), place, name, base, lambda title, done, total: None).path
 
 
 @dataclass(frozen=True)
@@ -63,15 +75,15 @@ class Proposal:
 
 
 def propose_study(
-    folder: Path,
+    source: str,
     out: Path | None,
     name: str | None,
     base: str | None,
     progress: Callable[[str, int, int], None],
 ) -> Proposal:
-    """Looks at the images and writes a study for them. Raises MemControlError: what `out`, `name` or `base`
-    is, or too few images."""
-    name = name or _derive_name(folder)
+    """Looks at the images of a folder or a dataset and writes a study for them. Raises MemControlError: what
+    `out`, `name` or `base` is, or too few images."""
+    name = name or _derive_name(source)
     path = out or Path(f"{name}.yaml")
     if not re.fullmatch(NAME, name):
         raise MemControlError(f"--name is '{name}'; {NAME_RULE}")
@@ -81,15 +93,33 @@ def propose_study(
     if given:
         _check_base(given)
     place = StudyFolder(locate_study_folder(path, name))
-    refuse_results_among(str(folder), place.path)
+    refuse_results_among(source, place.path)
+    data = _choose_split(source)
+    folder = Path(source)
+    if is_dataset(source):
+        folder = locate_images(data, place.cache, partial(progress, "unpacking the dataset"))
     seen = summarize_folder(folder, progress, place.image_index)
     cut = _describe_cut_captions(seen, given)
     seen = replace(seen, notes=(*seen.notes, *([cut] if cut else [])))
-    proposal = Proposal(path, _write_proposal(folder, seen, name, given, path), seen)
+    proposal = Proposal(path, _write_proposal(data, seen, name, given, path), seen)
     with replace_file(path) as part:
         part.write_text(proposal.text, encoding="utf-8")
     load_config(path)
     return proposal
+
+
+def _choose_split(source: str) -> DataConfig:
+    """Of a dataset whose splits are not the parts, the one to train on, else the first."""
+    config = DataConfig(path=source)
+    if not is_dataset(source):
+        return config
+    names = list_splits(source)
+    try:
+        plan_splits(source, names, None)
+        return config
+    except MemControlError:
+        chosen = next((name for name in names if find_part(name) == "train"), names[0])
+        return config.model_copy(update={"split": chosen})
 
 
 def _describe_cut_captions(seen: FolderSummary, given: BaseConfig | None) -> str:
@@ -116,7 +146,7 @@ def _check_base(base: BaseConfig) -> None:
 
 
 def _write_proposal(
-    folder: Path, seen: FolderSummary, name: str, given: BaseConfig | None, path: Path
+    data: DataConfig, seen: FolderSummary, name: str, given: BaseConfig | None, path: Path
 ) -> str:
     """The study file. Raises MemControlError where there are too few images."""
     card = describe_card()
@@ -134,8 +164,8 @@ def _write_proposal(
         f"name: {name}",
         _format_line("base", _dump_value(given.model_dump()), _explain_base(base, card)),
         "data:",
-        _format_line("  path", _dump_value(_express_path(path, folder)), _explain_data(seen, base)),
-        *_list_data_lines(seen, shares, sizes),
+        _format_line("  path", _dump_value(_express_path(path, data.path)), _explain_data(seen, base)),
+        *_list_data_lines(data, seen, shares, sizes),
         _format_line("space", choose_space(given), _SPACE_HINT),
         "inner:",
         *_list_inner_lines(n_train, budget),
@@ -158,10 +188,14 @@ def _dump_value(value: Any) -> str:
 
 
 def _list_data_lines(
-    seen: FolderSummary, shares: Mapping[str, float | int], sizes: Mapping[str, int]
+    data: DataConfig, seen: FolderSummary, shares: Mapping[str, float | int], sizes: Mapping[str, int]
 ) -> list[str]:
     """How the images are dealt out, who is in them, and whether some are skipped."""
-    lines = [
+    lines = []
+    if data.split:
+        about = "of the dataset's splits the one that is dealt out; the others are not used"
+        lines.append(_format_line("  split", _dump_value(data.split), about))
+    lines += [
         _format_line(f"  {part}", str(share), f"{sizes[part]} images, {_USES[part]}")
         for part, share in shares.items()
     ]
@@ -281,16 +315,19 @@ def _estimate_hours(card: Card, n_anchors: int, budget: int) -> str:
     )
 
 
-def _derive_name(folder: Path) -> str:
+def _derive_name(source: str) -> str:
+    own = source.rpartition("/")[2] if source.startswith(HUB) else Path(source).resolve().name
     # accents go, their letters stay
-    plain = unicodedata.normalize("NFKD", folder.resolve().name).encode("ascii", "ignore").decode()
+    plain = unicodedata.normalize("NFKD", own).encode("ascii", "ignore").decode()
     return re.sub(r"[^A-Za-z0-9._-]+", "-", plain).strip("-._") or "study"
 
 
-def _express_path(study_file: Path, folder: Path) -> str:
+def _express_path(study_file: Path, source: str) -> str:
     """The images' path in the study file: relative where they lie beside or below it, so that both may move
     together."""
-    images, home = folder.resolve(), study_file.resolve().parent
+    if source.startswith(HUB):
+        return source
+    images, home = Path(source).resolve(), study_file.resolve().parent
     return images.relative_to(home).as_posix() if images.is_relative_to(home) else str(images)
 
 

@@ -50,6 +50,7 @@ FREE_KEYS = (
 
 Pages = Literal["refuse", "first", "all"]
 Fit = Literal["crop", "pad", "squash"]
+HUB = "hf://"  # how data.path begins that names a dataset of Hugging Face's
 DIGITS = "digits"  # data.path of the images that are embedded
 CHECKPOINT = ".safetensors"  # how a base in one file ends
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
@@ -141,7 +142,10 @@ class DataConfig(Strict):
     (128)."""
 
     path: str
-    """`digits` (embedded), or a folder of images, seen from the study file"""
+    """`digits` (embedded), a folder of images, seen from the study file, or a dataset: a folder of parquet
+    shards or WebDataset tars, one such file, or `hf://OWNER/NAME` on Hugging Face's hub"""
+    split: Annotated[str, Field(min_length=1)] | None = None
+    """of a dataset, the split whose images are dealt out; none: its splits are the parts, or it has one"""
     train: Share | Count = 0.5
     """share or number of images to fine-tune on; ignored where the folder has `train/`, `holdout/` and
     `test/`"""
@@ -731,7 +735,9 @@ def _make_paths_absolute(config: Config, folder: Path) -> Config:
         f"{folder / objective.rpartition(':')[0]}:{name}" if ":" in objective else objective
         for objective, name in zip(config.rewards.objectives, config.rewards.names)
     )
-    path = config.data.path if config.data.path == DIGITS else str(folder / config.data.path)
+    path = config.data.path
+    if path != DIGITS and not path.startswith(HUB):
+        path = str(folder / path)
     base = locate_base(config.base, folder)
     return config.replaced({"base": base, "data.path": path, "rewards.objectives": objectives})
 

@@ -12,6 +12,7 @@ import numpy as np
 from memcontrol.core.config import CALIBRATION, DIGITS, PARTS, DataConfig
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.seeds import derive_seed
+from memcontrol.data.dataset import locate_images
 from memcontrol.data.images import ImageRecord, Images, list_digit_records
 from memcontrol.data.index import ShowDone
 from memcontrol.data.look import Look, describe_greys, look_at_images
@@ -44,14 +45,12 @@ def load_parts(
     test, disjoint by content, twins and groups. `known`: what split.json records of a study that has begun,
     whose twins are not sought again. Raises MemControlError."""
     found: dict[str, Any] = {}
-    if config.path == DIGITS:
+    source = config.path
+    if source == DIGITS:
         parts, greys = split_records(list_digit_records(), config, seed), None
     else:
-        folder = Path(config.path)
-        if not folder.is_dir():
-            raise MemControlError(
-                f"data.path is '{config.path}': no such folder; give 'digits' or a folder of images"
-            )
+        folder = locate_images(config, kept.parent if kept else None, progress)
+        source = str(folder)
         look = look_at_images(folder, config, warn, seed, kept, progress)
         (parts, found), greys = _list_folder_parts(look, config, seed, warn, known), look.greys
     for part, records in parts.items():
@@ -61,8 +60,7 @@ def load_parts(
                 f"add images or change data.train, data.holdout, data.test{_tell_of_groups(parts)}"
             )
     images = {
-        part: Images(config.path, resolution, tuple(records), config.fit, greys)
-        for part, records in parts.items()
+        part: Images(source, resolution, tuple(records), config.fit, greys) for part, records in parts.items()
     }
     return Split(images, found | _count_groups(images, config))
 

@@ -10,6 +10,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from PIL import ExifTags, Image, ImageCms
@@ -66,9 +67,21 @@ def locate_page(name: str) -> tuple[str, int]:
     return (found[1], int(found[2]) - 1) if found else (name, 0)
 
 
+@cache
+def register_plugins() -> None:
+    """Those of Pillow for HEIC and JPEG XL, where they are installed."""
+    with contextlib.suppress(ImportError):
+        from pillow_heif import register_heif_opener
+
+        register_heif_opener()
+    with contextlib.suppress(ImportError):
+        import pillow_jxl  # noqa: F401  registers itself
+
+
 @contextlib.contextmanager
 def open_file(path: Path) -> Iterator[OpenedFile]:
     """Raises MemControlError, whatever a decoder raises inside too."""
+    register_plugins()
     try:
         with _still_decoders():
             if can_read_dicom() and is_dicom(path):

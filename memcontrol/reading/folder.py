@@ -13,7 +13,7 @@ from PIL import Image
 
 from memcontrol.core.errors import MemControlError
 from memcontrol.reading.captions import TEXT_SUFFIXES
-from memcontrol.reading.decode import locate_page
+from memcontrol.reading.decode import locate_page, register_plugins
 from memcontrol.reading.dicom import can_read_dicom, is_dicom
 from memcontrol.reading.tables import is_table
 
@@ -50,23 +50,10 @@ class Listing:
 def _list_suffixes() -> frozenset[str]:
     """Of the pictures that the installed Pillow reads, with its plugins for HEIC and JPEG XL where these are
     installed."""
-    _register_plugins()
+    register_plugins()
     Image.init()
     known = {suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN}
     return frozenset(known - _NO_PICTURES)
-
-
-def _register_plugins() -> None:
-    try:
-        from pillow_heif import register_heif_opener
-
-        register_heif_opener()
-    except ImportError:
-        pass
-    try:
-        import pillow_jxl  # noqa: F401  registers itself
-    except ImportError:
-        pass
 
 
 def list_folder(folder: Path) -> Listing:

@@ -20,8 +20,13 @@ _PART_BY_NAME = {name: part for part, names in _NAMES.items() for name in names}
 _COLUMN = "split"
 
 
+def find_part(name: str) -> str | None:
+    """The part that is meant by a name of a folder, a split or in a column."""
+    return _PART_BY_NAME.get(name.lower())
+
+
 def is_part_folder(name: str) -> bool:
-    return name.lower() in _PART_BY_NAME
+    return find_part(name) is not None
 
 
 def find_part_folders(folder: Path) -> dict[str, str]:
@@ -29,7 +34,7 @@ def find_part_folders(folder: Path) -> dict[str, str]:
     the same part, or one of PARTS is missing."""
     found: dict[str, str] = {}
     for path in sorted(folder.iterdir()):
-        part = _PART_BY_NAME.get(path.name.lower()) if path.is_dir() else None
+        part = find_part(path.name) if path.is_dir() else None
         if part and part in found:
             raise MemControlError(
                 f"data: {folder} has {found[part]}/ and {path.name}/, which both are the part '{part}'; put "
@@ -64,7 +69,7 @@ def _read_split_column(folder: Path, tables: Tables, column: str) -> dict[str, s
     for name, rows in tables.rows.items():
         for row in rows:
             value = clean_text(row.values.get(column))
-            part = _PART_BY_NAME.get(value.lower())
+            part = find_part(value)
             if not value:
                 continue
             if part is None:

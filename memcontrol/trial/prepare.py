@@ -280,10 +280,10 @@ def record_extractor(path: Path, pinned: str, config: Config) -> None:
 
 
 def _record_split(place: StudyFolder, split: Split, config: Config, resolution: int) -> None:
-    source = config.data.path if config.data.path == DIGITS else str(Path(config.data.path).resolve())
-    greys = split.parts["train"].greys
+    train = split.parts["train"]
+    source, greys = train.source, train.greys
     record = {
-        "source": source,
+        "source": source if source == DIGITS else str(Path(source).resolve()),
         "resolution": resolution,
         "fit": config.data.fit,
         "greys": [greys.black, greys.white] if greys else None,
