@@ -119,6 +119,13 @@ def test_patients_are_groups_under_names_that_say_nothing(tmp_path):
             assert record.group.startswith("patient ") and "P" not in record.group
             homes.setdefault(record.group, set()).add(part)
     assert len(homes) == 24 and all(len(parts) == 1 for parts in homes.values())
+    for path in sorted((tmp_path / "x").iterdir()):  # a folder for each patient is no caption
+        home = tmp_path / "by patient" / f"P{int(path.stem) // 2}"
+        home.mkdir(parents=True, exist_ok=True)
+        (home / path.name).hardlink_to(path)
+    apart = load_config({"name": "a", "data": {"path": str(tmp_path / "by patient"), "group": "PatientID"}})
+    split = load_parts(apart.data, 32, 0)
+    assert {caption for images in split.parts.values() for caption in images.captions} == {""}
     said = run("init", tmp_path / "x", cwd=tmp_path, check=True)
     assert "group: PatientID" in (tmp_path / "x.yaml").read_text().replace('"', ""), said.stderr
 

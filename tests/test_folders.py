@@ -170,7 +170,9 @@ def test_rows_and_text_files_of_no_image_are_counted(tmp_path):
 
 def test_kohyas_folders_name_a_subject_and_ask_for_no_repeats(tmp_path):
     fill(tmp_path / "10_sks dog")
-    assert set(load(tmp_path)[0].values()) == {"sks dog"}
+    captions, _, said = load(tmp_path)
+    assert set(captions.values()) == {"sks dog"}
+    assert "the number in a folder's name such as '10_sks dog' is not used: all images are used alike" in said
     for i in range(N):
         (tmp_path / "10_sks dog" / f"{i:03}.txt").write_text(f"c {i}")
     assert load(tmp_path)[0]["10_sks dog/005.png"] == "c 5"

@@ -8,12 +8,16 @@ import yaml
 from commands import run
 from PIL import Image
 from sklearn.datasets import load_digits
+from test_dicom import write as write_dicom
 
 from memcontrol import search
 from memcontrol.commands.card import Card
 from memcontrol.core.choice import ANCHORS
 from memcontrol.core.config import RewardsConfig, load_config
 from memcontrol.core.errors import MemControlError
+from memcontrol.core.run_folder import StudyFolder
+from memcontrol.data import index
+from memcontrol.data.split import load_parts
 
 FASTER = (
     "inner.budget_images=32",
@@ -80,6 +84,70 @@ FOLDERS = {
         "broken.png cannot be decoded",
     ],
 }
+
+
+def kohya(folder):
+    for number, kind in enumerate(("10_sks dog", "10_sks cat")):
+        (folder / "img" / kind).mkdir(parents=True)
+        for i in range(16):
+            digit(16 * number + i).save(folder / "img" / kind / f"{i}.png")
+            (folder / "img" / kind / f"{i}.txt").write_text(f"{kind[3:]}, {i}")
+
+
+def image_folder(folder):
+    lines = ["file_name,caption"]
+    for i in range(32):
+        digit(i).save(folder / f"{i}.jpg")
+        lines.append(f'{i}.jpg,"a digit, {i}"')
+    (folder / "metadata.csv").write_text("\n".join(lines))
+
+
+def dicom_by_patient(folder):
+    for i in range(48):
+        pixels = np.asarray(digit(i)) * 16.0
+        write_dicom(folder / f"MRN{i // 2}" / f"{i}.dcm", pixels, patient=f"MRN{i // 2}")
+
+
+def classes(folder):
+    for i in range(40):
+        (folder / f"class {i % 4}").mkdir(exist_ok=True)
+        digit(i).save(folder / f"class {i % 4}" / f"{i}.png")
+
+
+def parts_that_are_made(folder):
+    for i in range(48):
+        place = folder / ("train", "val", "test")[i % 3] / f"class {i % 2}"
+        place.mkdir(parents=True, exist_ok=True)
+        digit(i).save(place / f"{i}.png")
+
+
+def animations(folder):
+    for i in range(32):
+        digit(i).save(folder / f"{i}.gif", save_all=True, append_images=[digit(i + 40)])
+
+
+LAYOUTS = {
+    kohya: ["32 different, from text files beside the images", "number in a folder's name such as '10_sks "],
+    image_folder: ["captions for 32 of 32, 32 different, from column 'caption' of metadata.csv"],
+    dicom_by_patient: ['group: "PatientID"', "no captions", "names are those of patients, and are not used"],
+    classes: ["captions for 40 of 40, 4 different, from the folders' names"],
+    parts_that_are_made: ["as its folders or tables say into 16 train, 16 holdout, 16 test", "2 different"],
+    animations: ["pages: first", "32 files have several pages or frames; all: each page is an image"],
+}
+
+
+@pytest.mark.parametrize("fill", LAYOUTS, ids=lambda fill: fill.__name__)
+def test_what_people_have_needs_no_edit(fill, tmp_path, monkeypatch):
+    (tmp_path / "my images").mkdir()
+    fill(tmp_path / "my images")
+    done = run("init", tmp_path / "my images", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for words in LAYOUTS[fill]:
+        assert words in done.stderr, done.stderr
+    config, place = load_config(tmp_path / "my-images.yaml"), StudyFolder(tmp_path / "runs" / "my-images")
+    monkeypatch.setattr(index, "open_file", None)  # init has read them
+    parts = load_parts(config.data, 32, config.search.seed, kept=place.image_index).parts
+    assert min(map(len, parts.values())) >= 8
 
 
 @pytest.mark.parametrize("fill", FOLDERS, ids=lambda fill: fill.__name__)

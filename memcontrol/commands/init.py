@@ -16,6 +16,7 @@ from typing import Any
 from memcontrol.commands.card import Card, describe_card, explain_too_small, propose_memory
 from memcontrol.core.choice import ANCHORS
 from memcontrol.core.config import (
+    CALIBRATION,
     HUB,
     NAME,
     PARTS,
@@ -399,7 +400,8 @@ def _explain_data(seen: FolderSummary, base: str) -> str:
         + " (data.resolution: another)"
     )
     if seen.parts:
-        said.append(f"split by its folders into {', '.join(f'{n} {part}' for part, n in seen.parts.items())}")
+        ordered = (f"{seen.parts[part]} {part}" for part in (*PARTS, CALIBRATION) if part in seen.parts)
+        said.append(f"split as its folders or tables say into {', '.join(ordered)}")
     said.append("greyscale, read as RGB" if seen.is_grey else "colour")
     n_captioned = seen.n - seen.captions[""]
     n_different = len(set(seen.captions) - {""})

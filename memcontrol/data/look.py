@@ -97,6 +97,7 @@ def look_at_images(
     tables = read_tables(folder, listing.tables)
     captions = find_captions(folder, listing.images, listing.texts, tables, config.caption)
     found = examine_files(folder, listing.images, kept, config.pages, config.max_pixels, progress)
+    captions = captions.leave_out_names(_find_patients(found.images))
     unreadable = _skip(found.failures.values(), config.skip_unreadable, warn)
     greys = find_greys({folder / name: one for name, one in found.images.items()})
     records = [

@@ -16,6 +16,7 @@ from memcontrol.reading.tables import TableRow, Tables, clean_text, describe_rea
 
 COLUMNS = ("text", "caption", "prompt", "description")  # that are looked for, in this order
 TEXT_SUFFIXES = (".txt", ".caption")
+_BY_FOLDERS = "the folders' names"
 _KOHYA = re.compile(r"(\d+)_(.+)")  # a folder's repeats and subject, as kohya's sd-scripts name it
 
 
@@ -27,6 +28,15 @@ class Captions:
     texts: Mapping[str, tuple[str, ...]]
     source: str
     notes: tuple[str, ...] = ()
+
+    def leave_out_names(self, ids: Mapping[str, str]) -> Captions:
+        """Without captions where the folders' names are those of persons: one for each of `ids`, by image."""
+        pairs = {(self.texts.get(name, ()), one) for name, one in ids.items()}
+        said, who = ({pair[i] for pair in pairs} for i in (0, 1))
+        if self.source != _BY_FOLDERS or () in said or not len(pairs) == len(said) == len(who) > 1:
+            return self
+        note = "the folders' names are those of patients, and are not used as captions"
+        return Captions({}, "nothing", (*self.notes, note))
 
     def draw(self, name: str, seed: int) -> str:
         """One of an image's texts, the same for the same seed."""
@@ -51,9 +61,9 @@ def find_captions(
                 f"{folder}: '{name}' has one caption in {tables.rows[name][0].place} and another in its text "
                 "file; keep one of them"
             )
-    notes = [*_describe_strays(strays), *_describe_unused(tables, chosen)]
+    notes = [*_describe_strays(strays), *_describe_unused(tables, chosen), *_describe_repeats(images)]
     if not any(said.values()):
-        return Captions(_name_by_folders(images), "the folders' names", tuple(notes))
+        return Captions(_name_by_folders(images), _BY_FOLDERS, tuple(notes))
     sources = [f"column '{chosen}' of {', '.join(tables.names)}"] if chosen else []
     sources += ["text files beside the images"] if beside else []
     n_without = sum(not said.get(name) for name in images)
@@ -139,6 +149,15 @@ def _refuse_repeats(folder: Path, names: Mapping[str, str]) -> None:
         raise MemControlError(
             f"{folder}: the folders {', '.join(repr(one) for one in repeats)} ask for different repeats, as "
             "kohya's scripts read their names; all images are used alike here: give them one number"
+        )
+
+
+def _describe_repeats(images: Sequence[str]) -> Iterator[str]:
+    found = [parent for name in images if _KOHYA.fullmatch(parent := PurePosixPath(name).parent.name)]
+    if found:
+        yield (
+            f"the number in a folder's name such as '{found[0]}' is not used: all images are used alike, as "
+            "often as inner.budget_images says"
         )
 
 
