@@ -2,6 +2,8 @@
 by part; what lies in memory meanwhile."""
 
 import json
+from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from memcontrol.core.config import InnerConfig, RewardsConfig, load_config
 from memcontrol.data.cache import TensorRows, hold_lock, iterate_rows, map_bytes, write_tensors
 from memcontrol.data.split import load_parts
 from memcontrol.model.base import load_base
-from memcontrol.model.encoded import EncodingTask, load_encoded
+from memcontrol.model.encoded import EncodingTask, list_texts, load_encoded
 from memcontrol.training.probe import ProbeSize, choose_probe_size
 from memcontrol.trial.memory import StageMemory
 
@@ -90,6 +92,26 @@ def test_chunks_give_the_whole_and_a_killed_process_leaves_those_that_it_made(
     assert told[-1] == (n, n) and [done for done, _ in told] == sorted(done for done, _ in told)
     names = [path.name for path in (tmp_path / "killed").iterdir()]
     assert not any("chunks" in name for name in names)
+
+
+def test_of_several_captions_each_use_draws_one(base, images, tmp_path):
+    records = [
+        replace(record, further=tuple(f"further {i} {k}" for k in range(i % 3)))
+        for i, record in enumerate(images.records)
+    ]
+    several = replace(images, records=tuple(records))
+    assert several.digest != images.digest
+    data = load_encoded(base, several, tmp_path)
+    texts = list_texts(several.captions, several.further_captions)
+    wanted = base.encode_captions(texts)["prompt_embeds"]
+    assert torch.allclose(data.text["prompt_embeds"], wanted, atol=1e-5)
+    generator, n = torch.Generator().manual_seed(0), 600
+    for i, record in enumerate(records):
+        drawn = data.draw_captions(torch.full((n,), i), generator)
+        counts = Counter(texts[row] for row in drawn.tolist())
+        assert set(counts) == {record.caption, *record.further}
+        assert min(counts.values()) > 0.7 * n / len(counts)
+    assert (data.draw_captions(torch.arange(20), generator) != data.caption_rows).any()
 
 
 def test_processes_share_the_chunks(base, images, tmp_path, small_chunks, monkeypatch):

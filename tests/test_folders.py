@@ -120,7 +120,9 @@ def test_several_captions_are_drawn_from_by_the_seed_and_nothing_is_nan(tmp_path
     (tmp_path / "metadata.jsonl").write_text(one_caption(["a cat", "one cat", None]))
     captions, _, said = load(tmp_path)
     assert set(captions.values()) == {"a cat", "one cat"} and captions == load(tmp_path)[0]
-    assert f"{N} images have several captions" in said
+    assert f"{N} images have several captions: each use of one in training draws one of them" in said
+    records = [record for images in load(tmp_path)[1].values() for record in images.records]
+    assert all({record.caption, *record.further} == {"a cat", "one cat"} for record in records)
     (tmp_path / "metadata.jsonl").write_text(one_caption(float("nan")))
     assert set(load(tmp_path)[0].values()) == {""}
 

@@ -202,6 +202,7 @@ def test_more_than_pillows_own_limit_is_read_where_it_is_allowed(tmp_path, monke
 def test_many_images_are_a_table_by_columns(tmp_path, monkeypatch):
     rows = [{"name": f"{i}", "caption": f"c {i % 2}", "digest": f"{i:x}"} for i in range(7)]
     rows[3]["group"] = "Anna"
+    rows[4]["further"] = ["more", "and more"]
     split = {"source": "x", "resolution": 8, "parts": {"train": rows[:4], "holdout": rows[4:]}}
     place = StudyFolder(tmp_path)
     for most in (7, 6):

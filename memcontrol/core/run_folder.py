@@ -16,7 +16,8 @@ from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import read_json, write_json
 
 _MOST_ROWS = 10_000  # of split.json, beyond which it is a table by columns
-_SPLIT_COLUMNS = ("name", "caption", "digest", "group")
+_SPLIT_COLUMNS = {"name": "", "caption": "", "digest": "", "group": "", "further": []}  # and what is none
+_MAY_LACK = ("group", "further")
 
 
 @dataclass(frozen=True)
@@ -305,18 +306,20 @@ class StudyFolder:
         }
 
 
-def _list_columns(rows: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
-    return {column: [row.get(column, "") for row in rows] for column in _SPLIT_COLUMNS}
+def _list_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    return {column: [row.get(column, none) for row in rows] for column, none in _SPLIT_COLUMNS.items()}
 
 
-def _list_rows(table: Mapping[str, list[str]] | list[dict[str, str]]) -> list[dict[str, str]]:
+def _list_rows(table: Mapping[str, list[Any]] | list[dict[str, Any]]) -> list[dict[str, Any]]:
     if isinstance(table, list):
         return table
-    rows = (dict(zip(table, values)) for values in zip(*table.values()))
-    return [{column: value for column, value in row.items() if value or column != "group"} for row in rows]
+    return [
+        {column: value for column, value in zip(table, row) if value or column not in _MAY_LACK}
+        for row in zip(*table.values())
+    ]
 
 
-def _summarize_part(rows: Sequence[dict[str, str]]) -> dict[str, Any]:
+def _summarize_part(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     lines = "\n".join(f"{row['digest']} {row['caption']}" for row in rows)
     groups = {row.get("group") or row["name"] for row in rows}
     digest = hashlib.sha256(lines.encode()).hexdigest()[:16]

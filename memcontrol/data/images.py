@@ -29,12 +29,14 @@ def count_at_once(side: int) -> int:
 @dataclass(frozen=True)
 class ImageRecord:
     """One image: its path inside the data folder (or its index among the digits), caption, hash of its
-    pixels, and the group of images that it belongs to, such as a person; empty: none but itself."""
+    pixels, and the group of images that it belongs to, such as a person; empty: none but itself; and the
+    captions from which training draws beside the first."""
 
     name: str
     caption: str
     digest: str = ""
     group: str = ""
+    further: tuple[str, ...] = ()
 
     @property
     def file(self) -> str:
@@ -61,6 +63,11 @@ class Images:
         return [record.caption for record in self.records]
 
     @property
+    def further_captions(self) -> list[tuple[str, ...]]:
+        """Those of each image beside the first."""
+        return [record.further for record in self.records]
+
+    @property
     def groups(self) -> list[str]:
         """Who is in each image."""
         return [record.group or f"{self.source} {record.name}" for record in self.records]
@@ -69,7 +76,7 @@ class Images:
     def digest(self) -> str:
         """Names the content: the same images with the same captions at the same resolution, in the same
         order, brought to squares alike, deep greys by the same scale."""
-        lines = [f"{record.digest} {record.caption}" for record in self.records]
+        lines = [" ".join((record.digest, record.caption, *record.further)) for record in self.records]
         form = str(self.resolution) if self.fit == "crop" else f"{self.resolution} {self.fit}"
         form += f" {self.greys.black} {self.greys.white}" if self.greys else ""
         return hashlib.sha256("\n".join([form, *lines]).encode()).hexdigest()[:16]

@@ -100,10 +100,7 @@ def look_at_images(
     captions = captions.leave_out_names(_find_patients(found.images))
     unreadable = _skip(found.failures.values(), config.skip_unreadable, warn)
     greys = find_greys({folder / name: one for name, one in found.images.items()})
-    records = [
-        ImageRecord(name, captions.draw(locate_page(name)[0], seed), one.digest)
-        for name, one in found.images.items()
-    ]
+    records = [_caption_image(name, one, captions, seed) for name, one in found.images.items()]
     left_out = {reason: len(names) for reason, names in listing.left_out.items()}
     return Look(
         folder,
@@ -117,6 +114,11 @@ def look_at_images(
         unreadable,
         (*listing.describe_left_out(), *captions.notes),
     )
+
+
+def _caption_image(name: str, seen: Seen, captions: Captions, seed: int) -> ImageRecord:
+    caption, *further = captions.shuffle(locate_page(name)[0], seed)
+    return ImageRecord(name, caption, seen.digest, further=tuple(further))
 
 
 def _skip(

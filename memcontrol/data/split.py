@@ -256,6 +256,7 @@ def dump_parts(parts: dict[str, Images]) -> dict:
         part: [
             {"name": record.name, "caption": record.caption, "digest": record.digest}
             | ({"group": record.group} if record.group else {})
+            | ({"further": list(record.further)} if record.further else {})
             for record in images.records
         ]
         for part, images in parts.items()
@@ -269,7 +270,7 @@ def parse_parts(stored: Mapping[str, Any]) -> dict[str, Images]:
         part: Images(
             stored["source"],
             stored["resolution"],
-            tuple(ImageRecord(**row) for row in rows),
+            tuple(ImageRecord(**{**row, "further": tuple(row.get("further", ()))}) for row in rows),
             stored.get("fit", "crop"),
             greys,
         )

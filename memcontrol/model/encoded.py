@@ -4,6 +4,7 @@ as one file that is mapped, not read."""
 from __future__ import annotations
 
 import contextlib
+import itertools
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,11 @@ _EMBEDDINGS = "prompt_embeds"  # what a family's mask is over
 _MASKED_FORMAT = "-v2"  # of files without padding; before, they had it
 
 TellDone = Callable[[int, int], None]  # images and captions done, of how many
+
+
+def list_texts(captions: Sequence[str], further: Sequence[Sequence[str]] = ()) -> list[str]:
+    """Distinct captions of images and their further ones, the empty one first."""
+    return list(dict.fromkeys(["", *captions, *itertools.chain(*further)]))
 
 
 @dataclass(frozen=True)
@@ -66,10 +72,21 @@ class Encoded:
     deviation: Tensor  # [N, C, h, w], scaled
     text: Mapping[str, Tensor | MaskedTokens]  # each [U, ...]; row 0 is the empty caption
     caption_rows: Tensor  # [N], into text
+    further_rows: Tensor | None = None  # [N, K], of further captions, where images have some; -1: none
 
     def texts(self, rows: Tensor) -> Text:
         """Encodings of the captions in `rows` [B] of `text`."""
         return {name: tensor[rows] for name, tensor in self.text.items()}
+
+    def draw_captions(self, rows: Tensor, generator: torch.Generator) -> Tensor:
+        """Of each image in `rows` [B] one of its captions, as rows of `text` [B]."""
+        first = self.caption_rows[rows]
+        if self.further_rows is None:
+            return first
+        choices = torch.cat([first[:, None], self.further_rows[rows]], 1)  # [B, 1 + K]
+        counts = (choices >= 0).sum(1)
+        drawn = (torch.rand(len(rows), generator=generator) * counts).long()
+        return choices.gather(1, drawn[:, None])[:, 0]
 
 
 @dataclass(frozen=True)
@@ -105,7 +122,7 @@ class EncodingTask:
     @property
     def captions(self) -> list[str]:
         """The distinct ones, the empty one first."""
-        return list(dict.fromkeys(["", *self.images.captions]))
+        return list_texts(self.images.captions, self.images.further_captions)
 
     def list_chunks(self) -> list[_Chunk]:
         # captions first: text encoders come and go before the first image is decoded
@@ -165,6 +182,10 @@ class EncodingTask:
         row_of = {caption: row for row, caption in enumerate(self.captions)}
         rows = torch.tensor([row_of[caption] for caption in self.images.captions])
         found = {"caption_rows": TensorRows(str(rows.dtype), tuple(rows.shape), [rows])}
+        further = [[row_of[caption] for caption in some] for some in self.images.further_captions]
+        if most := max(map(len, further), default=0):
+            padded = torch.tensor([some + [-1] * (most - len(some)) for some in further])
+            found["further_rows"] = TensorRows(str(padded.dtype), tuple(padded.shape), [padded])
         for kind in ("captions", "images"):
             paths = [self.folder / chunk.file_name for chunk in chunks if chunk.kind == kind]
             n_rows = sum(len(chunk.rows) for chunk in chunks if chunk.kind == kind)

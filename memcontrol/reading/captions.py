@@ -38,12 +38,13 @@ class Captions:
         note = "the folders' names are those of patients, and are not used as captions"
         return Captions({}, "nothing", (*self.notes, note))
 
-    def draw(self, name: str, seed: int) -> str:
-        """One of an image's texts, the same for the same seed."""
-        texts = self.texts.get(name, ())
-        if len(texts) < 2:
-            return texts[0] if texts else ""
-        return texts[np.random.default_rng(derive_seed(seed, "caption", name)).integers(len(texts))]
+    def shuffle(self, name: str, seed: int) -> tuple[str, ...]:
+        """An image's texts, one at least, in an order that is the same for the same seed."""
+        texts = self.texts.get(name) or ("",)
+        if len(texts) == 1:
+            return texts
+        order = np.random.default_rng(derive_seed(seed, "caption", name)).permutation(len(texts))
+        return tuple(texts[i] for i in order)
 
 
 def find_captions(
@@ -195,4 +196,4 @@ def _describe_unused(tables: Tables, chosen: str | None) -> Iterator[str]:
 def _describe_several(said: Mapping[str, tuple[str, ...]]) -> Iterator[str]:
     n = sum(len(texts) > 1 for texts in said.values())
     if n:
-        yield f"{n} images have several captions, of which one is drawn by the study's seed"
+        yield f"{n} images have several captions: each use of one in training draws one of them"

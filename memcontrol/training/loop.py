@@ -287,18 +287,19 @@ class Loop:
         return Batch(gathered.rows, noised, self.base.cast(gathered.text))
 
     def texts(self, rows: Tensor, dropped: Tensor, seed: int) -> Text:
-        """Encodings of the images' captions, edited and with noise as the config says; of those that are
-        `dropped` [B], the empty one's."""
+        """Encodings of the images' captions, of several one that is drawn, edited and with noise as the
+        config says; of those that are `dropped` [B], the empty one's."""
         data, inner = self.material.data, self.inner
-        text = data.texts(torch.where(dropped, 0, data.caption_rows[rows]))
+        generator = torch.Generator().manual_seed(derive_seed(seed, "which"))
+        captions = torch.where(dropped, 0, data.draw_captions(rows, generator))
+        text = data.texts(captions)
         if self.words:
-            self.edit_texts(text, rows, dropped, seed)
+            self.edit_texts(text, captions, dropped, seed)
         return add_text_noise(text, inner.embedding_noise, seed) if inner.embedding_noise and text else text
 
-    def edit_texts(self, text: Text, rows: Tensor, dropped: Tensor, seed: int) -> None:
-        """Replaces the encodings of captions that an edit changes."""
-        captions = (self.material.captions[row] for row in rows.tolist())
-        before = ["" if gone else caption for caption, gone in zip(captions, dropped.tolist())]
+    def edit_texts(self, text: Text, captions: Tensor, dropped: Tensor, seed: int) -> None:
+        """Replaces the encodings of captions, by their rows [B], that an edit changes."""
+        before = [self.material.texts[row] for row in captions.tolist()]
         after = edit_captions(before, self.inner.captions, self.words, seed)
         changed = [i for i, (old, new) in enumerate(zip(before, after)) if old != new and not dropped[i]]
         if changed:

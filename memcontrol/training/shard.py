@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memcontrol.model.encoded import Encoded
+from memcontrol.model.encoded import Encoded, list_texts
 from memcontrol.training.loss_memory import LossMemory
 
 
@@ -26,6 +26,12 @@ class Material:
     pixels: Callable[[Sequence[int]], np.ndarray]  # image numbers [B] -> uint8 [B, 3, H, W]
     holdout: Callable[[], Encoded]
     groups: Sequence[str] = ()  # of each image, where a group must stay in one shard
+    further_captions: Sequence[Sequence[str]] = ()  # of each image, where any has several
+
+    @cached_property
+    def texts(self) -> list[str]:
+        """Of each row of `data.text` the caption."""
+        return list_texts(self.captions, self.further_captions)
 
     @cached_property
     def group_numbers(self) -> Tensor | None:

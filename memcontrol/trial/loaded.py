@@ -127,6 +127,7 @@ class LoadedModels:
             lambda rows: images.take(rows).pixels(),
             lambda: self.load_unseen(spec, "holdout"),
             images.groups if spec.config.data.group else (),
+            images.further_captions,
         )
 
     def load_unseen(self, spec: Spec, part: str, progress: TellStage = tell_nobody) -> Encoded:

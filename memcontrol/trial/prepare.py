@@ -188,7 +188,8 @@ def _check_quantized(config: Config, base: Base) -> None:
 
 def _warn_of_cut_captions(base: Base, parts: dict[str, Images], warn: Callable[[str], None]) -> None:
     found = find_limit(base.pipeline, base.source.base.max_sequence_length)
-    captions = [caption for images in parts.values() for caption in images.captions]
+    records = [record for images in parts.values() for record in images.records]
+    captions = [caption for record in records for caption in (record.caption, *record.further)]
     if found and (said := describe_cut(*found, captions)):
         warn(said)
 
