@@ -3,6 +3,8 @@ neighbours."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -84,9 +86,9 @@ def nearest(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k nearest references of each query: Euclidean distances [N, k] and indices [N, k], nearest first.
 
-    A float32 product, block by block, finds candidates; the distances of the k + N_SPARE nearest are then
-    computed again as float64 differences, since the product form loses digits exactly for near-copies. Ties
-    go to the lower index. Memory beyond the inputs does not grow with their number.
+    A float32 product, block by block, finds candidates; the distances of those that may be among the k
+    nearest are then computed again as float64 differences, since the product form loses digits exactly for
+    near-copies. Ties go to the lower index. Memory beyond the inputs does not grow with their number.
     """
     k = min(k, len(references))
     n_candidates = min(k + _N_SPARE, len(references))
@@ -95,13 +97,10 @@ def nearest(
     found = []
     for rows in np.array_split(queries, max(1, -(-len(queries) // chunk))):
         if 4 * n_candidates > len(references):  # nearly all of them: one product gives every distance
-            found.append(_nearest_among_all(rows, references, centre, k))
+            candidates = _score_all(rows, references, centre)
         else:
-            found.append(
-                _nearest_among(
-                    rows, references, _nearest_candidates(rows, references, centre, n_candidates), k
-                )
-            )
+            candidates = _score_candidates(rows, references, centre, n_candidates)
+        found.append(_nearest_among(rows, references, candidates, k))
     distances, indices = zip(*found)
     return np.concatenate(distances), np.concatenate(indices)
 
@@ -115,23 +114,49 @@ def split_blocks(rows: np.ndarray, size: int = REFERENCE_BLOCK) -> list[np.ndarr
     return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
-def _nearest_candidates(
-    queries: np.ndarray, references: np.ndarray, centre: np.ndarray, n: int
-) -> np.ndarray:
-    """Indices [N, n] of the references nearest by a float32 product, in any order."""
+@dataclass(frozen=True)
+class _Candidates:
+    """Of each query some references [N, n], their squared distances less the query's own square [N, n], and
+    by how much these may be wrong [N]."""
+
+    rows: np.ndarray
+    scores: np.ndarray
+    errors: np.ndarray
+
+
+def _score_candidates(queries: np.ndarray, references: np.ndarray, centre: np.ndarray, n: int) -> _Candidates:
+    """The n nearest by a float32 product, in any order."""
     centre = centre.astype(np.float32)
     left = torch.from_numpy(queries.astype(np.float32, copy=False) - centre)
-    best = torch.empty(len(left), 0), torch.empty(len(left), 0, dtype=torch.long)
+    best, longest = (torch.empty(len(left), 0), torch.empty(len(left), 0, dtype=torch.long)), 0.0
     for number, block in enumerate(split_blocks(references)):
         right = torch.from_numpy(block.astype(np.float32, copy=False) - centre)
-        # squared distances less the query's own square
-        scores = torch.addmm(torch.linalg.vector_norm(right, dim=1).square(), left, right.T, alpha=-2)
-        values, places = _least_columns(scores, n)
+        squares = torch.linalg.vector_norm(right, dim=1).square()
+        longest = max(longest, float(squares.max()) ** 0.5)
+        values, places = _least_columns(torch.addmm(squares, left, right.T, alpha=-2), n)
         values = torch.cat([best[0], values], 1)
         places = torch.cat([best[1], places + number * REFERENCE_BLOCK], 1)
         order = values.topk(min(n, values.shape[1]), dim=1, largest=False, sorted=False).indices
         best = values.gather(1, order), places.gather(1, order)
-    return best[1].numpy()
+    lengths = torch.linalg.vector_norm(left, dim=1).double().numpy()
+    errors = _bound_errors(lengths, longest, left.shape[1], np.float32)
+    return _Candidates(best[1].numpy(), best[0].double().numpy(), errors)
+
+
+def _score_all(queries: np.ndarray, references: np.ndarray, centre: np.ndarray) -> _Candidates:
+    """All references, by a float64 product."""
+    left, right = (np.asarray(x, np.float64) - centre for x in (queries, references))
+    squares = np.square(right).sum(1)
+    lengths = np.linalg.norm(left, axis=1)
+    errors = _bound_errors(lengths, float(squares.max()) ** 0.5, left.shape[1], np.float64)
+    rows = np.broadcast_to(np.arange(len(right)), (len(left), len(right)))
+    return _Candidates(rows, squares - 2 * left @ right.T, errors)
+
+
+def _bound_errors(lengths: np.ndarray, longest: float, d: int, dtype: type) -> np.ndarray:
+    """Of |r|^2 - 2 q r in a floating point type (Higham, Accuracy and Stability, 3.1), for queries of these
+    lengths [N] and references up to the longest."""
+    return (d + 8) * np.finfo(dtype).eps * (longest**2 + 2 * longest * lengths)
 
 
 def _least_columns(scores: Tensor, n: int, depth: int = 16) -> tuple[Tensor, Tensor]:
@@ -150,27 +175,18 @@ def _least_columns(scores: Tensor, n: int, depth: int = 16) -> tuple[Tensor, Ten
 
 
 def _nearest_among(
-    queries: np.ndarray, references: np.ndarray, chosen: np.ndarray, k: int
+    queries: np.ndarray, references: np.ndarray, candidates: _Candidates, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The k nearest of each query's candidates [N, n], by float64 differences."""
-    apart = (np.subtract(references[rows], query, dtype=np.float64) for query, rows in zip(queries, chosen))
-    distances = np.sqrt([np.einsum("nd,nd->n", difference, difference) for difference in apart])
-    order = np.lexsort((chosen, distances), axis=1)[:, :k]
-    return np.take_along_axis(distances, order, 1), np.take_along_axis(chosen, order, 1)
-
-
-def _nearest_among_all(
-    queries: np.ndarray, references: np.ndarray, centre: np.ndarray, k: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """The k nearest of all references, by a float64 product; the nearest N_SPARE by differences."""
-    left, right = (np.asarray(x, np.float64) - centre for x in (queries, references))
-    squares = np.square(left).sum(1)[:, None] + np.square(right).sum(1) - 2 * left @ right.T  # [N, M]
-    distances, n_exact = np.sqrt(np.maximum(squares, 0)), min(_N_SPARE, len(references))
-    nearest_few = np.argpartition(distances, n_exact - 1, axis=1)[:, :n_exact]
-    exact, places = _nearest_among(queries, references, nearest_few, n_exact)
-    np.put_along_axis(distances, places, exact, 1)
-    order = np.argsort(distances, axis=1, kind="stable")[:, :k]
-    return np.take_along_axis(distances, order, 1), order
+    """The k nearest of each query's candidates, by float64 differences of those that may be among them."""
+    most = np.partition(candidates.scores, k - 1, axis=1)[:, k - 1] + 2 * candidates.errors
+    may_be = candidates.scores <= most[:, None]
+    squares = np.full(may_be.shape, np.inf)
+    for query, rows, chosen, found in zip(queries, candidates.rows, may_be, squares):
+        difference = np.subtract(references[rows[chosen]], query, dtype=np.float64)
+        found[chosen] = np.einsum("nd,nd->n", difference, difference)
+    order = np.lexsort((candidates.rows, squares), axis=1)[:, :k]
+    distances = np.sqrt(np.take_along_axis(squares, order, 1))
+    return distances, np.take_along_axis(candidates.rows, order, 1)
 
 
 def pairwise_distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
