@@ -59,6 +59,22 @@ def test_dry_run_prints_the_resolved_config_and_makes_nothing(study_file):
     assert sorted(path.name for path in study.parent.iterdir()) == [study.name]
 
 
+def test_a_dry_run_of_a_folder_leaves_what_it_read_and_encoded(study_file, photographs):
+    photographs(48)
+    keys = {"path": str(photographs(0)), "train": 16, "holdout": 16, "test": 16}
+    study = study_file(data=keys)
+    done = run("search", study, "--trials", 2, "--workers", 2, "--dry-run")
+    assert "# predicted disk: " in done.stdout, done.stderr
+    (folder,) = study.parent.glob("runs/*")
+    assert [path.name for path in folder.iterdir()] == ["cache"]
+    left = {path.name: path.stat().st_mtime_ns for path in (folder / "cache").iterdir()}
+    kinds = {name.split("-")[0].split(".")[0] for name in left}
+    assert kinds == {"images", "latents", "features"}
+    run("search", study, "--trials", 2, "--workers", 2, "--dry-run", check=True)
+    for path in (folder / "cache").glob("*.safetensors"):
+        assert left[path.name] == path.stat().st_mtime_ns  # not made again
+
+
 def test_a_dry_run_refuses_what_a_search_refuses(study_file):
     study = study_file()
     assert "rewards.n_samples is 64: fid over 64 features needs at least 256" in refused(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from memcontrol.core.calibration import Calibration, TrialCost
 from memcontrol.core.choice import EVERYTHING, Choice
-from memcontrol.core.config import Config, load_config
+from memcontrol.core.config import DIGITS, Config, load_config
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.run_folder import RunFolder, StudyFolder
 from memcontrol.core.seeds import derive_seed
@@ -39,8 +39,13 @@ def calibrate(
     """Runs short trials of the config in an empty folder. Raises MemControlError."""
     started, config = time.monotonic(), load_config(values)
     space = load_space(config.space)
-    kept = StudyFolder(folder.parent).image_index  # the study's own: images are read once for all
-    prepared = prepare_study(values, folder, loaded, warn, kept, progress)
+    kept = StudyFolder(folder.parent)
+    if config.data.path != DIGITS and not StudyFolder(folder).cache.exists():
+        # what is read and encoded is the study's: the search finds it
+        for place in (folder, kept.cache):
+            place.mkdir(parents=True, exist_ok=True)
+        StudyFolder(folder).cache.symlink_to(kept.cache, target_is_directory=True)
+    prepared = prepare_study(values, folder, loaded, warn, kept.image_index, progress)
     n_train = config.search.count_train(prepared["sizes"]["train"])
 
     def run(name: str, choice: Choice, n_batches: int) -> TrialCost:
@@ -85,7 +90,10 @@ def calibrate(
 def measure_shared_bytes(folder: Path) -> int:
     """What lies in a study's folder beside its runs."""
     runs = [path for path in folder.iterdir() if RunFolder(path).samples_file.exists()]
-    return sum(_list_file_sizes(folder).values()) - sum(sum(_list_file_sizes(run).values()) for run in runs)
+    cache = StudyFolder(folder).cache
+    places = [folder, *([cache] if cache.is_symlink() else [])]
+    whole = sum(sum(_list_file_sizes(place).values()) for place in places)
+    return whole - sum(sum(_list_file_sizes(run).values()) for run in runs)
 
 
 def shorten_config(config: Config, n_batches: int) -> Config:
