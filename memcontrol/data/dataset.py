@@ -25,6 +25,7 @@ from memcontrol.data.cache import find_cache_folder, hold_lock
 from memcontrol.data.index import ShowDone
 from memcontrol.reading.folder import list_folder
 from memcontrol.reading.parts import find_part
+from memcontrol.reading.tables import is_table
 
 _STORED = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}  # and who reads it
 _SAVED = ("dataset_dict.json", "state.json")  # of what Dataset.save_to_disk wrote
@@ -58,14 +59,15 @@ def is_dataset(path: str) -> bool:
     if path.startswith(HUB) or (Path(path).suffix.lower() in _STORED and Path(path).is_file()):
         return True
     folder = Path(path)
-    return folder.is_dir() and bool(_list_shards(folder)) and not list_folder(folder).images
+    return folder.is_dir() and _has_shards(folder) and not list_folder(folder).images
 
 
-def _list_shards(folder: Path) -> list[Path]:
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in _STORED and path.stem.lower() not in ("metadata", "captions")
+def _has_shards(folder: Path) -> bool:
+    names = (name for _, _, files in os.walk(folder, followlinks=True) for name in files)
+    return any(
+        name.lower().endswith(tuple(_STORED)) and not is_table(Path(name))
+        for name in names
+        if not name.startswith(".")
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -171,7 +172,7 @@ def _recall_images(index: sqlite3.Connection, folder: Path, files: set[str]) -> 
     gone, states = set(), {}
     for file, page, state, *values in index.execute("SELECT * FROM images ORDER BY file, page"):
         if file not in states:
-            states[file] = _tell_state(folder / file) if file in files else None
+            states[file] = _tell_state(f"{folder}/{file}") if file in files else None
         if state != states[file]:
             gone.add(file)
         elif page == len(found.setdefault(file, [])):
@@ -180,10 +181,10 @@ def _recall_images(index: sqlite3.Connection, folder: Path, files: set[str]) -> 
     return {file: pages for file, pages in found.items() if file not in gone}
 
 
-def _tell_state(path: Path) -> str | None:
+def _tell_state(path: str) -> str | None:
     """Of a file that is there: what changes whenever it is written."""
     try:
-        stat = path.stat()
+        stat = os.stat(path)
     except OSError:
         return None
     return f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {_READ_BY}"
@@ -192,7 +193,7 @@ def _tell_state(path: Path) -> str | None:
 def _examine_file(folder: Path, rules: _Rules, file: str) -> tuple[str | None, list[Seen]] | MemControlError:
     """Its state before it was read, and its first page or all."""
     try:
-        state = _tell_state(folder / file)
+        state = _tell_state(f"{folder}/{file}")
         with open_file(folder / file) as opened:
             refuse_large(folder / file, opened.size, rules.most_pixels)
             n = opened.n_pages if rules.pages == "all" else 1

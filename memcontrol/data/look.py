@@ -99,7 +99,7 @@ def look_at_images(
     found = examine_files(folder, listing.images, kept, config.pages, config.max_pixels, progress)
     captions = captions.leave_out_names(_find_patients(found.images))
     unreadable = _skip(found.failures.values(), config.skip_unreadable, warn)
-    greys = find_greys({folder / name: one for name, one in found.images.items()})
+    greys = find_greys({folder / name: one for name, one in found.images.items() if one.kind})
     records = [_caption_image(name, one, captions, seed) for name, one in found.images.items()]
     left_out = {reason: len(names) for reason, names in listing.left_out.items()}
     return Look(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import posixpath
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -132,7 +134,7 @@ def _read_text_files(
 
 
 def _cut_suffix(name: str) -> str:
-    return str(PurePosixPath(name).with_suffix(""))
+    return posixpath.splitext(name)[0]
 
 
 def _read_text_file(path: Path) -> str:
@@ -154,23 +156,25 @@ def _refuse_repeats(folder: Path, names: Mapping[str, str]) -> None:
 
 
 def _describe_repeats(images: Sequence[str]) -> Iterator[str]:
-    found = [parent for name in images if _KOHYA.fullmatch(parent := PurePosixPath(name).parent.name)]
+    folders = (posixpath.basename(place) for place in sorted(set(map(posixpath.dirname, images))))
+    found = next((name for name in folders if _KOHYA.fullmatch(name)), None)
     if found:
         yield (
-            f"the number in a folder's name such as '{found[0]}' is not used: all images are used alike, as "
+            f"the number in a folder's name such as '{found}' is not used: all images are used alike, as "
             "often as inner.budget_images says"
         )
 
 
 def _name_by_folders(images: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """By the innermost folder, unless that is a part; of kohya's by the subject alone."""
-    found: dict[str, tuple[str, ...]] = {}
-    for name in images:
-        path = PurePosixPath(name)
-        parent = "" if len(path.parts) == 2 and is_part_folder(path.parts[0]) else path.parent.name
-        subject = match[2] if (match := _KOHYA.fullmatch(parent)) else parent
-        found[name] = (subject,) if subject else ()
-    return found
+    return {name: _name_by_folder(posixpath.dirname(name)) for name in images}
+
+
+@cache
+def _name_by_folder(folder: str) -> tuple[str, ...]:
+    parent = "" if is_part_folder(folder) else posixpath.basename(folder)
+    subject = match[2] if (match := _KOHYA.fullmatch(parent)) else parent
+    return (subject,) if subject else ()
 
 
 def _describe_strays(strays: Sequence[str]) -> Iterator[str]:

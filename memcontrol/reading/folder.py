@@ -93,28 +93,30 @@ def _refuse_unreadable(error: OSError) -> None:
 
 def _tell_kind(folder: Path, name: str) -> tuple[str, str]:
     """Which of a Listing's kinds a file is of, or why it is left out."""
-    path, suffix = folder / name, _find_suffix(name)
+    place, suffix = f"{folder}/{name}", _find_suffix(name)
     if not _is_utf8(name):
         return "", "the name is not UTF-8"
     if locate_page(name)[0] != name:
         return "", "the name ends as that of a page does"
-    if not path.is_file():
-        return "", "a link that leads nowhere" if path.is_symlink() else "no file"
-    if is_table(path):
+    if not os.path.isfile(place):
+        return "", "a link that leads nowhere" if os.path.islink(place) else "no file"
+    if is_table(Path(name)):
         return "tables", ""
     if suffix in TEXT_SUFFIXES:
         return "texts", ""
-    if suffix in _list_suffixes() or (can_read_dicom() and is_dicom(path)):
+    if suffix in _list_suffixes() or (can_read_dicom() and is_dicom(Path(place))):
         return "images", ""
     if suffix in _HELP:
         return "", f"{suffix} is not read here ({_HELP[suffix]})"
-    return ("images", "") if _opens(path) else ("", f"{suffix or 'without an ending'} is no known picture")
+    if _opens(Path(place)):
+        return "images", ""
+    return "", f"{suffix or 'without an ending'} is no known picture"
 
 
 def _find_suffix(name: str) -> str:
     """In small letters; of compressed ones both."""
-    path = Path(name.lower())
-    return "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
+    stem, suffix = os.path.splitext(name.lower())
+    return os.path.splitext(stem)[1] + suffix if suffix == ".gz" else suffix
 
 
 def _is_utf8(name: str) -> bool:

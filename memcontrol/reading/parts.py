@@ -3,6 +3,7 @@ for the test, under the names that people use."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -33,15 +34,15 @@ def find_part_folders(folder: Path) -> dict[str, str]:
     """Sub-folders by the part that each is, none where there are none. Raises MemControlError where two are
     the same part, or one of PARTS is missing."""
     found: dict[str, str] = {}
-    for path in sorted(folder.iterdir()):
-        part = find_part(path.name) if path.is_dir() else None
+    for name in sorted(name for name in os.listdir(folder) if is_part_folder(name)):
+        part = find_part(name) if (folder / name).is_dir() else None
         if part and part in found:
             raise MemControlError(
-                f"data: {folder} has {found[part]}/ and {path.name}/, which both are the part '{part}'; put "
+                f"data: {folder} has {found[part]}/ and {name}/, which both are the part '{part}'; put "
                 "the images of both into one of them"
             )
         if part:
-            found[part] = path.name
+            found[part] = name
     _refuse_missing(f"{folder} has", {part: f"{name}/" for part, name in found.items()})
     return found
 
