@@ -19,9 +19,9 @@ from memcontrol.reading.tables import is_table
 
 # what reads them, where it is not there
 _HELP = {
-    ".heic": "pip install pillow-heif",
-    ".heif": "pip install pillow-heif",
-    ".jxl": "pip install pillow-jxl-plugin",
+    ".heic": "pip install 'memcontrol[formats]'",
+    ".heif": "pip install 'memcontrol[formats]'",
+    ".jxl": "pip install 'memcontrol[formats]'",
     ".dcm": "pip install 'memcontrol[dicom]'",
     ".nii": "pip install nibabel, and store slices as PNG",
     ".nii.gz": "pip install nibabel, and store slices as PNG",
@@ -106,7 +106,7 @@ def _tell_kind(folder: Path, name: str) -> tuple[str, str]:
         return "texts", ""
     if suffix in _list_suffixes() or (can_read_dicom() and is_dicom(Path(place))):
         return "images", ""
-    if suffix in _HELP:
+    if suffix in _HELP and not (suffix == ".dcm" and can_read_dicom()):
         return "", f"{suffix} is not read here ({_HELP[suffix]})"
     if _opens(Path(place)):
         return "images", ""
