@@ -178,7 +178,7 @@ def convert_to_rgb(image: Image.Image, greys: Greys | None) -> Image.Image:
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _turn_upright(image: Image.Image) -> Image.Image:
