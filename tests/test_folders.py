@@ -240,8 +240,8 @@ def test_what_is_left_out_is_counted_by_kind(tmp_path):
     captions, parts, said = load(tmp_path)
     assert len(captions) == N + 16 and set(captions.values()) == {"cat", "dog"}
     for reason in (".nii.gz is not read here (pip install nibabel, and", ".bin is no known"):
-        assert f"1 files are left out: {reason}" in said
-    assert "1 files are left out: a link that leads nowhere, such as gone.png" in said
+        assert f"1 file is left out: {reason}" in said
+    assert "1 file is left out: a link that leads nowhere, such as gone.png" in said
 
 
 _WITHOUT = """
@@ -290,7 +290,7 @@ def test_what_would_read_a_file_is_named_where_it_is_missing(tmp_path):
         ".heic is not read here (pip install 'memcontrol[formats]')",
         ".jxl is not read here (pip install 'memcontrol[formats]')",
     ):
-        assert f"1 files are left out: {reason}" in said
+        assert f"1 file is left out: {reason}" in said
 
 
 def make_exif(*entries):

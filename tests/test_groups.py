@@ -178,7 +178,7 @@ def test_whole_groups_move_to_the_next_shard():
 
 def propose(folder):
     seen = summarize_folder(folder, lambda title, done, total: None)
-    return seen.group, seen
+    return seen.look.group, seen
 
 
 def test_init_proposes_a_group_where_one_shows(tmp_path):

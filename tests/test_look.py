@@ -53,7 +53,7 @@ def test_parts_and_captions_are_counted(photographs):
     folder = photographs(2, folder="photos/test").parent
     found = look(folder)
     assert found.parts == {"train": 3, "holdout": 4, "test": 2}
-    assert sum(found.captions.values()) == 9 and found.caption_source == "the folders' names"
+    assert sum(found.captions.values()) == 9 and found.look.captions.source == "nothing"
 
 
 def test_what_cannot_be_decoded_is_told_and_left_out(photographs):

@@ -129,7 +129,7 @@ def animations(folder):
 LAYOUTS = {
     kohya: ["32 different, from text files beside the images", "number in a folder's name such as '10_sks "],
     image_folder: ["captions for 32 of 32, 32 different, from column 'caption' of metadata.csv"],
-    dicom_by_patient: ['group: "PatientID"', "no captions", "names are those of patients, and are not used"],
+    dicom_by_patient: ['group: "PatientID"', "no captions", "names are those of data.group's groups, and are"],
     classes: ["captions for 40 of 40, 4 different, from the folders' names"],
     parts_that_are_made: ["as its folders or tables say into 16 train, 16 holdout, 16 test", "2 different"],
     animations: ["pages: first", "32 files have several pages or frames; all: each page is an image"],

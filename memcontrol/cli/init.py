@@ -9,8 +9,6 @@ from pathlib import Path
 from memcontrol.cli.arguments import add_command
 from memcontrol.core.console import make_console, say, warn
 
-_N_WARNINGS = 12
-
 
 def add_init(subparsers) -> None:
     text = "look at a folder of images and write a study for it, with the reason beside each value"
@@ -41,11 +39,8 @@ def _run_init(args: argparse.Namespace) -> int:
     with Steps(screen) as steps:
         proposal = propose_study(args.images, args.out, args.name, args.base, steps.show)
     say(screen, proposal.text)
-    warnings = list_warnings(proposal.seen)
-    for warning in warnings[:_N_WARNINGS]:
+    for warning in list_warnings(proposal.seen):
         warn(screen, warning)
-    if len(warnings) > _N_WARNINGS:
-        warn(screen, f"and {len(warnings) - _N_WARNINGS} more of the kind")
     say(screen, f"next: memcontrol search {shorten_path(proposal.path)}")
     sys.stdout.write(f"{proposal.path}\n")
     return 0

@@ -7,7 +7,8 @@ import json
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,9 +33,9 @@ from memcontrol.core.files import replace_file
 from memcontrol.core.run_folder import StudyFolder, locate_study_folder, refuse_results_among
 from memcontrol.data.dataset import is_dataset, list_splits, locate_images, plan_splits
 from memcontrol.data.look import FolderSummary, summarize_folder
-from memcontrol.data.split import FEWEST_IMAGES, split_records
+from memcontrol.data.split import FEWEST_IMAGES, deal_parts
 from memcontrol.model.caption_length import describe_cut, is_long, open_clip_tokenizer
-from memcontrol.reading.parts import find_part
+from memcontrol.reading.parts import assign_parts, find_part
 
 _STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 _SPACES = {  # of bases that lie on this machine, by the class of their pipeline
@@ -53,6 +54,7 @@ _SPACE_HINT = "which layers may be trained: memcontrol spaces show, or check wit
 _USES = {"train": "to fine-tune on", "holdout": "to compare with in the search", "test": "for retrain alone"}
 _SEED = 0
 _TRIALS = 20
+_N_OF_A_KIND = 4  # warnings that are shown
 _PER_FEATURE = 4  # samples, and held-out images, below which FID is coarse
 _N_FEATURES = 64  # of the smallest network
 # for photographs and the like: its name, its features, and the shorter side from which it sees what there is
@@ -100,6 +102,7 @@ def propose_study(
     if is_dataset(source):
         folder = locate_images(data, place.cache, partial(progress, "unpacking the dataset"))
     seen = summarize_folder(folder, progress, place.image_index)
+    seen = _drop_guess(seen)
     cut = _describe_cut_captions(seen, given)
     seen = replace(seen, notes=(*seen.notes, *([cut] if cut else [])))
     proposal = Proposal(path, _write_proposal(data, seen, name, given, path), seen)
@@ -127,7 +130,7 @@ def _describe_cut_captions(seen: FolderSummary, given: BaseConfig | None) -> str
     """Where the base, or the embedded one, lies on this machine and reads captions by CLIP."""
     from memcontrol.model.source import find_base_path  # imports torch
 
-    captions = [record.caption for record in seen.records]
+    captions = [record.caption for record in seen.look.records]
     folder = Path(find_base_path(given.id if given else "tiny"))
     if not folder.is_dir() or not any(is_long(caption) for caption in captions):
         return ""
@@ -154,8 +157,7 @@ def _write_proposal(
     given = given or BaseConfig(id=_STABLE_DIFFUSION if card else "tiny")
     base = given.id
     kind = _find_pipeline_class(given)
-    shares = {} if seen.parts else _choose_shares(seen)
-    sizes = _count_split(seen, shares) if shares else _count_given(seen)
+    data, sizes = _choose_dealing(data, seen)
     n_train = sizes["train"]
     budget = min(max(100 * n_train, 2_000), max(10_000, 10 * n_train))
     sees_photos = card is not None and base != "tiny" and seen.sides[1] > _PHOTO_SIDE
@@ -166,7 +168,7 @@ def _write_proposal(
         _format_line("base", _dump_value(given.model_dump()), _explain_base(base, card)),
         "data:",
         _format_line("  path", _dump_value(_express_path(path, data.path)), _explain_data(seen, base)),
-        *_list_data_lines(data, seen, shares, sizes),
+        *_list_data_lines(data, seen, sizes),
         _format_line("space", choose_space(given), _SPACE_HINT),
         "inner:",
         *_list_inner_lines(n_train, budget),
@@ -188,26 +190,28 @@ def _dump_value(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _list_data_lines(
-    data: DataConfig, seen: FolderSummary, shares: Mapping[str, float | int], sizes: Mapping[str, int]
-) -> list[str]:
+def _list_data_lines(data: DataConfig, seen: FolderSummary, sizes: Mapping[str, int]) -> list[str]:
     """How the images are dealt out, who is in them, and whether some are skipped."""
     lines = []
     if data.split:
         about = "of the dataset's splits the one that is dealt out; the others are not used"
         lines.append(_format_line("  split", _dump_value(data.split), about))
-    lines += [
-        _format_line(f"  {part}", str(share), f"{sizes[part]} images, {_USES[part]}")
-        for part, share in shares.items()
-    ]
-    if seen.group:
+    if not seen.parts:
+        lines += [
+            _format_line(f"  {part}", str(getattr(data, part)), f"{sizes[part]} images, {_USES[part]}")
+            for part in PARTS
+        ]
+    if seen.look.group:
         about = "who is in an image: nobody is in two parts; take it out where that is not so"
-        lines.append(_format_line("  group", _dump_value(seen.group), about))
+        lines.append(_format_line("  group", _dump_value(seen.look.group), about))
+    if data.twins == "drop":
+        about = "images that are nearly in two parts are left out of the one that is not trained on"
+        lines.append(_format_line("  twins", "drop", about))
     if seen.n_several:
         about = f"{seen.n_several} files have several pages or frames; all: each page is an image"
         lines.append(_format_line("  pages", "first", about))
     if seen.unreadable:
-        about = f"{len(seen.unreadable)} cannot be decoded"
+        about = f"{len(seen.unreadable)} cannot be decoded, or are too large"
         lines.append(_format_line("  skip_unreadable", "true", about))
     return lines
 
@@ -332,43 +336,55 @@ def _express_path(study_file: Path, source: str) -> str:
     return images.relative_to(home).as_posix() if images.is_relative_to(home) else str(images)
 
 
-def _choose_shares(seen: FolderSummary) -> dict[str, float | int]:
-    """Half is trained on; where a quarter is too few to hold out, as many as it takes. Copies of an image
-    stay together, and count once."""
-    n = seen.n - sum(len(names) - 1 for names in seen.copies)
+def _choose_dealing(data: DataConfig, seen: FolderSummary) -> tuple[DataConfig, dict[str, int]]:
+    """How the images are dealt out, so that a search takes it, and how many each part will have. Raises
+    MemControlError where it takes none."""
+    failed: MemControlError | None = None
+    for keys in _list_dealings(seen):
+        config = DataConfig.model_validate(data.model_dump() | keys)
+        try:
+            parts, _ = deal_parts(seen.look, config, _SEED, lambda line: None)
+            return config, {part: len(records) for part, records in parts.items()}
+        except MemControlError as error:
+            failed = failed or error
+    assert failed is not None, "there is a way to try"
+    raise failed
+
+
+def _drop_guess(seen: FolderSummary) -> FolderSummary:
+    """Without groups by what names look like, where parts that a person has made share such."""
+    look = seen.look
+    if not (seen.parts and look.group and "(" in look.group):
+        return seen
+    homes = assign_parts(look.folder, [record.file for record in look.records], look.tables) or {}
+    found = {(record.group, homes[record.file]) for record in look.records if record.file in homes}
+    shared = [name for name, n in Counter(group for group, _ in found).items() if n > 1]
+    if not shared:
+        return seen
+    note = (
+        f"names such as '{shared[0]}' are in several parts: if that is who is in an image, set data.group, "
+        "and a search refuses it, since copying could not be told from chance"
+    )
+    records = [replace(record, group="") for record in look.records]
+    return replace(seen, look=replace(look, records=records, group=None), notes=(*seen.notes, note))
+
+
+def _list_dealings(seen: FolderSummary) -> Iterator[dict[str, Any]]:
+    """Keys of `data` that say how, the best first. Of a pool half is trained on; where a quarter is too few
+    to hold out, as many as it takes. Raises MemControlError where there are too few."""
+    if seen.parts:
+        yield {}
+        yield {"twins": "drop"}
+        return
+    n = seen.n - sum(len(names) - 1 for names in seen.copies)  # copies of an image count once
     if n < 3 * FEWEST_IMAGES:
         raise MemControlError(
             f"{n} different images are too few: training, held-out and test images must be "
             f"{FEWEST_IMAGES} each at least, and some hundred to say much; add images"
         )
-    halves: dict[str, float | int] = {"train": 0.5, "holdout": 0.25, "test": 0.25}
-    enough = min(_count_split(seen, halves).values()) >= FEWEST_IMAGES
-    return (
-        halves
-        if enough
-        else {"train": n - 2 * FEWEST_IMAGES, "holdout": FEWEST_IMAGES, "test": FEWEST_IMAGES}
-    )
-
-
-def _count_split(seen: FolderSummary, shares: dict[str, float | int]) -> dict[str, int]:
-    """How many images each part will have, by the split that a search with this seed makes."""
-    return {
-        part: len(records)
-        for part, records in split_records(
-            list(seen.records), DataConfig.model_validate({"path": "-", **shares}), _SEED
-        ).items()
-    }
-
-
-def _count_given(seen: FolderSummary) -> dict[str, int]:
-    missing = [part for part in PARTS if not seen.parts.get(part)]
-    if missing:
-        raise MemControlError(
-            f"there is a folder {next(iter(seen.parts))}/, and no images in "
-            f"{', '.join(f'{part}/' for part in missing)}; add them, or put all images in one "
-            "folder to be split"
-        )
-    return seen.parts
+    yield {"train": 0.5, "holdout": 0.25, "test": 0.25}
+    for n_train in range(n - 2 * FEWEST_IMAGES, FEWEST_IMAGES - 1, -1):
+        yield {"train": n_train, "holdout": FEWEST_IMAGES, "test": FEWEST_IMAGES}
 
 
 def _explain_base(base: str, card: Card | None) -> str:
@@ -406,7 +422,7 @@ def _explain_data(seen: FolderSummary, base: str) -> str:
     n_captioned = seen.n - seen.captions[""]
     n_different = len(set(seen.captions) - {""})
     said.append(
-        f"captions for {n_captioned} of {seen.n}, {n_different} different, from {seen.caption_source}"
+        f"captions for {n_captioned} of {seen.n}, {n_different} different, from {seen.look.captions.source}"
         if n_captioned
         else "no captions: every prompt is the empty one"
     )
@@ -434,13 +450,18 @@ def choose_space(base: BaseConfig | str) -> str:
 
 
 def list_warnings(seen: FolderSummary) -> list[str]:
-    """What a person should know before anything is trained."""
-    found = [
+    """What a person should know before anything is trained, some of each kind."""
+    near = [
         f"nearly the same: {a} and {b}; in two parts they would hide copying: a search keeps them in one, "
         "and refuses them where folders say otherwise (data.twins)"
         for a, b in seen.near
     ]
-    found += [f"not decoded: {name}" for name in seen.unreadable]
-    found += seen.notes
-    found += [f"the same pixels, which stay in one part: {', '.join(names)}" for names in seen.copies]
-    return found
+    where = "in two parts one is left out" if seen.parts else "which stay in one part"
+    copies = [f"the same pixels, {where}: {', '.join(names)}" for names in seen.copies]
+    broken = [f"not decoded: {name}" for name in seen.unreadable]
+    return [*seen.notes, *_shorten(broken), *_shorten(near), *_shorten(copies)]
+
+
+def _shorten(lines: Sequence[str]) -> list[str]:
+    more = [f"and {len(lines) - _N_OF_A_KIND} more of the kind"] if len(lines) > _N_OF_A_KIND else []
+    return [*lines[:_N_OF_A_KIND], *more]

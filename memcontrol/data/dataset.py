@@ -20,7 +20,7 @@ from PIL import Image
 
 from memcontrol.core.config import DIGITS, HUB, PARTS, DataConfig
 from memcontrol.core.errors import MemControlError
-from memcontrol.core.files import name_full_disk
+from memcontrol.core.files import name_full_disk, read_json, write_json
 from memcontrol.data.cache import find_cache_folder, hold_lock
 from memcontrol.data.index import ShowDone
 from memcontrol.reading.folder import list_folder
@@ -31,6 +31,8 @@ _STORED = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}  # an
 _SAVED = ("dataset_dict.json", "state.json")  # of what Dataset.save_to_disk wrote
 _IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")  # that are looked for first
 _TEXT_COLUMN = "txt"  # of a WebDataset
+_ABOUT = ".unused.json"  # what of the dataset was left out
+_TAR_END = bytes(1024)  # two empty blocks (POSIX.1-2001, pax)
 _TOLD_EVERY_SECONDS = 1.0
 _HUB_FORM = f"{HUB}OWNER/NAME, {HUB}OWNER/NAME/CONFIG or {HUB}OWNER/NAME@REVISION"
 
@@ -79,6 +81,10 @@ class Plan:
     folders: Mapping[str, str]
     unused: tuple[str, ...] = ()
 
+    def describe_unused(self) -> Iterator[str]:
+        if self.unused:
+            yield f"splits that are not used: {', '.join(self.unused)}"
+
 
 def plan_splits(path: str, names: Sequence[str], asked: str | None) -> Plan:
     """The split that is asked for, or all where they are the parts, or where there is one alone. Raises
@@ -119,8 +125,14 @@ def unpack_dataset(path: str, split: str | None, home: Path | None, progress: Sh
                 writer = _Writer(path, part, table, _count_rows(splits, plan), progress)
                 for name, inside in plan.folders.items():
                     writer.write_split(splits[name], inside)
+                write_json(part / _ABOUT, [*writer.describe_unused(), *plan.describe_unused()])
             os.replace(part, folder)
     return folder
+
+
+def describe_unpacked(folder: Path) -> list[str]:
+    """What of a dataset is not in the folder that it was unpacked into; of any other folder nothing."""
+    return read_json(folder / _ABOUT) if (folder / _ABOUT).is_file() else []
 
 
 def _count_rows(splits: Mapping[str, Any], plan: Plan) -> int:
@@ -157,6 +169,8 @@ def _open_splits(path: str) -> dict[str, Any]:
 
 def _load(datasets: Any, path: str) -> Any:
     place = Path(path)
+    for tar in sorted(place.rglob("*.tar")) if place.is_dir() else [place]:
+        _refuse_cut_tar(tar)
     if path.startswith(HUB):
         name, config, revision = _parse_hub(path)
         return datasets.load_dataset(name, config, revision=revision, streaming=True)
@@ -166,6 +180,16 @@ def _load(datasets: Any, path: str) -> Any:
         kind = _STORED[place.suffix.lower()]
         return datasets.load_dataset(kind, data_files={"train": [path]}, streaming=True)
     return datasets.load_dataset(path, streaming=True)
+
+
+def _refuse_cut_tar(path: Path) -> None:
+    """The library would read it as far as it goes. Raises MemControlError."""
+    if path.suffix.lower() != ".tar" or not path.is_file():
+        return
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - len(_TAR_END)))
+        if file.read() != _TAR_END:
+            raise MemControlError(f"{path} breaks off: it has no end of a tar; copy or make it again")
 
 
 def _parse_hub(path: str) -> tuple[str, str | None, str | None]:
@@ -188,24 +212,36 @@ class _Writer:
     total: int
     progress: ShowDone
     n: int = 0
+    n_without: int = 0
+    others: tuple[str, ...] = ()  # further columns of images
     told: float = 0.0
+
+    def describe_unused(self) -> Iterator[str]:
+        if self.n_without:
+            yield f"{self.n_without} rows of the dataset have no image"
+        if self.others:
+            yield f"columns of images that are not used: {', '.join(self.others)}"
 
     def write_split(self, split: Any, inside: str) -> None:
         """Raises MemControlError."""
         columns = _find_columns(self.path, split)
+        self.others = tuple(name for name in columns.others if name not in self.others)
         (self.folder / inside).mkdir(exist_ok=True)
         for row in _iterate(split):
             self.n += 1
             if name := self.write_image(inside, columns, row):
                 values = {"file_name": name, **columns.describe(row)}
                 self.table.write(json.dumps(values, ensure_ascii=False) + "\n")
+            else:
+                self.n_without += 1
             if time.monotonic() - self.told > _TOLD_EVERY_SECONDS:
                 self.progress(self.n, max(self.total, self.n))
                 self.told = time.monotonic()
 
     def write_image(self, inside: str, columns: _Columns, row: Mapping[str, Any]) -> str | None:
         """As it is stored; its name, None where the row has none."""
-        stored = next((row[column] for column in columns.images if row.get(column)), None)
+        used = columns.images[:1] if columns.others else columns.images
+        stored = next((row[column] for column in used if row.get(column)), None)
         if not stored:
             return None
         name = str(PurePath(inside) / _name_image(self.n, stored, row))
@@ -246,6 +282,12 @@ class _Columns:
 
     images: tuple[str, ...]
     labels: Mapping[str, Any]
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        """Further ones of images; those of a WebDataset are named by the kinds of files, of which a row has
+        one."""
+        return () if _IMAGE_COLUMNS[2:].count(self.images[0]) else self.images[1:]
 
     def describe(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """What is plain of a row's other columns: texts, numbers, lists of texts, and of what a WebDataset

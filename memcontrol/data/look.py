@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,11 +15,12 @@ from PIL import Image
 
 from memcontrol.core.config import DataConfig
 from memcontrol.core.errors import MemControlError
+from memcontrol.data.dataset import describe_unpacked
 from memcontrol.data.images import ImageRecord
 from memcontrol.data.index import Seen, ShowDone, examine_files, recall_twins
 from memcontrol.data.twins import Twins, find_twins
 from memcontrol.reading.captions import Captions, find_captions
-from memcontrol.reading.decode import decode_image, locate_page
+from memcontrol.reading.decode import TooLarge, decode_image, locate_page
 from memcontrol.reading.folder import list_folder
 from memcontrol.reading.greys import Greys, choose_greys, refuse_mixed_depths
 from memcontrol.reading.groups import join_rows, make_grouping, propose_grouping
@@ -32,7 +33,8 @@ _TWINS_NAME = "twins of "  # how a group of twins is called
 @dataclass(frozen=True)
 class Look:
     """The images of a folder, what was seen of each and where that is kept, and the scale of their greys; the
-    folder's metadata; how many files are left out, by reason; and what a person should know."""
+    folder's metadata; how many files are left out, by reason; what a person should know; and what tells
+    who is in an image."""
 
     folder: Path
     records: list[ImageRecord]
@@ -44,6 +46,7 @@ class Look:
     left_out: dict[str, int]
     unreadable: tuple[str, ...]
     notes: tuple[str, ...]
+    group: str | None
 
     def take(self, rows: Sequence[int]) -> Look:
         return replace(
@@ -90,35 +93,53 @@ def look_at_images(
     seed: int = 0,
     kept: Path | None = None,
     progress: ShowDone = lambda done, total: None,
+    proposes: bool = False,
 ) -> Look:
-    """Reads every image of a folder that is not known from `kept`, as the config says but for its path.
-    Raises MemControlError."""
+    """Reads every image of a folder that is not known from `kept`, as the config says but for its path; in
+    groups of which it says nothing, by what seems to tell them, where one `proposes`. Raises
+    MemControlError."""
     listing = list_folder(folder)
     tables = read_tables(folder, listing.tables)
     captions = find_captions(folder, listing.images, listing.texts, tables, config.caption)
     found = examine_files(folder, listing.images, kept, config.pages, config.max_pixels, progress)
-    captions = captions.leave_out_names(_find_patients(found.images))
     unreadable = _skip(found.failures.values(), config.skip_unreadable, warn)
+    patients, group = _find_patients(found.images), config.group
+    if proposes:
+        group = propose_grouping([locate_page(name)[0] for name in found.images], tables, patients)
+    groups = _find_groups(list(found.images), group, tables, patients)
+    captions = captions.leave_out_names(groups)
     greys = find_greys({folder / name: one for name, one in found.images.items() if one.kind})
-    records = [_caption_image(name, one, captions, seed) for name, one in found.images.items()]
     left_out = {reason: len(names) for reason, names in listing.left_out.items()}
+    for error in found.failures.values():
+        reason = "too large" if isinstance(error, TooLarge) else "cannot be decoded"
+        left_out[reason] = left_out.get(reason, 0) + 1
     return Look(
         folder,
-        _name_groups(records, found.images, config.group, tables),
+        [_make_image(name, one, groups, captions, seed) for name, one in found.images.items()],
         list(found.images.values()),
         kept,
         greys,
         tables,
         captions,
-        left_out | ({"cannot be decoded": len(unreadable)} if unreadable else {}),
+        left_out,
         unreadable,
-        (*listing.describe_left_out(), *captions.notes),
+        (
+            *describe_unpacked(folder),
+            *listing.describe_left_out(),
+            *captions.notes,
+            *_describe_ungrouped(groups, group),
+        ),
+        group,
     )
 
 
-def _caption_image(name: str, seen: Seen, captions: Captions, seed: int) -> ImageRecord:
-    caption, *further = captions.shuffle(locate_page(name)[0], seed)
-    return ImageRecord(name, caption, seen.digest, further=tuple(further))
+def _make_image(
+    name: str, seen: Seen, groups: Mapping[str, str], captions: Captions, seed: int
+) -> ImageRecord:
+    file, _ = locate_page(name)
+    caption, *further = captions.shuffle(file, seed)
+    group = groups.get(file) or (f"pages of {file}" if file != name else "")
+    return ImageRecord(name, caption, seen.digest, group, tuple(further))
 
 
 def _skip(
@@ -134,17 +155,20 @@ def _skip(
     return tuple(said)
 
 
-def _name_groups(
-    records: list[ImageRecord], seen: Mapping[str, Seen], rule: str | None, tables: Tables
-) -> list[ImageRecord]:
-    """By data.group; without it the pages of a file are of one. Raises MemControlError."""
-    if rule:
-        find = make_grouping(rule, tables, _find_patients(seen))
-        return [replace(record, group=find(record.file)) for record in records]
-    return [
-        replace(record, group=f"pages of {record.file}") if record.file != record.name else record
-        for record in records
-    ]
+def _find_groups(
+    names: Sequence[str], rule: str | None, tables: Tables, patients: Mapping[str, str]
+) -> dict[str, str]:
+    """By file, as data.group says; empty for one that is of none. Raises MemControlError."""
+    if not rule:
+        return {}
+    find = make_grouping(rule, tables, patients)
+    return {file: find(file) for file in dict.fromkeys(locate_page(name)[0] for name in names)}
+
+
+def _describe_ungrouped(groups: Mapping[str, str], rule: str | None) -> Iterator[str]:
+    without = [file for file, group in groups.items() if not group]
+    if without:
+        yield f"{len(without)} images say no {rule}, such as {without[0]}: each is a group of its own"
 
 
 def _find_patients(seen: Mapping[str, Seen]) -> dict[str, str]:
@@ -196,32 +220,31 @@ def describe_greys(greys: Greys) -> str:
 
 @dataclass(frozen=True)
 class FolderSummary:
-    """What a folder of images holds: its images; how many in each part, where the folder has parts; sides in
-    pixels; groups of images with the same pixels, and pairs that are nearly the same; what cannot be decoded,
-    and why; where captions come from; what a person should know; how many files have several pages, of which
-    the first was looked at; the scale of greys of more than 8 bits; and what seems to tell who is in an
-    image."""
+    """What a folder of images holds: the look at it; how many images are in each part, where the folder has
+    parts; sides in pixels; groups of images with the same pixels, and pairs that are nearly the same; what a
+    person should know; and how many files have several pages, of which the first was looked at."""
 
-    records: tuple[ImageRecord, ...]
+    look: Look
     parts: dict[str, int]
     sides: tuple[int, int, int]  # least, median, most of the shorter side
     is_grey: bool
     copies: tuple[tuple[str, ...], ...]
     near: tuple[tuple[str, str], ...]
-    unreadable: tuple[str, ...]
-    caption_source: str
     notes: tuple[str, ...]
     n_several: int = 0
-    greys: Greys | None = None
-    group: str | None = None
 
     @property
     def n(self) -> int:
-        return len(self.records)
+        return len(self.look.records)
+
+    @property
+    def unreadable(self) -> tuple[str, ...]:
+        """What cannot be decoded, and why."""
+        return tuple(text.removeprefix("skipped: image ") for text in self.look.unreadable)
 
     @property
     def captions(self) -> Counter[str]:
-        return Counter(record.caption for record in self.records)
+        return Counter(record.caption for record in self.look.records)
 
 
 def summarize_folder(
@@ -232,31 +255,27 @@ def summarize_folder(
         raise MemControlError(f"{folder} is no folder; give a folder of images")
     config = DataConfig(path=str(folder), skip_unreadable=True, pages="first")
     tell = partial(progress, "reading images")
-    look = look_at_images(folder, config, lambda line: None, 0, kept, tell)
+    look = look_at_images(folder, config, lambda line: None, 0, kept, tell, proposes=True)
     if not look.records:
+        said = "; ".join(look.notes)
         raise MemControlError(
-            f"{folder} holds no images that can be decoded; give a folder of images, with "
-            "metadata.csv or text files beside them for captions"
+            f"{folder} holds no images that can be decoded{f' ({said})' if said else ''}; give a folder of "
+            "images, with metadata.csv or text files beside them for captions"
         )
-    names = [record.name for record in look.records]
-    homes = assign_parts(folder, names, look.tables)
+    homes = assign_parts(folder, [record.file for record in look.records], look.tables) or {}
     progress("looking for twins", 0, 1)
     near = _find_near_pairs(look)
     progress("looking for twins", 1, 1)
     shorter = [min(size) for size in look.sizes]
     return FolderSummary(
-        tuple(look.records),
-        dict(Counter(homes[name] for name in names if name in homes)) if homes else {},
+        look,
+        dict(Counter(homes[record.file] for record in look.records if record.file in homes)),
         (min(shorter), int(statistics.median(shorter)), max(shorter)),
         _are_grey(look),
         _group_copies(look.records),
         near,
-        tuple(text.removeprefix("skipped: image ") for text in look.unreadable),
-        look.captions.source,
         (*look.notes, *([describe_greys(look.greys)] if look.greys else [])),
         sum(one.n_pages > 1 for one in look.seen),
-        look.greys,
-        propose_grouping(names, look.tables, _find_patients(dict(zip(names, look.seen)))),
     )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from memcontrol.reading.greys import Greys
 from memcontrol.reading.groups import join_rows, pair_equals
 from memcontrol.reading.parts import assign_parts
 
+_N_TRIES = 64  # orders of the images, of which the first that leaves no part too small is taken
 _N_NAMED = 3  # of pairs of twins that are refused
 FEWEST_IMAGES = 8  # per part; below it no interval says anything
 
@@ -48,27 +50,37 @@ def load_parts(
     source = config.path
     if source == DIGITS:
         parts, greys = split_records(list_digit_records(), config, seed), None
+        _refuse_few(parts)
     else:
         folder = locate_images(config, kept.parent if kept else None, progress)
         source = str(folder)
         look = look_at_images(folder, config, warn, seed, kept, progress)
-        (parts, found), greys = _list_folder_parts(look, config, seed, warn, known), look.greys
-    for part, records in parts.items():
-        if len(records) < FEWEST_IMAGES:
-            raise MemControlError(
-                f"data: {part} has {len(records)} images and the rewards need at least {FEWEST_IMAGES}; "
-                f"add images or change data.train, data.holdout, data.test{_tell_of_groups(parts)}"
-            )
+        (parts, found), greys = deal_parts(look, config, seed, warn, known), look.greys
     images = {
         part: Images(source, resolution, tuple(records), config.fit, greys) for part, records in parts.items()
     }
     return Split(images, found | _count_groups(images, config))
 
 
+def _refuse_few(parts: Mapping[str, Sequence[ImageRecord]]) -> None:
+    """Raises MemControlError."""
+    for part, records in parts.items():
+        if len(records) < FEWEST_IMAGES:
+            raise MemControlError(
+                f"data: {part} has {len(records)} images and the rewards need at least {FEWEST_IMAGES}; "
+                f"add images or change data.train, data.holdout, data.test{_tell_of_groups(parts)}"
+            )
+
+
 def _tell_of_groups(parts: Mapping[str, Sequence[ImageRecord]]) -> str:
     """What keeps a part from having as many as were asked for."""
-    groups = {record.group for records in parts.values() for record in records if record.group}
-    return f" (images of a group stay together, and there are {len(groups)} groups)" if groups else ""
+    sizes = Counter(record.group for records in parts.values() for record in records if record.group)
+    if not sizes:
+        return ""
+    return (
+        f" (images of a group, or nearly the same, stay together: there are {len(sizes)} groups, the largest "
+        f"of {max(sizes.values())} images)"
+    )
 
 
 def _count_groups(parts: dict[str, Images], config: DataConfig) -> dict[str, Any]:
@@ -77,21 +89,34 @@ def _count_groups(parts: dict[str, Images], config: DataConfig) -> dict[str, Any
     return {"groups": {part: len(set(images.groups)) for part, images in parts.items()}}
 
 
-def _list_folder_parts(
-    look: Look, config: DataConfig, seed: int, warn, known: Mapping[str, Any] | None
+def deal_parts(
+    look: Look,
+    config: DataConfig,
+    seed: int,
+    warn: Callable[[str], None],
+    known: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, list[ImageRecord]], dict[str, Any]]:
-    """The parts of an image folder: its sub-folders train, holdout and test, or one pool split by the
-    config."""
+    """The parts of an image folder, as its folders or tables say, or one pool split by the config; and what
+    split.json records beside them. `known` as in `load_parts`. Raises MemControlError."""
     if not look.records:
         raise MemControlError(f"data: {look.folder} holds no images that can be read")
     for note in (*look.notes, *([describe_greys(look.greys)] if look.greys else [])):
         warn(note)
     homes = assign_parts(look.folder, [record.file for record in look.records], look.tables)
     pairs, found = _recall_twins(look, known) if known else _seek_twins(look, seed)
-    found |= {"captions": look.captions.source, "left_out": look.left_out}
+    found |= {"captions": look.captions.source, "left_out": dict(look.left_out)}
     if homes is None:
-        return split_records(look.name_twins(pairs).records, config, seed, pairs), found
-    return _deal_out(look, homes, pairs, config, warn, found), found
+        parts = split_records(look.name_twins(pairs).records, config, seed, pairs)
+        n_left = len(look.records) - sum(map(len, parts.values()))
+        if n_left:
+            warn(f"{n_left} of {len(look.records)} images are in no part, as data.train and its like say")
+    else:
+        parts = _deal_out(look, homes, pairs, config, warn, found)
+        n_left = sum(record.file not in homes for record in look.records)
+    if n_left:
+        found["left_out"]["in no part"] = n_left
+    _refuse_few(parts)
+    return parts, found
 
 
 def _deal_out(
@@ -217,13 +242,24 @@ def split_records(
     units: dict[int, list[ImageRecord]] = {}
     for record, first in zip(records, join_rows(len(records), joined)):
         units.setdefault(first, []).append(record)
-    order = np.random.default_rng(derive_seed(seed, "split")).permutation(len(units))
     members = list(units.values())
+    tries: list[dict[str, list[ImageRecord]]] = []
+    while len(tries) < _N_TRIES:  # large units may leave too little for the last part
+        drawn = ("split", len(tries)) if tries else ("split",)
+        order = np.random.default_rng(derive_seed(seed, *drawn)).permutation(len(units))
+        tries.append(_fill_parts([members[i] for i in order], sizes))
+        if all(len(tries[-1][part]) >= min(FEWEST_IMAGES, size) for part, size in sizes.items()):
+            return tries[-1]
+    return tries[0]
+
+
+def _fill_parts(units: Iterable[list[ImageRecord]], sizes: Mapping[str, int]) -> dict[str, list[ImageRecord]]:
+    """One after another."""
     parts: dict[str, list[ImageRecord]] = {part: [] for part in sizes}
-    for i in order:
+    for unit in units:
         part = next((part for part in sizes if len(parts[part]) < sizes[part]), None)
         if part:
-            parts[part] += members[i]
+            parts[part] += unit
     return parts
 
 

@@ -107,7 +107,13 @@ def _calibrate_folder(job: CalibrateJob, loaded, say: SendEvent) -> Calibrated:
     from memcontrol.trial.calibrate import calibrate
 
     progress = _make_progress(job, say)
-    found = calibrate(job.config, job.folder, loaded, lambda line: None, progress)
+    speaks = job.folder == StudyFolder(job.folder.parent).calibration(0)  # one of several that read the same
+
+    def warn(line: str) -> None:
+        if speaks:
+            say(Warned(job, line))
+
+    found = calibrate(job.config, job.folder, loaded, warn, progress)
     return Calibrated(job, found.as_dict())
 
 

@@ -6,7 +6,6 @@ import posixpath
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -18,8 +17,8 @@ from memcontrol.reading.tables import TableRow, Tables, clean_text, describe_rea
 
 COLUMNS = ("text", "caption", "prompt", "description")  # that are looked for, in this order
 TEXT_SUFFIXES = (".txt", ".caption")
-_BY_FOLDERS = "the folders' names"
-_KOHYA = re.compile(r"(\d+)_(.+)")  # a folder's repeats and subject, as kohya's sd-scripts name it
+_BY_FOLDERS, _NOWHERE = "the folders' names", "nothing"
+_KOHYA = re.compile(r"([1-9]\d{0,2})_(.+)")  # a folder's repeats and subject, as kohya's sd-scripts name it
 
 
 @dataclass(frozen=True)
@@ -37,8 +36,8 @@ class Captions:
         said, who = ({pair[i] for pair in pairs} for i in (0, 1))
         if self.source != _BY_FOLDERS or () in said or not len(pairs) == len(said) == len(who) > 1:
             return self
-        note = "the folders' names are those of patients, and are not used as captions"
-        return Captions({}, "nothing", (*self.notes, note))
+        note = "the folders' names are those of data.group's groups, and are not used as captions"
+        return Captions({}, _NOWHERE, (*self.notes, note))
 
     def shuffle(self, name: str, seed: int) -> tuple[str, ...]:
         """An image's texts, one at least, in an order that is the same for the same seed."""
@@ -65,19 +64,23 @@ def find_captions(
                 "file; keep one of them"
             )
     notes = [*_describe_strays(strays), *_describe_unused(tables, chosen), *_describe_repeats(images)]
-    if not any(said.values()):
-        return Captions(_name_by_folders(images), _BY_FOLDERS, tuple(notes))
     sources = [f"column '{chosen}' of {', '.join(tables.names)}"] if chosen else []
     sources += ["text files beside the images"] if beside else []
+    if not any(said.values()):
+        said = _name_by_folders(images)
+        sources = [_BY_FOLDERS] if any(said.values()) else []
     n_without = sum(not said.get(name) for name in images)
-    notes += [f"{n_without} of {len(images)} images have no caption"] if n_without else []
+    notes += [_describe_without(n_without, len(images))] if n_without else []
     notes += _describe_several(said)
-    return Captions(said, " and ".join(sources), tuple(notes))
+    return Captions(said, " and ".join(sources) or _NOWHERE, tuple(notes))
 
 
 def _choose_column(folder: Path, tables: Tables, asked: str | None) -> str | None:
     if asked is None:
-        return tables.find_column(COLUMNS)
+        known = [column for name in COLUMNS if (column := tables.find_column([name]))]
+        rows = [row.values for some in tables.rows.values() for row in some]
+        used = (column for column in known if any(clean_text(row.get(column)) for row in rows))
+        return next(used, known[0] if known else None)
     found = tables.find_column([asked])
     if found is None:
         has = f"which have {', '.join(tables.columns)}" if tables.columns else "of which there are none"
@@ -102,12 +105,13 @@ def _read_column(folder: Path, tables: Tables, column: str) -> dict[str, tuple[s
 
 def _take_texts(folder: Path, row: TableRow, column: str) -> tuple[str, ...]:
     value = row.values.get(column)
-    if isinstance(value, Mapping):
+    several = value if isinstance(value, (list, tuple)) else [value]
+    if any(isinstance(one, Mapping) for one in several):
+        value = next(one for one in several if isinstance(one, Mapping))
         raise MemControlError(
             f"{folder}: {row.place} has captions by name in '{column}' ({', '.join(map(str, value))}); put "
             "the one that is meant into a column of its own"
         )
-    several = value if isinstance(value, (list, tuple)) else [value]
     return tuple(text for one in several if (text := clean_text(one)))
 
 
@@ -129,7 +133,7 @@ def _read_text_files(
             if found.setdefault(name, caption) != caption:
                 raise MemControlError(f"{folder}: '{name}' has two text files that differ; keep one of them")
     if found:
-        _refuse_repeats(folder, found)
+        _refuse_repeats(folder, images)
     return found, strays
 
 
@@ -144,7 +148,7 @@ def _read_text_file(path: Path) -> str:
         raise MemControlError(f"caption {path} cannot be read: {describe_read_error(error)}") from None
 
 
-def _refuse_repeats(folder: Path, names: Mapping[str, str]) -> None:
+def _refuse_repeats(folder: Path, names: Sequence[str]) -> None:
     """kohya's folders say how often their images are used in an epoch; here all are used alike."""
     parents = {PurePosixPath(name).parent.name for name in names}
     repeats = {parent: match[1] for parent in sorted(parents) if (match := _KOHYA.fullmatch(parent))}
@@ -167,14 +171,22 @@ def _describe_repeats(images: Sequence[str]) -> Iterator[str]:
 
 def _name_by_folders(images: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """By the innermost folder, unless that is a part; of kohya's by the subject alone."""
-    return {name: _name_by_folder(posixpath.dirname(name)) for name in images}
+    folders = {posixpath.dirname(name) for name in images}
+    parents = {place: "" if is_part_folder(place) else posixpath.basename(place) for place in folders}
+    subjects = {parent: _cut_repeats(parent) for parent in parents.values()}
+    if len(set(subjects.values())) < len(subjects):  # "18_years" and "19_years" are no repeats
+        subjects = {parent: parent for parent in subjects}
+    texts = {place: (subjects[parent],) if parent else () for place, parent in parents.items()}
+    return {name: texts[posixpath.dirname(name)] for name in images}
 
 
-@cache
-def _name_by_folder(folder: str) -> tuple[str, ...]:
-    parent = "" if is_part_folder(folder) else posixpath.basename(folder)
-    subject = match[2] if (match := _KOHYA.fullmatch(parent)) else parent
-    return (subject,) if subject else ()
+def _cut_repeats(folder: str) -> str:
+    found = _KOHYA.fullmatch(folder)
+    return found[2] if found else folder
+
+
+def _describe_without(n: int, n_images: int) -> str:
+    return f"{n} of {n_images} images have no caption" if n < n_images else "no image has a caption"
 
 
 def _describe_strays(strays: Sequence[str]) -> Iterator[str]:

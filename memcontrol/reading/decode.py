@@ -150,11 +150,15 @@ def _is_wide(image: Image.Image) -> bool:
     return image.mode in ("RGB", "RGBA") and "16" in str(getattr(image, "tile", ""))
 
 
+class TooLarge(MemControlError):
+    """An image of more pixels than are allowed."""
+
+
 def refuse_large(path: Path, size: tuple[int, int], most_pixels: int | None) -> None:
-    """Raises MemControlError."""
+    """Raises TooLarge."""
     width, height = size
     if width * height > (most_pixels or MOST_PIXELS):
-        raise MemControlError(
+        raise TooLarge(
             f"image {path} is too large: {width} x {height} pixels, and {most_pixels or MOST_PIXELS:,} are "
             "allowed; shrink it, or set data.max_pixels"
         )

@@ -19,6 +19,8 @@ from memcontrol.core.errors import MemControlError
 
 PATIENT = "PatientID"  # the rule of data.group that asks for it
 _MARK, _OFFSET = b"DICM", 128
+_ENDINGS = (".dcm", ".dicom")
+_FIRST_GROUPS = (b"\x02\x00", b"\x08\x00")  # of the file's meta data, of the first elements
 _PLUGINS = "pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg pylibjpeg-rle"
 
 
@@ -28,13 +30,14 @@ def can_read_dicom() -> bool:
 
 
 def is_dicom(path: Path) -> bool:
-    """By the mark that each such file has."""
+    """By the mark that such a file has; one of the ending may lack it and begin with its first elements."""
     try:
         with path.open("rb") as file:
-            file.seek(_OFFSET)
-            return file.read(len(_MARK)) == _MARK
+            head = file.read(_OFFSET + len(_MARK))
     except OSError:
         return False
+    is_bare = path.suffix.lower() in _ENDINGS and head[:2] in _FIRST_GROUPS
+    return head[_OFFSET:] == _MARK or is_bare
 
 
 class DicomFile:
@@ -43,8 +46,19 @@ class DicomFile:
 
     def __init__(self, path: Path):
         import pydicom
+        from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
-        self.path, self.data = path, pydicom.dcmread(path)
+        self.path, self.data = path, pydicom.dcmread(path, force=True)
+        if "PixelData" not in self.data:
+            raise MemControlError(
+                f"image {path} is DICOM without a picture (a report or an index, say); remove it, or set "
+                "data.skip_unreadable=true (audit: --skip-unreadable)"
+            )
+        if "TransferSyntaxUID" not in self.data.file_meta:
+            implicit, _ = self.data.original_encoding
+            self.data.file_meta.TransferSyntaxUID = (
+                ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
+            )
 
     @property
     def size(self) -> tuple[int, int]:
@@ -68,11 +82,23 @@ class DicomFile:
         try:
             values = pixel_array(self.data, index=frame)
         except (RuntimeError, NotImplementedError) as error:
+            if _can_decode(self.data):
+                raise  # so it is broken
             syntax = _name_syntax(self.data)
             raise MemControlError(
                 f"image {self.path} is compressed as {syntax}, which is not read here; {_PLUGINS}"
             ) from error
         return _show(values, self.data)
+
+
+def _can_decode(data: Any) -> bool:
+    """Whether what reads its compression is installed."""
+    from pydicom.pixels import get_decoder
+
+    try:
+        return get_decoder(data.file_meta.TransferSyntaxUID).is_available
+    except NotImplementedError:
+        return False
 
 
 def _name_syntax(data: Any) -> str:

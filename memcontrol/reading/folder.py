@@ -27,6 +27,7 @@ _HELP = {
     ".nii.gz": "pip install nibabel, and store slices as PNG",
 }
 # of files that Pillow knows by name alone, or that are pages rather than pictures
+_NO_FOLDERS = ("@eaDir", "__MACOSX")  # thumbnails of a file server, leftovers of an archive
 _NO_PICTURES = {".pdf", ".eps", ".ps", ".mpg", ".mpeg", ".h5", ".hdf", ".grib", ".bufr", ".wmf", ".emf"}
 
 
@@ -43,7 +44,8 @@ class Listing:
     def describe_left_out(self) -> Iterator[str]:
         """A line for each reason."""
         for reason, names in self.left_out.items():
-            yield f"{len(names)} files are left out: {reason}, such as {names[0]}"
+            are = "files are" if len(names) > 1 else "file is"
+            yield f"{len(names)} {are} left out: {reason}, such as {names[0]}"
 
 
 @cache
@@ -61,24 +63,29 @@ def list_folder(folder: Path) -> Listing:
     ending, or by what it holds. Raises MemControlError."""
     found: dict[str, list[str]] = {"images": [], "texts": [], "tables": []}
     left_out: dict[str, list[str]] = {}
-    for name in sorted(_walk(folder)):
+    again: list[str] = []
+    for name in sorted(_walk(folder, again)):
         kind, reason = _tell_kind(folder, name)
         (left_out.setdefault(reason, []) if reason else found[kind]).append(name)
+    if again:
+        left_out["a link to a folder that is read already"] = sorted(again)
     return Listing(
         **{kind: tuple(names) for kind, names in found.items()},
         left_out={reason: tuple(names) for reason, names in left_out.items()},
     )
 
 
-def _walk(folder: Path) -> Iterator[str]:
+def _walk(folder: Path, again: list[str]) -> Iterator[str]:
+    """Names of files; links to folders that were walked through before are added to `again`."""
     seen: set[str] = set()  # a link to a folder above it would never end
     for path, folders, files in os.walk(folder, followlinks=True, onerror=_refuse_unreadable):
         real = os.path.realpath(path)
         if real in seen:
+            again.append(os.path.relpath(path, folder))
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in _NO_FOLDERS)
         inside = os.path.relpath(path, folder)
         for name in files:
             if not name.startswith("."):
@@ -106,10 +113,10 @@ def _tell_kind(folder: Path, name: str) -> tuple[str, str]:
         return "texts", ""
     if suffix in _list_suffixes() or (can_read_dicom() and is_dicom(Path(place))):
         return "images", ""
-    if suffix in _HELP and not (suffix == ".dcm" and can_read_dicom()):
-        return "", f"{suffix} is not read here ({_HELP[suffix]})"
     if _opens(Path(place)):
         return "images", ""
+    if suffix in _HELP and not (suffix == ".dcm" and can_read_dicom()):
+        return "", f"{suffix} is not read here ({_HELP[suffix]})"
     return "", f"{suffix or 'without an ending'} is no known picture"
 
 

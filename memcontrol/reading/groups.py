@@ -21,11 +21,16 @@ FindGroup = Callable[[str], str]  # of an image by its path inside the folder
 
 def make_grouping(rule: str, tables: Tables, patients: Mapping[str, str]) -> FindGroup:
     """What tells an image's group by data.group: a pattern, `folder`, a column of the metadata, or the
-    `patients` that DICOM files say. It raises MemControlError for an image of which it is not known."""
+    `patients` that DICOM files say; empty for one of these that says none. Else it raises MemControlError for
+    an image of which it is not known."""
     if "(" in rule:
         return _group_by_pattern(rule)
     if rule == PATIENT and tables.find_column([rule]) is None:
-        return lambda name: _find_patient(name, patients)
+        if not patients:
+            raise MemControlError(
+                f"data.group is '{PATIENT}', and no image says one; DICOM files do, or a column"
+            )
+        return lambda name: patients.get(name, "")
     return _group_by_folder if rule == _FOLDER else _group_by_column(rule, tables)
 
 
@@ -48,14 +53,6 @@ def _group_by_pattern(rule: str) -> FindGroup:
         return found.group(1)
 
     return find
-
-
-def _find_patient(name: str, patients: Mapping[str, str]) -> str:
-    if name not in patients:
-        raise MemControlError(
-            f"data.group is '{PATIENT}', and image '{name}' says none; DICOM files do, or a column"
-        )
-    return patients[name]
 
 
 def _group_by_folder(name: str) -> str:
@@ -94,22 +91,24 @@ def _group_by_column(rule: str, tables: Tables) -> FindGroup:
 
 
 def propose_grouping(names: Sequence[str], tables: Tables, patients: Mapping[str, str]) -> str | None:
-    """What data.group could be: a column or a pattern that names people, or the like, several of whose images
-    there are; None where nothing looks like it."""
+    """What data.group could be: a column, or what DICOM says, of which images share a value; else a pattern
+    that names people, or the like, several of whose images there are; None where nothing looks like it."""
     rules = [column for column in sorted(tables.columns) if re.search(_COLUMN_NAMES, column, re.IGNORECASE)]
     rules += [PATIENT] if patients else []
-    return next(
-        (rule for rule in [*rules, _NAME_PATTERN] if _makes_groups(rule, names, tables, patients)), None
-    )
+    for rule in rules:
+        if 1 < _count_groups_by(rule, names, tables, patients) < len(names):
+            return rule
+    n = _count_groups_by(_NAME_PATTERN, names, tables, patients)
+    return _NAME_PATTERN if _FEWEST_PROPOSED <= n <= len(names) / 1.5 else None
 
 
-def _makes_groups(rule: str, names: Sequence[str], tables: Tables, patients: Mapping[str, str]) -> bool:
+def _count_groups_by(rule: str, names: Sequence[str], tables: Tables, patients: Mapping[str, str]) -> int:
+    """0 where an image has none; one that says no patient is alone."""
     try:
         find = make_grouping(rule, tables, patients)
-        found = {find(name) for name in names}
+        return len({find(name) or name for name in names})
     except MemControlError:
-        return False
-    return _FEWEST_PROPOSED <= len(found) <= len(names) / 1.5
+        return 0
 
 
 def join_rows(n: int, pairs: Iterable[tuple[int, int]]) -> list[int]:

@@ -4,6 +4,8 @@ for the test, under the names that people use."""
 from __future__ import annotations
 
 import os
+import posixpath
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -18,12 +20,14 @@ _NAMES = {
     CALIBRATION: (CALIBRATION,),
 }
 _PART_BY_NAME = {name: part for part, names in _NAMES.items() for name in names}
-_COLUMN = "split"
+_AFTER = re.compile(r"[ _-]?(images?|imgs?|data|set|split|\d{4})$")  # "train_images", "val2017"
+_COLUMN, _OTHER_COLUMNS = "split", ("partition", "subset")  # the others may mean something else
 
 
 def find_part(name: str) -> str | None:
     """The part that is meant by a name of a folder, a split or in a column."""
-    return _PART_BY_NAME.get(name.lower())
+    name = name.strip().lower()
+    return _PART_BY_NAME.get(name) or _PART_BY_NAME.get(_AFTER.sub("", name))
 
 
 def is_part_folder(name: str) -> bool:
@@ -51,7 +55,9 @@ def assign_parts(folder: Path, images: Sequence[str], tables: Tables) -> dict[st
     """Of images, by their paths, the part of each that has one, by its folder or by a column `split`; None
     where a person has made no parts. Raises MemControlError."""
     folders = {name: part for part, name in find_part_folders(folder).items()}
-    column = tables.find_column([_COLUMN])
+    if not folders:
+        _refuse_deeper_parts(folder, images)
+    column = tables.find_column([_COLUMN]) or _find_other_column(tables)
     by_column = _read_split_column(folder, tables, column) if column else {}
     if not folders and not by_column:
         return None
@@ -63,6 +69,34 @@ def assign_parts(folder: Path, images: Sequence[str], tables: Tables) -> dict[st
                 "them agree, or take the column out"
             )
     return found
+
+
+def _refuse_deeper_parts(folder: Path, images: Sequence[str]) -> None:
+    """Parts below other folders would be pooled. Raises MemControlError."""
+    found: dict[str, str] = {}
+    for place in sorted({posixpath.dirname(name) for name in images}):
+        steps = place.split("/")
+        for depth, step in enumerate(steps[1:], start=2):
+            if part := find_part(step):
+                found.setdefault(part, "/".join(steps[:depth]))
+    if len(found) > 1:
+        raise MemControlError(
+            f"data: {folder} has {', '.join(f'{place}/' for place in found.values())}: parts are folders at "
+            "its top; move them there, let data.path name the folder that they lie in, or call them otherwise"
+        )
+
+
+def _find_other_column(tables: Tables) -> str | None:
+    """One of another name that holds nothing but parts, and several."""
+    for name in _OTHER_COLUMNS:
+        column = tables.find_column([name])
+        values = {
+            clean_text(row.values.get(column)) for rows in tables.rows.values() for row in rows if column
+        }
+        parts = {find_part(value) for value in values}
+        if len(parts) > 1 and None not in parts:
+            return column
+    return None
 
 
 def _read_split_column(folder: Path, tables: Tables, column: str) -> dict[str, str]:

@@ -16,6 +16,7 @@ from memcontrol.core.errors import MemControlError
 
 _STEMS = ("metadata", "captions")
 _FILE_COLUMNS = ("file_name", "filename", "file", "image", "image_path", "path")
+_NOTHING = ("nan", "NaN", "<NA>", "None", "null", "N/A")
 _SEPARATORS = (",", ";", "\t")
 _EXAMPLE = '{"file_name": "a.png", "text": "a cat"}'
 # what tells one Unicode from another at the beginning of a file
@@ -47,10 +48,11 @@ class Tables:
 
 
 def clean_text(value: Any) -> str:
-    """Of a field: nothing where there is none, or NaN, as pandas writes it."""
+    """Of a field: nothing where there is none, or what pandas writes for that."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
-    return str(value).strip()
+    text = str(value).strip()
+    return "" if text in _NOTHING else text
 
 
 def _simplify(column: str) -> str:
@@ -72,7 +74,7 @@ def read_tables(folder: Path, tables: Sequence[str]) -> Tables:
             columns.update(dict.fromkeys(values))
             name = _find_image(folder, (folder / table).parent, values, place)
             if name is None:
-                unmatched.append(place)
+                unmatched.append(f"{place}, with '{_name_file(values)}'")
             else:
                 rows.setdefault(name, []).append(TableRow(values, place))
     if unmatched and not rows:
@@ -107,9 +109,7 @@ def describe_read_error(error: Exception) -> str:
 def _find_image(folder: Path, beside: Path, values: Mapping[str, Any], place: str) -> str | None:
     """The path inside the folder of the image that a row is of; None where there is no such image. Raises
     MemControlError."""
-    known = {_simplify(column): value for column, value in values.items()}
-    column = next((name for name in _FILE_COLUMNS if name in known), None)
-    name = known.get(column) if column else None
+    name = _name_file(values)
     if not isinstance(name, str) or not name.strip() or "\0" in name:
         raise MemControlError(
             f"{folder}: {place} has no 'file_name'; each row names its image, as {_EXAMPLE} does"
@@ -125,6 +125,12 @@ def _find_image(folder: Path, beside: Path, values: Mapping[str, Any], place: st
             "take the row out"
         )
     return Path(inside).as_posix() if os.path.isfile(path) else None
+
+
+def _name_file(values: Mapping[str, Any]) -> Any:
+    """What a row's first column of files says, None where there is none."""
+    known = {_simplify(column): value for column, value in values.items()}
+    return next((known[name] for name in _FILE_COLUMNS if name in known), None)
 
 
 def read_text(path: Path) -> str:
