@@ -194,6 +194,32 @@ def test_a_dataset_without_images_or_with_broken_shards_is_refused_in_one_line(t
     assert "\n" not in str(error.value)
 
 
+def test_what_of_a_dataset_is_not_used_is_said_and_a_cut_tar_is_refused(splits, tmp_path):
+    kinds = datasets.Features(
+        {"mask": datasets.Image(), "image": datasets.Image(), "text": datasets.Value("string")}
+    )
+    rows = {
+        "mask": [make_noise(100 + i) for i in range(40)],
+        "image": [None if i in (3, 8) else make_noise(i) for i in range(40)],
+        "text": [f"c {i}" for i in range(40)],
+    }
+    datasets.Dataset.from_dict(rows, features=kinds).to_parquet(tmp_path / "a.parquet")
+    config, said = load_config({"name": "a", "data": {"path": str(tmp_path / "a.parquet")}}), []
+    for place in ("1", "1"):
+        parts = load_parts(config.data, 40, 0, said.append, kept=tmp_path / place / "images.db").parts
+    assert said.count("2 rows of the dataset have no image") == 2
+    assert "columns of images that are not used: mask" in said
+    for images in parts.values():
+        for record, pixels in zip(images.records, images.pixels()):
+            assert (pixels == np.asarray(make_noise(int(record.caption[2:]))).transpose(2, 0, 1)).all()
+    write_tar(tmp_path / "cut.tar", splits["train"])
+    content = (tmp_path / "cut.tar").read_bytes()
+    for n in (30_000, 51_200, len(content) - 20_480):
+        (tmp_path / "cut.tar").write_bytes(content[:n])
+        with pytest.raises(MemControlError, match="cut.tar breaks off: it has no end of a tar"):
+            load(tmp_path / "cut.tar", tmp_path / "2" / "images.db")
+
+
 def test_init_writes_a_study_for_each_that_a_search_takes(splits, tmp_path):
     two = datasets.DatasetDict({"test": splits["test"], "train": concatenate(splits)})
     save_parquet(two, tmp_path / "set")

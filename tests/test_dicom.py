@@ -7,6 +7,7 @@ import numpy as np
 import pydicom
 import pytest
 from commands import run
+from PIL import Image
 from pydicom.data import get_testdata_files
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.pixels import apply_modality_lut, apply_voi_lut
@@ -17,6 +18,7 @@ from memcontrol.core.errors import MemControlError
 from memcontrol.data.index import examine_files
 from memcontrol.data.split import load_parts
 from memcontrol.reading.decode import decode_image
+from memcontrol.reading.folder import list_folder
 
 RAMP = np.tile(np.linspace(0, 1, 64), (64, 1))
 
@@ -139,6 +141,39 @@ def test_frames_are_refused_or_images_of_their_own(tmp_path):
     shown = [np.asarray(decode_image(tmp_path / name)) for name in (first, second)]
     assert (shown[0] == shown[1][:, ::-1]).all() and (shown[0] != shown[1]).any()
     assert (shown[0] == np.asarray(decode_image(write(tmp_path / "b.dcm", values)))).all()
+
+
+def test_a_file_without_a_preamble_is_read_and_one_without_a_picture_is_said(tmp_path):
+    values = np.round(RAMP * 4095)
+    whole = write(tmp_path / "a.dcm", values)
+    wanted = decode(whole)
+    bare = tmp_path / "bare.dcm"
+    bare.write_bytes(whole.read_bytes()[132:])
+    assert (decode(bare) == wanted).all()
+    data = pydicom.dcmread(whole)
+    start = whole.read_bytes().index(b"\x08\x00\x16\x00")  # SOPClassUID, the first after the meta data
+    bare.write_bytes(whole.read_bytes()[start:])
+    assert (decode(bare) == wanted).all()
+    del data.PixelData
+    data.save_as(tmp_path / "report.dcm")
+    with pytest.raises(MemControlError, match="report.dcm is DICOM without a picture"):
+        decode_image(tmp_path / "report.dcm")
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "x.png")
+    (tmp_path / "x.png").rename(tmp_path / "png.dcm")
+    assert "png.dcm" in list_folder(tmp_path).images
+
+
+def test_patients_that_some_files_do_not_say_are_groups_of_their_own(tmp_path):
+    for i in range(40):
+        values = np.random.default_rng(i).integers(0, 4096, (24, 24))
+        write(tmp_path / "x" / f"{i:03}.dcm", values, patient=f"P{i // 2}" if i < 30 else "")
+    said = run("init", tmp_path / "x", cwd=tmp_path, check=True).stderr
+    assert "10 images say no PatientID, such as 030.dcm: each is a group of its own" in said
+    config = load_config(tmp_path / "x.yaml")
+    assert config.data.group == "PatientID"
+    parts = load_parts(config.data, 32, 0).parts
+    groups = [set(images.groups) for images in parts.values()]
+    assert sum(map(len, groups)) == len(set.union(*groups)) == 25
 
 
 def test_what_is_broken_or_has_no_patient_is_refused_in_one_line(tmp_path):

@@ -123,8 +123,14 @@ def test_several_captions_are_drawn_from_by_the_seed_and_nothing_is_nan(tmp_path
     assert f"{N} images have several captions: each use of one in training draws one of them" in said
     records = [record for images in load(tmp_path)[1].values() for record in images.records]
     assert all({record.caption, *record.further} == {"a cat", "one cat"} for record in records)
-    (tmp_path / "metadata.jsonl").write_text(one_caption(float("nan")))
-    assert set(load(tmp_path)[0].values()) == {""}
+    for nothing in (float("nan"), "NaN", "<NA>", "None", "N/A"):
+        (tmp_path / "metadata.jsonl").write_text(one_caption(nothing))
+        assert set(load(tmp_path)[0].values()) == {""}
+    (tmp_path / "metadata.jsonl").write_text(one_caption([{"en": "a cat"}]))
+    refused(tmp_path, "metadata.jsonl, row 1 has captions by name in 'text' \\(en\\)")
+    rows = [{"file_name": f"{i:03}.png", "text": "", "caption": f"c {i}"} for i in range(N)]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert load(tmp_path)[0]["003.png"] == "c 3"
 
 
 def test_what_is_ambiguous_is_refused_with_its_place(tmp_path):
@@ -181,6 +187,30 @@ def test_kohyas_folders_name_a_subject_and_ask_for_no_repeats(tmp_path):
     fill(tmp_path / "2_dog", 4, 100)
     (tmp_path / "2_dog" / "100.txt").write_text("a dog")
     refused(tmp_path, "'10_sks dog', '2_dog' ask for different repeats")
+    (tmp_path / "2_dog" / "100.txt").unlink()
+    refused(tmp_path, "'10_sks dog', '2_dog' ask for different repeats")
+
+
+def test_numbers_that_tell_folders_apart_are_kept(tmp_path):
+    fill(tmp_path / "18_years", 16)
+    fill(tmp_path / "19_years", 16, 100)
+    assert set(load(tmp_path)[0].values()) == {"18_years", "19_years"}
+    fill(tmp_path / "2019_june", 4, 200)
+    fill(tmp_path / "0_cat", 4, 300)
+    fill(tmp_path, 3, 400)
+    captions, _, said = load(tmp_path)
+    assert set(captions.values()) == {"18_years", "19_years", "2019_june", "0_cat", ""}
+    assert f"3 of {len(captions)} images have no caption" in said
+
+
+def test_folders_of_people_are_no_captions(tmp_path):
+    for who in range(12):
+        fill(tmp_path / f"patient{who:03}", 4, 10 * who)
+    for rule in (r"(patient\d+)", "folder"):
+        captions, _, said = load(tmp_path, group=rule)
+        assert (
+            set(captions.values()) == {""} and "names are those of data.group's groups, and are not" in said
+        )
 
 
 @pytest.mark.parametrize(
@@ -190,6 +220,9 @@ def test_kohyas_folders_name_a_subject_and_ask_for_no_repeats(tmp_path):
         ("TRAIN", "VAL", "TEST"),
         ("training", "validation", "testing"),
         ("train", "dev", "test"),
+        ("train_images", "val_images", "test_images"),
+        ("train2017", "val2017", "test2017"),
+        ("trainset", "Validation set", "test-data "),
     ],
     ids="/".join,
 )
@@ -200,6 +233,28 @@ def test_parts_are_known_by_the_names_that_people_use(tmp_path, names):
     assert {part: len(images) for part, images in parts.items()} == {"train": 20, "holdout": 12, "test": 10}
     assert all(record.name.startswith(f"{names[0]}/") for record in parts["train"].records)
     assert set(captions.values()) == {""}
+
+
+@pytest.mark.parametrize("below", ["images/{}", "{}/cat"])
+def test_parts_below_other_folders_are_not_pooled(tmp_path, below):
+    for start, name in enumerate(("train", "val", "test")):
+        for kind in ("dog", "cow"):
+            place = below.format(name) if "images" in below else f"{kind}/{name}"
+            fill(tmp_path / place, 12, 100 * start + (50 if kind == "cow" else 0))
+    refused(tmp_path, "/test/, .*/train/, .*/val/: parts are folders at its top; move them there")
+
+
+@pytest.mark.parametrize("column", ["partition", "Subset"])
+def test_a_column_of_another_name_makes_parts_where_it_holds_nothing_else(tmp_path, column):
+    fill(tmp_path)
+    words = ["train", "val", "test"]
+    rows = [f"{i:03}.png,c {i},{words[i % 3]}\n" for i in range(N)]
+    (tmp_path / "metadata.csv").write_text(f"file_name,text,{column}\n" + "".join(rows))
+    _, parts, _ = load(tmp_path)
+    assert {record.name for record in parts["test"].records} == {f"{i:03}.png" for i in range(2, N, 3)}
+    rows[5] = "005.png,c 5,left lung\n"
+    (tmp_path / "metadata.csv").write_text(f"file_name,text,{column}\n" + "".join(rows))
+    assert len(load(tmp_path, train=12, holdout=10, test=10)[1]["train"]) == 12  # so it is none of parts
 
 
 def test_a_column_makes_parts_and_what_is_ambiguous_is_refused(tmp_path):
@@ -239,6 +294,7 @@ def test_what_is_left_out_is_counted_by_kind(tmp_path):
     (tmp_path / "cat" / "again").symlink_to(tmp_path)
     captions, parts, said = load(tmp_path)
     assert len(captions) == N + 16 and set(captions.values()) == {"cat", "dog"}
+    assert "1 file is left out: a link to a folder that is read already, such as cat/again" in said
     for reason in (".nii.gz is not read here (pip install nibabel, and", ".bin is no known"):
         assert f"1 file is left out: {reason}" in said
     assert "1 file is left out: a link that leads nowhere, such as gone.png" in said

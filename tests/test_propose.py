@@ -1,6 +1,7 @@
 """init: what it sees in a folder of images, and a study that a search takes as it is."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -129,7 +130,11 @@ def animations(folder):
 LAYOUTS = {
     kohya: ["32 different, from text files beside the images", "number in a folder's name such as '10_sks "],
     image_folder: ["captions for 32 of 32, 32 different, from column 'caption' of metadata.csv"],
-    dicom_by_patient: ['group: "PatientID"', "no captions", "names are those of data.group's groups, and are"],
+    dicom_by_patient: [
+        'group: "PatientID"',
+        "no captions",
+        "names are those of data.group's groups, and are",
+    ],
     classes: ["captions for 40 of 40, 4 different, from the folders' names"],
     parts_that_are_made: ["as its folders or tables say into 16 train, 16 holdout, 16 test", "2 different"],
     animations: ["pages: first", "32 files have several pages or frames; all: each page is an image"],
@@ -148,6 +153,58 @@ def test_what_people_have_needs_no_edit(fill, tmp_path, monkeypatch):
     monkeypatch.setattr(index, "open_file", None)  # init has read them
     parts = load_parts(config.data, 32, config.search.seed, kept=place.image_index).parts
     assert min(map(len, parts.values())) >= 8
+
+
+def odd_patients(folder):
+    """So many that quarters cannot be made of them."""
+    for i in range(35):
+        write_dicom(folder / f"{i}.dcm", np.asarray(digit(i)) * 16.0, patient=f"MRN{i // 2}")
+
+
+def one_large_group(folder):
+    for i in range(60):
+        write_dicom(folder / f"{i}.dcm", np.asarray(digit(i)) * 16.0, patient=f"MRN{max(0, i - 29)}")
+
+
+def shared_image(folder):
+    parts_that_are_made(folder)
+    digit(0).save(folder / "test" / "again.png")
+
+
+def names_counted_in_each_part(folder):
+    for i in range(60):
+        place = folder / ("train", "val", "test")[i // 20]
+        place.mkdir(exist_ok=True)
+        digit(i).save(place / f"id_{i % 20}.png")
+
+
+AWKWARD = {
+    odd_patients: 'group: "PatientID"',
+    one_large_group: 'group: "PatientID"',
+    shared_image: "twins: drop",
+    names_counted_in_each_part: "are in several parts: if that is who is in an image, set data.group",
+}
+
+
+@pytest.mark.parametrize("fill", AWKWARD, ids=lambda fill: fill.__name__)
+def test_a_search_deals_as_init_says(fill, tmp_path):
+    (tmp_path / "x").mkdir()
+    fill(tmp_path / "x")
+    done = run("init", tmp_path / "x", cwd=tmp_path)
+    assert done.returncode == 0 and AWKWARD[fill] in done.stderr, done.stderr
+    parts = load_parts(load_config(tmp_path / "x.yaml").data, 32, 0).parts
+    for part, images in parts.items():
+        assert len(images) >= 8
+        if fill in (odd_patients, one_large_group):
+            assert re.search(rf"  {part}: \S+ +# {len(images)} images", done.stderr)
+
+
+def test_patients_in_several_parts_are_refused_by_init(tmp_path):
+    for i in range(60):
+        home = tmp_path / "x" / ("train", "val", "test")[i // 20]
+        write_dicom(home / f"{i}.dcm", np.asarray(digit(i)) * 16.0, patient=f"MRN{i % 6}")
+    done = run("init", tmp_path / "x", cwd=tmp_path)
+    assert done.returncode == 1 and "train and holdout share group 'patient " in done.stderr
 
 
 @pytest.mark.parametrize("fill", FOLDERS, ids=lambda fill: fill.__name__)
