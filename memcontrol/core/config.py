@@ -147,8 +147,8 @@ class DataConfig(Strict):
     split: Annotated[str, Field(min_length=1)] | None = None
     """of a dataset, the split whose images are dealt out; none: its splits are the parts, or it has one"""
     train: Share | Count = 0.5
-    """share or number of images to fine-tune on; ignored where the folder has `train/`, `holdout/` and
-    `test/`"""
+    """share or number of images to fine-tune on; ignored where the images come in parts: folders `train/`,
+    `holdout/` and `test/`, a column `split`, a dataset's splits"""
     holdout: Share | Count = 0.25
     """share or number of images that a search compares with, never trained on"""
     test: Share | Count = 0.25
