@@ -75,11 +75,11 @@ def _print_config(place: StudyPlace) -> None:
 
 def _print_prediction(place: StudyPlace) -> None:
     """As comments: what is printed stays YAML."""
-    from memcontrol.core.jobs import Progress
+    from memcontrol.core.jobs import Progress, Warned
     from memcontrol.execution.job_queue import JobQueue
     from memcontrol.execution.make import open_executor
     from memcontrol.search.prediction import describe_prediction, predict_search, run_calibrations
-    from memcontrol.view.live import LOADING, Steps
+    from memcontrol.view.live import LOADING, Steps, describe_stage
 
     folder, console = place.folder.path, make_console()
     say(console, f"{LOADING}, then short trials of each kind")
@@ -87,7 +87,9 @@ def _print_prediction(place: StudyPlace) -> None:
 
         def show(event: Event) -> None:
             if isinstance(event, Progress):
-                steps.show("calibrating with short trials", event.done, event.total)
+                steps.show(describe_stage(event.stage), event.done, event.total)
+            elif isinstance(event, Warned):
+                steps.warn(event.text)
 
         calibrations = run_calibrations(place.config, folder, JobQueue(executor, show))
     anchors = place.space.list_anchors(place.config.search.anchors)

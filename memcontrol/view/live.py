@@ -42,9 +42,14 @@ _PREPARATIONS = {
     "read": "reading images",
     "encode": "encoding images and captions",
     "describe": "features of real images",
-    "calibrate": "short trials",
+    "calibrate": "calibrating with short trials",
 }
 _SCORING = (0.8, 0.15)  # any other stage of a trial
+
+
+def describe_stage(name: str) -> str:
+    """Of what is done before the first trial."""
+    return _PREPARATIONS.get(name, name)
 
 
 def describe_step(event: Progress) -> str:
@@ -113,8 +118,7 @@ class Display(Observer):
         """How far a worker is with its share of what is made before the first trial."""
         place = job.folder / f"encoding {job.index}" if isinstance(job, EncodeJob) else job.folder
         if isinstance(event, Progress) and event.total:
-            text = _PREPARATIONS.get(event.stage, event.stage)
-            said = f"{text} ({event.done} of {event.total})"
+            said = f"{describe_stage(event.stage)} ({event.done} of {event.total})"
             self.running[place] = said, event.done / event.total
             if not self.live:
                 self.say_preparation(said, event.done == event.total)
