@@ -212,6 +212,13 @@ def test_what_of_a_dataset_is_not_used_is_said_and_a_cut_tar_is_refused(splits, 
     for images in parts.values():
         for record, pixels in zip(images.records, images.pixels()):
             assert (pixels == np.asarray(make_noise(int(record.caption[2:]))).transpose(2, 0, 1)).all()
+    whole = datasets.Dataset.from_dict(rows, features=kinds)
+    names = ("train", "validation", "test", "calibration")
+    several = {name: whole.select(range(i, 40, 4)) for i, name in enumerate(names)}
+    save_parquet(several, tmp_path / "several")
+    config, said = load_config({"name": "a", "data": {"path": str(tmp_path / "several")}}), []
+    load_parts(config.data, 40, 0, said.append, kept=tmp_path / "3" / "images.db")
+    assert "columns of images that are not used: mask" in said
     write_tar(tmp_path / "cut.tar", splits["train"])
     content = (tmp_path / "cut.tar").read_bytes()
     for n in (30_000, 51_200, len(content) - 20_480):

@@ -54,6 +54,7 @@ _SPACE_HINT = "which layers may be trained: memcontrol spaces show, or check wit
 _USES = {"train": "to fine-tune on", "holdout": "to compare with in the search", "test": "for retrain alone"}
 _SEED = 0
 _TRIALS = 20
+_N_DEALINGS = 32  # sizes of the training part that are tried
 _N_OF_A_KIND = 4  # warnings that are shown
 _PER_FEATURE = 4  # samples, and held-out images, below which FID is coarse
 _N_FEATURES = 64  # of the smallest network
@@ -383,7 +384,8 @@ def _list_dealings(seen: FolderSummary) -> Iterator[dict[str, Any]]:
             f"{FEWEST_IMAGES} each at least, and some hundred to say much; add images"
         )
     yield {"train": 0.5, "holdout": 0.25, "test": 0.25}
-    for n_train in range(n - 2 * FEWEST_IMAGES, FEWEST_IMAGES - 1, -1):
+    most = n - 2 * FEWEST_IMAGES
+    for n_train in range(most, FEWEST_IMAGES - 1, -max(1, most // _N_DEALINGS)):
         yield {"train": n_train, "holdout": FEWEST_IMAGES, "test": FEWEST_IMAGES}
 
 
@@ -426,11 +428,16 @@ def _explain_data(seen: FolderSummary, base: str) -> str:
         if n_captioned
         else "no captions: every prompt is the empty one"
     )
+    where = _say_where_copies_go(seen)
     if seen.near:
-        said.append(f"{len(seen.near)} pairs that are nearly the same, which stay in one part")
+        said.append(f"{len(seen.near)} pairs that are nearly the same, {where}")
     if seen.copies:
-        said.append(f"{sum(len(names) - 1 for names in seen.copies)} exact copies, which stay in one part")
+        said.append(f"{sum(len(names) - 1 for names in seen.copies)} exact copies, {where}")
     return "; ".join(said)
+
+
+def _say_where_copies_go(seen: FolderSummary) -> str:
+    return "of which one in another part is left out" if seen.parts else "which stay in one part"
 
 
 def _explain_objectives(n_holdout: int, sees_photos: bool) -> str:
@@ -456,8 +463,7 @@ def list_warnings(seen: FolderSummary) -> list[str]:
         "and refuses them where folders say otherwise (data.twins)"
         for a, b in seen.near
     ]
-    where = "in two parts one is left out" if seen.parts else "which stay in one part"
-    copies = [f"the same pixels, {where}: {', '.join(names)}" for names in seen.copies]
+    copies = [f"the same pixels, {_say_where_copies_go(seen)}: {', '.join(names)}" for names in seen.copies]
     broken = [f"not decoded: {name}" for name in seen.unreadable]
     return [*seen.notes, *_shorten(broken), *_shorten(near), *_shorten(copies)]
 

@@ -225,7 +225,7 @@ class _Writer:
     def write_split(self, split: Any, inside: str) -> None:
         """Raises MemControlError."""
         columns = _find_columns(self.path, split)
-        self.others = tuple(name for name in columns.others if name not in self.others)
+        self.others = tuple(dict.fromkeys((*self.others, *columns.others)))
         (self.folder / inside).mkdir(exist_ok=True)
         for row in _iterate(split):
             self.n += 1
