@@ -48,6 +48,7 @@ def add_audit(subparsers) -> None:
     audit.add_argument(
         "--extractor", default="tiny", help="the feature network (default: tiny, which knows characters)"
     )
+    _add_base(audit)
     _add_sampling(audit)
     audit.add_argument(
         "--group",
@@ -87,6 +88,20 @@ def add_audit(subparsers) -> None:
     audit.add_argument("--json", action="store_true", help="print audit.json on stdout as well")
 
 
+def _add_base(audit: argparse.ArgumentParser) -> None:
+    known = audit.add_argument_group("where the base is known, also what an attacker can tell")
+    known.add_argument("--base", metavar="PIPELINE", help="what --model was fine-tuned from")
+    known.add_argument(
+        "--lora",
+        type=Path,
+        metavar="FILE",
+        help="a LoRA file, whoever trained it, put on --model as its base",
+    )
+    known.add_argument(
+        "--strength", type=float, default=1.0, metavar="S", help="how far it is put on (default: 1)"
+    )
+
+
 def _add_sampling(audit: argparse.ArgumentParser) -> None:
     sampling = audit.add_argument_group("sampling from a pipeline")
     sampling.add_argument(
@@ -104,7 +119,8 @@ def _add_sampling(audit: argparse.ArgumentParser) -> None:
 
 
 def _run_audit(args: argparse.Namespace) -> int:
-    from memcontrol.commands.audit import SAMPLING, AuditSource, audit_source, read_pairs
+    from memcontrol.commands.attack import SAMPLING
+    from memcontrol.commands.audit import AuditSource, audit_source, read_pairs
     from memcontrol.view.audit_page import write_audit
     from memcontrol.view.live import Steps, shorten_path
 
@@ -124,11 +140,16 @@ def _run_audit(args: argparse.Namespace) -> int:
             args.calibration,
             args.pages,
             args.max_pixels,
+            args.base,
+            args.lora,
+            args.strength,
         )
         found, generated, train = audit_source(source, args.extractor, steps.show, steps.warn)
         write_audit(found, read_pairs(found, generated, train), args.out)
     if args.json:
         print_json(found)
-    (sys.stderr if args.json else sys.stdout).write(f"{found['verdict']}\n")
+    (sys.stderr if args.json else sys.stdout).write(
+        "\n".join(filter(None, (found["verdict"], found["membership"]))) + "\n"
+    )
     say(make_console(), f"report: {shorten_path(args.out / 'audit.html')}")
     return 0

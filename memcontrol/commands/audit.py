@@ -12,12 +12,14 @@ from typing import Any, cast, get_args
 
 import numpy as np
 
+from memcontrol.commands.attack import SAMPLING, ModelFiles, attack_run, open_model, sample_model
 from memcontrol.commands.judge import ShowProgress, judge_images
-from memcontrol.core.config import CALIBRATION, DataConfig, Fit, Pages, parse_base
+from memcontrol.core.config import CALIBRATION, DataConfig, Fit, Pages
 from memcontrol.core.errors import MemControlError
+from memcontrol.core.estimate import Measured, Rewards
 from memcontrol.core.run_folder import RunFolder, StudyFolder
-from memcontrol.core.seeds import derive_seed
 from memcontrol.core.spec import read_spec
+from memcontrol.data.images import Images
 from memcontrol.data.pictures import (
     FITS,
     FolderImages,
@@ -29,66 +31,13 @@ from memcontrol.data.pictures import (
     share_greys,
     wrap_samples,
 )
-from memcontrol.model.base import load_base
 from memcontrol.trial.loaded import LoadedModels
 from memcontrol.trial.samples import read_samples
 from memcontrol.view.audit_page import N_SHOWN, SHOWN_SIDE
+from memcontrol.view.words import describe_membership
 
 _FEWEST_GROUPS = 8  # of one part, below which no p can be small
 _TWIN_RULES = ("refuse", "drop", "keep")
-_N_ATTACK = 10  # images of each attacked caption
-# of an audited pipeline
-SAMPLING: dict[str, Any] = {"samples": 256, "attacked": 0, "steps": 20, "guidance": 1.0, "seed": 0}
-
-
-def _sample_pipeline(
-    model: str,
-    captions: list[str],
-    samples: int,
-    attacked: int,
-    steps: int,
-    guidance: float,
-    seed: int,
-    progress: ShowProgress,
-) -> tuple[Pictures, np.ndarray | None]:
-    """`samples` images of a pipeline (a folder, single file or Hub id), from captions drawn at
-    random; and N_ATTACK of each of `attacked` captions, [P, N_ATTACK, 3, H, W], None where there are no
-    captions. Raises MemControlError."""
-    base = load_base(parse_base(model, "--model"))
-
-    def sampled(title: str, drawn: list[str]) -> np.ndarray:
-        return base.sample(
-            base.encode_captions(drawn),
-            base.encode_captions([""]),
-            seeds=[derive_seed(seed, title, i) for i in range(len(drawn))],
-            steps=steps,
-            guidance=guidance,
-            resolution=base.resolution,
-            progress=lambda done, total: progress(title, done, total),
-        )
-
-    pixels = sampled(
-        "sampling",
-        np.random.default_rng(derive_seed(seed, "captions")).choice(captions or [""], size=samples).tolist(),
-    )
-    if attacked and not any(captions):
-        raise MemControlError(
-            "--attacked samples many images of a training caption, and --train has no captions; "
-            "give them in metadata.csv, or leave it out"
-        )
-    prompts = (
-        np.random.default_rng(derive_seed(seed, "attacked"))
-        .permutation(sorted(set(captions)))[:attacked]
-        .tolist()
-    )
-    attack = (
-        sampled("extraction attack", [prompt for prompt in prompts for _ in range(_N_ATTACK)])
-        if prompts
-        else None
-    )
-    return wrap_samples(pixels), None if attack is None else attack.reshape(
-        len(prompts), _N_ATTACK, *attack.shape[1:]
-    )
 
 
 def audit(
@@ -105,10 +54,16 @@ def audit(
     calibration: str | Path | None = None,
     pages: str = "refuse",
     max_pixels: int | None = None,
+    base: str | None = None,
+    lora: str | Path | None = None,
+    strength: float = 1.0,
     **sampling: Any,
 ) -> dict[str, Any]:
     """How much a model (a run folder, or a pipeline to sample from) or a folder of images copies a training
     set, judged against held-out images: what audit.json holds. A run knows its own images.
+
+    `base` is what a pipeline was fine-tuned from; or `lora` a LoRA file over `model` as the base, at a
+    `strength`. Either, and a run, which knows its base, shows what an attacker can tell of training images.
 
     `group`, `twins`, `fit`, `pages` and `max_pixels` are as those of `data` in a study; without a fit images
     are compared under each where shapes differ. `calibration` is a folder of further real images, from which
@@ -128,6 +83,9 @@ def audit(
         Path(calibration) if calibration else None,
         pages,
         max_pixels,
+        base,
+        Path(lora) if lora else None,
+        strength,
     )
     return audit_source(source, extractor, lambda title, done, total: None, lambda line: None)[0]
 
@@ -150,6 +108,9 @@ class AuditSource:
     calibration: Path | None = None
     pages: str = "refuse"
     max_pixels: int | None = None
+    base: str | None = None
+    lora: Path | None = None
+    strength: float = 1.0
 
     @property
     def reading(self) -> DataConfig:
@@ -190,6 +151,7 @@ class AuditSource:
                 "a run knows the groups and the fit of its own images; leave out --group and --fit, or give "
                 "--train and --holdout"
             )
+        self._check_base()
         if unknown := set(self.sampling) - set(SAMPLING):
             raise MemControlError(
                 f"{', '.join(sorted(unknown))}: no such setting of sampling; allowed: {', '.join(SAMPLING)}"
@@ -201,14 +163,30 @@ class AuditSource:
                 "them out, or give --model a pipeline"
             )
 
+    def _check_base(self) -> None:
+        """Raises MemControlError."""
+        given = "--base" if self.base else "--lora"
+        if (self.base or self.lora) and (self.images or self.run):
+            what = "a run knows its base" if self.run else "images have none"
+            raise MemControlError(
+                f"{given} belongs to a pipeline, and {what}; leave it out, or give --model a pipeline"
+            )
+        if self.base and self.lora:
+            raise MemControlError("--lora is put on --model, which is its base; leave out --base")
+        if self.strength != 1 and not self.lora:
+            raise MemControlError("--strength says how far a LoRA is put on; give it with --lora")
+        if not 0 <= self.strength <= 2:
+            raise MemControlError(f"--strength is {self.strength:g}; allowed: 0 to 2")
+
 
 @dataclass(frozen=True)
 class _Comparison:
-    """By fit, the generated, training, held-out and, where there are any, calibration images; and what an
-    extraction attack sampled, uint8 [P, m, 3, H, W]."""
+    """By fit, the generated, training, held-out and, where there are any, calibration images; what an
+    extraction attack sampled, uint8 [P, m, 3, H, W]; and what an attacker tells by the model itself."""
 
     sets: dict[Fit, tuple[Pictures, Pictures, Pictures, Pictures | None]]
     attack: np.ndarray | None
+    told: Measured
 
 
 def audit_source(
@@ -218,7 +196,7 @@ def audit_source(
     source.check()
     seen = _read_references(source, progress, warn)
     if source.run:
-        compared = _compare_run(source, source.run, seen)
+        compared = _compare_run(source, source.run, seen, warn)
     else:
         compared = _compare_folders(source, seen, progress, warn)
     judged = {
@@ -229,10 +207,17 @@ def audit_source(
     fit = max(judged, key=lambda fit: _rank_copying(judged[fit]["rewards"]))
     generated, train, *_ = compared.sets[fit]
     dropped = list(seen["holdout"].dropped) if "holdout" in seen else []
-    return {**judged[fit], "fit": fit, "fits": list(judged), "dropped": dropped}, generated, train
+    rewards = judged[fit]["rewards"] | Rewards.from_estimates(compared.told).to_plain()
+    told = {"rewards": rewards, "membership": describe_membership(rewards)}
+    return {**judged[fit], **told, "fit": fit, "fits": list(judged), "dropped": dropped}, generated, train
 
 
-def _compare_run(source: AuditSource, run: Path, seen: Mapping[str, FolderImages]) -> _Comparison:
+def _compare_run(
+    source: AuditSource,
+    run: Path,
+    seen: Mapping[str, FolderImages],
+    warn: Callable[[str], None],
+) -> _Comparison:
     """What a run generated, beside its own images where no others are given."""
     RunFolder(run).refuse_dropped(RunFolder(run).samples_file)
     spec, loaded, samples = read_spec(run), LoadedModels(), read_samples(run)
@@ -246,7 +231,13 @@ def _compare_run(source: AuditSource, run: Path, seen: Mapping[str, FolderImages
     if source.twins == "refuse" and len({"train", "holdout"} & seen.keys()) == 1:
         _refuse_same_images(own["train"], own["holdout"])
     sets = (wrap_samples(samples["images"]), own["train"], own["holdout"], own.get(CALIBRATION))
-    return _Comparison({spec.config.data.fit: sets}, samples.get("extraction"))
+    told: Measured = {}
+    if not seen:  # other images than its own say nothing of whom it was trained on
+        try:
+            told = attack_run(run, spec, loaded)
+        except MemControlError as error:
+            warn(f"what an attacker could tell is not measured: {error}")
+    return _Comparison({spec.config.data.fit: sets}, samples.get("extraction"), told)
 
 
 def _compare_folders(
@@ -257,6 +248,7 @@ def _compare_folders(
 ) -> _Comparison:
     """A folder's images, or a pipeline's samples, beside the references that are given, under each fit."""
     attack: np.ndarray | None = None
+    told: Measured = {}
     if source.images:
         tell = partial(progress, "reading generated images")
         folder = read_folder("generated", source.images, source.reading, warn, tell)
@@ -265,7 +257,10 @@ def _compare_folders(
     else:
         captions = sorted({record.caption for record in seen["train"].look.records} - {""})
         sampling = {**SAMPLING, **source.sampling}
-        sampled, attack = _sample_pipeline(str(source.model), captions, **sampling, progress=progress)
+        files = ModelFiles(str(source.model), source.base, source.lora, source.strength)
+        opened = open_model(files, partial(_make_pair, source, seen), sampling["seed"], progress, warn)
+        told = opened.told
+        sampled, attack = sample_model(opened.base, captions, **sampling, progress=progress)
         fits = choose_fits(None, seen["train"], source.fit)
         shown = [sampled for _ in fits]
     third = seen.get(CALIBRATION)
@@ -278,7 +273,13 @@ def _compare_folders(
         )
         for fit, one in zip(fits, shown)
     }
-    return _Comparison(sets, attack)
+    return _Comparison(sets, attack, told)
+
+
+def _make_pair(source: AuditSource, seen: Mapping[str, FolderImages], side: int) -> tuple[Images, Images]:
+    """Training and held-out images, as a model sees them."""
+    train, held = (seen[name].make_images(side, source.fit or "crop") for name in ("train", "holdout"))
+    return train, held
 
 
 def _rank_copying(rewards: Mapping[str, float]) -> tuple[float, float]:

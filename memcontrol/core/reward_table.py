@@ -34,6 +34,7 @@ class _RewardInfo:
 _WILSON, _DELTA, _NONE = "Wilson, 95 %", "standard error, delta method", "none"
 _FEATURES, _NEIGHBOURS = "features of the samples", "nearest neighbours"
 _DENOISER = "four passes of 64 images through the denoiser"
+_LOSSES = "passes of some hundred images through the denoiser, a tenth of a trial at most"
 _ATTACK = "samples of its own (rewards.extraction)"
 _FREE = "none: known before training"
 
@@ -250,6 +251,55 @@ REWARDS = {
         cost=_DENOISER,
         meaning="to held-out images, without which it means little",
     ),
+    "membership_auc": _RewardInfo(
+        title="membership AUC",
+        form="{:.3f}",
+        direction=MINIMIZE,
+        objective=True,
+        interval="standard error, DeLong",
+        cost=_LOSSES,
+        meaning="chance that an attacker who has the model takes a training image for one rather than an "
+        "unseen image; 0.5: nothing is told",
+    ),
+    "membership_tpr": _RewardInfo(
+        title="training images told",
+        form="{:.1%}",
+        direction=MINIMIZE,
+        objective=True,
+        interval="Clopper-Pearson, 95 %",
+        cost=_LOSSES,
+        meaning="share of training images that this attacker tells at 1 % false alarms; at 5 % where there "
+        "are under 100 unseen images",
+    ),
+    "membership_base_auc": _RewardInfo(
+        title="membership AUC, base",
+        form="{:.3f}",
+        direction=_BESIDE,
+        objective=False,
+        interval="standard error, DeLong",
+        cost=_LOSSES,
+        meaning="the same by the untrained base; away from 0.5, both sets differ by themselves, and the "
+        "others mean nothing",
+    ),
+    "epsilon_low": _RewardInfo(
+        title="epsilon, at least",
+        form="{:.2f}",
+        direction=MINIMIZE,
+        objective=True,
+        interval="95 %, one-sided",
+        cost=_LOSSES,
+        meaning="the least epsilon of differential privacy that the model can have; only where MemControl "
+        "drew the parts",
+    ),
+    "epsilon_most": _RewardInfo(
+        title="epsilon that could be shown",
+        form="{:.2f}",
+        direction=_BESIDE,
+        objective=False,
+        interval=_NONE,
+        cost=_LOSSES,
+        meaning="what `epsilon_low` is at the most with so few images, if every guess is right",
+    ),
     "extraction_component": _RewardInfo(
         title="extracted, components",
         form="{:.1%}",
@@ -428,6 +478,9 @@ BLIND_SPOTS = (  # what no reward sees
 
 _ENOUGH_SAMPLES = 4  # samples for each feature, below which a FID ranks by chance
 
+MEMBERSHIP = ("membership", "epsilon")  # how the names of its figures begin
+# rewards of the model itself and not of its samples: no fresh draw changes them
+OF_MODEL = ("loss_gap", "noise_norm", "trained_fraction", "step_gflops", "memory_mib", *MEMBERSHIP)
 OBJECTIVES = tuple(name for name, reward in REWARDS.items() if reward.objective)
 DIRECTIONS = {name: reward.direction for name, reward in REWARDS.items() if reward.direction != _BESIDE}
 

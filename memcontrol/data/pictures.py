@@ -75,9 +75,12 @@ class FolderImages:
         """Width over height, as is usual."""
         return float(median(width / height for width, height in self.look.sizes))
 
+    def make_images(self, side: int, fit: Fit) -> Images:
+        """Brought to squares of `side` pixels."""
+        return Images(str(self.look.folder), side, tuple(self.look.records), fit, self.look.greys)
+
     def make_pictures(self, fit: Fit) -> Pictures:
-        images = Images(str(self.look.folder), self.side, tuple(self.look.records), fit, self.look.greys)
-        return make_pictures(self.title, images, self.twins)
+        return make_pictures(self.title, self.make_images(self.side, fit), self.twins)
 
     def name_twins(self, pairs: Sequence[tuple[int, int]]) -> FolderImages:
         """With these rows as twins."""

@@ -50,6 +50,7 @@ def load_parts(
     source = config.path
     if source == DIGITS:
         parts, greys = split_records(list_digit_records(), config, seed), None
+        found["drawn"] = True
         _refuse_few(parts)
     else:
         folder = locate_images(config, kept.parent if kept else None, progress)
@@ -104,7 +105,11 @@ def deal_parts(
         warn(note)
     homes = assign_parts(look.folder, [record.file for record in look.records], look.tables)
     pairs, found = _recall_twins(look, known) if known else _seek_twins(look, seed)
-    found |= {"captions": look.captions.source, "left_out": dict(look.left_out)}
+    found |= {
+        "captions": look.captions.source,
+        "left_out": dict(look.left_out),
+        "drawn": homes is None,  # by chance, not by a person
+    }
     if homes is None:
         parts = split_records(look.name_twins(pairs).records, config, seed, pairs)
         n_left = len(look.records) - sum(map(len, parts.values()))

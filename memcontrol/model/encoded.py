@@ -74,6 +74,13 @@ class Encoded:
     caption_rows: Tensor  # [N], into text
     further_rows: Tensor | None = None  # [N, K], of further captions, where images have some; -1: none
 
+    def take(self, rows: Sequence[int]) -> Encoded:
+        """Some of the images."""
+        chosen = torch.tensor(rows)
+        further = None if self.further_rows is None else self.further_rows[chosen]
+        mean, deviation = self.mean[chosen], self.deviation[chosen]
+        return Encoded(mean, deviation, self.text, self.caption_rows[chosen], further)
+
     def texts(self, rows: Tensor) -> Text:
         """Encodings of the captions in `rows` [B] of `text`."""
         return {name: tensor[rows] for name, tensor in self.text.items()}

@@ -93,15 +93,31 @@ def put_adapter(denoiser: torch.nn.Module, part: str, path: Path) -> Adapter:
     return adapter
 
 
-def fuse_file(denoiser: Any, part: str, pipeline_class: Any, path: Path) -> None:
-    """Fuses what the file holds into the denoiser's own weights. Raises MemControlError where it does not
-    fit."""
+def fuse_file(
+    denoiser: Any,
+    part: str,
+    pipeline_class: Any,
+    path: Path,
+    strength: float = 1.0,
+    given_as: str = "base.adapter",
+) -> None:
+    """Fuses what the file holds into the denoiser's own weights: W + strength (W' - W) (Wortsman et al. 2022,
+    arXiv 2109.01903). `given_as` is the option it came by. Raises MemControlError where it does not fit."""
+    if strength != 1:
+        before = {name: tensor.detach().clone() for name, tensor in denoiser.named_parameters()}
+    _fuse_whole(denoiser, part, pipeline_class, path, given_as)
+    if strength != 1:
+        for name, tensor in denoiser.named_parameters():
+            tensor.data.copy_(torch.lerp(before[name], tensor, strength))
+
+
+def _fuse_whole(denoiser: Any, part: str, pipeline_class: Any, path: Path, given_as: str) -> None:
     described = read_description(path)
     if described is None:
-        _fuse_lora(denoiser, part, pipeline_class, path)
+        _fuse_lora(denoiser, part, pipeline_class, path, given_as)
     elif described["config"].get("inner", {}).get("from_scratch"):
         raise MemControlError(
-            f"base.adapter {path} belongs to a denoiser that was drawn anew; export that run with --format "
+            f"{given_as} {path} belongs to a denoiser that was drawn anew; export that run with --format "
             "pipeline, and give the folder as base.id"
         )
     else:
@@ -109,21 +125,21 @@ def fuse_file(denoiser: Any, part: str, pipeline_class: Any, path: Path) -> None
             put_adapter(denoiser, part, path).fuse()
         except MemControlError as error:
             raise MemControlError(
-                f"base.adapter {path} does not fit the base, it was trained over another: {error}"
+                f"{given_as} {path} does not fit the base, it was trained over another: {error}"
             ) from None
 
 
-def _fuse_lora(denoiser: Any, part: str, pipeline_class: Any, path: Path) -> None:
+def _fuse_lora(denoiser: Any, part: str, pipeline_class: Any, path: Path, given_as: str) -> None:
     """A LoRA under diffusers', kohya's or ComfyUI's names, as diffusers reads it."""
     read = getattr(pipeline_class, "lora_state_dict", None)
     if read is None or not hasattr(denoiser, "load_lora_adapter"):
         raise MemControlError(
-            f"base.adapter {path}: diffusers reads no LoRA for a {pipeline_class.__name__}; give a run "
+            f"{given_as} {path}: diffusers reads no LoRA for a {pipeline_class.__name__}; give a run "
             "folder or an export of memcontrol"
         )
     if any("dora_scale" in name for name in _read_head(path)[0]):
         raise MemControlError(
-            f"base.adapter {path} is a DoRA under names of which diffusers cannot read its scale; give it "
+            f"{given_as} {path} is a DoRA under names of which diffusers cannot read its scale; give it "
             f"under diffusers' own ({LORA_FILE})"
         )
     try:
@@ -139,26 +155,24 @@ def _fuse_lora(denoiser: Any, part: str, pipeline_class: Any, path: Path) -> Non
             given = {"metadata": metadata} if metadata else {"network_alphas": alphas[0] if alphas else None}
             denoiser.load_lora_adapter(own, prefix=part, **given)
     except (OSError, ValueError, KeyError, RuntimeError, AttributeError, IndexError) as error:
-        _refuse(path, " ".join(str(error).split())[:200])
+        _refuse(given_as, path, " ".join(str(error).split())[:200])
     wanted = {_AFTER_MODULE.sub("", name) for name in own}
     n_found = sum(hasattr(module, "lora_A") or hasattr(module, "lokr_w1") for module in denoiser.modules())
     if not wanted or n_found < len(wanted):
-        _refuse(path, f"of the {len(wanted)} layers that it changes the denoiser has {n_found}")
+        _refuse(given_as, path, f"of the {len(wanted)} layers that it changes the denoiser has {n_found}")
     denoiser.fuse_lora()
     denoiser.unload_lora()
 
 
-def _refuse(path: Path, reason: str) -> None:
-    raise MemControlError(
-        f"base.adapter {path} does not fit the base: {reason}; give the base it was made for"
-    )
+def _refuse(given_as: str, path: Path, reason: str) -> None:
+    raise MemControlError(f"{given_as} {path} does not fit the base: {reason}; give the base it was made for")
 
 
-def list_left_out(path: Path) -> list[str]:
+def list_left_out(path: Path, given_as: str = "base.adapter") -> list[str]:
     """What of the file is not used, in sentences."""
     n = sum(bool(_OF_ENCODER.match(name)) for name in _read_head(path)[0])
     return (
-        [f"base.adapter {path.name} also changes text encoders ({n} tensors); they stay as the base has them"]
+        [f"{given_as} {path.name} also changes text encoders ({n} tensors); they stay as the base has them"]
         if n
         else []
     )

@@ -44,8 +44,7 @@ def choose_probe_size(inner: InnerConfig, rewards: RewardsConfig, n_probes: int 
     asked = [*rewards.objectives, *rewards.limits]
     if any(name.startswith(("loss_gap", "noise_norm")) for name in asked):
         return full
-    sampling = rewards.n_samples * rewards.sampling_steps * (1 if rewards.guidance == 1 else 2)
-    allowed = _PROBE_SHARE * (_STEP_PASSES * inner.budget_images + sampling) / n_probes
+    allowed = _PROBE_SHARE * count_trial_passes(inner, rewards) / n_probes
     sizes = [
         ProbeSize(images, draws, norms)
         for norms in (True, False)
@@ -53,6 +52,12 @@ def choose_probe_size(inner: InnerConfig, rewards: RewardsConfig, n_probes: int 
         for images in range(N_PROBE_IMAGES, least - 1, -1)
     ]
     return next((size for size in sizes if size.n_passes <= allowed), None)
+
+
+def count_trial_passes(inner: InnerConfig, rewards: RewardsConfig) -> int:
+    """Passes of one image forward that training and sampling take."""
+    sampling = rewards.n_samples * rewards.sampling_steps * (1 if rewards.guidance == 1 else 2)
+    return _STEP_PASSES * inner.budget_images + sampling
 
 
 @torch.no_grad()

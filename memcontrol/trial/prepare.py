@@ -30,6 +30,7 @@ from memcontrol.scoring.evidence import Evidence
 from memcontrol.scoring.extractors import Extractor
 from memcontrol.scoring.own_rewards import check_rewards, compute_own_reward, find_directions
 from memcontrol.trial.loaded import LoadedModels, TellStage, describe_images, tell_nobody
+from memcontrol.trial.membership import plan_attack
 
 _MADE_WITH = ("memcontrol", "torch", "diffusers", "peft", "transformers", "optuna")
 
@@ -114,6 +115,7 @@ def encode_study(
     spec = Spec(config, space, Choice((), "none", 0.0), folder, "encode", reference, n_train)
     loaded.make_material(spec, progress)
     loaded.load_unseen(spec, reference, progress)
+    plan_attack(spec, loaded, progress)
     parts = loaded.parts(spec)
     third = [parts[CALIBRATION]] if CALIBRATION in parts else []
     for images in (loaded.train_images(spec), parts[reference], *third):

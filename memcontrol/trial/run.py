@@ -19,6 +19,7 @@ from memcontrol.core.errors import Diverged
 from memcontrol.core.estimate import Measured, Rewards
 from memcontrol.core.files import write_json
 from memcontrol.core.jobs import HelpJob
+from memcontrol.core.reward_table import OF_MODEL
 from memcontrol.core.run_folder import (
     RunFolder,
     StudyFolder,
@@ -34,6 +35,7 @@ from memcontrol.training.probe import choose_probe_size, measure_probe_rewards
 from memcontrol.training.rounds import ProcessGroup, TrainLog, train_rounds
 from memcontrol.training.shard import Material
 from memcontrol.trial.loaded import LoadedModels, tell_nobody
+from memcontrol.trial.membership import Attack, Losses, measure_model, measure_untrained, plan_attack
 from memcontrol.trial.memory import StageMemory, measure_peak_mib
 from memcontrol.trial.pictures import save_pictures
 from memcontrol.trial.samples import (
@@ -84,13 +86,17 @@ def _lead_trial(
     memory.libraries_mib = loaded.libraries_mib
     with memory.watch("encode"):
         material = loaded.make_material(spec, progress)
+        attack = plan_attack(spec, loaded, progress)
+    with memory.watch("probe"):
+        untrained = measure_untrained(spec, loaded, attack)
     adapter = inject_choice(base.denoiser, spec)
     try:
         # Train: to the end, or to a rung, which is then all.
         with memory.watch("train"):
             log = _fine_tune(folder, spec, loaded, adapter, partial(progress, "train"), rung=rung)
         if log.paused and rung:
-            return _score_rung(run, rung, spec, loaded, adapter, log, started, progress)
+            told = partial(_probe_objectives, spec, loaded, attack, untrained)
+            return _score_rung(run, rung, spec, loaded, adapter, log, started, progress, told)
 
         # Save what was learned; sample and probe the model while it is there.
         adapter.save(folder, spec.description())
@@ -98,7 +104,7 @@ def _lead_trial(
         cost = loaded.cost(spec, adapter, material.data)
         with adapter.fold():
             with memory.watch("probe"):
-                probes = _probe_model(spec, loaded)
+                probes = _probe_model(spec, loaded, attack, untrained)
             with memory.watch("sample"):
                 samples = write_samples(
                     run.samples_file,
@@ -132,14 +138,25 @@ def _lead_trial(
     return result | seconds
 
 
-def _probe_model(spec: Spec, loaded: LoadedModels) -> Measured:
+def _probe_model(
+    spec: Spec, loaded: LoadedModels, attack: Attack | None, untrained: Losses | None
+) -> Measured:
     """What the denoiser itself is asked, as far as that is a small part of the trial."""
+    told = measure_model(spec, loaded, attack, untrained)
     size = choose_probe_size(spec.config.inner, spec.config.rewards)
     if size is None:
-        return {}
+        return told
     base, material = loaded.base(spec.config), loaded.make_material(spec)
     unseen = loaded.load_unseen(spec, spec.reference)
-    return measure_probe_rewards(base, material.data, unseen, spec.sampling_seed, size)
+    return measure_probe_rewards(base, material.data, unseen, spec.sampling_seed, size) | told
+
+
+def _probe_objectives(
+    spec: Spec, loaded: LoadedModels, attack: Attack | None, untrained: Losses | None
+) -> Measured:
+    """The same at a rung, where trials are judged by it."""
+    asked = any(name.startswith(OF_MODEL) for name in spec.config.rewards.objectives)
+    return _probe_model(spec, loaded, attack, untrained) if asked else {}
 
 
 def _digest_file(path: Path) -> str:
@@ -193,19 +210,23 @@ def _score_rung(
     log: TrainLog,
     started: float,
     progress: Callable[..., None],
+    probe: Callable[[], Measured],
 ) -> dict:
-    """The rewards of few samples, of the prompts and noise that all trials have in common. Writes the rung's
-    file, and what each sample adds beside it."""
+    """The rewards of few samples, of the prompts and noise that all trials have in common, and of the model
+    itself those that are objectives. Writes the rung's file, and what each sample adds beside it."""
     few = _lower_samples(spec)
     base, material = loaded.base(spec.config), loaded.make_material(spec)
+    n_all = base.n_parameters + adapter.n_added()
+    costs = _list_costs(loaded.cost(spec, adapter, material.data), adapter.n_trained() / n_all)
     with adapter.fold():
+        probes = probe()
         samples = sample_images(base, material, few, partial(progress, "rung"))
         measured = score_samples(samples, gather_evidence(samples, few, loaded), few, loaded)
     save_contributions(run.rung_contributions_file(rung), measured, samples["rows"])
     found = {
         "rung": rung,
         "n_steps": log.n_steps,
-        "rewards": Rewards.from_estimates(measured).to_plain(),
+        "rewards": Rewards.from_estimates(measured | probes).to_plain() | costs,
         "seconds": round(time.monotonic() - started, 2),
     }
     write_json(run.rung_file(rung), found)
@@ -249,11 +270,7 @@ def _lead_confirming(folder: Path, spec: Spec, loaded: LoadedModels, progress: C
     finally:
         adapter.remove()
     known = RunFolder(folder).read_result()["rewards"]
-    of_model = {
-        name: known[name]
-        for name in known
-        if name.startswith(("loss_gap", "noise_norm", "trained_fraction", "step_gflops", "memory_mib"))
-    }
+    of_model = {name: known[name] for name in known if name.startswith(OF_MODEL)}
     found = {
         "rewards": Rewards.from_estimates(pool_scores(draws)).to_plain() | of_model,
         "n_draws": n,
@@ -327,16 +344,27 @@ def help_trial(job: HelpJob, loaded: LoadedModels) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # rank 0 leaves the checkpoint, and ends this process
     loaded.follow(spec, job)
     base, material = loaded.base(spec.config), loaded.make_material(spec)
+    attack = None if job.confirms else plan_attack(spec, loaded)
+    untrained = measure_untrained(spec, loaded, attack)
     adapter = inject_choice(base.denoiser, spec)
     try:
-        (_follow_confirming if job.confirms else _follow_trial)(job, spec, loaded, adapter, material)
+        if job.confirms:
+            _follow_confirming(job, spec, loaded, adapter, material)
+        else:
+            _follow_trial(job, spec, loaded, adapter, material, attack, untrained)
     finally:
         adapter.remove()
         shutil.rmtree(RunFolder(job.folder).copy_of_rounds(job.rank), ignore_errors=True)
 
 
 def _follow_trial(
-    job: HelpJob, spec: Spec, loaded: LoadedModels, adapter: Adapter, material: Material
+    job: HelpJob,
+    spec: Spec,
+    loaded: LoadedModels,
+    adapter: Adapter,
+    material: Material,
+    attack: Attack | None,
+    untrained: Losses | None,
 ) -> None:
     """All that goes through the denoiser, in the order of `run_trial`; nothing of it is written."""
     base = loaded.base(spec.config)
@@ -346,9 +374,10 @@ def _follow_trial(
         return
     with adapter.fold():
         if log.paused and job.rung:
+            _probe_objectives(spec, loaded, attack, untrained)
             sample_images(base, material, _lower_samples(spec), tell_nobody)
             return
-        _probe_model(spec, loaded)
+        _probe_model(spec, loaded, attack, untrained)
         if base.ranks.agree(None):
             sample_images(base, material, spec, tell_nobody)
 

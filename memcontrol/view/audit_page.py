@@ -32,6 +32,10 @@ _AUDIT_REWARDS = (
     "carlini_rate",
     "authpct",
     "authpct_holdout",
+    "membership_auc",
+    "membership_tpr",
+    "membership_base_auc",
+    "epsilon_low",
     "extraction_component",
     "extraction_clique",
     "agreement_component",
@@ -74,6 +78,7 @@ def _encode_png(image: np.ndarray) -> str:
 def _render_audit(found: dict, cards: str) -> str:
     parts = [
         f'<h1>Audit of copying</h1><p class="verdict">{escape(found["verdict"])}</p>',
+        f"<p>{escape(found.get('membership', ''))}</p>",
         f"<p>{escape(_describe_sizes(found))}</p>",
         f"<h2>Rewards</h2>{_render_rewards(found['rewards'])}",
         "<h2>Most suspicious images beside their nearest training images</h2>",

@@ -18,6 +18,7 @@ from memcontrol.core.version import __version__
 from memcontrol.view.words import (
     describe_choice,
     describe_copied,
+    describe_membership,
     format_markdown_table,
     name_groups,
     write_verdict,
@@ -34,6 +35,9 @@ _CARD_REWARDS = (
     "carlini_rate",
     "authpct",
     "extraction_clique",
+    "membership_auc",
+    "membership_tpr",
+    "epsilon_low",
     "loss_gap",
 )
 _LIMITS = (
@@ -103,6 +107,7 @@ def compose_body(spec: Spec, result: dict[str, Any], code: str) -> str:
         "## How much it copies",
         write_verdict(result["rewards"], result["n_samples"]),
         describe_copied(result["rewards"]),
+        describe_membership(result["rewards"]),
         _tell_how_measured(spec, result),
         _make_card_table(spec, columns),
         "## Limits",

@@ -3,7 +3,7 @@ drives what, and the images that come nearest to training images."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -32,16 +32,32 @@ from memcontrol.view.html import (
     render_section,
     render_table,
 )
-from memcontrol.view.words import describe_copied, find_title, name_groups, write_verdict
+from memcontrol.view.words import (
+    describe_copied,
+    describe_membership,
+    find_title,
+    name_groups,
+    write_verdict,
+)
 
 ReportData = dict[str, Any]  # what report_data collects
-_BESIDE_OBJECTIVES = ("copy_rate", "trained_fraction")  # rewards that a table of trials always has
+_BESIDE_OBJECTIVES = (
+    "copy_rate",
+    "membership_auc",
+    "trained_fraction",
+)  # rewards that a table of trials always has
 _PAIRS_TITLE = "Generated images and the training images nearest to them"
 
 
 def add_names(names: Iterable[str], more: Iterable[str]) -> list[str]:
     """Both, each once."""
     return list(dict.fromkeys([*names, *more]))
+
+
+def _list_columns(objectives: Iterable[str], runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Rewards that a table of runs shows: without those that an older version did not measure."""
+    names = add_names(objectives, _BESIDE_OBJECTIVES)
+    return [name for name in names if name in objectives or any(name in run["rewards"] for run in runs)]
 
 
 def describe_rewards(names: Sequence[str], rewards: dict[str, float]) -> str:
@@ -72,8 +88,8 @@ def render_front(facts: ReportData) -> str:
 
 
 def render_standings(facts: ReportData) -> str:
-    names = add_names(facts["objectives"], _BESIDE_OBJECTIVES)
     trials = list_standings(facts["trials"], facts["objectives"])
+    names = _list_columns(facts["objectives"], trials)
     note = (
         "Figures with their standard errors, or 95 % intervals in brackets; (few): samples under "
         "four for each feature, which make FID too large. + measured again over fresh draws, since "
@@ -100,13 +116,13 @@ def render_retrained(facts: ReportData) -> str:
     """What to trust: trained anew from another seed on all training images, scored on test images."""
     if not facts["retrained"]:
         return ""
-    names = add_names(facts["objectives"], _BESIDE_OBJECTIVES)
+    names = _list_columns(facts["objectives"], facts["retrained"])
     rows = [
         render_row([escape(run["said"]), *(format_reward(name, run["rewards"]) for name in names)])
         for run in facts["retrained"]
     ]
     verdicts = [
-        render_paragraph(f"{run['said']}: {write_verdict(run['rewards'], run['n_samples'])}")
+        render_paragraph(f"{run['said']}: {_judge_run(run)}")
         for run in facts["retrained"]
         if "copy_rate" in run["rewards"]
     ]
@@ -121,6 +137,11 @@ def render_retrained(facts: ReportData) -> str:
         render_table(["choice", *map(find_title, names)], rows),
         *verdicts,
     )
+
+
+def _judge_run(run: dict[str, Any]) -> str:
+    verdict = write_verdict(run["rewards"], run["n_samples"])
+    return f"{verdict} {describe_membership(run['rewards'])}".strip()
 
 
 def render_masks(facts: ReportData) -> str:

@@ -21,8 +21,23 @@ from memcontrol.study.replicates import estimate_spread
 from memcontrol.view.words import describe_choice, find_title
 
 _N_RANKED = 12  # trials that a rank correlation needs to say anything
-_COLUMNS = ("fid", "kid", "memorization", "copy_rate", "amd_train", "amd_holdout", "trained_fraction")
-_DROPPED = ("amd_holdout", "amd_train", "kid", "trained_fraction")  # in this order, where there is no room
+_COLUMNS = (
+    "fid",
+    "kid",
+    "memorization",
+    "copy_rate",
+    "membership_auc",
+    "amd_train",
+    "amd_holdout",
+    "trained_fraction",
+)
+_DROPPED = (
+    "amd_holdout",
+    "amd_train",
+    "kid",
+    "trained_fraction",
+    "membership_auc",
+)  # in this order, where there is no room
 _WIDE = 10_000
 
 
@@ -38,6 +53,7 @@ class RewardsTable:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         columns = [*(name for name in self.objectives if name not in _COLUMNS), *_COLUMNS]
+        columns = [name for name in columns if any(name in rewards for *_, rewards in self.rows)] or columns
         for name in _DROPPED:
             if self.measure_width(columns, console, options) <= options.max_width:
                 break
@@ -114,13 +130,19 @@ def _mark_trial(record: Record, place: str, is_picked: bool) -> str:
 
 
 def describe_gains(full: dict[str, float], picked: dict[str, float], apart: dict[str, Estimate]) -> list[str]:
-    """Three lines: FID, memorization distance and copy rate of full fine-tuning against the chosen mask, and
-    their difference."""
-    names = {"fid": "FID", "memorization": "memorization distance", "copy_rate": "copy rate"}
+    """A line each: FID, memorization distance, copy rate and membership of full fine-tuning against the
+    chosen mask, and their difference."""
+    names = {
+        "fid": "FID",
+        "memorization": "memorization distance",
+        "copy_rate": "copy rate",
+        "membership_auc": "membership AUC (0.5: nothing is told)",
+    }
     return [
         f"{title}: {format_reward(key, full)} with full fine-tuning, {format_reward(key, picked)} "
         f"with the chosen mask{_describe_difference(key, apart)}"
         for key, title in names.items()
+        if key in full and key in picked
     ]
 
 

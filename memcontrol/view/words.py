@@ -12,6 +12,7 @@ from memcontrol.core.reward_table import CLIP, FALSE_POSITIVES, REWARDS
 
 # p-values below it are said to be something; with clear copies that is one clean model in a hundred at most
 _SURE = 0.005
+_BEYOND_CHANCE = 2.576  # standard errors from an AUC of 0.5, of which one in a hundred lies beyond by chance
 
 
 def find_title(name: str) -> str:
@@ -72,6 +73,41 @@ def describe_copied(rewards: Mapping[str, float]) -> str:
     return (
         "Images that any rule calls copies, in pixels or in features and by chance too, are nearest to "
         f"{images} training images{said}."
+    )
+
+
+def describe_membership(rewards: Mapping[str, float]) -> str:
+    """What an attacker who has the model can tell of who it was trained on; empty where that was not
+    measured."""
+    if "membership_auc" not in rewards:
+        return ""
+    plain = Rewards(rewards)
+    base, error = rewards["membership_base_auc"], plain.error("membership_base_auc")
+    if abs(base - 0.5) > _BEYOND_CHANCE * error:
+        return (
+            "What an attacker could tell is not known: training and unseen images differ before any training "
+            f"(the base alone tells them apart with an AUC of {base:.2f} ± {error:.2f}), so that they are no "
+            "fair comparison."
+        )
+    low, high = plain.interval("membership_tpr")
+    several = rewards["membership_images"] > rewards["membership_members"]
+    who = "groups of training images (people, or twins)" if several else "training images"
+    said = (
+        f"An attacker who has the model and the base tells {rewards['membership_tpr']:.0%} ({low:.0%} to "
+        f"{high:.0%}) of the {who} from unseen ones at {rewards['membership_fpr']:.0%} false alarms, AUC "
+        f"{rewards['membership_auc']:.2f} ± {plain.error('membership_auc'):.2f} (0.5: nothing is told); "
+        "another attack may tell more."
+    )
+    return f"{said}{_describe_epsilon(rewards)}"
+
+
+def _describe_epsilon(rewards: Mapping[str, float]) -> str:
+    if "epsilon_low" not in rewards:
+        return ""
+    return (
+        f" Of the {rewards['epsilon_guesses']:.0f} surest guesses {rewards['epsilon_right']:.0f} are right: "
+        f"its epsilon of differential privacy is at least {rewards['epsilon_low']:.2f} (with so few images "
+        f"{rewards['epsilon_most']:.1f} could be shown at most)."
     )
 
 

@@ -1,0 +1,170 @@
+"""Owns what an audit does with a model that it can open: samples drawn from it, and what an attacker who has
+it and its base tells of its training images."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from memcontrol.commands.judge import ShowProgress
+from memcontrol.core.config import parse_base
+from memcontrol.core.errors import MemControlError
+from memcontrol.core.estimate import Measured
+from memcontrol.core.run_folder import RunFolder
+from memcontrol.core.seeds import derive_seed
+from memcontrol.core.spec import Spec
+from memcontrol.data.images import Images
+from memcontrol.data.pictures import Pictures, wrap_samples
+from memcontrol.model.base import Base, load_base
+from memcontrol.model.saved_adapter import find_adapter_file, fuse_file, list_left_out
+from memcontrol.training.losses import MOST_IMAGES, AttackSize
+from memcontrol.trial.loaded import LoadedModels, tell_nobody
+from memcontrol.trial.membership import (
+    Attack,
+    Losses,
+    make_attack,
+    measure_model,
+    measure_untrained,
+    plan_attack,
+    size_attack,
+)
+from memcontrol.trial.run import inject_choice
+
+_N_ATTACK = 10  # images of each attacked caption
+# of an audited pipeline
+SAMPLING: dict[str, Any] = {"samples": 256, "attacked": 0, "steps": 20, "guidance": 1.0, "seed": 0}
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """An audited model as a person names it: a pipeline, and what it was fine-tuned from; or a base and the
+    LoRA over it, at some strength."""
+
+    model: str
+    base: str | None = None
+    lora: Path | None = None
+    strength: float = 1.0
+
+
+ImagesAt = Callable[[int], tuple[Images, Images]]  # training and unseen images, at so many pixels
+
+
+@dataclass(frozen=True)
+class Opened:
+    """The model, ready to sample from, and what an attacker tells by it: empty where its base is not
+    known."""
+
+    base: Base
+    told: Measured
+
+
+def open_model(
+    files: ModelFiles, images: ImagesAt, seed: int, progress: ShowProgress, warn: Callable[[str], None]
+) -> Opened:
+    """Raises MemControlError."""
+    model = load_base(parse_base(files.base, "--base") if files.base else parse_base(files.model, "--model"))
+    if not (files.base or files.lora):
+        return Opened(model, {})
+    with tempfile.TemporaryDirectory() as cache:
+        attack = _prepare_attack(model, images, Path(cache), seed, progress)
+        before = attack.measure(model, partial(progress, "losses of the base"))
+        if files.lora:
+            _put_on(model, files.lora, files.strength, warn)
+        else:
+            del model, attack  # one model at a time is in memory
+            model = load_base(parse_base(files.model, "--model"))
+            attack = _prepare_attack(model, images, Path(cache), seed, progress)
+        after = attack.measure(model, partial(progress, "losses of the model"))
+        return Opened(model, attack.judge(before, after))
+
+
+def _prepare_attack(base: Base, images: ImagesAt, cache: Path, seed: int, progress: ShowProgress) -> Attack:
+    train, held = images(base.resolution)
+    return make_attack(base, train, held, cache, seed, partial(progress, "encoding"))
+
+
+def _put_on(base: Base, given: Path, strength: float, warn: Callable[[str], None]) -> None:
+    """Fuses a LoRA into the denoiser. Raises MemControlError where it does not fit."""
+    import diffusers
+
+    file, source = find_adapter_file(given), base.source
+    for line in list_left_out(file, "--lora"):
+        warn(line)
+    pipeline_class = getattr(diffusers, source.index["_class_name"])
+    fuse_file(base.denoiser, source.family.denoiser, pipeline_class, file, strength, "--lora")
+
+
+def attack_run(run: Path, spec: Spec, loaded: LoadedModels) -> Measured:
+    """On a run's own images. Raises MemControlError where its base or its weights are not on this machine."""
+    train, held = loaded.train_images(spec), loaded.parts(spec)[spec.reference]
+    all_that_is_used = AttackSize(min(len(train), MOST_IMAGES), min(len(held), MOST_IMAGES))
+    attack = plan_attack(spec, loaded) or size_attack(spec, loaded, all_that_is_used, tell_nobody)
+    before = measure_untrained(spec, loaded, attack)
+    return _measure_run(run, spec, loaded, attack, before)
+
+
+def _measure_run(
+    run: Path, spec: Spec, loaded: LoadedModels, attack: Attack, before: Losses | None
+) -> Measured:
+    RunFolder(run).refuse_dropped(RunFolder(run).adapter_file)
+    adapter = inject_choice(loaded.base(spec.config).denoiser, spec)
+    try:
+        adapter.load(run)
+        with adapter.fold():
+            return measure_model(spec, loaded, attack, before)
+    finally:
+        adapter.remove()
+
+
+def sample_model(
+    base: Base,
+    captions: list[str],
+    samples: int,
+    attacked: int,
+    steps: int,
+    guidance: float,
+    seed: int,
+    progress: ShowProgress,
+) -> tuple[Pictures, np.ndarray | None]:
+    """`samples` images, from captions drawn at random; and N_ATTACK of each of `attacked` captions, [P,
+    N_ATTACK, 3, H, W], None where there are no captions. Raises MemControlError."""
+
+    def sampled(title: str, drawn: list[str]) -> np.ndarray:
+        return base.sample(
+            base.encode_captions(drawn),
+            base.encode_captions([""]),
+            seeds=[derive_seed(seed, title, i) for i in range(len(drawn))],
+            steps=steps,
+            guidance=guidance,
+            resolution=base.resolution,
+            progress=lambda done, total: progress(title, done, total),
+        )
+
+    pixels = sampled(
+        "sampling",
+        np.random.default_rng(derive_seed(seed, "captions")).choice(captions or [""], size=samples).tolist(),
+    )
+    if attacked and not any(captions):
+        raise MemControlError(
+            "--attacked samples many images of a training caption, and --train has no captions; "
+            "give them in metadata.csv, or leave it out"
+        )
+    prompts = (
+        np.random.default_rng(derive_seed(seed, "attacked"))
+        .permutation(sorted(set(captions)))[:attacked]
+        .tolist()
+    )
+    attack = (
+        sampled("extraction attack", [prompt for prompt in prompts for _ in range(_N_ATTACK)])
+        if prompts
+        else None
+    )
+    return wrap_samples(pixels), None if attack is None else attack.reshape(
+        len(prompts), _N_ATTACK, *attack.shape[1:]
+    )
