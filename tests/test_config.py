@@ -197,6 +197,15 @@ SENTENCES = [
         "key 'search.early_stopping.rungs' is 1; it should be less than 1",
     ),
     (
+        {
+            "inner": {"rounds": 8},
+            "search": {"early_stopping": {"rungs": [0.5]}},
+            "rewards": {"objectives": ["fid", "extraction_clique"], "extraction": {}},
+        },
+        "rewards.objectives has extraction_clique, which no rung of search.early_stopping measures; take one "
+        "of the two out",
+    ),
+    (
         {"search": {"early_stopping": {"rungs": [0.5, 0.25]}}},
         "search.early_stopping.rungs is [0.5, 0.25]; give rising shares of the budget, such as [0.25, 0.5]",
     ),

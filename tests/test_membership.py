@@ -251,3 +251,30 @@ def test_study_with_it_as_an_objective_runs_to_the_end(study_file, objectives):
         if confirmed.is_file():
             again = json.loads(confirmed.read_text())["rewards"]
             assert again["membership_auc"] == result["rewards"]["membership_auc"]
+
+
+def test_rungs_measure_what_is_asked_of_the_model_itself(study_file):
+    """Early stopping judges by every objective, those that need no samples too."""
+    study = study_file(
+        inner={"budget_images": 64, "batch_size": 16, "rounds": 4},
+        rewards={
+            "objectives": ["fid", "membership_auc", "step_gflops"],
+            "n_samples": 64,
+            "force": True,
+            "sampling_steps": 1,
+            "confirm": 0,
+        },
+        search={
+            "trials": 1,
+            "workers": 1,
+            "executor": "inline",
+            "early_stopping": {"rungs": [0.5], "n_samples": 64},
+        },
+    )
+    run("search", study, check=True)
+    rungs = [
+        rung
+        for path in locate_study_folder(study, "small").glob("*/result.json")
+        for rung in json.loads(path.read_text())["rungs"]
+    ]
+    assert rungs and all(0 <= rung["rewards"]["membership_auc"] <= 1 for rung in rungs)

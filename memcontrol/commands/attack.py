@@ -3,8 +3,9 @@ it and its base tells of its training images."""
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,6 @@ from memcontrol.training.losses import MOST_IMAGES, AttackSize
 from memcontrol.trial.loaded import LoadedModels, tell_nobody
 from memcontrol.trial.membership import (
     Attack,
-    Losses,
     make_attack,
     measure_model,
     measure_untrained,
@@ -106,18 +106,31 @@ def attack_run(run: Path, spec: Spec, loaded: LoadedModels) -> Measured:
     all_that_is_used = AttackSize(min(len(train), MOST_IMAGES), min(len(held), MOST_IMAGES))
     attack = plan_attack(spec, loaded) or size_attack(spec, loaded, all_that_is_used, tell_nobody)
     before = measure_untrained(spec, loaded, attack)
-    return _measure_run(run, spec, loaded, attack, before)
+    with _put_run_on(run, spec, loaded):
+        return measure_model(spec, loaded, attack, before)
 
 
-def _measure_run(
-    run: Path, spec: Spec, loaded: LoadedModels, attack: Attack, before: Losses | None
+def attack_run_elsewhere(
+    run: Path, spec: Spec, loaded: LoadedModels, images: ImagesAt, seed: int, progress: ShowProgress
 ) -> Measured:
+    """On images of folders. Raises MemControlError as well."""
+    base, side = loaded.base(spec.config), loaded.train_images(spec).resolution
+    with tempfile.TemporaryDirectory() as cache:
+        attack = make_attack(base, *images(side), Path(cache), seed, partial(progress, "encoding"))
+        before = attack.measure(base, partial(progress, "losses of the base"))
+        with _put_run_on(run, spec, loaded):
+            return attack.judge(before, attack.measure(base, partial(progress, "losses of the model")))
+
+
+@contextlib.contextmanager
+def _put_run_on(run: Path, spec: Spec, loaded: LoadedModels) -> Iterator[None]:
+    """What the run has learned, in its base. Raises MemControlError where it was dropped."""
     RunFolder(run).refuse_dropped(RunFolder(run).adapter_file)
     adapter = inject_choice(loaded.base(spec.config).denoiser, spec)
     try:
         adapter.load(run)
         with adapter.fold():
-            return measure_model(spec, loaded, attack, before)
+            yield
     finally:
         adapter.remove()
 

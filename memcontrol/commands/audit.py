@@ -12,7 +12,14 @@ from typing import Any, cast, get_args
 
 import numpy as np
 
-from memcontrol.commands.attack import SAMPLING, ModelFiles, attack_run, open_model, sample_model
+from memcontrol.commands.attack import (
+    SAMPLING,
+    ModelFiles,
+    attack_run,
+    attack_run_elsewhere,
+    open_model,
+    sample_model,
+)
 from memcontrol.commands.judge import ShowProgress, judge_images
 from memcontrol.core.config import CALIBRATION, DataConfig, Fit, Pages
 from memcontrol.core.errors import MemControlError
@@ -196,7 +203,7 @@ def audit_source(
     source.check()
     seen = _read_references(source, progress, warn)
     if source.run:
-        compared = _compare_run(source, source.run, seen, warn)
+        compared = _compare_run(source, source.run, seen, progress, warn)
     else:
         compared = _compare_folders(source, seen, progress, warn)
     judged = {
@@ -216,6 +223,7 @@ def _compare_run(
     source: AuditSource,
     run: Path,
     seen: Mapping[str, FolderImages],
+    progress: ShowProgress,
     warn: Callable[[str], None],
 ) -> _Comparison:
     """What a run generated, beside its own images where no others are given."""
@@ -232,11 +240,14 @@ def _compare_run(
         _refuse_same_images(own["train"], own["holdout"])
     sets = (wrap_samples(samples["images"]), own["train"], own["holdout"], own.get(CALIBRATION))
     told: Measured = {}
-    if not seen:  # other images than its own say nothing of whom it was trained on
-        try:
+    try:
+        if not seen:
             told = attack_run(run, spec, loaded)
-        except MemControlError as error:
-            warn(f"what an attacker could tell is not measured: {error}")
+        elif {"train", "holdout"} <= seen.keys():
+            pair = partial(_make_pair, source, seen)
+            told = attack_run_elsewhere(run, spec, loaded, pair, SAMPLING["seed"], progress)
+    except MemControlError as error:
+        warn(f"what an attacker could tell is not measured: {error}")
     return _Comparison({spec.config.data.fit: sets}, samples.get("extraction"), told)
 
 

@@ -676,6 +676,16 @@ class Config(Strict):
         return self
 
     @model_validator(mode="after")
+    def rungs_measure_objectives(self) -> Config:
+        attacks = [name for name in self.rewards.objectives if name.startswith("extraction")]
+        if attacks and self.search.early_stopping:
+            raise ValueError(
+                f"rewards.objectives has {attacks[0]}, which no rung of search.early_stopping measures; take "
+                "one of the two out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def reservations_suffice(self) -> Config:
         wanted, executor = self.search.gpus_per_trial, self.search.executor
         key, gpus = ("ray.gpus", self.ray.gpus) if executor == "ray" else ("slurm.gres", self.slurm.gpus)

@@ -54,7 +54,7 @@ def add_names(names: Iterable[str], more: Iterable[str]) -> list[str]:
     return list(dict.fromkeys([*names, *more]))
 
 
-def _list_columns(objectives: Iterable[str], runs: Sequence[Mapping[str, Any]]) -> list[str]:
+def _choose_columns(objectives: Iterable[str], runs: Sequence[Mapping[str, Any]]) -> list[str]:
     """Rewards that a table of runs shows: without those that an older version did not measure."""
     names = add_names(objectives, _BESIDE_OBJECTIVES)
     return [name for name in names if name in objectives or any(name in run["rewards"] for run in runs)]
@@ -89,7 +89,7 @@ def render_front(facts: ReportData) -> str:
 
 def render_standings(facts: ReportData) -> str:
     trials = list_standings(facts["trials"], facts["objectives"])
-    names = _list_columns(facts["objectives"], trials)
+    names = _choose_columns(facts["objectives"], trials)
     note = (
         "Figures with their standard errors, or 95 % intervals in brackets; (few): samples under "
         "four for each feature, which make FID too large. + measured again over fresh draws, since "
@@ -116,7 +116,7 @@ def render_retrained(facts: ReportData) -> str:
     """What to trust: trained anew from another seed on all training images, scored on test images."""
     if not facts["retrained"]:
         return ""
-    names = _list_columns(facts["objectives"], facts["retrained"])
+    names = _choose_columns(facts["objectives"], facts["retrained"])
     rows = [
         render_row([escape(run["said"]), *(format_reward(name, run["rewards"]) for name in names)])
         for run in facts["retrained"]

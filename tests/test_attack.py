@@ -1,0 +1,151 @@
+"""What an audit tells of a model that it can open: the same weights, however they are given, are told alike."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from commands import run
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from test_export import finished_run
+
+from memcontrol.commands.audit import audit
+from memcontrol.commands.export import COMFYUI_FILE, LORA_FILE, export
+from memcontrol.core.errors import MemControlError
+from memcontrol.core.files import read_json
+from memcontrol.core.run_folder import RunFolder, locate_study_folder
+
+SAMPLING = {"samples": 16, "steps": 1}
+N = 24
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A run over the embedded base, its exports, and folders of images."""
+    root = tmp_path_factory.mktemp("attack")
+    finished_run(root / "run", "tiny", "lora")
+    export(root / "run", root / "lora")
+    export(root / "run", root / "fused", "pipeline")
+    for part, first in (("train", 0), ("holdout", 500)):
+        (root / part).mkdir()
+        for i in range(N):
+            cells = np.random.default_rng(first + i).integers(0, 256, (5, 5, 3), dtype=np.uint8)
+            image = Image.fromarray(cells).resize((32, 32), Image.Resampling.BICUBIC)
+            image.save(root / part / f"{i:02}.png")
+            (root / part / f"{i:02}.txt").write_text(f"a pattern {i % 3}")
+    return root
+
+
+def tell(files, model="tiny", **given):
+    return audit(None, files / "train", files / "holdout", model=str(model), **given, **SAMPLING)["rewards"]
+
+
+def write_kohya(files, scale=1.0):
+    """As kohya's sd-scripts write it: underscores, down and up, alpha as a tensor, half the rank in it."""
+    state, found = load_file(files / "lora" / LORA_FILE), {}
+    alphas = load_file(files / "lora" / COMFYUI_FILE)
+    for name, tensor in state.items():
+        module, _, end = name.removeprefix("unet.").partition(".lora_")
+        kohya = f"lora_unet_{module.replace('.', '_')}"
+        down = end == "A.weight"
+        found[f"{kohya}.lora_{'down' if down else 'up'}.weight"] = tensor / (1 if down else 2)
+        found[f"{kohya}.alpha"] = 2 * scale * alphas[f"{kohya}.alpha"]
+    path = files / f"kohya-{scale}.safetensors"
+    save_file(found, path, {"ss_network_module": "networks.lora"})
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(files):
+    """Of the fused pipeline beside its base."""
+    return tell(files, files / "fused", base="tiny")
+
+
+def test_a_lora_is_told_as_the_same_weights_are_in_any_form(files, whole):
+    assert whole["membership_auc"] != 0.5
+    for lora in (
+        write_kohya(files),
+        files / "lora" / LORA_FILE,
+        files / "lora" / COMFYUI_FILE,
+        files / "run",
+    ):
+        found = tell(files, lora=lora)
+        assert found["membership_auc"] == pytest.approx(whole["membership_auc"], abs=1e-6), lora
+        for name in ("fid", "memorization", "copy_rate", "membership_base_auc", "membership_tpr"):
+            assert found[name] == pytest.approx(whole[name], rel=1e-3, abs=1e-6), (lora, name)
+
+
+def test_strength_scales_it_and_none_is_the_base(files):
+    lora = files / "lora" / LORA_FILE
+    half = tell(files, lora=lora, strength=0.5)
+    by_alpha = tell(files, lora=write_kohya(files, 0.5))
+    assert half["membership_auc"] == pytest.approx(by_alpha["membership_auc"], abs=1e-6)
+    assert half["fid"] == pytest.approx(by_alpha["fid"], rel=1e-3)
+    nothing = tell(files, lora=lora, strength=0.0)
+    assert (
+        nothing["membership_auc"] == 0.5 and nothing["membership_tpr"] == 1 / N
+    )  # what one false alarm of 24 gives
+    assert "epsilon_low" not in nothing  # the folders were a person's
+
+
+def test_a_run_tells_in_an_audit_what_its_result_says(study_file, tmp_path):
+    study = study_file()
+    run("search", study, check=True)
+    folder = locate_study_folder(study, "small")
+    for found in folder.glob("*/result.json"):
+        result = read_json(found)
+        if result["choice"]["method"] == "full":
+            break
+    out = tmp_path / "audit"
+    said = run("audit", "--model", found.parent, "--out", out, check=True).stdout
+    told = json.loads((out / "audit.json").read_text())
+    names = [name for name in result["rewards"] if name.startswith(("membership", "epsilon"))]
+    if names:  # else the trial was too short to be attacked
+        assert {name: told["rewards"][name] for name in names} == pytest.approx(
+            {name: result["rewards"][name] for name in names}, abs=1e-9
+        )
+    assert told["rewards"]["epsilon_guesses"] == 2 * 11
+    assert "An attacker who has the model and the base tells" in told["membership"]
+    assert told["membership"] in said and told["membership"][:40] in (out / "audit.html").read_text()
+
+
+def test_a_run_is_told_on_images_of_folders_as_its_lora_is(study_file, files, tmp_path):
+    study = study_file(space="digits", search={"trials": 0, "workers": 1, "executor": "inline"})
+    run("search", study, check=True)
+    for place in locate_study_folder(study, "small").glob("*/result.json"):
+        if read_json(place)["choice"]["method"] == "lora":
+            break
+    own = audit(None, files / "train", files / "holdout", model=place.parent)["rewards"]
+    as_lora = tell(files, lora=RunFolder(place.parent).path)
+    for name in ("membership_auc", "membership_tpr", "membership_base_auc"):
+        assert own[name] == pytest.approx(as_lora[name], abs=1e-6), name
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ({"base": "tiny", "lora": "a.safetensors"}, "--lora is put on --model"),
+        ({"strength": 0.5}, "give it with --lora"),
+        ({"lora": "a.safetensors", "strength": 3.0}, "allowed: 0 to 2"),
+        ({"lora": "a.safetensors"}, "is not there"),
+    ],
+)
+def test_what_cannot_be_is_said(files, given, words):
+    with pytest.raises(MemControlError, match=words):
+        tell(files, **given)
+
+
+def test_images_alone_have_no_base(files):
+    with pytest.raises(MemControlError, match="--base belongs to a pipeline, and images have none"):
+        audit(files / "train", files / "train", files / "holdout", base="tiny")
+
+
+def test_a_lora_of_another_base_is_refused(files):
+    state = {
+        "unet.no.such.layer.lora_A.weight": torch.ones(2, 2),
+        "unet.no.such.layer.lora_B.weight": torch.ones(2, 2),
+    }
+    save_file(state, files / "other.safetensors", {"format": "pt"})
+    with pytest.raises(MemControlError, match="--lora .*other.safetensors does not fit the base"):
+        tell(files, lora=files / "other.safetensors")
