@@ -12,7 +12,7 @@ from typing import Any, cast, get_args
 
 import numpy as np
 
-from memcontrol.commands.judge import ShowProgress, judge_images
+from memcontrol.commands.judge import AUTO, ShowProgress, choose_network, judge_images
 from memcontrol.core.config import CALIBRATION, DataConfig, Fit, Pages, parse_base
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.run_folder import RunFolder, StudyFolder
@@ -97,7 +97,7 @@ def audit(
     holdout: str | Path | None = None,
     *,
     model: str | Path | None = None,
-    extractor: str = "tiny",
+    extractor: str = AUTO,
     skip_unreadable: bool = False,
     group: str | None = None,
     twins: str = "refuse",
@@ -109,6 +109,9 @@ def audit(
 ) -> dict[str, Any]:
     """How much a model (a run folder, or a pipeline to sample from) or a folder of images copies a training
     set, judged against held-out images: what audit.json holds. A run knows its own images.
+
+    `extractor` is a feature network as `rewards.extractor` names one; auto: efficientnet-lite0 for
+    photographs, where it is installed, else tiny.
 
     `group`, `twins`, `fit`, `pages` and `max_pixels` are as those of `data` in a study; without a fit images
     are compared under each where shapes differ. `calibration` is a folder of further real images, from which
@@ -221,15 +224,21 @@ def audit_source(
         compared = _compare_run(source, source.run, seen)
     else:
         compared = _compare_folders(source, seen, progress, warn)
+    network = choose_network(extractor, next(iter(compared.sets.values()))[1])
+    if network.doubt:
+        warn(network.doubt)
     judged = {
-        fit: judge_images(made, known, held, extractor, progress, compared.attack, len(compared.sets), third)
+        fit: judge_images(
+            made, known, held, network.name, progress, compared.attack, len(compared.sets), third
+        )
         for fit, (made, known, held, third) in compared.sets.items()
     }
     # what was copied shows where images are brought to squares as the model's were
     fit = max(judged, key=lambda fit: _rank_copying(judged[fit]["rewards"]))
     generated, train, *_ = compared.sets[fit]
     dropped = list(seen["holdout"].dropped) if "holdout" in seen else []
-    return {**judged[fit], "fit": fit, "fits": list(judged), "dropped": dropped}, generated, train
+    found = {**judged[fit], "extractor_reason": network.reason, "extractor_doubt": network.doubt}
+    return {**found, "fit": fit, "fits": list(judged), "dropped": dropped}, generated, train
 
 
 def _compare_run(source: AuditSource, run: Path, seen: Mapping[str, FolderImages]) -> _Comparison:
