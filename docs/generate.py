@@ -3,8 +3,8 @@
     python docs/generate.py            write the pages
     python docs/generate.py --check    name those that are not current, and exit 1
 
-A page marks its generated part with two comments, `<!-- generated: NAME -->` and `<!-- end of generated -->`;
-all else in it is written by hand.
+A page marks each generated part with two comments, `<!-- generated: NAME -->` and `<!-- end of generated
+-->`; all else in it is written by hand.
 """
 
 from __future__ import annotations
@@ -121,6 +121,26 @@ def generate_rewards() -> str:
     ]
     table = write_table([("name", "in tables", "better", "interval", "cost"), *rows])
     return join_blocks(["\n".join(items), table])
+
+
+def generate_extractors() -> str:
+    """The feature networks that have a name."""
+    from memcontrol.scoring.extractor_table import EXTRACTORS
+
+    rows = [
+        (
+            f"`{name}{info.given}`",
+            info.use,
+            f"{info.n_features:,}",
+            info.size,
+            info.license,
+            info.source,
+            f"`{info.form}`" if info.form else "",
+        )
+        for name, info in EXTRACTORS.items()
+    ]
+    heads = ("name", "for", "features", "weights", "licence", "from", "stands for")
+    return write_table([heads, *rows])
 
 
 def write_table(rows: list[tuple[str, ...]]) -> str:
@@ -266,23 +286,25 @@ def glue(text: str) -> str:
     return text.replace(" ", GLUE)
 
 
-PARTS: dict[str, tuple[str, Callable[[], str]]] = {  # of each page: the part's name, and what writes it
-    "study-file.md": ("keys", generate_keys),
-    "rewards.md": ("rewards", generate_rewards),
-    "cli.md": ("commands", generate_commands),
-    "python-api.md": ("functions", generate_functions),
+PARTS: dict[str, dict[str, Callable[[], str]]] = {  # of each page: its parts' names, and what writes each
+    "study-file.md": {"keys": generate_keys},
+    "rewards.md": {"extractors": generate_extractors, "rewards": generate_rewards},
+    "cli.md": {"commands": generate_commands},
+    "python-api.md": {"functions": generate_functions},
 }
 
 
 def fill_page(page: Path) -> str:
-    """The page's text, its part written anew. Ends the script where the page does not mark one."""
-    name, generate = PARTS[page.name]
-    begin = BEGIN.format(name)
-    before, begun, rest = page.read_text(encoding="utf-8").partition(begin)
-    _, ended, after = rest.partition(END)
-    if not (begun and ended):
-        sys.exit(f"docs/{page.name} lacks the lines '{begin}' and '{END}'")
-    return f"{before}{begin}\n\n{generate()}\n\n{END}{after}"
+    """The page's text, its parts written anew. Ends the script where the page does not mark one."""
+    text = page.read_text(encoding="utf-8")
+    for name, generate in PARTS[page.name].items():
+        begin = BEGIN.format(name)
+        before, begun, rest = text.partition(begin)
+        _, ended, after = rest.partition(END)
+        if not (begun and ended):
+            sys.exit(f"docs/{page.name} lacks the lines '{begin}' and '{END}'")
+        text = f"{before}{begin}\n\n{generate()}\n\n{END}{after}"
+    return text
 
 
 def main() -> int:

@@ -1,5 +1,6 @@
 """The commands as functions: they give what the commands print."""
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -129,3 +130,22 @@ def test_a_run_and_a_folder_are_audited_as_the_command_does(shown, tmp_path):
     ):
         with pytest.raises(MemControlError):
             memcontrol.audit(**wrong)
+
+
+def test_a_search_says_first_that_its_network_may_not_know_the_images(study_file, monkeypatch, capsys):
+    from memcontrol.commands import search as searching
+    from memcontrol.study.place import StudyPlace
+    from memcontrol.view.words import NETWORK_DOUBT
+
+    monkeypatch.setattr(searching, "search_study", lambda *_: io.StringIO())
+    split = {"train": 32, "holdout": 40, "test": 48}
+    for path, extractor, said in (
+        ("digits", "tiny", False),
+        ("elsewhere", "tiny", True),
+        ("elsewhere", "efficientnet-lite0", False),
+    ):
+        file = study_file(
+            data={"path": path, **split}, rewards={"extractor": extractor, "objectives": ["kid"]}
+        )
+        searching.run_search(StudyPlace.load(file), None)
+        assert (f"warning: {NETWORK_DOUBT}" in capsys.readouterr().err) == said

@@ -4,6 +4,7 @@ pipeline are audited too."""
 import json
 import re
 import shutil
+from html import unescape
 
 import numpy as np
 import pytest
@@ -15,6 +16,9 @@ from memcontrol.commands.judge import judge_images
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.run_folder import StudyFolder
 from memcontrol.data.pictures import read_folder_pictures
+from memcontrol.scoring.extractor_table import find_photo_package
+from memcontrol.view.audit_page import write_audit
+from memcontrol.view.words import NETWORK_DOUBT
 
 
 @pytest.fixture
@@ -62,9 +66,12 @@ def test_planted_copies_are_found_first_and_shown(folders):
         root / "holdout",
         "--out",
         root / "out",
+        "--extractor",
+        "tiny",
         "--json",
     )
     assert done.returncode == 0 and done.stderr.count("Copying is visible") == 1
+    assert "warning: the feature network is tiny, which knows printed characters" in done.stderr
     found = json.loads((root / "out" / "audit.json").read_text())
     assert json.loads(done.stdout) == found
     first = found["copies"][:7]
@@ -80,6 +87,40 @@ def test_planted_copies_are_found_first_and_shown(folders):
     page = (root / "out" / "audit.html").read_text()
     assert page.count("<img") == 2 * 24 and page.count('class="copy"') >= 7 and "copy6.png" in page
     assert not re.search(r"""(src|href)=["'](?!data:)""", page) and "privacy guarantee" in page
+
+
+def test_an_audit_takes_the_network_that_suits_its_images_and_says_why(photographs, tmp_path, monkeypatch):
+    from memcontrol.commands import judge
+
+    sets = {
+        part: photographs(12, folder=part, first=100 * number)
+        for number, part in enumerate(("images", "train", "holdout"))
+    }
+    found = audit(**sets)
+    if find_photo_package():
+        assert found["extractor"].startswith("efficientnet-lite0-sha256:") and not found["extractor_doubt"]
+        assert found["extractor_reason"] == "the images look like photographs"
+    monkeypatch.setattr(judge, "find_photo_package", lambda: None)
+    found = audit(**sets)
+    assert found["extractor"].startswith("tiny-sha256:")
+    assert "not installed: pip install 'memcontrol[photos]'" in found["extractor_reason"]
+    assert found["extractor_doubt"] == NETWORK_DOUBT
+    write_audit(found, [], tmp_path)
+    page = unescape((tmp_path / "audit.html").read_text())
+    assert f"Warning: {NETWORK_DOUBT}." in page and found["extractor_reason"] in page
+    found = audit(**sets, extractor="pixels")
+    assert (found["extractor"], found["extractor_reason"], found["extractor_doubt"]) == (
+        "pixels-32",
+        "asked for",
+        "",
+    )
+    for path in (path for folder in sets.values() for path in folder.iterdir()):
+        page = Image.new("RGB", (40, 30), "white")
+        page.paste(Image.open(path).resize((12, 9)), (int(path.stem) % 5, 4))
+        page.save(path)
+    found = audit(**sets)
+    assert found["extractor_reason"] == "the images look like characters or drawings"
+    assert found["extractor"].startswith("tiny-sha256:") and found["extractor_doubt"] == ""
 
 
 def test_without_copies_none_are_seen(folders):

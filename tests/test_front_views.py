@@ -318,7 +318,7 @@ def test_the_note_and_the_page_have_the_same_rows_in_their_tables(study):
     expected = [n for n in sorted(losses, key=losses.get) if n in study.told or trials[n]["tie"]]
     assert [trial["trial"] for trial in list_standings(trials, study.objectives)] == expected
     note = [line.strip("| ").split(" | ") for line in write_standings(trials, study.objectives).split("\n")]
-    page = render_standings({"trials": trials, "objectives": study.objectives})
+    page = render_standings({"trials": trials, "objectives": study.objectives, "doubt": ""})
     rows = re.findall(r'<tr class="" data-trial="\d+">(.*?)</tr>', page)
     cells = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in rows]
     for said, shown in zip(note[2:], cells, strict=True):

@@ -1,8 +1,11 @@
 """A first look at a folder of images: sides, colour, copies and near copies, by images made for it."""
 
+import itertools
+
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
+from sklearn.datasets import load_digits, load_sample_images
 
 from memcontrol.core.errors import MemControlError
 from memcontrol.data.look import summarize_folder
@@ -28,6 +31,42 @@ def test_grey_images_stored_in_colour_are_grey(photographs):
     for path in folder.iterdir():
         Image.open(path).convert("RGB").save(path)
     assert look(folder).is_grey
+
+
+def pages(n, ground, ink):
+    """Lines of text, as they are printed."""
+    for number in range(n):
+        page = Image.new("RGB", (96, 96), ground)
+        for line in range(6):
+            ImageDraw.Draw(page).text((4, 4 + 15 * line), f"page {number}, line {line}", ink)
+        yield page
+
+
+def tiles():
+    """Of the two photographs that scikit-learn has."""
+    for photograph in load_sample_images().images:
+        for top, left in itertools.product(range(0, 384, 128), range(0, 512, 128)):
+            yield Image.fromarray(photograph[top : top + 128, left : left + 128])
+
+
+DRAWN = {
+    "digits": lambda: (Image.fromarray(255 - np.uint8(15 * image)) for image in load_digits().images[:40]),
+    "black on white": lambda: pages(20, "white", "black"),
+    "white on black": lambda: pages(20, "black", "white"),
+    "in colours": lambda: pages(20, "wheat", "navy"),
+}
+PHOTOGRAPHED = {
+    "photographs": tiles,
+    "in grey": lambda: (tile.convert("L") for tile in tiles()),
+    "small": lambda: (tile.resize((32, 32)) for tile in tiles()),
+}
+
+
+@pytest.mark.parametrize("kind", [*DRAWN, *PHOTOGRAPHED])
+def test_photographs_are_told_from_characters(kind, tmp_path):
+    for number, image in enumerate({**DRAWN, **PHOTOGRAPHED}[kind]()):
+        image.save(tmp_path / f"{number}.png")
+    assert look(tmp_path).are_photographs == (kind in PHOTOGRAPHED)
 
 
 def test_copies_are_images_of_the_same_pixels_whatever_their_format(photographs):

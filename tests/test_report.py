@@ -1,12 +1,17 @@
 """The report's data against the study's own files, and a page that asks for nothing."""
 
+import contextlib
 import csv
 import io
 import json
 import re
+import shutil
+import sqlite3
+from html import unescape
 from pathlib import Path
 
 import pytest
+import yaml
 from commands import run
 
 from memcontrol.core.run_folder import StudyFolder, locate_study_folder
@@ -43,8 +48,6 @@ def test_hashes_and_sizes_are_those_of_the_split(shown, facts):
 
 def test_the_heat_map_counts_parameters_of_trained_modules(facts, base):
     """Against the modules that the patterns of the chosen groups match, counted by hand."""
-    import yaml
-
     from memcontrol.core.space_yaml import list_shipped_spaces
 
     groups = yaml.safe_load(list_shipped_spaces()["digits"].read_text())["groups"]
@@ -113,6 +116,22 @@ def test_the_page_names_no_host_and_escapes_what_people_wrote(shown, facts, tmp_
     ) <= {"http://www.w3.org/2000/svg"}
     assert "data:image/png" in text and "data:image/png" not in render_page(facts, False)
     assert str(tmp_path.anchor + "root") not in text
+
+
+def test_a_network_that_may_not_know_the_images_is_named_below_the_tables(shown, facts, tmp_path):
+    """The embedded digits are what tiny knows; of images from elsewhere nobody can tell."""
+    assert facts["doubt"] == "" and "printed characters" not in render_page(facts, False)
+    root = shutil.copytree(shown.parent, tmp_path / "copy")
+    place = r"""replace(value_json, '\"path\":\"digits\"', '\"path\":\"/elsewhere\"')"""
+    with contextlib.closing(sqlite3.connect(root / "runs" / "seen" / "study.db")) as database:
+        database.execute(f"UPDATE study_system_attributes SET value_json = {place}")
+        database.commit()
+    said = run("report", root / shown.name, tmp_path / "page.html", "--json", check=True)
+    doubt = json.loads(said.stdout)["doubt"]
+    assert "tiny, which knows printed characters" in doubt
+    assert f"{doubt[0].upper()}{doubt[1:]}." in unescape((tmp_path / "page.html").read_text())
+    assert f"warning: {doubt}\n" in run("front", root / shown.name, check=True).stderr
+    assert doubt not in run("front", shown, check=True).stderr
 
 
 def test_the_front_as_svg_stands_alone(facts):

@@ -46,7 +46,10 @@ def add_audit(subparsers) -> None:
         help="folder for audit.json and audit.html (default: audit)",
     )
     audit.add_argument(
-        "--extractor", default="tiny", help="the feature network (default: tiny, which knows characters)"
+        "--extractor",
+        default="auto",
+        help="the feature network, as rewards.extractor names one; auto: efficientnet-lite0 for photographs, "
+        "where it is installed, else tiny, which knows characters (default: auto)",
     )
     _add_base(audit)
     _add_sampling(audit)

@@ -42,6 +42,7 @@ def _print_front(study: Study) -> None:
     from memcontrol.core.space_yaml import load_space
     from memcontrol.study.pick import require_finished, select_front, select_ties, select_to_confirm
     from memcontrol.view.tables import describe_spread, make_study_table
+    from memcontrol.view.words import describe_network_doubt
 
     complete, n_groups = require_finished(study.records()), len(load_space(study.config.space).groups)
     records = select_front(complete)
@@ -49,5 +50,7 @@ def _print_front(study: Study) -> None:
     print_table(make_study_table(shown, n_groups, f"{study.config.name}: front", None, complete))
     if spread := describe_spread(complete):
         say(make_console(), spread)
+    if doubt := describe_network_doubt(study.config.rewards.extractor, study.config.data.path):
+        warn(make_console(), doubt)
     if study.config.rewards.confirm and select_to_confirm(complete):
         warn(make_console(), _ONCE)

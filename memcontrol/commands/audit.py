@@ -20,7 +20,7 @@ from memcontrol.commands.attack import (
     open_model,
     sample_model,
 )
-from memcontrol.commands.judge import ShowProgress, judge_images
+from memcontrol.commands.judge import AUTO, ShowProgress, choose_network, judge_images
 from memcontrol.core.config import CALIBRATION, DataConfig, Fit, Pages
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.estimate import Measured, Rewards
@@ -53,7 +53,7 @@ def audit(
     holdout: str | Path | None = None,
     *,
     model: str | Path | None = None,
-    extractor: str = "tiny",
+    extractor: str = AUTO,
     skip_unreadable: bool = False,
     group: str | None = None,
     twins: str = "refuse",
@@ -71,6 +71,9 @@ def audit(
 
     `base` is what a pipeline was fine-tuned from; or `lora` a LoRA file over `model` as the base, at a
     `strength`. Either, and a run, which knows its base, shows what an attacker can tell of training images.
+
+    `extractor` is a feature network as `rewards.extractor` names one; auto: efficientnet-lite0 for
+    photographs, where it is installed, else tiny.
 
     `group`, `twins`, `fit`, `pages` and `max_pixels` are as those of `data` in a study; without a fit images
     are compared under each where shapes differ. `calibration` is a folder of further real images, from which
@@ -206,8 +209,13 @@ def audit_source(
         compared = _compare_run(source, source.run, seen, progress, warn)
     else:
         compared = _compare_folders(source, seen, progress, warn)
+    network = choose_network(extractor, next(iter(compared.sets.values()))[1])
+    if network.doubt:
+        warn(network.doubt)
     judged = {
-        fit: judge_images(made, known, held, extractor, progress, compared.attack, len(compared.sets), third)
+        fit: judge_images(
+            made, known, held, network.name, progress, compared.attack, len(compared.sets), third
+        )
         for fit, (made, known, held, third) in compared.sets.items()
     }
     # what was copied shows where images are brought to squares as the model's were
@@ -215,8 +223,14 @@ def audit_source(
     generated, train, *_ = compared.sets[fit]
     dropped = list(seen["holdout"].dropped) if "holdout" in seen else []
     rewards = judged[fit]["rewards"] | Rewards.from_estimates(compared.told).to_plain()
-    told = {"rewards": rewards, "membership": describe_membership(rewards)}
-    return {**judged[fit], **told, "fit": fit, "fits": list(judged), "dropped": dropped}, generated, train
+    found = {
+        **judged[fit],
+        "rewards": rewards,
+        "membership": describe_membership(rewards),
+        "extractor_reason": network.reason,
+        "extractor_doubt": network.doubt,
+    }
+    return {**found, "fit": fit, "fits": list(judged), "dropped": dropped}, generated, train
 
 
 def _compare_run(

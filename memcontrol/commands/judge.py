@@ -4,28 +4,65 @@ and what copies are of."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.estimate import Measured, Rewards
 from memcontrol.core.reward_table import BLIND_SPOTS
+from memcontrol.data.look import choose_shown, show_photographs
 from memcontrol.data.pictures import Pictures, wrap_samples
+from memcontrol.data.twins import THUMBNAIL_SIDE
 from memcontrol.reading.groups import pair_equals
 from memcontrol.scoring.copying import Suspects, line_ratio
 from memcontrol.scoring.evidence import DESCRIPTORS, Descriptors, Evidence, describe_broken_images
+from memcontrol.scoring.extractor_table import (
+    PHOTO_EXTRA,
+    PHOTO_NETWORK,
+    TINY_NETWORK,
+    find_photo_package,
+)
 from memcontrol.scoring.extractors import load_extractor
 from memcontrol.scoring.labels import N_PERMUTATIONS
 from memcontrol.scoring.measures import N_PAIRED, measure_extraction
 from memcontrol.scoring.score import score_evidence
 from memcontrol.trial.loaded import describe_images
 from memcontrol.view.audit_page import N_SHOWN
-from memcontrol.view.words import write_verdict
+from memcontrol.view.words import NETWORK_DOUBT, write_verdict
 
+AUTO = "auto"  # the feature network that suits the images
 _FEWEST = 8
 _SMALL_SIDE = 64  # pixels of the images that an extraction attack compares
 _MOST_SAME = 0.05
 ShowProgress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class ChosenNetwork:
+    """The feature network of an audit, why it is that one, and what speaks against it, if anything does."""
+
+    name: str
+    reason: str
+    doubt: str
+
+
+def choose_network(asked: str, train: Pictures) -> ChosenNetwork:
+    """The network that is asked for, or the one that suits the training images."""
+    shown = [train.read_small([row], THUMBNAIL_SIDE) for row in choose_shown(len(train))]
+    are_photographs = show_photographs(np.concatenate(shown))
+    name, reason = (asked, "asked for") if asked != AUTO else _choose_for(are_photographs)
+    return ChosenNetwork(name, reason, NETWORK_DOUBT if are_photographs and name == TINY_NETWORK else "")
+
+
+def _choose_for(photographs: bool) -> tuple[str, str]:
+    """A network, and why."""
+    if not photographs:
+        return TINY_NETWORK, "the images look like characters or drawings"
+    if find_photo_package():
+        return PHOTO_NETWORK, "the images look like photographs"
+    missing = f"{PHOTO_NETWORK} is not installed: {PHOTO_EXTRA}"
+    return TINY_NETWORK, f"the images look like photographs, but {missing}"
 
 
 def judge_images(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from memcontrol.core.config import describe_config
-from memcontrol.core.console import log_to_file, make_console
+from memcontrol.core.console import log_to_file, make_console, warn
 from memcontrol.execution.executor import Executor
 from memcontrol.execution.make import count_workers, open_executor
 from memcontrol.search.observer import Observer, Observers
@@ -16,6 +16,7 @@ from memcontrol.study.place import StudyPlace
 from memcontrol.study.record import Record
 from memcontrol.view.dashboard_notes import Publisher
 from memcontrol.view.live import Display, EventLog
+from memcontrol.view.words import describe_network_doubt
 
 
 def search(
@@ -50,7 +51,10 @@ def run_search(place: StudyPlace, executor: Executor, quiet: bool = False) -> No
     search, n_groups = place.config.search, len(place.space.groups)
     watchers: list[Observer] = [EventLog(n_groups), Publisher(place.space, place.folder)]
     about = f"search of {place.file}: {describe_config(place.config)}"
+    doubt = describe_network_doubt(place.config.rewards.extractor, place.config.data.path)
     with log_to_file(place.folder.log_file, about), contextlib.ExitStack() as shown:
+        if doubt and not quiet:
+            warn(make_console(), doubt)
         if not quiet:
             watchers.append(
                 shown.enter_context(Display(make_console(), search.trials, n_groups, count_workers(search)))

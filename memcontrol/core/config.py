@@ -442,9 +442,10 @@ class RewardsConfig(Strict):
     """bounds of rewards, such as `{copy_rate: 0.02}`, upper where less is better: constraints of the search
     and of `pick`"""
     extractor: str = "tiny"
-    """the feature network: `tiny` (knows characters), `pixels`, `inception[:WEIGHTS]` (needs
-    `memcontrol[inception]`), `transformers:facebook/dinov2-base` or any other vision model, or
-    `torchscript:PATH,side=288,normalize=imagenet` (such as SSCD)"""
+    """the feature network, by a name of the table in docs/rewards.md: `tiny` (knows printed characters),
+    `efficientnet-lite0` (photographs; needs `memcontrol[photos]`), `dinov2`, `clip`, `inception`,
+    `sscd:PATH`, `rad-dino` or `pixels`; or `transformers:MODEL`, any vision model of that library, or
+    `torchscript:PATH,side=288,normalize=imagenet`"""
     clip: str | None = None
     """a CLIP model of transformers, such as `openai/clip-vit-base-patch32`: measures `clip_score`"""
     extraction: ExtractionConfig | None = None

@@ -28,6 +28,10 @@ from memcontrol.reading.parts import assign_parts
 from memcontrol.reading.tables import Tables, read_tables
 
 _TWINS_NAME = "twins of "  # how a group of twins is called
+_MOST_SHOWN = 256  # thumbnails that tell whether images are photographs
+# of an even ground: greys that are one, and its share of a natural picture at the most. Its median is .05 in
+# CIFAR photographs, .1 in chest X-rays, .47 in digits
+_GROUND_LEVELS, _MOST_GROUND = 16, 0.3
 
 
 @dataclass(frozen=True)
@@ -222,7 +226,8 @@ def describe_greys(greys: Greys) -> str:
 class FolderSummary:
     """What a folder of images holds: the look at it; how many images are in each part, where the folder has
     parts; sides in pixels; groups of images with the same pixels, and pairs that are nearly the same; what a
-    person should know; and how many files have several pages, of which the first was looked at."""
+    person should know; how many files have several pages, of which the first was looked at; and whether they
+    are natural pictures, not characters or line art."""
 
     look: Look
     parts: dict[str, int]
@@ -232,6 +237,7 @@ class FolderSummary:
     near: tuple[tuple[str, str], ...]
     notes: tuple[str, ...]
     n_several: int = 0
+    are_photographs: bool = False
 
     @property
     def n(self) -> int:
@@ -276,6 +282,7 @@ def summarize_folder(
         near,
         (*look.notes, *([describe_greys(look.greys)] if look.greys else [])),
         sum(one.n_pages > 1 for one in look.seen),
+        show_photographs(_show_some_thumbnails(look)),
     )
 
 
@@ -283,6 +290,27 @@ def _are_grey(look: Look) -> bool:
     """Whether no image has colour, however it is stored."""
     shown = (one.show_thumbnail(look.greys) for one in look.seen)
     return all((image[0] == image[1]).all() and (image[1] == image[2]).all() for image in shown)
+
+
+def _show_some_thumbnails(look: Look) -> np.ndarray:
+    """Of images all over the folder, uint8 [N, 3, S, S]."""
+    rows = choose_shown(len(look.records))
+    return np.stack([look.seen[row].show_thumbnail(look.greys) for row in rows])
+
+
+def choose_shown(n: int) -> list[int]:
+    """Rows of so many images that tell what they are, all over them."""
+    return np.unique(np.linspace(0, n - 1, min(n, _MOST_SHOWN)).astype(int)).tolist()
+
+
+def show_photographs(images: np.ndarray) -> bool:
+    """Whether most of uint8 [N, 3, S, S] are natural pictures. Characters and line art lie on an even ground:
+    the darkest or the lightest grey of an image takes much of it. What is photographed on such a ground
+    counts as drawn."""
+    greys = images.mean(1)  # [N, S, S]
+    ends = (greys.min((1, 2), keepdims=True), greys.max((1, 2), keepdims=True))
+    grounds = [(abs(greys - end) <= _GROUND_LEVELS).mean((1, 2)) for end in ends]
+    return float(np.median(np.maximum(*grounds))) <= _MOST_GROUND
 
 
 def _group_copies(records: list[ImageRecord]) -> tuple[tuple[str, ...], ...]:

@@ -80,6 +80,7 @@ def _render_audit(found: dict, cards: str) -> str:
         f'<h1>Audit of copying</h1><p class="verdict">{escape(found["verdict"])}</p>',
         f"<p>{escape(found.get('membership', ''))}</p>",
         f"<p>{escape(_describe_sizes(found))}</p>",
+        *([f"<p>Warning: {escape(doubt)}.</p>"] if (doubt := found.get("extractor_doubt")) else []),
         f"<h2>Rewards</h2>{_render_rewards(found['rewards'])}",
         "<h2>Most suspicious images beside their nearest training images</h2>",
         "<p>Framed in red: below the line of copies in pixels or in features, where chance puts some too, "
@@ -99,7 +100,8 @@ def _describe_sizes(found: dict) -> str:
     if len(found.get("fits", ())) > 1:
         said += f", compared under {', '.join(found['fits'])}: this is where most copying shows"
     said = said or f"{sizes} images, brought to {side} x {side} pixels"
-    return f"{said}; features by {found['extractor']}. {describe_copied(found['rewards'])}"
+    reason = f" ({found['extractor_reason']})" if "extractor_reason" in found else ""
+    return f"{said}; features by {found['extractor']}{reason}. {describe_copied(found['rewards'])}"
 
 
 def _render_rewards(rewards: dict[str, float]) -> str:

@@ -26,7 +26,7 @@ from memcontrol.study.record import Record
 from memcontrol.study.replicates import estimate_spread
 from memcontrol.study.store import Study
 from memcontrol.view.front_data import TrialData, mark_trials
-from memcontrol.view.words import describe_choice
+from memcontrol.view.words import describe_choice, describe_network_doubt
 
 _FATES = ("seen", "trained", "skipped", "dropped", "queued", "surplus")
 # of the CSV
@@ -51,6 +51,7 @@ def collect_report_data(study: Study, space: SearchSpace, folder: Path) -> dict[
         "reported_by": __version__,
         "objectives": study.objectives,
         "limits": config.rewards.limits,
+        "doubt": describe_network_doubt(config.rewards.extractor, config.data.path),
         "data": StudyFolder(folder).summarize_data(),
         "config": config.model_dump(mode="json"),
         "given": config.model_dump(mode="json", exclude_defaults=True),

