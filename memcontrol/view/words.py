@@ -12,6 +12,17 @@ from memcontrol.core.reward_table import CLIP, FALSE_POSITIVES, REWARDS
 
 # p-values below it are said to be something; with clear copies that is one clean model in a hundred at most
 _SURE = 0.005
+DESCRIPTOR_WORDS = {  # where an image is near to another
+    "pixels": "in pixels",
+    "features": "in features",
+    "moved": "in pixels, if moved",
+    "local": "in a part",
+}
+_RATE_WORDS = {  # of copy rates beside the one in pixels
+    "copy_rate_features": "in features",
+    "copy_rate_moved": "if moved",
+    "local_copy_rate": "in a part",
+}
 
 
 def find_title(name: str) -> str:
@@ -70,7 +81,7 @@ def describe_copied(rewards: Mapping[str, float]) -> str:
         return ""
     said = f", of {groups} groups (people, or twins)" if groups < images else ""
     return (
-        "Images that any rule calls copies, in pixels or in features and by chance too, are nearest to "
+        "Images that any rule calls copies, in any descriptor and by chance too, are nearest to "
         f"{images} training images{said}."
     )
 
@@ -84,8 +95,10 @@ def _describe_copy_rate(rewards: dict[str, float], n: int) -> str:
     p = format_p(find_copying_p(rewards))
     rate, (low, high) = rewards["copy_rate"], Rewards(rewards).interval("copy_rate")
     said = f"{rate:.1%} of {n} images ({low:.1%} to {high:.1%})"
+    others = {name: words for name, words in _RATE_WORDS.items() if name in rewards}
     # the line is drawn from real images, of which some may be nearly training images themselves
-    lower = round(rate * n) < count_clear_copies(rewards, n)
+    highest = max(rate, *(rewards[name] for name in others), 0.0)
+    lower = round(highest * n) < count_clear_copies(rewards, n)
     said += (
         f" lie below the line that {1 - FALSE_POSITIVES:.0%} of real images keep, which is lower still here"
         if lower
@@ -94,10 +107,10 @@ def _describe_copy_rate(rewards: dict[str, float], n: int) -> str:
     expected = f"{rewards['copy_rate_line']:.1%} is expected without copying"
     if "copy_rate_swapped" not in rewards:
         return f"{said}, where {expected}, p {p}"
+    said = ", ".join([said, *(f"{rewards[name]:.1%} {words}" for name, words in others.items())])
+    *first, last = (f"{rewards[f'{name}_swapped']:.1%}" for name in ("copy_rate", *others))
     return (
-        f"{said}, {rewards['copy_rate_features']:.1%} in features, where {expected}, and "
-        f"{rewards['copy_rate_swapped']:.1%} and {rewards['copy_rate_features_swapped']:.1%} are as near to "
-        f"a held-out image, p {p}"
+        f"{said}, where {expected}, and {', '.join(first)} and {last} are as near to a held-out image, p {p}"
     )
 
 
