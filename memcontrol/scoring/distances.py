@@ -26,7 +26,6 @@ from memcontrol.data.features import check_matrix, nearest, refuse_unlike_widths
 from memcontrol.scoring.labels import Labels, Neighbours, draw_labels
 
 Versions = tuple[np.ndarray, ...]  # [n, D] each
-_MOST_SWAPPED = 2048  # training images that are looked at as if they were held out
 _FEWEST_CALIBRATION = 8
 
 
@@ -49,6 +48,7 @@ class Space(ABC):
     # of the references, where several spaces have them in common
     drawn: Labels | None = field(default=None, compare=False)
     is_whole: ClassVar[bool]  # whether whole images are compared
+    most_swapped: ClassVar[int] = 2048  # training images that are looked at as if they were held out
 
     def remember(self, name: str, make: Callable[[], Any]) -> Any:
         return remember_once(self.known, name, make)
@@ -83,7 +83,7 @@ class Space(ABC):
     @abstractmethod
     def swapped_real_ratios(self) -> np.ndarray:
         """r of real images, as if train and held-out had changed places: of the calibration's, or of training
-        images, some MOST_SWAPPED at most."""
+        images, as many as `most_swapped` at most."""
 
     @property
     @abstractmethod
@@ -128,7 +128,7 @@ class Space(ABC):
 
     def choose_swapped(self) -> np.ndarray:
         """Rows of the training images that are looked at as if they were held out."""
-        return self.orders[0][:_MOST_SWAPPED]
+        return self.orders[0][: self.most_swapped]
 
     @property
     def labels(self) -> Labels:

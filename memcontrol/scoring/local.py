@@ -29,6 +29,7 @@ _LOCAL_CELL = 2  # pixels of a cell's side, whose mean is taken
 _WINDOW, _STEP = 6, 2  # cells of a window's side, and from one window to the next
 _GREY_FLOOR = 0.006  # of a window's distance, by cell, in 0..1: flat windows are as near as any others
 _MOST_DISTANCES = 2**22  # distances that are in memory at a time
+_N_FOR_ALL = 5  # neighbours that are looked at for all images and labels; few are open then
 _N_CELLS = PIXEL_SIDE // _LOCAL_CELL
 CORNERS = [
     (top, left)
@@ -66,6 +67,7 @@ class LocalSpace(Space):
     """Of cells [n, 768], as the one version of each set."""
 
     is_whole = False
+    most_swapped = 512
 
     @cached_property
     def least_windows(self) -> LeastWindows:
@@ -200,11 +202,14 @@ def split_labels(distances: np.ndarray, rows: np.ndarray, sides: np.ndarray) -> 
     last = distances[np.arange(len(rows)), is_known.sum(1) - 1]
     other = np.repeat(last[:, None], sides.shape[1], axis=1)
     is_open = np.ones(nearest.shape, bool)
-    for j in range(1, rows.shape[1]):
+    for j in range(1, min(_N_FOR_ALL, rows.shape[1])):
         found = is_open & (sides[rows[:, j]] != nearest) & is_known[:, j : j + 1]
         np.copyto(other, distances[:, j : j + 1], where=found)
         is_open ^= found
-        if not is_open.any():
-            break
+    images, labels = np.nonzero(is_open)
+    for j in range(_N_FOR_ALL, rows.shape[1]):
+        found = (sides[rows[images, j], labels] != nearest[images, labels]) & is_known[images, j]
+        other[images[found], labels[found]] = distances[images[found], j]
+        images, labels = images[~found], labels[~found]
     ratios = distances[:, :1] / other
     return np.where(nearest, ratios, 1 / ratios)

@@ -29,6 +29,7 @@ class MovedSpace(DistanceSpace):
     """Of pixels [n, 3072] of 32 x 32, in 0..1, as the one version of each set."""
 
     floor_share = _FLOOR_SHARE
+    most_swapped = 512
 
     def find_nearest(
         self, queries: Versions, references: np.ndarray, k: int
