@@ -1,9 +1,10 @@
 """What the figures of copying see and how often they are wrong: false alarms on images that copy nothing, and
 the share of planted copies that is found, by kind of copy.
 
-`PHOTOGRAPHS=FILE.npz [REPEATS=200] [WORKERS=2] [KEPT=ROWS.jsonl] python -m benchmarks copies`: FILE holds
-arrays uint8 [N, H, W, 3] of photographs, such as CIFAR-10's, of which some thousand are needed; without it
-digits alone are looked at. 200 runs of each setting take hours: what KEPT holds is not done again. Draws
+`PHOTOGRAPHS=FILE.npz[:FILE.npz] [REPEATS=200] [WORKERS=2] [KEPT=ROWS.jsonl] python -m benchmarks copies`: a
+FILE holds arrays uint8 [N, H, W, 3] of photographs, such as CIFAR-10's, of which some thousand are needed, or
+[N, H, W] of X-rays, of which some hundred will do; without it digits alone are looked at. 200 runs of each
+setting take hours: what KEPT holds is not done again. Draws
 `results/DATE-copies.png` too.
 """
 
@@ -98,11 +99,14 @@ COPIES: dict[str, Change] = {
     "grey +30": change_pixels(lambda pixels: pixels + 30),
     "grey +60": change_pixels(lambda pixels: pixels + 60),
     "brightness x .7": lambda image: ImageEnhance.Brightness(image).enhance(0.7),
+    "contrast x .6": lambda image: ImageEnhance.Contrast(image).enhance(0.6),
+    "shifted 2 pixels, darker": lambda image: ImageEnhance.Brightness(shift(2)(image)).enhance(0.7),
     "upside down": lambda image: image.transpose(Image.Transpose.FLIP_TOP_BOTTOM),
     "inverted": change_pixels(lambda pixels: 255 - pixels),
 }
 WITH_ANOTHER: dict[str, float] = {"blended, 70 %": 0.7, "blended, 50 %": 0.5}
 PATCHES: dict[str, float] = {f"a patch of {share:.0%}": share for share in (0.75, 0.5, 0.25, 0.06)}
+MOVED_PATCH = "a patch of 25%, elsewhere"
 
 
 @lru_cache
@@ -121,9 +125,17 @@ def load_digits() -> np.ndarray:
 
 def load_photographs(path: Path) -> np.ndarray:
     with np.load(path, allow_pickle=False) as stored:
-        sets = [stored[name] for name in stored if stored[name].ndim == 4]
-    whole = np.concatenate(sets)
-    return np.stack([np.asarray(Image.fromarray(one).resize((SIDE, SIDE))) for one in whole])
+        sets = [stored[name] for name in stored if stored[name].ndim >= 3]
+    pictures = [Image.fromarray(one).convert("RGB") for one in np.concatenate(sets)]
+    return np.stack([np.asarray(picture.resize((SIDE, SIDE))) for picture in pictures])
+
+
+@lru_cache
+def name_images(name: str) -> str:
+    if name == DIGITS:
+        return name
+    with np.load(name, allow_pickle=False) as stored:
+        return "photographs" if any(stored[one].ndim == 4 for one in stored) else "X-rays"
 
 
 def find_distinct(images: np.ndarray) -> np.ndarray:
@@ -279,22 +291,23 @@ def plant(kind: str, images: np.ndarray, others: np.ndarray, rng: np.random.Gene
     if kind in WITH_ANOTHER:
         share = WITH_ANOTHER[kind]
         return (share * images + (1 - share) * others.astype(np.float64)).astype(np.uint8)
-    side = round(SIDE * PATCHES[kind] ** 0.5)
+    side = round(SIDE * PATCHES.get(kind, 0.25) ** 0.5)
     made = others.copy()
     for one, image in zip(made, images):
         top, left = rng.integers(0, SIDE - side + 1, 2)
-        one[top : top + side, left : left + side] = image[top : top + side, left : left + side]
+        down, right = rng.integers(0, SIDE - side + 1, 2) if kind == MOVED_PATCH else (top, left)
+        one[down : down + side, right : right + side] = image[top : top + side, left : left + side]
     return made
 
 
 def run(device: str) -> list[dict]:
-    names = [DIGITS] + ([os.environ["PHOTOGRAPHS"]] if "PHOTOGRAPHS" in os.environ else [])
+    names = [DIGITS, *filter(None, os.environ.get("PHOTOGRAPHS", "").split(":"))]
     kept = Kept(Path(os.environ["KEPT"]) if "KEPT" in os.environ else None)
     with ProcessPoolExecutor(N_WORKERS) as workers:
         seen = [
             kept.find(name, kind, "", partial(count_seen, workers, name, kind))
             for name in names
-            for kind in (*COPIES, *WITH_ANOTHER, *PATCHES)
+            for kind in (*COPIES, *WITH_ANOTHER, *PATCHES, MOVED_PATCH)
         ]
         alarms = [
             kept.find(
@@ -307,6 +320,7 @@ def run(device: str) -> list[dict]:
             for soft in SOFT
             for name in names
             for n_held in HELD_OUT
+            if N_GENERATED + 2 * n_held <= len(load_pool(name))
         ]
     draw(alarms, seen, Path(__file__).parent / "results" / f"{datetime.date.today().isoformat()}-copies.png")
     columns = list(dict.fromkeys(key for row in (*alarms, *seen) for key in row))
@@ -320,8 +334,7 @@ class Kept:
     path: Path | None
 
     def find(self, name: str, what: str, n_held: int | str, count: Callable[[], dict]) -> dict:
-        images = name if name == DIGITS else "photographs"
-        setting = {"images": images, "what": what, "held out": n_held}
+        setting = {"images": name_images(name), "what": what, "held out": n_held}
         key = json.dumps({**setting, "repeats": N_REPEATS})
         lines = self.path.read_text().splitlines() if self.path and self.path.exists() else []
         for line in lines:
@@ -359,8 +372,10 @@ def draw(alarms: list[dict], seen: list[dict], path: Path) -> None:
     kinds = list(dict.fromkeys(row["what"] for row in seen))
     for i, name in enumerate(names):
         found = [row["found"] for row in seen if row["images"] == name]
-        panels[1].barh(np.arange(len(kinds)) + 0.4 * i, found, height=0.4, label=name)
-    panels[1].set_yticks(np.arange(len(kinds)) + 0.2, kinds, fontsize=7)
+        panels[1].barh(
+            np.arange(len(kinds)) + 0.8 / len(names) * i, found, height=0.8 / len(names), label=name
+        )
+    panels[1].set_yticks(np.arange(len(kinds)) + 0.3, kinds, fontsize=7)
     panels[1].invert_yaxis()
     panels[1].set(xlabel="share of planted copies that is found", xlim=(0, 1))
     panels[1].legend()

@@ -20,8 +20,16 @@ def make_strip(n, side, title="a run"):
     """Images that tell by their colour what they are: generated from 0, training from 100, held out from
     200."""
     generated, training, held_out = (make_plain(n, side, first) for first in (0, 100, 200))
+    regions = np.tile([0.0, 0.0, 1.0, 1.0], (n, 1))
     return Strip(
-        title, generated, training, held_out, np.linspace(1, 2, n), np.linspace(0.5, 1, n), np.arange(n) < 1
+        title,
+        generated,
+        training,
+        held_out,
+        np.linspace(1, 2, n),
+        np.linspace(0.5, 1, n),
+        np.arange(n) < 1,
+        regions,
     )
 
 
@@ -86,3 +94,18 @@ def test_pairs_of_two_runs_lie_below_each_other_under_their_titles():
     assert np.array_equal(np.asarray(both)[alone.height :], np.asarray(draw_pairs([second])))
     untitled = np.asarray(draw_pairs([make_strip(3, 32, "")]))
     assert (np.asarray(alone)[:18] < 255).any() and (untitled[:15] == 255).all()
+
+
+def test_the_part_that_is_compared_is_framed_in_both_images():
+    strip = make_strip(3, 32)
+    strip.regions[1] = 0.25, 0.5, 0.75, 1
+    framed, plain = (np.asarray(draw_pairs([one])).astype(int) for one in (strip, make_strip(3, 32)))
+    changed = (framed != plain).any(2)
+    for top in (18, 18 + 70):
+        left = 72 + 70
+        expected = np.zeros((64, 64), bool)
+        expected[32:, 16:48] = True
+        expected[33:63, 17:47] = False
+        assert (changed[top : top + 64, left : left + 64] == expected).all()
+        changed[top : top + 64, left : left + 64] = False
+    assert not changed.any()

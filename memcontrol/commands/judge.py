@@ -102,7 +102,7 @@ def judge_images(
     for name in ("copying_p", "memorization_p"):  # of the largest of several
         rewards[name] = min(1.0, n_judgements * rewards[name])
     progress("judging", 1, 2)
-    space = evidence.space("pixels")
+    space = evidence.whole_space("pixels")
     same = float((space.to_holdout[0] < 1e-6).mean())
     if same > _MOST_SAME:
         raise MemControlError(
@@ -134,6 +134,7 @@ def _list_copies(found: Suspects, generated: Pictures, train: Pictures) -> list[
             "of_holdout": float(found.ratios[i]),
             "chance": float(found.chances[i]),
             "copy": bool(found.is_copy[i]),
+            "region": found.regions[i].tolist(),
             "rows": [int(i), int(found.training[i])],
         }
         for n, i in enumerate(found.order)
@@ -149,7 +150,7 @@ def _judge_attack(attack: np.ndarray | None, holdout: Pictures, evidence: Eviden
     small = flat.read_small(list(range(len(flat))), _SMALL_SIDE)
     pairs = holdout.read_small(list(range(len(holdout))[:N_PAIRED]), _SMALL_SIDE)
     return measure_extraction(
-        small.reshape(*attack.shape[:2], *small.shape[1:]), pairs, evidence.space("pixels")
+        small.reshape(*attack.shape[:2], *small.shape[1:]), pairs, evidence.whole_space("pixels")
     )
 
 

@@ -177,6 +177,44 @@ REWARDS = {
         cost=_NEIGHBOURS,
         meaning="`copy_rate_swapped` in the feature network",
     ),
+    "copy_rate_moved": _RewardInfo(
+        title="copied, moved",
+        form="{:.1%}",
+        direction=MINIMIZE,
+        objective=False,
+        interval="Wilson, 95 %; p, label permutation",
+        cost=_NEIGHBOURS,
+        meaning="`copy_rate` where images may be shifted, mirrored, turned by 90 degrees, brighter or "
+        "flatter",
+    ),
+    "copy_rate_moved_swapped": _RewardInfo(
+        title="copied, moved, swapped",
+        form="{:.1%}",
+        direction=_BESIDE,
+        objective=False,
+        interval=_WILSON,
+        cost=_NEIGHBOURS,
+        meaning="`copy_rate_swapped` of moved images",
+    ),
+    "local_copy_rate": _RewardInfo(
+        title="copied, parts",
+        form="{:.1%}",
+        direction=MINIMIZE,
+        objective=False,
+        interval="Wilson, 95 %; p, label permutation",
+        cost=_NEIGHBOURS,
+        meaning="share with a part that is nearer to the same part of a training image than any part of "
+        "99 % of real images is",
+    ),
+    "local_copy_rate_swapped": _RewardInfo(
+        title="copied, parts, swapped",
+        form="{:.1%}",
+        direction=_BESIDE,
+        objective=False,
+        interval=_WILSON,
+        cost=_NEIGHBOURS,
+        meaning="`local_copy_rate` with training and held-out images in each other's place: its null",
+    ),
     "copying": _RewardInfo(
         title="copied beyond swapped",
         form="{:.1%}",
@@ -184,8 +222,8 @@ REWARDS = {
         objective=False,
         interval="p, label permutation",
         cost=_NEIGHBOURS,
-        meaning="the larger excess of a copy rate over its swapped one, in pixels or in features; the "
-        "verdict goes by its p",
+        meaning="the largest excess of a copy rate over its swapped one, of all four; the verdict goes by "
+        "its p",
     ),
     "clear_copy_rate": _RewardInfo(
         title="clear copies",
@@ -194,7 +232,7 @@ REWARDS = {
         objective=False,
         interval=_WILSON,
         cost=_NEIGHBOURS,
-        meaning="share so near to a training image, in pixels or in features, that one such among all has a "
+        meaning="share so near to a training image, in any descriptor, that one such among all has a "
         "chance of 1 % without copying",
     ),
     "copied_images": _RewardInfo(

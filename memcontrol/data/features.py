@@ -15,6 +15,7 @@ from memcontrol.core.errors import MemControlError
 _N_SPARE = 32
 REFERENCE_BLOCK = 16384
 _SHRUNK_BYTES = 2**24
+PIXEL_SIDE = 32  # of the images whose pixels are compared
 
 
 def check_matrix(features, name: str, least: int = 1, dtype=np.float64) -> np.ndarray:
@@ -60,7 +61,7 @@ def unit_rows(rows: np.ndarray) -> np.ndarray:
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
 
 
-def shrink_images(images: np.ndarray, size: int = 32) -> Tensor:
+def shrink_images(images: np.ndarray, size: int = PIXEL_SIDE) -> Tensor:
     """uint8 [N, 3, H, W] to float [N, 3, size, size] in 0..1, antialiased; some at a time, since in floats
     large images take four times their room."""
     if images.shape[-2:] == (size, size):
@@ -79,6 +80,13 @@ def _shrink_block(images: np.ndarray, size: int) -> Tensor:
 def pixel_features(images: np.ndarray) -> np.ndarray:
     """uint8 [N, 3, H, W] to float32 [N, 3072]: 32 x 32 pixels in 0..1."""
     return shrink_images(images).flatten(1).numpy()
+
+
+def view_images(pixels: np.ndarray) -> Tensor:
+    """float32 [N, 3, 32, 32] of pixels [N, 3072]; a copy where they may not be written, of which torch would
+    warn."""
+    rows = torch.from_numpy(np.require(pixels, np.float32, ["C", "W"]))
+    return rows.view(-1, 3, PIXEL_SIDE, PIXEL_SIDE)
 
 
 def nearest(

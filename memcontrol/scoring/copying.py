@@ -22,6 +22,7 @@ from memcontrol.core.reward_table import CLIP, FALSE_POSITIVES
 from memcontrol.core.seeds import derive_seed
 from memcontrol.scoring.distances import (
     DistanceSpace,
+    Space,
     Versions,
     make_space,
     nearest_versions,
@@ -48,15 +49,15 @@ def copy_rate(generated, train, holdout, calibration=None, groups=(None, None)) 
     return measure_copy_rate(make_space(generated, train, holdout, calibration, groups))
 
 
-def measure_copy_rate(space: DistanceSpace) -> Estimate:
+def measure_copy_rate(space: Space) -> Estimate:
     share = estimate_share(space.ratios < line_ratio(space.real_ratios))
     return replace(share, labels=_permute_hits(space))
 
 
-def measure_swapped_rate(space: DistanceSpace) -> Estimate:
+def measure_swapped_rate(space: Space) -> Estimate:
     """What the copy rate is with training and held-out images in each other's place: its null, for images
     that are nearer to everything than real ones are."""
-    return estimate_share(1 / space.ratios < line_ratio(space.swapped_real_ratios))
+    return estimate_share(space.swapped_ratios < line_ratio(space.swapped_real_ratios))
 
 
 def _line_rank(n_real: int) -> int:
@@ -84,7 +85,7 @@ def combine_rates(rates: Sequence[tuple[Estimate, Estimate | float]]) -> Estimat
     return Estimate(value, labels=np.max(standard, axis=0))
 
 
-def find_chances(spaces: Sequence[DistanceSpace]) -> np.ndarray:
+def find_chances(spaces: Sequence[Space]) -> np.ndarray:
     """Of each image in each descriptor, the chance that an image which is no copy comes as near: [spaces, N].
 
     By whichever tail is heavier: of real images, either side taken for the training images, or of the images
@@ -93,9 +94,9 @@ def find_chances(spaces: Sequence[DistanceSpace]) -> np.ndarray:
     return np.array([_find_chances_in(space) for space in spaces])
 
 
-def _find_chances_in(space: DistanceSpace) -> np.ndarray:
+def _find_chances_in(space: Space) -> np.ndarray:
     real = np.concatenate([space.real_ratios, space.swapped_real_ratios])
-    return np.maximum(tail_chances(real, space.ratios), tail_chances(1 / space.ratios, space.ratios))
+    return np.maximum(tail_chances(real, space.ratios), tail_chances(space.swapped_ratios, space.ratios))
 
 
 def tail_chances(known: np.ndarray, r: np.ndarray) -> np.ndarray:
@@ -120,7 +121,7 @@ def tail_chances(known: np.ndarray, r: np.ndarray) -> np.ndarray:
 @dataclass(frozen=True)
 class Suspects:
     """What each generated image comes nearest to, in the descriptor in which that is least likely without
-    copying: [N] each."""
+    copying (of parts, where it is no clear copy of a whole image): [N] each."""
 
     chances: np.ndarray  # that an image which is no copy comes as near
     descriptors: np.ndarray  # numbers of the spaces
@@ -128,6 +129,7 @@ class Suspects:
     held_out: np.ndarray  # and of the nearest held-out ones
     distances: np.ndarray  # to the training images
     ratios: np.ndarray  # r
+    regions: np.ndarray  # where it is compared: left, top, right, bottom as shares of a side [N, 4]
     is_clear: np.ndarray  # whether it is a clear copy
     is_copy: np.ndarray  # whether any rule calls it one, in any descriptor
 
@@ -142,7 +144,7 @@ class Suspects:
         return np.unique(self.training[self.is_copy])
 
 
-def find_suspects(spaces: Sequence[DistanceSpace], n_judged: int) -> Suspects:
+def find_suspects(spaces: Sequence[Space], n_judged: int) -> Suspects:
     """In the descriptors of all spaces, among `n_judged` images of the model.
 
     A clear copy is so near to a training image, relative to held-out ones, that without copying one such
@@ -150,8 +152,11 @@ def find_suspects(spaces: Sequence[DistanceSpace], n_judged: int) -> Suspects:
     it, since it goes by how far below the line an image lies.
     """
     chances = find_chances(spaces)
-    strongest = chances.argmin(0)
-    is_clear = chances.min(0) * n_judged * len(spaces) < FALSE_POSITIVES
+    most = FALSE_POSITIVES / (n_judged * len(spaces))
+    is_clear = chances.min(0) < most
+    # a copy of a whole image is shown as one, however near its parts are
+    of_whole = np.where([[space.is_whole] for space in spaces], chances, 1.0)
+    strongest = np.where(of_whole.min(0) < most, of_whole.argmin(0), chances.argmin(0))
 
     def choose(by_space: list[np.ndarray]) -> np.ndarray:
         return np.array(by_space)[strongest, np.arange(len(strongest))]
@@ -164,6 +169,7 @@ def find_suspects(spaces: Sequence[DistanceSpace], n_judged: int) -> Suspects:
         choose([space.to_holdout[1] for space in spaces]),
         choose([space.to_train[0] for space in spaces]),
         choose([space.ratios for space in spaces]),
+        choose([space.regions for space in spaces]),
         is_clear,
         below | is_clear,
     )
@@ -213,10 +219,10 @@ def _find_nearest(queries: Versions, references: np.ndarray) -> np.ndarray:
     return take_first(*nearest_versions(queries, references, 1))[0]
 
 
-def _permute_hits(space: DistanceSpace) -> np.ndarray:
+def _permute_hits(space: Space) -> np.ndarray:
     """The copy rate less the swapped one, under each labelling: [1 + B]."""
-    found = zip(space.relabelled_ratios, _find_lines(space))
-    return np.array([(r < line).mean() - (1 / r < swapped).mean() for r, (line, swapped) in found])
+    found = zip(space.iterate_relabelled(), _find_lines(space))
+    return np.array([(r < line).mean() - (swapped < other).mean() for (r, swapped), (line, other) in found])
 
 
 def _permute_distances(space: DistanceSpace) -> np.ndarray:
@@ -224,11 +230,11 @@ def _permute_distances(space: DistanceSpace) -> np.ndarray:
     return np.array([np.clip(-np.log(r), -CLIP, CLIP).mean() for r in space.relabelled_ratios])
 
 
-def _find_lines(space: DistanceSpace) -> list[tuple[float, float]]:
+def _find_lines(space: Space) -> list[tuple[float, float]]:
     """The line, and that of swapped labels, under each labelling."""
     return space.remember(
         "lines",
         lambda: [
-            (line_ratio(held), line_ratio(1 / trained)) for held, trained in space.iterate_relabelled_real()
+            (line_ratio(held), line_ratio(trained)) for held, trained in space.iterate_relabelled_real()
         ],
     )

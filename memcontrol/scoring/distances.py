@@ -13,10 +13,11 @@ floor: Distances below it are one with it, so that r is defined where both are 0
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -25,16 +26,15 @@ from memcontrol.data.features import check_matrix, nearest, refuse_unlike_widths
 from memcontrol.scoring.labels import Labels, Neighbours, draw_labels
 
 Versions = tuple[np.ndarray, ...]  # [n, D] each
-_MOST_SWAPPED = 2048  # training images that are looked at as if they were held out
 _FEWEST_CALIBRATION = 8
-_FLOOR = 1e-3  # of the median distance between held-out images and their nearest training image
 
 
 @dataclass(frozen=True)
-class DistanceSpace:
-    """Images between which distances are measured, each set in its versions: `generated`, and the references
-    `train` and `holdout`, whose first version is what others are compared with; `calibration`, real images
-    of neither. `train_groups` [T] and `holdout_groups` [H] name who is in an image; None: each another."""
+class Space(ABC):
+    """Images that are compared under one descriptor, each set in its versions: `generated`, and the
+    references `train` and `holdout`, whose first version is what others are compared with; `calibration`,
+    real images of neither. `train_groups` [T] and `holdout_groups` [H] name who is in an image; None: each
+    another."""
 
     generated: Versions
     train: Versions
@@ -47,77 +47,58 @@ class DistanceSpace:
     known: dict[str, Any] = field(default_factory=dict, compare=False)
     # of the references, where several spaces have them in common
     drawn: Labels | None = field(default=None, compare=False)
+    is_whole: ClassVar[bool]  # whether whole images are compared
+    most_swapped: ClassVar[int] = 2048  # training images that are looked at as if they were held out
 
     def remember(self, name: str, make: Callable[[], Any]) -> Any:
         return remember_once(self.known, name, make)
 
-    @cached_property
+    @property
+    @abstractmethod
     def to_train(self) -> tuple[np.ndarray, np.ndarray]:
         """Each generated image's distance to its nearest training image, and which it is: [N], [N]."""
-        return take_first(*nearest_versions(self.generated, self.train[0], 1))
 
-    @cached_property
+    @property
+    @abstractmethod
     def to_holdout(self) -> tuple[np.ndarray, np.ndarray]:
         """The same for held-out images."""
-        return take_first(*nearest_versions(self.generated, self.holdout[0], 1))
 
     @property
+    @abstractmethod
     def ratios(self) -> np.ndarray:
         """r of the generated images [N]."""
-        return self.divide(self.to_train[0], self.to_holdout[0])
-
-    def divide(self, distances: np.ndarray, others: np.ndarray) -> np.ndarray:
-        return np.maximum(distances, self.floor) / np.maximum(others, self.floor)
 
     @property
-    def floor(self) -> float:
-        return self.remember("floor", self._find_floor)
-
-    def _find_floor(self) -> float:
-        """At least what float32 can tell apart, where most held-out images lie on training images."""
-        scale = float(np.abs(self.train[0]).max()) * np.sqrt(self.train[0].shape[1])
-        return max(_FLOOR * float(np.median(self.holdout_to_train)), 1e-6 * scale, 1e-12)
+    @abstractmethod
+    def swapped_ratios(self) -> np.ndarray:
+        """r of the generated images [N], as if train and held-out had changed places."""
 
     @property
-    def holdout_to_train(self) -> np.ndarray:
-        """[H]."""
-        return self.remember(
-            "held to train", lambda: take_first(*nearest_versions(self.holdout, self.train[0], 1))[0]
-        )
-
-    @property
+    @abstractmethod
     def real_ratios(self) -> np.ndarray:
         """r of real images: of the calibration's [C]; without them of the held-out ones, each without its own
         group as reference [H]."""
-        return self.remember("real ratios", self._measure_real_ratios)
-
-    def _measure_real_ratios(self) -> np.ndarray:
-        if self.calibration:
-            to_train, to_holdout = (
-                take_first(*nearest_versions(self.calibration, one[0], 1))[0]
-                for one in (self.train, self.holdout)
-            )
-            return self.divide(to_train, to_holdout)
-        groups = self.groups[1]
-        return self.divide(
-            self.holdout_to_train, distances_to_others(self.holdout, groups, self.holdout[0], groups)
-        )
 
     @property
+    @abstractmethod
     def swapped_real_ratios(self) -> np.ndarray:
-        """d_H / d_T of real images, as if train and held-out had changed places: of the calibration's, or of
-        training images, some MOST_SWAPPED at most."""
-        return self.remember("swapped real ratios", self._measure_swapped_real_ratios)
+        """r of real images, as if train and held-out had changed places: of the calibration's, or of training
+        images, as many as `most_swapped` at most."""
 
-    def _measure_swapped_real_ratios(self) -> np.ndarray:
-        if self.calibration:
-            return 1 / self.real_ratios
-        rows = self.orders[0][:_MOST_SWAPPED]
-        some = tuple(version[rows] for version in self.train)
-        to_holdout = take_first(*nearest_versions(some, self.holdout[0], 1))[0]
-        return self.divide(
-            to_holdout, distances_to_others(some, self.groups[0][rows], self.train[0], self.groups[0])
-        )
+    @property
+    @abstractmethod
+    def regions(self) -> np.ndarray:
+        """Where each generated image is compared: left, top, right and bottom as shares of a side [N, 4]."""
+
+    @abstractmethod
+    def iterate_relabelled(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """r and swapped r of the generated images [N] under each labelling of the pool, first the true
+        one."""
+
+    @abstractmethod
+    def iterate_relabelled_real(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Under each labelling, r of those real images that are held out, and swapped r of those that are
+        trained on: of the calibration's both times."""
 
     @property
     def groups(self) -> tuple[np.ndarray, np.ndarray]:
@@ -145,6 +126,10 @@ class DistanceSpace:
         """Canonical orders of the training and held-out rows."""
         return self.remember("orders", lambda: (order_rows(self.train[0]), order_rows(self.holdout[0])))
 
+    def choose_swapped(self) -> np.ndarray:
+        """Rows of the training images that are looked at as if they were held out."""
+        return self.orders[0][: self.most_swapped]
+
     @property
     def labels(self) -> Labels:
         """Which reference is a training image: as it is, and with labels permuted by group."""
@@ -159,26 +144,143 @@ class DistanceSpace:
             for train, held in zip(self.train, self.holdout)
         )
 
+
+class DistanceSpace(Space):
+    """Of whole images."""
+
+    is_whole = True
+    floor_share: ClassVar[float] = (
+        1e-3  # of the median distance between held-out images and their nearest training image
+    )
+
+    def find_nearest(
+        self, queries: Versions, references: np.ndarray, k: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The k nearest references of each query, each counted once: distances and rows, [N, k] both."""
+        return nearest_versions(queries, references, k)
+
+    @cached_property
+    def to_train(self) -> tuple[np.ndarray, np.ndarray]:
+        return take_first(*self.find_nearest(self.generated, self.train[0], 1))
+
+    @cached_property
+    def to_holdout(self) -> tuple[np.ndarray, np.ndarray]:
+        return take_first(*self.find_nearest(self.generated, self.holdout[0], 1))
+
+    @property
+    def ratios(self) -> np.ndarray:
+        return self.divide(self.to_train[0], self.to_holdout[0])
+
+    @property
+    def swapped_ratios(self) -> np.ndarray:
+        return 1 / self.ratios
+
+    @property
+    def regions(self) -> np.ndarray:
+        return np.tile([0.0, 0.0, 1.0, 1.0], (len(self.generated[0]), 1))
+
+    def divide(self, distances: np.ndarray, others: np.ndarray) -> np.ndarray:
+        return np.maximum(distances, self.floor) / np.maximum(others, self.floor)
+
+    @property
+    def floor(self) -> float:
+        return self.remember("floor", self._find_floor)
+
+    def _find_floor(self) -> float:
+        """At least what float32 can tell apart, where most held-out images lie on training images."""
+        scale = float(np.abs(self.train[0]).max()) * np.sqrt(self.train[0].shape[1])
+        return max(self.floor_share * float(np.median(self.holdout_to_train)), 1e-6 * scale, 1e-12)
+
+    @property
+    def holdout_to_train(self) -> np.ndarray:
+        """[H]."""
+        return self.remember(
+            "held to train", lambda: take_first(*self.find_nearest(self.holdout, self.train[0], 1))[0]
+        )
+
+    @property
+    def real_ratios(self) -> np.ndarray:
+        return self.remember("real ratios", self._measure_real_ratios)
+
+    def _measure_real_ratios(self) -> np.ndarray:
+        if self.calibration:
+            to_train, to_holdout = (
+                take_first(*self.find_nearest(self.calibration, one[0], 1))[0]
+                for one in (self.train, self.holdout)
+            )
+            return self.divide(to_train, to_holdout)
+        groups = self.groups[1]
+        return self.divide(
+            self.holdout_to_train, self._find_others(self.holdout, groups, self.holdout[0], groups)
+        )
+
+    @property
+    def swapped_real_ratios(self) -> np.ndarray:
+        return self.remember("swapped real ratios", self._measure_swapped_real_ratios)
+
+    def _measure_swapped_real_ratios(self) -> np.ndarray:
+        if self.calibration:
+            return 1 / self.real_ratios
+        rows = self.choose_swapped()
+        some = tuple(version[rows] for version in self.train)
+        to_holdout = take_first(*self.find_nearest(some, self.holdout[0], 1))[0]
+        return self.divide(
+            to_holdout, self._find_others(some, self.groups[0][rows], self.train[0], self.groups[0])
+        )
+
     @cached_property
     def relabelled_ratios(self) -> list[np.ndarray]:
         """r of the generated images [N] under each labelling of the pool, first the true one."""
-        found = Neighbours(*nearest_versions(self.generated, self.pool[0], self.labels.n_neighbours))
+        found = Neighbours(*self.find_nearest(self.generated, self.pool[0], self.labels.n_neighbours))
         return [self.divide(*found.split(sides)) for sides in self.labels.sides]
 
+    def iterate_relabelled(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for r in self.relabelled_ratios:
+            yield r, 1 / r
+
     def iterate_relabelled_real(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Under each labelling, r of those real images that are held out, and of those that are trained on:
-        of the calibration's both times."""
-        found = self.find_real_neighbours()
+        found = self._find_real_neighbours()
         for sides in self.labels.sides:
             r = self.divide(*found.split(sides))
-            yield (r, r) if self.calibration else (r[~sides], r[sides])
+            yield (r, 1 / r) if self.calibration else (r[~sides], 1 / r[sides])
 
-    def find_real_neighbours(self) -> Neighbours:
+    def _find_real_neighbours(self) -> Neighbours:
         """Of the calibration images; without them of the pooled ones, each without its own group."""
         pool, k, groups = self.pool, self.labels.n_neighbours, self.labels.groups
         if self.calibration:
-            return Neighbours(*nearest_versions(self.calibration, pool[0], k))
-        return Neighbours(*nearest_foreign(pool, groups, pool[0], groups, k))
+            return Neighbours(*self.find_nearest(self.calibration, pool[0], k))
+        return Neighbours(*self._find_foreign(pool, groups, pool[0], groups, k))
+
+    def _find_foreign(
+        self, queries: Versions, own: np.ndarray, references: np.ndarray, groups: np.ndarray, k: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The k nearest references [P, D] of other `groups` [P] than a query's `own` [N]: distances and rows,
+        [N, k] both, infinite and -1 where there are fewer."""
+        most = int(np.bincount(groups).max())  # that one query may have to pass over
+        distances, indices = self.find_nearest(queries, references, min(k + most, len(references)))
+        is_own = groups[indices] == own[:, None]
+        order = is_own.argsort(axis=1, kind="stable")[:, :k]  # others first, in their order
+        distances = np.where(is_own, np.inf, distances)
+        return np.take_along_axis(distances, order, 1), np.where(
+            np.take_along_axis(is_own, order, 1), -1, np.take_along_axis(indices, order, 1)
+        )
+
+    def _find_others(
+        self, queries: Versions, own: np.ndarray, references: np.ndarray, groups: np.ndarray
+    ) -> np.ndarray:
+        """Of each query, whose group is `own` [N], to the nearest reference of another of the `groups` [P]:
+        [N]. Raises MemControlError where there is one group alone."""
+        found = self._find_foreign(queries, own, references, groups, 1)[0][:, 0]
+        if np.isinf(found).any():
+            raise MemControlError(describe_lone_group(len(groups)))
+        return found
+
+
+def describe_lone_group(n: int) -> str:
+    return (
+        f"all {n} images of one side are of one group (a person, or twins of each other), so that none of "
+        "them has a reference; copying is judged against images of at least two groups"
+    )
 
 
 def make_space(
@@ -275,35 +377,3 @@ def _find_again(indices: np.ndarray) -> np.ndarray:
     again = np.zeros(indices.shape, bool)
     np.put_along_axis(again, order[:, 1:], rising[:, 1:] == rising[:, :-1], 1)
     return again
-
-
-def nearest_foreign(
-    queries: Versions, own: np.ndarray, references: np.ndarray, groups: np.ndarray, k: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """The k nearest references [P, D] of other `groups` [P] than a query's `own` [N]: distances and rows, [N,
-    k] both, infinite and -1 where there are fewer."""
-    most = int(np.bincount(groups).max())  # that one query may have to pass over
-    distances, indices = nearest_versions(queries, references, min(k + most, len(references)))
-    is_own = groups[indices] == own[:, None]
-    order = is_own.argsort(axis=1, kind="stable")[:, :k]  # others first, in their order
-    distances = np.where(is_own, np.inf, distances)
-    return np.take_along_axis(distances, order, 1), np.where(
-        np.take_along_axis(is_own, order, 1), -1, np.take_along_axis(indices, order, 1)
-    )
-
-
-def distances_to_others(
-    queries: Versions,
-    own: np.ndarray,
-    references: np.ndarray,
-    groups: np.ndarray,
-) -> np.ndarray:
-    """Of each query, whose group is `own` [N], to the nearest reference of another of the `groups` [P]: [N].
-    Raises MemControlError where there is one group alone."""
-    found = nearest_foreign(queries, own, references, groups, 1)[0][:, 0]
-    if np.isinf(found).any():
-        raise MemControlError(
-            f"all {len(groups)} images of one side are of one group (a person, or twins of each other), so "
-            "that none of them has a reference; copying is judged against images of at least two groups"
-        )
-    return found

@@ -1,8 +1,9 @@
-"""Owns the evidence of a trial: its images, and the references, under both descriptors."""
+"""Owns the evidence of a trial: its images, and the references, under every descriptor."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -10,17 +11,31 @@ import numpy as np
 
 from memcontrol.data.features import unit_rows
 from memcontrol.scoring.copying import Suspects, find_suspects
-from memcontrol.scoring.distances import DistanceSpace, Versions, remember_once
+from memcontrol.scoring.distances import DistanceSpace, Space, Versions, remember_once
 from memcontrol.scoring.labels import N_PERMUTATIONS, Labels
+from memcontrol.scoring.local import LocalSpace, average_cells
+from memcontrol.scoring.moved import MovedSpace
 from memcontrol.scoring.quality import Gaussian, fit_gaussian
 
-DESCRIPTORS = ("pixels", "features")
+COPY_RATES = {  # by descriptor
+    "pixels": "copy_rate",
+    "features": "copy_rate_features",
+    "moved": "copy_rate_moved",
+    "local": "local_copy_rate",
+}
+DESCRIPTORS = tuple(COPY_RATES)
+WHOLE = DESCRIPTORS[:2]  # which memorization distances are of
+
+
+def make_known() -> dict[str, dict]:
+    """Room for what is found out about references whatever is generated, by descriptor."""
+    return defaultdict(dict)
 
 
 @dataclass(frozen=True)
 class Descriptors:
-    """One set of images under the two descriptors: pixels [N, 3072], 32 x 32 in 0..1, and extractor features
-    [N, D]."""
+    """What descriptors are made of, for one set of images: pixels [N, 3072], 32 x 32 in 0..1, and extractor
+    features [N, D]."""
 
     pixels: np.ndarray
     features: np.ndarray
@@ -60,19 +75,19 @@ class Evidence:
     # a CLIP model's embeddings of images and captions, [N, D] each
     clip: tuple[np.ndarray, np.ndarray] | None = None
     # of each space, what depends on references alone
-    known: dict[str, dict] = field(default_factory=lambda: {"pixels": {}, "features": {}}, compare=False)
+    known: dict[str, dict] = field(default_factory=make_known, compare=False)
     cache: dict = field(default_factory=dict, compare=False)
 
     @property
-    def spaces(self) -> list[DistanceSpace]:
+    def spaces(self) -> list[Space]:
         """Of all descriptors."""
         return [self.space(name) for name in DESCRIPTORS]
 
-    def space(self, name: str) -> DistanceSpace:
+    def space(self, name: str) -> Space:
         if name not in self.cache:
-            project = _project_pixels if name == "pixels" else _project_features
+            kind, project = _KINDS[name]
             generated, train, holdout, calibration = project(self)
-            self.cache[name] = DistanceSpace(
+            self.cache[name] = kind(
                 generated,
                 train,
                 holdout,
@@ -84,6 +99,12 @@ class Evidence:
                 self.labels,
             )
         return self.cache[name]
+
+    def whole_space(self, name: str) -> DistanceSpace:
+        """Of whole images: any but `local`."""
+        space = self.space(name)
+        assert isinstance(space, DistanceSpace), f"{name} compares parts"
+        return space
 
     @property
     def suspects(self) -> Suspects:
@@ -124,6 +145,27 @@ def _project_features(evidence: Evidence) -> list[Versions]:
     train, held = remember_once(known, "on the sphere", project)
     third = (unit_rows(evidence.calibration.features - centre),) if evidence.calibration else ()
     return [(unit_rows(evidence.generated.features - centre),), train, held, third]
+
+
+def _project_once(
+    evidence: Evidence, name: str, project: Callable[[np.ndarray], np.ndarray]
+) -> list[Versions]:
+    """What is made of the pixels alone, that of references once."""
+
+    def project_references() -> list[Versions]:
+        third = (evidence.calibration,) if evidence.calibration else ()
+        return [(project(one.pixels),) for one in (evidence.train, evidence.holdout, *third)]
+
+    references = remember_once(evidence.known[name], "references", project_references)
+    return [(project(evidence.generated.pixels),), *references, ()][:4]
+
+
+_KINDS: dict[str, tuple[type[Space], Callable[[Evidence], list[Versions]]]] = {
+    "pixels": (DistanceSpace, _project_pixels),
+    "features": (DistanceSpace, _project_features),
+    "moved": (MovedSpace, lambda evidence: _project_once(evidence, "moved", lambda pixels: pixels)),
+    "local": (LocalSpace, lambda evidence: _project_once(evidence, "local", average_cells)),
+}
 
 
 def describe_broken_images(pixels: np.ndarray) -> str:

@@ -20,7 +20,7 @@ from memcontrol.scoring.copying import (
     measure_swapped_rate,
 )
 from memcontrol.scoring.distances import DistanceSpace, remember_once
-from memcontrol.scoring.evidence import Descriptors, Evidence
+from memcontrol.scoring.evidence import COPY_RATES, WHOLE, Descriptors, Evidence
 from memcontrol.scoring.published import authpct, carlini_rate, extraction, mq, tile_distances
 from memcontrol.scoring.quality import clip_score, fd_pca, fid, kid, mifid, prdc
 
@@ -70,7 +70,7 @@ def _measure_text_fit(evidence: Evidence) -> Measured:
 
 @_register_measure
 def measure_memorization_distance(evidence: Evidence) -> Measured:
-    pixels, features = (measure_memorization(space) for space in evidence.spaces)
+    pixels, features = (measure_memorization(evidence.whole_space(name)) for name in WHOLE)
     return {
         "memorization_pixels": pixels,
         "memorization_features": features,
@@ -88,14 +88,12 @@ def find_worst(*distances: Estimate) -> Estimate:
 
 @_register_measure
 def measure_copies(evidence: Evidence) -> Measured:
-    pixels, features = evidence.spaces
+    rates: Measured = {}
+    for name, space in zip(COPY_RATES.values(), evidence.spaces):
+        rates[name] = measure_copy_rate(space)
+        rates[f"{name}_swapped"] = measure_swapped_rate(space)
+    pixels = evidence.space("pixels")
     n_real = len(pixels.real_ratios)
-    rates: Measured = {
-        "copy_rate": measure_copy_rate(pixels),
-        "copy_rate_swapped": measure_swapped_rate(pixels),
-        "copy_rate_features": measure_copy_rate(features),
-        "copy_rate_features_swapped": measure_swapped_rate(features),
-    }
     return rates | {
         "copying": combine_copy_rates(rates),
         "clear_copy_rate": estimate_share(evidence.suspects.is_clear),
@@ -108,8 +106,7 @@ def measure_copies(evidence: Evidence) -> Measured:
 
 def combine_copy_rates(rates: Measured) -> Estimate:
     """The reward `copying`, from the copy rates of all descriptors."""
-    names = ("copy_rate", "copy_rate_features")
-    pairs = ((rates[name], rates[f"{name}_swapped"]) for name in names)
+    pairs = ((rates[name], rates[f"{name}_swapped"]) for name in COPY_RATES.values())
     return combine_rates([(rate, swapped) for rate, swapped in pairs if isinstance(rate, Estimate)])
 
 
@@ -138,7 +135,7 @@ def _measure_published(evidence: Evidence) -> Measured:
 @_register_measure
 def _measure_nearest_distances(evidence: Evidence) -> Measured:
     """Average minimum pixel distances, for the eye only: no objective, since noise has the largest."""
-    space = evidence.space("pixels")
+    space = evidence.whole_space("pixels")
     return {
         "amd_train": float(space.to_train[0].mean()),
         "amd_holdout": float(space.to_holdout[0].mean()),

@@ -8,7 +8,7 @@ from statistics import mean
 import numpy as np
 
 from memcontrol.core.estimate import Estimate, Measured, pool_estimates
-from memcontrol.scoring.evidence import DESCRIPTORS, Evidence
+from memcontrol.scoring.evidence import WHOLE, Evidence
 from memcontrol.scoring.measures import MEASURES, combine_copy_rates, find_worst
 from memcontrol.scoring.own_rewards import compute_own_reward
 
@@ -48,7 +48,7 @@ def pool_scores(draws: Sequence[Measured]) -> Measured:
     pooled = {name: _pool_reward([draw[name] for draw in draws]) for name in draws[0]}
     # of the same held-out images each time: no draw adds to it
     pooled["authpct_holdout"] = draws[0]["authpct_holdout"]
-    distances = (_require_estimate(pooled, f"memorization_{space}") for space in DESCRIPTORS)
+    distances = (_require_estimate(pooled, f"memorization_{space}") for space in WHOLE)
     return pooled | {"copying": combine_copy_rates(pooled), "memorization": find_worst(*distances)}
 
 

@@ -33,7 +33,7 @@ from memcontrol.model.encoded import Encoded, load_encoded
 from memcontrol.model.precision import choose_precision
 from memcontrol.model.sharding import Meeting, Ranks, leave_ranks
 from memcontrol.model.source import import_libraries
-from memcontrol.scoring.evidence import Descriptors
+from memcontrol.scoring.evidence import Descriptors, make_known
 from memcontrol.scoring.extractors import Extractor, load_clip, load_extractor
 from memcontrol.training.optimizers import MOMENT_BYTES
 from memcontrol.training.probe import N_PROBE_IMAGES as N_PROBED
@@ -166,9 +166,7 @@ class LoadedModels:
     def known(self, spec: Spec) -> dict[str, dict]:
         """What is found out about a study's training and reference images whatever is generated, by space."""
         digests = (self.train_images(spec).digest, self.parts(spec)[spec.reference].digest)
-        return self.once(
-            ("known", *digests, spec.config.rewards.extractor), lambda: {"pixels": {}, "features": {}}
-        )
+        return self.once(("known", *digests, spec.config.rewards.extractor), make_known)
 
     def team(self, folder: Path, spec: Spec, rung: float | None = None) -> ProcessGroup:
         """This process and its helpers, which are told to train their shards of the trial."""

@@ -26,7 +26,8 @@ class Strip:
     """The most suspicious images of a run, most suspicious first, each uint8 [N, 3, H, W]: `generated`, the
     `training` and `held_out` images nearest to them in the descriptor in which they are most suspicious;
     `distances` to the training ones [N], their share of the distance to the held-out ones [N], and whether a
-    rule calls them copies [N]."""
+    rule calls them copies [N]; `regions` [N, 4], what of the generated and the training one is compared:
+    left, top, right and bottom as shares of a side."""
 
     title: str
     generated: np.ndarray
@@ -35,6 +36,7 @@ class Strip:
     distances: np.ndarray
     shares: np.ndarray
     copies: np.ndarray
+    regions: np.ndarray
 
     @property
     def rows(self) -> dict[str, np.ndarray]:
@@ -60,6 +62,7 @@ def make_strip(
         found.distances[rows],
         found.ratios[rows],
         found.is_copy[rows],
+        found.regions[rows],
     )
 
 
@@ -105,6 +108,10 @@ def draw_pairs(strips: Sequence[Strip]) -> Image.Image:
                 sheet.paste(_make_tile(image, side), (_TITLE_WIDTH + column * (side + _GAP), row))
         for copy in np.flatnonzero(strip.copies).tolist():
             _draw_frame(draw, _TITLE_WIDTH + copy * (side + _GAP), top + _LINE, side)
+        for column, region in enumerate(strip.regions):
+            for row in range(2):
+                corner = _TITLE_WIDTH + column * (side + _GAP), top + _LINE + row * (side + _GAP)
+                _draw_region(draw, corner, side, region)
         for column, (distance, share) in enumerate(zip(strip.distances, strip.shares)):
             draw.text(
                 (_TITLE_WIDTH + column * (side + _GAP), top + below),
@@ -119,6 +126,13 @@ def _draw_frame(draw: ImageDraw.ImageDraw, left: int, top: int, side: int) -> No
     """Around what a rule calls a copy, and what it is a copy of."""
     bottom = top + 2 * side + _GAP
     draw.rectangle((left - 3, top - 3, left + side + 2, bottom + 2), outline="crimson", width=2)
+
+
+def _draw_region(draw: ImageDraw.ImageDraw, corner: tuple[int, int], side: int, region: np.ndarray) -> None:
+    """Around the part that is compared, where it is not the whole image."""
+    if (region[2:] - region[:2]).min() < 1:
+        left, top, right, bottom = np.tile(corner, 2) + (region * side).round().astype(int)
+        draw.rectangle((left, top, right - 1, bottom - 1), outline="gold")
 
 
 def _choose_side(images: np.ndarray) -> int:

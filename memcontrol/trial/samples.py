@@ -193,7 +193,7 @@ def score_samples(
     if "extraction" in samples:
         held = loaded.parts(spec)[spec.reference]
         pairs = held.take(range(len(held))[:N_PAIRED]).pixels()
-        attack = measure_extraction(samples["extraction"], pairs, evidence.space("pixels"))
+        attack = measure_extraction(samples["extraction"], pairs, evidence.whole_space("pixels"))
     return score_evidence(evidence, spec.config.rewards.functions) | attack
 
 

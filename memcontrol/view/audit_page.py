@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
@@ -13,16 +13,21 @@ from PIL import Image
 from memcontrol.core.files import replace_file, write_json
 from memcontrol.core.reward_table import REWARDS, format_reward
 from memcontrol.view.html import make_data_uri, read_asset, render_code, render_document, render_list
-from memcontrol.view.words import describe_copied
+from memcontrol.view.words import DESCRIPTOR_WORDS, describe_copied
 
 N_SHOWN = 24
 SHOWN_SIDE = 128  # pixels of an image at the most
+_YELLOW = np.array([255, 208, 0], np.uint8)[:, None, None]
 _AUDIT_REWARDS = (
     "clear_copy_rate",
     "copy_rate",
     "copy_rate_swapped",
     "copy_rate_features",
     "copy_rate_features_swapped",
+    "copy_rate_moved",
+    "copy_rate_moved_swapped",
+    "local_copy_rate",
+    "local_copy_rate_swapped",
     "memorization_pixels",
     "memorization_features",
     "amd_train",
@@ -60,12 +65,27 @@ def write_audit(found: dict, pairs: Iterable[tuple[np.ndarray, np.ndarray]], out
 def _render_pair(one: dict, generated: np.ndarray, training: np.ndarray) -> str:
     mark = "copy" if one["copy"] else "like"
     images = "".join(
-        f'<img src="{_encode_png(image)}" alt="{kind}">'
+        f'<img src="{_encode_png(frame_region(image, one["region"]))}" alt="{kind}">'
         for kind, image in (("generated", generated), ("training", training))
     )
     names = f"{escape(one['generated'])}<br>{escape(one['training'])}"
-    distance = f"in {one['descriptor']}: distance {one['distance']:.2f}, {one['of_holdout']:.2f} of held out"
+    where = DESCRIPTOR_WORDS[one["descriptor"]]
+    distance = f"{where}: distance {one['distance']:.2f}, {one['of_holdout']:.2f} of held out"
     return f'<figure class="{mark}">{images}<figcaption>{names}<br>{escape(distance)}</figcaption></figure>'
+
+
+def frame_region(image: np.ndarray, region: Sequence[float]) -> np.ndarray:
+    """The image, uint8 [3, H, W], with a frame around its region (left, top, right, bottom as shares of a
+    side), unless that is all of it."""
+    if list(region) == [0, 0, 1, 1]:
+        return image
+    height, width = image.shape[1:]
+    left, top, right, bottom = (round(share * side) for share, side in zip(region, (width, height) * 2))
+    framed, thick = image.copy(), max(1, round(height / 64))
+    framed[:, top:bottom, left:right] = _YELLOW
+    inner = slice(top + thick, bottom - thick), slice(left + thick, right - thick)
+    framed[:, *inner] = image[:, *inner]
+    return framed
 
 
 def _encode_png(image: np.ndarray) -> str:
@@ -83,8 +103,8 @@ def _render_audit(found: dict, cards: str) -> str:
         *([f"<p>Warning: {escape(doubt)}.</p>"] if (doubt := found.get("extractor_doubt")) else []),
         f"<h2>Rewards</h2>{_render_rewards(found['rewards'])}",
         "<h2>Most suspicious images beside their nearest training images</h2>",
-        "<p>Framed in red: below the line of copies in pixels or in features, where chance puts some too, "
-        "or a clear copy.</p>"
+        "<p>Framed in red: below the line of copies in any descriptor, where chance puts some too, or a "
+        "clear copy. Framed in yellow: the part that is compared, where that is not the whole image.</p>"
         f'<div class="pairs">{cards}</div>',
         f"<h2>Training images that are nearly the same</h2>{_render_duplicates(found['duplicates'])}",
         *_render_dropped(found.get("dropped", [])),

