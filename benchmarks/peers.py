@@ -186,7 +186,7 @@ def make_task(spec, loaded, device: str):
     from memcontrol.core.seeds import derive_seed
     from memcontrol.model.source import find_base_path
     from memcontrol.training.loop import learning_rate_factor, select_batch_rows
-    from memcontrol.trial.run import inject_choice
+    from memcontrol.trial.tuned import inject_choice
 
     inner, base, images = spec.config.inner, loaded.base(spec.config), loaded.train_images(spec)
     adapter = inject_choice(base.denoiser, spec)

@@ -71,8 +71,8 @@ def figures(run: Path, loaded, steps: int, ddim: bool) -> dict[str, float]:
 
     from memcontrol.core.estimate import Rewards
     from memcontrol.core.spec import read_spec
-    from memcontrol.trial.run import inject_choice
     from memcontrol.trial.samples import gather_evidence, sample_images, score_samples
+    from memcontrol.trial.tuned import inject_choice
 
     spec = read_spec(run)
     spec = replace(spec, config=spec.config.replaced({"rewards.sampling_steps": steps}))

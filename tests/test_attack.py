@@ -1,4 +1,4 @@
-"""What an audit tells of a model that it can open: the same weights, however they are given, are told alike."""
+"""What an audit tells of a model that it can open: the same weights are told alike in whatever form."""
 
 import json
 

@@ -22,7 +22,7 @@ from memcontrol.core.run_folder import RunFolder
 from memcontrol.core.space_yaml import parse_space
 from memcontrol.core.spec import Spec, read_spec
 from memcontrol.model.source import find_base_path, open_pipeline
-from memcontrol.trial.run import inject_choice
+from memcontrol.trial.tuned import inject_choice
 
 PLAIN_DIFFUSERS = """
 import sys, json

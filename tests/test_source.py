@@ -29,7 +29,7 @@ from memcontrol.model.source import TINY, find_source, make_empty_denoiser, open
 from memcontrol.model.variants import choose_variant, find_variants
 from memcontrol.trial.loaded import LoadedModels
 from memcontrol.trial.prepare import prepare_study
-from memcontrol.trial.run import inject_choice
+from memcontrol.trial.tuned import inject_choice
 
 COMMITS = ("1" * 40, "2" * 40)
 PARTS = ("unet", "vae", "text_encoder")

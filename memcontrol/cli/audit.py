@@ -123,7 +123,7 @@ def _add_sampling(audit: argparse.ArgumentParser) -> None:
 
 def _run_audit(args: argparse.Namespace) -> int:
     from memcontrol.commands.attack import SAMPLING
-    from memcontrol.commands.audit import AuditSource, audit_source, read_pairs
+    from memcontrol.commands.audit import AuditSource, audit_source
     from memcontrol.view.audit_page import write_audit
     from memcontrol.view.live import Steps, shorten_path
 
@@ -147,8 +147,9 @@ def _run_audit(args: argparse.Namespace) -> int:
             args.lora,
             args.strength,
         )
-        found, generated, train = audit_source(source, args.extractor, steps.show, steps.warn)
-        write_audit(found, read_pairs(found, generated, train), args.out)
+        audited = audit_source(source, args.extractor, steps.show, steps.warn)
+        found = audited.found
+        write_audit(found, audited.read_copies(), args.out)
     if args.json:
         print_json(found)
     (sys.stderr if args.json else sys.stdout).write(

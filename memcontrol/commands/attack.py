@@ -3,9 +3,8 @@ it and its base tells of its training images."""
 
 from __future__ import annotations
 
-import contextlib
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,6 @@ from memcontrol.commands.judge import ShowProgress
 from memcontrol.core.config import parse_base
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.estimate import Measured
-from memcontrol.core.run_folder import RunFolder
 from memcontrol.core.seeds import derive_seed
 from memcontrol.core.spec import Spec
 from memcontrol.data.images import Images
@@ -25,7 +23,9 @@ from memcontrol.data.pictures import Pictures, wrap_samples
 from memcontrol.model.base import Base, load_base
 from memcontrol.model.saved_adapter import find_adapter_file, fuse_file, list_left_out
 from memcontrol.training.losses import MOST_IMAGES, AttackSize
+from memcontrol.training.maps import compare_predictions, predict_shifted
 from memcontrol.trial.loaded import LoadedModels, tell_nobody
+from memcontrol.trial.maps import map_images, shrink_maps
 from memcontrol.trial.membership import (
     Attack,
     make_attack,
@@ -34,7 +34,7 @@ from memcontrol.trial.membership import (
     plan_attack,
     size_attack,
 )
-from memcontrol.trial.run import inject_choice
+from memcontrol.trial.tuned import hold_run
 
 _N_ATTACK = 10  # images of each attacked caption
 # of an audited pipeline
@@ -106,7 +106,7 @@ def attack_run(run: Path, spec: Spec, loaded: LoadedModels) -> Measured:
     all_that_is_used = AttackSize(min(len(train), MOST_IMAGES), min(len(held), MOST_IMAGES))
     attack = plan_attack(spec, loaded) or size_attack(spec, loaded, all_that_is_used, tell_nobody)
     before = measure_untrained(spec, loaded, attack)
-    with _put_run_on(run, spec, loaded):
+    with hold_run(run, spec, loaded):
         return measure_model(spec, loaded, attack, before)
 
 
@@ -118,21 +118,31 @@ def attack_run_elsewhere(
     with tempfile.TemporaryDirectory() as cache:
         attack = make_attack(base, *images(side), Path(cache), seed, partial(progress, "encoding"))
         before = attack.measure(base, partial(progress, "losses of the base"))
-        with _put_run_on(run, spec, loaded):
+        with hold_run(run, spec, loaded):
             return attack.judge(before, attack.measure(base, partial(progress, "losses of the model")))
 
 
-@contextlib.contextmanager
-def _put_run_on(run: Path, spec: Spec, loaded: LoadedModels) -> Iterator[None]:
-    """What the run has learned, in its base. Raises MemControlError where it was dropped."""
-    RunFolder(run).refuse_dropped(RunFolder(run).adapter_file)
-    adapter = inject_choice(loaded.base(spec.config).denoiser, spec)
-    try:
-        adapter.load(run)
-        with adapter.fold():
-            yield
-    finally:
-        adapter.remove()
+def map_run(run: Path, spec: Spec, loaded: LoadedModels, images: Images, rows: Sequence[int]) -> np.ndarray:
+    """Where a run's model and its base differ on some of the images: [n, H, W]."""
+    chosen = images.take(rows)
+    text = loaded.base(spec.config).encode_captions(chosen.captions)
+    return map_images(run, spec, loaded, chosen, text)
+
+
+def map_model(
+    files: ModelFiles, images_at: Callable[[int], Images], seed: int, rows: Sequence[int]
+) -> np.ndarray:
+    """Where a pipeline, or a LoRA, and its base differ on some of the images: [n, H, W]."""
+    base = load_base(parse_base(files.base or files.model, "--base"))
+    images = images_at(base.resolution).take(rows)
+    pixels, captions = images.pixels(), images.captions
+    before = predict_shifted(base, pixels, base.encode_captions(captions), seed)
+    if files.lora:
+        _put_on(base, files.lora, files.strength, lambda line: None)
+    else:
+        base = load_base(parse_base(files.model, "--model"))
+    after = predict_shifted(base, pixels, base.encode_captions(captions), seed)
+    return shrink_maps(compare_predictions(base, before, after, images.resolution))
 
 
 def sample_model(

@@ -17,6 +17,8 @@ from memcontrol.commands.attack import (
     ModelFiles,
     attack_run,
     attack_run_elsewhere,
+    map_model,
+    map_run,
     open_model,
     sample_model,
 )
@@ -38,12 +40,15 @@ from memcontrol.data.pictures import (
     share_greys,
     wrap_samples,
 )
+from memcontrol.training.maps import frame_regions
 from memcontrol.trial.loaded import LoadedModels
+from memcontrol.trial.pictures import tint_images
 from memcontrol.trial.samples import read_samples
 from memcontrol.view.audit_page import N_SHOWN, SHOWN_SIDE
 from memcontrol.view.words import describe_membership
 
 _FEWEST_GROUPS = 8  # of one part, below which no p can be small
+_N_MAPPED = 12  # of the copies that are shown
 _TWIN_RULES = ("refuse", "drop", "keep")
 
 
@@ -97,7 +102,7 @@ def audit(
         Path(lora) if lora else None,
         strength,
     )
-    return audit_source(source, extractor, lambda title, done, total: None, lambda line: None)[0]
+    return audit_source(source, extractor, lambda title, done, total: None, lambda line: None).found
 
 
 @dataclass(frozen=True)
@@ -189,20 +194,48 @@ class AuditSource:
             raise MemControlError(f"--strength is {self.strength:g}; allowed: 0 to 2")
 
 
+MapRows = Callable[[Sequence[int]], np.ndarray]  # of training images, to [n, H, W]
+
+
 @dataclass(frozen=True)
 class _Comparison:
     """By fit, the generated, training, held-out and, where there are any, calibration images; what an
-    extraction attack sampled, uint8 [P, m, 3, H, W]; and what an attacker tells by the model itself."""
+    extraction attack sampled, uint8 [P, m, 3, H, W]; and what the model itself tells."""
 
     sets: dict[Fit, tuple[Pictures, Pictures, Pictures, Pictures | None]]
     attack: np.ndarray | None
     told: Measured
+    map_rows: MapRows | None = None  # where the model and its base differ, where that is known
+
+
+@dataclass(frozen=True)
+class Audited:
+    """What audit.json holds, the generated and training images that it tells of, and maps [n, H, W] of where
+    the model and its base differ, on the training images of the first copies."""
+
+    found: dict[str, Any]
+    generated: Pictures
+    train: Pictures
+    maps: np.ndarray
+
+    def read_copies(self) -> Iterator[list[np.ndarray]]:
+        """Of the first copies the generated image, its nearest training image and, where there is a map, that
+        one tinted by it: uint8 [3, H, W] each."""
+        rows = [one["rows"] for one in self.found["copies"][:N_SHOWN]]
+        sides = (min(pictures.side, SHOWN_SIDE) for pictures in (self.generated, self.train))
+        made, known = (
+            pictures.read_small([pair[i] for pair in rows], side)
+            for i, (pictures, side) in enumerate(zip((self.generated, self.train), sides))
+        )
+        tinted = tint_images(known[: len(self.maps)], self.maps) if len(self.maps) else known[:0]
+        for i, pair in enumerate(zip(made, known)):
+            yield [*pair, *tinted[i : i + 1]]
 
 
 def audit_source(
     source: AuditSource, extractor: str, progress: ShowProgress, warn: Callable[[str], None]
-) -> tuple[dict, Pictures, Pictures]:
-    """The audit, and the generated and training images that it tells of. Raises MemControlError."""
+) -> Audited:
+    """Raises MemControlError."""
     source.check()
     seen = _read_references(source, progress, warn)
     if source.run:
@@ -222,6 +255,11 @@ def audit_source(
     fit = max(judged, key=lambda fit: _rank_copying(judged[fit]["rewards"]))
     generated, train, *_ = compared.sets[fit]
     dropped = list(seen["holdout"].dropped) if "holdout" in seen else []
+    copies, maps = judged[fit]["copies"], np.empty((0, 1, 1), np.float32)
+    if compared.map_rows and copies:
+        maps = compared.map_rows([one["rows"][1] for one in copies[:_N_MAPPED]])
+        for one, box in zip(copies, frame_regions(maps)):
+            one["unlike_base"] = box
     rewards = judged[fit]["rewards"] | Rewards.from_estimates(compared.told).to_plain()
     found = {
         **judged[fit],
@@ -230,7 +268,8 @@ def audit_source(
         "extractor_reason": network.reason,
         "extractor_doubt": network.doubt,
     }
-    return {**found, "fit": fit, "fits": list(judged), "dropped": dropped}, generated, train
+    found |= {"fit": fit, "fits": list(judged), "dropped": dropped}
+    return Audited(found, generated, train, maps)
 
 
 def _compare_run(
@@ -254,15 +293,18 @@ def _compare_run(
         _refuse_same_images(own["train"], own["holdout"])
     sets = (wrap_samples(samples["images"]), own["train"], own["holdout"], own.get(CALIBRATION))
     told: Measured = {}
+    map_rows: MapRows | None = None
     try:
         if not seen:
             told = attack_run(run, spec, loaded)
+            map_rows = partial(map_run, run, spec, loaded, known)
         elif {"train", "holdout"} <= seen.keys():
             pair = partial(_make_pair, source, seen)
             told = attack_run_elsewhere(run, spec, loaded, pair, SAMPLING["seed"], progress)
+            map_rows = partial(map_run, run, spec, loaded, pair(known.resolution)[0])
     except MemControlError as error:
         warn(f"what an attacker could tell is not measured: {error}")
-    return _Comparison({spec.config.data.fit: sets}, samples.get("extraction"), told)
+    return _Comparison({spec.config.data.fit: sets}, samples.get("extraction"), told, map_rows)
 
 
 def _compare_folders(
@@ -274,6 +316,7 @@ def _compare_folders(
     """A folder's images, or a pipeline's samples, beside the references that are given, under each fit."""
     attack: np.ndarray | None = None
     told: Measured = {}
+    map_rows: MapRows | None = None
     if source.images:
         tell = partial(progress, "reading generated images")
         folder = read_folder("generated", source.images, source.reading, warn, tell)
@@ -283,8 +326,11 @@ def _compare_folders(
         captions = sorted({record.caption for record in seen["train"].look.records} - {""})
         sampling = {**SAMPLING, **source.sampling}
         files = ModelFiles(str(source.model), source.base, source.lora, source.strength)
-        opened = open_model(files, partial(_make_pair, source, seen), sampling["seed"], progress, warn)
+        pair = partial(_make_pair, source, seen)
+        opened = open_model(files, pair, sampling["seed"], progress, warn)
         told = opened.told
+        if told:
+            map_rows = partial(map_model, files, lambda side: pair(side)[0], sampling["seed"])
         sampled, attack = sample_model(opened.base, captions, **sampling, progress=progress)
         fits = choose_fits(None, seen["train"], source.fit)
         shown = [sampled for _ in fits]
@@ -298,7 +344,7 @@ def _compare_folders(
         )
         for fit, one in zip(fits, shown)
     }
-    return _Comparison(sets, attack, told)
+    return _Comparison(sets, attack, told, map_rows)
 
 
 def _make_pair(source: AuditSource, seen: Mapping[str, FolderImages], side: int) -> tuple[Images, Images]:
@@ -343,16 +389,6 @@ def _warn_of_few_groups(pictures: Sequence[Pictures], rule: str | None, warn: Ca
         n = len(set(one.groups))
         if n < _FEWEST_GROUPS:
             warn(f"{one.title}: images of {n} groups alone; with so few no p can be small, whatever shows")
-
-
-def read_pairs(found: dict, generated: Pictures, train: Pictures) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The generated image and its nearest training image, uint8 [3, H, W], of the first copies of an
-    audit."""
-    rows = [one["rows"] for one in found["copies"][:N_SHOWN]]
-    return zip(
-        generated.read_small([row for row, _ in rows], min(generated.side, SHOWN_SIDE)),
-        train.read_small([row for _, row in rows], min(train.side, SHOWN_SIDE)),
-    )
 
 
 def _refuse_same_images(one: Pictures, other: Pictures) -> None:

@@ -12,6 +12,7 @@ from memcontrol.core.seeds import derive_seed
 from memcontrol.core.spec import read_spec
 from memcontrol.study.store import refuse_incomparable
 from memcontrol.trial.loaded import LoadedModels
+from memcontrol.trial.maps import read_maps
 from memcontrol.trial.pictures import Strip, make_strip
 from memcontrol.trial.samples import gather_evidence, read_estimates, read_samples
 
@@ -26,7 +27,8 @@ def load_nearest_pairs(run: Path, title: str, loaded: LoadedModels) -> Strip:
     """What a run folder's images come nearest to. Raises MemControlError where they were dropped."""
     RunFolder(run).refuse_dropped(RunFolder(run).samples_file)
     spec, samples = read_spec(run), read_samples(run)
-    return make_strip(title, samples, gather_evidence(samples, spec, loaded), spec, loaded)
+    evidence, maps = gather_evidence(samples, spec, loaded), read_maps(RunFolder(run))
+    return make_strip(title, samples, evidence, spec, loaded, maps)
 
 
 def measure_differences(a: Path, b: Path) -> dict[str, Estimate]:

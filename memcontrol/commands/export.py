@@ -21,7 +21,7 @@ from memcontrol.model.peft_parts import Peft
 from memcontrol.model.saved_adapter import LORA_FILE, is_own_file
 from memcontrol.model.source import Source, find_base_path, find_source
 from memcontrol.trial.loaded import derive_scratch_seed
-from memcontrol.trial.run import inject_choice
+from memcontrol.trial.tuned import inject_choice
 from memcontrol.view.model_card import write_card
 
 _FORMATS = ("adapter", "pipeline", "denoiser")

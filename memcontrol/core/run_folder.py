@@ -79,6 +79,11 @@ class RunFolder:
         return self.path / "pairs.png"
 
     @property
+    def maps_file(self) -> Path:
+        """Where the model differs from its base on the training images of the pairs picture."""
+        return self.path / "maps.npz"
+
+    @property
     def dropped_file(self) -> Path:
         """Which files were dropped since other trials beat this one, written before they were."""
         return self.path / "dropped.json"

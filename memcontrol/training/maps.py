@@ -82,3 +82,17 @@ def find_regions(maps: np.ndarray) -> np.ndarray:
     """Of maps [N, H, W], each one's region above half of its range: [N, H, W]."""
     low, high = (edge(maps, axis=(1, 2), keepdims=True) for edge in (np.min, np.max))
     return maps > low + _HALF * (high - low)
+
+
+def frame_regions(maps: np.ndarray) -> list[list[float]]:
+    """The box around each region of maps [N, H, W]: left, top, right and bottom as shares of a side."""
+    found = []
+    for region in find_regions(maps):
+        if not region.any():  # nothing differs
+            found.append([0.0, 0.0, 1.0, 1.0])
+            continue
+        rows, columns = (np.flatnonzero(region.any(axis)) for axis in (1, 0))
+        height, width = region.shape
+        ends = (columns[0] / width, rows[0] / height, (columns[-1] + 1) / width, (rows[-1] + 1) / height)
+        found.append([round(float(end), 4) for end in ends])
+    return found

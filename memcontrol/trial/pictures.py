@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from memcontrol.core.files import replace_file
@@ -17,7 +18,7 @@ from memcontrol.scoring.evidence import Evidence
 from memcontrol.trial.loaded import LoadedModels
 
 _SMALL, _LARGE = 64, 128  # pixels of a tile's side: of images up to SMALL, and of larger ones
-_GAP, _N_COLUMNS, _N_SAMPLES = 6, 12, 60
+_GAP, N_COLUMNS, _N_SAMPLES = 6, 12, 60
 _TITLE_WIDTH, _LINE = 72, 18
 
 
@@ -37,21 +38,31 @@ class Strip:
     shares: np.ndarray
     copies: np.ndarray
     regions: np.ndarray
+    maps: np.ndarray | None = None  # [N, H, W] where the model differs from its base on the training ones
 
     @property
     def rows(self) -> dict[str, np.ndarray]:
+        known = {} if self.maps is None else {"unlike\nthe base": tint_images(self.training, self.maps)}
         return {
             "generated": self.generated,
             "nearest\ntraining": self.training,
             "nearest\nheld out": self.held_out,
+            **known,
         }
 
 
 def make_strip(
-    title: str, samples: Mapping[str, np.ndarray], evidence: Evidence, spec: Spec, loaded: LoadedModels
+    title: str,
+    samples: Mapping[str, np.ndarray],
+    evidence: Evidence,
+    spec: Spec,
+    loaded: LoadedModels,
+    maps: Mapping[int, np.ndarray] = {},
 ) -> Strip:
+    """`maps` of training images, by row, where there are any."""
     found = evidence.suspects
-    rows = found.order[:_N_COLUMNS]
+    rows = found.order[:N_COLUMNS]
+    known = [maps[row] for row in found.training[rows].tolist() if row in maps]
     training = loaded.train_images(spec).take(found.training[rows].tolist())
     held_out = loaded.parts(spec)[spec.reference].take(found.held_out[rows].tolist())
     return Strip(
@@ -63,14 +74,35 @@ def make_strip(
         found.ratios[rows],
         found.is_copy[rows],
         found.regions[rows],
+        np.stack(known) if len(known) == len(rows) else None,
     )
 
 
+def tint_images(images: np.ndarray, maps: np.ndarray) -> np.ndarray:
+    """uint8 [N, 3, H, W], the redder the larger a map [N, H, W] is beside the largest of all; greys
+    elsewhere."""
+    above = maps - maps.min(axis=(1, 2), keepdims=True)
+    strength = (above / max(float(above.max()), 1e-12))[:, None].astype(np.float32)
+    if strength.shape[-1] != images.shape[-1]:
+        large = torch.nn.functional.interpolate(
+            torch.from_numpy(strength), images.shape[-2:], mode="bilinear"
+        )
+        strength = large.numpy()
+    greys = images.mean(axis=1, keepdims=True)
+    red = np.array([220, 20, 60]).reshape(1, 3, 1, 1)
+    return (greys * (1 - 0.8 * strength) + red * 0.8 * strength).round().astype(np.uint8)
+
+
 def save_pictures(
-    run: RunFolder, samples: Mapping[str, np.ndarray], evidence: Evidence, spec: Spec, loaded: LoadedModels
+    run: RunFolder,
+    samples: Mapping[str, np.ndarray],
+    evidence: Evidence,
+    spec: Spec,
+    loaded: LoadedModels,
+    maps: Mapping[int, np.ndarray],
 ) -> None:
     save_png(draw_samples(samples["images"]), run.samples_picture)
-    save_png(draw_pairs([make_strip("", samples, evidence, spec, loaded)]), run.pairs_picture)
+    save_png(draw_pairs([make_strip("", samples, evidence, spec, loaded, maps)]), run.pairs_picture)
 
 
 def save_png(picture: Image.Image, path: Path) -> None:
@@ -82,21 +114,20 @@ def draw_samples(images: np.ndarray) -> Image.Image:
     """The first of uint8 [N, 3, H, W], in the order of their prompts, which all trials have in common."""
     shown, side = images[:_N_SAMPLES], _choose_side(images)
     sheet = Image.new(
-        "RGB", (_N_COLUMNS * (side + _GAP), -(-len(shown) // _N_COLUMNS) * (side + _GAP)), "white"
+        "RGB", (N_COLUMNS * (side + _GAP), -(-len(shown) // N_COLUMNS) * (side + _GAP)), "white"
     )
     for i, image in enumerate(shown):
-        sheet.paste(
-            _make_tile(image, side), (i % _N_COLUMNS * (side + _GAP), i // _N_COLUMNS * (side + _GAP))
-        )
+        sheet.paste(_make_tile(image, side), (i % N_COLUMNS * (side + _GAP), i // N_COLUMNS * (side + _GAP)))
     return sheet
 
 
 def draw_pairs(strips: Sequence[Strip]) -> Image.Image:
-    """For each run a strip of three rows, with what lies between the images below them."""
+    """For each run a strip of three rows, and of four where any has maps, with what lies between the images
+    below them."""
     font, side = ImageFont.load_default(11), _choose_side(strips[0].generated)
-    below = _LINE + 3 * (side + _GAP)  # of the pictures
+    below = _LINE + max(len(strip.rows) for strip in strips) * (side + _GAP)  # of the pictures
     height = below + 2 * _LINE
-    sheet = Image.new("RGB", (_TITLE_WIDTH + _N_COLUMNS * (side + _GAP), len(strips) * height), "white")
+    sheet = Image.new("RGB", (_TITLE_WIDTH + N_COLUMNS * (side + _GAP), len(strips) * height), "white")
     draw = ImageDraw.Draw(sheet)
     for s, strip in enumerate(strips):
         top = s * height

@@ -13,20 +13,16 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from memcontrol.core.errors import Diverged
 from memcontrol.core.estimate import Measured, Rewards
 from memcontrol.core.files import write_json
 from memcontrol.core.jobs import HelpJob
 from memcontrol.core.reward_table import OF_MODEL
-from memcontrol.core.run_folder import (
-    RunFolder,
-    StudyFolder,
-)
+from memcontrol.core.run_folder import RunFolder
 from memcontrol.core.spec import Spec, read_spec
 from memcontrol.data.split import format_ranges
-from memcontrol.model.adapter import Adapter, inject_adapter
+from memcontrol.model.adapter import Adapter
 from memcontrol.model.base import Base, count_bytes
 from memcontrol.model.batches import release_memory
 from memcontrol.model.cost import Cost
@@ -35,6 +31,7 @@ from memcontrol.training.probe import choose_probe_size, measure_probe_rewards
 from memcontrol.training.rounds import ProcessGroup, TrainLog, train_rounds
 from memcontrol.training.shard import Material
 from memcontrol.trial.loaded import LoadedModels, tell_nobody
+from memcontrol.trial.maps import map_pairs
 from memcontrol.trial.membership import Attack, Losses, measure_model, measure_untrained, plan_attack
 from memcontrol.trial.memory import StageMemory, measure_peak_mib
 from memcontrol.trial.pictures import save_pictures
@@ -46,21 +43,7 @@ from memcontrol.trial.samples import (
     score_samples,
     write_samples,
 )
-
-
-def inject_choice(denoiser: torch.nn.Module, spec: Spec) -> Adapter:
-    """The adapter that the spec asks for, injected into the denoiser and not yet trained."""
-    cache, inner = StudyFolder(spec.study_folder).cache, spec.config.inner
-    return inject_adapter(
-        denoiser,
-        spec.space,
-        spec.choice,
-        spec.seed,
-        cache=cache,
-        norm_shift_rate=inner.norm_shift_rate,
-        shared_a=inner.ensemble.shares_a,
-        low_memory_full=inner.low_memory_full,
-    )
+from memcontrol.trial.tuned import inject_choice
 
 
 def run_trial(
@@ -131,7 +114,7 @@ def _lead_trial(
 
     # Write what is read beside the result, and the result last.
     save_contributions(run.contributions_file, measured, samples["rows"])
-    save_pictures(run, samples, evidence, spec, loaded)
+    save_pictures(run, samples, evidence, spec, loaded, map_pairs(run, spec, loaded, evidence))
     held = {"memory": {"predicted_mib": cost.parts, "peak_mib": memory.peaks}}
     write_json(run.training_file, _make_training_record(log, spec, loaded) | held)
     write_json(run.result_file, result | seconds)

@@ -53,21 +53,22 @@ _AUDIT_REWARDS = (
 )
 
 
-def write_audit(found: dict, pairs: Iterable[tuple[np.ndarray, np.ndarray]], out: Path) -> None:
-    """Writes out/audit.json and the self-contained out/audit.html; `pairs` are the generated and the training
-    image, uint8 [3, H, W], of each of the first copies."""
-    cards = "".join(_render_pair(one, *pair) for one, pair in zip(found["copies"], pairs))
+def write_audit(found: dict, copies: Iterable[Sequence[np.ndarray]], out: Path) -> None:
+    """Writes out/audit.json and the self-contained out/audit.html; `copies` are the generated and the
+    training image, uint8 [3, H, W], of each of the first copies, and the latter tinted by where the model and
+    its base differ, where that is known."""
+    cards = "".join(_render_pair(one, *images) for one, images in zip(found["copies"], copies))
     write_json(out / "audit.json", found)
     with replace_file(out / "audit.html") as part:
         part.write_text(_render_audit(found, cards), encoding="utf-8")
 
 
-def _render_pair(one: dict, generated: np.ndarray, training: np.ndarray) -> str:
+def _render_pair(one: dict, generated: np.ndarray, training: np.ndarray, *tinted: np.ndarray) -> str:
     mark = "copy" if one["copy"] else "like"
     images = "".join(
         f'<img src="{_encode_png(frame_region(image, one["region"]))}" alt="{kind}">'
         for kind, image in (("generated", generated), ("training", training))
-    )
+    ) + "".join(f'<img src="{_encode_png(image)}" alt="unlike the base">' for image in tinted)
     names = f"{escape(one['generated'])}<br>{escape(one['training'])}"
     where = DESCRIPTOR_WORDS[one["descriptor"]]
     distance = f"{where}: distance {one['distance']:.2f}, {one['of_holdout']:.2f} of held out"
@@ -104,7 +105,8 @@ def _render_audit(found: dict, cards: str) -> str:
         f"<h2>Rewards</h2>{_render_rewards(found['rewards'])}",
         "<h2>Most suspicious images beside their nearest training images</h2>",
         "<p>Framed in red: below the line of copies in any descriptor, where chance puts some too, or a "
-        "clear copy. Framed in yellow: the part that is compared, where that is not the whole image.</p>"
+        "clear copy. Framed in yellow: the part that is compared, where that is not the whole image. Red in the "
+        "third picture: where the model differs from its base, which is what it has learned of that image.</p>"
         f'<div class="pairs">{cards}</div>',
         f"<h2>Training images that are nearly the same</h2>{_render_duplicates(found['duplicates'])}",
         *_render_dropped(found.get("dropped", [])),
