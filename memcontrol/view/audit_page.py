@@ -17,6 +17,10 @@ from memcontrol.view.words import DESCRIPTOR_WORDS, describe_copied
 
 N_SHOWN = 24
 SHOWN_SIDE = 128  # pixels of an image at the most
+_UNLIKE_BASE = (
+    " Red in the third picture: where the model differs from its base, which is what it has learned of that "
+    "image."
+)
 _YELLOW = np.array([255, 208, 0], np.uint8)[:, None, None]
 _AUDIT_REWARDS = (
     "clear_copy_rate",
@@ -105,8 +109,8 @@ def _render_audit(found: dict, cards: str) -> str:
         f"<h2>Rewards</h2>{_render_rewards(found['rewards'])}",
         "<h2>Most suspicious images beside their nearest training images</h2>",
         "<p>Framed in red: below the line of copies in any descriptor, where chance puts some too, or a "
-        "clear copy. Framed in yellow: the part that is compared, where that is not the whole image. Red in the "
-        "third picture: where the model differs from its base, which is what it has learned of that image.</p>"
+        "clear copy. Framed in yellow: the part that is compared, where that is not the whole image."
+        f"{_UNLIKE_BASE if any('unlike_base' in one for one in found['copies']) else ''}</p>"
         f'<div class="pairs">{cards}</div>',
         f"<h2>Training images that are nearly the same</h2>{_render_duplicates(found['duplicates'])}",
         *_render_dropped(found.get("dropped", [])),
