@@ -262,7 +262,7 @@ def test_the_model_card_tells_what_was_measured_and_its_code_runs(tmp_path, meth
         "| FID | 21.50 ± 1.20 |" in text
         and "1.2% (0.4%-3.4%)" in text
         and "No copying is visible" in text
-        and "not parts of images" in text
+        and "not smaller parts" in text
     )
     assert str(tmp_path) not in text  # a path of this machine is nobody's business
     code = text.partition("```python\n")[2].partition("```")[0]

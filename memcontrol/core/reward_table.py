@@ -504,14 +504,15 @@ REWARDS = {
 }
 
 BLIND_SPOTS = (  # what no reward sees
-    "Whole-image copies in these two descriptors are all that is seen: not parts of images, not "
-    "style, not facts about a person.",
+    "Copies of whole images, moved a little or turned, and of parts from a quarter of an image on, at their "
+    "own place, are all that is seen: not smaller parts, not style, not facts about a person.",
     "No figure here is a privacy guarantee: a model that shows no copies can still reveal who was "
     "in the training set.",
     # as `benchmarks copies` found; a test holds this to its table
-    "Changed copies may be missed. Hardly any is found that is turned by 90 degrees, upside down, inverted, "
-    "blended half and half with another image, or fills no more than half of one; of those cropped to 75 % "
-    "or shifted by an eighth of the side, half are found on photographs and none on digits.",
+    "Changed copies may be missed. Hardly any is found that is inverted, that is a part of a sixteenth of "
+    "the image, or that lies elsewhere in it; of those blended half and half with another image or cropped "
+    "to 75 %, a third to a half are found on photographs and hardly any on digits and X-rays, of those "
+    "shifted by an eighth of the side two thirds and hardly any.",
 )
 
 _ENOUGH_SAMPLES = 4  # samples for each feature, below which a FID ranks by chance
