@@ -11,10 +11,11 @@ from memcontrol.core import interrupt
 
 @pytest.fixture
 def handlers():
-    """The signal's handler is put back."""
-    before = signal.getsignal(signal.SIGINT)
+    """The signal's handler is put back, and what prints of errors that nothing can catch."""
+    before, hook = signal.getsignal(signal.SIGINT), sys.unraisablehook
     yield
     signal.signal(signal.SIGINT, before)
+    sys.unraisablehook = hook
 
 
 @pytest.mark.parametrize(
@@ -52,3 +53,22 @@ def test_interrupt_that_a_library_swallowed_ends_the_search_all_the_same():
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert done.stdout == "remembered\n"
+
+
+def test_interrupt_where_nothing_can_catch_it_prints_no_traceback_and_other_errors_do():
+    code = (
+        "import os, signal\nfrom memcontrol.core import interrupt\ninterrupt.remember()\n"
+        "class Interrupted:\n def __del__(self): os.kill(os.getpid(), signal.SIGINT); [0 for _ in range(9)]\n"
+        "class Broken:\n def __del__(self): raise ValueError('seen')\n"
+        "one = Interrupted()\ndel one\n{}"
+        "try:\n interrupt.check()\nexcept KeyboardInterrupt: print('remembered')"
+    )
+    for more, is_quiet in (("", True), ("one = Broken()\ndel one\n", False)):
+        done = subprocess.run(
+            [sys.executable, "-c", code.format(more)],
+            capture_output=True,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+        assert done.stdout == "remembered\n" and ("ValueError: seen" not in done.stderr) == is_quiet
+        assert "KeyboardInterrupt" not in done.stderr and (not is_quiet or not done.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 
@@ -12,6 +13,8 @@ def main() -> int:
     from memcontrol.core import console, interrupt
     from memcontrol.core.errors import MemControlError
 
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may be no UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")
     args = parse_arguments(make_parser())
     interrupt.remember()
     console.level = getattr(args, "level", console.NORMAL)

@@ -29,10 +29,10 @@ from memcontrol.core.config import (
 )
 from memcontrol.core.config_errors import NAME_RULE
 from memcontrol.core.errors import MemControlError
-from memcontrol.core.files import replace_file
+from memcontrol.core.files import write_text
 from memcontrol.core.run_folder import StudyFolder, locate_study_folder, refuse_results_among
 from memcontrol.data.dataset import is_dataset, list_splits, locate_images, plan_splits
-from memcontrol.data.look import FolderSummary, summarize_folder
+from memcontrol.data.look import WITHOUT_CAPTION, FolderSummary, summarize_folder
 from memcontrol.data.split import FEWEST_IMAGES, deal_parts
 from memcontrol.model.caption_length import describe_cut, is_long, open_clip_tokenizer
 from memcontrol.reading.parts import assign_parts, find_part
@@ -112,9 +112,9 @@ def propose_study(
     seen = _drop_guess(seen)
     cut = _describe_cut_captions(seen, given)
     seen = replace(seen, notes=(*seen.notes, *([cut] if cut else [])))
-    proposal = Proposal(path, _write_proposal(data, seen, name, given, path), seen)
-    with replace_file(path) as part:
-        part.write_text(proposal.text, encoding="utf-8")
+    data, sizes, seen = _choose_dealing(data, seen)
+    proposal = Proposal(path, _write_proposal(data, sizes, seen, name, given, path), seen)
+    write_text(path, proposal.text)
     load_config(path)
     return proposal
 
@@ -157,14 +157,18 @@ def _check_base(base: BaseConfig) -> None:
 
 
 def _write_proposal(
-    data: DataConfig, seen: FolderSummary, name: str, given: BaseConfig | None, path: Path
+    data: DataConfig,
+    sizes: Mapping[str, int],
+    seen: FolderSummary,
+    name: str,
+    given: BaseConfig | None,
+    path: Path,
 ) -> str:
-    """The study file. Raises MemControlError where there are too few images."""
+    """The study file."""
     card = describe_card()
     given = given or BaseConfig(id=_STABLE_DIFFUSION if card else "tiny")
     base = given.id
     kind = _find_pipeline_class(given)
-    data, sizes = _choose_dealing(data, seen)
     n_train = sizes["train"]
     budget = min(max(100 * n_train, 2_000), max(10_000, 10 * n_train))
     is_large = card is not None and base != "tiny" and seen.sides[1] > _HUB_SIDE
@@ -365,19 +369,32 @@ def _express_path(study_file: Path, source: str) -> str:
     return images.relative_to(home).as_posix() if images.is_relative_to(home) else str(images)
 
 
-def _choose_dealing(data: DataConfig, seen: FolderSummary) -> tuple[DataConfig, dict[str, int]]:
-    """How the images are dealt out, so that a search takes it, and how many each part will have. Raises
-    MemControlError where it takes none."""
+def _choose_dealing(
+    data: DataConfig, seen: FolderSummary
+) -> tuple[DataConfig, dict[str, int], FolderSummary]:
+    """How the images are dealt out, so that a search takes it, how many each part will have, and with what
+    is then left out. Raises MemControlError where it takes none."""
     failed: MemControlError | None = None
     for keys in _list_dealings(seen):
-        config = DataConfig.model_validate(data.model_dump() | keys)
+        config, said = DataConfig.model_validate(data.model_dump() | keys), list[str]()
         try:
-            parts, _ = deal_parts(seen.look, config, _SEED, lambda line: None)
-            return config, {part: len(records) for part, records in parts.items()}
+            parts, found = deal_parts(seen.look, config, _SEED, said.append)
         except MemControlError as error:
             failed = failed or error
+            continue
+        sizes = {part: len(records) for part, records in parts.items()}
+        notes = dict.fromkeys((*seen.notes, *said))
+        dropped = tuple(found["twins"].get("dropped", ()))
+        return config, sizes, replace(seen, notes=tuple(notes), dropped=dropped)
     assert failed is not None, "there is a way to try"
-    raise failed
+    raise MemControlError(f"{failed}{_tell_left_out(seen)}")
+
+
+def _tell_left_out(seen: FolderSummary) -> str:
+    """Why there may be less than a person thinks."""
+    kinds = {kind: n for kind, n in seen.look.left_out.items() if kind != WITHOUT_CAPTION}
+    said = ", ".join(f"{n} ({kind})" for kind, n in kinds.items())
+    return f"; left out: {said}" if said else ""
 
 
 def _drop_guess(seen: FolderSummary) -> FolderSummary:
@@ -409,7 +426,7 @@ def _list_dealings(seen: FolderSummary) -> Iterator[dict[str, Any]]:
     if n < 3 * FEWEST_IMAGES:
         raise MemControlError(
             f"{n} different images are too few: training, held-out and test images must be "
-            f"{FEWEST_IMAGES} each at least, and some hundred to say much; add images"
+            f"{FEWEST_IMAGES} each at least, and some hundred to say much; add images{_tell_left_out(seen)}"
         )
     yield {"train": 0.5, "holdout": 0.25, "test": 0.25}
     most = n - 2 * FEWEST_IMAGES
@@ -456,16 +473,23 @@ def _explain_data(seen: FolderSummary, base: str) -> str:
         if n_captioned
         else "no captions: every prompt is the empty one"
     )
-    where = _say_where_copies_go(seen)
     if seen.near:
-        said.append(f"{len(seen.near)} pairs that are nearly the same, {where}")
+        said.append(f"{len(seen.near)} pairs that are nearly the same")
     if seen.copies:
-        said.append(f"{sum(len(names) - 1 for names in seen.copies)} exact copies, {where}")
+        said.append(f"{sum(len(names) - 1 for names in seen.copies)} exact copies")
+    if seen.dropped:
+        said.append(f"{len(seen.dropped)} left out, as twins of images in another part")
+    elif seen.near or seen.copies:
+        said.append("twins are in one part")
     return "; ".join(said)
 
 
-def _say_where_copies_go(seen: FolderSummary) -> str:
-    return "of which one in another part is left out" if seen.parts else "which stay in one part"
+def _say_where_twins_go(seen: FolderSummary, names: Sequence[str]) -> str:
+    """Of twins with these names."""
+    gone = [name for name in names if name in seen.dropped]
+    if gone:
+        return f"in two parts they would hide copying: {', '.join(gone)} left out"
+    return "they are in one part" if seen.parts else "they stay in one part"
 
 
 def _explain_objectives(n_holdout: int, network: str) -> str:
@@ -489,12 +513,10 @@ def choose_space(base: BaseConfig | str) -> str:
 
 def list_warnings(seen: FolderSummary) -> list[str]:
     """What a person should know before anything is trained, some of each kind."""
-    near = [
-        f"nearly the same: {a} and {b}; in two parts they would hide copying: a search keeps them in one, "
-        "and refuses them where folders say otherwise (data.twins)"
-        for a, b in seen.near
+    near = [f"nearly the same: {' and '.join(pair)}; {_say_where_twins_go(seen, pair)}" for pair in seen.near]
+    copies = [
+        f"the same pixels: {', '.join(names)}; {_say_where_twins_go(seen, names)}" for names in seen.copies
     ]
-    copies = [f"the same pixels, {_say_where_copies_go(seen)}: {', '.join(names)}" for names in seen.copies]
     broken = [f"not decoded: {name}" for name in seen.unreadable]
     return [*seen.notes, *_shorten(broken), *_shorten(near), *_shorten(copies)]
 

@@ -49,7 +49,7 @@ def log_to_file(path: Path, what: str) -> Iterator[None]:
     aloud = logging.StreamHandler()
     aloud.addFilter(lambda record: record.levelno < logging.WARNING)
     handlers: list[logging.Handler] = [
-        logging.FileHandler(path, encoding="utf-8"),
+        logging.FileHandler(path, encoding="utf-8", errors="backslashreplace"),  # names may be no UTF-8
         *([aloud] if level == VERBOSE else []),
     ]
     LOG.setLevel(logging.DEBUG if level == VERBOSE else logging.INFO)

@@ -52,9 +52,15 @@ def name_full_disk(path: Path) -> Iterator[None]:
         raise
 
 
-def write_json(path: Path, value: object) -> None:
+def write_text(path: Path, text: str) -> None:
+    """In UTF-8; bytes of names of files that are none, as Python escapes them, which JSON and YAML read
+    alike."""
     with replace_file(path) as part:
-        part.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        part.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def write_json(path: Path, value: object) -> None:
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path):

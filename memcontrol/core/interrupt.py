@@ -4,6 +4,7 @@ raises KeyboardInterrupt may swallow it; a worker that is told to end leaves a c
 from __future__ import annotations
 
 import signal
+import sys
 
 pressed = False
 is_terminated = False  # SIGTERM came
@@ -14,6 +15,14 @@ def remember() -> None:
     it stays so."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, on_interrupt)
+        sys.unraisablehook = _pass_over
+
+
+def _pass_over(raised: sys.UnraisableHookArgs) -> None:
+    """Of what Python raises where nothing can catch it, as an object is taken down, it prints a traceback:
+    not of Ctrl-C, which is remembered."""
+    if not issubclass(raised.exc_type, KeyboardInterrupt):
+        sys.__unraisablehook__(raised)
 
 
 def on_interrupt(number, frame) -> None:

@@ -9,12 +9,14 @@ import json
 import os
 import re
 import shutil
+import tarfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path, PurePath
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 from PIL import Image
 
@@ -23,15 +25,21 @@ from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import name_full_disk, read_json, write_json
 from memcontrol.data.cache import find_cache_folder, hold_lock
 from memcontrol.data.index import ShowDone
-from memcontrol.reading.folder import list_folder
+from memcontrol.reading.folder import is_picture_suffix, list_folder
 from memcontrol.reading.parts import find_part
-from memcontrol.reading.tables import is_table
+from memcontrol.reading.tables import describe_read_error, is_table
 
 _STORED = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}  # and who reads it
 _SAVED = ("dataset_dict.json", "state.json")  # of what Dataset.save_to_disk wrote
 _IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")  # that are looked for first
-_TEXT_COLUMN = "txt"  # of a WebDataset
-_ABOUT = ".unused.json"  # what of the dataset was left out
+_SAMPLE = re.compile(
+    r"((?:.*/)?[^./][^/.]*)\.([^/]+)"
+)  # a member's key and kind, as webdataset cuts its name
+_TEXT_KINDS = ("txt", "text", "transcript", "caption", "cls", "cls2", "index", "inx", "id")  # of members
+_ABOUT = ".unused.json"  # of the dataset: its shards, and what was left out
+_WITHOUT_IMAGE = "row of the dataset without an image"
+_N_DIGITS = 7  # of a row's number, with which its file's name begins
+_TAR_IMAGE, _OTHERS = "image", "__others__"  # of a row of a tar: its image; which further ones it has
 _TAR_END = bytes(1024)  # two empty blocks (POSIX.1-2001, pax)
 _TOLD_EVERY_SECONDS = 1.0
 _HUB_FORM = f"{HUB}OWNER/NAME, {HUB}OWNER/NAME/CONFIG or {HUB}OWNER/NAME@REVISION"
@@ -113,7 +121,7 @@ def list_splits(path: str) -> list[str]:
 def unpack_dataset(path: str, split: str | None, home: Path | None, progress: ShowDone) -> Path:
     """The folder with the dataset's images, below `home`, or the user's own cache: made there where it is not
     yet. What was written before a process was killed is not written again. Raises MemControlError."""
-    about = sha256(f"{path} {split}".encode()).hexdigest()[:12]
+    about = sha256(os.fsencode(f"{path} {split}")).hexdigest()[:12]
     folder = (home or find_cache_folder()) / f"dataset-{about}"
     with hold_lock(folder), name_full_disk(folder):
         if not folder.is_dir():
@@ -121,24 +129,51 @@ def unpack_dataset(path: str, split: str | None, home: Path | None, progress: Sh
             plan = plan_splits(path, list(splits), split)
             part = folder.with_name(f".{folder.name}.part")
             part.mkdir(exist_ok=True)
-            with _name_failure(path), open(part / "metadata.jsonl", "w", encoding="utf-8") as table:
-                writer = _Writer(path, part, table, _count_rows(splits, plan), progress)
+            with (
+                _name_failure(path),
+                open(part / "metadata.jsonl", "w", encoding="utf-8", errors="backslashreplace") as table,
+            ):
+                total = sum(splits[name].count_rows() for name in plan.folders)
+                writer = _Writer(part, table, total, progress)
                 for name, inside in plan.folders.items():
                     writer.write_split(splits[name], inside)
-                write_json(part / _ABOUT, [*writer.describe_unused(), *plan.describe_unused()])
+                unused = [*writer.describe_unused(), *plan.describe_unused()]
+                left_out = {_WITHOUT_IMAGE: writer.n_without} if writer.n_without else {}
+                write_json(part / _ABOUT, asdict(Unpacked(path, writer.shards, left_out, unused)))
             os.replace(part, folder)
     return folder
 
 
-def describe_unpacked(folder: Path) -> list[str]:
-    """What of a dataset is not in the folder that it was unpacked into; of any other folder nothing."""
-    return read_json(folder / _ABOUT) if (folder / _ABOUT).is_file() else []
+@dataclass(frozen=True)
+class Unpacked:
+    """What is known of a dataset in the folder that it was unpacked into: what a person calls it; its shards,
+    each with the number of its first row among all; what is left out, by kind; what a person should know."""
+
+    path: str
+    shards: list[tuple[int, str]] = field(default_factory=list)
+    left_out: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def name_row(self, file: str) -> str:
+        """Where in the dataset a file of the folder comes from."""
+        number = int(re.split(r"\D", PurePath(file).name)[0])
+        known = [(first, title) for first, title in self.shards if first <= number]
+        first, title = known[-1] if known else (1, self.path)
+        return f"{title}, row {number - first + 1}"
+
+    def name_failure(self, folder: Path, file: str, error: MemControlError) -> MemControlError:
+        """That of a file, which nobody knows, as one of its row."""
+        said = str(error).replace(f"image {folder / file}", f"the image of {self.name_row(file)}")
+        return type(error)(said)
 
 
-def _count_rows(splits: Mapping[str, Any], plan: Plan) -> int:
-    """0 where the dataset does not say."""
-    known: list[Any] = [(splits[name].info.splits or {}).get(name) for name in plan.folders]
-    return sum(one.num_examples or 0 for one in known) if all(known) else 0
+def read_unpacked(folder: Path) -> Unpacked | None:
+    """Of a folder that no dataset was unpacked into, nothing."""
+    if not (folder / _ABOUT).is_file():
+        return None
+    found = read_json(folder / _ABOUT)
+    # before shards were recorded there was but a list of notes
+    return Unpacked("the dataset", notes=found) if isinstance(found, list) else Unpacked(**found)
 
 
 @contextlib.contextmanager
@@ -153,8 +188,13 @@ def _name_failure(path: str) -> Iterator[None]:
         raise MemControlError(f"data.path is '{path}', which cannot be read: {said}") from error
 
 
-def _open_splits(path: str) -> dict[str, Any]:
-    """Its splits by name, none of which is read as yet. Raises MemControlError."""
+def _open_splits(path: str) -> dict[str, _Split]:
+    """By name, none of which is read as yet. Raises MemControlError."""
+    place = Path(path)
+    for tar in sorted(place.rglob("*.tar")) if place.is_dir() else [place]:
+        _refuse_cut_tar(tar)
+    if place.is_file() and place.suffix.lower() == ".tar":
+        return {"train": _TarSplit(path, "train", (path,))}
     try:
         import datasets
     except ImportError:
@@ -163,21 +203,37 @@ def _open_splits(path: str) -> dict[str, Any]:
         ) from None
     datasets.disable_progress_bars()
     with _name_failure(path):
+        files = _list_files(datasets, path)
+        if files and all(file.lower().endswith(".tar") for some in files.values() for file in some):
+            return {name: _TarSplit(path, name, some) for name, some in files.items()}
         found = _load(datasets, path)
-        return dict(found) if isinstance(found, dict) else {str(found.split or "train"): found}
+        stored = dict(found) if isinstance(found, dict) else {str(found.split or "train"): found}
+        return {name: _StoredSplit(path, name, files.get(name, ()), one) for name, one in stored.items()}
+
+
+def _is_saved(path: str) -> bool:
+    """Whether `Dataset.save_to_disk` wrote it."""
+    return any((Path(path) / name).is_file() for name in _SAVED)
+
+
+def _list_files(datasets: Any, path: str) -> dict[str, tuple[str, ...]]:
+    """Of each split, in their order; of what does not lie here as plain shards none."""
+    if path.startswith(HUB) or _is_saved(path):
+        return {}
+    if Path(path).is_file():
+        return {"train": (path,)}
+    files = datasets.load_dataset_builder(path).config.data_files or {}
+    return {str(name): tuple(map(str, some)) for name, some in files.items()}
 
 
 def _load(datasets: Any, path: str) -> Any:
-    place = Path(path)
-    for tar in sorted(place.rglob("*.tar")) if place.is_dir() else [place]:
-        _refuse_cut_tar(tar)
     if path.startswith(HUB):
         name, config, revision = _parse_hub(path)
         return datasets.load_dataset(name, config, revision=revision, streaming=True)
-    if any((place / name).is_file() for name in _SAVED):
+    if _is_saved(path):
         return datasets.load_from_disk(path)
-    if place.is_file():
-        kind = _STORED[place.suffix.lower()]
+    if Path(path).is_file():
+        kind = _STORED[Path(path).suffix.lower()]
         return datasets.load_dataset(kind, data_files={"train": [path]}, streaming=True)
     return datasets.load_dataset(path, streaming=True)
 
@@ -206,7 +262,6 @@ def _parse_hub(path: str) -> tuple[str, str | None, str | None]:
 class _Writer:
     """Writes images and their rows."""
 
-    path: str
     folder: Path
     table: TextIO
     total: int
@@ -214,6 +269,7 @@ class _Writer:
     n: int = 0
     n_without: int = 0
     others: tuple[str, ...] = ()  # further columns of images
+    shards: list[tuple[int, str]] = field(default_factory=list)
     told: float = 0.0
 
     def describe_unused(self) -> Iterator[str]:
@@ -222,15 +278,18 @@ class _Writer:
         if self.others:
             yield f"columns of images that are not used: {', '.join(self.others)}"
 
-    def write_split(self, split: Any, inside: str) -> None:
+    def write_split(self, split: _Split, inside: str) -> None:
         """Raises MemControlError."""
-        columns = _find_columns(self.path, split)
-        self.others = tuple(dict.fromkeys((*self.others, *columns.others)))
+        columns = split.find_columns()
+        first = self.n + 1
+        self.shards += [(first + n, title) for n, title in split.list_shards()]
         (self.folder / inside).mkdir(exist_ok=True)
-        for row in _iterate(split):
+        for row in split.iterate():
             self.n += 1
+            others = (*self.others, *columns.others, *row.get(_OTHERS, ()))
+            self.others = tuple(dict.fromkeys(others))
             if name := self.write_image(inside, columns, row):
-                values = {"file_name": name, **columns.describe(row)}
+                values = {**columns.describe(row), "file_name": name}
                 self.table.write(json.dumps(values, ensure_ascii=False) + "\n")
             else:
                 self.n_without += 1
@@ -245,10 +304,10 @@ class _Writer:
         if not stored:
             return None
         name = str(PurePath(inside) / _name_image(self.n, stored, row))
-        if stored.get("bytes"):
-            _write_missing(self.folder / name, stored["bytes"])
-        else:
+        if stored.get("bytes") is None:
             shutil.copyfile(stored["path"], self.folder / name)
+        else:
+            _write_missing(self.folder / name, stored["bytes"])
         return name
 
 
@@ -261,8 +320,14 @@ def _name_image(number: int, stored: Mapping[str, Any], row: Mapping[str, Any]) 
     """By its number, and the name that it has in the dataset: that may say who is in it."""
     given = PurePath(stored.get("path") or row.get("__key__") or "")
     stem = re.sub(r"[^A-Za-z0-9._-]+", "_", given.stem)
-    suffix = given.suffix.lower() if stored.get("path") and given.suffix else _guess_suffix(stored)
-    return f"{number:07}{f'-{stem}' if stem else ''}{suffix}"
+    return f"{number:0{_N_DIGITS}}{f'-{stem}' if stem else ''}{_choose_suffix(stored)}"
+
+
+def _choose_suffix(stored: Mapping[str, Any]) -> str:
+    """That which it has, or as its content asks for; so that what is no picture is refused as a broken one,
+    one of a picture."""
+    given = PurePath(stored.get("path") or "").suffix.lower()
+    return given if is_picture_suffix(given) else _guess_suffix(stored) or ".png"
 
 
 def _guess_suffix(stored: Mapping[str, Any]) -> str:
@@ -298,8 +363,6 @@ class _Columns:
                 found[column] = self.labels[column].int2str(value)
             elif column not in self.images and not column.startswith("__"):
                 found |= value if column == "json" and isinstance(value, dict) else {column: value}
-        if _TEXT_COLUMN in found and "text" not in found:
-            found["text"] = found.pop(_TEXT_COLUMN)
         return {column: value for column, value in found.items() if _is_plain(value)}
 
 
@@ -311,28 +374,133 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, (str, int, float))
 
 
-def _find_columns(path: str, split: Any) -> _Columns:
-    """Raises MemControlError."""
-    from datasets import ClassLabel
-    from datasets import Image as ImageFeature
+@dataclass(frozen=True)
+class _StoredSplit:
+    """What the library reads: the dataset's path, the split's name, its files where these lie here as plain
+    shards, and the library's own split."""
 
-    features = split.features or {}
-    images = [name for name, kind in features.items() if isinstance(kind, ImageFeature)]
-    if not images:
-        raise MemControlError(
-            f"data.path is '{path}', which has no column of images; its columns are {', '.join(features)}"
-        )
-    order = {name: place for place, name in enumerate(_IMAGE_COLUMNS)}
-    images.sort(key=lambda name: order.get(name, len(order)))
-    labels = {name: kind for name, kind in features.items() if isinstance(kind, ClassLabel)}
-    return _Columns(tuple(images), labels)
+    path: str
+    name: str
+    files: tuple[str, ...]
+    stored: Any
+
+    def count_rows(self) -> int:
+        """0 where the dataset does not say."""
+        known = (self.stored.info.splits or {}).get(self.name)
+        return known.num_examples or 0 if known else 0
+
+    def list_shards(self) -> list[tuple[int, str]]:
+        """Of each the number of rows before it, and its name; the split itself where none is known."""
+        if not self.files or not all(file.lower().endswith(".parquet") for file in self.files):
+            return [(0, f"split '{self.name}' of {self.path}")]
+        from pyarrow import parquet
+
+        counts = [parquet.read_metadata(file).num_rows for file in self.files]
+        return [(sum(counts[:i]), PurePath(file).name) for i, file in enumerate(self.files)]
+
+    def find_columns(self) -> _Columns:
+        """Raises MemControlError."""
+        from datasets import ClassLabel
+        from datasets import Image as ImageFeature
+
+        features = self.stored.features or {}
+        images = [name for name, kind in features.items() if isinstance(kind, ImageFeature)]
+        if not images:
+            raise MemControlError(
+                f"data.path is '{self.path}', which has no column of images; its columns are "
+                f"{', '.join(features)}"
+            )
+        labels = {name: kind for name, kind in features.items() if isinstance(kind, ClassLabel)}
+        return _Columns(tuple(sorted(images, key=_rank_kind)), labels)
+
+    def iterate(self) -> Iterator[Mapping[str, Any]]:
+        """Rows, with images as they are stored."""
+        from datasets import Image as ImageFeature
+
+        split = self.stored
+        for name, kind in split.features.items():
+            if isinstance(kind, ImageFeature):
+                split = split.cast_column(name, ImageFeature(decode=False))
+        yield from split
 
 
-def _iterate(split: Any) -> Iterator[Mapping[str, Any]]:
-    """Rows, with images as they are stored."""
-    from datasets import Image as ImageFeature
+@dataclass(frozen=True)
+class _TarSplit:
+    """WebDataset tars that lie here, read without the library: that one refuses samples that differ in what
+    they have, and wants the members of each side by side."""
 
-    for name, kind in split.features.items():
-        if isinstance(kind, ImageFeature):
-            split = split.cast_column(name, ImageFeature(decode=False))
-    yield from split
+    path: str
+    name: str
+    files: tuple[str, ...]
+
+    def count_rows(self) -> int:
+        return sum(map(len, self.members))
+
+    def list_shards(self) -> list[tuple[int, str]]:
+        counts = [len(samples) for samples in self.members]
+        return [(sum(counts[:i]), PurePath(file).name) for i, file in enumerate(self.files)]
+
+    def find_columns(self) -> _Columns:
+        """Raises MemControlError."""
+        kinds = {kind for samples in self.members for sample in samples.values() for kind in sample}
+        if not any(map(_is_picture, kinds)):
+            raise MemControlError(
+                f"data.path is '{self.path}', which has no images; its members are {', '.join(sorted(kinds))}"
+            )
+        return _Columns((_TAR_IMAGE,), {})
+
+    @cached_property
+    def members(self) -> list[dict[str, dict[str, tuple[int, int]]]]:
+        """By tar, of each sample by its key where the content of each kind begins, and its length."""
+        return [_list_members(file) for file in self.files]
+
+    def iterate(self) -> Iterator[Mapping[str, Any]]:
+        """Rows, with images as they are stored."""
+        for file, samples in zip(self.files, self.members):
+            with open(file, "rb") as tar:
+                for key, sample in samples.items():
+                    yield _read_sample(tar, f"{file}: {key}", sample)
+
+
+_Split = _StoredSplit | _TarSplit
+
+
+def _list_members(path: str) -> dict[str, dict[str, tuple[int, int]]]:
+    found: dict[str, dict[str, tuple[int, int]]] = {}
+    with tarfile.open(path, "r:") as tar:
+        while (member := tar.next()) is not None:
+            tar.members = []  # type: ignore[attr-defined]  # of which it keeps all
+            cut = _SAMPLE.fullmatch(member.name) if member.isfile() else None
+            if cut:
+                place = (member.offset_data, member.size)
+                if found.setdefault(cut[1], {}).setdefault(cut[2].lower(), place) != place:
+                    raise MemControlError(f"{path} holds {member.name} twice; keep one of them")
+    return found
+
+
+def _read_sample(tar: BinaryIO, title: str, sample: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
+    """A row. Raises MemControlError."""
+    images = sorted(filter(_is_picture, sample), key=_rank_kind)
+    row: dict[str, Any] = {"__key__": title.rpartition(": ")[2], _OTHERS: tuple(images[1:])}
+    for kind, (offset, size) in sample.items():
+        if kind in images[1:] or not (kind in images or kind in _TEXT_KINDS or kind == "json"):
+            continue
+        tar.seek(offset)
+        content = tar.read(size)
+        if kind in images:
+            row[_TAR_IMAGE] = {"bytes": content, "path": f"{PurePath(row['__key__']).name}.{kind}"}
+            continue
+        try:
+            row[kind] = json.loads(content) if kind == "json" else content.decode("utf-8-sig")
+        except ValueError as error:
+            raise MemControlError(f"{title}.{kind} cannot be read: {describe_read_error(error)}") from None
+    return row
+
+
+def _is_picture(kind: str) -> bool:
+    return is_picture_suffix(PurePath(f"x.{kind}").suffix)
+
+
+def _rank_kind(kind: str) -> int:
+    """Which column, or kind of member, is taken for the image."""
+    return _IMAGE_COLUMNS.index(kind) if kind in _IMAGE_COLUMNS else len(_IMAGE_COLUMNS)

@@ -21,6 +21,7 @@ import numpy as np
 import PIL
 from PIL import Image
 
+from memcontrol.core import interrupt
 from memcontrol.core.config import Pages
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import name_full_disk
@@ -124,6 +125,7 @@ def _pause(
     last, n = time.monotonic(), 0
     progress(n)
     for n, result in enumerate(results, start=1):
+        interrupt.check()
         yield result
         if time.monotonic() - last > _SECONDS:
             index.commit()

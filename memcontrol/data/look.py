@@ -15,18 +15,19 @@ from PIL import Image
 
 from memcontrol.core.config import DataConfig
 from memcontrol.core.errors import MemControlError
-from memcontrol.data.dataset import describe_unpacked
+from memcontrol.data.dataset import Unpacked, read_unpacked
 from memcontrol.data.images import ImageRecord
 from memcontrol.data.index import Seen, ShowDone, examine_files, recall_twins
-from memcontrol.data.twins import Twins, find_twins
+from memcontrol.data.twins import Twins, describe_plain, find_twins
 from memcontrol.reading.captions import Captions, find_captions
 from memcontrol.reading.decode import TooLarge, decode_image, locate_page
-from memcontrol.reading.folder import list_folder
+from memcontrol.reading.folder import Listing, list_folder
 from memcontrol.reading.greys import Greys, choose_greys, refuse_mixed_depths
 from memcontrol.reading.groups import join_rows, make_grouping, propose_grouping
 from memcontrol.reading.parts import assign_parts
 from memcontrol.reading.tables import Tables, read_tables
 
+WITHOUT_CAPTION = "image without a caption"
 _TWINS_NAME = "twins of "  # how a group of twins is called
 _MOST_SHOWN = 256  # thumbnails that tell whether images are photographs
 # of an even ground: greys that are one, and its share of a natural picture at the most. Its median is .05 in
@@ -103,38 +104,69 @@ def look_at_images(
     groups of which it says nothing, by what seems to tell them, where one `proposes`. Raises
     MemControlError."""
     listing = list_folder(folder)
-    tables = read_tables(folder, listing.tables)
+    unpacked = read_unpacked(folder)
+    tables = read_tables(folder, listing.tables, unpacked)
     captions = find_captions(folder, listing.images, listing.texts, tables, config.caption)
     found = examine_files(folder, listing.images, kept, config.pages, config.max_pixels, progress)
-    unreadable = _skip(found.failures.values(), config.skip_unreadable, warn)
+    failures = [
+        unpacked.name_failure(folder, file, error) if unpacked else error
+        for file, error in found.failures.items()
+    ]
+    unreadable = _skip(failures, config.skip_unreadable, warn)
     patients, group = _find_patients(found.images), config.group
     if proposes:
         group = propose_grouping([locate_page(name)[0] for name in found.images], tables, patients)
-    groups = _find_groups(list(found.images), group, tables, patients)
+    groups = _find_groups(folder, list(found.images), group, tables, patients)
     captions = captions.leave_out_names(groups)
     greys = find_greys({folder / name: one for name, one in found.images.items() if one.kind})
-    left_out = {reason: len(names) for reason, names in listing.left_out.items()}
-    for error in found.failures.values():
-        reason = "too large" if isinstance(error, TooLarge) else "cannot be decoded"
-        left_out[reason] = left_out.get(reason, 0) + 1
+    records = [_make_image(name, one, groups, captions, seed) for name, one in found.images.items()]
     return Look(
         folder,
-        [_make_image(name, one, groups, captions, seed) for name, one in found.images.items()],
+        records,
         list(found.images.values()),
         kept,
         greys,
         tables,
         captions,
-        left_out,
+        _count_left_out(listing, captions, unpacked, failures, records),
         unreadable,
         (
-            *describe_unpacked(folder),
+            *(unpacked.notes if unpacked else ()),
             *listing.describe_left_out(),
             *captions.notes,
+            *_describe_captions(records),
             *_describe_ungrouped(groups, group),
         ),
         group,
     )
+
+
+def _count_left_out(
+    listing: Listing,
+    captions: Captions,
+    unpacked: Unpacked | None,
+    failures: Iterable[MemControlError],
+    records: Sequence[ImageRecord],
+) -> dict[str, int]:
+    """Of a folder what is not used, by kind; and images that lack a caption."""
+    found = Counter({reason: len(names) for reason, names in listing.left_out.items()})
+    found.update(captions.left_out)
+    found.update(unpacked.left_out if unpacked else {})
+    found.update("too large" if isinstance(error, TooLarge) else "cannot be decoded" for error in failures)
+    found[WITHOUT_CAPTION] = sum(not record.caption for record in records)
+    return {reason: n for reason, n in found.items() if n}
+
+
+def _describe_captions(records: Sequence[ImageRecord]) -> Iterator[str]:
+    n_without = sum(not record.caption for record in records)
+    if n_without:
+        is_all = n_without == len(records)
+        yield (
+            "no image has a caption" if is_all else f"{n_without} of {len(records)} images have no caption"
+        )
+    n_several = sum(bool(record.further) for record in records)
+    if n_several:
+        yield f"{n_several} images have several captions: each use of one in training draws one of them"
 
 
 def _make_image(
@@ -154,19 +186,22 @@ def _skip(
     for error in failures:
         if not may_skip:
             raise error
-        said.append(f"skipped: {error}".split(";")[0])
+        said.append(f"skipped: {error}".rpartition("; ")[0])  # mending is one way
         warn(said[-1])
     return tuple(said)
 
 
 def _find_groups(
-    names: Sequence[str], rule: str | None, tables: Tables, patients: Mapping[str, str]
+    folder: Path, names: Sequence[str], rule: str | None, tables: Tables, patients: Mapping[str, str]
 ) -> dict[str, str]:
     """By file, as data.group says; empty for one that is of none. Raises MemControlError."""
     if not rule:
         return {}
-    find = make_grouping(rule, tables, patients)
-    return {file: find(file) for file in dict.fromkeys(locate_page(name)[0] for name in names)}
+    try:
+        find = make_grouping(rule, tables, patients)
+        return {file: find(file) for file in dict.fromkeys(locate_page(name)[0] for name in names)}
+    except MemControlError as error:
+        raise MemControlError(f"{folder}: {error}") from None
 
 
 def _describe_ungrouped(groups: Mapping[str, str], rule: str | None) -> Iterator[str]:
@@ -226,8 +261,9 @@ def describe_greys(greys: Greys) -> str:
 class FolderSummary:
     """What a folder of images holds: the look at it; how many images are in each part, where the folder has
     parts; sides in pixels; groups of images with the same pixels, and pairs that are nearly the same; what a
-    person should know; how many files have several pages, of which the first was looked at; and whether they
-    are natural pictures, not characters or line art."""
+    person should know; how many files have several pages, of which the first was looked at; whether they are
+    natural pictures, not characters or line art; and, once they are dealt out, which images are left out as
+    twins of one in another part."""
 
     look: Look
     parts: dict[str, int]
@@ -238,6 +274,7 @@ class FolderSummary:
     notes: tuple[str, ...]
     n_several: int = 0
     are_photographs: bool = False
+    dropped: tuple[str, ...] = ()
 
     @property
     def n(self) -> int:
@@ -246,7 +283,7 @@ class FolderSummary:
     @property
     def unreadable(self) -> tuple[str, ...]:
         """What cannot be decoded, and why."""
-        return tuple(text.removeprefix("skipped: image ") for text in self.look.unreadable)
+        return tuple(text.removeprefix("skipped: ").removeprefix("image ") for text in self.look.unreadable)
 
     @property
     def captions(self) -> Counter[str]:
@@ -270,8 +307,9 @@ def summarize_folder(
         )
     homes = assign_parts(folder, [record.file for record in look.records], look.tables) or {}
     progress("looking for twins", 0, 1)
-    near = _find_near_pairs(look)
+    twins = look.find_twins()
     progress("looking for twins", 1, 1)
+    near = tuple((look.records[i].name, look.records[j].name) for i, j in twins.pairs)
     shorter = [min(size) for size in look.sizes]
     return FolderSummary(
         look,
@@ -280,7 +318,11 @@ def summarize_folder(
         _are_grey(look),
         _group_copies(look.records),
         near,
-        (*look.notes, *([describe_greys(look.greys)] if look.greys else [])),
+        (
+            *look.notes,
+            *([describe_greys(look.greys)] if look.greys else []),
+            *describe_plain(twins.n_plain),
+        ),
         sum(one.n_pages > 1 for one in look.seen),
         show_photographs(_show_some_thumbnails(look)),
     )
@@ -318,9 +360,3 @@ def _group_copies(records: list[ImageRecord]) -> tuple[tuple[str, ...], ...]:
     for record in records:
         groups.setdefault(record.digest, []).append(record.name)
     return tuple(tuple(names) for names in groups.values() if len(names) > 1)
-
-
-def _find_near_pairs(look: Look) -> tuple[tuple[str, str], ...]:
-    """Twins that do not have the same pixels."""
-    records = look.records
-    return tuple((records[i].name, records[j].name) for i, j in look.find_twins().pairs)

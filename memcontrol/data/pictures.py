@@ -19,6 +19,7 @@ from memcontrol.data.look import Look, find_greys, look_at_images
 from memcontrol.data.split import choose_dropped
 from memcontrol.data.twins import find_twins
 from memcontrol.reading.groups import pair_equals
+from memcontrol.reading.parts import refuse_parts
 
 _LARGEST_SIDE = 512  # pixels to which larger images are brought: no feature network looks at more
 _SAME_SHAPE = 0.05  # by how much sides' ratios may differ
@@ -103,6 +104,7 @@ def read_folder(
     if not folder.is_dir():
         raise MemControlError(f"{title}: {folder} is no folder; give a folder of images")
     look = look_at_images(folder, config, warn, progress=progress)
+    refuse_parts(title, folder, [record.file for record in look.records], look.tables)
     if not look.records:
         raise MemControlError(f"{title}: {folder} holds no images; give a folder of images")
     for note in look.notes:

@@ -9,7 +9,7 @@ alone) find each one's nearest others, in n log n; these are laid over it and co
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -50,6 +50,11 @@ class Twins:
     covered: Mapping[str, float] = field(default_factory=dict)
     n_compared: int = 0
     n_plain: int = 0
+
+
+def describe_plain(n: int) -> Iterator[str]:
+    if n:
+        yield f"{n} images are plain (black frames, say): none can be told from another, nor a copy of it"
 
 
 def shrink_to_thumbnail(image: Image.Image) -> np.ndarray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import posixpath
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -15,20 +15,23 @@ from memcontrol.core.seeds import derive_seed
 from memcontrol.reading.parts import is_part_folder
 from memcontrol.reading.tables import TableRow, Tables, clean_text, describe_read_error, read_text
 
-COLUMNS = ("text", "caption", "prompt", "description")  # that are looked for, in this order
+COLUMNS = ("text", "txt", "caption", "prompt", "description")  # that are looked for, in this order
 TEXT_SUFFIXES = (".txt", ".caption")
 _BY_FOLDERS, _NOWHERE = "the folders' names", "nothing"
+_STRAYS, _UNMATCHED = "text file of no image", "row of the metadata whose image is not there"
 _KOHYA = re.compile(r"([1-9]\d{0,2})_(.+)")  # a folder's repeats and subject, as kohya's sd-scripts name it
 
 
 @dataclass(frozen=True)
 class Captions:
     """Of each image the texts that are said of it, by its path: none, one, or several to draw from; where
-    they come from, for a person; and what a person should know of them."""
+    they come from, for a person; what a person should know of them; and how many of a kind are of no
+    image."""
 
     texts: Mapping[str, tuple[str, ...]]
     source: str
     notes: tuple[str, ...] = ()
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     def leave_out_names(self, ids: Mapping[str, str]) -> Captions:
         """Without captions where the folders' names are those of persons: one for each of `ids`, by image."""
@@ -37,7 +40,7 @@ class Captions:
         if self.source != _BY_FOLDERS or () in said or not len(pairs) == len(said) == len(who) > 1:
             return self
         note = "the folders' names are those of data.group's groups, and are not used as captions"
-        return Captions({}, _NOWHERE, (*self.notes, note))
+        return replace(self, texts={}, source=_NOWHERE, notes=(*self.notes, note))
 
     def shuffle(self, name: str, seed: int) -> tuple[str, ...]:
         """An image's texts, one at least, in an order that is the same for the same seed."""
@@ -64,15 +67,14 @@ def find_captions(
                 "file; keep one of them"
             )
     notes = [*_describe_strays(strays), *_describe_unused(tables, chosen), *_describe_repeats(images)]
-    sources = [f"column '{chosen}' of {', '.join(tables.names)}"] if chosen else []
+    sources = [tables.describe_column(chosen)] if chosen else []
     sources += ["text files beside the images"] if beside else []
     if not any(said.values()):
         said = _name_by_folders(images)
         sources = [_BY_FOLDERS] if any(said.values()) else []
-    n_without = sum(not said.get(name) for name in images)
-    notes += [_describe_without(n_without, len(images))] if n_without else []
-    notes += _describe_several(said)
-    return Captions(said, " and ".join(sources) or _NOWHERE, tuple(notes))
+    of_none = {_STRAYS: len(strays), _UNMATCHED: len(tables.unmatched)}
+    left_out = {kind: n for kind, n in of_none.items() if n}
+    return Captions(said, " and ".join(sources) or _NOWHERE, tuple(notes), left_out)
 
 
 def _choose_column(folder: Path, tables: Tables, asked: str | None) -> str | None:
@@ -84,7 +86,8 @@ def _choose_column(folder: Path, tables: Tables, asked: str | None) -> str | Non
     found = tables.find_column([asked])
     if found is None:
         has = f"which have {', '.join(tables.columns)}" if tables.columns else "of which there are none"
-        raise MemControlError(f"data.caption is '{asked}': no column of {folder}'s metadata tables, {has}")
+        where = ", ".join(tables.names) or f"{folder}'s metadata tables"
+        raise MemControlError(f"data.caption is '{asked}': no column of {where}, {has}")
     return found
 
 
@@ -143,7 +146,7 @@ def _cut_suffix(name: str) -> str:
 
 def _read_text_file(path: Path) -> str:
     try:
-        return read_text(path).strip()
+        return clean_text(read_text(path))
     except (OSError, UnicodeError) as error:
         raise MemControlError(f"caption {path} cannot be read: {describe_read_error(error)}") from None
 
@@ -173,20 +176,17 @@ def _name_by_folders(images: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """By the innermost folder, unless that is a part; of kohya's by the subject alone."""
     folders = {posixpath.dirname(name) for name in images}
     parents = {place: "" if is_part_folder(place) else posixpath.basename(place) for place in folders}
-    subjects = {parent: _cut_repeats(parent) for parent in parents.values()}
+    subjects = {parent: cut_repeats(parent) for parent in parents.values()}
     if len(set(subjects.values())) < len(subjects):  # "18_years" and "19_years" are no repeats
         subjects = {parent: parent for parent in subjects}
     texts = {place: (subjects[parent],) if parent else () for place, parent in parents.items()}
     return {name: texts[posixpath.dirname(name)] for name in images}
 
 
-def _cut_repeats(folder: str) -> str:
+def cut_repeats(folder: str) -> str:
+    """The subject of a folder that is named as kohya's scripts ask for it; any other name as it is."""
     found = _KOHYA.fullmatch(folder)
     return found[2] if found else folder
-
-
-def _describe_without(n: int, n_images: int) -> str:
-    return f"{n} of {n_images} images have no caption" if n < n_images else "no image has a caption"
 
 
 def _describe_strays(strays: Sequence[str]) -> Iterator[str]:
@@ -195,6 +195,8 @@ def _describe_strays(strays: Sequence[str]) -> Iterator[str]:
 
 
 def _describe_unused(tables: Tables, chosen: str | None) -> Iterator[str]:
+    if tables.empty:
+        yield f"{', '.join(tables.empty)}: a table without rows"
     if tables.unmatched:
         n, first = len(tables.unmatched), tables.unmatched[0]
         yield f"{n} rows of the metadata name images that are not there, the first being {first}"
@@ -204,12 +206,7 @@ def _describe_unused(tables: Tables, chosen: str | None) -> Iterator[str]:
         yield f"captions are column '{chosen}'; {said} is not used (data.caption names another)"
     if tables.columns and not chosen:
         yield (
-            f"the metadata has columns {', '.join(tables.columns)} and none of {', '.join(COLUMNS)}; "
+            f"{', '.join(tables.names)} has columns {', '.join(tables.columns)} and none of "
+            f"{', '.join(COLUMNS)}; "
             "data.caption can name the one with captions"
         )
-
-
-def _describe_several(said: Mapping[str, tuple[str, ...]]) -> Iterator[str]:
-    n = sum(len(texts) > 1 for texts in said.values())
-    if n:
-        yield f"{n} images have several captions: each use of one in training draws one of them"

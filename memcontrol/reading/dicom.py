@@ -22,6 +22,7 @@ _MARK, _OFFSET = b"DICM", 128
 _ENDINGS = (".dcm", ".dicom")
 _FIRST_GROUPS = (b"\x02\x00", b"\x08\x00")  # of the file's meta data, of the first elements
 _PLUGINS = "pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg pylibjpeg-rle"
+_NOT_BY_PLUGIN = "does not support"  # what pydicom says of Pillow and 12 bits, say
 
 
 @cache
@@ -82,11 +83,12 @@ class DicomFile:
         try:
             values = pixel_array(self.data, index=frame)
         except (RuntimeError, NotImplementedError) as error:
-            if _can_decode(self.data):
+            if _can_decode(self.data) and _NOT_BY_PLUGIN not in str(error):
                 raise  # so it is broken
-            syntax = _name_syntax(self.data)
+            syntax = f"{_name_syntax(self.data)} of {self.data.BitsStored} bits"
             raise MemControlError(
-                f"image {self.path} is compressed as {syntax}, which is not read here; {_PLUGINS}"
+                f"image {self.path} is compressed as {syntax}, which is not read here ({_PLUGINS}); install "
+                "them, or set data.skip_unreadable=true (audit: --skip-unreadable)"
             ) from error
         return _show(values, self.data)
 

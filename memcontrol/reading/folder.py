@@ -4,7 +4,7 @@ out."""
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 from memcontrol.core.errors import MemControlError
-from memcontrol.reading.captions import TEXT_SUFFIXES
+from memcontrol.reading.captions import TEXT_SUFFIXES, cut_repeats
 from memcontrol.reading.decode import locate_page, register_plugins
 from memcontrol.reading.dicom import can_read_dicom, is_dicom
 from memcontrol.reading.tables import is_table
@@ -26,6 +26,7 @@ _HELP = {
     ".nii": "pip install nibabel, and store slices as PNG",
     ".nii.gz": "pip install nibabel, and store slices as PNG",
 }
+_REG, _OF_KOHYA = ("reg", "regularization"), "kohya's regularization images, which are not trained on"
 # of files that Pillow knows by name alone, or that are pages rather than pictures
 _NO_FOLDERS = ("@eaDir", "__MACOSX")  # thumbnails of a file server, leftovers of an archive
 _NO_PICTURES = {".pdf", ".eps", ".ps", ".mpg", ".mpeg", ".h5", ".hdf", ".grib", ".bufr", ".wmf", ".emf"}
@@ -58,14 +59,21 @@ def _list_suffixes() -> frozenset[str]:
     return frozenset(known - _NO_PICTURES)
 
 
+def is_picture_suffix(suffix: str) -> bool:
+    """Whether files that end so are pictures, by what is installed or could be."""
+    return suffix in _list_suffixes() or suffix in _HELP
+
+
 def list_folder(folder: Path) -> Listing:
     """All files below a folder but hidden ones; links to folders are followed. A file is a picture by its
     ending, or by what it holds. Raises MemControlError."""
     found: dict[str, list[str]] = {"images": [], "texts": [], "tables": []}
     left_out: dict[str, list[str]] = {}
     again: list[str] = []
-    for name in sorted(_walk(folder, again)):
-        kind, reason = _tell_kind(folder, name)
+    names = sorted(_walk(folder, again))
+    apart = _list_regularization(names)
+    for name in names:
+        kind, reason = ("", _OF_KOHYA) if os.path.dirname(name) in apart else _tell_kind(folder, name)
         (left_out.setdefault(reason, []) if reason else found[kind]).append(name)
     if again:
         left_out["a link to a folder that is read already"] = sorted(again)
@@ -90,6 +98,17 @@ def _walk(folder: Path, again: list[str]) -> Iterator[str]:
         for name in files:
             if not name.startswith("."):
                 yield name if inside == os.curdir else f"{inside}/{name}"
+
+
+def _list_regularization(names: Iterable[str]) -> set[str]:
+    """Folders of kohya's regularization images, where others are named as kohya's scripts ask for it: they
+    show the class, not what is to be learnt."""
+    places = {place: place.split("/") for place in {os.path.dirname(name) for name in names}}
+    if not any(cut_repeats(step) != step for steps in places.values() for step in steps):
+        return set()
+    return {
+        place for place, steps in places.items() if any(cut_repeats(step).lower() in _REG for step in steps)
+    }
 
 
 def _refuse_unreadable(error: OSError) -> None:

@@ -73,16 +73,42 @@ def assign_parts(folder: Path, images: Sequence[str], tables: Tables) -> dict[st
 
 def _refuse_deeper_parts(folder: Path, images: Sequence[str]) -> None:
     """Parts below other folders would be pooled. Raises MemControlError."""
-    found: dict[str, str] = {}
-    for place in sorted({posixpath.dirname(name) for name in images}):
-        steps = place.split("/")
-        for depth, step in enumerate(steps[1:], start=2):
-            if part := find_part(step):
-                found.setdefault(part, "/".join(steps[:depth]))
+    found = _find_part_places(images, 1)
     if len(found) > 1:
         raise MemControlError(
             f"data: {folder} has {', '.join(f'{place}/' for place in found.values())}: parts are folders at "
             "its top; move them there, let data.path name the folder that they lie in, or call them otherwise"
+        )
+
+
+def _find_part_places(images: Sequence[str], n_above: int) -> dict[str, str]:
+    """By part the first folder of its name that is below so many others at the least."""
+    found: dict[str, str] = {}
+    for place in sorted({posixpath.dirname(name) for name in images}):
+        steps = place.split("/")
+        for depth, step in enumerate(steps[n_above:], start=n_above + 1):
+            if part := find_part(step):
+                found.setdefault(part, "/".join(steps[:depth]))
+    return found
+
+
+def refuse_parts(title: str, folder: Path, images: Sequence[str], tables: Tables) -> None:
+    """Where one set of images is wanted, several parts would be pooled. Raises MemControlError."""
+    found = _find_part_places(images, 0)
+    if len(found) > 1:
+        named = ", ".join(f"{place}/" for place in found.values())
+        raise MemControlError(
+            f"{title}: {folder} has {named}, which are parts, and one set of images is wanted; give one of "
+            f"them, as in audit --train {folder / found.get('train', 'train')} --holdout "
+            f"{folder / found.get('holdout', 'holdout')}"
+        )
+    column = tables.find_column([_COLUMN]) or _find_other_column(tables)
+    rows = [row for some in tables.rows.values() for row in some] if column else []
+    parts = {part for row in rows if (part := find_part(clean_text(row.values.get(column or ""))))}
+    if len(parts) > 1:
+        raise MemControlError(
+            f"{title}: {folder} has the parts {', '.join(sorted(parts))} in column '{column}' of "
+            f"{', '.join(tables.names)}, and one set of images is wanted; put each into a folder of its own"
         )
 
 

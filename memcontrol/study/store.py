@@ -308,7 +308,7 @@ def open_study(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         inner.set_metric_names(objectives)
-    write_attribute(inner, f"{_OWN}config", config.model_dump_json())
+    write_attribute(inner, f"{_OWN}config", json.dumps(config.model_dump(mode="json")))
     return Study(inner, config, folder, url, say, lock)
 
 

@@ -4,7 +4,7 @@ recorded."""
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +21,7 @@ from memcontrol.core.space_yaml import load_space
 from memcontrol.core.spec import Spec
 from memcontrol.data.images import Images
 from memcontrol.data.split import Split, dump_parts, load_parts
+from memcontrol.data.twins import describe_plain
 from memcontrol.model.adapter import check_space
 from memcontrol.model.base import Base
 from memcontrol.model.caption_length import describe_cut, find_limit
@@ -297,10 +298,25 @@ def _record_split(place: StudyFolder, split: Split, config: Config, resolution: 
     if known["parts"] == record["parts"] and known.get("greys") == record["greys"]:
         place.write_split(record)  # again, where the images have moved
     else:
+        what = _tell_difference(known["parts"], record["parts"])
         raise MemControlError(
-            f"the images are not those that study '{config.name}' began with (recorded in "
-            f"{place.split_file}); restore them, or choose another name"
+            f"{what} not those that study '{config.name}' began with (recorded in {place.split_file}); "
+            "restore them, or choose another name"
         )
+
+
+def _tell_difference(known: Mapping[str, list[dict]], found: Mapping[str, list[dict]]) -> str:
+    """What of the parts is not as it was, and the first image that shows it."""
+    before, now = (
+        {(part, i): row for part, rows in parts.items() for i, row in enumerate(rows)}
+        for parts in (known, found)
+    )
+    for what, keys in (("images", ("name", "digest")), ("captions", ("caption", "further"))):
+        for place in dict.fromkeys((*before, *now)):
+            was, row = before.get(place, {}), now.get(place, {})
+            if any(was.get(key) != row.get(key) for key in keys):
+                return f"the {what} (the first that differs: '{(row or was)['name']}') are"
+    return "the groups of images, or the scale of their greys, are"
 
 
 def _describe_split(split: Split) -> list[str]:
@@ -312,8 +328,4 @@ def _describe_split(split: Split) -> list[str]:
     twins = split.found.get("twins", {})
     if pairs := twins.get("pairs"):
         lines.append(f"{len(pairs)} pairs of images are nearly the same, such as {' and '.join(pairs[0])}")
-    if n_plain := twins.get("plain"):
-        lines.append(
-            f"{n_plain} images are plain (black frames, say): none can be told from another, nor a copy of it"
-        )
-    return lines
+    return [*lines, *describe_plain(twins.get("plain", 0))]

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from memcontrol.core.files import replace_file, write_json
+from memcontrol.core.files import write_json, write_text
 from memcontrol.core.reward_table import REWARDS, format_reward
 from memcontrol.view.html import make_data_uri, read_asset, render_code, render_document, render_list
 from memcontrol.view.words import DESCRIPTOR_WORDS, describe_copied
@@ -63,8 +63,7 @@ def write_audit(found: dict, copies: Iterable[Sequence[np.ndarray]], out: Path) 
     its base differ, where that is known."""
     cards = "".join(_render_pair(one, *images) for one, images in zip(found["copies"], copies))
     write_json(out / "audit.json", found)
-    with replace_file(out / "audit.html") as part:
-        part.write_text(_render_audit(found, cards), encoding="utf-8")
+    write_text(out / "audit.html", _render_audit(found, cards))
 
 
 def _render_pair(one: dict, generated: np.ndarray, training: np.ndarray, *tinted: np.ndarray) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from memcontrol.core.config import CHECKPOINT, BaseConfig
-from memcontrol.core.files import replace_file
+from memcontrol.core.files import write_text
 from memcontrol.core.reward_table import BLIND_SPOTS, REWARDS, format_reward
 from memcontrol.core.run_folder import StudyFolder
 from memcontrol.core.spec import Spec
@@ -57,9 +57,8 @@ def write_card(
     out: Path, spec: Spec, result: dict[str, Any], code: str, is_lora: bool, is_conditional: bool
 ) -> None:
     """`code`: how the folder is loaded, in Python."""
-    with replace_file(out / "README.md") as part:
-        head = yaml.safe_dump(make_metadata(spec, is_lora, is_conditional), sort_keys=False)
-        part.write_text(f"---\n{head}---\n\n{compose_body(spec, result, code)}", encoding="utf-8")
+    head = yaml.safe_dump(make_metadata(spec, is_lora, is_conditional), sort_keys=False)
+    write_text(out / "README.md", f"---\n{head}---\n\n{compose_body(spec, result, code)}")
 
 
 def _find_baseline(spec: Spec, result: dict[str, Any]) -> dict[str, Any]:

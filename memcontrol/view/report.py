@@ -12,7 +12,7 @@ import yaml
 
 from memcontrol.core.config import read_base
 from memcontrol.core.errors import MemControlError
-from memcontrol.core.files import replace_file
+from memcontrol.core.files import write_text
 from memcontrol.core.reward_table import BLIND_SPOTS, REWARDS
 from memcontrol.view.front_data import TrialData
 from memcontrol.view.html import (
@@ -57,8 +57,7 @@ def write_report(facts: ReportData, path: Path, with_images: bool = True) -> Non
             f"the report is one HTML page, and {path} is not named as one; give OUT.html (data goes "
             "to stdout: --csv, --json)"
         )
-    with replace_file(path) as part:
-        part.write_text(render_page(facts, with_images), encoding="utf-8")
+    write_text(path, render_page(facts, with_images))
 
 
 def render_page(facts: ReportData, with_images: bool) -> str:
