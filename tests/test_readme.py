@@ -36,7 +36,8 @@ ELSEWHERE = {  # other tests run these, each with what it needs
     "make quick": "a part of this",
     "make check": ".ci/run",
     "make chaos": "test_chaos",
-    "memcontrol audit --model my-pipeline": "test_audit, sampling takes minutes",
+    "memcontrol audit --model my-pipeline": "test_audit and test_attack, sampling takes minutes",
+    "memcontrol audit --model runwayml/": "test_attack, on a small base",
 }
 WHOLE_JOB = {  # what these pages show
     "README.md": {"init", "search", "front", "pick", "retrain", "export"},

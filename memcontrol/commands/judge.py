@@ -33,7 +33,7 @@ from memcontrol.view.words import NETWORK_DOUBT, write_verdict
 
 AUTO = "auto"  # the feature network that suits the images
 _FEWEST = 8
-_SMALL_SIDE = 64  # pixels of the images that an extraction attack compares
+_SMALL_SIDE = 64  # pixels of images that an extraction attack compares, and of thumbnails
 _MOST_SAME = 0.05
 ShowProgress = Callable[[str, int, int], None]
 
@@ -65,6 +65,57 @@ def _choose_for(photographs: bool) -> tuple[str, str]:
     return TINY_NETWORK, f"the images look like photographs, but {missing}"
 
 
+@dataclass(frozen=True)
+class _Sets:
+    """What an audit compares."""
+
+    generated: Pictures
+    train: Pictures
+    holdout: Pictures
+    calibration: Pictures | None
+
+    def gather_evidence(
+        self, extract: Callable, n_judgements: int, progress: ShowProgress, side: int | None = None
+    ) -> Evidence:
+        """Of the images as they are, or brought to fewer pixels."""
+
+        def describe(pictures: Pictures) -> Descriptors:
+            return _describe_pictures(pictures, extract, progress, side)
+
+        return Evidence(
+            *map(describe, (self.generated, self.train, self.holdout)),
+            train_groups=self.train.groups,
+            holdout_groups=self.holdout.groups,
+            calibration=describe(self.calibration) if self.calibration else None,
+            n_draws=n_judgements,
+            n_permutations=n_judgements * N_PERMUTATIONS,  # or the p of the largest could not be small
+        )
+
+    def count_missed(
+        self, found: Suspects, extract: Callable, n_judgements: int, progress: ShowProgress
+    ) -> int | None:
+        """How many of the clear copies are none in thumbnails; None where that is not asked, since images are
+        no larger or there are no clear copies."""
+        if min(self.generated.side, self.train.side) <= _SMALL_SIDE or not found.is_clear.any():
+            return None
+        small = self.gather_evidence(extract, n_judgements, progress, _SMALL_SIDE)
+        return int((found.is_clear & ~small.suspects.is_clear).sum())
+
+
+def _describe_pictures(
+    pictures: Pictures, extract: Callable, progress: ShowProgress, side: int | None
+) -> Descriptors:
+    """Descriptors of all images, read in blocks: pixels [N, 3072], features [N, D]."""
+    title = f"{pictures.title} at {side} pixels" if side else pictures.title
+
+    def read() -> Iterator[np.ndarray]:
+        for rows in pictures.iterate_rows():
+            yield pictures.read_small(rows, side) if side else pictures.read(rows)
+            progress(title, rows[-1] + 1, len(pictures))
+
+    return describe_images(read(), extract)
+
+
 def judge_images(
     generated: Pictures,
     train: Pictures,
@@ -80,22 +131,10 @@ def judge_images(
     cannot be judged."""
     _check_sizes([one for one in (generated, train, holdout, calibration) if one])
     network = load_extractor(extractor)
-    made, known, held = (
-        _describe_pictures(pictures, network.extract, progress) for pictures in (generated, train, holdout)
-    )
-    third = _describe_pictures(calibration, network.extract, progress) if calibration else None
-    if broken := describe_broken_images(made.pixels):
+    sets = _Sets(generated, train, holdout, calibration)
+    evidence = sets.gather_evidence(network.extract, n_judgements, progress)
+    if broken := describe_broken_images(evidence.generated.pixels):
         raise MemControlError(f"{broken}, so nothing can be judged")
-    evidence = Evidence(
-        made,
-        known,
-        held,
-        train_groups=train.groups,
-        holdout_groups=holdout.groups,
-        calibration=third,
-        n_draws=n_judgements,
-        n_permutations=n_judgements * N_PERMUTATIONS,  # or the p of the largest could not be small
-    )
     progress("judging", 0, 2)
     measured = score_evidence(evidence) | _judge_attack(attack, holdout, evidence)
     rewards = Rewards.from_estimates(measured).to_plain()
@@ -114,6 +153,7 @@ def judge_images(
         "sizes": {part.title: len(part) for part in (generated, train, holdout, calibration) if part},
         "extractor": network.id,
         "side": train.side,
+        "missed_when_small": sets.count_missed(evidence.suspects, network.extract, n_judgements, progress),
         "threshold": line_ratio(space.real_ratios),
         "rewards": rewards,
         "copies": _list_copies(evidence.suspects, generated, train),
@@ -162,17 +202,6 @@ def _check_sizes(parts: Sequence[Pictures]) -> None:
                 f"{part.title} has {len(part)} images; an audit needs at least {_FEWEST} of each, "
                 "and some hundred to say much"
             )
-
-
-def _describe_pictures(pictures: Pictures, extract: Callable, progress: ShowProgress) -> Descriptors:
-    """Descriptors of all images, read in blocks: pixels [N, 3072], features [N, D]."""
-
-    def read() -> Iterator[np.ndarray]:
-        for rows in pictures.iterate_rows():
-            yield pictures.read(rows)
-            progress(pictures.title, rows[-1] + 1, len(pictures))
-
-    return describe_images(read(), extract)
 
 
 def _list_duplicates(train: Pictures) -> list[dict]:

@@ -13,7 +13,7 @@ from PIL import Image
 from memcontrol.core.files import write_json, write_text
 from memcontrol.core.reward_table import REWARDS, format_reward
 from memcontrol.view.html import make_data_uri, read_asset, render_code, render_document, render_list
-from memcontrol.view.words import DESCRIPTOR_WORDS, describe_copied
+from memcontrol.view.words import DESCRIPTOR_WORDS, describe_copied, describe_missed
 
 N_SHOWN = 24
 SHOWN_SIDE = 128  # pixels of an image at the most
@@ -126,7 +126,8 @@ def _describe_sizes(found: dict) -> str:
         said += f", compared under {', '.join(found['fits'])}: this is where most copying shows"
     said = said or f"{sizes} images, brought to {side} x {side} pixels"
     reason = f" ({found['extractor_reason']})" if "extractor_reason" in found else ""
-    return f"{said}; features by {found['extractor']}{reason}. {describe_copied(found['rewards'])}"
+    told = " ".join(filter(None, (describe_copied(found["rewards"]), describe_missed(found))))
+    return f"{said}; features by {found['extractor']}{reason}. {told}"
 
 
 def _render_rewards(rewards: dict[str, float]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from memcontrol.core.choice import EVERYTHING, Choice
 from memcontrol.core.config import DIGITS
@@ -131,6 +132,17 @@ def _describe_epsilon(rewards: Mapping[str, float]) -> str:
         f"its epsilon of differential privacy is at least {rewards['epsilon_low']:.2f} (with so few images "
         f"{rewards['epsilon_most']:.1f} could be shown at most)."
     )
+
+
+def describe_missed(found: Mapping[str, Any]) -> str:
+    """What of an audit's clear copies would not be seen in thumbnails; empty where that is not known."""
+    n, missed = (
+        count_clear_copies(found["rewards"], found["sizes"]["generated"]),
+        found.get("missed_when_small"),
+    )
+    if missed is None:
+        return ""
+    return f"In images of 64 pixels {missed or 'none'} of these {n} would have been missed."
 
 
 def find_copying_p(rewards: Mapping[str, float]) -> float:
