@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter
 
+EXTRACTOR = os.environ.get("EXTRACTOR", "tiny")
 N_REPEATS = int(os.environ.get("REPEATS", "200"))
 N_WORKERS = int(os.environ.get("WORKERS", "2"))
 HELD_OUT = (20, 50, 200, 500)
@@ -160,7 +161,7 @@ def find_distinct(images: np.ndarray) -> np.ndarray:
 def find_network() -> Callable[[np.ndarray], np.ndarray]:
     from memcontrol.scoring.extractors import load_extractor
 
-    return load_extractor("tiny").extract
+    return load_extractor(EXTRACTOR).extract
 
 
 def describe(images: np.ndarray):
@@ -335,7 +336,8 @@ class Kept:
 
     def find(self, name: str, what: str, n_held: int | str, count: Callable[[], dict]) -> dict:
         setting = {"images": name_images(name), "what": what, "held out": n_held}
-        key = json.dumps({**setting, "repeats": N_REPEATS})
+        network = {} if EXTRACTOR == "tiny" else {"extractor": EXTRACTOR}
+        key = json.dumps({**setting, "repeats": N_REPEATS, **network})
         lines = self.path.read_text().splitlines() if self.path and self.path.exists() else []
         for line in lines:
             known, found = json.loads(line)

@@ -83,7 +83,9 @@ class _Sets:
             return _describe_pictures(pictures, extract, progress, side)
 
         return Evidence(
-            *map(describe, (self.generated, self.train, self.holdout)),
+            describe(self.generated),
+            describe(self.train),
+            describe(self.holdout),
             train_groups=self.train.groups,
             holdout_groups=self.holdout.groups,
             calibration=describe(self.calibration) if self.calibration else None,
