@@ -2,6 +2,7 @@
 
 from memcontrol.core.estimate import Estimate
 from memcontrol.scoring.copying import copy_rate, memorization
+from memcontrol.scoring.membership import epsilon_low, membership_auc, membership_tpr
 from memcontrol.scoring.published import PRESETS, authpct, carlini_rate, extraction, mq, tile_distances
 from memcontrol.scoring.quality import Gaussian, clip_score, cosine_distance, fd_pca, fid, kid, mifid, prdc
 from memcontrol.scoring.quality import fit_gaussian as gaussian
@@ -15,11 +16,14 @@ __all__ = [
     "clip_score",
     "copy_rate",
     "cosine_distance",
+    "epsilon_low",
     "extraction",
     "fd_pca",
     "fid",
     "gaussian",
     "kid",
+    "membership_auc",
+    "membership_tpr",
     "memorization",
     "mifid",
     "mq",

@@ -1,6 +1,8 @@
 """What an audit tells of a model that it can open: the same weights are told alike in whatever form."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from memcontrol.commands.audit import audit
 from memcontrol.commands.export import COMFYUI_FILE, LORA_FILE, export
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import read_json
-from memcontrol.core.run_folder import RunFolder, locate_study_folder
+from memcontrol.core.run_folder import locate_study_folder
 
 SAMPLING = {"samples": 16, "steps": 1}
 N = 24
@@ -89,35 +91,34 @@ def test_strength_scales_it_and_none_is_the_base(files):
     assert "epsilon_low" not in nothing  # the folders were a person's
 
 
-def test_a_run_tells_in_an_audit_what_its_result_says(study_file, tmp_path):
-    study = study_file()
-    run("search", study, check=True)
-    folder = locate_study_folder(study, "small")
-    for found in folder.glob("*/result.json"):
-        result = read_json(found)
-        if result["choice"]["method"] == "full":
-            break
+@pytest.fixture
+def find_run(shown, tmp_path):
+    """A finished run of a study, by its method."""
+    folder = Path(shutil.copytree(locate_study_folder(shown, "seen"), tmp_path / "seen"))
+
+    def find(method):
+        for place in folder.glob("*/result.json"):
+            if read_json(place)["choice"]["method"] == method:
+                return place.parent
+
+    return find
+
+
+def test_a_run_is_told_by_its_own_images(find_run, tmp_path):
     out = tmp_path / "audit"
-    said = run("audit", "--model", found.parent, "--out", out, check=True).stdout
-    told = json.loads((out / "audit.json").read_text())
-    names = [name for name in result["rewards"] if name.startswith(("membership", "epsilon"))]
-    if names:  # else the trial was too short to be attacked
-        assert {name: told["rewards"][name] for name in names} == pytest.approx(
-            {name: result["rewards"][name] for name in names}, abs=1e-9
-        )
-    assert told["rewards"]["epsilon_guesses"] == 2 * 11
-    assert "An attacker who has the model and the base tells" in told["membership"]
-    assert told["membership"] in said and told["membership"][:40] in (out / "audit.html").read_text()
+    said = run("audit", "--model", find_run("full"), "--out", out, check=True).stdout
+    found = json.loads((out / "audit.json").read_text())
+    assert found["rewards"]["epsilon_guesses"] == 2 * 11  # a third of 32 members, of as many others
+    assert "An attacker who has the model and the base tells" in found["membership"]
+    assert found["membership"] in said and found["membership"][:40] in (out / "audit.html").read_text()
+    boxes = [one["unlike_base"] for one in found["copies"] if "unlike_base" in one]
+    assert len(boxes) == 12 and all(0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1 for box in boxes)
 
 
-def test_a_run_is_told_on_images_of_folders_as_its_lora_is(study_file, files, tmp_path):
-    study = study_file(space="digits", search={"trials": 0, "workers": 1, "executor": "inline"})
-    run("search", study, check=True)
-    for place in locate_study_folder(study, "small").glob("*/result.json"):
-        if read_json(place)["choice"]["method"] == "lora":
-            break
-    own = audit(None, files / "train", files / "holdout", model=place.parent)["rewards"]
-    as_lora = tell(files, lora=RunFolder(place.parent).path)
+def test_a_run_is_told_on_images_of_folders_as_its_lora_is(find_run, files):
+    place = find_run("lora")
+    own = audit(None, files / "train", files / "holdout", model=place)["rewards"]
+    as_lora = tell(files, lora=place)
     for name in ("membership_auc", "membership_tpr", "membership_base_auc"):
         assert own[name] == pytest.approx(as_lora[name], abs=1e-6), name
 
