@@ -22,7 +22,7 @@ from memcontrol.data.images import Images
 from memcontrol.data.pictures import Pictures, wrap_samples
 from memcontrol.model.base import Base, load_base
 from memcontrol.model.saved_adapter import find_adapter_file, fuse_file, list_left_out
-from memcontrol.training.losses import MOST_IMAGES, AttackSize
+from memcontrol.training.losses import MOST_AUDITED, AttackSize
 from memcontrol.training.maps import compare_predictions, predict_shifted
 from memcontrol.trial.loaded import LoadedModels, tell_nobody
 from memcontrol.trial.maps import map_images, shrink_maps
@@ -103,7 +103,7 @@ def _put_on(base: Base, given: Path, strength: float, warn: Callable[[str], None
 def attack_run(run: Path, spec: Spec, loaded: LoadedModels) -> Measured:
     """On a run's own images. Raises MemControlError where its base or its weights are not on this machine."""
     train, held = loaded.train_images(spec), loaded.parts(spec)[spec.reference]
-    all_that_is_used = AttackSize(min(len(train), MOST_IMAGES), min(len(held), MOST_IMAGES))
+    all_that_is_used = AttackSize(min(len(train), MOST_AUDITED), min(len(held), MOST_AUDITED))
     attack = plan_attack(spec, loaded) or size_attack(spec, loaded, all_that_is_used, tell_nobody)
     before = measure_untrained(spec, loaded, attack)
     with hold_run(run, spec, loaded):

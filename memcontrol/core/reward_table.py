@@ -507,7 +507,7 @@ BLIND_SPOTS = (  # what no reward sees
     "Copies of whole images, moved a little or turned, and of parts from a quarter of an image on, at their "
     "own place, are all that is seen: not smaller parts, not style, not facts about a person.",
     "No figure here is a privacy guarantee: a model that shows no copies can still reveal who was "
-    "in the training set.",
+    "in the training set, and where membership is measured, it is by one attack; others may tell more.",
     # as `benchmarks copies` found; a test holds this to its table
     "Changed copies may be missed. Hardly any is found that is inverted, that is a part of a sixteenth of "
     "the image, or that lies elsewhere in it; of those blended half and half with another image or cropped "

@@ -18,6 +18,7 @@ from memcontrol.model.encoded import Encoded
 from memcontrol.training.probe import count_trial_passes
 
 N_DRAWS, MOST_IMAGES = 16, 512  # timesteps of each image; images of either side
+MOST_AUDITED = 200  # of either side in an audit: 12,800 passes, where sampling takes some 5,000
 _QUANTILES = (0.03, 0.75)  # of the timesteps: the middle ones tell most
 _ATTACK_SHARE = 0.1  # of the passes of training and sampling, which this must not exceed
 _WORTH = {16: 128, 8: 64, 4: 16}  # images of both sides that are worth so many timesteps

@@ -19,7 +19,7 @@ from memcontrol.data.images import Images
 from memcontrol.model.base import Base
 from memcontrol.model.encoded import Encoded, load_encoded
 from memcontrol.scoring.membership import measure_membership
-from memcontrol.training.losses import MOST_IMAGES, N_DRAWS, AttackSize, choose_attack_size, measure_losses
+from memcontrol.training.losses import MOST_AUDITED, N_DRAWS, AttackSize, choose_attack_size, measure_losses
 from memcontrol.trial.loaded import LoadedModels, derive_scratch_seed, tell_nobody
 
 _SIDES = ("members", "others")
@@ -57,9 +57,9 @@ class Attack:
 def make_attack(
     base: Base, train: Images, held: Images, cache: Path, seed: int, progress: Callable[[int, int], None]
 ) -> Attack:
-    """On images of two folders, as many of each as are ever looked at."""
+    """On images of two folders, MOST_AUDITED of each at the most."""
     images = tuple(
-        side.take(_choose_rows(len(side), min(len(side), MOST_IMAGES), is_drawn=False))
+        side.take(_choose_rows(len(side), min(len(side), MOST_AUDITED), is_drawn=False))
         for side in (train, held)
     )
     members, others = (load_encoded(base, side, cache, progress) for side in images)
