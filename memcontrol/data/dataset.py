@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, TextIO
 
 from PIL import Image
 
+from memcontrol.core import interrupt
 from memcontrol.core.config import DIGITS, HUB, PARTS, DataConfig
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import name_full_disk, read_json, write_json
@@ -285,6 +286,7 @@ class _Writer:
         self.shards += [(first + n, title) for n, title in split.list_shards()]
         (self.folder / inside).mkdir(exist_ok=True)
         for row in split.iterate():
+            interrupt.check()
             self.n += 1
             others = (*self.others, *columns.others, *row.get(_OTHERS, ()))
             self.others = tuple(dict.fromkeys(others))
