@@ -261,3 +261,33 @@ def test_further_real_images_draw_the_line(folders, shown, tmp_path):
     spec = json.loads(first.spec_file.read_text()) | {"study_folder": str(study)}
     first.spec_file.write_text(json.dumps(spec))
     assert audit(model=first.path)["rewards"]["copy_rate_n_real"] == 40
+
+
+def test_a_folder_of_parts_is_not_taken_for_one_set(folders, tmp_path):
+    root = folders(0)
+    whole = tmp_path / "whole"
+    for name in ("Train", "val", "test"):
+        shutil.copytree(root / "holdout", whole / "data" / name)
+    sets = {"train": root / "train", "holdout": root / "holdout"}
+    for name in ("images", "train", "holdout", "calibration"):
+        given = {"images": root / "generated", **sets, name: whole}
+        with pytest.raises(
+            MemControlError, match="has data/Train/, data/test/, data/val/, which are parts"
+        ) as one:
+            audit(**given)
+        assert f"--train {whole}/data/Train --holdout {whole}/data/val" in str(one.value)
+        assert "\n" not in str(one.value)
+    rows = [
+        f"{path.name},{['train', 'test'][i % 2]}" for i, path in enumerate((root / "train").glob("*.png"))
+    ]
+    (root / "train" / "metadata.csv").write_text("\n".join(["file_name,split", *rows]))
+    with pytest.raises(MemControlError, match="has the parts test, train in column 'split' of metadata.csv"):
+        audit(root / "generated", **sets)
+
+
+def test_the_folder_that_says_no_group_is_named(folders):
+    root = folders(0)
+    rows = [f"{path.name},{path.stem}" for path in (root / "train").glob("*.png")]
+    (root / "train" / "metadata.csv").write_text("\n".join(["file_name,PatientID", *rows]))
+    with pytest.raises(MemControlError, match="holdout: data.group is 'PatientID', and no image says one"):
+        audit(root / "generated", root / "train", root / "holdout", group="PatientID")

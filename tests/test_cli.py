@@ -179,8 +179,16 @@ def test_data_that_changed_since_the_study_began_is_refused(base, study_file, ph
             "holdout": 12,
             "test": 12,
         }
-    (photographs(0) / "000.png").write_bytes((photographs(0) / "001.png").read_bytes())
-    with pytest.raises(MemControlError, match="not those that study 'small' began with"):
+    folder = photographs(0)
+    (folder / "007.txt").write_text("a caption")
+    with pytest.raises(
+        MemControlError,
+        match="the captions .the first that differs: '007.png'. are not those that study 'small'",
+    ):
+        prepare_study(values, study.parent / "runs", loaded, lambda line: None)
+    (folder / "007.txt").unlink()
+    (folder / "000.png").write_bytes((folder / "001.png").read_bytes())
+    with pytest.raises(MemControlError, match="the images .* are not those that study 'small' began with"):
         prepare_study(values, study.parent / "runs", loaded, lambda line: None)
 
 

@@ -3,12 +3,14 @@
 import io
 import json
 import logging
+import os
 
 import pytest
 from rich.console import Console
 
 from memcontrol.core import console
 from memcontrol.core.console import LOG, log_to_file, make_console, print_json, say, warn
+from memcontrol.core.files import write_json
 
 
 @pytest.fixture
@@ -22,6 +24,14 @@ def write(path, *lines):
         for line in lines:
             LOG.info(line)
     return path.read_text().splitlines()
+
+
+def test_names_that_are_no_utf8_are_logged_and_stored(tmp_path, capsys):
+    name = os.fsdecode(b"bad\xff.png")  # as Python gives the byte
+    assert write(tmp_path / "log.txt", name)[-2].endswith("INFO bad\\udcff.png")
+    assert not capsys.readouterr().err
+    write_json(tmp_path / "x.json", {"name": name, "plain": "\\udcff é"})
+    assert json.loads((tmp_path / "x.json").read_bytes()) == {"name": name, "plain": "\\udcff é"}
 
 
 def test_line_is_said_as_it_is(screen):

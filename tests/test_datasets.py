@@ -87,6 +87,21 @@ def write_tar(path, split):
                 tar.addfile(member, io.BytesIO(content))
 
 
+def write_members(path, members):
+    """A tar of names with contents, in this order."""
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
+def encode_noise(number):
+    file = io.BytesIO()
+    make_noise(number).save(file, "PNG")
+    return file.getvalue()
+
+
 def load(path, kept=None, **keys):
     config = load_config({"name": "a", "data": {"path": str(path), **keys}})
     return load_parts(config.data, 40, 0, kept=kept).parts
@@ -235,3 +250,86 @@ def test_init_writes_a_study_for_each_that_a_search_takes(splits, tmp_path):
     assert 'split: "train"' in done.stderr and 'group: "patient_id"' in (tmp_path / "a.yaml").read_text()
     dry = run("search", tmp_path / "a.yaml", "--dry-run", "search.trials=0", "search.workers=1")
     assert dry.returncode == 0, dry.stderr
+
+
+@pytest.mark.parametrize("missing", [0, 2, 25, 29])
+@pytest.mark.parametrize("side_by_side", [True, False])
+def test_samples_of_a_tar_may_differ_in_what_they_have(tmp_path, missing, side_by_side):
+    members = [(f"a/{i:03}.png", encode_noise(i)) for i in range(40)]
+    members += [(f"a/{i:03}.txt", f"caption {i}\n".encode()) for i in range(40) if i != missing]
+    members += [("a/004.mask.png", encode_noise(99)), ("a/._005.txt", b"x"), ("a/lonely.txt", b"x")]
+    write_members(tmp_path / "a.tar", sorted(members) if side_by_side else members)
+    config, said = load_config({"name": "a", "data": {"path": str(tmp_path / "a.tar")}}), []
+    split = load_parts(config.data, 40, 0, said.append, kept=tmp_path / "cache" / "images.db")
+    found = {}
+    for images in split.parts.values():
+        for record, pixels in zip(images.records, images.pixels()):
+            number = int(record.name.partition("-")[2][:3])
+            assert (pixels == np.asarray(make_noise(number)).transpose(2, 0, 1)).all()
+            found[number] = record.caption
+    assert found == {i: "" if i == missing else f"caption {i}" for i in range(40)}
+    assert "1 of 40 images have no caption" in said and "1 rows of the dataset have no image" in said
+    assert "columns of images that are not used: mask.png" in said
+    assert split.found["captions"] == f"column 'txt' of {tmp_path / 'a.tar'}"
+    left_out = {"image without a caption": 1, "row of the dataset without an image": 1}
+    assert split.found["left_out"] == left_out
+
+
+def save_broken(folder, content, stored_as):
+    """Two shards, of which the second has an image that is none in its row 7."""
+    images = [
+        {"bytes": content if i == 21 else encode_noise(i), "path": stored_as and f"{i}.png"}
+        for i in range(40)
+    ]
+    kinds = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    whole = datasets.Dataset.from_dict({"image": images, "text": list(map(str, range(40)))}, features=kinds)
+    folder.mkdir(exist_ok=True)
+    for shard, rows in enumerate((range(15), range(15, 40))):
+        whole.select(rows).to_parquet(folder / f"train-{shard:05}-of-00002.parquet")
+
+
+@pytest.mark.parametrize("content", [b"", b"no picture", encode_noise(0)[:900]], ids=["empty", "text", "cut"])
+@pytest.mark.parametrize("kind", ["parquet", "parquet with names", "tar"])
+def test_an_image_of_a_dataset_that_is_none_is_named_by_shard_and_row(tmp_path, kind, content):
+    place, kept, shard = tmp_path / "set", tmp_path / "cache" / "images.db", "train-00001-of-00002.parquet"
+
+    def save(content):
+        if kind == "tar":
+            place.mkdir(exist_ok=True)
+            rows = [(f"{i:03}.png", content if i == 21 else encode_noise(i)) for i in range(40)]
+            write_members(place / "train-0.tar", rows[:15])
+            write_members(place / "train-1.tar", rows[15:])
+        else:
+            save_broken(place, content, "names" in kind)
+
+    save(content)
+    shard = "train-1.tar" if kind == "tar" else shard
+    with pytest.raises(MemControlError, match=f"the image of {shard}, row 7 cannot be decoded") as caught:
+        load(place, kept)
+    assert "data.skip_unreadable=true" in str(caught.value) and "dataset-" not in str(caught.value)
+    config, said = load_config({"name": "a", "data": {"path": str(place), "skip_unreadable": True}}), []
+    split = load_parts(config.data, 40, 0, said.append, kept=kept)
+    assert sum(map(len, split.parts.values())) == 39 and split.found["left_out"]["cannot be decoded"] == 1
+    assert any(f"skipped: the image of {shard}, row 7 cannot" in line for line in said)
+    save(encode_noise(21))  # mended
+    assert sum(map(len, load(place, kept).values())) == 40
+
+
+def test_rows_of_a_dataset_are_called_as_a_person_finds_them(tmp_path):
+    members = [(f"{i:03}.png", encode_noise(i)) for i in range(40)]
+    told = json.dumps({"file_name": "x.png", "captions": {"en": "a"}}).encode()
+    write_members(tmp_path / "a.tar", [*members, ("007.json", told)])
+    kept = tmp_path / "cache" / "images.db"
+    with pytest.raises(MemControlError, match="a.tar, row 8 has captions by name in 'captions'"):
+        load(tmp_path / "a.tar", kept, caption="captions")
+    with pytest.raises(MemControlError, match="no column of .*a.tar, which have captions$"):
+        load(tmp_path / "a.tar", kept, caption="label")
+    write_members(tmp_path / "b.tar", [*members, ("007.json", b"{")])
+    with pytest.raises(MemControlError, match="b.tar: 007.json cannot be read: "):
+        load(tmp_path / "b.tar", kept)
+    write_members(tmp_path / "c.tar", [*members, members[3]])
+    with pytest.raises(MemControlError, match="c.tar holds 003.png twice"):
+        load(tmp_path / "c.tar", kept)
+    write_members(tmp_path / "d.tar", [("1.npy", b"x")])
+    with pytest.raises(MemControlError, match="d.tar', which has no images; its members are npy"):
+        load(tmp_path / "d.tar", kept)

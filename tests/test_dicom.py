@@ -186,3 +186,22 @@ def test_what_is_broken_or_has_no_patient_is_refused_in_one_line(tmp_path):
     config = load_config({"name": "a", "data": {"path": str(tmp_path / "x"), "group": "PatientID"}})
     with pytest.raises(MemControlError, match="data.group is 'PatientID', and no image says one"):
         load_parts(config.data, 32, 0)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compression_that_is_not_read_is_named_with_what_reads_it(tmp_path):
+    """Twelve bits of JPEG, which Pillow cannot read (its modes have 8), also where it is skipped."""
+    (name,) = get_testdata_files("JPEG-lossy.dcm")
+    if "pylibjpeg" in pydicom.pixels.get_decoder(pydicom.uid.JPEGExtended12Bit).available_plugins:
+        pytest.skip("pylibjpeg reads it")
+    for i in range(32):
+        write(tmp_path / f"{i:03}.dcm", np.random.default_rng(i).integers(0, 4096, (24, 24)))
+    (tmp_path / "a;b.dcm").write_bytes(Path(name).read_bytes())
+    what = r"a;b.dcm is compressed as JPEG Extended .* of 12 bits, which is not read here \(pip install pylib"
+    config = load_config({"name": "a", "data": str(tmp_path)})
+    with pytest.raises(MemControlError, match=what):
+        load_parts(config.data, 32, 0)
+    said = []
+    load_parts(config.data.model_copy(update={"skip_unreadable": True}), 32, 0, said.append)
+    (skipped,) = [line for line in said if line.startswith("skipped: ")]
+    assert skipped.endswith("pylibjpeg-rle)") and "a;b.dcm is compressed" in skipped

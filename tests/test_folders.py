@@ -3,6 +3,7 @@ kinds, broken EXIF, colour profiles. What is not used is said."""
 
 import io
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
+from memcontrol.commands.init import list_warnings, propose_study
 from memcontrol.core.config import load_config
 from memcontrol.core.errors import MemControlError
 from memcontrol.data.split import load_parts
@@ -123,7 +125,7 @@ def test_several_captions_are_drawn_from_by_the_seed_and_nothing_is_nan(tmp_path
     assert f"{N} images have several captions: each use of one in training draws one of them" in said
     records = [record for images in load(tmp_path)[1].values() for record in images.records]
     assert all({record.caption, *record.further} == {"a cat", "one cat"} for record in records)
-    for nothing in (float("nan"), "NaN", "<NA>", "None", "N/A"):
+    for nothing in (float("nan"), "NaN", "<NA>", "None", "N/A", "NULL", "null", "nan", "n/a", "NONE"):
         (tmp_path / "metadata.jsonl").write_text(one_caption(nothing))
         assert set(load(tmp_path)[0].values()) == {""}
     (tmp_path / "metadata.jsonl").write_text(one_caption([{"en": "a cat"}]))
@@ -432,3 +434,155 @@ def test_parquet_is_read_and_a_broken_one_refused(tmp_path):
     assert captions["005.png"] == "c 5" and captions["000.png"] == "" and "1 of 32 images" in said
     (tmp_path / "metadata.parquet").write_bytes(b"PAR1")
     refused(tmp_path, "metadata.parquet cannot be read: ")
+
+
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("metadata.csv", "file_name,text,text\n000.png,a,b\n", "has the column 'text' 2 times; give each"),
+        ("metadata.csv", "file_name, Text,text\n000.png,a,b\n", "has the column 'text' 2 times"),
+        (
+            "metadata.csv",
+            'file_name,text\n000.png,a\n001.png,"b\n002.png,c\n',
+            "row 2, from line 3 on: unexpected end of data; each quote that begins a text needs one",
+        ),
+        (
+            "metadata.csv",
+            f"file_name,text\n000.png,a\n001.png,{'w' * 200_000}\n",
+            r"row 2, from line 3 on: field larger than field limit \(131072\); shorten the text",
+        ),
+        (
+            "metadata.jsonl",
+            '{"file_name": "000.png", "text": "a"}\n\n{bad\n',
+            "line 3 is no JSON .*column 2.; each is one such as",
+        ),
+        ("metadata.jsonl", '{"file_name": "000.png", "text": "a", "text": "b"}', "has 'text' 2 times"),
+        ("captions.json", '{"000.png": "a", "000.png": "b"}', "an object has '000.png' 2 times"),
+        ("captions.json", '{"000.png": {"text": {"en": "a"}}}', "captions by name in 'text'"),
+    ],
+)
+def test_what_is_broken_in_a_table_is_named_with_its_place(tmp_path, name, content, words):
+    fill(tmp_path)
+    (tmp_path / name).write_text(content)
+    refused(tmp_path, f"{name}.*{words}" if "by name" not in words else words)
+
+
+def test_columns_without_a_name_may_be_several_and_tables_without_rows_are_said(tmp_path):
+    fill(tmp_path)
+    rows = "".join(f"{i:03}.png,c {i},,\n" for i in range(N))
+    (tmp_path / "metadata.csv").write_text("file_name,text,,\n" + rows)
+    assert load(tmp_path)[0]["003.png"] == "c 3"
+    for content in ("", "file_name,text\n"):
+        (tmp_path / "metadata.csv").write_text(content)
+        assert "metadata.csv: a table without rows" in load(tmp_path)[2]
+
+
+def find_source(folder):
+    return load_parts(load_config({"name": "a", "data": str(folder)}).data, 32, 0).found["captions"]
+
+
+def test_the_source_of_captions_is_what_a_person_has(tmp_path):
+    fill(tmp_path)
+    plain = {f"{i:03}.png": f"c {i}" for i in range(N)}
+    (tmp_path / "captions.json").write_text(json.dumps(plain))
+    assert find_source(tmp_path) == "captions.json"
+    several = {name: {"caption": text} for name, text in plain.items()}
+    (tmp_path / "captions.json").write_text(json.dumps(several))
+    assert find_source(tmp_path) == "column 'caption' of captions.json"
+
+
+def test_what_is_not_used_is_counted_in_split_json_by_kind(tmp_path):
+    fill(tmp_path)
+    rows = write_rows("text").replace("003.png,c 3", "003.png,NULL")
+    (tmp_path / "metadata.csv").write_text(rows + "gone.png,x\nfar.png,y\n")
+    (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "x.bin").write_bytes(b"x")
+    config = load_config({"name": "a", "data": str(tmp_path)})
+    assert load_parts(config.data, 32, 0).found["left_out"] == {
+        ".bin is no known picture": 1,
+        "text file of no image": 1,
+        "row of the metadata whose image is not there": 2,
+        "image without a caption": 1,
+    }
+
+
+def test_pages_without_captions_are_counted_as_the_images_that_they_are(tmp_path):
+    fill(tmp_path)
+    pages = [Image.open(tmp_path / f"{i:03}.png").rotate(90) for i in range(3)]
+    pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
+    (tmp_path / "a.txt").write_text("a page")
+    captions, _, said = load(tmp_path, pages="all")
+    assert len(captions) == N + 3 and f"{N} of {N + 3} images have no caption" in said
+
+
+def test_kohyas_regularization_images_are_left_out_by_name(tmp_path):
+    fill(tmp_path / "a" / "img" / "10_sks dog")
+    fill(tmp_path / "a" / "reg" / "1_dog", 8, 100)
+    (tmp_path / "a" / "reg" / "1_dog" / "100.txt").write_text("a dog")
+    captions, _, said = load(tmp_path / "a")
+    assert len(captions) == N and set(captions.values()) == {"sks dog"}
+    assert "9 files are left out: kohya's regularization images, which are not trained on" in said
+    fill(tmp_path / "b" / "10_sks dog")
+    fill(tmp_path / "b" / "1_reg", 8, 100)
+    assert set(load(tmp_path / "b")[0].values()) == {"sks dog"}
+    fill(tmp_path / "c" / "reg")
+    fill(tmp_path / "c" / "cat", 8, 100)
+    assert set(load(tmp_path / "c")[0].values()) == {"reg", "cat"}  # classes
+
+
+def propose(folder, tmp_path):
+    """What init says of a folder."""
+    out = tmp_path / f"{len(list(tmp_path.iterdir()))}.yaml"
+    found = propose_study(str(folder), out, "a", "tiny", lambda title, done, total: None)
+    return "; ".join([found.text, *list_warnings(found.seen)])
+
+
+def test_init_says_what_a_search_leaves_out_of_parts_that_are_made(tmp_path):
+    folder = tmp_path / "x"
+    for start, name in enumerate(("train", "val", "test")):
+        fill(folder / name, 12, 100 * start)
+    fill(folder, 3, 300)
+    said = propose(folder, tmp_path)
+    assert "3 images are left out: they are in none of the parts, such as 300.png" in said
+    (folder / "train" / "again.png").write_bytes((folder / "train" / "001.png").read_bytes())
+    said = propose(folder, tmp_path)
+    assert "the same pixels, which stay in one part: train/001.png, train/again.png" in said
+    assert "twins: drop" not in said and "13 train, 12 holdout, 12 test" in said
+    (folder / "test" / "same.png").write_bytes((folder / "train" / "000.png").read_bytes())
+    said = propose(folder, tmp_path)
+    assert "the same pixels, of which test/same.png is left out: test/same.png, train/000.png" in said
+    assert "the same pixels, which stay in one part: train/001.png, train/again.png" in said
+    assert "2 exact copies; 1 left out, as twins of images in another part" in said
+    rows = [f"{i:03}.png,{['train', 'val', 'test', ''][i % 4]}\n" for i in range(48)]
+    (fill(tmp_path / "y", 48) / "metadata.csv").write_text("file_name,split\n" + "".join(rows))
+    assert "12 images are left out: they are in none of the parts" in propose(tmp_path / "y", tmp_path)
+
+
+def test_init_says_which_images_are_plain_and_what_is_left_out_where_the_rest_is_too_few(tmp_path):
+    folder = fill(tmp_path / "x")
+    for i in range(4):
+        Image.new("RGB", (24, 24), (i, i, i)).save(folder / f"black {i}.png")
+    assert "4 images are plain (black frames, say)" in propose(folder, tmp_path)
+    few = fill(tmp_path / "y", 23)
+    for i in range(2):
+        (few / f"gone{i}.png").symlink_to("/nowhere/x.png")
+    (few / "x.bin").write_bytes(b"x")
+    with pytest.raises(
+        MemControlError,
+        match=r"23 different images are too few.*; left out: 2 \(a link that leads nowhere\), 1",
+    ):
+        propose(few, tmp_path)
+    for name in ("train", "val", "test"):
+        fill(tmp_path / "z" / name, 12 if name != "val" else 3, len(name) * 100)
+    (tmp_path / "z" / "x.bin").write_bytes(b"x")
+    with pytest.raises(MemControlError, match=r"holdout has 3 images .*; left out: 1 \(.bin is no known"):
+        propose(tmp_path / "z", tmp_path)
+
+
+def test_a_folder_whose_name_is_no_utf8_is_read_and_its_study_written(tmp_path):
+    folder = fill(tmp_path / os.fsdecode(b"bad\xff"))
+    (folder / os.fsdecode(b"x\xff.png")).write_bytes((folder / "000.png").read_bytes())
+    said = propose(folder, tmp_path)
+    assert "1 file is left out: the name is not UTF-8" in said
+    (study,) = tmp_path.glob("*.yaml")
+    assert load_config(study).data.path == str(folder)

@@ -480,16 +480,14 @@ def _explain_data(seen: FolderSummary, base: str) -> str:
     if seen.dropped:
         said.append(f"{len(seen.dropped)} left out, as twins of images in another part")
     elif seen.near or seen.copies:
-        said.append("twins are in one part")
+        said.append("twins stay in one part")
     return "; ".join(said)
 
 
 def _say_where_twins_go(seen: FolderSummary, names: Sequence[str]) -> str:
-    """Of twins with these names."""
+    """Of twins with these names: in two parts they would hide copying."""
     gone = [name for name in names if name in seen.dropped]
-    if gone:
-        return f"in two parts they would hide copying: {', '.join(gone)} left out"
-    return "they are in one part" if seen.parts else "they stay in one part"
+    return f"of which {', '.join(gone)} is left out" if gone else "which stay in one part"
 
 
 def _explain_objectives(n_holdout: int, network: str) -> str:
@@ -513,9 +511,9 @@ def choose_space(base: BaseConfig | str) -> str:
 
 def list_warnings(seen: FolderSummary) -> list[str]:
     """What a person should know before anything is trained, some of each kind."""
-    near = [f"nearly the same: {' and '.join(pair)}; {_say_where_twins_go(seen, pair)}" for pair in seen.near]
+    near = [f"nearly the same: {' and '.join(pair)}, {_say_where_twins_go(seen, pair)}" for pair in seen.near]
     copies = [
-        f"the same pixels: {', '.join(names)}; {_say_where_twins_go(seen, names)}" for names in seen.copies
+        f"the same pixels, {_say_where_twins_go(seen, names)}: {', '.join(names)}" for names in seen.copies
     ]
     broken = [f"not decoded: {name}" for name in seen.unreadable]
     return [*seen.notes, *_shorten(broken), *_shorten(near), *_shorten(copies)]

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, TextIO
 
 from PIL import Image
 
+from memcontrol.core import interrupt
 from memcontrol.core.config import DIGITS, HUB, PARTS, DataConfig
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import name_full_disk, read_json, write_json
@@ -123,11 +124,12 @@ def unpack_dataset(path: str, split: str | None, home: Path | None, progress: Sh
     yet. What was written before a process was killed is not written again. Raises MemControlError."""
     about = sha256(os.fsencode(f"{path} {split}")).hexdigest()[:12]
     folder = (home or find_cache_folder()) / f"dataset-{about}"
+    state = _tell_state(path)
     with hold_lock(folder), name_full_disk(folder):
-        if not folder.is_dir():
+        if _is_changed(folder, state):
             splits = _open_splits(path)
             plan = plan_splits(path, list(splits), split)
-            part = folder.with_name(f".{folder.name}.part")
+            part = folder.with_name(f".{folder.name}.{state[:8]}.part")
             part.mkdir(exist_ok=True)
             with (
                 _name_failure(path),
@@ -139,20 +141,38 @@ def unpack_dataset(path: str, split: str | None, home: Path | None, progress: Sh
                     writer.write_split(splits[name], inside)
                 unused = [*writer.describe_unused(), *plan.describe_unused()]
                 left_out = {_WITHOUT_IMAGE: writer.n_without} if writer.n_without else {}
-                write_json(part / _ABOUT, asdict(Unpacked(path, writer.shards, left_out, unused)))
+                write_json(part / _ABOUT, asdict(Unpacked(path, writer.shards, left_out, unused, state)))
+            shutil.rmtree(folder, ignore_errors=True)
             os.replace(part, folder)
     return folder
+
+
+def _tell_state(path: str) -> str:
+    """Of a dataset's files that lie here: what changes whenever one of them is written."""
+    place = Path(path)
+    files = sorted(place.rglob("*")) if place.is_dir() else [place]
+    stats = [(str(file), file.stat()) for file in files if file.is_file()]
+    lines = [f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats]
+    return sha256(os.fsencode("\n".join(lines))).hexdigest()
+
+
+def _is_changed(folder: Path, state: str) -> bool:
+    """Whether a dataset is to be unpacked, since it is not yet, or was written since."""
+    known = read_unpacked(folder)
+    return not folder.is_dir() or (known is not None and known.state not in ("", state))
 
 
 @dataclass(frozen=True)
 class Unpacked:
     """What is known of a dataset in the folder that it was unpacked into: what a person calls it; its shards,
-    each with the number of its first row among all; what is left out, by kind; what a person should know."""
+    each with the number of its first row among all; what is left out, by kind; what a person should know; and
+    in which state its files were."""
 
     path: str
     shards: list[tuple[int, str]] = field(default_factory=list)
     left_out: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    state: str = ""
 
     def name_row(self, file: str) -> str:
         """Where in the dataset a file of the folder comes from."""
@@ -285,6 +305,7 @@ class _Writer:
         self.shards += [(first + n, title) for n, title in split.list_shards()]
         (self.folder / inside).mkdir(exist_ok=True)
         for row in split.iterate():
+            interrupt.check()
             self.n += 1
             others = (*self.others, *columns.others, *row.get(_OTHERS, ()))
             self.others = tuple(dict.fromkeys(others))
