@@ -328,7 +328,7 @@ def test_rows_of_a_dataset_are_called_as_a_person_finds_them(tmp_path):
     with pytest.raises(MemControlError, match="b.tar: 007.json cannot be read: "):
         load(tmp_path / "b.tar", kept)
     write_members(tmp_path / "c.tar", [*members, members[3]])
-    with pytest.raises(MemControlError, match="c.tar holds 003.png twice"):
+    with pytest.raises(MemControlError, match="c.tar holds '003.png' twice"):
         load(tmp_path / "c.tar", kept)
     write_members(tmp_path / "d.tar", [("1.npy", b"x")])
     with pytest.raises(MemControlError, match="d.tar', which has no images; its members are npy"):

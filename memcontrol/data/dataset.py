@@ -495,7 +495,7 @@ def _list_members(path: str) -> dict[str, dict[str, tuple[int, int]]]:
             if cut:
                 place = (member.offset_data, member.size)
                 if found.setdefault(cut[1], {}).setdefault(cut[2].lower(), place) != place:
-                    raise MemControlError(f"{path} holds {member.name} twice; keep one of them")
+                    raise MemControlError(f"{path} holds {member.name!r} twice; keep one of them")
     return found
 
 
