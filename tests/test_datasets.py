@@ -328,8 +328,19 @@ def test_rows_of_a_dataset_are_called_as_a_person_finds_them(tmp_path):
     with pytest.raises(MemControlError, match="b.tar: 007.json cannot be read: "):
         load(tmp_path / "b.tar", kept)
     write_members(tmp_path / "c.tar", [*members, members[3]])
-    with pytest.raises(MemControlError, match="c.tar holds 003.png twice"):
+    with pytest.raises(MemControlError, match="c.tar holds '003.png' twice"):
         load(tmp_path / "c.tar", kept)
     write_members(tmp_path / "d.tar", [("1.npy", b"x")])
     with pytest.raises(MemControlError, match="d.tar', which has no images; its members are npy"):
         load(tmp_path / "d.tar", kept)
+
+
+def test_what_was_unpacked_before_shards_were_recorded_is_read(splits, tmp_path):
+    write_tar(tmp_path / "a.tar", concatenate(splits))
+    kept = tmp_path / "cache" / "images.db"
+    load(tmp_path / "a.tar", kept)
+    (about,) = tmp_path.glob("cache/dataset-*/.unused.json")
+    about.write_text('["2 rows of the dataset have no image"]')
+    (about.parent / "0000008-0007.png").write_bytes(b"")
+    with pytest.raises(MemControlError, match="the image of the dataset, row 8 cannot be decoded"):
+        load(tmp_path / "a.tar", kept)

@@ -161,7 +161,8 @@ class DataConfig(Strict):
     fit: Fit = "crop"
     """how an image that is not square becomes so: its centre square, the whole on black, or squashed"""
     caption: Annotated[str, Field(min_length=1)] | None = None
-    """the column of the metadata that holds captions; none: `text`, `caption`, `prompt` or `description`"""
+    """the column of the metadata that holds captions; none: `text`, `txt`, `caption`, `prompt` or
+    `description`"""
     group: Annotated[str, Field(min_length=1)] | None = None
     """who is in an image, such as a patient: a column of the metadata (`patient_id`), a pattern on its path
     whose first group is the name (`"(p\\d+)_"`), `folder`, or `PatientID` of DICOM files. A group is in one

@@ -124,7 +124,7 @@ def unpack_dataset(path: str, split: str | None, home: Path | None, progress: Sh
     yet. What was written before a process was killed is not written again. Raises MemControlError."""
     about = sha256(os.fsencode(f"{path} {split}")).hexdigest()[:12]
     folder = (home or find_cache_folder()) / f"dataset-{about}"
-    state = _tell_state(path)
+    state = _describe_files(path)
     with hold_lock(folder), name_full_disk(folder):
         if _is_changed(folder, state):
             splits = _open_splits(path)
@@ -147,7 +147,7 @@ def unpack_dataset(path: str, split: str | None, home: Path | None, progress: Sh
     return folder
 
 
-def _tell_state(path: str) -> str:
+def _describe_files(path: str) -> str:
     """Of a dataset's files that lie here: what changes whenever one of them is written."""
     place = Path(path)
     files = sorted(place.rglob("*")) if place.is_dir() else [place]
@@ -495,7 +495,7 @@ def _list_members(path: str) -> dict[str, dict[str, tuple[int, int]]]:
             if cut:
                 place = (member.offset_data, member.size)
                 if found.setdefault(cut[1], {}).setdefault(cut[2].lower(), place) != place:
-                    raise MemControlError(f"{path} holds {member.name} twice; keep one of them")
+                    raise MemControlError(f"{path} holds {member.name!r} twice; keep one of them")
     return found
 
 

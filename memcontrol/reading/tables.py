@@ -126,7 +126,7 @@ def _read_table(path: Path, title: str) -> Iterator[TableRow]:
         raise MemControlError(f"{path} cannot be read: {describe_read_error(error)}") from None
     for number, row in rows:
         if isinstance(row, _Bare):
-            yield TableRow({"file_name": row.name, "text": row.caption}, f"{title}, '{row.name}'", True)
+            yield TableRow({"file_name": row.name, "text": row.caption}, f"{title}, {row.name!r}", True)
         elif isinstance(row, dict):
             values = {str(column).strip(): value for column, value in row.items()}
             _refuse_twice(path, list(row))
@@ -141,7 +141,7 @@ def _refuse_twice(path: Path, columns: Sequence[Any]) -> None:
     if len(set(known)) < len(known):
         twice = next(name for name in known if known.count(name) > 1)
         raise MemControlError(
-            f"{path} has the column '{twice}' {known.count(twice)} times; give each a name of its own"
+            f"{path} has the column {twice!r} {known.count(twice)} times; give each a name of its own"
         )
 
 
@@ -203,7 +203,7 @@ def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"an object has '{twice}' {names.count(twice)} times; keep one of them")
+        raise ValueError(f"an object has {twice!r} {names.count(twice)} times; keep one of them")
     return found
 
 
