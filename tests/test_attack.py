@@ -58,6 +58,22 @@ def write_kohya(files, scale=1.0):
     return path
 
 
+def write_bare(files):
+    """As `PeftModel.save_pretrained` names what wraps a pipeline's part, without its config, alpha being the
+    rank."""
+    state, found = load_file(files / "lora" / LORA_FILE), {}
+    alphas = load_file(files / "lora" / COMFYUI_FILE)
+    for name, tensor in state.items():
+        module, _, end = name.removeprefix("unet.").partition(".lora_")
+        scale = alphas[f"lora_unet_{module.replace('.', '_')}.alpha"] / len(
+            state[f"unet.{module}.lora_A.weight"]
+        )
+        found[f"base_model.model.{module}.lora_{end}"] = tensor * (scale if end == "B.weight" else 1)
+    (files / "bare").mkdir()
+    save_file(found, files / "bare" / "style.safetensors")
+    return files / "bare" / "style.safetensors"
+
+
 @pytest.fixture(scope="module")
 def whole(files):
     """Of the fused pipeline beside its base."""
@@ -142,11 +158,20 @@ def test_images_alone_have_no_base(files):
         audit(files / "train", files / "train", files / "holdout", base="tiny")
 
 
-def test_a_lora_of_another_base_is_refused(files):
-    state = {
-        "unet.no.such.layer.lora_A.weight": torch.ones(2, 2),
-        "unet.no.such.layer.lora_B.weight": torch.ones(2, 2),
-    }
-    save_file(state, files / "other.safetensors", {"format": "pt"})
-    with pytest.raises(MemControlError, match="--lora .*other.safetensors does not fit the base"):
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda name, tensor: {f"unet.no.such.{name}": tensor}, "does not fit the base"),
+        (lambda name, tensor: {name: tensor[..., :1]}, "its layers have other shapes"),
+        (lambda name, tensor: {name: tensor * torch.nan}, "holds values that are not finite"),
+        (lambda name, tensor: {name.replace("unet.", "text_encoder."): tensor}, "it holds no LoRA of a unet"),
+    ],
+)
+def test_a_lora_that_does_not_fit_is_refused_in_a_line(files, change, words, caplog):
+    changed = {}
+    for name, tensor in load_file(files / "lora" / LORA_FILE).items():
+        changed |= change(name, tensor.clone())
+    save_file({name: tensor.contiguous() for name, tensor in changed.items()}, files / "other.safetensors")
+    with pytest.raises(MemControlError, match=f"--lora .*other.safetensors .*{words}"):
         tell(files, lora=files / "other.safetensors")
+    assert caplog.text == ""

@@ -328,7 +328,7 @@ def test_adapters_that_do_not_fit_are_refused(lora, tmp_path):
     for place, words in (
         (alone, "does not fit the base"),
         (wide, "does not fit the base"),
-        (encoder, "of the 0 layers that it changes"),
+        (encoder, "it holds no LoRA of a unet"),
         (scratch, "was drawn anew; export that run with --format pipeline"),
         (TINY, "is a whole pipeline; give it as base.id"),
         (tmp_path, "holds no adapter"),

@@ -30,6 +30,7 @@ def make_strip(n, side, title="a run"):
         np.linspace(0.5, 1, n),
         np.arange(n) < 1,
         regions,
+        ["pixels"] * n,
     )
 
 

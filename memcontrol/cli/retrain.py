@@ -104,7 +104,7 @@ def show_retraining(plan: Retraining, executor: Executor) -> None:
     the study has it."""
     from memcontrol.core.space_yaml import load_space
     from memcontrol.view.tables import RewardsTable
-    from memcontrol.view.words import describe_choice
+    from memcontrol.view.words import describe_choice, describe_network_doubt
 
     space, screen = load_space(plan.config.space), make_console()
     space.check_choice(plan.choice)
@@ -115,6 +115,8 @@ def show_retraining(plan: Retraining, executor: Executor) -> None:
     wanted = ["baseline"] if plan.is_full else ["baseline", "pick"]
     rows: _Rows = [(name, names[name], rewards[name]) for name in wanted if name in names]
     screen.print(RewardsTable(rows, "retrained on the full training set, scored on test data"))
+    if doubt := describe_network_doubt(plan.config.rewards.extractor, plan.config.data.path):
+        say(screen, doubt)
     _show_pairs(plan, rows, screen)
     _show_gains(plan, rewards, screen)
 

@@ -143,6 +143,18 @@ class AuditSource:
             return Path(self.model)
         return None
 
+    def describe(self) -> dict[str, Any]:
+        """What is audited, files and folders by their names: a path of a machine is nobody's business."""
+        given = {"images": self.images, "model": self.model, "base": self.base, "lora": self.lora}
+        named = {
+            key: Path(value).name if Path(value).exists() else str(value)
+            for key, value in given.items()
+            if value
+        }
+        strength = {"strength": self.strength} if self.lora else {}
+        sampled = {**SAMPLING, **self.sampling} if self.model and not self.run else {}
+        return {**named, **strength, **sampled}
+
     def check(self) -> None:
         """Raises MemControlError."""
         if (self.images is None) == (self.model is None):
@@ -264,6 +276,7 @@ def audit_source(
     found = {
         **judged[fit],
         "rewards": rewards,
+        "audited": source.describe(),
         "membership": describe_membership(rewards),
         "extractor_reason": network.reason,
         "extractor_doubt": network.doubt,

@@ -3,8 +3,11 @@ denoiser."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,8 @@ from memcontrol.model.adapter import Adapter, inject_adapter
 from memcontrol.model.families import name_denoiser
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers' load_lora_weights looks for
+_PEFT_FILE, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # as peft saves a model's
+_PEFT_NAME = re.compile(r"(base_model\.model\.)?(unet\.|transformer\.)?(.+\.lora_(?:A|B|magnitude_vector).*)")
 _OF_ENCODER = re.compile(r"lora_te|text_encoder|te[12]?\.")
 _AFTER_MODULE = re.compile(r"(\.lora|_lora|\.lokr_).*")
 
@@ -40,7 +45,7 @@ def load_adapter(pipeline, path: str | Path) -> Adapter:
 def find_adapter_file(path: Path) -> Path:
     """The file itself, or that of a run's or exported folder. Raises MemControlError."""
     if path.is_dir():
-        places = (RunFolder(path).adapter_file, path / LORA_FILE)
+        places = (RunFolder(path).adapter_file, path / LORA_FILE, path / _PEFT_FILE)
         path = next((place for place in places if place.is_file()), path)
     if not path.is_file():
         why = "holds no adapter" if path.exists() else "is not there"
@@ -130,7 +135,7 @@ def _fuse_whole(denoiser: Any, part: str, pipeline_class: Any, path: Path, given
 
 
 def _fuse_lora(denoiser: Any, part: str, pipeline_class: Any, path: Path, given_as: str) -> None:
-    """A LoRA under diffusers', kohya's or ComfyUI's names, as diffusers reads it."""
+    """A LoRA under diffusers', kohya's, ComfyUI's or peft's names."""
     read = getattr(pipeline_class, "lora_state_dict", None)
     if read is None or not hasattr(denoiser, "load_lora_adapter"):
         raise MemControlError(
@@ -143,25 +148,74 @@ def _fuse_lora(denoiser: Any, part: str, pipeline_class: Any, path: Path, given_
             f"under diffusers' own ({LORA_FILE})"
         )
     try:
-        state, *alphas, metadata = read(
-            str(path.parent),
-            weight_name=path.name,
-            unet_config=denoiser.config if part == "unet" else None,
-            return_alphas=True,
-            return_lora_metadata=True,
-        )
-        own = {name: tensor for name, tensor in state.items() if name.startswith(f"{part}.")}
+        own, given = _read_peft(path, part) or _read_lora(read, denoiser, part, path)
         if own:
-            given = {"metadata": metadata} if metadata else {"network_alphas": alphas[0] if alphas else None}
-            denoiser.load_lora_adapter(own, prefix=part, **given)
-    except (OSError, ValueError, KeyError, RuntimeError, AttributeError, IndexError) as error:
-        _refuse(given_as, path, " ".join(str(error).split())[:200])
+            with _hush_diffusers():
+                denoiser.load_lora_adapter(own, prefix=part, **given)
+    except KeyError as error:
+        _refuse(given_as, path, f"tensor {error} is missing")
+    except (OSError, ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
+        said = " ".join(str(error).split())
+        _refuse(given_as, path, "its layers have other shapes" if "size mismatch" in said else said[:200])
+    if not own:
+        _refuse(given_as, path, f"it holds no LoRA of a {part}")
+    _check_finite(given_as, path, own)
     wanted = {_AFTER_MODULE.sub("", name) for name in own}
     n_found = sum(hasattr(module, "lora_A") or hasattr(module, "lokr_w1") for module in denoiser.modules())
-    if not wanted or n_found < len(wanted):
+    if n_found < len(wanted):
         _refuse(given_as, path, f"of the {len(wanted)} layers that it changes the denoiser has {n_found}")
     denoiser.fuse_lora()
     denoiser.unload_lora()
+
+
+@contextlib.contextmanager
+def _hush_diffusers() -> Iterator[None]:
+    """What does not fit is raised; it need not be logged as well."""
+    logger = logging.getLogger("diffusers")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _read_lora(read: Any, denoiser: Any, part: str, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The denoiser's tensors, and how diffusers is told of their scale."""
+    state, *alphas, metadata = read(
+        str(path.parent),
+        weight_name=path.name,
+        unet_config=denoiser.config if part == "unet" else None,
+        return_alphas=True,
+        return_lora_metadata=True,
+    )
+    own = {name: tensor for name, tensor in state.items() if name.startswith(f"{part}.")}
+    return own, {"metadata": metadata} if metadata else {"network_alphas": alphas[0] if alphas else None}
+
+
+def _read_peft(path: Path, part: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """The same of what peft saved of a model, whose scale lies in a file beside it; None where it is no such
+    file."""
+    from safetensors.torch import load_file
+
+    state = load_file(path)
+    names = {name: _PEFT_NAME.fullmatch(name) for name in state}
+    found = {name: match for name, match in names.items() if match and not _OF_ENCODER.match(match[3])}
+    if len(found) < max(1, len(names)) or all(match[2] and not match[1] for match in found.values()):
+        return None  # diffusers' own names begin with the part's
+    own = {f"{part}.{match[3]}": state[name] for name, match in found.items()}
+    config = path.parent / _PEFT_CONFIG
+    if not config.is_file():  # alpha as large as the rank, as peft's own reader would not guess
+        return own, {"network_alphas": None}
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    return own, {"metadata": {f"{part}.{key}": value for key, value in settings.items()}}
+
+
+def _check_finite(given_as: str, path: Path, tensors: dict[str, Any]) -> None:
+    """Raises MemControlError."""
+    broken = next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
+    if broken:
+        raise MemControlError(f"{given_as} {path} is broken: '{broken}' holds values that are not finite")
 
 
 def _refuse(given_as: str, path: Path, reason: str) -> None:

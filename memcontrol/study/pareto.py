@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from memcontrol.core.errors import MemControlError
+from memcontrol.core.reward_table import REWARDS
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,11 @@ def parse_limit(text: str, known: Sequence[str]) -> Limit:
         raise MemControlError(
             f"limit '{text}': write it as REWARD<=NUMBER or REWARD>=NUMBER, for example fid<=12"
         ) from None
+    if limit.reward not in known and limit.reward in REWARDS:
+        raise MemControlError(
+            f"limit '{text}': this study did not measure {limit.reward} (short trials leave out what takes "
+            f"long); it has {', '.join(sorted(known))}"
+        )
     if limit.reward not in known:
         raise MemControlError(
             f"limit '{text}': unknown reward '{limit.reward}'; this study has {', '.join(sorted(known))}"

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from memcontrol.core.files import replace_file
 from memcontrol.core.run_folder import RunFolder
 from memcontrol.core.spec import Spec
-from memcontrol.scoring.evidence import Evidence
+from memcontrol.scoring.evidence import DESCRIPTORS, Evidence
 from memcontrol.trial.loaded import LoadedModels
 
 _SMALL, _LARGE = 64, 128  # pixels of a tile's side: of images up to SMALL, and of larger ones
@@ -38,6 +38,7 @@ class Strip:
     shares: np.ndarray
     copies: np.ndarray
     regions: np.ndarray
+    descriptors: Sequence[str]  # [N], in which they are most suspicious
     maps: np.ndarray | None = None  # [N, H, W] where the model differs from its base on the training ones
 
     @property
@@ -74,6 +75,7 @@ def make_strip(
         found.ratios[rows],
         found.is_copy[rows],
         found.regions[rows],
+        [DESCRIPTORS[number] for number in found.descriptors[rows]],
         np.stack(known) if len(known) == len(rows) else None,
     )
 
@@ -143,10 +145,11 @@ def draw_pairs(strips: Sequence[Strip]) -> Image.Image:
             for row in range(2):
                 corner = _TITLE_WIDTH + column * (side + _GAP), top + _LINE + row * (side + _GAP)
                 _draw_region(draw, corner, side, region)
-        for column, (distance, share) in enumerate(zip(strip.distances, strip.shares)):
+        below_tiles = zip(strip.descriptors, strip.distances, strip.shares)
+        for column, (descriptor, distance, share) in enumerate(below_tiles):
             draw.text(
                 (_TITLE_WIDTH + column * (side + _GAP), top + below),
-                f"d {distance:.2f}\n{share:.2f} of held",
+                f"{descriptor} {distance:.2f}\n{share:.2f} of held",
                 fill="black",
                 font=font,
             )

@@ -18,8 +18,8 @@ from memcontrol.view.words import DESCRIPTOR_WORDS, describe_copied, describe_mi
 N_SHOWN = 24
 SHOWN_SIDE = 128  # pixels of an image at the most
 _UNLIKE_BASE = (
-    " Red in the third picture: where the model differs from its base, which is what it has learned of that "
-    "image."
+    " Red in the third picture, which the first twelve have: where the model differs from its base, which is "
+    "what it has learned of that image."
 )
 _YELLOW = np.array([255, 208, 0], np.uint8)[:, None, None]
 _AUDIT_REWARDS = (
@@ -103,6 +103,7 @@ def _render_audit(found: dict, cards: str) -> str:
     parts = [
         f'<h1>Audit of copying</h1><p class="verdict">{escape(found["verdict"])}</p>',
         f"<p>{escape(found.get('membership', ''))}</p>",
+        f"<p>Audited: {escape(_describe_audited(found))}.</p>" if found.get("audited") else "",
         f"<p>{escape(_describe_sizes(found))}</p>",
         *([f"<p>Warning: {escape(doubt)}.</p>"] if (doubt := found.get("extractor_doubt")) else []),
         f"<h2>Rewards</h2>{_render_rewards(found['rewards'])}",
@@ -116,6 +117,11 @@ def _render_audit(found: dict, cards: str) -> str:
         f"<h2>What this cannot see</h2>{render_list(found['cannot_see'])}",
     ]
     return render_document("Audit of copying", read_asset("audit.css"), "\n".join(parts))
+
+
+def _describe_audited(found: dict) -> str:
+    """Such as "Audited: model tiny, lora style.safetensors, strength 0.5"."""
+    return ", ".join(f"{name} {value}" for name, value in found.get("audited", {}).items())
 
 
 def _describe_sizes(found: dict) -> str:

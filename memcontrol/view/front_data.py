@@ -118,8 +118,8 @@ class FrontPoint:
 
 @dataclass(frozen=True)
 class FrontData:
-    """`front`: the points on it, best in x first; a point beyond the step from one to the next none
-    reaches."""
+    """`front`: the points on it, best in x first, of three objectives or more those that no other beats in
+    the two that are drawn; a point beyond the step from one to the next none reaches."""
 
     points: tuple[FrontPoint, ...]
     front: tuple[FrontPoint, ...]
@@ -135,10 +135,14 @@ def make_front_data(trials: Sequence[TrialData], objectives: Mapping[str, str]) 
     """Of finished trials, which `mark_trials` gives, over the first two objectives (name to direction)."""
     x, y = list_objectives(objectives)[:2]
     points = [_make_point(trial, x.name, y.name) for trial in trials]
-    on_front = [point for point in points if point.is_on_front]
+    front: list[FrontPoint] = []
+    for point in sorted(points, key=lambda point: (x.to_loss(point.x), y.to_loss(point.y))):
+        is_beaten = bool(front) and y.to_loss(point.y) >= y.to_loss(front[-1].y)
+        if point.is_on_front and (len(objectives) == 2 or not is_beaten):
+            front.append(point)
     return FrontData(
         points=tuple(points),
-        front=tuple(sorted(on_front, key=lambda point: (x.to_loss(point.x), y.to_loss(point.y)))),
+        front=tuple(front),
         x_axis=make_axis(x, [point.x for point in points]),
         y_axis=make_axis(y, [point.y for point in points]),
     )

@@ -19,6 +19,7 @@ from memcontrol.view.words import (
     describe_choice,
     describe_copied,
     describe_membership,
+    describe_network_doubt,
     format_markdown_table,
     name_groups,
     write_verdict,
@@ -155,11 +156,12 @@ def _describe_budget(spec: Spec, resolution: int) -> str:
 def _tell_how_measured(spec: Spec, result: dict[str, Any]) -> str:
     settings = result["measured_with"]
     sampling = settings["sampling"]
+    doubt = describe_network_doubt(spec.config.rewards.extractor, spec.config.data.path)
     return (
         f"Measured on {result['n_samples']} samples ({sampling['sampling_steps']} steps, guidance "
         f"{sampling['guidance']:g}) against {_PART_TITLES[spec.reference]}, in pixels and with the "
         f"feature network `{settings['extractor']}`, with standard errors or 95 % intervals; (few): "
-        "too few samples for an unbiased FID."
+        f"too few samples for an unbiased FID.{f' Note: {doubt}.' if doubt else ''}"
     )
 
 

@@ -78,6 +78,9 @@ def render_front(facts: ReportData) -> str:
         "The line joins the front; bars are 95 % intervals of the front and the anchors; pale "
         "points are sampled masks that others beat. Point at one, or tap it, to read what it is."
     )
+    if len(facts["objectives"]) > 2:
+        first, second, *others = map(find_title, facts["objectives"])
+        about += f" Drawn are {first} and {second}; {', '.join(others)} is in the tables."
     return render_section(
         "Quality and copying",
         f'<figure class="chart">{chart}</figure>',
@@ -244,8 +247,9 @@ def render_pairs(facts: ReportData) -> str:
     figures = [_render_pair_figure(trial) for trial in sorted(found, key=lambda trial: trial["pick"])]
     about = (
         "The generated images that come nearest to a training image, relative to held-out ones, "
-        "most suspicious first; below each its distance (d), and that as a share of the distance "
-        "to the nearest held-out image. This part shows training images."
+        "most suspicious first; below each its distance in the descriptor in which it stands out most, and "
+        "that as a share of the distance to the nearest held-out image: what is usual differs by descriptor. "
+        "This part shows training images."
     )
     return render_section(_PAIRS_TITLE, render_paragraph(about, "note"), *figures)
 
