@@ -6,6 +6,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import contextlib
 import sqlite3
 
 import numpy as np
@@ -157,6 +158,36 @@ def material(base, tmp_path_factory):
     return Material(
         encoded["train"], images.captions, lambda rows: images.take(rows).pixels(), lambda: encoded["holdout"]
     )
+
+
+@pytest.fixture
+def memorized(base, material, tmp_path):
+    """Within the block the base is a model that has learnt its twenty digits by heart."""
+    from memcontrol.core.choice import Choice
+    from memcontrol.core.config import InnerConfig
+    from memcontrol.core.space_yaml import load_space
+    from memcontrol.model.adapter import inject_adapter
+    from memcontrol.training.rounds import train_rounds
+
+    @contextlib.contextmanager
+    def hold():
+        adapter = inject_adapter(base.denoiser, load_space("digits"), Choice(("*",), "full", 2e-3), 0)
+        inner = InnerConfig(budget_images=3200, batch_size=20)
+        try:
+            train_rounds(
+                base,
+                adapter,
+                material,
+                inner,
+                seed=0,
+                folder=tmp_path / "memorized",
+                progress=lambda *_, **said: None,
+            )
+            yield
+        finally:
+            adapter.remove()
+
+    return hold
 
 
 @pytest.fixture

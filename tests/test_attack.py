@@ -124,6 +124,7 @@ def test_a_run_is_told_by_its_own_images(find_run, tmp_path):
     out = tmp_path / "audit"
     said = run("audit", "--model", find_run("full"), "--out", out, check=True).stdout
     found = json.loads((out / "audit.json").read_text())
+    assert found["audited"] == {"model": find_run("full").name}
     assert found["rewards"]["epsilon_guesses"] == 2 * 11  # a third of 32 members, of as many others
     assert "An attacker who has the model and the base tells" in found["membership"]
     assert found["membership"] in said and found["membership"][:40] in (out / "audit.html").read_text()

@@ -4,10 +4,12 @@ pipeline are audited too."""
 import json
 import re
 import shutil
+from dataclasses import replace
 from html import unescape
 
 import numpy as np
 import pytest
+import torch
 from commands import run
 from PIL import Image
 
@@ -15,10 +17,10 @@ from memcontrol.commands.audit import audit
 from memcontrol.commands.judge import judge_images
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.run_folder import StudyFolder
-from memcontrol.data.pictures import read_folder_pictures
+from memcontrol.data.pictures import read_folder_pictures, wrap_samples
 from memcontrol.scoring.extractor_table import find_photo_package
 from memcontrol.view.audit_page import write_audit
-from memcontrol.view.words import NETWORK_DOUBT
+from memcontrol.view.words import NETWORK_DOUBT, describe_missed
 
 
 @pytest.fixture
@@ -50,6 +52,51 @@ def folders(tmp_path):
 def found_in(root):
     parts = [read_folder_pictures(part, root / part, print) for part in ("generated", "train", "holdout")]
     return judge_images(*parts, "tiny", lambda *_: None)
+
+
+class Texture(torch.nn.Module):
+    """What changes from one pixel to the next, in the middle of 128 x 128."""
+
+    def forward(self, images):
+        grey = images.mean(1, keepdim=True)
+        smooth = torch.nn.functional.avg_pool2d(grey, 2).repeat_interleave(2, 2).repeat_interleave(2, 3)
+        return (grey - smooth)[..., 32:96, 32:96].flatten(1)
+
+
+def paint(contents, textures):
+    """Pictures of 128 pixels: smooth ones, each with a texture that two pixels cancel."""
+
+    def draw(content, texture):
+        cells = np.random.default_rng(content).integers(60, 196, (6, 6, 3), dtype=np.uint8)
+        smooth = Image.fromarray(cells).resize((128, 128), Image.Resampling.BICUBIC)
+        signs = np.random.default_rng(texture).choice([-12, 12], (64, 64))
+        marks = np.kron(signs, [[1, -1], [-1, 1]])[..., None]
+        return (np.asarray(smooth, int) + marks).clip(0, 255).astype(np.uint8).transpose(2, 0, 1)
+
+    return np.stack([draw(*pair) for pair in zip(contents, textures)])
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_copies_that_thumbnails_would_have_missed_are_counted(tmp_path):
+    """Ten of sixty generated images have the texture of a training image, which 64 pixels do not show, and
+    five are whole copies, which they do."""
+    torch.jit.script(Texture()).save(tmp_path / "net.pt")
+    own = [range(first, first + 60) for first in (0, 100, 200)]
+    whole, of_texture = own[0][:5], own[0][5:15]
+    made = paint([*whole, *own[2][5:]], [*whole, *of_texture, *own[2][15:]])
+    sets = [
+        replace(wrap_samples(pixels), title=title, groups=tuple(f"{title} {i}" for i in range(60)))
+        for title, pixels in (
+            ("generated", made),
+            ("train", paint(own[0], own[0])),
+            ("holdout", paint(own[1], own[1])),
+        )
+    ]
+    network = f"torchscript:{tmp_path / 'net.pt'},side=128,normalize=unit"
+    found = judge_images(*sets, network, lambda *_: None)
+    assert found["rewards"]["clear_copy_rate"] * 60 == pytest.approx(15)
+    assert found["missed_when_small"] == 10
+    assert describe_missed(found) == "In images of 64 pixels 10 of these 15 would have been missed."
 
 
 def test_planted_copies_are_found_first_and_shown(folders):

@@ -341,3 +341,16 @@ def test_a_change_is_named_alike_in_the_table_and_on_the_page():
         {"objectives": {"fid": "minimize"}, "importance": [effect.as_dict() for effect in effects]}
     )
     assert re.findall(r'<tr class=""><td>(.*?)</td>', page) == names
+
+
+def test_line_of_three_objectives_steps_along_the_two_that_are_drawn():
+    """Trials 1 and 3 are on the front by their third objective alone."""
+    objectives = {"fid": "minimize", "recall": "maximize", "memorization": "minimize"}
+    values = {0: (20, 0.5, 0.4), 1: (30, 0.4, 0.1), 2: (40, 0.7, 0.4), 3: (50, 0.6, 0.0), 4: (60, 0.5, 0.5)}
+    records = [
+        Record(n, "COMPLETE", (CHOICES[None],), None, CHOICES[None], objectives, dict(zip(objectives, found)))
+        for n, found in values.items()
+    ]
+    data = make_front_data(mark_trials(records, None, N_GROUPS), objectives)
+    assert [point.trial for point in data.points if point.is_on_front] == [0, 1, 2, 3]
+    assert [point.trial for point in data.front] == [0, 2]

@@ -127,6 +127,8 @@ def test_limits_that_none_keeps_say_what_was_reached():
         choose_trial([FULL, record(3, 17.0, 0.03)], limits=["fid<=1"])
     with pytest.raises(MemControlError, match="unknown reward 'beauty'"):
         choose_trial([FULL], limits=["beauty<=1"])
+    with pytest.raises(MemControlError, match="this study did not measure membership_auc"):
+        choose_trial([FULL], limits=["membership_auc<=0.6"])
     with pytest.raises(MemControlError, match="allowed: knee, quality, memorization"):
         choose_trial([FULL], rule="elbow")
 

@@ -4,10 +4,7 @@ memorized."""
 import pytest
 import torch
 
-from memcontrol.core.choice import Choice
 from memcontrol.core.seeds import derive_seed
-from memcontrol.core.space_yaml import load_space
-from memcontrol.model.adapter import inject_adapter
 from memcontrol.training.probe import N_PROBE_DRAWS, measure_loss_gap, measure_probe_rewards
 
 
@@ -47,22 +44,7 @@ def test_probes_by_hand(base, material):
     )
 
 
-def test_the_gap_opens_as_a_model_memorizes(base, material, tmp_path):
-    from memcontrol.core.config import InnerConfig
-    from memcontrol.training.rounds import train_rounds
-
+def test_the_gap_opens_as_a_model_memorizes(base, material, memorized):
     before = measure_loss_gap(base, material.data, material.holdout(), 1)
-    adapter = inject_adapter(base.denoiser, load_space("digits"), Choice(("*",), "full", 2e-3), 0)
-    try:
-        train_rounds(
-            base,
-            adapter,
-            material,
-            InnerConfig(budget_images=3200, batch_size=20),
-            seed=0,
-            folder=tmp_path,
-            progress=lambda *_, **said: None,
-        )
+    with memorized():
         assert measure_loss_gap(base, material.data, material.holdout(), 1) > before + 0.1
-    finally:
-        adapter.remove()

@@ -53,6 +53,11 @@ def add_audit(subparsers) -> None:
     )
     _add_base(audit)
     _add_sampling(audit)
+    _add_reading(audit)
+    audit.add_argument("--json", action="store_true", help="print audit.json on stdout as well")
+
+
+def _add_reading(audit: argparse.ArgumentParser) -> None:
     audit.add_argument(
         "--group",
         metavar="RULE",
@@ -88,7 +93,6 @@ def add_audit(subparsers) -> None:
         action="store_true",
         help="skip images that cannot be decoded instead of stopping",
     )
-    audit.add_argument("--json", action="store_true", help="print audit.json on stdout as well")
 
 
 def _add_base(audit: argparse.ArgumentParser) -> None:
@@ -123,7 +127,8 @@ def _add_sampling(audit: argparse.ArgumentParser) -> None:
 
 def _run_audit(args: argparse.Namespace) -> int:
     from memcontrol.commands.attack import SAMPLING
-    from memcontrol.commands.audit import AuditSource, audit_source
+    from memcontrol.commands.audit import audit_source
+    from memcontrol.commands.audited import AuditSource
     from memcontrol.view.audit_page import write_audit
     from memcontrol.view.live import Steps, shorten_path
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from memcontrol.commands.judge import ShowProgress
 from memcontrol.core.config import parse_base
@@ -21,6 +22,7 @@ from memcontrol.core.spec import Spec
 from memcontrol.data.images import Images
 from memcontrol.data.pictures import Pictures, wrap_samples
 from memcontrol.model.base import Base, load_base
+from memcontrol.model.batches import Found
 from memcontrol.model.saved_adapter import find_adapter_file, fuse_file, list_left_out
 from memcontrol.training.losses import MOST_AUDITED, AttackSize
 from memcontrol.training.maps import compare_predictions, predict_shifted
@@ -28,6 +30,7 @@ from memcontrol.trial.loaded import LoadedModels, tell_nobody
 from memcontrol.trial.maps import map_images, shrink_maps
 from memcontrol.trial.membership import (
     Attack,
+    Losses,
     make_attack,
     measure_model,
     measure_untrained,
@@ -68,20 +71,31 @@ def open_model(
     files: ModelFiles, images: ImagesAt, seed: int, progress: ShowProgress, warn: Callable[[str], None]
 ) -> Opened:
     """Raises MemControlError."""
-    model = load_base(parse_base(files.base, "--base") if files.base else parse_base(files.model, "--model"))
     if not (files.base or files.lora):
-        return Opened(model, {})
+        return Opened(load_base(parse_base(files.model, "--model")), {})
     with tempfile.TemporaryDirectory() as cache:
-        attack = _prepare_attack(model, images, Path(cache), seed, progress)
-        before = attack.measure(model, partial(progress, "losses of the base"))
-        if files.lora:
-            _put_on(model, files.lora, files.strength, warn)
-        else:
-            del model, attack  # one model at a time is in memory
-            model = load_base(parse_base(files.model, "--model"))
-            attack = _prepare_attack(model, images, Path(cache), seed, progress)
-        after = attack.measure(model, partial(progress, "losses of the model"))
+
+        def work(base: Base) -> tuple[Attack, Losses]:
+            attack = _prepare_attack(base, images, Path(cache), seed, progress)
+            return attack, attack.measure(base, partial(progress, "membership"))
+
+        (_, before), (attack, after), model = _visit_models(files, work, warn)
         return Opened(model, attack.judge(before, after))
+
+
+def _visit_models(
+    files: ModelFiles, work: Callable[[Base], Found], warn: Callable[[str], None]
+) -> tuple[Found, Found, Base]:
+    """What is found out of the base, then of the model, and that one; one is in memory at a time. Raises
+    MemControlError."""
+    model = load_base(parse_base(files.base, "--base") if files.base else parse_base(files.model, "--model"))
+    before = work(model)
+    if files.lora:
+        _put_on(model, files.lora, files.strength, warn)
+    else:
+        del model
+        model = load_base(parse_base(files.model, "--model"))
+    return before, work(model), model
 
 
 def _prepare_attack(base: Base, images: ImagesAt, cache: Path, seed: int, progress: ShowProgress) -> Attack:
@@ -133,16 +147,13 @@ def map_model(
     files: ModelFiles, images_at: Callable[[int], Images], seed: int, rows: Sequence[int]
 ) -> np.ndarray:
     """Where a pipeline, or a LoRA, and its base differ on some of the images: [n, H, W]."""
-    base = load_base(parse_base(files.base or files.model, "--base"))
-    images = images_at(base.resolution).take(rows)
-    pixels, captions = images.pixels(), images.captions
-    before = predict_shifted(base, pixels, base.encode_captions(captions), seed)
-    if files.lora:
-        _put_on(base, files.lora, files.strength, lambda line: None)
-    else:
-        base = load_base(parse_base(files.model, "--model"))
-    after = predict_shifted(base, pixels, base.encode_captions(captions), seed)
-    return shrink_maps(compare_predictions(base, before, after, images.resolution))
+
+    def work(base: Base) -> Tensor:
+        images = images_at(base.resolution).take(rows)
+        return predict_shifted(base, images.pixels(), base.encode_captions(images.captions), seed)
+
+    before, after, model = _visit_models(files, work, lambda line: None)
+    return shrink_maps(compare_predictions(model, before, after, model.resolution))
 
 
 def sample_model(

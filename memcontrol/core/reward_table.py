@@ -518,8 +518,9 @@ BLIND_SPOTS = (  # what no reward sees
 _ENOUGH_SAMPLES = 4  # samples for each feature, below which a FID ranks by chance
 
 MEMBERSHIP = ("membership", "epsilon")  # how the names of its figures begin
-# rewards of the model itself and not of its samples: no fresh draw changes them
-OF_MODEL = ("loss_gap", "noise_norm", "trained_fraction", "step_gflops", "memory_mib", *MEMBERSHIP)
+OF_DENOISER = ("loss_gap", "noise_norm", *MEMBERSHIP)  # the same of what the denoiser itself is asked
+COSTS = ("trained_fraction", "step_gflops", "memory_mib")
+OF_MODEL = (*OF_DENOISER, *COSTS)  # and not of its samples: no fresh draw changes them
 OBJECTIVES = tuple(name for name, reward in REWARDS.items() if reward.objective)
 DIRECTIONS = {name: reward.direction for name, reward in REWARDS.items() if reward.direction != _BESIDE}
 

@@ -9,14 +9,12 @@ import json
 import os
 import re
 import shutil
-import tarfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
 from hashlib import sha256
 from pathlib import Path, PurePath
-from typing import Any, BinaryIO, TextIO
+from typing import Any, TextIO
 
 from PIL import Image
 
@@ -26,21 +24,16 @@ from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import name_full_disk, read_json, write_json
 from memcontrol.data.cache import find_cache_folder, hold_lock
 from memcontrol.data.index import ShowDone
+from memcontrol.data.stored import OTHER_IMAGES, Columns, DatasetSplit, StoredSplit, TarSplit
 from memcontrol.reading.folder import is_picture_suffix, list_folder
 from memcontrol.reading.parts import find_part
-from memcontrol.reading.tables import describe_read_error, is_table
+from memcontrol.reading.tables import is_table
 
 _STORED = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}  # and who reads it
 _SAVED = ("dataset_dict.json", "state.json")  # of what Dataset.save_to_disk wrote
-_IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")  # that are looked for first
-_SAMPLE = re.compile(
-    r"((?:.*/)?[^./][^/.]*)\.([^/]+)"
-)  # a member's key and kind, as webdataset cuts its name
-_TEXT_KINDS = ("txt", "text", "transcript", "caption", "cls", "cls2", "index", "inx", "id")  # of members
 _ABOUT = ".unused.json"  # of the dataset: its shards, and what was left out
 _WITHOUT_IMAGE = "row of the dataset without an image"
 _N_DIGITS = 7  # of a row's number, with which its file's name begins
-_TAR_IMAGE, _OTHERS = "image", "__others__"  # of a row of a tar: its image; which further ones it has
 _TAR_END = bytes(1024)  # two empty blocks (POSIX.1-2001, pax)
 _TOLD_EVERY_SECONDS = 1.0
 _HUB_FORM = f"{HUB}OWNER/NAME, {HUB}OWNER/NAME/CONFIG or {HUB}OWNER/NAME@REVISION"
@@ -208,13 +201,13 @@ def _name_failure(path: str) -> Iterator[None]:
         raise MemControlError(f"data.path is '{path}', which cannot be read: {said}") from error
 
 
-def _open_splits(path: str) -> dict[str, _Split]:
+def _open_splits(path: str) -> dict[str, DatasetSplit]:
     """By name, none of which is read as yet. Raises MemControlError."""
     place = Path(path)
     for tar in sorted(place.rglob("*.tar")) if place.is_dir() else [place]:
         _refuse_cut_tar(tar)
     if place.is_file() and place.suffix.lower() == ".tar":
-        return {"train": _TarSplit(path, "train", (path,))}
+        return {"train": TarSplit(path, "train", (path,))}
     try:
         import datasets
     except ImportError:
@@ -225,10 +218,10 @@ def _open_splits(path: str) -> dict[str, _Split]:
     with _name_failure(path):
         files = _list_files(datasets, path)
         if files and all(file.lower().endswith(".tar") for some in files.values() for file in some):
-            return {name: _TarSplit(path, name, some) for name, some in files.items()}
+            return {name: TarSplit(path, name, some) for name, some in files.items()}
         found = _load(datasets, path)
         stored = dict(found) if isinstance(found, dict) else {str(found.split or "train"): found}
-        return {name: _StoredSplit(path, name, files.get(name, ()), one) for name, one in stored.items()}
+        return {name: StoredSplit(path, name, files.get(name, ()), one) for name, one in stored.items()}
 
 
 def _is_saved(path: str) -> bool:
@@ -298,7 +291,7 @@ class _Writer:
         if self.others:
             yield f"columns of images that are not used: {', '.join(self.others)}"
 
-    def write_split(self, split: _Split, inside: str) -> None:
+    def write_split(self, split: DatasetSplit, inside: str) -> None:
         """Raises MemControlError."""
         columns = split.find_columns()
         first = self.n + 1
@@ -307,7 +300,7 @@ class _Writer:
         for row in split.iterate():
             interrupt.check()
             self.n += 1
-            others = (*self.others, *columns.others, *row.get(_OTHERS, ()))
+            others = (*self.others, *columns.others, *row.get(OTHER_IMAGES, ()))
             self.others = tuple(dict.fromkeys(others))
             if name := self.write_image(inside, columns, row):
                 values = {**columns.describe(row), "file_name": name}
@@ -318,7 +311,7 @@ class _Writer:
                 self.progress(self.n, max(self.total, self.n))
                 self.told = time.monotonic()
 
-    def write_image(self, inside: str, columns: _Columns, row: Mapping[str, Any]) -> str | None:
+    def write_image(self, inside: str, columns: Columns, row: Mapping[str, Any]) -> str | None:
         """As it is stored; its name, None where the row has none."""
         used = columns.images[:1] if columns.others else columns.images
         stored = next((row[column] for column in used if row.get(column)), None)
@@ -360,168 +353,3 @@ def _guess_suffix(stored: Mapping[str, Any]) -> str:
         return ""
     known: Iterable[str] = (suffix for suffix, name in Image.registered_extensions().items() if name == kind)
     return min(known, key=lambda suffix: (suffix not in (".jpg", ".png", ".tif"), suffix), default="")
-
-
-@dataclass(frozen=True)
-class _Columns:
-    """Which hold images, the one that is meant first; and names of what is stored as numbers."""
-
-    images: tuple[str, ...]
-    labels: Mapping[str, Any]
-
-    @property
-    def others(self) -> tuple[str, ...]:
-        """Further ones of images; those of a WebDataset are named by the kinds of files, of which a row has
-        one."""
-        return () if _IMAGE_COLUMNS[2:].count(self.images[0]) else self.images[1:]
-
-    def describe(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """What is plain of a row's other columns: texts, numbers, lists of texts, and of what a WebDataset
-        has as JSON the same."""
-        found: dict[str, Any] = {}
-        for column, value in row.items():
-            if column in self.labels and isinstance(value, int) and value >= 0:
-                found[column] = self.labels[column].int2str(value)
-            elif column not in self.images and not column.startswith("__"):
-                found |= value if column == "json" and isinstance(value, dict) else {column: value}
-        return {column: value for column, value in found.items() if _is_plain(value)}
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, dict):
-        return all(isinstance(one, str) for one in value.values())
-    if isinstance(value, list):
-        return all(isinstance(one, str) for one in value)
-    return isinstance(value, (str, int, float))
-
-
-@dataclass(frozen=True)
-class _StoredSplit:
-    """What the library reads: the dataset's path, the split's name, its files where these lie here as plain
-    shards, and the library's own split."""
-
-    path: str
-    name: str
-    files: tuple[str, ...]
-    stored: Any
-
-    def count_rows(self) -> int:
-        """0 where the dataset does not say."""
-        known = (self.stored.info.splits or {}).get(self.name)
-        return known.num_examples or 0 if known else 0
-
-    def list_shards(self) -> list[tuple[int, str]]:
-        """Of each the number of rows before it, and its name; the split itself where none is known."""
-        if not self.files or not all(file.lower().endswith(".parquet") for file in self.files):
-            return [(0, f"split '{self.name}' of {self.path}")]
-        from pyarrow import parquet
-
-        counts = [parquet.read_metadata(file).num_rows for file in self.files]
-        return [(sum(counts[:i]), PurePath(file).name) for i, file in enumerate(self.files)]
-
-    def find_columns(self) -> _Columns:
-        """Raises MemControlError."""
-        from datasets import ClassLabel
-        from datasets import Image as ImageFeature
-
-        features = self.stored.features or {}
-        images = [name for name, kind in features.items() if isinstance(kind, ImageFeature)]
-        if not images:
-            raise MemControlError(
-                f"data.path is '{self.path}', which has no column of images; its columns are "
-                f"{', '.join(features)}"
-            )
-        labels = {name: kind for name, kind in features.items() if isinstance(kind, ClassLabel)}
-        return _Columns(tuple(sorted(images, key=_rank_kind)), labels)
-
-    def iterate(self) -> Iterator[Mapping[str, Any]]:
-        """Rows, with images as they are stored."""
-        from datasets import Image as ImageFeature
-
-        split = self.stored
-        for name, kind in split.features.items():
-            if isinstance(kind, ImageFeature):
-                split = split.cast_column(name, ImageFeature(decode=False))
-        yield from split
-
-
-@dataclass(frozen=True)
-class _TarSplit:
-    """WebDataset tars that lie here, read without the library: that one refuses samples that differ in what
-    they have, and wants the members of each side by side."""
-
-    path: str
-    name: str
-    files: tuple[str, ...]
-
-    def count_rows(self) -> int:
-        return sum(map(len, self.members))
-
-    def list_shards(self) -> list[tuple[int, str]]:
-        counts = [len(samples) for samples in self.members]
-        return [(sum(counts[:i]), PurePath(file).name) for i, file in enumerate(self.files)]
-
-    def find_columns(self) -> _Columns:
-        """Raises MemControlError."""
-        kinds = {kind for samples in self.members for sample in samples.values() for kind in sample}
-        if not any(map(_is_picture, kinds)):
-            raise MemControlError(
-                f"data.path is '{self.path}', which has no images; its members are {', '.join(sorted(kinds))}"
-            )
-        return _Columns((_TAR_IMAGE,), {})
-
-    @cached_property
-    def members(self) -> list[dict[str, dict[str, tuple[int, int]]]]:
-        """By tar, of each sample by its key where the content of each kind begins, and its length."""
-        return [_list_members(file) for file in self.files]
-
-    def iterate(self) -> Iterator[Mapping[str, Any]]:
-        """Rows, with images as they are stored."""
-        for file, samples in zip(self.files, self.members):
-            with open(file, "rb") as tar:
-                for key, sample in samples.items():
-                    yield _read_sample(tar, f"{file}: {key}", sample)
-
-
-_Split = _StoredSplit | _TarSplit
-
-
-def _list_members(path: str) -> dict[str, dict[str, tuple[int, int]]]:
-    found: dict[str, dict[str, tuple[int, int]]] = {}
-    with tarfile.open(path, "r:") as tar:
-        while (member := tar.next()) is not None:
-            tar.members = []  # type: ignore[attr-defined]  # of which it keeps all
-            cut = _SAMPLE.fullmatch(member.name) if member.isfile() else None
-            if cut:
-                place = (member.offset_data, member.size)
-                if found.setdefault(cut[1], {}).setdefault(cut[2].lower(), place) != place:
-                    raise MemControlError(f"{path} holds {member.name!r} twice; keep one of them")
-    return found
-
-
-def _read_sample(tar: BinaryIO, title: str, sample: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
-    """A row. Raises MemControlError."""
-    images = sorted(filter(_is_picture, sample), key=_rank_kind)
-    row: dict[str, Any] = {"__key__": title.rpartition(": ")[2], _OTHERS: tuple(images[1:])}
-    for kind, (offset, size) in sample.items():
-        if kind in images[1:] or not (kind in images or kind in _TEXT_KINDS or kind == "json"):
-            continue
-        tar.seek(offset)
-        content = tar.read(size)
-        if kind in images:
-            row[_TAR_IMAGE] = {"bytes": content, "path": f"{PurePath(row['__key__']).name}.{kind}"}
-            continue
-        try:
-            row[kind] = json.loads(content) if kind == "json" else content.decode("utf-8-sig")
-        except ValueError as error:
-            raise MemControlError(f"{title}.{kind} cannot be read: {describe_read_error(error)}") from None
-    return row
-
-
-def _is_picture(kind: str) -> bool:
-    return is_picture_suffix(PurePath(f"x.{kind}").suffix)
-
-
-def _rank_kind(kind: str) -> int:
-    """Which column, or kind of member, is taken for the image."""
-    return _IMAGE_COLUMNS.index(kind) if kind in _IMAGE_COLUMNS else len(_IMAGE_COLUMNS)

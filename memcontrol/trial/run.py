@@ -18,7 +18,7 @@ from memcontrol.core.errors import Diverged
 from memcontrol.core.estimate import Measured, Rewards
 from memcontrol.core.files import write_json
 from memcontrol.core.jobs import HelpJob
-from memcontrol.core.reward_table import OF_MODEL
+from memcontrol.core.reward_table import COSTS, OF_DENOISER, OF_MODEL
 from memcontrol.core.run_folder import RunFolder
 from memcontrol.core.spec import Spec, read_spec
 from memcontrol.data.split import format_ranges
@@ -78,8 +78,8 @@ def _lead_trial(
         with memory.watch("train"):
             log = _fine_tune(folder, spec, loaded, adapter, partial(progress, "train"), rung=rung)
         if log.paused and rung:
-            told = partial(_probe_objectives, spec, loaded, attack, untrained)
-            return _score_rung(run, rung, spec, loaded, adapter, log, started, progress, told)
+            probe = partial(_probe_objectives, spec, loaded, attack, untrained)
+            return _score_rung(run, rung, spec, loaded, adapter, log, started, progress, probe)
 
         # Save what was learned; sample and probe the model while it is there.
         adapter.save(folder, spec.description())
@@ -106,6 +106,8 @@ def _lead_trial(
     with memory.watch("score"):
         evidence = gather_evidence(samples, spec, loaded)
         measured = score_samples(samples, evidence, spec, loaded)
+    with memory.watch("probe"):
+        maps = map_pairs(run, spec, loaded, evidence)
     costs = _list_costs(cost, n_trained / n_all)
     rewards = Rewards.from_estimates(measured | probes).to_plain() | costs
     result = _make_result(run, spec, loaded, log, rewards, n_trained, len(samples["images"]))
@@ -114,7 +116,7 @@ def _lead_trial(
 
     # Write what is read beside the result, and the result last.
     save_contributions(run.contributions_file, measured, samples["rows"])
-    save_pictures(run, samples, evidence, spec, loaded, map_pairs(run, spec, loaded, evidence))
+    save_pictures(run, samples, evidence, spec, loaded, maps)
     held = {"memory": {"predicted_mib": cost.parts, "peak_mib": memory.peaks}}
     write_json(run.training_file, _make_training_record(log, spec, loaded) | held)
     write_json(run.result_file, result | seconds)
@@ -138,7 +140,7 @@ def _probe_objectives(
     spec: Spec, loaded: LoadedModels, attack: Attack | None, untrained: Losses | None
 ) -> Measured:
     """The same at a rung, where trials are judged by it."""
-    asked = any(name.startswith(OF_MODEL) for name in spec.config.rewards.objectives)
+    asked = any(name.startswith(OF_DENOISER) for name in spec.config.rewards.objectives)
     return _probe_model(spec, loaded, attack, untrained) if asked else {}
 
 
@@ -199,8 +201,10 @@ def _score_rung(
     itself those that are objectives. Writes the rung's file, and what each sample adds beside it."""
     few = _lower_samples(spec)
     base, material = loaded.base(spec.config), loaded.make_material(spec)
-    n_all = base.n_parameters + adapter.n_added()
-    costs = _list_costs(loaded.cost(spec, adapter, material.data), adapter.n_trained() / n_all)
+    costs: dict[str, float] = {}
+    if set(COSTS) & set(spec.config.rewards.objectives):
+        share = adapter.n_trained() / (base.n_parameters + adapter.n_added())
+        costs = _list_costs(loaded.cost(spec, adapter, material.data), share)
     with adapter.fold():
         probes = probe()
         samples = sample_images(base, material, few, partial(progress, "rung"))

@@ -109,8 +109,8 @@ def describe_membership(rewards: Mapping[str, float]) -> str:
     if abs(base - 0.5) > _BEYOND_CHANCE * error:
         return (
             "What an attacker could tell is not known: training and unseen images differ before any training "
-            f"(the base alone tells them apart with an AUC of {base:.2f} ± {error:.2f}), so that they are no "
-            "fair comparison."
+            f"(the base alone tells them apart with an AUC of {base:.2f} ± {error:.2f}), so they are no fair "
+            "comparison."
         )
     low, high = plain.interval("membership_tpr")
     several = rewards["membership_images"] > rewards["membership_members"]
