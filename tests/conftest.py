@@ -17,6 +17,8 @@ from PIL import Image
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
+from memcontrol.core import console
+
 torch.set_num_threads(1)
 
 CHOICE = {"groups": ("up_attention",), "method": "lora", "learning_rate": 3e-3, "rank": 2}
@@ -40,6 +42,12 @@ def no_waiting_for_the_disk():
         event.listen(Engine, "connect", leave_sync_to_the_system)
         yield
         event.remove(Engine, "connect", leave_sync_to_the_system)
+
+
+@pytest.fixture(autouse=True)
+def each_test_is_told_as_usual(monkeypatch):
+    """Commands that a test runs in its own process set how much is said there."""
+    monkeypatch.setattr(console, "level", console.NORMAL)
 
 
 def leave_sync_to_the_system(connection, record):

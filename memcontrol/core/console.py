@@ -52,6 +52,7 @@ def log_to_file(path: Path, what: str) -> Iterator[None]:
         logging.FileHandler(path, encoding="utf-8", errors="backslashreplace"),  # names may be no UTF-8
         *([aloud] if level == VERBOSE else []),
     ]
+    before = LOG.level, LOG.propagate  # of a program that has its own logging
     LOG.setLevel(logging.DEBUG if level == VERBOSE else logging.INFO)
     LOG.propagate = False
     for handler in handlers:
@@ -72,3 +73,5 @@ def log_to_file(path: Path, what: str) -> Iterator[None]:
         for handler in handlers:
             LOG.removeHandler(handler)
             handler.close()
+        LOG.setLevel(before[0])
+        LOG.propagate = before[1]
