@@ -172,7 +172,7 @@ def count_faults(chaos) -> Counter:
     from memcontrol.core.attempts import read_attempts
     from memcontrol.core.config import load_config
     from memcontrol.core.run_folder import RunFolder
-    from memcontrol.study.store import open_study
+    from memcontrol.study.opening import open_study
 
     config = load_config(chaos.study)
     study = open_study(config, chaos.folder, chaos.study, create=False)

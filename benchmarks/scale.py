@@ -114,8 +114,8 @@ def studies() -> list[dict]:
     from memcontrol.core.space_yaml import load_space
     from memcontrol.search.sampler import Sampler
     from memcontrol.study.hypervolume import estimate_hypervolume, find_reference_point
+    from memcontrol.study.opening import open_study
     from memcontrol.study.pick import choose_trial, select_front, select_ties
-    from memcontrol.study.store import open_study
     from memcontrol.view.dashboard_notes import Publisher
 
     rows, space = [], load_space("sd15-blocks")

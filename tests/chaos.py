@@ -27,8 +27,8 @@ from memcontrol.core.attempts import read_attempts, read_failures
 from memcontrol.core.config import load_config
 from memcontrol.core.run_folder import RunFolder, StudyFolder, locate_study_folder
 from memcontrol.execution.job_queue import N_TRIES
+from memcontrol.study.opening import open_study
 from memcontrol.study.pareto import find_front
-from memcontrol.study.store import open_study
 
 SEARCH = [sys.executable, "-m", "memcontrol.cli", "search"]
 TIME_LIMIT_SECONDS = 45

@@ -1,5 +1,7 @@
 """STUDY.yaml: what is accepted, and that each mistake is named in one line."""
 
+from pathlib import Path
+
 import pytest
 from pydantic import ValidationError
 
@@ -379,14 +381,16 @@ def test_a_base_that_is_only_a_name_is_written_as_one():
 
 def test_files_of_a_base_lie_beside_the_study_file(tmp_path, monkeypatch):
     (tmp_path / "studies").mkdir()
-    for place in ("studies/first", "second", "folder"):
+    for place in ("studies/first", "second", "folder", "studies/own", "own"):
         (tmp_path / place).mkdir()
     monkeypatch.chdir(tmp_path)
     study = tmp_path / "studies" / "a.yaml"
-    for given, found in (("first", "studies/first"), ("second", "second"), ("none", "studies/none")):
+    for given in ("first", "second", "../second", "none"):
         study.write_text(f"{{name: a, data: digits, base: {{id: folder, adapter: {given}}}}}")
         base = load_config(study).base
-        assert (base.id, base.adapter) == ("folder", str(tmp_path / found))
+        assert base.id == "folder" and Path(base.adapter) == tmp_path / "studies" / given
+    study.write_text("{name: a, data: digits, base: ./own}")
+    assert load_config(study).base.id == str(tmp_path / "studies" / "own")
 
 
 def test_a_base_on_the_command_line():

@@ -15,7 +15,7 @@ from memcontrol.core.errors import MemControlError
 from memcontrol.core.space_yaml import load_space
 from memcontrol.study import database
 from memcontrol.study.database import explain_open_error, find_lock_holder, hide_password, hold_study_lock
-from memcontrol.study.store import open_study
+from memcontrol.study.opening import open_study
 
 SPACE = load_space("digits")
 NAMES = iter(range(1000))

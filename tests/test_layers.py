@@ -77,6 +77,7 @@ def test_few_modules_import_optuna():
         if line.strip().startswith(("import optuna", "from optuna"))
     }
     assert users == {
+        "study.opening",
         "study.store",
         "study.artifacts",
         "study.optuna_private",

@@ -13,7 +13,8 @@ from memcontrol.core.config import load_config
 from memcontrol.core.jobs import Failed, TrialJob
 from memcontrol.core.run_folder import locate_study_folder
 from memcontrol.search.orchestrator import Search
-from memcontrol.study.store import Study, open_study
+from memcontrol.study.opening import open_study
+from memcontrol.study.store import Study
 
 STEPS = {
     "begin": (Study, "begin"),

@@ -16,7 +16,7 @@ from memcontrol.core.space_yaml import load_space
 from memcontrol.search.early_stopping import RungResult, judge_trial
 from memcontrol.search.encoding import SpaceEncoding
 from memcontrol.search.surrogate import extrapolate_losses, gather_training_set
-from memcontrol.study.store import open_study
+from memcontrol.study.opening import open_study
 
 RULE = EarlyStopping(rungs=(0.5,), beaten_by=0.4, beyond=1.0, min_peers=3)
 

@@ -14,8 +14,8 @@ from memcontrol.core.errors import MemControlError
 from memcontrol.core.space_yaml import load_space, parse_space
 from memcontrol.model.adapter import format_header
 from memcontrol.search.optuna_samplers import mirror_record
+from memcontrol.study.opening import is_searched, open_study
 from memcontrol.study.pick import choose_trial, select_front
-from memcontrol.study.store import is_searched, open_study
 
 SPACE = load_space("digits")
 
@@ -170,7 +170,9 @@ def test_what_was_confirmed_is_what_is_reported(tmp_path):
     study.confirm(number, {"fid": 11.0, "memorization": 0.2})
     record = opened(tmp_path).records()[0]
     assert record.values == {"fid": 11.0, "memorization": 0.2} and record.searched["fid"] == 9.0
-    assert study.inner.trials[0].values == [9.0, 0.1]
+    shown = opened(tmp_path).inner.trials[0]  # as plain Optuna shows it
+    assert shown.values == [11.0, 0.2]
+    assert shown.user_attrs["fid"] == 11.0 and shown.user_attrs["fid (searched)"] == 9.0
 
 
 @pytest.mark.parametrize("name", ["what now?", "my%20scans", "a#b & 100% c's"])

@@ -12,8 +12,8 @@ from memcontrol.core.attempts import begin_attempt, note_failure
 from memcontrol.core.config import load_config
 from memcontrol.core.run_folder import RunFolder, StudyFolder, locate_study_folder
 from memcontrol.core.space_yaml import load_space
+from memcontrol.study.opening import open_study
 from memcontrol.study.running import describe_run, estimate_pace, inspect_run
-from memcontrol.study.store import open_study
 
 SPACE = load_space("digits")
 

@@ -39,12 +39,11 @@ def _run_front(args: argparse.Namespace) -> int:
 
 def _print_front(study: Study) -> None:
     """With those that errors leave on or off it."""
-    from memcontrol.core.space_yaml import load_space
     from memcontrol.study.pick import require_finished, select_front, select_ties, select_to_confirm
     from memcontrol.view.tables import describe_spread, make_study_table
     from memcontrol.view.words import describe_network_doubt
 
-    complete, n_groups = require_finished(study.records()), len(load_space(study.config.space).groups)
+    complete, n_groups = require_finished(study.records()), len(study.space.groups)
     records = select_front(complete)
     shown = records + [record for record in select_ties(complete) if record not in records]
     print_table(make_study_table(shown, n_groups, f"{study.config.name}: front", None, complete))

@@ -18,13 +18,12 @@ def add_importance(subparsers) -> None:
 
 
 def _run_importance(args: argparse.Namespace) -> int:
-    from memcontrol.core.space_yaml import load_space
     from memcontrol.search.importance import measure_importance
     from memcontrol.study.place import StudyPlace
     from memcontrol.view.tables import make_importance_table
 
     study = StudyPlace.load(args.study).open()
-    effects = measure_importance(study.records(), load_space(study.config.space))
+    effects = measure_importance(study.records(), study.space)
     if args.json:
         print_json([effect.as_dict() for effect in effects])
     else:

@@ -37,10 +37,9 @@ def _run_pick(args: argparse.Namespace) -> int:
 
 
 def _print_pick(study: Study, record: Record, by_rule: bool) -> None:
-    from memcontrol.core.space_yaml import load_space
     from memcontrol.view.tables import make_study_table
 
-    n_groups = len(load_space(study.config.space).groups)
+    n_groups = len(study.space.groups)
     print_table(make_study_table([record], n_groups, f"{study.config.name}: pick", record, study.records()))
     if by_rule:
         warn_of_pick(study, record, make_console())

@@ -102,11 +102,10 @@ def _read_choice(path: Path) -> Choice:
 def show_retraining(plan: Retraining, executor: Executor) -> None:
     """Retrains, and shows what came of it: rewards, images, and the differences from full fine-tuning, where
     the study has it."""
-    from memcontrol.core.space_yaml import load_space
     from memcontrol.view.tables import RewardsTable
     from memcontrol.view.words import describe_choice, describe_network_doubt
 
-    space, screen = load_space(plan.config.space), make_console()
+    space, screen = plan.space, make_console()
     space.check_choice(plan.choice)
     names = {name: describe_choice(choice, len(space.groups)) for name, choice in plan.choices.items()}
     if plan.alone:

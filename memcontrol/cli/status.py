@@ -64,10 +64,9 @@ def _is_over(study: Study, n: int | None) -> bool:
 
 
 def _print_status(found: dict[str, Any], study: Study, place: StudyPlace) -> None:
-    from memcontrol.core.space_yaml import load_space
     from memcontrol.view.tables import make_study_table
 
-    records, n_groups = study.records(), len(load_space(study.config.space).groups)
+    records, n_groups = study.records(), len(study.space.groups)
     words = {
         "COMPLETE": "complete",
         "RUNNING": "running" if found["searching"] else "interrupted",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-from memcontrol.core.space_yaml import load_space
 from memcontrol.search.importance import Effect, measure_importance
 from memcontrol.study.place import StudyPlace
 
@@ -14,4 +13,4 @@ def importance(study: str | Path) -> list[Effect]:
     """Which groups, methods, ranks and learning rates drive which objective, with error. Raises
     MemControlError where too few trials ended."""
     with contextlib.closing(StudyPlace.load(study).open()) as found:
-        return measure_importance(found.records(), load_space(found.config.space))
+        return measure_importance(found.records(), found.space)

@@ -6,7 +6,6 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-from memcontrol.core.space_yaml import load_space
 from memcontrol.study.place import StudyPlace
 from memcontrol.view.report import write_report
 from memcontrol.view.report_data import collect_report_data
@@ -17,7 +16,7 @@ def report(study: str | Path, out: str | Path | None = None, *, images: bool = T
     MemControlError."""
     place = StudyPlace.load(study)
     with contextlib.closing(place.open()) as found:
-        data = collect_report_data(found, load_space(found.config.space), place.folder.path)
+        data = collect_report_data(found, found.space, place.folder.path)
     if out is not None:
         write_report(data, Path(out), images)
     return data

@@ -15,7 +15,7 @@ from memcontrol.core.console import LOG, log_to_file
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.jobs import GivenUp, TrialJob
 from memcontrol.core.run_folder import RunFolder, StudyFolder, refuse_results_among
-from memcontrol.core.space_yaml import load_space
+from memcontrol.core.space import SearchSpace
 from memcontrol.core.spec import Spec
 from memcontrol.execution.executor import Executor
 from memcontrol.execution.job_queue import N_TRIES, JobQueue, Show
@@ -37,6 +37,7 @@ class Retraining:
 
     folder: StudyFolder
     config: Config
+    space: SearchSpace
     choice: Choice
     full: Choice | None  # None: nothing to compare with, as `alone` says
     out: Path | None = None  # the choice's run folder, where it is not the study's own
@@ -65,9 +66,8 @@ class Retraining:
         n_train = len(self.folder.read_split()["parts"]["train"])
         budget = round(self.config.inner.budget_images / self.config.search.train_fraction)
         config = self.config.replaced({"inner.budget_images": budget})
-        space = load_space(self.config.space)
         return {
-            run: Spec(config, space, self.choices[name], self.folder.path, "retrain", "test", n_train)
+            run: Spec(config, self.space, self.choices[name], self.folder.path, "retrain", "test", n_train)
             for name, run in self.runs.items()
         }
 
@@ -96,7 +96,7 @@ def plan_retraining(folder: StudyFolder, study: Study, choice: Choice, out: Path
     """Beside full fine-tuning, where the study has it. Raises MemControlError while that runs."""
     full = find_full(study)
     alone = "" if full else explain_no_full(study.records())
-    return Retraining(folder, study.config, choice, full, out, alone)
+    return Retraining(folder, study.config, study.space, choice, full, out, alone)
 
 
 def run_retraining(plan: Retraining, executor: Executor, show: Show) -> dict[str, dict]:
@@ -141,9 +141,8 @@ def _read_complete_result(run: Path) -> dict:
 @contextlib.contextmanager
 def log_retraining(plan: Retraining) -> Iterator[Show]:
     """Gives what writes the events to the study's log."""
-    n_groups = len(load_space(plan.config.space).groups)
     with log_to_file(plan.folder.log_file, f"retrain: {describe_config(plan.config)}"):
-        yield EventLog(n_groups).heard
+        yield EventLog(len(plan.space.groups)).heard
 
 
 def plan_unsearched(
@@ -157,5 +156,6 @@ def plan_unsearched(
         run_preparation(place.config, place.folder, JobQueue(executor, show))
     full = place.space.list_anchors(place.config.search.anchors).get("full")
     if full is None:
-        return Retraining(place.folder, place.config, choice, None, out, explain_no_full([]))
-    return Retraining(place.folder, place.config, choice, full[1], out)
+        alone = explain_no_full([])
+        return Retraining(place.folder, place.config, place.space, choice, None, out, alone)
+    return Retraining(place.folder, place.config, place.space, choice, full[1], out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -15,6 +16,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PrivateAttr,
     SerializerFunctionWrapHandler,
     ValidationError,
     model_serializer,
@@ -24,6 +26,7 @@ from pydantic import (
 from memcontrol.core.choice import ANCHORS, Anchor
 from memcontrol.core.config_errors import explain_problems
 from memcontrol.core.errors import MemControlError
+from memcontrol.core.space_yaml import name_space
 from memcontrol.core.yaml_reader import parse_number, read_yaml
 
 # What may change between two runs of one study: where and how fast it runs, not what it finds. Images may
@@ -53,6 +56,8 @@ Fit = Literal["crop", "pad", "squash"]
 HUB = "hf://"  # how data.path begins that names a dataset of Hugging Face's
 DIGITS = "digits"  # data.path of the images that are embedded
 CHECKPOINT = ".safetensors"  # how a base in one file ends
+EMBEDDED = "tiny"  # the base that is embedded
+_OF_FILES = ("torchscript", "sscd")  # feature networks whose name holds a file's path
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 Share = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -75,6 +80,11 @@ class Strict(BaseModel):
         return copy
 
 
+def get_value(model: Strict, key: str) -> Any:
+    """What a config has at a dotted key."""
+    return functools.reduce(getattr, key.split("."), model)
+
+
 def _convert_list(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
@@ -95,7 +105,7 @@ def _take_name(path: str) -> str:
 class BaseConfig(Strict):
     """Where the model to fine-tune comes from; its precision is `base_precision`, whatever its files hold."""
 
-    id: str = "tiny"
+    id: str = EMBEDDED
     """`tiny` (embedded), a folder in diffusers' format, a Hub id (owner/name), or a checkpoint in a single
     `.safetensors` file, as ComfyUI has it"""
     revision: Annotated[str, Field(min_length=1)] | None = None
@@ -664,6 +674,21 @@ class Config(Strict):
     """where `search.executor` is `ray`"""
     slurm: SlurmConfig = SlurmConfig()
     """where `search.executor` is `slurm`: of each trial's Slurm job"""
+    _folder: Path | None = PrivateAttr(None)  # of the study file, where it was read from one
+    _written: dict[str, Any] = PrivateAttr(default_factory=dict)  # by key, the paths as they stand there
+
+    @property
+    def folder(self) -> Path | None:
+        """Where its relative paths begin; None where it was not read from a study file."""
+        return self._folder
+
+    @property
+    def path_as_written(self) -> str:
+        return self._written.get("data.path", self.data.path)
+
+    def dump_as_written(self) -> dict[str, Any]:
+        """As JSON has it, with paths as the study file has them: `locate_config` finds them again."""
+        return self.replaced(self._written).model_dump(mode="json")
 
     @model_validator(mode="after")
     def rungs_fall_on_rounds(self) -> Config:
@@ -731,40 +756,57 @@ def load_config(source: Path | str | dict, overrides: Sequence[str] = ()) -> Con
         values = _apply_override(values, override)
     try:
         config = Config.model_validate(values)
-        return (
-            config
-            if isinstance(source, dict)
-            else _make_paths_absolute(config, Path(source).resolve().parent)
-        )
+        return config if isinstance(source, dict) else locate_config(config, Path(source).resolve().parent)
     except ValidationError as error:
         where = "the config" if isinstance(source, dict) else str(source)
         raise MemControlError(f"{where}: {explain_problems(error.errors(), Config)}") from None
 
 
-def _make_paths_absolute(config: Config, folder: Path) -> Config:
-    """Images and a user's own objectives lie relative to the study file; workers may run elsewhere."""
-    objectives = tuple(
-        f"{folder / objective.rpartition(':')[0]}:{name}" if ":" in objective else objective
-        for objective, name in zip(config.rewards.objectives, config.rewards.names)
-    )
-    path = config.data.path
-    if path != DIGITS and not path.startswith(HUB):
-        path = str(folder / path)
-    base = locate_base(config.base, folder)
-    return config.replaced({"base": base, "data.path": path, "rewards.objectives": objectives})
+def locate_config(config: Config, folder: Path) -> Config:
+    """With absolute paths: all that a study file has lie relative to its folder, since workers run elsewhere.
+    What is no file there is left as it is where it may be a name: of the Hub, of a shipped space."""
+    rewards, path = config.rewards, config.data.path
+    found = {
+        "data.path": path if path == DIGITS or path.startswith(HUB) else str(folder / path),
+        "base": locate_base(config.base, folder),
+        "space": str(folder / config.space) if config.space.endswith((".yaml", ".yml")) else config.space,
+        "rewards.objectives": tuple(
+            f"{folder / objective.rpartition(':')[0]}:{name}" if ":" in objective else objective
+            for objective, name in zip(rewards.objectives, rewards.names)
+        ),
+        "rewards.extractor": locate_extractor(rewards.extractor, folder),
+        "rewards.clip": rewards.clip and _find_beside(rewards.clip, folder),
+    }
+    located = config.replaced(found)
+    located._folder = folder
+    located._written = {key: get_value(config, key) for key in found}
+    return located
+
+
+def _find_beside(given: str, folder: Path) -> str:
+    """Its absolute path, where it is a file or folder as seen from `folder`."""
+    return str((folder / given).absolute()) if (folder / given).exists() else given
+
+
+def locate_extractor(name: str, folder: Path) -> str:
+    """A feature network's name with the absolute path of its file, where it has one."""
+    kind, colon, rest = name.partition(":")
+    path, comma, options = rest.partition(",")
+    if not colon:
+        return name
+    found = str((folder / path).absolute()) if kind in _OF_FILES else _find_beside(path, folder)
+    return f"{kind}:{found}{comma}{options}"
 
 
 def locate_base(base: BaseConfig, folder: Path) -> BaseConfig:
-    """With absolute paths of its files, which lie relative to `folder` or to the working directory. An id
-    that is no file is left as it is: it may be the Hub's."""
-
-    def find(given: str) -> str:
-        places = [place for place in (folder / given, Path(given)) if place.exists()]
-        return str(places[0].absolute()) if places else given
-
-    found = base.adapter and str((folder / find(base.adapter)).absolute())
-    where = {"adapter": found, "config": base.config and find(base.config)}
-    return base.model_copy(update=where | ({"id": find(base.id)} if base.is_file else {}))
+    """With absolute paths of its files and folders, which lie relative to `folder`. An id that is nothing
+    there is left as it is: it may be the Hub's."""
+    where = {
+        "id": base.id if base.id == EMBEDDED else _find_beside(base.id, folder),
+        "adapter": base.adapter and str((folder / base.adapter).absolute()),
+        "config": base.config and _find_beside(base.config, folder),
+    }
+    return base.model_copy(update=where)
 
 
 def read_base(value: BaseConfig | dict | str) -> BaseConfig:
@@ -809,10 +851,24 @@ def flatten_keys(values: dict, prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def adopt_places(stored: Config, given: Config) -> Config:
+    """A stored config with the paths that the study file has now: images may move, and what is named alike is
+    where the file says."""
+    if given.folder is None:
+        return stored
+    names, own = _name_places(stored), _name_places(given)
+    alike = {
+        key: written
+        for key, written in given._written.items()
+        if key == "data.path" or names[key] == own[key] or get_value(stored, key) == written
+    }
+    return locate_config(stored.replaced(alike), given.folder)
+
+
 def find_differing_keys(stored: Config, given: Config, beside: Sequence[str] = ()) -> list[str]:
     """Dotted keys, of those that numbers depend on and are not below one of `beside`, whose values differ:
     "inner.batch_size (8 there, 16 here)"."""
-    there, here = (flatten_keys(_make_comparable(config)) for config in (stored, given))
+    there, here = (_make_comparable(config) for config in (stored, given))
     of_memory = (f"inner.{key}" for key in given.inner.memory_keys)
     free_keys = (*FREE_KEYS, *of_memory, *beside)
     return [
@@ -823,14 +879,26 @@ def find_differing_keys(stored: Config, given: Config, beside: Sequence[str] = (
 
 
 def _make_comparable(config: Config) -> dict:
-    """The config as a mapping, a user's own objectives and the base's files by their names: a study's folder
-    may move. A base's revision may come and go: base.json has the commit."""
-    values = config.model_dump(mode="json")
-    base = config.base
-    name = _take_name(base.id) if base.is_file else base.id
-    values["base"] = str(base.model_copy(update={"id": name, "revision": None}))
-    values["rewards"]["objectives"] = [Path(objective).name for objective in config.rewards.objectives]
-    return values
+    """The config as a mapping, files by their names: a study's folder may move."""
+    values = flatten_keys(config.model_dump(mode="json"))
+    places = _name_places(config)
+    kept = {key: value for key, value in values.items() if key.partition(".")[0] != "base" or key in places}
+    return kept | places
+
+
+def _name_places(config: Config) -> dict[str, Any]:
+    """Each key that may hold a path, by the names of files. A base's revision may come and go: base.json has
+    the commit."""
+    base, rewards = config.base, config.rewards
+    kind, colon, rest = rewards.extractor.partition(":")
+    return {
+        "data.path": config.data.path,
+        "base": str(base.model_copy(update={"id": _take_name(base.id), "revision": None})),
+        "space": name_space(config.space),
+        "rewards.objectives": [Path(objective).name for objective in rewards.objectives],
+        "rewards.extractor": f"{kind}{colon}{_take_name(rest)}",
+        "rewards.clip": rewards.clip and _take_name(rewards.clip),
+    }
 
 
 PARTS = ("train", "holdout", "test")

@@ -11,6 +11,11 @@ class Diverged(MemControlError):
     """The loss became NaN or infinite: the choice is recorded as pruned and the search goes on."""
 
 
+class RewardFailed(MemControlError):
+    """A reward of the user's own raised, or gave no number: the trial is given up at once, since trying again
+    gives the same, and the search goes on."""
+
+
 class DiskFull(MemControlError):
     """Nothing more can be written: the search stops, everything finished is kept, the same command goes
     on."""

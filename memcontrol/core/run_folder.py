@@ -168,6 +168,14 @@ class RunFolder:
         """The same at the rung."""
         return _read_arrays(self.rung_contributions_file(rung))
 
+    def forget_failure(self) -> None:
+        """Makes room for further attempts after the run was given up; the old ones' reasons stay beside."""
+        if self.has_result and self.read_result()["state"] == "FAIL":
+            self.result_file.unlink()
+        if self.failures_file.is_file():
+            n = len(list(self.path.glob("failures-*.json")))
+            self.failures_file.replace(self.path / f"failures-{n}.json")
+
     def count_rungs(self) -> int:
         return len(list(self.path.glob("rung-*.json")))
 

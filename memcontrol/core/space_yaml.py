@@ -26,6 +26,11 @@ def list_shipped_spaces() -> dict[str, Path]:
     return {path.stem: path for path in sorted(_find_space_folder().glob("*.yaml"))}
 
 
+def name_space(name_or_file: str) -> str:
+    """What a space is called in words: a file by its name."""
+    return Path(name_or_file).stem if name_or_file.endswith((".yaml", ".yml")) else name_or_file
+
+
 def load_space(name_or_file: str) -> SearchSpace:
     """A shipped space by name, or one from a YAML file. Raises MemControlError."""
     shipped = list_shipped_spaces()

@@ -3,18 +3,19 @@ by it."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from memcontrol.core.choice import Choice
-from memcontrol.core.config import BaseConfig, Config, find_differing_keys, load_config
+from memcontrol.core.config import BaseConfig, Config, find_differing_keys, load_config, locate_config
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import read_json, write_json
 from memcontrol.core.run_folder import RunFolder, StudyFolder
 from memcontrol.core.seeds import derive_seed
 from memcontrol.core.space import SearchSpace
-from memcontrol.core.space_yaml import dump_space, parse_space
+from memcontrol.core.space_yaml import dump_space, name_space, parse_space
 from memcontrol.core.version import __version__
 
 # keys that say which trials there are and how they are chosen: a run is the same whatever they are
@@ -60,10 +61,9 @@ class Spec:
 
     def description(self) -> dict[str, Any]:
         """What a saved adapter says of itself."""
-        config = self.config.model_dump(mode="json")
         return {
             "version": __version__,
-            "config": config,
+            "config": self.config.dump_as_written(),
             "choice": self.choice.as_dict(),
             "space": dump_space(self.space),
         }
@@ -73,7 +73,8 @@ class Spec:
         the folder is another one's."""
         self.check_folder(folder)
         rest = {
-            "study_folder": str(self.study_folder),
+            "study_folder": express_path(self.study_folder, folder, self.study_folder),
+            "paths_from": self.config.folder and express_path(self.config.folder, folder, self.study_folder),
             "purpose": self.purpose,
             "reference": self.reference,
             "n_train": self.n_train,
@@ -105,6 +106,13 @@ class Spec:
             )
 
 
+def express_path(path: Path, folder: Path, study_folder: Path) -> str:
+    """As it is seen from a run's folder, which moves with the study's where it lies in that."""
+    path, folder = path.resolve(), folder.resolve()
+    is_within = folder.is_relative_to(study_folder.resolve())
+    return os.path.relpath(path, folder) if is_within else str(path)
+
+
 def read_spec(folder: Path) -> Spec:
     """Raises MemControlError where the folder is no trial's."""
     path = RunFolder(folder).spec_file
@@ -114,11 +122,13 @@ def read_spec(folder: Path) -> Spec:
         )
     values = read_json(path)
     config = load_config(values["config"])
+    if paths_from := values.get("paths_from"):  # older specs have absolute paths
+        config = locate_config(config, (folder / paths_from).resolve())
     return Spec(
         config,
-        parse_space(values["space"], config.space),
+        parse_space(values["space"], name_space(config.space)),
         Choice.from_dict(values["choice"]),
-        Path(values["study_folder"]),
+        (folder / values["study_folder"]).resolve(),
         values["purpose"],
         values["reference"],
         values["n_train"],

@@ -49,9 +49,9 @@ class JobQueue:
             self.show(event)
             if isinstance(event, Stopped):
                 raise MemControlError(event.reason)
-            if isinstance(event, Failed):
+            if isinstance(event, Failed) and not isinstance(event, GivenUp):
                 yield from self.try_again(event)
-            elif isinstance(event, END_EVENTS):
+            elif isinstance(event, END_EVENTS):  # those that need no further attempt
                 yield event
             self.hand_out()
 

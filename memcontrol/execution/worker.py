@@ -20,7 +20,7 @@ from queue import Empty, SimpleQueue
 
 from memcontrol.core import interrupt
 from memcontrol.core.attempts import Superseded, begin_attempt
-from memcontrol.core.errors import Diverged, MemControlError
+from memcontrol.core.errors import Diverged, MemControlError, RewardFailed
 from memcontrol.core.files import write_json
 from memcontrol.core.jobs import (
     Calibrated,
@@ -30,6 +30,7 @@ from memcontrol.core.jobs import (
     EncodeJob,
     Event,
     Failed,
+    GivenUp,
     HelpJob,
     Job,
     Prepared,
@@ -56,6 +57,10 @@ def run_job(job: Job, loaded, say: SendEvent) -> None:
         return help_trial(job, loaded)
     try:
         say(_RUN[type(job)](job, loaded, say))
+    except RewardFailed as error:
+        # before the first trial it costs nothing to mend it; later it is that trial's alone
+        is_early = isinstance(job, PrepareJob)
+        say(Stopped(job, str(error)) if is_early else GivenUp(job, str(error), traceback.format_exc()))
     except MemControlError as error:
         say(Stopped(job, str(error)))
     except Superseded as error:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from memcontrol.core.config import RewardsConfig
-from memcontrol.core.errors import MemControlError
+from memcontrol.core.errors import MemControlError, RewardFailed
 from memcontrol.core.estimate import Estimate, strip_end
 from memcontrol.core.reward_table import DIRECTIONS, MAXIMIZE, MINIMIZE, OBJECTIVES, find_direction
 from memcontrol.scoring.evidence import Evidence
@@ -30,20 +30,19 @@ def reward(direction: str = MINIMIZE):
 
 
 def compute_own_reward(place: str, evidence: Evidence) -> Estimate | float:
-    """An Estimate keeps its error. Raises MemControlError where the function fails or gives no finite
-    number."""
+    """An Estimate keeps its error. Raises RewardFailed where the function fails or gives no finite number."""
     function = load_own_reward(place)
     try:
         value = function(evidence)
     except Exception as error:
-        raise MemControlError(f"reward {place} failed: {type(error).__name__}: {error}") from error
+        raise RewardFailed(f"reward {place} failed: {type(error).__name__}: {error}") from error
     try:
         number = float(value)
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
         shown = number if isinstance(value, Estimate) else value
-        raise MemControlError(f"reward {place} gave {shown!r}; it must give a finite number")
+        raise RewardFailed(f"reward {place} gave {shown!r}; it must give a finite number")
     return value if isinstance(value, Estimate) else number
 
 

@@ -33,11 +33,14 @@ from memcontrol.search.runs import TrialRuns
 from memcontrol.search.sampler import PrefetchedChoices, Sampler
 from memcontrol.search.surrogate import OUTSIDE
 from memcontrol.study.database import hold_study_lock, retry_while_away
+from memcontrol.study.foreign import describe_foreign
 from memcontrol.study.hypervolume import estimate_hypervolume, find_reference_point, is_flat
+from memcontrol.study.opening import open_study
 from memcontrol.study.pick import require_finished, select_front
 from memcontrol.study.place import StudyPlace
 from memcontrol.study.record import Record
-from memcontrol.study.store import Study, open_study
+from memcontrol.study.retries import select_to_try_again
+from memcontrol.study.store import Study
 
 _CROWD = 4  # trials in flight for each choice that is drawn ahead: the more there are, the more end at once
 _N_FAILURES = 3  # this many in a row mean that something other than the choices is wrong
@@ -82,6 +85,7 @@ def search_study(place: StudyPlace, executor: Executor, observer: Observer) -> S
             warn,
         )
         study.note("made_with", lambda: prepared.made_with or None)
+        study.publish_missing()
         observer.opened(study)
         if sharing := describe_sharing(config.search):
             warn(sharing)
@@ -194,6 +198,7 @@ class Search:
         }
         self.stops = EarlyStopper(self.config, study.objectives, judged)
         self.exhausted = self.flat = self.nearly_full = False
+        self.passed_over: set[int] = set()  # trials of other programs that were told of
         self.n_looked_at = 0  # ended trials, when the hypervolume was last computed
         self.n_failures = 0
 
@@ -214,20 +219,61 @@ class Search:
         self.observer.heard(Warned(None, line))
 
     def run(self) -> None:
-        # Interrupted trials first, then the anchors, then sampled ones as places become free.
+        # Interrupted trials first, then the anchors and what failed; as places become free, what others ask
+        # for, and sampled ones.
         records = self.study.records()
         for record in records:
-            if record.state == "RUNNING":
+            if record.state in ("RUNNING", "WAITING"):
                 self.admit(record.number, record.candidates)  # less those whose result is already there
         for anchor, candidates in self.space.list_anchors(self.config.search.anchors).items():
             if not any(record.anchor == anchor for record in records):
                 self.admit(self.study.begin(candidates, self.space, anchor), tuple(candidates))
+        for record in select_to_try_again(records, self.config.search.anchors):
+            if record.anchor or self.n_left() > 0:
+                self.try_again(record)
+        if line := describe_foreign(list(self.study.foreign.values())):
+            self.warn(line)
         with contextlib.closing(self.ahead):
             while self.fill() or self.open:
                 for event in self.jobs.collect_ends():
                     self.end(event)
                     self.fill()
                 self.observer.tick()
+
+    def try_again(self, record: Record) -> None:
+        """Begins a further trial of choices that an earlier search gave up."""
+        for choice in record.candidates:
+            self.runs.locate(choice).forget_failure()
+        number = self.study.begin(record.candidates, self.space, record.anchor)
+        self.warn(f"trial {record.number} failed, and is tried again as trial {number}: {record.reason}")
+        self.watch(number, record)
+        self.admit(number, record.candidates)
+
+    def watch(self, number: int, record: Record) -> None:
+        """Sampled trials may be stopped early."""
+        if record.anchor is None:
+            self.stops.watch(number, self.runs.locate(record.candidates[0]))
+
+    def take_enqueued(self) -> bool:
+        """Begins the trials that other programs have enqueued, as far as the space has them and they are new.
+        Whether there was one."""
+        found = [trial for trial in self.study.find_enqueued() if trial.number not in self.passed_over]
+        known = {choice for record in self.study.records() for choice in record.candidates}
+        n_before = len(self.open)
+        for trial in found:
+            try:
+                choice = trial.read_choice(self.space)
+                if choice in known:
+                    raise MemControlError("its choice is that of another trial")
+            except MemControlError as error:
+                self.passed_over.add(trial.number)
+                self.warn(f"trial {trial.number}, which another program enqueued, is passed over: {error}")
+                continue
+            known.add(choice)
+            number = self.study.claim(trial, choice)
+            self.stops.watch(number, self.runs.locate(choice))
+            self.admit(number, (choice,))
+        return len(self.open) > n_before
 
     def admit(self, number: int, candidates: tuple[Choice, ...]) -> None:
         self.open[number] = RunningTrial(number, candidates)
@@ -240,7 +286,7 @@ class Search:
         for. Raises FolderFull where there is nothing, since the folder is full."""
         while self.jobs.count_room() > 0 and self.has_space():
             if not self.waiting:
-                if not self.sample():
+                if not self.take_enqueued() and not self.sample():
                     break
                 continue  # its result may have been there already, from before the database was lost
             number, choice = self.waiting.popleft()
@@ -315,10 +361,8 @@ class Search:
         self.in_flight.discard(run.path)
         if isinstance(event, GivenUp) and not run.has_result:
             n = len(read_failures(run.path))
-            told = {
-                "reason": f"{n} attempts failed, the last: {event.reason}",
-                "traceback": event.traceback or None,
-            }
+            reason = f"{n} attempts failed, the last: {event.reason}" if n else event.reason
+            told = {"reason": reason, "traceback": event.traceback or None}
             write_json(run.result_file, {"state": "FAIL", "choice": job.choice.as_dict(), **told})
         self.advance(job.number, job.choice)
 
@@ -342,16 +386,17 @@ class Search:
         trial = self.open[number]
         trial.results[choice] = self.runs.locate(choice).read_result()
         if len(trial.results) == len(trial.candidates):
-            self.study.finish(number, [trial.results[candidate] for candidate in trial.candidates])
+            results = [trial.results[candidate] for candidate in trial.candidates]
+            recorded_as = self.study.finish(number, results)
             del self.open[number]
-            self.note_end(self.study.record(number))
+            self.note_end(self.study.record(recorded_as))
             for run in self.dropper.drop_on_the_way():
                 self.bound.forget(run)
         if self.n_failures >= _N_FAILURES:
             raise TrialsKeepFailing(
                 f"{_N_FAILURES} trials in a row failed for good, the last: "
                 f"{trial.results[choice]['reason']}; "
-                "mend what is behind it, and the same command goes on with further choices"
+                "mend what is behind it, and the same command tries them again"
             )
 
     def note_end(self, record: Record) -> None:

@@ -3,10 +3,12 @@ from other seeds."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
+
 from memcontrol.core.console import LOG
-from memcontrol.core.errors import FolderFull, MemControlError
+from memcontrol.core.errors import FolderFull
 from memcontrol.core.files import read_json
-from memcontrol.core.jobs import ConfirmJob, GivenUp
+from memcontrol.core.jobs import ConfirmJob, GivenUp, TrialJob
 from memcontrol.execution.job_queue import JobQueue
 from memcontrol.search.folder_bound import FolderBound
 from memcontrol.search.runs import TrialRuns
@@ -17,19 +19,40 @@ from memcontrol.study.store import Study
 
 
 def confirm_front(study: Study, runs: TrialRuns, jobs: JobQueue) -> None:
-    """Measures the trials on the front over fresh draws, until every one that is on it was: a search picks
-    lucky ones."""
-    while runs.config.rewards.confirm and (wanted := select_to_confirm(study.records(), study.limits)):
-        _restore_dropped(wanted, runs, jobs)
-        for event in jobs.run(_list_confirmations(wanted, runs)):
-            if isinstance(event, GivenUp):
-                raise MemControlError(f"{_name_trial(event)} could not be measured again: {event.reason}")
+    """Measures the trials on the front over fresh draws, until every one that is on it was, or cannot be: a
+    search picks lucky ones."""
+    left_out: set[int] = set()
+
+    def leave_out(number: int, reason: str) -> None:
+        left_out.add(number)
+        LOG.warning("trial %d cannot be measured again, and counts as it was searched: %s", number, reason)
+
+    while wanted := _select_wanted(study, runs, left_out):
         for record in wanted:
-            confirmed = read_json(runs.locate(record.chosen).confirmed_file)
-            study.confirm(record.number, confirmed["rewards"])
+            if not runs.locate(record.chosen).has_result:
+                leave_out(record.number, f"{record.run} is not here")
+        here = [record for record in wanted if record.number not in left_out]
+        _restore_dropped(here, runs, jobs, leave_out)
+        here = [record for record in here if record.number not in left_out]
+        for event in jobs.run(_list_confirmations(here, runs)):
+            if isinstance(event, GivenUp) and isinstance(event.job, ConfirmJob):
+                leave_out(event.job.number, event.reason)
+        for record in here:
+            if record.number not in left_out:
+                confirmed = read_json(runs.locate(record.chosen).confirmed_file)
+                study.confirm(record.number, confirmed["rewards"])
 
 
-def _restore_dropped(wanted: list[Record], runs: TrialRuns, jobs: JobQueue) -> None:
+def _select_wanted(study: Study, runs: TrialRuns, left_out: Collection[int]) -> list[Record]:
+    if not runs.config.rewards.confirm:
+        return []
+    wanted = select_to_confirm(study.records(), study.limits)
+    return [record for record in wanted if record.number not in left_out]
+
+
+def _restore_dropped(
+    wanted: list[Record], runs: TrialRuns, jobs: JobQueue, leave_out: Callable[[int, str], None]
+) -> None:
     """Fine-tunes again what was dropped as surely beaten and is on the front after all, since others came out
     worse when they were measured again."""
     lost = [
@@ -45,8 +68,9 @@ def _restore_dropped(wanted: list[Record], runs: TrialRuns, jobs: JobQueue) -> N
             record.number,
         )
     for event in jobs.run([runs.make_job(record.chosen, record.number, None) for record in lost]):
-        if isinstance(event, GivenUp):
-            raise MemControlError(f"{_name_trial(event)} could not be fine-tuned again: {event.reason}")
+        if isinstance(event, GivenUp) and isinstance(event.job, TrialJob):
+            assert event.job.number is not None, "it is a trial's"
+            leave_out(event.job.number, event.reason)
 
 
 def _list_confirmations(wanted: list[Record], runs: TrialRuns) -> list[ConfirmJob]:
@@ -63,7 +87,11 @@ def replicate_front(study: Study, runs: TrialRuns, jobs: JobQueue, bound: Folder
     """Fine-tunes the trials on the front, and full fine-tuning, again from other seeds, as often as
     search.replicates says: how much of a reward is the choice's own, and how much luck. Raises FolderFull."""
     n = runs.config.search.replicates
-    wanted = select_to_replicate(study.records(), n)
+    wanted = [
+        record
+        for record in select_to_replicate(study.records(), n)
+        if runs.locate(record.chosen).has_result  # its folder may be gone
+    ]
     todo = [
         runs.make_replicate_job(record.chosen, record.number, i)
         for record in wanted
@@ -74,13 +102,11 @@ def replicate_front(study: Study, runs: TrialRuns, jobs: JobQueue, bound: Folder
         raise FolderFull(reason)
     for event in jobs.run(todo):
         if isinstance(event, GivenUp):
-            raise MemControlError(f"{_name_trial(event)} could not be fine-tuned again: {event.reason}")
+            number = getattr(event.job, "number", None)
+            LOG.warning("trial %s could not be fine-tuned again from another seed: %s", number, event.reason)
     for record in wanted:
-        results = [runs.locate(record.chosen).replicate(i).read_result() for i in range(n)]
+        places = [runs.locate(record.chosen).replicate(i) for i in range(n)]
+        results = [place.read_result() for place in places if place.has_result]
         study.replicate(
             record.number, [result["rewards"] for result in results if result["state"] == "COMPLETE"]
         )
-
-
-def _name_trial(event: GivenUp) -> str:
-    return f"trial {getattr(event.job, 'number', None)}"

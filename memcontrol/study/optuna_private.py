@@ -3,16 +3,22 @@ of their attributes. tests/test_optuna_private.py holds each of them against the
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import optuna
 from optuna.artifacts import ArtifactMeta
 from optuna.storages import BaseStorage
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial
+from sqlalchemy.exc import IntegrityError
 
+METRIC_NAMES = "study:metric_names"  # of a study, where optuna.Study.set_metric_names keeps them
+ENQUEUED = "fixed_params"  # of a trial, what optuna.Study.enqueue_trial was given
 GENERATION = "NSGAIISampler:generation"  # of a trial, where NSGA-II looks for it
 
 
@@ -28,11 +34,82 @@ def get_trial_id(trial: FrozenTrial) -> int:
     return trial._trial_id
 
 
+def _unwrap(storage: BaseStorage) -> Any:
+    """The database: a study keeps its own behind a cache."""
+    return getattr(storage, "_backend", storage)
+
+
 def close_storage(storage: BaseStorage) -> None:
     """Ends the connections of a database, which would otherwise stay open until the process ends."""
     storage.remove_session()
-    database: Any = getattr(storage, "_backend", storage)  # a study keeps its own behind a cache
-    database.engine.dispose()
+    _unwrap(storage).engine.dispose()
+
+
+@contextlib.contextmanager
+def _begin_transaction(storage: BaseStorage) -> Iterator[Any]:
+    """All that is written in the block, or nothing."""
+    session = _unwrap(storage).scoped_session()
+    try:
+        yield session
+        session.commit()
+    except BaseException:
+        session.rollback()
+        raise
+    finally:
+        storage.remove_session()
+
+
+def create_study(
+    storage: BaseStorage,
+    name: str,
+    directions: Sequence[StudyDirection],
+    metric_names: Sequence[str],
+    attributes: dict[str, Any],
+) -> optuna.Study:
+    """A study with its system attributes, in one transaction: optuna.create_study writes them afterwards, one
+    by one. Raises DuplicatedStudyError."""
+    from optuna.storages._rdb import models
+
+    attributes = {METRIC_NAMES: list(metric_names), **attributes}
+    try:
+        with _begin_transaction(storage) as session:
+            goals = [models.StudyDirectionModel(objective=i, direction=d) for i, d in enumerate(directions)]
+            study = models.StudyModel(study_name=name, directions=goals)
+            session.add(study)
+            session.flush()  # gives it its id
+            for key, value in attributes.items():
+                session.add(
+                    models.StudySystemAttributeModel(
+                        study_id=study.study_id, key=key, value_json=json.dumps(value)
+                    )
+                )
+    except IntegrityError:
+        raise optuna.exceptions.DuplicatedStudyError(name) from None
+    return optuna.load_study(study_name=name, storage=storage)
+
+
+def revise_trial(
+    storage: BaseStorage, trial_id: int, values: Sequence[float], told: dict[str, Any], own: dict[str, Any]
+) -> None:
+    """Writes other values to a trial that has ended, and user and system attributes, in one transaction:
+    Optuna refuses every change of such a trial, and so would always show what was measured first."""
+    from optuna.storages._rdb import models
+
+    with _begin_transaction(storage) as session:
+        trial = models.TrialModel.find_or_raise_by_id(trial_id, session, for_update=True)
+        for i, value in enumerate(values):
+            row: Any = models.TrialValueModel.find_by_trial_and_objective(trial, i, session)
+            row.value, row.value_type = models.TrialValueModel.value_to_stored_repr(value)
+        for model, attributes in (
+            (models.TrialUserAttributeModel, told),
+            (models.TrialSystemAttributeModel, own),
+        ):
+            for key, value in attributes.items():
+                known = model.find_by_trial_and_key(trial, key, session)
+                if known is None:
+                    session.add(model(trial_id=trial_id, key=key, value_json=json.dumps(value)))
+                else:
+                    known.value_json = json.dumps(value)
 
 
 def read_attributes(study: optuna.Study) -> dict[str, Any]:

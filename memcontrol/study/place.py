@@ -11,7 +11,8 @@ from memcontrol.core.config import Config, load_config
 from memcontrol.core.run_folder import StudyFolder, locate_study_folder
 from memcontrol.core.space import SearchSpace
 from memcontrol.core.space_yaml import load_space
-from memcontrol.study.store import Study, is_searched, open_study, resolve_storage_url
+from memcontrol.study.opening import is_searched, open_study, resolve_storage_url
+from memcontrol.study.store import Study
 
 
 @dataclass(frozen=True)

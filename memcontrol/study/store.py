@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import logging
-import os
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -14,34 +12,27 @@ from typing import Any, TypeVar
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
-from optuna.study import StudyDirection
 from optuna.trial import TrialState, create_trial
 
 from memcontrol.core.choice import Choice
-from memcontrol.core.config import Config, find_differing_keys, flatten_keys, load_config
+from memcontrol.core.config import Config, flatten_keys
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.reward_table import MAXIMIZE, MINIMIZE, find_direction, list_losses
 from memcontrol.core.run_folder import StudyFolder
 from memcontrol.core.space import SearchSpace
 from memcontrol.study.artifacts import attach_pictures
-from memcontrol.study.database import (
-    SQLITE,
-    StudyLock,
-    Tell,
-    explain_open_error,
-    hide_password,
-    make_engine_arguments,
-    make_engine_url,
-    retry_while_away,
-    validate_url,
-)
+from memcontrol.study.database import StudyLock, Tell, retry_while_away
+from memcontrol.study.foreign import ForeignTrial
+from memcontrol.study.identity import read_space
 from memcontrol.study.optuna_private import (
+    ENQUEUED,
     add_trial,
     close_storage,
     get_storage,
     get_trial_id,
     name_constraint,
     read_attributes,
+    revise_trial,
     write_attribute,
 )
 from memcontrol.study.pareto import Limit, find_knee
@@ -50,7 +41,8 @@ from memcontrol.study.record import Record, add_result, format_time
 Returned = TypeVar("Returned")
 _CONFIRMED_KEY, _REPLICATES_KEY = "confirmed:", "replicates:"  # and the trial's number
 # before the names of our attributes: system attributes, since dashboards print user attributes whole
-_OWN = "memcontrol:"
+OWN = "memcontrol:"
+_OF_RESULT = ("choice", "rewards", "reason", "seconds", "rungs")  # what the database keeps of result.json
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 logging.getLogger("alembic").setLevel(logging.ERROR)
 
@@ -78,6 +70,7 @@ class Study:
         self.directions = [direction.name.lower() for direction in inner.directions]
         self.kept: dict[int, Record] = {}
         self.ids: dict[int, int] = {}  # Optuna's trial ids by number
+        self.foreign: dict[int, ForeignTrial] = {}
         self.attributes: dict[str, Any] = {}
         self.patiently(self.read)
 
@@ -91,6 +84,16 @@ class Study:
         return dict(zip(self.config.rewards.names, self.directions))
 
     @property
+    def about(self) -> Mapping[str, Any]:
+        """The content of what it was begun with, as `memcontrol.study.identity` has it."""
+        return self.attributes.get("about", {})
+
+    @property
+    def space(self) -> SearchSpace:
+        """As it was searched in. Raises MemControlError."""
+        return read_space(self.about, self.config)
+
+    @property
     def limits(self) -> list[Limit]:
         """The config's own: upper bounds where less is better, lower ones where more is."""
         directions = self.objectives
@@ -101,7 +104,18 @@ class Study:
         ]
 
     def patiently(self, call: Callable[[], Returned]) -> Returned:
-        return retry_while_away(call, self.url, self.say, self.lock.take if self.lock else lambda: None)
+        try:
+            return retry_while_away(call, self.url, self.say, self.lock.take if self.lock else lambda: None)
+        except KeyError:  # Optuna's word for what is not there
+            if self.is_there():
+                raise
+            raise MemControlError(
+                f"study '{self.config.name}' was deleted from its database meanwhile; what has finished is "
+                f"kept in {self.folder}, and the same command enters it again"
+            ) from None
+
+    def is_there(self) -> bool:
+        return self.config.name in optuna.get_all_study_names(self.storage)
 
     def close(self) -> None:
         close_storage(self.storage)
@@ -109,7 +123,13 @@ class Study:
     def read(self) -> None:
         self.attributes = _select_own(read_attributes(self.inner))
         for trial in self.inner.get_trials(deepcopy=False):
+            self.take_in(trial)
+
+    def take_in(self, trial: optuna.trial.FrozenTrial) -> None:
+        if f"{OWN}candidates" in trial.system_attrs:
             self.keep(trial, get_trial_id(trial))
+        else:
+            self.foreign[trial.number] = _make_foreign(trial)
 
     def keep(self, trial: optuna.trial.FrozenTrial, trial_id: int) -> None:
         self.ids[trial.number] = trial_id
@@ -131,10 +151,33 @@ class Study:
         return self.kept[number]
 
     def confirm(self, number: int, rewards: dict[str, float]) -> None:
-        """Records what a trial's fresh draws gave. Beside the trial: Optuna's finished trials are never
-        changed."""
+        """Records what a trial's fresh draws gave, and shows it in the trial."""
         self.write(f"{_CONFIRMED_KEY}{number}", rewards)
         self.kept[number] = replace(self.kept[number], confirmed=rewards)
+        self.publish(self.kept[number])
+
+    def publish(self, record: Record) -> None:
+        """Has the trial show, to whoever reads it with plain Optuna, the values that count, all rewards as
+        user attributes, and how far it is beyond each limit."""
+        values = list(record.values.values())
+        told, own = _make_attributes(record), self.make_constraints(record.rewards)
+        self.patiently(lambda: revise_trial(self.storage, self.ids[record.number], values, told, own))
+
+    def publish_missing(self) -> None:
+        """What a process that died, or an earlier version, has not published; what others wrote over."""
+        trials = {trial.number: trial for trial in self.inner.get_trials(deepcopy=False)}
+        for record in self.records():
+            shown = trials[record.number]
+            if record.finished and (
+                shown.values != list(record.values.values())
+                or not _make_attributes(record).items() <= shown.user_attrs.items()
+            ):
+                self.publish(record)
+
+    def make_constraints(self, rewards: dict[str, float]) -> dict[str, float]:
+        """Where Optuna looks for them."""
+        excesses = compute_excesses(rewards, self.limits)
+        return {name_constraint(name): excess for name, excess in excesses.items()}
 
     def replicate(self, number: int, rewards: Sequence[dict[str, float]]) -> None:
         """Records what further fine-tunings of a trial's choice gave."""
@@ -148,7 +191,7 @@ class Study:
         return self.attributes.get(name)
 
     def write(self, name: str, value: Any) -> None:
-        self.patiently(lambda: write_attribute(self.inner, f"{_OWN}{name}", value))
+        self.patiently(lambda: write_attribute(self.inner, f"{OWN}{name}", value))
         self.attributes[name] = value
 
     def begin(self, candidates: Sequence[Choice], space: SearchSpace, anchor: str | None = None) -> int:
@@ -161,7 +204,7 @@ class Study:
             params=params,
             distributions=_make_readable_distributions(params, space),
             user_attrs={"anchor": anchor} if anchor else {},
-            system_attrs={f"{_OWN}candidates": wanted},
+            system_attrs={f"{OWN}candidates": wanted},
         )
         tried = False
 
@@ -183,55 +226,104 @@ class Study:
         """The running trial of these candidates, which no other ever has."""
         trials = self.inner.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         return next(
-            (trial for trial in trials if trial.system_attrs.get(f"{_OWN}candidates") == candidates), None
+            (trial for trial in trials if trial.system_attrs.get(f"{OWN}candidates") == candidates), None
         )
 
-    def finish(self, number: int, results: Sequence[dict]) -> None:
+    def claim(self, trial: ForeignTrial, choice: Choice) -> int:
+        """Makes a trial ours that another program has enqueued, and begins it. Returns its number."""
+        trial_id, params = trial.trial_id, _make_readable_params(choice, self.space)
+
+        def write() -> None:
+            # ours from the first write on, so that a search that goes on begins it whatever follows
+            self.storage.set_trial_system_attr(trial_id, f"{OWN}candidates", [choice.as_dict()])
+            for name, distribution in _make_readable_distributions(params, self.space).items():
+                inside = distribution.to_internal_repr(params[name])
+                self.storage.set_trial_param(trial_id, name, inside, distribution)
+            self.storage.set_trial_state_values(trial_id, TrialState.RUNNING)
+
+        self.patiently(write)
+        self.foreign.pop(trial.number, None)
+        self.keep(self.patiently(lambda: self.storage.get_trial(trial_id)), trial_id)
+        return trial.number
+
+    def find_enqueued(self) -> list[ForeignTrial]:
+        """Trials that other programs wait for, as the database has them now."""
+        waiting = self.patiently(lambda: self.inner.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
+        found = (_make_foreign(trial) for trial in waiting)
+        return [trial for trial in found if trial.enqueued is not None]
+
+    def finish(self, number: int, results: Sequence[dict]) -> int:
         """Ends a trial with its candidates' results: the knee of the complete ones (the nearest to the ideal
-        of them), or a failure.
+        of them), or a failure. Returns its number, which is another one where somebody else has ended or
+        deleted the trial meanwhile.
 
         Told again, it changes nothing.
         """
         if self.kept[number].state not in ("RUNNING", "WAITING"):
-            return
-        objectives = self.objectives
+            return number
         complete = [result for result in results if result["state"] == "COMPLETE"]
         for result in complete:
             self.check_measured(result)
-        losses = [list_losses(result["rewards"], objectives) for result in complete]
+        losses = [list_losses(result["rewards"], self.objectives) for result in complete]
         best = complete[find_knee(losses)] if complete else results[0]
-        told: dict[str, Any] = {
-            "result": {
-                key: best[key] for key in ("choice", "rewards", "reason", "seconds", "rungs") if key in best
-            }
-        }
+        told: dict[str, Any] = {"result": {key: best[key] for key in _OF_RESULT if key in best}}
         if len(results) > 1:
             told["tried"] = [{k: r.get(k) for k in ("choice", "state", "rewards", "reason")} for r in results]
-        trial_id = self.ids[number]
         state = TrialState.COMPLETE if complete else TrialState[best["state"]]
+        while not self.end(number, state, told):
+            number = self.begin_anew(number)
+        return number
+
+    def end(self, number: int, state: TrialState, told: dict[str, Any]) -> bool:
+        """Writes the end of a trial. Whether it was there to be ended."""
+        trial_id, result = self.ids[number], told["result"]
+        run = StudyFolder(self.folder).run(Choice.from_dict(result["choice"]))
+        own = {f"{OWN}{key}": value for key, value in told.items()}
+        own |= self.make_constraints(result.get("rewards", {}))
+        ended = add_result(replace(self.kept[number], state=state.name), result)
         tried = False
 
-        def write() -> None:
+        def write() -> bool:
             nonlocal tried
-            if tried and self.storage.get_trial(trial_id).state.is_finished():
-                return
-            tried = True
-            if self.lock:
-                self.lock.check()
-            for key, value in told.items():
-                self.storage.set_trial_system_attr(trial_id, f"{_OWN}{key}", value)
-            for name, excess in compute_excesses(best.get("rewards", {}), self.limits).items():
-                self.storage.set_trial_system_attr(trial_id, name_constraint(name), excess)
-            run = StudyFolder(self.folder).run(Choice.from_dict(best["choice"]))
-            attach_pictures(self.storage, trial_id, run, self.folder)
-            self.storage.set_trial_state_values(
-                trial_id, state, [best["rewards"][name] for name in objectives] if complete else None
-            )
+            there = self.find_state(trial_id)
+            if there is None or (there.is_finished() and not tried):
+                return False
+            if not there.is_finished():
+                tried = True
+                if self.lock:
+                    self.lock.check()
+                for key, value in own.items():
+                    self.storage.set_trial_system_attr(trial_id, key, value)
+                attach_pictures(self.storage, trial_id, run, self.folder)
+                self.storage.set_trial_state_values(trial_id, state, list(ended.values.values()) or None)
+            return True
 
-        self.patiently(write)
-        self.kept[number] = add_result(
-            replace(self.kept[number], state=state.name, ended=format_time(datetime.now())), told["result"]
-        )
+        try:
+            is_ended = self.patiently(write)
+        except optuna.exceptions.UpdateFinishedTrialError:  # by another program, between two of the writes
+            is_ended = False
+        if is_ended:
+            self.kept[number] = replace(ended, ended=format_time(datetime.now()))
+            if ended.finished:
+                self.publish(ended)
+        return is_ended
+
+    def find_state(self, trial_id: int) -> TrialState | None:
+        """As the database has it now; None where the trial is gone."""
+        try:
+            return self.storage.get_trial(trial_id).state
+        except KeyError:
+            if not self.is_there():
+                raise
+            return None
+
+    def begin_anew(self, number: int) -> int:
+        """A further trial of the same choices, in place of one that another program has ended or deleted."""
+        old = self.kept.pop(number)
+        with contextlib.suppress(KeyError):
+            self.take_in(self.patiently(lambda: self.storage.get_trial(self.ids[number])))
+        self.say(f"trial {number} was ended or deleted by another program; its choice is entered anew")
+        return self.begin(old.candidates, self.space, old.anchor)
 
     def check_measured(self, result: dict) -> None:
         """Raises MemControlError for a result that was measured with other things than the study's first
@@ -258,136 +350,23 @@ def compute_excesses(rewards: dict[str, float], limits: Sequence[Limit]) -> dict
     return {limit.reward: limit.excess(rewards[limit.reward]) for limit in limits if limit.reward in rewards}
 
 
-def resolve_storage_url(config: Config, folder: Path, study_file: Path) -> str:
-    """The database: SQLite in the study's folder unless the config names another; relative SQLite paths start
-    at the study file. Raises MemControlError where it is no URL."""
-    if config.storage is None:
-        return f"{SQLITE}{StudyFolder(folder).database}"
-    if config.storage.startswith(SQLITE):
-        return SQLITE + os.path.join(study_file.resolve().parent, config.storage.removeprefix(SQLITE))
-    return validate_url(config.storage)
-
-
-def open_study(
-    config: Config,
-    folder: Path,
-    study_file: Path,
-    *,
-    create: bool,
-    directions: Sequence[str] = (),
-    say: Tell = lambda line: None,
-    lock: StudyLock | None = None,
-) -> Study:
-    """The config's study. Its stored config must agree with a given one in all that numbers depend on. A new
-    one is given its objectives' directions; without them each is minimised. `say` is told when the database
-    is away. Raises MemControlError."""
-    known, url = is_searched(config, folder, study_file), resolve_storage_url(config, folder, study_file)
-    if not known and not create:
-        raise _explain_no_study(config, study_file, folder)
-    storage = _open_storage(url)
-    if known:
-        inner = optuna.load_study(study_name=config.name, storage=storage)
-        try:
-            return Study(
-                inner,
-                _check_config_agrees(inner, config) if create else _read_stored_config(inner),
-                folder,
-                url,
-                say,
-                lock,
-            )
-        except MemControlError:
-            close_storage(storage)
-            raise
-    objectives = list(config.rewards.names)
-    inner = optuna.create_study(
-        study_name=config.name,
-        storage=storage,
-        directions=[StudyDirection[name.upper()] for name in directions or [MINIMIZE] * len(objectives)],
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        inner.set_metric_names(objectives)
-    write_attribute(inner, f"{_OWN}config", json.dumps(config.model_dump(mode="json")))
-    return Study(inner, config, folder, url, say, lock)
-
-
-def is_searched(config: Config, folder: Path, study_file: Path) -> bool:
-    """Whether the storage holds the study."""
-    url = resolve_storage_url(config, folder, study_file)
-    absent = url.startswith(SQLITE) and not Path(url.removeprefix(SQLITE)).is_file()
-    if absent:
-        return False
-    storage = _open_storage(url)
-    try:
-        return config.name in optuna.get_all_study_names(storage)
-    finally:
-        close_storage(storage)
-
-
-def _open_storage(url: str) -> optuna.storages.RDBStorage:
-    import sqlalchemy.exc
-
-    try:
-        if url.startswith(SQLITE):
-            Path(url.removeprefix(SQLITE)).parent.mkdir(parents=True, exist_ok=True)
-        return optuna.storages.RDBStorage(make_engine_url(url), engine_kwargs=make_engine_arguments(url))
-    except (
-        sqlalchemy.exc.SQLAlchemyError,
-        optuna.exceptions.StorageInternalError,
-        ImportError,
-        OSError,
-        ValueError,
-        RuntimeError,
-    ) as error:
-        raise explain_open_error(url, error) from None
-
-
-def _explain_no_study(config: Config, study_file: Path, folder: Path) -> MemControlError:
-    if config.storage:
-        return MemControlError(
-            f"storage {hide_password(config.storage)} holds no study '{config.name}'; name the "
-            f"database that was searched, or run: memcontrol search {study_file}"
-        )
-    return MemControlError(
-        f"study '{config.name}' has not been searched yet; run: memcontrol search {study_file} "
-        f"(there is no study.db in {folder})"
-    )
-
-
-def _read_stored_config(inner: optuna.Study) -> Config:
-    stored = read_attributes(inner).get(f"{_OWN}config")
-    if stored is None:
-        raise MemControlError(
-            f"study '{inner.study_name}' in this storage was not made by memcontrol; choose another name"
-        )
-    return load_config(json.loads(stored))
-
-
-def _check_config_agrees(inner: optuna.Study, config: Config) -> Config:
-    differing = find_differing_keys(_read_stored_config(inner), config)
-    if differing:
-        raise MemControlError(
-            f"study '{config.name}' was begun with another config: {'; '.join(differing)}; restore "
-            "these keys or choose another name"
-        )
-    return config
-
-
 def _select_own(attributes: Mapping[str, Any]) -> dict[str, Any]:
     """Ours among Optuna's system attributes."""
-    return {name.removeprefix(_OWN): value for name, value in attributes.items() if name.startswith(_OWN)}
+    return {name.removeprefix(OWN): value for name, value in attributes.items() if name.startswith(OWN)}
+
+
+def _make_foreign(trial: optuna.trial.FrozenTrial) -> ForeignTrial:
+    enqueued = trial.system_attrs.get(ENQUEUED) if trial.state == TrialState.WAITING else None
+    return ForeignTrial(trial.number, get_trial_id(trial), enqueued)
 
 
 def _make_record(trial: optuna.trial.FrozenTrial, objectives: dict[str, str]) -> Record:
     attributes = _select_own(trial.system_attrs)
     candidates = tuple(Choice.from_dict(values) for values in attributes.get("candidates", ()))
-    result = attributes.get("result", {})
-    if not result and trial.state == TrialState.COMPLETE:
-        raise MemControlError(
-            f"trial {trial.number} has no result that this version of memcontrol knows; read the "
-            "study with the version that searched it"
-        )
+    result, state = attributes.get("result", {}), trial.state.name
+    if trial.state.is_finished() and not result:
+        result = {"reason": f"another program told it {state}, without a result of its run"}
+        state = TrialState.FAIL.name
     begun = Record(
         trial.number,
         "RUNNING",
@@ -396,9 +375,14 @@ def _make_record(trial: optuna.trial.FrozenTrial, objectives: dict[str, str]) ->
         objectives=objectives,
         begun=format_time(trial.datetime_start),
     ).as_running()
-    return add_result(
-        replace(begun, state=trial.state.name, ended=format_time(trial.datetime_complete)), result
-    )
+    return add_result(replace(begun, state=state, ended=format_time(trial.datetime_complete)), result)
+
+
+def _make_attributes(record: Record) -> dict[str, float]:
+    """What plain Optuna shows of a finished trial beside its values: every reward, and, where objectives were
+    measured again, what the search had measured."""
+    searched = {f"{name} (searched)": record.searched[name] for name in record.objectives}
+    return record.rewards | (searched if record.confirmed else {})
 
 
 def _make_readable_params(choice: Choice, space: SearchSpace) -> dict[str, Any]:
