@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from memcontrol.commands.compare import compare
     from memcontrol.commands.dashboard import dashboard
     from memcontrol.commands.export import export
+    from memcontrol.commands.fork import fork
     from memcontrol.commands.front import front
     from memcontrol.commands.importance import importance
     from memcontrol.commands.init import init
@@ -38,6 +39,7 @@ __all__ = [
     "compare",
     "dashboard",
     "export",
+    "fork",
     "front",
     "importance",
     "init",

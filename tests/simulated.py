@@ -72,7 +72,7 @@ class Simulated(Executor):
         run, choice = RunFolder(job.folder), job.choice.as_dict()
         rewards = self.rewards(choice)
         if job.rung:  # FID is still higher, M still lower
-            early = {
+            early = rewards | {
                 "fid": rewards["fid"] + 10 * (1 - job.rung),
                 "memorization": rewards["memorization"] * job.rung,
             }

@@ -46,6 +46,7 @@ def add_levels(parser: argparse.ArgumentParser) -> None:
 
 def add_study(command: argparse.ArgumentParser) -> None:
     command.add_argument("study", type=Path, metavar="STUDY.yaml", help="the study's YAML file")
+    command.add_argument("--name", help="another name of the study than the file's")
 
 
 def add_json(command: argparse.ArgumentParser, text: str = "one JSON document on stdout") -> None:

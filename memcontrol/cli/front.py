@@ -29,7 +29,7 @@ def _run_front(args: argparse.Namespace) -> int:
     from memcontrol.study.pick import require_finished, select_front
     from memcontrol.study.place import StudyPlace
 
-    with contextlib.closing(StudyPlace.load(args.study).open()) as study:
+    with contextlib.closing(StudyPlace.load(args.study, name=args.name).open()) as study:
         if args.json:
             print_json([record.as_dict() for record in select_front(require_finished(study.records()))])
         else:

@@ -22,7 +22,7 @@ def _run_importance(args: argparse.Namespace) -> int:
     from memcontrol.study.place import StudyPlace
     from memcontrol.view.tables import make_importance_table
 
-    study = StudyPlace.load(args.study).open()
+    study = StudyPlace.load(args.study, name=args.name).open()
     effects = measure_importance(study.records(), study.space)
     if args.json:
         print_json([effect.as_dict() for effect in effects])

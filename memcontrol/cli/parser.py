@@ -21,7 +21,7 @@ from memcontrol.cli.pick import add_pick
 from memcontrol.cli.report import add_report
 from memcontrol.cli.retrain import add_retrain
 from memcontrol.cli.rewards import add_rewards
-from memcontrol.cli.search import add_search
+from memcontrol.cli.search import add_fork, add_search
 from memcontrol.cli.spaces import add_spaces
 from memcontrol.cli.status import add_status
 from memcontrol.core.version import __version__
@@ -37,6 +37,7 @@ _COMMANDS = (
     add_demo,
     add_init,
     add_search,
+    add_fork,
     add_status,
     add_front,
     add_importance,

@@ -27,7 +27,7 @@ def _run_pick(args: argparse.Namespace) -> int:
     from memcontrol.study.pick import choose_record
     from memcontrol.study.place import StudyPlace
 
-    with contextlib.closing(StudyPlace.load(args.study).open()) as study:
+    with contextlib.closing(StudyPlace.load(args.study, name=args.name).open()) as study:
         record = choose_record(study, args.trial, args.rule, args.limit)
         if args.json:
             print_json(record.as_dict())

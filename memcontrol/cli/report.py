@@ -38,7 +38,7 @@ def _run_report(args: argparse.Namespace) -> int:
 
     if not (args.out or args.csv or args.json):
         raise MemControlError("report writes a page or prints data; give OUT.html, --csv or --json")
-    data = report(args.study, args.out, images=not args.without_images)
+    data = report(args.study, args.out, images=not args.without_images, name=args.name)
     if args.out:
         say(make_console(), f"report: {args.out}")
     if args.csv:

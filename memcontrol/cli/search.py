@@ -1,10 +1,11 @@
-"""Owns `memcontrol search`: what it asks and prints, a dry run included."""
+"""Owns `memcontrol search`, a dry run included, and `memcontrol fork`: what they ask and print."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from memcontrol.cli.arguments import add_command, add_study, make_whole_parser
@@ -40,13 +41,32 @@ def add_search(subparsers) -> None:
     )
 
 
+def add_fork(subparsers) -> None:
+    text = "begin a study of another name with those trials of a searched one that stay valid"
+    fork = add_command(subparsers, "fork", _run_fork, text)
+    fork.add_argument("study", type=Path, metavar="STUDY.yaml", help="its YAML file, with the keys as wanted")
+    fork.add_argument("--as", dest="new_name", required=True, metavar="NAME", help="of the new study")
+
+
+def _run_fork(args: argparse.Namespace) -> int:
+    from memcontrol.commands.fork import fork
+
+    made = fork(args.study, args.new_name)
+    for number, reason in made.left.items():
+        sys.stdout.write(f"trial {number} is left: {reason}\n")
+    n = len(made.taken) + len(made.left)
+    sys.stdout.write(f"{len(made.taken)} of {n} finished trials are taken over\n")
+    say(make_console(), f"next: memcontrol search {made.file}")
+    return 0
+
+
 def _run_search_command(args: argparse.Namespace) -> int:
     from memcontrol.commands.search import list_overrides
     from memcontrol.execution.make import open_executor
     from memcontrol.study.place import StudyPlace
 
     overrides = list_overrides(args.overrides, args.trials, args.workers, args.executor)
-    place = StudyPlace.load(args.study, overrides)
+    place = StudyPlace.load(args.study, overrides, args.name)
     if args.dry_run:
         _print_config(place)
         _print_prediction(place)

@@ -26,7 +26,7 @@ def add_status(subparsers) -> None:
 def _run_status(args: argparse.Namespace) -> int:
     from memcontrol.study.place import StudyPlace
 
-    place = StudyPlace.load(args.study)
+    place = StudyPlace.load(args.study, name=args.name)
     with contextlib.closing(place.open()) as study:
         found = _read_status(place, study)
         if args.json:
@@ -38,15 +38,19 @@ def _run_status(args: argparse.Namespace) -> int:
 
 def _read_status(place: StudyPlace, study: Study) -> dict[str, Any]:
     """What `--json` prints: of each trial also its runs, with the place and progress of those at work."""
-    from memcontrol.search.locks import is_searching
+    from memcontrol.execution.make import count_workers
+    from memcontrol.search.locks import is_searching, read_holder
     from memcontrol.study.running import estimate_pace, list_runs
     from memcontrol.view.report_data import summarize_hypervolume
 
     records, folder = study.records(), place.folder.path
-    flat, pace = _is_over(study, place.config.search.stop_when_flat), estimate_pace(records, place.config)
+    search, searching = place.config.search, is_searching(folder, study.url, study.config.name)
+    plan = read_holder(place.folder) if searching else {}  # it may have been given other numbers
+    n_trials, n_workers = plan.get("trials", search.trials), plan.get("workers") or count_workers(search)
+    flat, pace = _is_over(study, search.stop_when_flat), estimate_pace(records, n_trials, n_workers)
     return {
         "study": study.config.name,
-        "searching": is_searching(folder, study.url, study.config.name),
+        "searching": searching,
         "flat": flat,
         **pace,
         **({"minutes_left": 0.0} if flat else {}),

@@ -11,10 +11,12 @@ from memcontrol.view.report import write_report
 from memcontrol.view.report_data import collect_report_data
 
 
-def report(study: str | Path, out: str | Path | None = None, *, images: bool = True) -> dict[str, Any]:
-    """Writes one page about the study, where `out` names it. Returns what it says as data. Raises
-    MemControlError."""
-    place = StudyPlace.load(study)
+def report(
+    study: str | Path, out: str | Path | None = None, *, images: bool = True, name: str | None = None
+) -> dict[str, Any]:
+    """Writes one page about the study, where `out` names it; `name` is another than its file's. Returns what
+    it says as data. Raises MemControlError."""
+    place = StudyPlace.load(study, name=name)
     with contextlib.closing(place.open()) as found:
         data = collect_report_data(found, found.space, place.folder.path)
     if out is not None:

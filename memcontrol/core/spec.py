@@ -19,7 +19,7 @@ from memcontrol.core.space_yaml import dump_space, name_space, parse_space
 from memcontrol.core.version import __version__
 
 # keys that say which trials there are and how they are chosen: a run is the same whatever they are
-_OF_STUDY = (
+OF_STUDY = (
     "name",
     "space",
     "rewards.objectives",
@@ -89,7 +89,7 @@ class Spec:
             return
         there, stopped = read_spec(folder), run.judged_file.is_file()
         differing = find_differing_keys(
-            there.config, self.config, _OF_STUDY if stopped else (*_OF_STUDY, "search.early_stopping")
+            there.config, self.config, OF_STUDY if stopped else (*OF_STUDY, "search.early_stopping")
         )
         functions = [
             {Path(place).name for place in config.rewards.functions.values()}

@@ -60,7 +60,9 @@ def search_study(place: StudyPlace, executor: Executor, observer: Observer) -> S
 
     refuse_results_among(config.data.path, place.folder.path)
     with (
-        hold_folder_lock(place.folder.path),
+        hold_folder_lock(
+            place.folder.path, trials=config.search.trials, workers=count_workers(config.search)
+        ),
         name_full_disk(place.folder.path),
         hold_study_lock(url, config.name) as lock,
     ):

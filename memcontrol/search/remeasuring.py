@@ -25,7 +25,7 @@ def confirm_front(study: Study, runs: TrialRuns, jobs: JobQueue) -> None:
 
     def leave_out(number: int, reason: str) -> None:
         left_out.add(number)
-        LOG.warning("trial %d cannot be measured again, and counts as it was searched: %s", number, reason)
+        study.say(f"trial {number} cannot be measured again, and counts as it was searched: {reason}")
 
     while wanted := _select_wanted(study, runs, left_out):
         for record in wanted:
@@ -103,7 +103,7 @@ def replicate_front(study: Study, runs: TrialRuns, jobs: JobQueue, bound: Folder
     for event in jobs.run(todo):
         if isinstance(event, GivenUp):
             number = getattr(event.job, "number", None)
-            LOG.warning("trial %s could not be fine-tuned again from another seed: %s", number, event.reason)
+            study.say(f"trial {number} could not be fine-tuned again from another seed: {event.reason}")
     for record in wanted:
         places = [runs.locate(record.chosen).replicate(i) for i in range(n)]
         results = [place.read_result() for place in places if place.has_result]

@@ -4,6 +4,7 @@ errors a person can mend, and the lock that keeps a study to one orchestrator. P
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import hashlib
 import itertools
@@ -12,13 +13,18 @@ import re
 import socket
 import sqlite3
 import time
+import urllib.parse
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
+
+from filelock import FileLock, Timeout
 
 from memcontrol.core import interrupt
 from memcontrol.core.errors import MemControlError
 
-SQLITE = "sqlite:///"  # and a path, as it is
+SQLITE = "sqlite:///"  # and a path, as it is, and perhaps options such as ?timeout=60
+_OPTIONS = re.compile(r"\?(\w+=[^&/?]*(?:&\w+=[^&/?]*)*)$")
 
 PATIENCE_SECONDS = 600
 RETRY_SECONDS = 2.0
@@ -62,13 +68,27 @@ def make_engine_arguments(url: str) -> dict[str, Any]:
     }
 
 
+def is_sqlite(url: str) -> bool:
+    return url.startswith(SQLITE)
+
+
+def split_sqlite_url(url: str) -> tuple[Path, str]:
+    """The file, whose path is as it is in our URLs (nothing in it is quoted), and the options as they stand:
+    "timeout=60"."""
+    rest = url.removeprefix(SQLITE)
+    found = _OPTIONS.search(rest)
+    return (Path(rest[: found.start()]), found[1]) if found else (Path(rest), "")
+
+
 def _is_odd_path(url: str) -> bool:
-    return url.startswith(SQLITE) and not set("?%").isdisjoint(url)
+    return is_sqlite(url) and not set("?%").isdisjoint(str(split_sqlite_url(url)[0]))
 
 
 def connect_file(url: str) -> sqlite3.Connection:
-    """To a SQLite file, whose path is as it is in our URLs: nothing in it is quoted."""
-    return sqlite3.connect(url.removeprefix(SQLITE), check_same_thread=False, timeout=30)
+    """To a SQLite file."""
+    path, options = split_sqlite_url(url)
+    timeout = dict(urllib.parse.parse_qsl(options)).get("timeout", "30")
+    return sqlite3.connect(path, check_same_thread=False, timeout=float(timeout))
 
 
 def make_connection_arguments(*settings: str, name: str = "") -> dict[str, Any]:
@@ -288,10 +308,45 @@ class StudyLock:
             self.connection = None
 
 
+def locate_lock(url: str, name: str) -> Path:
+    """The file that is locked while the study of a SQLite database is searched."""
+    path, _ = split_sqlite_url(url)
+    return path.with_name(f".{path.name}.{name}.lock")
+
+
+@contextlib.contextmanager
+def hold_file_lock(path: Path, what: str) -> Iterator[None]:
+    """Raises MemControlError where another process holds it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(path, timeout=0):
+            yield
+    except Timeout:
+        raise MemControlError(
+            f"{what} is being searched by another process; wait for it or stop it first"
+        ) from None
+
+
+def is_file_locked(path: Path) -> bool:
+    """Whether another process holds the lock; needs no right but to read it."""
+    try:
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # gone with the file
+            return False
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        return False
+
+
 @contextlib.contextmanager
 def hold_study_lock(url: str, name: str) -> Iterator[StudyLock | None]:
-    """Holds the study's lock in the database, where it is PostgreSQL. Raises MemControlError where another
-    process does."""
+    """Holds the study's lock in the database, or beside a SQLite file, which several folders may have in
+    common. Raises MemControlError where another process does."""
+    if is_sqlite(url):
+        with hold_file_lock(locate_lock(url, name), f"study '{name}' in {split_sqlite_url(url)[0]}"):
+            yield None
+        return
     if not is_postgresql(url):
         yield None
         return

@@ -123,6 +123,6 @@ def refuse_foreign_data(
     if differing:
         raise MemControlError(
             f"study '{given.name}' in this database is about other images than {file}: "
-            f"{'; '.join(differing)}; give this one another name (name: in the file, or --name NAME), or name "
-            "the database that was searched"
+            f"{'; '.join(differing)}; give this one another name (name: in the file, or --name NAME), or "
+            "name the database that was searched"
         )

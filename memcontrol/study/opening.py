@@ -22,8 +22,10 @@ from memcontrol.study.database import (
     Tell,
     explain_open_error,
     hide_password,
+    is_sqlite,
     make_engine_arguments,
     make_engine_url,
+    split_sqlite_url,
     validate_url,
 )
 from memcontrol.study.identity import (
@@ -48,8 +50,15 @@ def resolve_storage_url(config: Config, folder: Path, study_file: Path) -> str:
     at the study file. Raises MemControlError where it is no URL."""
     if config.storage is None:
         return f"{SQLITE}{StudyFolder(folder).database}"
-    if config.storage.startswith(SQLITE):
-        return SQLITE + os.path.join(study_file.resolve().parent, config.storage.removeprefix(SQLITE))
+    storage = config.storage.replace("sqlite+pysqlite:", "sqlite:", 1)
+    if is_sqlite(storage):
+        path, options = split_sqlite_url(storage)
+        if path.name in ("", ":memory:"):
+            raise _refuse_memory(storage)
+        where = os.path.join(study_file.resolve().parent, path)
+        return f"{SQLITE}{where}?{options}" if options else f"{SQLITE}{where}"
+    if storage.startswith("sqlite:"):
+        raise _refuse_memory(storage)
     return validate_url(config.storage)
 
 
@@ -149,11 +158,17 @@ def _check_agrees(study: Study, config: Config, directions: Sequence[str], study
         study.write("about", {**found, **stored})
 
 
+def _refuse_memory(storage: str) -> MemControlError:
+    return MemControlError(
+        f"storage is {storage}, a database in memory, which is gone with its process; name a file: "
+        "sqlite:///study.db"
+    )
+
+
 def is_searched(config: Config, folder: Path, study_file: Path) -> bool:
     """Whether the storage holds the study."""
     url = resolve_storage_url(config, folder, study_file)
-    absent = url.startswith(SQLITE) and not Path(url.removeprefix(SQLITE)).is_file()
-    if absent:
+    if is_sqlite(url) and not split_sqlite_url(url)[0].is_file():
         return False
     storage = _open_storage(url)
     try:
@@ -166,8 +181,8 @@ def _open_storage(url: str) -> optuna.storages.RDBStorage:
     import sqlalchemy.exc
 
     try:
-        if url.startswith(SQLITE):
-            Path(url.removeprefix(SQLITE)).parent.mkdir(parents=True, exist_ok=True)
+        if is_sqlite(url):
+            split_sqlite_url(url)[0].parent.mkdir(parents=True, exist_ok=True)
         return optuna.storages.RDBStorage(make_engine_url(url), engine_kwargs=make_engine_arguments(url))
     except (
         sqlalchemy.exc.SQLAlchemyError,

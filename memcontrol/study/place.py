@@ -23,9 +23,11 @@ class StudyPlace:
     config: Config
 
     @classmethod
-    def load(cls, file: str | Path, overrides: Sequence[str] = ()) -> StudyPlace:
-        """`overrides` are values such as "inner.batch_size=8". Raises MemControlError."""
-        return cls(Path(file), load_config(Path(file), overrides))
+    def load(cls, file: str | Path, overrides: Sequence[str] = (), name: str | None = None) -> StudyPlace:
+        """`overrides` are values such as "inner.batch_size=8"; `name` is another than the file's. Raises
+        MemControlError."""
+        named = [f"name={name}"] if name else []
+        return cls(Path(file), load_config(Path(file), [*overrides, *named]))
 
     @cached_property
     def folder(self) -> StudyFolder:

@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from memcontrol.core.attempts import read_attempts, read_failures, read_progress
-from memcontrol.core.config import Config
 from memcontrol.core.run_folder import RunFolder, StudyFolder
-from memcontrol.execution.make import count_workers
 from memcontrol.study.record import Record
 
 _QUIET_SECONDS = 120  # without a word for so long, a run is said to be silent
@@ -66,16 +64,15 @@ def describe_run(run: dict[str, Any], is_here: bool = True) -> str:
     return text + (f", silent for {silent / 60:.0f} minutes" if silent > _QUIET_SECONDS else "")
 
 
-def estimate_pace(records: Sequence[Record], config: Config) -> dict[str, float]:
+def estimate_pace(records: Sequence[Record], n_trials: int, n_workers: int) -> dict[str, float]:
     """`runs_per_hour` with all workers busy, and `minutes_left`; empty before the first run is finished."""
     lengths = [record.seconds for record in records if record.seconds and record.anchor != "none"]
     if not lengths:
         return {}
     mean = sum(lengths) / len(lengths)
-    n_sampled = sum(record.anchor is None for record in records)
-    n_left = max(0, config.search.trials - n_sampled) + sum(
+    n_sampled = sum(record.anchor is None and record.state != "FAIL" for record in records)
+    n_left = max(0, n_trials - n_sampled) + sum(
         len(record.candidates) for record in records if record.state == "RUNNING"
     )
-    n_workers = count_workers(config.search)
     waves = math.ceil(n_left / n_workers)
     return {"runs_per_hour": 3600 * n_workers / mean, "minutes_left": waves * mean / 60}
