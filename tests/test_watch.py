@@ -81,10 +81,10 @@ def test_pace_counts_what_is_left(study_file):
     written.begin([choice], SPACE)
     (record,) = written.records()
     written.close()
-    assert estimate_pace([record], config.search.trials, 1) == {}
+    assert estimate_pace([record], config.search.trials, 2) == {}
     finished = replace(record, number=1, state="COMPLETE", seconds=120.0)
     # nine to come and one that runs, by two workers
-    assert estimate_pace([record, finished], config.search.trials, 1) == {
+    assert estimate_pace([record, finished], config.search.trials, 2) == {
         "runs_per_hour": 60,
         "minutes_left": 10,
     }

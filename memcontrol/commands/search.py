@@ -48,6 +48,7 @@ def list_overrides(
 
 def run_search(place: StudyPlace, executor: Executor, quiet: bool = False) -> None:
     """Searches, shown on stderr (or below a notebook's cell) unless quiet. Raises MemControlError."""
+    _ = place.url  # what is wrong with it is said before anything is shown
     search, n_groups = place.config.search, len(place.space.groups)
     watchers: list[Observer] = [EventLog(n_groups), Publisher(place.space, place.folder)]
     about = f"search of {place.file}: {describe_config(place.config)}"
