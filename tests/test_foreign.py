@@ -180,6 +180,19 @@ def test_a_trial_that_others_end_while_it_runs_is_entered_anew(tmp_path, act):
     )
     # the number of a trial that is gone may be given again
     assert act == "deleted" or not records[met[0]].finished
+    assert [trial.number for trial in open_plain(file).trials] == [record.number for record in records]
+
+
+def test_trials_that_others_deleted_are_made_up_for_and_no_number_is_given_twice(tmp_path):
+    """Optuna counts what is there."""
+    file = study_in(tmp_path)
+    search(file, Simulated()).close()
+    for number in (5, 8):
+        delete_trial(file, number)
+    records, _ = assert_goes_on(file)
+    numbers = [record.number for record in records]
+    assert len(set(numbers)) == len(records) == 12
+    assert sorted(trial.number for trial in open_plain(file).trials) == sorted(numbers)
 
 
 def test_a_study_that_is_deleted_while_it_is_searched_ends_in_one_line(tmp_path):

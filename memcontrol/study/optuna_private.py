@@ -127,6 +127,15 @@ def add_trial(study: optuna.Study, trial: FrozenTrial) -> int:
     return get_storage(study).create_new_trial(get_study_id(study), template_trial=trial)
 
 
+def renumber_trial(storage: BaseStorage, trial_id: int, number: int) -> None:
+    """Gives a trial another number. Optuna counts the trials of before, so that where one was deleted the
+    next gets a number that another has."""
+    from optuna.storages._rdb import models
+
+    with _begin_transaction(storage) as session:
+        models.TrialModel.find_or_raise_by_id(trial_id, session, for_update=True).number = number
+
+
 def name_constraint(name: str) -> str:
     """The attribute under which optuna.Trial.set_constraint keeps a value. That refuses a second one, where a
     write that was not acknowledged must be repeated."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,6 +34,7 @@ from memcontrol.study.optuna_private import (
     get_trial_id,
     name_constraint,
     read_attributes,
+    renumber_trial,
     revise_trial,
     write_attribute,
 )
@@ -126,10 +129,23 @@ class Study:
             self.take_in(trial)
 
     def take_in(self, trial: optuna.trial.FrozenTrial) -> None:
-        if f"{OWN}candidates" in trial.system_attrs:
-            self.keep(trial, get_trial_id(trial))
-        else:
+        """One that was made by others is kept apart; one whose number another has gets a free one."""
+        if f"{OWN}candidates" not in trial.system_attrs:
             self.foreign[trial.number] = _make_foreign(trial)
+            return
+        if trial.number in self.kept:
+            trial = copy.copy(trial)
+            trial.number = self.find_free_number()
+        self.keep(trial, get_trial_id(trial))
+
+    def list_taken_numbers(self) -> set[int]:
+        """Those of trials that are gone included, of which something is still known."""
+        keys = (key.partition(":") for key in self.attributes)
+        known = {int(number) for _, colon, number in keys if colon and number.isdecimal()}
+        return {*self.kept, *self.foreign} | known
+
+    def find_free_number(self) -> int:
+        return 1 + max(self.list_taken_numbers())
 
     def keep(self, trial: optuna.trial.FrozenTrial, trial_id: int) -> None:
         self.ids[trial.number] = trial_id
@@ -165,9 +181,12 @@ class Study:
 
     def publish_missing(self) -> None:
         """What a process that died, or an earlier version, has not published; what others wrote over."""
-        trials = {trial.number: trial for trial in self.inner.get_trials(deepcopy=False)}
+        trials = {get_trial_id(trial): trial for trial in self.inner.get_trials(deepcopy=False)}
         for record in self.records():
-            shown = trials[record.number]
+            trial_id = self.ids[record.number]
+            shown = trials[trial_id]
+            if shown.number != record.number:
+                self.patiently(partial(renumber_trial, self.storage, trial_id, record.number))
             if record.finished and (
                 shown.values != list(record.values.values())
                 or not _make_attributes(record).items() <= shown.user_attrs.items()
@@ -219,6 +238,9 @@ class Study:
 
         trial_id = self.patiently(write)
         frozen.number = self.patiently(lambda: self.storage.get_trial_number_from_id(trial_id))
+        if frozen.number in self.list_taken_numbers():
+            frozen.number = self.find_free_number()
+            self.patiently(lambda: renumber_trial(self.storage, trial_id, frozen.number))
         self.keep(frozen, trial_id)
         return frozen.number
 
