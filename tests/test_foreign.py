@@ -1,11 +1,13 @@
 """A study that plain Optuna or a dashboard has touched: what others made, told, enqueued or deleted."""
 
 import contextlib
+import json
 import re
 import sqlite3
 
 import optuna
 import pytest
+from commands import run
 from simulated import Simulated, few_groups, search
 from test_orchestrate import study_in
 
@@ -70,10 +72,11 @@ def assert_goes_on(file, n_sampled=9):
     return records, "\n".join(said)
 
 
+@pytest.mark.parametrize("n", [6, 8])  # an anchor, which tries several choices, and a sampled trial
 @pytest.mark.parametrize("state", ["COMPLETE", "PRUNED", "FAIL"])
-def test_a_trial_that_was_told_by_others_is_run_again(tmp_path, state):
+def test_a_trial_that_was_told_by_others_is_run_again(tmp_path, state, n):
     file = study_in(tmp_path)
-    number = leave_running(file)
+    number = leave_running(file, n)
     values = [1.0, 2.0] if state == "COMPLETE" else None
     open_plain(file).tell(number, values, optuna.trial.TrialState[state])
     told = status(file)[number]
@@ -255,3 +258,14 @@ def test_what_others_wrote_over_is_shown_right_again_by_the_next_search(tmp_path
         assert (
             trial.values == list(record.values.values()) and trial.user_attrs["fid"] == record.rewards["fid"]
         )
+
+
+def test_tables_and_json_mark_what_keeps_no_limit(tmp_path):
+    file = study_in(tmp_path)
+    search(file, Simulated()).close()
+    said = json.loads(run("front", file, "--json", check=True).stdout)
+    assert {one["keeps_limits"] for one in said} == {True, False}
+    assert all(one["keeps_limits"] == (one["rewards"]["memorization"] <= 0.2) for one in said)
+    for command in ("front", "status"):
+        shown = run(command, file, check=True).stdout
+        assert "! not within memorization<=0.2" in shown and " !" in shown

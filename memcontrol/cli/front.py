@@ -7,7 +7,7 @@ import contextlib
 from typing import TYPE_CHECKING
 
 from memcontrol.cli.arguments import add_command, add_json, add_study
-from memcontrol.cli.printing import print_table
+from memcontrol.cli.printing import make_json, print_table
 from memcontrol.core.console import make_console, print_json, say, warn
 
 if TYPE_CHECKING:
@@ -31,7 +31,8 @@ def _run_front(args: argparse.Namespace) -> int:
 
     with contextlib.closing(StudyPlace.load(args.study, name=args.name).open()) as study:
         if args.json:
-            print_json([record.as_dict() for record in select_front(require_finished(study.records()))])
+            records = select_front(require_finished(study.records()))
+            print_json([make_json(record, study) for record in records])
         else:
             _print_front(study)
     return 0
@@ -46,7 +47,9 @@ def _print_front(study: Study) -> None:
     complete, n_groups = require_finished(study.records()), len(study.space.groups)
     records = select_front(complete)
     shown = records + [record for record in select_ties(complete) if record not in records]
-    print_table(make_study_table(shown, n_groups, f"{study.config.name}: front", None, complete))
+    print_table(
+        make_study_table(shown, n_groups, f"{study.config.name}: front", None, complete, study.limits)
+    )
     if spread := describe_spread(complete):
         say(make_console(), spread)
     if doubt := describe_network_doubt(study.config.rewards.extractor, study.config.data.path):

@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from memcontrol.cli.arguments import add_command, add_json, add_pick_arguments, add_study
-from memcontrol.cli.printing import print_table, warn_of_pick
+from memcontrol.cli.printing import make_json, print_table, warn_of_pick
 from memcontrol.core.console import make_console, print_json
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def _run_pick(args: argparse.Namespace) -> int:
     with contextlib.closing(StudyPlace.load(args.study, name=args.name).open()) as study:
         record = choose_record(study, args.trial, args.rule, args.limit)
         if args.json:
-            print_json(record.as_dict())
+            print_json(make_json(record, study))
         else:
             _print_pick(study, record, by_rule=args.trial is None)
     return 0
@@ -40,7 +40,11 @@ def _print_pick(study: Study, record: Record, by_rule: bool) -> None:
     from memcontrol.view.tables import make_study_table
 
     n_groups = len(study.space.groups)
-    print_table(make_study_table([record], n_groups, f"{study.config.name}: pick", record, study.records()))
+    print_table(
+        make_study_table(
+            [record], n_groups, f"{study.config.name}: pick", record, study.records(), study.limits
+        )
+    )
     if by_rule:
         warn_of_pick(study, record, make_console())
     sys.stdout.write(f"groups: {', '.join(record.chosen.groups) or '-'}\nrun: {record.run}\n")

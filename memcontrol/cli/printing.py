@@ -13,6 +13,14 @@ def print_table(table) -> None:
     Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
+def make_json(record, study) -> dict:
+    """A trial as every --json has it; where the study has limits, with whether it keeps them."""
+    from memcontrol.study.pick import keeps_limits
+
+    kept = {"keeps_limits": keeps_limits(record, study.limits)} if study.limits and record.finished else {}
+    return record.as_dict() | kept
+
+
 def warn_of_pick(study, picked, screen) -> None:
     """Of a pick that is the baseline itself, and of one that keeps no limits, since none does."""
     from memcontrol.study.pick import keeps_limits
@@ -33,4 +41,4 @@ def _describe_bound(limit, picked) -> str:
     from memcontrol.core.reward_table import format_reward
 
     value = format_reward(limit.reward, picked.rewards) or "none"
-    return f"{limit.reward}{limit.sign}{limit.bound:g} (the pick has {value})"
+    return f"{limit} (the pick has {value})"

@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from memcontrol.cli.arguments import add_command, add_json, add_study
-from memcontrol.cli.printing import print_table
+from memcontrol.cli.printing import make_json, print_table
 from memcontrol.core.console import print_json
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def _read_status(place: StudyPlace, study: Study) -> dict[str, Any]:
         **pace,
         **({"minutes_left": 0.0} if flat else {}),
         "hypervolume": summarize_hypervolume(study),
-        "trials": [record.as_dict() | {"runs": list_runs(record, folder)} for record in records],
+        "trials": [make_json(record, study) | {"runs": list_runs(record, folder)} for record in records],
     }
 
 
@@ -82,7 +82,9 @@ def _print_status(found: dict[str, Any], study: Study, place: StudyPlace) -> Non
     _print_progress(found)
     for record, trial in zip(records, found["trials"]):
         _print_trial(record, trial["runs"], words[record.state], n_groups, found["searching"], place)
-    print_table(make_study_table(records, n_groups, f"{study.config.name}: finished trials"))
+    print_table(
+        make_study_table(records, n_groups, f"{study.config.name}: finished trials", None, None, study.limits)
+    )
 
 
 def _print_progress(found: dict[str, Any]) -> None:

@@ -20,6 +20,9 @@ class Limit:
     sign: str
     bound: float
 
+    def __str__(self) -> str:
+        return f"{self.reward}{self.sign}{self.bound:g}"
+
     def excess(self, value: float) -> float:
         """How far the value lies beyond the bound; at most 0 where it keeps it."""
         return value - self.bound if self.sign == "<=" else self.bound - value

@@ -387,7 +387,8 @@ def _make_record(trial: optuna.trial.FrozenTrial, objectives: dict[str, str]) ->
     candidates = tuple(Choice.from_dict(values) for values in attributes.get("candidates", ()))
     result, state = attributes.get("result", {}), trial.state.name
     if trial.state.is_finished() and not result:
-        result = {"reason": f"another program told it {state}, without a result of its run"}
+        reason = f"another program told it {state}, without a result of its run"
+        result = {"reason": reason, "choice": candidates[0].as_dict()}
         state = TrialState.FAIL.name
     begun = Record(
         trial.number,

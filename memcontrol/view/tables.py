@@ -15,7 +15,8 @@ from rich.text import Text
 from memcontrol.core.estimate import Estimate, spearman
 from memcontrol.core.reward_table import MINIMIZE, REWARDS, find_direction, format_reward
 from memcontrol.search.importance import Effect
-from memcontrol.study.pick import select_front, select_ties
+from memcontrol.study.pareto import Limit
+from memcontrol.study.pick import keeps_limits, select_front, select_ties
 from memcontrol.study.record import Record
 from memcontrol.study.replicates import estimate_spread
 from memcontrol.view.words import describe_choice, find_title
@@ -102,16 +103,19 @@ def make_study_table(
     title: str,
     picked: Record | None = None,
     among: Sequence[Record] | None = None,
+    limits: Sequence[Limit] = (),
 ) -> RewardsTable:
     """The finished trials of `records`: those on the front (of `among`, or of themselves) marked with *,
-    those that are on or off it within error only with =, the pick with >, and with + those measured again."""
+    those that are on or off it within error only with =, the pick with >, with + those measured again, and
+    with ! those that keep not all `limits`."""
     complete = sorted((record for record in records if record.finished), key=lambda record: record.losses)
     others = [record for record in among or complete if record.finished]
     places = {record.number: "*" for record in select_front(others)}
     places |= {record.number: "=" for record in select_ties(others)}
     rows = [
         (
-            _mark_trial(record, places.get(record.number, " "), record is picked),
+            _mark_trial(record, places.get(record.number, " "), record is picked)
+            + ("" if keeps_limits(record, limits) else " !"),
             describe_choice(record.chosen, n_groups),
             record.rewards,
         )
@@ -120,6 +124,8 @@ def make_study_table(
     note = "* on the front, = on or off it within error only, + measured again over fresh draws"
     if picked:
         note += ", > the pick"
+    if limits:
+        note += f", ! not within {', '.join(map(str, limits))} (rewards.limits)"
     return RewardsTable(rows, title, list(complete[0].objectives) if complete else (), note)
 
 
