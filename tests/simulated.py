@@ -5,7 +5,7 @@ import random
 
 from memcontrol.core.attempts import begin_attempt
 from memcontrol.core.files import write_json
-from memcontrol.core.jobs import Done, EncodeJob, Prepared, PrepareJob, TrialJob
+from memcontrol.core.jobs import ConfirmJob, Done, EncodeJob, Prepared, PrepareJob, TrialJob
 from memcontrol.core.run_folder import RunFolder
 from memcontrol.core.spec import read_spec
 from memcontrol.execution.executor import Executor
@@ -71,6 +71,9 @@ class Simulated(Executor):
         self.busy, self.last, self.n_ended = self.busy + end - begun, self.clock.monotonic(), self.n_ended + 1
         run, choice = RunFolder(job.folder), job.choice.as_dict()
         rewards = self.rewards(choice)
+        if isinstance(job, ConfirmJob):
+            write_json(run.confirmed_file, {"rewards": {name: value + 1 for name, value in rewards.items()}})
+            return Done(job)
         if job.rung:  # FID is still higher, M still lower
             early = rewards | {
                 "fid": rewards["fid"] + 10 * (1 - job.rung),

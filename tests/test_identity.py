@@ -337,3 +337,26 @@ def test_another_name_is_another_study(tmp_path):
     write_study(tmp_path, {**STUDY, "inner": {"batch_size": 8}})
     place = StudyPlace.load(file, name="other")
     assert place.folder.path == tmp_path / "runs" / "other" and not place.is_searched()
+
+
+@pytest.mark.parametrize("n_written", [0, 1, 2])
+def test_a_study_is_made_whole_or_not_at_all(n_written, tmp_path, monkeypatch):
+    """Whoever dies while it is made leaves nothing that is in the way."""
+    from optuna.storages._rdb import models
+
+    file, made = write_study(tmp_path), []
+    begin = models.StudySystemAttributeModel.__init__
+
+    def die(self, **values):
+        if len(made) == n_written:
+            raise KeyboardInterrupt
+        made.append(values["key"])
+        begin(self, **values)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(models.StudySystemAttributeModel, "__init__", die)
+        run(file)
+    with pytest.raises(MemControlError, match="has not been searched yet"):
+        status(file)
+    run(file)
+    assert len(status(file)) == 6

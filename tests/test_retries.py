@@ -2,14 +2,17 @@
 again, with a bound."""
 
 import json
+import shutil
 
 import pytest
+import yaml
 from simulated import Simulated, search
 from test_orchestrate import study_in
 
+from memcontrol.commands.front import front
 from memcontrol.commands.status import status
 from memcontrol.core.errors import MemControlError, TrialsKeepFailing
-from memcontrol.core.jobs import Lost, TrialJob
+from memcontrol.core.jobs import ConfirmJob, Lost, TrialJob
 from memcontrol.study.retries import N_TRIALS
 
 
@@ -123,3 +126,26 @@ def test_an_own_reward_that_fails_fails_its_trial_and_the_search_goes_on(how, wo
     assert all(len(path.read_text().splitlines()) == 1 for path in runs), "trying again would give the same"
     (file.parent / "flag").unlink()
     assert len(search_really(file, quiet=True)) == 4
+
+
+class StopsBeforeConfirming(Simulated):
+    def submit(self, job):
+        if isinstance(job, ConfirmJob):
+            raise KeyboardInterrupt
+        super().submit(job)
+
+
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_a_front_whose_folders_are_lost_counts_as_it_was_searched(tmp_path, is_lost):
+    file = study_in(tmp_path)
+    values = yaml.safe_load(file.read_text())
+    file.write_text(yaml.safe_dump({**values, "storage": "sqlite:///kept.db", "rewards": {"confirm": 1}}))
+    with pytest.raises(KeyboardInterrupt):
+        search(file, StopsBeforeConfirming())
+    if is_lost:
+        shutil.rmtree(tmp_path / "runs")
+    said = []
+    search(file, Simulated(), lambda event: said.append(getattr(event, "text", ""))).close()
+    lines = [line for line in said if "cannot be measured again" in line]
+    on_front = front(file)
+    assert bool(lines) == is_lost and all(bool(record.confirmed) != is_lost for record in on_front)
