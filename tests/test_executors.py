@@ -183,6 +183,33 @@ def test_a_worker_that_dies_loses_its_job_and_is_started_again(local, tmp_path):
     assert isinstance(until_end(local), Prepared)
 
 
+def test_what_lies_in_the_working_directory_is_no_module_of_a_worker(tmp_path, monkeypatch):
+    (tmp_path / "queue.py").write_text("raise RuntimeError('not the standard library')")
+    monkeypatch.chdir(tmp_path)
+    made = Local(1, folder=tmp_path / "study")
+    try:
+        made.submit(prepare_job(tmp_path / "study"))
+        assert isinstance(until_end(made), Prepared)
+    finally:
+        made.close()
+
+
+def test_what_a_worker_prints_before_its_first_job_is_kept_and_told_where_it_dies(tmp_path, monkeypatch):
+    """Here of a library that is broken."""
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "queue.py").write_text("raise ImportError('libcudart.so: no such file')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "broken"), prepend=os.pathsep)
+    made = Local(1, folder=tmp_path)
+    try:
+        made.submit(prepare_job(tmp_path))
+        end, log = until_end(made), tmp_path / "worker-0.txt"
+    finally:
+        made.close()
+    assert isinstance(end, Lost) and "died (exit code 1) before its first job" in end.reason
+    assert end.reason.endswith(f"ImportError: libcudart.so: no such file (see {log})")
+    assert "Traceback" in log.read_text() and "libcudart" in log.read_text()
+
+
 def test_a_job_that_is_frozen_past_its_time_limit_is_ended_for_good(local, tmp_path):
     local.time_limit_seconds = 3
     local.submit(TrialJob(tmp_path, CHOICE))
@@ -213,6 +240,20 @@ def test_without_a_number_there_is_a_worker_for_each_gpu(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
     keys = {"executor": executor, "processes": processes, "workers": workers}
     assert count_workers(small(search=keys).search) == expected
+
+
+@pytest.mark.parametrize("hidden", ["", "-1", "GPU-8f3a", "MIG-11bc", "NoDevFiles"])
+def test_what_is_hidden_stays_hidden_in_workers(monkeypatch, hidden):
+    """Whatever device files there are; what a process was given stands in /proc."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    monkeypatch.setattr(Path, "glob", lambda path, pattern: [Path("/dev/nvidia0"), Path("/dev/nvidia1")])
+    made = Local(2)
+    try:
+        for worker in made.workers:
+            given = Path(f"/proc/{worker.process.pid}/environ").read_bytes().decode().split("\0")
+            assert f"CUDA_VISIBLE_DEVICES={hidden}" in given
+    finally:
+        made.close()
 
 
 def test_workers_that_share_a_gpu_are_told_of(monkeypatch):

@@ -254,6 +254,13 @@ class StudyFolder:
     def slurm(self) -> Path:
         return self.path / "slurm"
 
+    def worker_log(self, index: int) -> Path:
+        """What a worker of this machine prints before its first job; none where it prints nothing."""
+        return self.path / f"worker-{index}.txt"
+
+    def list_worker_logs(self) -> list[Path]:
+        return sorted(self.path.glob("worker-*.txt"))
+
     def calibration(self, i: int) -> Path:
         return self.path / f"calibration-{i}"
 

@@ -38,7 +38,7 @@ def make_executor(config: Config, folder: Path) -> Executor:
         from memcontrol.execution.slurm_cluster import Slurm
 
         return Slurm(config.slurm, count_workers(search), limit, folder, search.gpus_per_trial)
-    return Local(count_workers(search), search.processes_per_trial, limit)
+    return Local(count_workers(search), search.processes_per_trial, limit, folder)
 
 
 def count_workers(search: SearchConfig) -> int:

@@ -42,7 +42,8 @@ from memcontrol.core.jobs import (
 )
 from memcontrol.core.run_folder import RunFolder, StudyFolder
 
-COMMAND = (sys.executable, "-m", "memcontrol.execution.worker")
+# -P: what lies in the working directory must not stand in for modules of the same names
+COMMAND = (sys.executable, "-P", "-m", "memcontrol.execution.worker")
 _IDLE_SECONDS = 0.5  # between two looks at whether SIGTERM came
 SendEvent = Callable[[Event], None]
 
@@ -190,7 +191,8 @@ def _redirect_output(path: Path) -> None:
 
 
 def _run_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the orchestrator's to handle
+    for number in (signal.SIGINT, signal.SIGHUP):  # the orchestrator's to handle
+        signal.signal(number, signal.SIG_IGN)
     interrupt.remember_termination()
     out = os.fdopen(os.dup(1), "w", buffering=1)
     jobs = _read_jobs()
