@@ -10,7 +10,6 @@ import pytest
 
 from memcontrol.core import interrupt
 
-
 USUAL = {
     signal.SIGINT: signal.default_int_handler,
     signal.SIGTERM: signal.SIG_DFL,

@@ -13,8 +13,9 @@ import time
 came: int | None = None  # the signal that ends this command
 came_at = 0.0
 is_terminated = False  # this worker was told to end
+_remembered: set[signal.Signals] = set()
 _ONE_PRESS_SECONDS = 1.0  # systemd and a closed terminal send SIGHUP beside SIGTERM, wrappers a copy of each
-_WORDS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGHUP"}
+_SIGNAL_NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGHUP"}
 
 
 def remember() -> None:
@@ -28,8 +29,15 @@ def remember() -> None:
     ):
         if signal.getsignal(number) is usual:
             signal.signal(number, on_interrupt)
-    if signal.getsignal(signal.SIGINT) is on_interrupt:
+            _remembered.add(number)
+    if signal.SIGINT in _remembered:
         sys.unraisablehook = _pass_over
+
+
+def take_back() -> None:
+    """Remembers again what was remembered, after a library has set handlers of its own."""
+    for number in _remembered:
+        signal.signal(number, on_interrupt)
 
 
 def _pass_over(raised: sys.UnraisableHookArgs) -> None:
@@ -68,7 +76,7 @@ def _is_lost_terminal(descriptor: int) -> bool:
 
 def name_signal() -> str:
     """Of the signal that came."""
-    return _WORDS[signal.Signals(came)] if came else "Ctrl-C"
+    return _SIGNAL_NAMES[signal.Signals(came)] if came else "Ctrl-C"
 
 
 def count_exit_status() -> int:

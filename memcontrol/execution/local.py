@@ -106,9 +106,7 @@ class Local(Executor):
         else:
             code = process.wait()
             how = f"signal {-code}" if code < 0 else f"exit code {code}"
-            yield self.lost(
-                worker, worker.job, f"its worker process died ({how}){worker.describe_start()}"
-            )
+            yield self.lost(worker, worker.job, f"its worker process died ({how}){worker.describe_start()}")
 
     def close(self) -> None:
         """Workers that have a job leave a checkpoint first, as far as they do so at once."""

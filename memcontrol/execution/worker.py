@@ -32,6 +32,7 @@ from memcontrol.core.jobs import (
     Failed,
     HelpJob,
     Job,
+    Overtaken,
     Prepared,
     PrepareJob,
     Progress,
@@ -49,7 +50,10 @@ SendEvent = Callable[[Event], None]
 
 
 def run_job(job: Job, loaded, say: SendEvent) -> None:
-    """Says progress, then exactly one end; of a share of another process's trial nothing."""
+    """Says progress, then exactly one end; of a share of another process's trial nothing. What is done
+    already, by whichever process, is left as it is."""
+    if job.is_done():
+        return say(Done(job))
     if isinstance(job, HelpJob):
         # what goes wrong here ends the process, and the one that leads the trial meets it itself
         from memcontrol.trial.run import help_trial
@@ -60,7 +64,7 @@ def run_job(job: Job, loaded, say: SendEvent) -> None:
     except MemControlError as error:
         say(Stopped(job, str(error)))
     except Superseded as error:
-        say(Failed(job, str(error)))
+        say(Overtaken(job, str(error)))
     except Exception as error:
         traceback.print_exc()
         say(Failed(job, _describe_failure(error, job), traceback.format_exc()))

@@ -222,6 +222,8 @@ class Search:
         for anchor, candidates in self.space.list_anchors(self.config.search.anchors).items():
             if not any(record.anchor == anchor for record in records):
                 self.admit(self.study.begin(candidates, self.space, anchor), tuple(candidates))
+        left = self.jobs.executor.left_at_work  # these take no further place
+        self.waiting = deque(sorted(self.waiting, key=lambda one: self.runs.locate(one[1]).path not in left))
         with contextlib.closing(self.ahead):
             while self.fill() or self.open:
                 for event in self.jobs.collect_ends():

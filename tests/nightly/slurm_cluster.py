@@ -79,10 +79,10 @@ class Slurm:
         )
 
     def begin(self, name: str, command: list[str]) -> None:
-        log = open(self.folder / f"{name}.out", "w")
-        self.daemons[name] = subprocess.Popen(
-            command, env=self.environment, stdout=log, stderr=log, start_new_session=True
-        )
+        with open(self.folder / f"{name}.out", "w") as log:
+            self.daemons[name] = subprocess.Popen(
+                command, env=self.environment, stdout=log, stderr=log, start_new_session=True
+            )
         time.sleep(1)
 
     def ask(self, *command: str) -> str:
@@ -117,3 +117,4 @@ class Slurm:
         time.sleep(1)
         for daemon in self.daemons.values():
             daemon.kill()
+            daemon.wait()
