@@ -31,20 +31,26 @@ SEARCH = [sys.executable, "-P", "-m", "memcontrol.cli", "search"]
 
 
 def write_study(folder: Path, name: str) -> Path:
-    """Trials of some ten seconds; choices that do not depend on the order in which others end. Of three jobs
+    """Trials of half a minute; choices that do not depend on the order in which others end. Of three jobs
     at a time two run on the two nodes."""
     study = {
         "name": name,
         "data": {"path": "digits", "train": 32, "holdout": 64, "test": 64},
         "space": "digits",
-        "inner": {"budget_images": 1920, "batch_size": 16, "rounds": 4},
+        "inner": {"budget_images": 3200, "batch_size": 16, "rounds": 4},
         "rewards": {
             "objectives": ["kid", "memorization"],
             "n_samples": 32,
             "sampling_steps": 2,
-            "confirm": 1,
+            "confirm": 0,
         },
-        "search": {"trials": 3, "workers": 3, "sampler": "random", "executor": "slurm"},
+        "search": {
+            "anchors": ["all"],
+            "trials": 4,
+            "workers": 3,
+            "sampler": "random",
+            "executor": "slurm",
+        },
         "slurm": {"partition": "short", "time_minutes": 20},
     }
     path = folder / f"{name}.yaml"
@@ -147,7 +153,7 @@ def test_whatever_dies_no_choice_is_run_twice_and_no_job_is_left(slurm, tmp_path
     one.begin()
 
     # Told to end: its jobs are cancelled, and have time for a checkpoint.
-    one.until(lambda: one.is_said("search of", 4) and one.has_trials(RUNNING=2))
+    one.until(lambda: one.is_said("search of", 4) and one.has_trials(RUNNING=1))
     n_before = one.count_begun()
     one.search.send_signal(signal.SIGTERM)
     assert one.search.wait(timeout=60) == 143 and one.is_said("ended by SIGTERM", 1)
