@@ -1,6 +1,6 @@
 """The chaos suite: a search on a real PostgreSQL while its workers are killed and frozen, its orchestrator is
-killed and told to end and the database is stopped; then the invariants, over the database and the run folders, and an
-undisturbed search to compare with.
+killed and told to end and the database is stopped; then the invariants, over the database and the run
+folders, and an undisturbed search to compare with.
 
 `python tests/chaos.py [--trials N] [--seed S]` (make chaos) runs it in full and prints what happened;
 tests/test_chaos.py a short one.

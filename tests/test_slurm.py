@@ -240,6 +240,20 @@ def test_a_second_process_of_a_kind_leaves_the_jobs_of_the_first_alone(state, op
     assert read_words(state) == ["PENDING", "CANCELLED"]
 
 
+def test_what_another_command_was_killed_over_is_cancelled_where_nobody_goes_on_with_it(
+    state, folder, opened, tmp_path
+):
+    """A preparation, but no retraining."""
+    other = Slurm(SlurmConfig(), 2, None, folder.with_name("retrain"))
+    other.submit(make_prepare_job(tmp_path))
+    other.submit(trial(tmp_path))
+    opened()
+    assert read_words(state) == ["PENDING"] * 2, "its process lives"
+    die(other)
+    opened()
+    assert read_words(state) == ["CANCELLED", "PENDING"]
+
+
 def test_where_trials_run_elsewhere_now_slurms_jobs_are_cancelled(state, folder, opened, tmp_path):
     from test_make import config_with
 

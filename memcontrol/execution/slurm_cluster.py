@@ -63,6 +63,9 @@ class Slurm(Executor):
         self.states: dict[str, SlurmState] = {}
         self.asked_at = 0.0
         self.folder, self.lock = _lock_folder(folder)
+        for place in folder.parent.iterdir():
+            if place.is_dir() and place != self.folder:
+                _cancel_unwanted(place)
         self.left, unwanted = _find_left(self.folder)
         self.drop(unwanted)
 
@@ -199,6 +202,18 @@ def _lock_folder(folder: Path):
             continue
         return place, lock
     raise RuntimeError(f"a thousand processes hold {folder}")
+
+
+def _cancel_unwanted(folder: Path) -> None:
+    """What nobody wants any more of another command's jobs, where no living process has them: as of a dry
+    run that was killed."""
+    from filelock import FileLock, Timeout
+
+    with contextlib.suppress(Timeout), FileLock(folder / "lock", timeout=0):
+        _, unwanted = _find_left(folder)
+        if cancel_jobs([one.files.name for one in unwanted]):
+            for one in unwanted:
+                one.files.forget()
 
 
 def _find_left(folder: Path) -> tuple[list[Running], list[Running]]:
