@@ -64,18 +64,19 @@ class Disturbed:
     def __init__(self, slurm: Slurm, study: Path):
         self.slurm, self.study = slurm, study
         self.folder = locate_study_folder(study, study.stem)
-        self.log = open(study.with_suffix(".log"), "w")
+        self.log = study.with_suffix(".log")
         self.begin()
 
     def begin(self) -> None:
-        self.search = subprocess.Popen(
-            [*SEARCH, self.study], stdout=self.log, stderr=self.log, env=self.slurm.environment
-        )
+        with open(self.log, "a") as log:
+            self.search = subprocess.Popen(
+                [*SEARCH, self.study], stdout=log, stderr=log, env=self.slurm.environment
+            )
 
     def until(self, condition) -> None:
         deadline = time.monotonic() + 300
         while not condition():
-            assert self.search.poll() is None, Path(self.log.name).read_text()[-3000:]
+            assert self.search.poll() is None, self.log.read_text()[-3000:]
             assert time.monotonic() < deadline, "no progress in 5 minutes"
             time.sleep(0.02)
 
@@ -168,7 +169,7 @@ def test_whatever_dies_no_choice_is_run_twice_and_no_job_is_left(slurm, tmp_path
     one.begin()
 
     # To the end, beside an undisturbed search.
-    assert one.search.wait(timeout=900) == 0, Path(one.log.name).read_text()[-3000:]
+    assert one.search.wait(timeout=900) == 0, one.log.read_text()[-3000:]
     assert not one.read_states() and not list(one.folder.glob("slurm/search/*.json"))
     assert not list(one.folder.glob("*/failures.json"))
     assert one.count_attempts() == one.count_results() + n_interrupted
