@@ -1,6 +1,6 @@
 """The chaos suite: a search on a real PostgreSQL while its workers are killed and frozen, its orchestrator is
-killed and the database is stopped; then the invariants, over the database and the run folders, and an
-undisturbed search to compare with.
+killed and told to end and the database is stopped; then the invariants, over the database and the run
+folders, and an undisturbed search to compare with.
 
 `python tests/chaos.py [--trials N] [--seed S]` (make chaos) runs it in full and prints what happened;
 tests/test_chaos.py a short one.
@@ -38,6 +38,7 @@ FAULTS = Counter(
         "kill worker": 4,
         "freeze worker": 2,
         "kill orchestrator": 5,
+        "terminate orchestrator": 3,
         "stop database": 3,
         "cut connections": 2,
         "exhaust connections": 1,
@@ -168,6 +169,13 @@ class Chaos:
             os.kill(self.search.pid, signal.SIGKILL)
         self.search.wait()
 
+    def terminate_orchestrator(self) -> None:
+        """As a service manager does: it ends by itself, with its workers."""
+        self.search.terminate()
+        status = self.search.wait(timeout=60)
+        # 0: it had ended; -15: it had not come to what heeds signals
+        assert status in (128 + signal.SIGTERM, 0, -signal.SIGTERM), f"SIGTERM ended it with {status}"
+
     def stop_database(self) -> None:
         self.server.outage(OUTAGE_SECONDS, "immediate" if self.done["stop database"] % 2 else "fast")
 
@@ -280,7 +288,8 @@ def disturbed_and_not(folder: Path, trials: int, faults: Counter, seed: int, say
         chaos = Chaos(write_study(folder, "disturbed", server.url, trials), server, trials, faults, seed, say)
         chaos.run()
         # an orchestrator's two workers go with it
-        n_kills = 2 * faults["kill orchestrator"] + faults["kill worker"] + faults["freeze worker"]
+        n_kills = 2 * (faults["kill orchestrator"] + faults["terminate orchestrator"])
+        n_kills += faults["kill worker"] + faults["freeze worker"]
         found = violations(chaos.study, trials, n_kills)
         if chaos.n_late:
             found.append(f"{chaos.n_late} faults came when all work was done; give it more trials")

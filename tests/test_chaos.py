@@ -16,7 +16,11 @@ def test_a_search_survives_each_fault_once(tmp_path_factory, monkeypatch):
         found = chaos.disturbed_and_not(
             Path(name),
             6,
-            Counter(dict.fromkeys(("kill worker", "kill orchestrator", "stop database"), 1)),
+            Counter(
+                dict.fromkeys(
+                    ("kill worker", "kill orchestrator", "terminate orchestrator", "stop database"), 1
+                )
+            ),
             1,
             said.append,
         )

@@ -73,7 +73,7 @@ def test_log_says_what_begins_and_how_it_ended_and_goes_on(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "error, words", [(KeyboardInterrupt(), "ended by Ctrl-C: "), (OSError("why"), "ended by OSError: why")]
+    "error, words", [(KeyboardInterrupt(), "ended by Ctrl-C"), (OSError("why"), "ended by OSError: why")]
 )
 def test_log_says_what_ended_it(tmp_path, error, words):
     with pytest.raises(type(error)), log_to_file(tmp_path / "log", "a test"):

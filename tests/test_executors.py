@@ -4,8 +4,14 @@ may die."""
 import json
 import os
 import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from memcontrol.core.attempts import (
@@ -19,7 +25,7 @@ from memcontrol.core.attempts import (
 from memcontrol.core.choice import Choice
 from memcontrol.core.config import load_config
 from memcontrol.core.errors import MemControlError
-from memcontrol.core.files import read_json
+from memcontrol.core.files import read_json, write_json
 from memcontrol.core.jobs import (
     END_EVENTS,
     Calibrated,
@@ -31,6 +37,7 @@ from memcontrol.core.jobs import (
     GivenUp,
     HelpJob,
     Lost,
+    Overtaken,
     Prepared,
     PrepareJob,
     Progress,
@@ -40,13 +47,15 @@ from memcontrol.core.jobs import (
     parse_event,
     parse_job,
 )
-from memcontrol.core.run_folder import RunFolder
+from memcontrol.core.run_folder import RunFolder, locate_study_folder
 from memcontrol.core.space_yaml import load_space
 from memcontrol.core.spec import Spec
+from memcontrol.execution import job_queue, worker
 from memcontrol.execution.executor import Executor, pick_time_limit
 from memcontrol.execution.job_queue import JobQueue
 from memcontrol.execution.local import Inline, Local, choose_gpus
 from memcontrol.execution.make import count_workers, describe_sharing, make_executor
+from memcontrol.execution.worker import run_job
 
 CHOICE = Choice(("mid_attention",), "lora", 1e-3, 2)
 
@@ -183,6 +192,33 @@ def test_a_worker_that_dies_loses_its_job_and_is_started_again(local, tmp_path):
     assert isinstance(until_end(local), Prepared)
 
 
+def test_what_lies_in_the_working_directory_is_no_module_of_a_worker(tmp_path, monkeypatch):
+    (tmp_path / "queue.py").write_text("raise RuntimeError('not the standard library')")
+    monkeypatch.chdir(tmp_path)
+    made = Local(1, folder=tmp_path / "study")
+    try:
+        made.submit(prepare_job(tmp_path / "study"))
+        assert isinstance(until_end(made), Prepared)
+    finally:
+        made.close()
+
+
+def test_what_a_worker_prints_before_its_first_job_is_kept_and_told_where_it_dies(tmp_path, monkeypatch):
+    """Here of a library that is broken."""
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "queue.py").write_text("raise ImportError('libcudart.so: no such file')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "broken"), prepend=os.pathsep)
+    made = Local(1, folder=tmp_path)
+    try:
+        made.submit(prepare_job(tmp_path))
+        end, log = until_end(made), tmp_path / "worker-0.txt"
+    finally:
+        made.close()
+    assert isinstance(end, Lost) and "died (exit code 1) before its first job" in end.reason
+    assert end.reason.endswith(f"ImportError: libcudart.so: no such file (see {log})")
+    assert "Traceback" in log.read_text() and "libcudart" in log.read_text()
+
+
 def test_a_job_that_is_frozen_past_its_time_limit_is_ended_for_good(local, tmp_path):
     local.time_limit_seconds = 3
     local.submit(TrialJob(tmp_path, CHOICE))
@@ -213,6 +249,20 @@ def test_without_a_number_there_is_a_worker_for_each_gpu(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
     keys = {"executor": executor, "processes": processes, "workers": workers}
     assert count_workers(small(search=keys).search) == expected
+
+
+@pytest.mark.parametrize("hidden", ["", "-1", "GPU-8f3a", "MIG-11bc", "NoDevFiles"])
+def test_what_is_hidden_stays_hidden_in_workers(monkeypatch, hidden):
+    """Whatever device files there are; what a process was given stands in /proc."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    monkeypatch.setattr(Path, "glob", lambda path, pattern: [Path("/dev/nvidia0"), Path("/dev/nvidia1")])
+    made = Local(2)
+    try:
+        for worker in made.workers:
+            given = Path(f"/proc/{worker.process.pid}/environ").read_bytes().decode().split("\0")
+            assert f"CUDA_VISIBLE_DEVICES={hidden}" in given
+    finally:
+        made.close()
 
 
 def test_workers_that_share_a_gpu_are_told_of(monkeypatch):
@@ -283,6 +333,146 @@ class TestJobs:
             list(JobQueue(Scripted(Stopped), lambda event: None).run([ConfirmJob(tmp_path, CHOICE, 0)]))
 
 
+class Elsewhere(Executor):
+    """Its first job is always overtaken; the rest are done."""
+
+    def __init__(self):
+        self.taken, self.running = [], []
+
+    def count_free(self):
+        return 1
+
+    def submit(self, job):
+        self.taken.append(job)
+        self.running.append(job)
+
+    def events(self, timeout_seconds):
+        for job in self.running:
+            yield Overtaken(job, "another has it") if len(self.taken) == 1 else Done(job)
+        self.running = []
+
+    def close(self): ...
+
+
+class TestOvertaken:
+    """A worker that was thought dead, or that another orchestrator has left behind, is at the same trial."""
+
+    def test_its_result_is_waited_for_and_is_no_failure(self, tmp_path):
+        job, executor = TrialJob(tmp_path, CHOICE), Elsewhere()
+        attempt = begin_attempt(tmp_path)
+        late = threading.Timer(1.5, write_json, [RunFolder(tmp_path).result_file, {"state": "COMPLETE"}])
+        late.start()
+        (end,) = JobQueue(executor, lambda event: None).run([job])
+        late.join()
+        assert end == Done(job) and executor.taken == [job] and attempt.is_current()
+        assert not read_failures(tmp_path)
+
+    def test_where_nothing_is_heard_of_it_the_job_is_handed_out_again(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(job_queue, "_SILENT_SECONDS", 0.5)
+        job, executor = TrialJob(tmp_path, CHOICE), Elsewhere()
+        (end,) = JobQueue(executor, lambda event: None).run([job])
+        assert end == Done(job) and executor.taken == [job] * 2 and not read_failures(tmp_path)
+
+    def test_a_superseded_attempt_says_so(self, tmp_path, monkeypatch):
+        def overtaken(job, loaded, say):
+            attempt = begin_attempt(job.folder)
+            begin_attempt(job.folder)
+            attempt.check()
+
+        monkeypatch.setitem(worker._RUN, TrialJob, overtaken)
+        said, job = [], TrialJob(tmp_path, CHOICE)
+        run_job(job, None, said.append)
+        assert [(type(event), event.job) for event in said] == [(Overtaken, job)]
+
+
+@pytest.mark.parametrize(
+    "job, name, value",
+    [
+        (TrialJob(Path(), CHOICE), "result.json", {"state": "COMPLETE"}),
+        (TrialJob(Path(), CHOICE), "result.json", {"state": "PRUNED"}),
+        (TrialJob(Path(), CHOICE, rung=0.25), "rung-0.25.json", {}),
+        (TrialJob(Path(), CHOICE, rung=0.25), "result.json", {"state": "COMPLETE"}),
+        (ConfirmJob(Path(), CHOICE, 0), "confirmed.json", {}),
+    ],
+)
+def test_a_worker_that_finds_its_work_done_leaves_and_writes_nothing(job, name, value, tmp_path):
+    """It needs no models, and gets none."""
+    job, said = replace(job, folder=tmp_path), []
+    write_json(tmp_path / name, value)
+    run_job(job, None, said.append)
+    assert said == [Done(job)] and [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize(
+    "job, names",
+    [
+        (TrialJob(Path(), CHOICE), ["rung-0.25.json"]),
+        (TrialJob(Path(), CHOICE, rung=0.5), ["rung-0.25.json"]),
+        (TrialJob(Path(), CHOICE), ["result.json", "dropped.json"]),  # its weights are asked for again
+        (ConfirmJob(Path(), CHOICE, 0), ["result.json"]),
+    ],
+)
+def test_what_lacks_something_is_not_done(job, names, tmp_path):
+    for name in names:
+        write_json(tmp_path / name, {"state": "COMPLETE"})
+    assert not replace(job, folder=tmp_path).is_done()
+    write_json(tmp_path / "result.json", {"state": "FAIL"})
+    assert not TrialJob(tmp_path, CHOICE).is_done(), "a failure may be tried again"
+
+
+def test_a_process_that_dies_when_all_is_done_is_no_failure(tmp_path):
+    class Dying(Scripted):
+        def submit(self, job):
+            super().submit(job)
+            write_json(RunFolder(job.folder).result_file, {"state": "COMPLETE"})
+
+    job = TrialJob(tmp_path, CHOICE)
+    (end,) = JobQueue(Dying(Lost), lambda event: None).run([job])
+    assert end == Done(job) and not read_failures(tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_actors_end_with_their_orchestrator(number, ray_cluster, study_file):
+    study = study_file(
+        inner={"budget_images": 10_000_000},
+        search={"workers": 1, "executor": "ray"},
+        ray={"address": ray_cluster.address},
+    )
+    folder = locate_study_folder(study, "small")
+    words = [sys.executable, "-m", "memcontrol.cli", "search", study]
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as search:
+        while not (begun := list(folder.glob("*/progress.json"))):
+            assert search.poll() is None
+            time.sleep(0.2)
+        search.send_signal(number)
+        assert search.wait(timeout=60) == (143 if number == signal.SIGTERM else -number)
+    (attempt,) = read_attempts(begun[0].parent)
+    deadline = time.monotonic() + 60
+    while psutil.pid_exists(attempt["pid"]) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not psutil.pid_exists(attempt["pid"]) and not (begun[0].parent / "failures.json").exists()
+
+
+def test_what_lies_in_the_working_directory_is_no_module_of_an_actor(ray_cluster, tmp_path):
+    """`torch` is imported when the actor is there, and Ray puts the driver's directory first."""
+    (tmp_path / "torch.py").write_text("raise RuntimeError('not the library')")
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom memcontrol.core.config import load_config\n"
+        "from memcontrol.core.jobs import END_EVENTS, PrepareJob\n"
+        "from memcontrol.execution.make import make_executor\n"
+        "config = load_config({'name': 's', 'search': {'executor': 'ray', 'workers': 1},"
+        " 'data': {'path': 'digits', 'train': 32, 'holdout': 40, 'test': 48},"
+        " 'ray': {'address': sys.argv[1]}})\n"
+        "folder = Path('study').absolute()\nexecutor = make_executor(config, folder)\n"
+        "executor.submit(PrepareJob(folder, config.model_dump(mode='json')))\n"
+        "while not (ends := [e for e in executor.events(1) if isinstance(e, END_EVENTS)]): pass\n"
+        "executor.close()\nprint(ends[0])"
+    )
+    words = [sys.executable, "-P", "-c", code, ray_cluster.address]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.startswith("Prepared("), done
+
+
 def test_a_second_attempt_takes_a_folder_over(tmp_path):
     """As when a worker that was frozen wakes up: it writes nothing more."""
     first = begin_attempt(tmp_path)
@@ -302,14 +492,16 @@ def test_a_job_of_which_nothing_is_known_yet_is_no_error(tmp_path):
     """A second attempt has not said anything, and what the first one said no longer counts."""
     from memcontrol.execution.ray_cluster import Place, Ray
     from memcontrol.execution.slurm_cluster import Running, Slurm
+    from memcontrol.execution.slurm_job import SlurmFiles
 
     begin_attempt(tmp_path).progress("train", 1, 2)
     begin_attempt(tmp_path)
     job = TrialJob(tmp_path, CHOICE)
     ray, slurm, told = object.__new__(Ray), object.__new__(Slurm), Progress(job, "train", 1, 2)
     ray.time_limit_seconds = slurm.time_limit_seconds = None
+    slurm.states = {}
     assert list(ray.watched(Place(job=job, told=told, began=0.0), job)) == []
-    assert list(slurm.watched(Running(job, None, 0.0, told=told), "PENDING")) == []
+    assert list(slurm.watched(Running(job, SlurmFiles(tmp_path, "a"), told=told))) == []
 
 
 def test_preparing_has_no_time_limit(tmp_path):
@@ -335,6 +527,7 @@ EVENTS = [
     Stopped(JOBS[2], "mend it"),
     Failed(JOBS[2], "broke", "Traceback"),
     Lost(JOBS[2], "gone"),
+    Overtaken(JOBS[2], "another is at it"),
     GivenUp(JOBS[2], "broke thrice", "Traceback"),
 ]
 
@@ -347,20 +540,3 @@ def test_a_job_crosses_to_another_process_unchanged(job):
 @pytest.mark.parametrize("event", EVENTS, ids=lambda event: event.kind)
 def test_an_event_crosses_back_unchanged(event):
     assert parse_event(json.loads(json.dumps(event.to_json())), event.job) == event
-
-
-def test_what_sbatch_refuses_is_the_users_to_mend():
-    from submitit.core.utils import FailedJobError
-
-    from memcontrol.execution.slurm_cluster import Slurm
-
-    class Refusing:
-        def submit(self, *_):
-            raise FailedJobError("sbatch: error: Invalid partition name specified")
-
-    slurm = object.__new__(Slurm)
-    slurm.running, slurm.submitter = [], Refusing()
-    with pytest.raises(
-        MemControlError, match="sbatch refuses the job: .*Invalid partition.*; check the slurm keys"
-    ):
-        slurm.submit(TrialJob(Path("x"), CHOICE))

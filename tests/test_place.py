@@ -53,7 +53,7 @@ def reads(monkeypatch):
 
 
 @contextlib.contextmanager
-def open_simulated(config, folder):
+def open_simulated(config, folder, command="search"):
     yield Simulated()
 
 

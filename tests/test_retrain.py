@@ -160,7 +160,7 @@ def test_function_gives_each_result_with_its_run(tmp_path, monkeypatch):
     it."""
 
     @contextlib.contextmanager
-    def open_simulated(config, folder):
+    def open_simulated(config, folder, command):
         yield Simulated()
 
     monkeypatch.setattr(retraining, "open_executor", open_simulated)

@@ -255,16 +255,37 @@ def lead_a_session():
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def test_ctrl_c_ends_a_search_in_the_middle_of_trials_and_says_how_to_go_on(study_file):
-    """Of trials that would take hours."""
+def begin_in_the_background():
+    """As a script does with `&`: Ctrl-C is ignored, and the signal that ends it goes to it alone."""
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@pytest.mark.parametrize(
+    "number, begin, end, status, name",
+    [
+        (signal.SIGINT, lead_a_session, os.killpg, 130, "Ctrl-C"),
+        (signal.SIGTERM, begin_in_the_background, os.kill, 143, "SIGTERM"),
+        (signal.SIGHUP, lead_a_session, os.killpg, 129, "SIGHUP"),
+    ],
+)
+def test_a_signal_ends_a_search_in_the_middle_of_trials_and_says_how_to_go_on(
+    study_file, number, begin, end, status, name
+):
+    """Of trials that would take hours; what was trained is kept."""
     study = study_file(inner={"budget_images": 10_000_000, "batch_size": 16}, search={"workers": 2})
     folder = locate_study_folder(study, "small")
-    with started("search", study, before=lead_a_session) as (process, (_, stderr)):
+    with started("search", study, before=begin) as (process, (_, stderr)):
         wait_until(process, lambda: "train" in read_stages(folder).values())
-        os.killpg(process.pid, signal.SIGINT)
+        end(process.pid, number)
         process.join(timeout=120)
-        assert process.exitcode == 130 and stderr.read_text().rstrip().endswith("the same command continues")
+        assert process.exitcode == status
+        (line,) = [line for line in stderr.read_text().splitlines() if line.startswith("memcontrol:")]
+        assert line.endswith("the same command continues") and "Traceback" not in stderr.read_text()
+    assert (folder / "search.log").read_text().rstrip().endswith(f"ended by {name}")
     interrupted = [run for run, stage in read_stages(folder).items() if stage == "train"]
+    assert all([*(run / "rounds").glob("*")] for run in interrupted), "a worker left no checkpoint"
+    assert not any((run / "failures.json").exists() for run in interrupted)
     assert interrupted and not any((run / "result.json").exists() for run in interrupted)
     said = memcontrol("status", study).stdout
     assert "running" not in said and "interrupted (" in said and "the next search goes on with it" in said

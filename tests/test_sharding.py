@@ -22,7 +22,7 @@ from memcontrol.core.spec import Spec
 from memcontrol.execution.job_queue import JobQueue
 from memcontrol.execution.local import Inline
 from memcontrol.execution.make import count_workers
-from memcontrol.execution.slurm_cluster import _choose_gres as choose_gres
+from memcontrol.execution.slurm_commands import choose_gres
 from memcontrol.execution.worker import COMMAND
 from memcontrol.model import sharding
 from memcontrol.model.adapter import inject_adapter

@@ -2,32 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import sys
 
 
 def main() -> int:
-    """The exit status: 0, or 1 for what a person can mend, said in one line, or 130 after Ctrl-C."""
+    """The exit status: 0, or 1 for what a person can mend, said in one line, or 130 after Ctrl-C, 143 after
+    SIGTERM, 129 after SIGHUP."""
+    from memcontrol.core import interrupt
+
+    interrupt.remember()
+    try:
+        return _run_command()
+    except KeyboardInterrupt:
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            sys.stderr.write(
+                "\nmemcontrol: stopped; everything finished is kept, and the same command continues\n"
+            )
+        return interrupt.count_exit_status()
+
+
+def _run_command() -> int:
+    """Less what a signal ends."""
     from memcontrol.cli.parser import make_parser, parse_arguments
-    from memcontrol.core import console, interrupt
+    from memcontrol.core import console
     from memcontrol.core.errors import MemControlError
 
     if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may be no UTF-8
         sys.stdout.reconfigure(errors="backslashreplace")
     args = parse_arguments(make_parser())
-    interrupt.remember()
     console.level = getattr(args, "level", console.NORMAL)
     try:
         return args.run(args)
     except MemControlError as error:
         sys.stderr.write(f"memcontrol: {error}\n")
         return 1
-    except KeyboardInterrupt:
-        sys.stderr.write(
-            "\nmemcontrol: stopped; everything finished is kept, and the same command continues\n"
-        )
-        return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1

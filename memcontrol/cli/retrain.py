@@ -43,7 +43,7 @@ def _run_retrain(args: argparse.Namespace) -> int:
     if args.choice and (args.trial is not None or args.rule or args.limit):
         raise MemControlError("--choice names the choice; --trial, --rule and --limit do not go with it")
     place = StudyPlace.load(args.study, name=args.name)
-    with open_executor(place.config, place.folder.path) as executor:
+    with open_executor(place.config, place.folder.path, "retrain") as executor:
         if args.choice:
             plan = _plan_choice(place, _read_choice(args.choice), args.out, executor)
         else:

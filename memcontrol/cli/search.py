@@ -103,7 +103,7 @@ def _print_prediction(place: StudyPlace) -> None:
 
     folder, console = place.folder.path, make_console()
     say(console, f"{LOADING}, then short trials of each kind")
-    with open_executor(place.config, folder) as executor, Steps(console) as steps:
+    with open_executor(place.config, folder, "dry-run") as executor, Steps(console) as steps:
 
         def show(event: Event) -> None:
             if isinstance(event, Progress):

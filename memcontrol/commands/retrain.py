@@ -87,7 +87,10 @@ def retrain(
     with contextlib.closing(place.open()) as found:
         choice = choose_record(found, trial, rule, limits).chosen
         plan = plan_retraining(place.folder, found, choice, Path(out) if out else None)
-    with open_executor(place.config, place.folder.path) as executor, log_retraining(plan) as log:
+    with (
+        open_executor(place.config, place.folder.path, "retrain") as executor,
+        log_retraining(plan) as log,
+    ):
         results = run_retraining(plan, executor, log)
     return {name: {**result, "run": str(plan.runs[name])} for name, result in results.items()}
 

@@ -605,7 +605,7 @@ class RayConfig(Strict):
 
 
 class SlurmConfig(Strict):
-    """Jobs of a Slurm cluster, through submitit; `search.workers` is how many are in flight."""
+    """Jobs of a Slurm cluster; `search.workers` is how many are in flight."""
 
     partition: str | None = None
     """the partition"""

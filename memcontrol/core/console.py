@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from memcontrol.core import interrupt
 from memcontrol.core.version import __version__
 
 QUIET, NORMAL, VERBOSE = "quiet", "normal", "verbose"
@@ -62,12 +63,11 @@ def log_to_file(path: Path, what: str) -> Iterator[None]:
     try:
         yield
         LOG.info("ended")
+    except KeyboardInterrupt:
+        LOG.info("ended by %s", interrupt.name_signal())
+        raise
     except BaseException as error:
-        LOG.info(
-            "ended by %s: %s",
-            "Ctrl-C" if isinstance(error, KeyboardInterrupt) else type(error).__name__,
-            error,
-        )
+        LOG.info("ended by %s: %s", type(error).__name__, error)
         raise
     finally:
         for handler in handlers:

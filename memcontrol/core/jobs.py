@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from memcontrol.core.choice import Choice
+from memcontrol.core.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,10 @@ class Job:
 
     def to_json(self) -> dict[str, Any]:
         return {"job": self.kind} | {part.name: _dump(getattr(self, part.name)) for part in fields(self)}
+
+    def is_done(self) -> bool:
+        """Whether what it asks for lies in its folder, as where another process did it meanwhile."""
+        return False
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,9 @@ class TrialJob(Job):
     replicate: int | None = None
     kind: ClassVar[str] = "trial"
 
+    def is_done(self) -> bool:
+        return RunFolder(self.folder).has_come_to(self.rung)
+
 
 @dataclass(frozen=True)
 class ConfirmJob(Job):
@@ -74,6 +82,9 @@ class ConfirmJob(Job):
     choice: Choice
     number: int
     kind: ClassVar[str] = "confirm"
+
+    def is_done(self) -> bool:
+        return RunFolder(self.folder).confirmed_file.is_file()
 
 
 @dataclass(frozen=True)
@@ -174,6 +185,14 @@ class Lost(Failed):
 
 
 @dataclass(frozen=True)
+class Overtaken(Event):
+    """Another process has taken the trial over, and does what the job asks for: no failure."""
+
+    reason: str
+    kind: ClassVar[str] = "overtaken"
+
+
+@dataclass(frozen=True)
 class GivenUp(Failed):
     """The last of several attempts failed."""
 
@@ -181,7 +200,7 @@ class GivenUp(Failed):
 
 
 _FAILED_EVENTS = (Failed, Lost)
-END_EVENTS = (Prepared, Calibrated, Done, Stopped, *_FAILED_EVENTS)
+END_EVENTS = (Prepared, Calibrated, Done, Stopped, Overtaken, *_FAILED_EVENTS)
 _JOBS = {kind.kind: kind for kind in (PrepareJob, CalibrateJob, EncodeJob, TrialJob, ConfirmJob, HelpJob)}
 _EVENTS = {kind.kind: kind for kind in (Progress, Warned, *END_EVENTS, GivenUp)}
 

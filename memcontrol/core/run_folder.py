@@ -132,6 +132,13 @@ class RunFolder:
         """Whether it ended well."""
         return self.has_result and self.read_result()["state"] == "COMPLETE"
 
+    def has_come_to(self, rung: float | None) -> bool:
+        """Whether there is nothing left to do on the way to a rung, or to the end: a failure is no end, and a
+        model that was dropped is asked for anew."""
+        if self.has_result and self.read_result()["state"] != "FAIL":
+            return not self.is_dropped(self.adapter_file)
+        return rung is not None and self.rung_file(rung).is_file()
+
     def is_dropped(self, path: Path) -> bool:
         """Whether a file of the run is gone since other trials beat it."""
         return self.dropped_file.is_file() and not path.exists()
@@ -260,7 +267,15 @@ class StudyFolder:
 
     @property
     def slurm(self) -> Path:
+        """What is known of Slurm jobs, by the command that submits them."""
         return self.path / "slurm"
+
+    def worker_log(self, index: int) -> Path:
+        """What a worker of this machine prints before its first job; none where it prints nothing."""
+        return self.path / f"worker-{index}.txt"
+
+    def list_worker_logs(self) -> list[Path]:
+        return sorted(self.path.glob("worker-*.txt"))
 
     def calibration(self, i: int) -> Path:
         return self.path / f"calibration-{i}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from pathlib import Path
 
 from memcontrol.core.attempts import read_progress
 from memcontrol.core.jobs import Event, Job, Progress, TrialJob
@@ -16,6 +17,12 @@ class Executor(ABC):
     A job that runs longer than its `time_limit_seconds` is ended and counts as lost. Nothing is tried again
     here.
     """
+
+    @property
+    def left_at_work(self) -> frozenset[Path]:
+        """The folders of jobs that an earlier process left at work; such a job is not begun again where it is
+        asked for, but taken over."""
+        return frozenset()
 
     @abstractmethod
     def count_free(self) -> int: ...

@@ -10,12 +10,17 @@ import queue
 import subprocess
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
 from memcontrol.core.jobs import END_EVENTS, Event, Job, Lost, parse_event
+from memcontrol.core.run_folder import StudyFolder
 from memcontrol.execution.executor import Executor, describe_overrun, pick_time_limit
 from memcontrol.execution.worker import COMMAND
+
+_GRACE_SECONDS = 8.0  # for checkpoints; Docker waits 10 before it kills
+_N_TOLD = 3  # lines of what a worker printed at its start
 
 
 class Inline(Executor):
@@ -53,12 +58,20 @@ class Local(Executor):
     """A worker process for each place, which keeps the base loaded; one that dies is started again for the
     next job."""
 
-    def __init__(self, n_workers: int, n_processes: int = 1, time_limit_seconds: float | None = None):
+    def __init__(
+        self,
+        n_workers: int,
+        n_processes: int = 1,
+        time_limit_seconds: float | None = None,
+        folder: Path | None = None,
+    ):
+        """`folder` is the study's, which keeps what a worker prints before its first job."""
         self.said: queue.Queue = queue.Queue()
         self.time_limit_seconds = time_limit_seconds
         # whatever n_processes: sums round by the number of threads
         threads = max(1, (os.cpu_count() or 1) // n_workers)
-        self.workers = [Worker(i, threads, self.said, n_processes) for i in range(n_workers)]
+        logs = [StudyFolder(folder).worker_log(i) if folder else None for i in range(n_workers)]
+        self.workers = [Worker(i, threads, self.said, n_processes, log) for i, log in enumerate(logs)]
 
     def count_free(self) -> int:
         return sum(worker.job is None for worker in self.workers)
@@ -85,19 +98,25 @@ class Local(Executor):
         if process is not worker.process or worker.job is None:
             return
         if line is not None:
+            worker.has_begun = True
             event = parse_event(line, worker.job)
             if isinstance(event, END_EVENTS):
                 worker.job = None
             yield event
         else:
             code = process.wait()
-            yield self.lost(
-                worker,
-                worker.job,
-                f"its worker process died ({f'signal {-code}' if code < 0 else f'exit code {code}'})",
-            )
+            how = f"signal {-code}" if code < 0 else f"exit code {code}"
+            yield self.lost(worker, worker.job, f"its worker process died ({how}){worker.describe_start()}")
 
     def close(self) -> None:
+        """Workers that have a job leave a checkpoint first, as far as they do so at once."""
+        busy = [worker.process for worker in self.workers if worker.job is not None]
+        for process in busy:
+            process.terminate()
+        deadline = time.monotonic() + _GRACE_SECONDS
+        for process in busy:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(deadline - time.monotonic(), 0))
         for worker in self.workers:
             worker.kill()
 
@@ -105,8 +124,17 @@ class Local(Executor):
 class Worker:
     """One worker process and the job it has."""
 
-    def __init__(self, index: int, n_threads: int, said: queue.Queue, n_processes: int = 1):
+    def __init__(
+        self,
+        index: int,
+        n_threads: int,
+        said: queue.Queue,
+        n_processes: int = 1,
+        log: Path | None = None,
+    ):
+        """`log` takes what it prints before its first job."""
         self.index, self.n_threads, self.said, self.n_processes = index, n_threads, said, n_processes
+        self.log = log
         self.job: Job | None = None
         self.began = 0.0
         self.spawn()
@@ -119,16 +147,43 @@ class Worker:
             "MKL_NUM_THREADS": str(self.n_threads),
             "OMP_WAIT_POLICY": "passive",
         }
+        # not as Popen's own pipe, which the listener would close while the other thread reads
+        end, start = os.pipe()
         self.process = subprocess.Popen(
             COMMAND,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=start,
             text=True,
             env={**os.environ, **threads, **choose_gpus(self.index, self.n_processes)},
         )
+        os.close(start)
+        self.has_begun = False  # as far as is known: it said something of a job
+        self.printed: deque[str] = deque(maxlen=_N_TOLD)
+        self.reader = threading.Thread(target=self.keep_printed, args=(end, self.printed), daemon=True)
         self.listener = threading.Thread(target=self.listen, args=(self.process,), daemon=True)
+        self.reader.start()
         self.listener.start()
+
+    def keep_printed(self, end: int, printed: deque[str]) -> None:
+        """Until its first job, whose log takes whatever it prints then."""
+        with os.fdopen(end, encoding="utf-8", errors="backslashreplace") as stderr:
+            for line in stderr:
+                if line.strip():
+                    printed.append(line.strip())
+                if self.log:
+                    with contextlib.suppress(OSError):  # a full disk, say
+                        self.log.parent.mkdir(parents=True, exist_ok=True)
+                        with open(self.log, "a", encoding="utf-8") as file:
+                            file.write(line)
+
+    def describe_start(self) -> str:
+        """The last that it printed, where it came to no job."""
+        self.reader.join(timeout=1.0)  # a process that it began may hold the other end
+        if self.has_begun or not self.printed:
+            return ""
+        where = f" (see {self.log})" if self.log else ""
+        return f" before its first job; the last that it printed: {' / '.join(self.printed)}{where}"
 
     def listen(self, process: subprocess.Popen) -> None:
         with contextlib.suppress(BrokenPipeError), process:
@@ -147,6 +202,7 @@ class Worker:
         """SIGKILL: also a process that was stopped ends, and does not wake up later."""
         self.process.kill()
         self.listener.join()
+        self.reader.join(timeout=1.0)
 
 
 def list_gpus() -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from memcontrol.core.config import Config, SearchConfig
+from memcontrol.core.run_folder import StudyFolder
 from memcontrol.execution.executor import Executor
 from memcontrol.execution.local import Inline, Local, list_gpus
 
@@ -14,20 +15,25 @@ _N_WORKERS = 2  # where no GPU says how many
 
 
 @contextlib.contextmanager
-def open_executor(config: Config, folder: Path) -> Iterator[Executor]:
-    """The executor, ended at once when the block is left."""
-    executor = make_executor(config, folder)
+def open_executor(config: Config, folder: Path, command: str = "search") -> Iterator[Executor]:
+    """The executor, ended when the block is left; what one of the same command has left at work, it takes
+    over."""
+    executor = make_executor(config, folder, command)
     try:
         yield executor
     finally:
         executor.close()
 
 
-def make_executor(config: Config, folder: Path) -> Executor:
+def make_executor(config: Config, folder: Path, command: str = "search") -> Executor:
     """The executor that the config's `search` names; `folder` is the study's. Raises MemControlError where
     its library is missing."""
-    search = config.search
+    search, slurm = config.search, StudyFolder(folder).slurm / command
     limit = search.time_limit_minutes and 60 * search.time_limit_minutes
+    if slurm.is_dir() and search.executor != "slurm":
+        from memcontrol.execution.slurm_cluster import withdraw_jobs
+
+        withdraw_jobs(slurm)
     if search.executor == "inline":
         return Inline()
     if search.executor == "ray":
@@ -37,8 +43,8 @@ def make_executor(config: Config, folder: Path) -> Executor:
     if search.executor == "slurm":
         from memcontrol.execution.slurm_cluster import Slurm
 
-        return Slurm(config.slurm, count_workers(search), limit, folder, search.gpus_per_trial)
-    return Local(count_workers(search), search.processes_per_trial, limit)
+        return Slurm(config.slurm, count_workers(search), limit, slurm, search.gpus_per_trial)
+    return Local(count_workers(search), search.processes_per_trial, limit, folder)
 
 
 def count_workers(search: SearchConfig) -> int:

@@ -1,15 +1,19 @@
 """Owns running jobs on a Ray cluster: an actor for each place, which keeps the base loaded and moves to
-another node when its own is lost."""
+another node when its own is lost. Ray ends the actors of a driver that is gone, however it died, so that
+nothing is left for the next one to take over."""
 
 from __future__ import annotations
 
 import logging
+import os
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from memcontrol.core import interrupt
 from memcontrol.core.config import RayConfig
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.jobs import END_EVENTS, Event, Job, Lost, Progress, parse_event
@@ -21,7 +25,10 @@ class _RayWorker:
     """What an actor is: jobs one after another with one set of loaded models, as in
     `memcontrol.execution.worker`."""
 
-    def __init__(self):
+    def __init__(self, driver_folder: str):
+        """`driver_folder` is the driver's working directory, which Ray puts before all other modules."""
+        named = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+        sys.path[:] = [place for place in sys.path if place != driver_folder or place in named]
         from memcontrol.trial.loaded import LoadedModels
 
         self.loaded = LoadedModels(COMMAND)
@@ -81,7 +88,7 @@ class Ray(Executor):
         remote = self.ray.remote(
             num_cpus=self.settings.cpus, num_gpus=gpus, max_restarts=0, runtime_env={"env_vars": environment}
         )(_RayWorker)
-        return remote.remote()
+        return remote.remote(os.path.abspath(os.path.curdir))
 
     def events(self, timeout_seconds: float) -> Iterator[Event]:
         busy = [(place, place.job) for place in self.places if place.job is not None]
@@ -151,6 +158,7 @@ def _connect_ray(settings: RayConfig):
                 logging_level=logging.ERROR,
                 **local,
             )
+            interrupt.take_back()  # Ray ends its driver itself at SIGTERM
         except (OSError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise MemControlError(

@@ -33,6 +33,7 @@ from memcontrol.core.jobs import (
     GivenUp,
     HelpJob,
     Job,
+    Overtaken,
     Prepared,
     PrepareJob,
     Progress,
@@ -43,13 +44,17 @@ from memcontrol.core.jobs import (
 )
 from memcontrol.core.run_folder import RunFolder, StudyFolder
 
-COMMAND = (sys.executable, "-m", "memcontrol.execution.worker")
+# -P: what lies in the working directory must not stand in for modules of the same names
+COMMAND = (sys.executable, "-P", "-m", "memcontrol.execution.worker")
 _IDLE_SECONDS = 0.5  # between two looks at whether SIGTERM came
 SendEvent = Callable[[Event], None]
 
 
 def run_job(job: Job, loaded, say: SendEvent) -> None:
-    """Says progress, then exactly one end; of a share of another process's trial nothing."""
+    """Says progress, then exactly one end; of a share of another process's trial nothing. What is done
+    already, by whichever process, is left as it is."""
+    if job.is_done():
+        return say(Done(job))
     if isinstance(job, HelpJob):
         # what goes wrong here ends the process, and the one that leads the trial meets it itself
         from memcontrol.trial.run import help_trial
@@ -64,7 +69,7 @@ def run_job(job: Job, loaded, say: SendEvent) -> None:
     except MemControlError as error:
         say(Stopped(job, str(error)))
     except Superseded as error:
-        say(Failed(job, str(error)))
+        say(Overtaken(job, str(error)))
     except Exception as error:
         traceback.print_exc()
         say(Failed(job, _describe_failure(error, job), traceback.format_exc()))
@@ -195,7 +200,8 @@ def _redirect_output(path: Path) -> None:
 
 
 def _run_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the orchestrator's to handle
+    for number in (signal.SIGINT, signal.SIGHUP):  # the orchestrator's to handle
+        signal.signal(number, signal.SIG_IGN)
     interrupt.remember_termination()
     out = os.fdopen(os.dup(1), "w", buffering=1)
     jobs = _read_jobs()

@@ -235,6 +235,8 @@ class Search:
                 self.try_again(record)
         if line := describe_foreign(list(self.study.foreign.values())):
             self.warn(line)
+        left = self.jobs.executor.left_at_work  # these take no further place
+        self.waiting = deque(sorted(self.waiting, key=lambda one: self.runs.locate(one[1]).path not in left))
         with contextlib.closing(self.ahead):
             while self.fill() or self.open:
                 for event in self.jobs.collect_ends():

@@ -48,6 +48,9 @@ def run_calibrations(config: Config, folder: Path, jobs: JobQueue) -> list[Calib
     finally:
         for place in places:
             shutil.rmtree(place, ignore_errors=True)
+        if folder in made:
+            for log in StudyFolder(folder).list_worker_logs():
+                log.unlink(missing_ok=True)
         for path in made:
             with contextlib.suppress(OSError):
                 path.rmdir()

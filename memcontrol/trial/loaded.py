@@ -253,15 +253,16 @@ class LoadedModels:
 def _start_helper(command: Sequence[str], rank: int) -> subprocess.Popen:
     """A worker process that shares this one's trials, on the GPU of its rank where this process sees
     several."""
-    all_gpus = ",".join(map(str, range(torch.cuda.device_count())))
-    gpus = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", all_gpus).split(",") if gpu]
+    n_gpus = torch.cuda.device_count()
+    all_gpus = ",".join(map(str, range(n_gpus)))
+    # a name that is none, such as -1, hides what comes after it
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", all_gpus).split(",")[:n_gpus]
     own = {"CUDA_VISIBLE_DEVICES": gpus[rank % len(gpus)]} if gpus else {}
     return subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        text=True,
+        text=True,  # stderr is this process's own, the log of the job that it leads
         env={**os.environ, **own},
     )
 

@@ -49,6 +49,15 @@ class Slurm:
 
     def __init__(self, folder: Path):
         self.folder, self.daemons = folder, {}
+        self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
+        try:
+            self.begin_all()
+        except BaseException:
+            self.close()
+            raise
+
+    def begin_all(self) -> None:
+        folder = self.folder
         (folder / "state").mkdir(parents=True)
         key = folder / "munge.key"
         key.write_bytes(os.urandom(128))
@@ -56,7 +65,6 @@ class Slurm:
         (folder / "slurm.conf").write_text(
             CONF.format(folder=folder, controller=free_port(), first=free_port(), second=free_port())
         )
-        self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
         names = ("key-file", "socket", "pid-file", "log-file", "seed-file")
         paths = dict(zip(names, ("munge.key", "munge.socket", "munge.pid", "munge.log", "munge.seed")))
         self.begin(
@@ -79,10 +87,10 @@ class Slurm:
         )
 
     def begin(self, name: str, command: list[str]) -> None:
-        log = open(self.folder / f"{name}.out", "w")
-        self.daemons[name] = subprocess.Popen(
-            command, env=self.environment, stdout=log, stderr=log, start_new_session=True
-        )
+        with open(self.folder / f"{name}.out", "w") as log:
+            self.daemons[name] = subprocess.Popen(
+                command, env=self.environment, stdout=log, stderr=log, start_new_session=True
+            )
         time.sleep(1)
 
     def ask(self, *command: str) -> str:
@@ -117,3 +125,4 @@ class Slurm:
         time.sleep(1)
         for daemon in self.daemons.values():
             daemon.kill()
+            daemon.wait()
