@@ -311,7 +311,7 @@ def disturbed_and_not(folder: Path, trials: int, faults: Counter, seed: int, say
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--trials", type=int, default=32)
+    parser.add_argument("--trials", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir="/tmp") as name:
@@ -320,9 +320,13 @@ def main() -> int:
         found = disturbed_and_not(
             folder, args.trials, FAULTS, args.seed, lambda line: print(line, flush=True)
         )
+        from meddling import HANDS, meddle
+
+        found += meddle(folder, args.trials // 2, HANDS, args.seed, lambda line: print(line, flush=True))
         if found:
             print((folder / "search.log").read_text()[-3000:])
-    print("\n".join(found) or f"all invariants hold after {FAULTS.total()} faults")
+    n_faults, n_hands = FAULTS.total(), HANDS.total()
+    print("\n".join(found) or f"all invariants hold after {n_faults} faults and {n_hands} times of meddling")
     return bool(found)
 
 

@@ -71,7 +71,8 @@ class Meddled(Chaos):
                 self.open_plain().tell(trial.number, [0.0, 0.0])
 
     def delete_trial(self):
-        if trial := self.find_running():
+        """Never one that was enqueued: nobody else would know of its choice."""
+        if (trial := self.find_running()) and ENQUEUED not in trial.system_attrs:
             for table in TABLES:
                 self.server.sql(f"DELETE FROM {table} WHERE trial_id = {get_trial_id(trial)}")
 
