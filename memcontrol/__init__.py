@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from memcontrol import models as models
     from memcontrol import rewards as rewards
     from memcontrol.commands.audit import audit
+    from memcontrol.commands.clean import clean
     from memcontrol.commands.compare import compare
     from memcontrol.commands.dashboard import dashboard
     from memcontrol.commands.export import export
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = [
     "MemControlError",
     "audit",
+    "clean",
     "compare",
     "dashboard",
     "export",

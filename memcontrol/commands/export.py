@@ -232,13 +232,13 @@ def _write_lora(adapter: Adapter, prefix: str, out: Path, spec: Spec) -> None:
     settings = {f"{prefix}.{key}": value for key, value in _convert_sets(config.to_dict()).items()}
     metadata = {"format": "pt", "memcontrol": format_header(spec.description())}
     (out / COMFYUI_FILE).parent.mkdir()
-    with replace_file(out / LORA_FILE) as part:
+    with replace_file(out / LORA_FILE, published=True) as part:
         save_file(
             {f"{prefix}.{name}": tensor for name, tensor in state.items()},
             part,
             metadata | {"lora_adapter_metadata": format_header(settings)},
         )
-    with replace_file(out / COMFYUI_FILE) as part:
+    with replace_file(out / COMFYUI_FILE, published=True) as part:
         save_file(_make_comfyui_state(adapter, prefix, state), part, metadata)
 
 
@@ -276,7 +276,7 @@ def _write_peft(adapter: Adapter, out: Path) -> None:
     config = _find_lone_config(adapter)
     if config is not None:
         config.save_pretrained(out)
-        with replace_file(out / "adapter_model.safetensors") as part:
+        with replace_file(out / "adapter_model.safetensors", published=True) as part:
             save_file(
                 {f"base_model.model.{name}": tensor for name, tensor in _collect_peft_state(adapter).items()},
                 part,

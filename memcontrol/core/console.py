@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from memcontrol.core.files import make_private_folder, open_private
 from memcontrol.core.version import __version__
 
 QUIET, NORMAL, VERBOSE = "quiet", "normal", "verbose"
@@ -45,7 +46,8 @@ def print_json(value: object) -> None:
 def log_to_file(path: Path, what: str) -> Iterator[None]:
     """What is logged in the block goes to the end of the file, between lines that say what begins and how it
     ended; to stderr as well, with every detail, when verbose, less warnings, which are shown there anyway."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_private_folder(path.parent)
+    open_private(path, "ab").close()
     aloud = logging.StreamHandler()
     aloud.addFilter(lambda record: record.levelno < logging.WARNING)
     handlers: list[logging.Handler] = [

@@ -13,6 +13,7 @@ from typing import Any
 
 from memcontrol.core.config import SlurmConfig
 from memcontrol.core.errors import MemControlError
+from memcontrol.core.files import make_private_folder
 from memcontrol.core.jobs import Event, Failed, Job, Lost, Progress, parse_event
 from memcontrol.core.run_folder import StudyFolder
 from memcontrol.execution.executor import Executor, describe_overrun, pick_time_limit, read_new_progress
@@ -169,6 +170,7 @@ def _make_submitter(settings: SlurmConfig, folder: Path, gpus_per_trial: int):
             "search.executor is slurm, which needs submitit; install memcontrol[slurm]"
         ) from None
     try:
+        make_private_folder(folder)
         made = submitit.AutoExecutor(folder=folder, cluster="slurm", slurm_python=sys.executable)
     except RuntimeError as error:
         raise MemControlError(

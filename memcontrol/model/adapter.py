@@ -261,7 +261,7 @@ class Adapter:
         """Writes what was learned to folder/adapter.safetensors, what it is in the header."""
         state = dict(self.named_parameters()) | self.offsets()
         header = {"memcontrol": format_header(description)}
-        save_tensors(RunFolder(folder).adapter_file, state, header)
+        save_tensors(RunFolder(folder).adapter_file, state, header, published=True)
 
     def load(self, folder: Path) -> None:
         from safetensors.torch import load_file

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from memcontrol.core.attempts import format_now
 from memcontrol.core.errors import MemControlError
-from memcontrol.core.files import read_json, write_json
+from memcontrol.core.files import make_private_folder, read_json, write_json
 from memcontrol.core.run_folder import StudyFolder
 from memcontrol.study.database import find_lock_holder, is_postgresql, name_process
 
@@ -17,10 +17,10 @@ from memcontrol.study.database import find_lock_holder, is_postgresql, name_proc
 def hold_folder_lock(folder: Path) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
-    folder.mkdir(parents=True, exist_ok=True)
+    make_private_folder(folder)
     place = StudyFolder(folder)
     try:
-        with FileLock(place.lock_file, timeout=0):
+        with FileLock(place.lock_file, timeout=0, mode=0o600):
             write_json(place.holder_file, {"holder": name_process(), "since": format_now()})
             yield
     except Timeout:
@@ -45,7 +45,7 @@ def is_searching(folder: Path, url: str, name: str) -> bool:
     if not folder.is_dir():  # with PostgreSQL, this machine may never have seen it
         return False
     try:
-        with FileLock(StudyFolder(folder).lock_file, timeout=0):
+        with FileLock(StudyFolder(folder).lock_file, timeout=0, mode=0o600):
             return False
     except Timeout:
         return True

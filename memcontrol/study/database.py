@@ -13,10 +13,12 @@ import socket
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 from memcontrol.core import interrupt
 from memcontrol.core.errors import MemControlError
+from memcontrol.core.files import make_private_folder, open_private
 
 SQLITE = "sqlite:///"  # and a path, as it is
 
@@ -64,6 +66,15 @@ def make_engine_arguments(url: str) -> dict[str, Any]:
 
 def _is_odd_path(url: str) -> bool:
     return url.startswith(SQLITE) and not set("?%").isdisjoint(url)
+
+
+def make_database_file(url: str) -> None:
+    """An empty SQLite file, where there is none, that only its owner may read: SQLite gives the files that it
+    puts beside it the same rights. Raises OSError."""
+    path = Path(url.removeprefix(SQLITE).partition("?")[0])
+    make_private_folder(path.parent)
+    if not path.exists():
+        open_private(path, "ab").close()
 
 
 def connect_file(url: str) -> sqlite3.Connection:

@@ -30,6 +30,7 @@ from memcontrol.study.database import (
     Tell,
     explain_open_error,
     hide_password,
+    make_database_file,
     make_engine_arguments,
     make_engine_url,
     retry_while_away,
@@ -330,7 +331,7 @@ def _open_storage(url: str) -> optuna.storages.RDBStorage:
 
     try:
         if url.startswith(SQLITE):
-            Path(url.removeprefix(SQLITE)).parent.mkdir(parents=True, exist_ok=True)
+            make_database_file(url)
         return optuna.storages.RDBStorage(make_engine_url(url), engine_kwargs=make_engine_arguments(url))
     except (
         sqlalchemy.exc.SQLAlchemyError,

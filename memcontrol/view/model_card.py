@@ -59,7 +59,8 @@ def write_card(
 ) -> None:
     """`code`: how the folder is loaded, in Python."""
     head = yaml.safe_dump(make_metadata(spec, is_lora, is_conditional), sort_keys=False)
-    write_text(out / "README.md", f"---\n{head}---\n\n{compose_body(spec, result, code)}")
+    text = f"---\n{head}---\n\n{compose_body(spec, result, code)}"
+    write_text(out / "README.md", text, published=True)
 
 
 def _find_baseline(spec: Spec, result: dict[str, Any]) -> dict[str, Any]:

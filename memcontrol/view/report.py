@@ -50,14 +50,14 @@ _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-
 
 
 def write_report(facts: ReportData, path: Path, with_images: bool = True) -> None:
-    """Raises MemControlError where the path is no page's: a study file given in its place must not be
-    lost."""
+    """With images, training images among them, for its owner alone. Raises MemControlError where the path is
+    no page's: a study file given in its place must not be lost."""
     if path.suffix.lower() not in (".html", ".htm") or path.is_dir():
         raise MemControlError(
             f"the report is one HTML page, and {path} is not named as one; give OUT.html (data goes "
             "to stdout: --csv, --json)"
         )
-    write_text(path, render_page(facts, with_images))
+    write_text(path, render_page(facts, with_images), published=not with_images)
 
 
 def render_page(facts: ReportData, with_images: bool) -> str:
