@@ -1,5 +1,7 @@
 """Whose a study's files are, what lies in its folder, and that it can be removed."""
 
+import base64
+import io
 import json
 import os
 import re
@@ -8,6 +10,8 @@ import stat
 import subprocess
 import sys
 import uuid
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,10 +21,12 @@ from conftest import SMALL
 from filelock import FileLock
 from PIL import Image
 
-from memcontrol.core.files import make_private_folder, open_private, replace_file, write_text
+from memcontrol.core.config import hide_paths, publish_name
+from memcontrol.core.files import PACKAGE, make_private_folder, open_private, replace_file, write_text
 from memcontrol.core.run_folder import RunFolder, StudyFolder
 from memcontrol.study.artifacts import name_artifact
 from memcontrol.study.contents import list_others, write_readme
+from memcontrol.study.optuna_private import Notes
 from memcontrol.study.pick import select_front
 from memcontrol.study.place import StudyPlace
 
@@ -226,3 +232,101 @@ def test_clean_keeps_the_front(copied):
     lost = next(record for record in records if record.finished and record.choice.key not in weights)
     said = run("export", lost.run, copied.parent / "out").stderr
     assert f"--trial {lost.number}" in said and "was dropped" in said
+
+
+def read_all_bytes(path):
+    """Of a file, and of what is packed in it: text chunks of pictures, members of archives and of arrays, and
+    pictures in pages."""
+    content = path.read_bytes()
+    yield content
+    for encoded in re.findall(rb"data:image/[a-z]+;base64,([A-Za-z0-9+/=]+)", content):
+        yield from read_picture(base64.b64decode(encoded))
+    if path.suffix == ".png":
+        yield from read_picture(content)
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            yield from (archive.read(name) for name in archive.namelist())
+
+
+def read_picture(content):
+    with Image.open(io.BytesIO(content)) as image:
+        yield repr(image.info).encode()
+
+
+@pytest.fixture(scope="module")
+def published(searched):
+    """Everything that commands make of the study to be given away."""
+    out = searched.parent.parent / "published"
+    out.mkdir()
+    runs = {}
+    for path in (searched.parent / "runs" / "open").glob("*/result.json"):
+        runs.setdefault(json.loads(path.read_text())["choice"]["method"], path.parent)
+    runs["retrained"] = next((searched.parent / "runs" / "open" / "retrain").iterdir())
+    for name, place in runs.items():
+        shutil.copyfile(place / "adapter.safetensors", out / f"{name}.safetensors")
+        for format in ("adapter", "pipeline", "denoiser"):
+            run("export", place, out / f"{name}-{format}", "--format", format, check=True)
+    run("report", searched, out / "report.html", check=True)
+    run("report", searched, out / "bare.html", "--without-images", check=True)
+    for kind in ("csv", "json"):
+        (out / f"report.{kind}").write_text(run("report", searched, f"--{kind}", check=True).stdout)
+    study = StudyPlace.load(searched).open()
+    (out / "notes").write_text(repr(Notes(study.inner).texts()))
+    study.close()
+    return out
+
+
+def test_nothing_that_is_published_holds_a_path_or_a_caption(searched, published):
+    telling = [CLINIC, PATIENT, str(searched.parent.parent), os.path.expanduser("~") + "/", str(PACKAGE)]
+    files = [path for path in published.rglob("*") if path.is_file()]
+    found = [
+        (str(path.relative_to(published)), word)
+        for path in files
+        for content in read_all_bytes(path)
+        for word in telling
+        if word.encode() in content
+    ]
+    assert len(files) > 40 and found == []
+    kept = (searched.parent / "runs" / "open" / "split.json").read_bytes()
+    assert PATIENT.encode() in kept  # so that the words are those to look for
+
+
+def test_what_is_published_is_for_everyone_but_a_page_with_training_images(published):
+    before = os.umask(0)
+    os.umask(before)
+    rights = {path.name: mode for path, mode in list_rights(published).items() if path.is_file()}
+    assert rights.pop("report.html") == 0o600
+    assert {mode & FOR_ALL for mode in rights.values()} == {0o666 & ~before & FOR_ALL}
+
+
+def test_paths_are_told_to_who_asks(searched):
+    said = json.loads(run("report", searched, "--json", "--with-paths", check=True).stdout)
+    assert said["data"]["source"] == str(searched.parent / "images")
+    bare = json.loads(run("report", searched, "--json", check=True).stdout)
+    assert bare["data"]["source"] == "images" and bare["retrained"][0]["run"].startswith("retrain/")
+    for told, hidden in zip(said["trials"], bare["trials"], strict=True):
+        assert told["run"] == str(searched.parent / "runs" / "open" / hidden["run"])
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("/a b/c/x.pt", "x.pt"),
+        ("../a/b/", "b"),
+        ("torchscript:/a/b.pt,side=288", "torchscript:b.pt,side=288"),
+        ("transformers:google/vit", "transformers:google/vit"),
+        ("/a/mine.py:auc", "mine.py:auc"),
+        ("hf://owner/name", "hf://owner/name"),
+        ("owner/name", "owner/name"),
+        ("tiny", "tiny"),
+    ],
+)
+def test_a_published_name_is_no_path(given, said):
+    assert publish_name(given, may_be_hub=True) == said
+
+
+def test_a_reason_keeps_its_words_and_loses_its_paths():
+    text = "OSError: /home/me and you/data/x.png is cut (see /home/me and you/runs/s/ab/log.txt); a/b and 3/4"
+    said = "OSError: data/x.png is cut (see ab/log.txt); a/b and 3/4"
+    assert hide_paths(text, Path("/home/me and you"), Path("/home/me and you/runs/s")) == said
+    assert hide_paths("in '/a/b/c.py': no") == "in 'c.py': no"

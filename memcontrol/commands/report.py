@@ -9,15 +9,17 @@ from typing import Any
 from memcontrol.core.space_yaml import load_space
 from memcontrol.study.place import StudyPlace
 from memcontrol.view.report import write_report
-from memcontrol.view.report_data import collect_report_data
+from memcontrol.view.report_data import collect_report_data, publish_report_data
 
 
-def report(study: str | Path, out: str | Path | None = None, *, images: bool = True) -> dict[str, Any]:
-    """Writes one page about the study, where `out` names it. Returns what it says as data. Raises
-    MemControlError."""
+def report(
+    study: str | Path, out: str | Path | None = None, *, images: bool = True, paths: bool = False
+) -> dict[str, Any]:
+    """Writes one page about the study, where `out` names it. Returns what it says as data; `paths`: with
+    where things lie on this machine. Raises MemControlError."""
     place = StudyPlace.load(study)
     with contextlib.closing(place.open()) as found:
         data = collect_report_data(found, load_space(found.config.space), place.folder.path)
     if out is not None:
         write_report(data, Path(out), images)
-    return data
+    return data if paths else publish_report_data(data, place.folder.path)

@@ -50,6 +50,15 @@ def _make_owned(path: str, flags: int) -> int:
     return file
 
 
+def make_public(folder: Path) -> None:
+    """Gives all files in a folder the rights that the umask gives new ones."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(0o666 & ~umask)
+
+
 def make_private(path: Path) -> None:
     """Takes from everyone but the owner the right to a file, or to a folder and all in it."""
     places = [path, *path.rglob("*")] if path.is_dir() and not path.is_symlink() else [path]
@@ -72,8 +81,10 @@ def replace_file(path: Path, published: bool = False) -> Iterator[Path]:
     try:
         with name_full_disk(path):
             part.unlink(missing_ok=True)
-            (open(part, "wb") if published else open_private(part, "wb")).close()
+            with open(part, "wb") if published else open_private(part, "wb") as file:
+                mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
             yield part
+            part.chmod(mode)  # safetensors puts a file of its own in its place
             with open(part, "rb+") as file:
                 os.fsync(file.fileno())
             os.replace(part, path)

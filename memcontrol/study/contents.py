@@ -63,9 +63,9 @@ _CONTENTS = (
     ),
     ("retrain/", r"retrain", "choices that were fine-tuned on all training images, with the same files"),
 )
-_NAMES = "|".join(pattern for _, pattern, _ in _CONTENTS)
+_OUR_NAMES = "|".join(pattern for _, pattern, _ in _CONTENTS)
 _OURS = re.compile(
-    rf"({_NAMES})|\.?({_NAMES})(\.lock|\.\d+\.part)"
+    rf"({_OUR_NAMES})|\.?({_OUR_NAMES})(\.lock|\.\d+\.part)"
 )  # half a file of a process that died, too
 _HEAD = """\
 The folder of study '{name}', made by `memcontrol search`. Only its owner may read it: it holds pictures,

@@ -7,12 +7,13 @@ import csv
 import io
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from memcontrol.core.choice import EVERYTHING, Choice
+from memcontrol.core.config import hide_paths, publish_config, publish_name
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import read_json
 from memcontrol.core.reward_table import REWARDS, list_objectives
@@ -66,6 +67,28 @@ def collect_report_data(study: Study, space: SearchSpace, folder: Path) -> dict[
         "cost": _sum_costs(records, folder),
         "made_with": study.attributes.get("made_with", {}),
     }
+
+
+def publish_report_data(data: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The same where it leaves this machine: run folders as seen from the study's `folder`, and names in
+    place of paths."""
+    config, images = data["config"], data["data"]
+    places = (folder, folder.parent, Path(config["data"]["path"]), Path.home())
+    return {
+        **data,
+        "config": publish_config(config),
+        "given": publish_config(data["given"]),
+        "data": images | ({"source": publish_name(images["source"])} if images else {}),
+        "space": {**data["space"], "name": publish_name(data["space"]["name"])},
+        "trials": [_publish_run(trial, folder, places) for trial in data["trials"]],
+        "retrained": [_publish_run(run, folder, places) for run in data["retrained"]],
+    }
+
+
+def _publish_run(told: Mapping[str, Any], folder: Path, places: Sequence[Path]) -> dict[str, Any]:
+    run = told["run"] and Path(told["run"]).relative_to(folder).as_posix()
+    reason = {"reason": hide_paths(told["reason"], *places)} if told.get("reason") else {}
+    return {**told, "run": run, **reason}
 
 
 def _summarize_space(space: SearchSpace, name: str) -> dict[str, Any]:
