@@ -148,9 +148,7 @@ def test_below_a_prefix_every_address_is():
         asked.append(environ["PATH_INFO"])
         kind = "text/html" if environ["PATH_INFO"] == "/page" else "application/json"
         start("302 Found", [("Content-Type", kind), ("Location", "http://host:80/dashboard")])
-        return [
-            b'<script src="/static/bundle.js">`/artifacts/${e}` `${this.baseURL}/api/x` "/dashboard" /api/'
-        ]
+        return [b'<script src="/static/bundle.js">`/artifacts/${e}` `${this.url}/api/x` "/dashboard" /api/']
 
     below = put_below(app, "/x/y")
     for path, passed in {"/x/y/page": "/page", "/page": "/page", "/x/y": "/", "/x/yz": "/x/yz"}.items():

@@ -832,7 +832,8 @@ def _apply_override(values: dict, override: str) -> dict:
     try:
         return _set_at(values, key.split("."), parse_number(text))
     except yaml.YAMLError:
-        raise MemControlError(f"override '{override}': '{text}' is not valid YAML") from None
+        said = key if key == "storage" else override  # it may hold a password
+        raise MemControlError(f"override '{said}' is not valid YAML") from None
 
 
 def _set_at(values: Any, keys: list[str], value: Any) -> dict:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from memcontrol.core.errors import DiskFull
+from memcontrol.core.errors import DiskFull, MemControlError
 
 PACKAGE = Path(__file__).parent.parent  # where assets and, in a wheel, search spaces lie
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -123,4 +123,14 @@ def write_json(path: Path, value: object) -> None:
 
 
 def read_json(path: Path):
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Raises MemControlError where it is none."""
+    return parse_json(path.read_text(encoding="utf-8"), path)
+
+
+def parse_json(text: str, place: Path):
+    """The JSON that was read from a place. Raises MemControlError."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        said = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise MemControlError(f"{place} holds no JSON that can be read: {said}") from None

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import unquote
 
 from memcontrol.core import interrupt
 from memcontrol.core.errors import MemControlError
@@ -116,9 +117,26 @@ def validate_url(url: str) -> str:
     return url
 
 
+_VALUE = re.compile(r"([\w%.-]+)(\s*=\s*)('(?:[^'\\]|\\.)*'|[^&\s]*)")  # of a query, or of libpq's own form
+_SECRET = re.compile("pass|pwd|secret|token", re.IGNORECASE)
+
+
 def hide_password(url: str) -> str:
-    """The URL without its password."""
-    return re.sub(r"(://[^:/@]*):.*@", r"\1:***@", re.sub(r"(password=)[^&]*", r"\1***", url))
+    """The URL, or whatever was given in its place, without its password."""
+
+    def mask(match: re.Match[str]) -> str:
+        return f"{match[1]}{match[2]}***" if _SECRET.search(unquote(match[1])) else match[0]
+
+    return re.sub(r"(:/+[^:/@]*):.*@", r"\1:***@", _VALUE.sub(mask, url))
+
+
+def _list_passwords(url: str) -> list[str]:
+    """As the URL has them, and as a driver may print them, the longest first."""
+    values = [match[3] for match in _VALUE.finditer(url) if _SECRET.search(unquote(match[1]))]
+    if between := re.search(r":/+[^:/@]*:(.*)@", url):
+        values.append(between[1])
+    known = {form for value in values for form in (value, unquote(value), value.strip("'")) if form}
+    return sorted(known, key=len, reverse=True)
 
 
 _CURES = {
@@ -149,11 +167,8 @@ def explain_open_error(url: str, error: Exception) -> MemControlError:
             f"the driver of {hide_password(url).partition(':')[0]} is not installed: No module "
             f"named '{'psycopg' if '+psycopg:' in url else 'psycopg2'}'"
         )
-    with contextlib.suppress(Exception):
-        from sqlalchemy import make_url
-
-        password = make_url(url).password
-        reason = reason.replace(str(password), "***") if password else reason
+    for password in _list_passwords(url):
+        reason = reason.replace(password, "***")
     cure = next(
         (cure for pattern, cure in _CURES.items() if re.search(pattern, reason)),
         "give for example sqlite:///study.db",

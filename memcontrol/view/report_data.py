@@ -196,11 +196,16 @@ def format_csv(facts: dict[str, Any]) -> str:
     names = [name for name in REWARDS if name in measured] + sorted(set(measured) - set(REWARDS))
     groups, out = facts["space"]["groups"], io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(
-        ["trial", "anchor", "state", *_MARK_COLUMNS, *_CHOICE_COLUMNS, *groups, *names, "seconds"]
-    )
-    writer.writerows(_list_cells(trial, groups, names) for trial in facts["trials"])
+    head = ["trial", "anchor", "state", *_MARK_COLUMNS, *_CHOICE_COLUMNS, *groups, *names, "seconds"]
+    for row in (head, *(_list_cells(trial, groups, names) for trial in facts["trials"])):
+        writer.writerow([_guard_cell(cell) for cell in row])
     return out.getvalue()
+
+
+def _guard_cell(cell: Any) -> Any:
+    """A name that a spreadsheet would take for a formula is made a text; numbers stay numbers."""
+    is_formula = isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n"))
+    return f"'{cell}" if is_formula else cell
 
 
 def _list_cells(trial: TrialData, groups: Sequence[str], names: Sequence[str]) -> list[Any]:
