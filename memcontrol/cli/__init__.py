@@ -44,6 +44,9 @@ def main() -> int:
 
 def _run_command() -> int:
     """With all that it prints written out."""
+    from memcontrol.core.errors import refuse_windows
+
+    refuse_windows()  # before what cannot be imported there
     from memcontrol.cli.parser import make_parser, parse_arguments
     from memcontrol.core import console, interrupt
 
