@@ -5,7 +5,8 @@ FROM python:3.11.14-slim-bookworm
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cu128
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1 OMP_WAIT_POLICY=passive
 
-RUN useradd --create-home --uid 1000 memcontrol
+# the folder that a volume is mounted over gives it its owner
+RUN useradd --create-home --uid 1000 memcontrol && install -d -o memcontrol -g memcontrol /home/memcontrol/.cache
 WORKDIR /opt/memcontrol
 COPY constraints.txt pyproject.toml README.md LICENSE ./
 COPY memcontrol memcontrol

@@ -10,6 +10,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from memcontrol.core.errors import refuse_windows as _refuse_windows
 from memcontrol.core.version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from memcontrol import models as models
     from memcontrol import rewards as rewards
     from memcontrol.commands.audit import audit
+    from memcontrol.commands.clean import clean
     from memcontrol.commands.compare import compare
     from memcontrol.commands.dashboard import dashboard
     from memcontrol.commands.export import export
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = [
     "MemControlError",
     "audit",
+    "clean",
     "compare",
     "dashboard",
     "export",
@@ -65,6 +68,7 @@ def __getattr__(name: str):
         return import_module(f"memcontrol.{name}")
     if name not in __all__:
         raise AttributeError(f"module 'memcontrol' has no attribute '{name}'")
+    _refuse_windows()
     return getattr(import_module(_ELSEWHERE.get(name, f"memcontrol.commands.{name}")), name)
 
 

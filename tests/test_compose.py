@@ -40,6 +40,29 @@ def test_it_keeps_to_the_compose_specification(tmp_path):
     assert subprocess.run([*check, tmp_path / "wrong.yml"], capture_output=True).returncode == 1
 
 
+@pytest.mark.parametrize("name", SERVICES)
+def test_a_service_has_no_rights_that_it_does_not_need(name):
+    """CIS Docker Benchmark 1.6: 5.4 (capabilities), 5.5 (privileged), 5.13 (read-only root), 5.26
+    (privileges); and that it is told to end, and has time to."""
+    service = SERVICES[name]
+    assert service["read_only"] is True and service["cap_drop"] == ["ALL"] and "cap_add" not in service
+    assert service["security_opt"] == ["no-new-privileges:true"] and service["init"] is True
+    assert not {"privileged", "network_mode", "pid", "ipc", "cgroup_parent"} & set(service)
+    assert any(place.startswith("/tmp:") for place in service["tmpfs"])
+    assert service["stop_signal"] in ("SIGTERM", "SIGINT")
+    assert re.fullmatch(r"[12]m", service["stop_grace_period"])  # Docker's own is 10 seconds
+    for volume in service["volumes"]:
+        assert "docker.sock" not in volume
+        assert volume.endswith(":ro") or volume.startswith(("${WORK", *COMPOSE["volumes"]))
+
+
+def test_the_database_is_reached_by_services_alone_and_the_dashboard_writes_nothing():
+    assert [name for name in SERVICES if "ports" in SERVICES[name]] == ["dashboard"]
+    assert SERVICES["dashboard"]["volumes"] == ["${WORK:-.}:/work:ro"]
+    assert SERVICES["postgres"]["user"] == "postgres"
+    assert not any(word.startswith("--writable") for word in SERVICES["dashboard"]["command"])
+
+
 def test_the_services_are_those_of_a_search():
     assert set(SERVICES) == {"postgres", "ray-head", "worker", "orchestrator", "dashboard"}
 

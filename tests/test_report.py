@@ -21,7 +21,7 @@ from memcontrol.view.report import render_page
 
 @pytest.fixture(scope="module")
 def facts(shown):
-    done = run("report", shown, "--json")
+    done = run("report", shown, "--json", "--with-paths")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -13,8 +14,13 @@ from memcontrol.core import console
 class OneLineParser(argparse.ArgumentParser):
     """Says a mistake in one line, and where help is."""
 
+    def _print_message(self, message: str, file=None) -> None:
+        """argparse says nothing of what cannot be written."""
+        if message:
+            (file or sys.stderr).write(message)
+
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+        self.exit(2, f"{self.prog}: {console.escape_controls(message)}; see {self.prog} --help\n")
 
 
 def add_command(

@@ -129,9 +129,10 @@ def _run_audit(args: argparse.Namespace) -> int:
     from memcontrol.commands.attack import SAMPLING
     from memcontrol.commands.audit import audit_source
     from memcontrol.commands.audited import AuditSource
-    from memcontrol.view.audit_page import write_audit
+    from memcontrol.view.audit_page import check_audit_folder, write_audit
     from memcontrol.view.live import Steps, shorten_path
 
+    check_audit_folder(args.out)
     given = {name: getattr(args, name) for name in SAMPLING}
     sampling = {name: value for name, value in given.items() if value is not None}
     with Steps(make_console()) as steps:

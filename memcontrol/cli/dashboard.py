@@ -7,7 +7,7 @@ import os
 import sys
 
 from memcontrol.cli.arguments import add_command, add_study, make_whole_parser
-from memcontrol.core.console import make_console, say
+from memcontrol.core.console import make_console, say, warn
 
 
 def add_dashboard(subparsers) -> None:
@@ -23,7 +23,7 @@ def add_dashboard(subparsers) -> None:
     dashboard.add_argument(
         "--host",
         default="127.0.0.1",
-        help="the interface to listen on; any but loopback asks for a token (default: 127.0.0.1)",
+        help="the interface to listen on (default: 127.0.0.1)",
     )
     dashboard.add_argument(
         "--port", type=make_whole_parser(0), default=8080, help="0 takes any free one (default: 8080)"
@@ -31,8 +31,18 @@ def add_dashboard(subparsers) -> None:
     dashboard.add_argument(
         "--token",
         default=os.environ.get("MEMCONTROL_TOKEN"),
-        help="what visitors must bring (default: MEMCONTROL_TOKEN, or one that is drawn where --host is not "
-        "loopback)",
+        help="what visitors must bring (default: MEMCONTROL_TOKEN, or one that is drawn)",
+    )
+    dashboard.add_argument(
+        "--no-token",
+        action="store_true",
+        help="ask for none, on loopback: every user and program of this machine may then read the study",
+    )
+    dashboard.add_argument(
+        "--prefix",
+        default="",
+        metavar="/PATH",
+        help="the path below which a reverse proxy shows it (default: none)",
     )
     dashboard.add_argument(
         "--writable", action="store_true", help="let visitors write notes, tell trials, and delete studies"
@@ -41,11 +51,14 @@ def add_dashboard(subparsers) -> None:
 
 def _run_dashboard(args: argparse.Namespace) -> int:
     from memcontrol.commands.dashboard import open_dashboard
+    from memcontrol.view.dashboard import Serving
 
-    server, address = open_dashboard(
-        args.study, args.storage, args.host, args.port, args.token, args.writable
-    )
+    token = None if args.no_token else args.token
+    serving = Serving(args.host, args.port, token, args.writable, args.no_token, args.prefix)
+    server, address = open_dashboard(args.study, args.storage, serving, args.name)
     what = "anyone who has the address may change and delete studies" if args.writable else "read-only"
+    if args.no_token:
+        warn(make_console(), "without a token every user and program of this machine may read the study")
     sys.stdout.write(f"{address}\n")
     sys.stdout.flush()
     say(make_console(), f"{what}; Ctrl-C ends it")

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from memcontrol.cli.arguments import OneLineParser, add_command, add_levels
 from memcontrol.cli.audit import add_audit
+from memcontrol.cli.choices import add_rewards, add_spaces
+from memcontrol.cli.clean import add_clean
 from memcontrol.cli.compare import add_compare
 from memcontrol.cli.dashboard import add_dashboard
 from memcontrol.cli.demo import add_demo
@@ -20,9 +22,7 @@ from memcontrol.cli.init import add_init
 from memcontrol.cli.pick import add_pick
 from memcontrol.cli.report import add_report
 from memcontrol.cli.retrain import add_retrain
-from memcontrol.cli.rewards import add_rewards
 from memcontrol.cli.search import add_fork, add_search
-from memcontrol.cli.spaces import add_spaces
 from memcontrol.cli.status import add_status
 from memcontrol.core.version import __version__
 
@@ -48,6 +48,7 @@ _COMMANDS = (
     add_dashboard,
     add_report,
     add_compare,
+    add_clean,
     add_rewards,
     add_spaces,
     _add_completion,

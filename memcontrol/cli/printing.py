@@ -10,7 +10,7 @@ from memcontrol.core.console import warn
 def print_table(table) -> None:
     from rich.console import Console
 
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    Console(width=None if sys.stdout.isatty() else 200, markup=False, emoji=False).print(table)
 
 
 def make_json(record, study) -> dict:

@@ -25,6 +25,11 @@ def add_report(subparsers) -> None:
         action="store_true",
         help="leave out generated images and the training images nearest to them",
     )
+    report.add_argument(
+        "--with-paths",
+        action="store_true",
+        help="in data, say where images and runs lie on this machine",
+    )
     data = report.add_mutually_exclusive_group()
     data.add_argument("--csv", action="store_true", help="print a row for each trial on stdout")
     data.add_argument(
@@ -38,7 +43,7 @@ def _run_report(args: argparse.Namespace) -> int:
 
     if not (args.out or args.csv or args.json):
         raise MemControlError("report writes a page or prints data; give OUT.html, --csv or --json")
-    data = report(args.study, args.out, images=not args.without_images, name=args.name)
+    data = report(args.study, args.out, images=not args.without_images, paths=args.with_paths, name=args.name)
     if args.out:
         say(make_console(), f"report: {args.out}")
     if args.csv:

@@ -8,7 +8,7 @@ from pathlib import Path
 from wsgiref.simple_server import WSGIServer
 
 from memcontrol.study.place import StudyPlace
-from memcontrol.view.dashboard import start_server
+from memcontrol.view.dashboard import Serving, start_server
 
 
 def dashboard(
@@ -18,20 +18,23 @@ def dashboard(
     host: str = "127.0.0.1",
     port: int = 0,
     token: str | None = None,
+    no_token: bool = False,
     writable: bool = False,
+    prefix: str = "",
 ) -> str:
-    """Serves the study in optuna-dashboard from a thread, until the process ends. Returns the address. Raises
-    MemControlError."""
-    server, address = open_dashboard(study, storage, host, port, token, writable)
+    """Serves the study in optuna-dashboard from a thread, until the process ends, to whoever brings the
+    `token`, a given one or one that is drawn; with `no_token` to all on this machine. `prefix` is the path of
+    a reverse proxy. Returns the address, with the token. Raises MemControlError."""
+    server, address = open_dashboard(study, storage, Serving(host, port, token, writable, no_token, prefix))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return address
 
 
 def open_dashboard(
-    study: str | Path, storage: str | None, host: str, port: int, token: str | None, writable: bool
+    study: str | Path, storage: str | None, serving: Serving, name: str | None = None
 ) -> tuple[WSGIServer, str]:
     """The server, not yet serving, and its address."""
-    place = StudyPlace.load(study, [f"storage={storage}"] if storage else [])
+    place = StudyPlace.load(study, [f"storage={storage}"] if storage else [], name)
     with contextlib.closing(place.open()) as found:
-        url, name = found.url, found.config.name
-    return start_server(url, place.folder.path, name, host, port, token, writable)
+        url, searched = found.url, found.config.name
+    return start_server(url, place.folder.path, searched, serving)

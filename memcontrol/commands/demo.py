@@ -10,6 +10,7 @@ import yaml
 
 from memcontrol.core.config import NAME
 from memcontrol.core.errors import MemControlError
+from memcontrol.core.files import make_private_folder
 
 DEMO_STUDY: dict[str, Any] = {
     "name": "demo",
@@ -41,7 +42,7 @@ def write_demo_study(out: Path, seed: int, trials: int | None, workers: int | No
             study["search"][key] = value
     path = out / "study.yaml"
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        make_private_folder(out)
         path.write_text(yaml.safe_dump(study, sort_keys=False), encoding="utf-8")
     except OSError as error:
         raise MemControlError(f"{path} cannot be written: {error.strerror}") from None

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from pathlib import Path
 
 import torch
 
+from memcontrol.core.config import publish_name
 from memcontrol.core.errors import MemControlError
-from memcontrol.core.files import name_full_disk, replace_file
+from memcontrol.core.files import make_public, name_full_disk, replace_file
 from memcontrol.core.run_folder import RunFolder
 from memcontrol.core.spec import Spec, read_spec
 from memcontrol.model.adapter import Adapter, format_header
@@ -65,10 +65,24 @@ def export(run: str | Path, out: str | Path, format: str | None = None, precisio
             pipeline.to(dtype=getattr(torch, precision))
             kind = precision if precision != "float32" else kind if format == "denoiser" else None
             (denoiser if format == "denoiser" else pipeline).save_pretrained(out)
+        for path in out.rglob("*.json"):
+            _publish_names(path)
+        make_public(out)  # safetensors keeps what it writes to its owner
         code = _write_loading_code(out, source, type(pipeline).__name__, part, kind)
         is_conditional = getattr(pipeline, "tokenizer", None) is not None
         write_card(out, spec, place.read_result(), code, (out / LORA_FILE).is_file(), is_conditional)
     return out
+
+
+def _publish_names(path: Path) -> None:
+    """Libraries note in the files that they save where they read the model."""
+    values = json.loads(path.read_text(encoding="utf-8"))
+    keys = [key for key in values if key.endswith("name_or_path")] if isinstance(values, dict) else []
+    names = {key: publish_name(values[key], may_be_hub=True) for key in keys if isinstance(values[key], str)}
+    if any(values[key] != name for key, name in names.items()):
+        with replace_file(path, published=True) as part:
+            text = json.dumps(values | names, indent=2, ensure_ascii=False)
+            part.write_text(f"{text}\n", encoding="utf-8")
 
 
 def _check_export(run: RunFolder, spec: Spec, out: Path, format: str | None) -> None:
@@ -111,7 +125,7 @@ def _write_adapter(adapter: Adapter, run: RunFolder, part: str, out: Path, spec:
     if _is_lora(adapter):
         _write_lora(adapter, part, out, spec)
     else:
-        shutil.copyfile(run.adapter_file, RunFolder(out).adapter_file)
+        adapter.save(out, spec.describe_published())
         _write_peft(adapter, out)
 
 
@@ -229,16 +243,16 @@ def _write_lora(adapter: Adapter, prefix: str, out: Path, spec: Spec) -> None:
     from safetensors.torch import save_file
 
     config, state = _find_lone_config(adapter), _collect_peft_state(adapter)
-    settings = {f"{prefix}.{key}": value for key, value in _convert_sets(config.to_dict()).items()}
-    metadata = {"format": "pt", "memcontrol": format_header(spec.description())}
+    settings = {f"{prefix}.{key}": value for key, value in _convert_settings(config.to_dict()).items()}
+    metadata = {"format": "pt", "memcontrol": format_header(spec.describe_published())}
     (out / COMFYUI_FILE).parent.mkdir()
-    with replace_file(out / LORA_FILE) as part:
+    with replace_file(out / LORA_FILE, published=True) as part:
         save_file(
             {f"{prefix}.{name}": tensor for name, tensor in state.items()},
             part,
             metadata | {"lora_adapter_metadata": format_header(settings)},
         )
-    with replace_file(out / COMFYUI_FILE) as part:
+    with replace_file(out / COMFYUI_FILE, published=True) as part:
         save_file(_make_comfyui_state(adapter, prefix, state), part, metadata)
 
 
@@ -276,7 +290,7 @@ def _write_peft(adapter: Adapter, out: Path) -> None:
     config = _find_lone_config(adapter)
     if config is not None:
         config.save_pretrained(out)
-        with replace_file(out / "adapter_model.safetensors") as part:
+        with replace_file(out / "adapter_model.safetensors", published=True) as part:
             save_file(
                 {f"base_model.model.{name}": tensor for name, tensor in _collect_peft_state(adapter).items()},
                 part,
@@ -284,6 +298,10 @@ def _write_peft(adapter: Adapter, out: Path) -> None:
             )
 
 
-def _convert_sets(settings: dict) -> dict:
-    """peft's configuration as JSON can hold it."""
-    return {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
+def _convert_settings(settings: dict) -> dict:
+    """peft's configuration as JSON can hold it, less where the base lay."""
+    return {
+        key: sorted(value) if isinstance(value, set) else value
+        for key, value in settings.items()
+        if key != "base_model_name_or_path"
+    }

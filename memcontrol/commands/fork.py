@@ -70,7 +70,7 @@ def _write_study_file(old: Path, new: Path, name: str) -> None:
         raise MemControlError(
             f"{old} has no line that begins with 'name:'; write it so, or copy the file and name it by hand"
         )
-    write_text(new, named)
+    write_text(new, named, published=True)
 
 
 def _explain_invalid(

@@ -114,7 +114,7 @@ def propose_study(
     seen = replace(seen, notes=(*seen.notes, *([cut] if cut else [])))
     data, sizes, seen = _choose_dealing(data, seen)
     proposal = Proposal(path, _write_proposal(data, sizes, seen, name, given, path), seen)
-    write_text(path, proposal.text)
+    write_text(path, proposal.text, published=True)
     load_config(path)
     return proposal
 

@@ -12,6 +12,7 @@ from memcontrol.execution.executor import Executor
 from memcontrol.execution.make import count_workers, open_executor
 from memcontrol.search.observer import Observer, Observers
 from memcontrol.search.orchestrator import search_study
+from memcontrol.study.contents import make_study_folder
 from memcontrol.study.place import StudyPlace
 from memcontrol.study.record import Record
 from memcontrol.view.dashboard_notes import Publisher
@@ -53,6 +54,7 @@ def run_search(place: StudyPlace, executor: Executor, quiet: bool = False) -> No
     watchers: list[Observer] = [EventLog(n_groups), Publisher(place.space, place.folder)]
     about = f"search of {place.file}: {describe_config(place.config)}"
     doubt = describe_network_doubt(place.config.rewards.extractor, place.config.data.path)
+    make_study_folder(place)
     with log_to_file(place.folder.log_file, about), contextlib.ExitStack() as shown:
         if doubt and not quiet:
             warn(make_console(), doubt)

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from memcontrol.core.files import read_json, write_json
+from memcontrol.core.files import make_private_folder, open_private, read_json, write_json
 from memcontrol.core.run_folder import RunFolder
 
 _PROGRESS_SECONDS = 1.0
@@ -54,7 +54,7 @@ class Attempt:
 
 def begin_attempt(folder: Path) -> Attempt:
     """Takes the folder over: whoever worked on it before stops at its next step."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_private_folder(folder)
     host, pid = socket.gethostname(), os.getpid()
     line: dict[str, Any] = {
         "identity": f"{host}-{pid}-{time.time_ns()}",
@@ -63,7 +63,7 @@ def begin_attempt(folder: Path) -> Attempt:
         "gpu": os.environ.get("CUDA_VISIBLE_DEVICES") or None,
         "started": format_now(),
     }
-    with open(RunFolder(folder).attempts_file, "a", encoding="utf-8") as file:
+    with open_private(RunFolder(folder).attempts_file, "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
     return Attempt(folder, line["identity"])
 

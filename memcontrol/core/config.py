@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -138,7 +139,9 @@ class BaseConfig(Strict):
     def without_paths(self) -> BaseConfig:
         """With the names of files and folders in place of where they lie on this machine."""
         values = {key: getattr(self, key) for key in ("id", "adapter", "config")}
-        return self.model_copy(update={key: value and _take_name(value) for key, value in values.items()})
+        return self.model_copy(
+            update={key: value and publish_name(value, key != "adapter") for key, value in values.items()}
+        )
 
     @model_serializer(mode="wrap")
     def write_short(self, write: SerializerFunctionWrapHandler) -> dict[str, Any] | str:
@@ -748,6 +751,45 @@ def describe_config(config: Config) -> str:
     return json.dumps(config.model_dump(mode="json", exclude_defaults=True), ensure_ascii=False)
 
 
+_OF_A_CLUSTER = ("ray", "slurm", "storage")
+_SCHEME = re.compile(r"(hf://|[a-z][a-z-]*:)?(.*)", re.DOTALL)  # such as torchscript:PATH,side=288
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # what Hugging Face's hub calls a model
+_OF_THE_HUB = ("base", "id", "config", "clip", "extractor")  # keys that may hold one
+_PATH_IN_TEXT = re.compile(r"(?<![\w/.:])~?/(?:[^\s/:;,'\"()<>]+/)*(?=[^\s/:;,'\"()<>])")
+
+
+def publish_config(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a config as JSON may be given away: names of files and folders in place of where they lie, and
+    nothing of the cluster that it ran on."""
+    return {key: _take_names(key, value) for key, value in values.items() if key not in _OF_A_CLUSTER}
+
+
+def _take_names(key: str, value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _take_names(name, inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_take_names(key, inner) for inner in value]
+    return publish_name(value, key in _OF_THE_HUB) if isinstance(value, str) else value
+
+
+def publish_name(given: str, may_be_hub: bool = False) -> str:
+    """What the hub calls it, where it may be the hub's, or the name of a file or folder, whichever `given`
+    is."""
+    scheme, rest = _SCHEME.fullmatch(given).groups(default="")  # type: ignore[union-attr]
+    is_hub = may_be_hub and _HUB_NAME.fullmatch(rest) and not Path(rest).exists()
+    if "/" not in rest or is_hub or scheme == HUB:
+        return given
+    return scheme + rest.rstrip("/").rpartition("/")[2]
+
+
+def hide_paths(text: str, *places: Path) -> str:
+    """A sentence with the names of files and folders in place of where they lie: below `places`, whatever is
+    in their names, and wherever a path has no spaces."""
+    for place in sorted(map(str, places), key=len, reverse=True):
+        text = text.replace(f"{place}/", "").replace(place, Path(place).name)
+    return _PATH_IN_TEXT.sub("", text)
+
+
 def load_config(source: Path | str | dict, overrides: Sequence[str] = ()) -> Config:
     """The config of a YAML file or a mapping, `overrides` ("inner.batch_size=8") applied. Raises
     MemControlError."""
@@ -832,7 +874,8 @@ def _apply_override(values: dict, override: str) -> dict:
     try:
         return _set_at(values, key.split("."), parse_number(text))
     except yaml.YAMLError:
-        raise MemControlError(f"override '{override}': '{text}' is not valid YAML") from None
+        said = key if key == "storage" else override  # it may hold a password
+        raise MemControlError(f"override '{said}' is not valid YAML") from None
 
 
 def _set_at(values: Any, keys: list[str], value: Any) -> dict:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from memcontrol.core import interrupt
+from memcontrol.core.files import make_private_folder, open_private
 from memcontrol.core.version import __version__
 
 QUIET, NORMAL, VERBOSE = "quiet", "normal", "verbose"
@@ -21,16 +22,25 @@ level = NORMAL  # of this process
 
 
 def make_console():
-    """Where people are told what goes on; says nothing when quiet."""
+    """Where people are told what goes on; says nothing when quiet. Names are printed as they are: nothing in
+    them is taken for markup."""
     from rich.console import Console
 
     width = None if sys.stderr.isatty() or "COLUMNS" in os.environ else 150
-    return Console(stderr=True, width=width, quiet=level == QUIET)
+    return Console(stderr=True, width=width, quiet=level == QUIET, markup=False, emoji=False)
 
 
 def say(console, text: str, style: str | None = None) -> None:
     """One line as it is: nothing in it is coloured, cut or taken for markup."""
-    console.print(text, style=style, highlight=False, soft_wrap=True, markup=False)
+    console.print(escape_controls(text), style=style, highlight=False, soft_wrap=True, markup=False)
+
+
+def escape_controls(text: str) -> str:
+    """One line, whatever is in a name: line breaks, controls of terminals and what is no UTF-8 as Python
+    writes them."""
+    return "".join(
+        sign if sign.isprintable() else sign.encode("unicode_escape").decode("ascii") for sign in text
+    )
 
 
 def warn(console, text: str) -> None:
@@ -46,7 +56,8 @@ def print_json(value: object) -> None:
 def log_to_file(path: Path, what: str) -> Iterator[None]:
     """What is logged in the block goes to the end of the file, between lines that say what begins and how it
     ended; to stderr as well, with every detail, when verbose, less warnings, which are shown there anyway."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_private_folder(path.parent)
+    open_private(path, "ab").close()
     aloud = logging.StreamHandler()
     aloud.addFilter(lambda record: record.levelno < logging.WARNING)
     handlers: list[logging.Handler] = [

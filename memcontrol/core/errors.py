@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import sys
+
 
 class MemControlError(Exception):
     """The library raises it, the command line prints it as one line and exits with 1."""
+
+
+def refuse_windows() -> None:
+    """Raises MemControlError on Windows: locks, signals, rights and mapped files are those of POSIX here."""
+    if sys.platform == "win32":
+        raise MemControlError(
+            "memcontrol runs on Linux and macOS, not on Windows itself; install it in WSL 2 (wsl --install)"
+        )
 
 
 class Diverged(MemControlError):

@@ -266,6 +266,16 @@ class StudyFolder:
         return self.cache / "images.db"
 
     @property
+    def secret_file(self) -> Path:
+        """What names of artifacts are drawn from, so that none can be guessed."""
+        return self.path / "secret"
+
+    @property
+    def readme_file(self) -> Path:
+        """What lies in the folder, for whoever finds it."""
+        return self.path / "README.txt"
+
+    @property
     def slurm(self) -> Path:
         """What is known of Slurm jobs, by the command that submits them."""
         return self.path / "slurm"

@@ -14,6 +14,7 @@ from memcontrol.core.choice import EVERYTHING, RANKED, SEARCHED_METHODS
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import PACKAGE
 from memcontrol.core.space import Group, SearchSpace
+from memcontrol.core.yaml_reader import parse_yaml
 
 
 def _find_space_folder() -> Path:
@@ -40,7 +41,7 @@ def load_space(name_or_file: str) -> SearchSpace:
             f"space '{name_or_file}': no such file and not shipped; shipped are {', '.join(shipped)}"
         )
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = parse_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise MemControlError(f"space {path}: not valid YAML: {' '.join(str(error).split())}") from None
     return parse_space(values, path.stem)

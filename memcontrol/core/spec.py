@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from memcontrol.core.choice import Choice
-from memcontrol.core.config import BaseConfig, Config, find_differing_keys, load_config, locate_config
+from memcontrol.core.config import (
+    DIGITS,
+    HUB,
+    BaseConfig,
+    Config,
+    find_differing_keys,
+    load_config,
+    locate_config,
+    publish_config,
+)
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import read_json, write_json
 from memcontrol.core.run_folder import RunFolder, StudyFolder
@@ -60,13 +69,20 @@ class Spec:
         return base.model_copy(update={"revision": commit}) if commit else base
 
     def description(self) -> dict[str, Any]:
-        """What a saved adapter says of itself."""
+        """What it was trained with."""
         return {
             "version": __version__,
             "config": self.config.dump_as_written(),
             "choice": self.choice.as_dict(),
             "space": dump_space(self.space),
         }
+
+    def describe_published(self) -> dict[str, Any]:
+        """The same where it leaves this machine: no paths, and the images by no name of their own."""
+        config = publish_config(self.config.dump_as_written())
+        path = config["data"]["path"]
+        known = path if path == DIGITS or path.startswith(HUB) else "private images"
+        return self.description() | {"config": {**config, "data": {**config["data"], "path": known}}}
 
     def write(self, folder: Path) -> None:
         """Writes the spec into the trial's folder. Raises MemControlError where

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from memcontrol.core.files import name_full_disk, replace_file
+from memcontrol.core.files import make_private_folder, name_full_disk, replace_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,7 +44,10 @@ def load_or_make(path: Path, make: Callable[[], Mapping[str, Tensor]]) -> dict[s
 
 
 def save_tensors(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    published: bool = False,
 ) -> None:
     """A safetensors file. The library's own writer holds all of it once more as bytes; this one none. Raises
     DiskFull."""
@@ -52,7 +55,7 @@ def save_tensors(
         name: TensorRows(str(tensor.dtype), tuple(tensor.shape), (tensor,))
         for name, tensor in tensors.items()
     }
-    write_tensors(path, rows, metadata)
+    write_tensors(path, rows, metadata, published)
 
 
 def map_tensors(path: Path) -> dict[str, Tensor]:
@@ -127,8 +130,8 @@ def hold_lock(path: Path, wait: bool = True) -> Iterator[bool]:
     where `wait` is off."""
     from filelock import FileLock, Timeout
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(f"{path}.lock", timeout=-1 if wait else 0)
+    make_private_folder(path.parent)
+    lock = FileLock(f"{path}.lock", timeout=-1 if wait else 0, mode=0o600)
     try:
         lock.acquire()
     except Timeout:
@@ -150,13 +153,16 @@ class TensorRows:
 
 
 def write_tensors(
-    path: Path, tensors: Mapping[str, TensorRows], metadata: Mapping[str, str] | None = None
+    path: Path,
+    tensors: Mapping[str, TensorRows],
+    metadata: Mapping[str, str] | None = None,
+    published: bool = False,
 ) -> None:
     """A safetensors file, part by part: no more than one is in memory. Raises DiskFull, and ValueError where
     the parts are not as many rows as was said."""
     # wide types first, so that each tensor begins at a multiple of its width
     names = sorted(tensors, key=lambda name: -_count_width(tensors[name]))
-    with replace_file(path) as part, open(part, "wb") as file:
+    with replace_file(path, published) as part, open(part, "wb") as file:
         file.write(_format_head(names, tensors, metadata or {}))
         for name in names:
             _write_parts(file, name, tensors[name])

@@ -21,7 +21,13 @@ from PIL import Image
 from memcontrol.core import interrupt
 from memcontrol.core.config import DIGITS, HUB, PARTS, DataConfig
 from memcontrol.core.errors import MemControlError
-from memcontrol.core.files import name_full_disk, read_json, write_json
+from memcontrol.core.files import (
+    make_private_folder,
+    name_full_disk,
+    open_private,
+    read_json,
+    write_json,
+)
 from memcontrol.data.cache import find_cache_folder, hold_lock
 from memcontrol.data.index import ShowDone
 from memcontrol.data.stored import OTHER_IMAGES, Columns, DatasetSplit, StoredSplit, TarSplit
@@ -123,10 +129,12 @@ def unpack_dataset(path: str, split: str | None, home: Path | None, progress: Sh
             splits = _open_splits(path)
             plan = plan_splits(path, list(splits), split)
             part = folder.with_name(f".{folder.name}.{state[:8]}.part")
-            part.mkdir(exist_ok=True)
+            make_private_folder(part)
             with (
                 _name_failure(path),
-                open(part / "metadata.jsonl", "w", encoding="utf-8", errors="backslashreplace") as table,
+                open_private(
+                    part / "metadata.jsonl", "w", encoding="utf-8", errors="backslashreplace"
+                ) as table,
             ):
                 total = sum(splits[name].count_rows() for name in plan.folders)
                 writer = _Writer(part, table, total, progress)
@@ -296,7 +304,7 @@ class _Writer:
         columns = split.find_columns()
         first = self.n + 1
         self.shards += [(first + n, title) for n, title in split.list_shards()]
-        (self.folder / inside).mkdir(exist_ok=True)
+        make_private_folder(self.folder / inside)
         for row in split.iterate():
             interrupt.check()
             self.n += 1
@@ -319,7 +327,7 @@ class _Writer:
             return None
         name = str(PurePath(inside) / _name_image(self.n, stored, row))
         if stored.get("bytes") is None:
-            shutil.copyfile(stored["path"], self.folder / name)
+            _write_missing(self.folder / name, Path(stored["path"]).read_bytes())
         else:
             _write_missing(self.folder / name, stored["bytes"])
         return name
@@ -327,7 +335,8 @@ class _Writer:
 
 def _write_missing(path: Path, content: bytes) -> None:
     if not (path.is_file() and path.stat().st_size == len(content)):
-        path.write_bytes(content)
+        with open_private(path, "wb") as file:
+            file.write(content)
 
 
 def _name_image(number: int, stored: Mapping[str, Any], row: Mapping[str, Any]) -> str:

@@ -24,7 +24,7 @@ from PIL import Image
 from memcontrol.core import interrupt
 from memcontrol.core.config import Pages
 from memcontrol.core.errors import MemControlError
-from memcontrol.core.files import name_full_disk
+from memcontrol.core.files import name_full_disk, open_private
 from memcontrol.data.cache import hold_lock
 from memcontrol.data.twins import THUMBNAIL_SIDE, Twins, shrink_to_thumbnail
 from memcontrol.reading.decode import OpenedFile, convert_to_rgb, name_page, open_file, refuse_large
@@ -151,6 +151,8 @@ def _open_index(path: Path | None) -> Iterator[sqlite3.Connection]:
 
 def _connect(path: Path | None) -> sqlite3.Connection:
     """A file that is broken, or of another form, is begun anew."""
+    if path:
+        open_private(path, "ab").close()
     index = sqlite3.connect(path or ":memory:")
     try:
         index.executescript(_MAKE_TABLES)

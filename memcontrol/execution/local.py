@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
+from memcontrol.core.files import make_private_folder, open_private
 from memcontrol.core.jobs import END_EVENTS, Event, Job, Lost, parse_event
 from memcontrol.core.run_folder import StudyFolder
 from memcontrol.execution.executor import Executor, describe_overrun, pick_time_limit
@@ -173,8 +174,8 @@ class Worker:
                     printed.append(line.strip())
                 if self.log:
                     with contextlib.suppress(OSError):  # a full disk, say
-                        self.log.parent.mkdir(parents=True, exist_ok=True)
-                        with open(self.log, "a", encoding="utf-8") as file:
+                        make_private_folder(self.log.parent)
+                        with open_private(self.log, "a", encoding="utf-8") as file:
                             file.write(line)
 
     def describe_start(self) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from memcontrol.core.config import SlurmConfig
 from memcontrol.core.console import LOG
+from memcontrol.core.files import make_private_folder
 from memcontrol.core.jobs import ConfirmJob, EncodeJob, Event, Job, Lost, Progress, TrialJob
 from memcontrol.execution.executor import Executor, describe_overrun, pick_time_limit, read_new_progress
 from memcontrol.execution.slurm_commands import (
@@ -194,7 +195,7 @@ def _lock_folder(folder: Path):
 
     for i in range(1, 1000):
         place = folder if i == 1 else folder.with_name(f"{folder.name}-{i}")
-        place.mkdir(parents=True, exist_ok=True)
+        make_private_folder(place)
         lock = FileLock(place / "lock", timeout=0)
         try:
             lock.acquire()

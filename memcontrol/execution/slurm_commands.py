@@ -15,6 +15,7 @@ from memcontrol.core import interrupt
 from memcontrol.core.config import SlurmConfig
 from memcontrol.core.console import LOG
 from memcontrol.core.errors import MemControlError
+from memcontrol.core.files import write_text
 from memcontrol.execution.slurm_job import SECONDS_LEFT, SlurmFiles
 
 _Found = TypeVar("_Found")
@@ -133,8 +134,7 @@ def write_script(files: SlurmFiles, settings: SlurmConfig, gpus_per_trial: int) 
     flags = [f"#SBATCH --{name}" + ("" if value is True else f"={value}") for name, value in options.items()]
     n = settings.cpus
     setup = f"export OMP_NUM_THREADS={n} MKL_NUM_THREADS={n} OMP_WAIT_POLICY=passive"
-    files.script.parent.mkdir(parents=True, exist_ok=True)
-    files.script.write_text("\n".join(["#!/bin/bash", *flags, setup, f"exec {shlex.join(command)}", ""]))
+    write_text(files.script, "\n".join(["#!/bin/bash", *flags, setup, f"exec {shlex.join(command)}", ""]))
 
 
 def list_options(files: SlurmFiles, settings: SlurmConfig, gpus_per_trial: int) -> dict[str, str | bool]:

@@ -21,7 +21,7 @@ from queue import Empty, SimpleQueue
 from memcontrol.core import interrupt
 from memcontrol.core.attempts import Superseded, begin_attempt
 from memcontrol.core.errors import Diverged, MemControlError, RewardFailed
-from memcontrol.core.files import write_json
+from memcontrol.core.files import make_private_folder, open_private, write_json
 from memcontrol.core.jobs import (
     Calibrated,
     CalibrateJob,
@@ -193,8 +193,8 @@ def _await_job(jobs: SimpleQueue[Job]) -> Job:
 
 def _redirect_output(path: Path) -> None:
     """Whatever any library prints goes to the job's log."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab") as file:
+    make_private_folder(path.parent)
+    with open_private(path, "ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
 

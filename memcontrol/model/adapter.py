@@ -261,7 +261,7 @@ class Adapter:
         """Writes what was learned to folder/adapter.safetensors, what it is in the header."""
         state = dict(self.named_parameters()) | self.offsets()
         header = {"memcontrol": format_header(description)}
-        save_tensors(RunFolder(folder).adapter_file, state, header)
+        save_tensors(RunFolder(folder).adapter_file, state, header, published=True)
 
     def load(self, folder: Path) -> None:
         from safetensors.torch import load_file
@@ -300,6 +300,30 @@ def _make_input_contiguous(norm: nn.GroupNorm, inputs: tuple[torch.Tensor]) -> t
     in channels-last order."""
     (hidden,) = inputs
     return (hidden.contiguous(),) if torch.is_grad_enabled() and not hidden.requires_grad else None
+
+
+@contextlib.contextmanager
+def undo_on_failure(denoiser: nn.Module) -> Iterator[None]:
+    """Where the block fails, the denoiser's modules and what of them is trained are as they were: layers that
+    were put around them go, also of an adapter that was only half injected."""
+    modules = dict(denoiser.named_modules())
+    wrapped = {name for name, module in modules.items() if parametrize.is_parametrized(module)}
+    flags = [(parameter, parameter.requires_grad) for parameter in denoiser.parameters()]
+    had_config = hasattr(denoiser, "peft_config")
+    try:
+        yield
+    except BaseException:
+        for name, module in modules.items():
+            if name and denoiser.get_submodule(name) is not module:
+                denoiser.set_submodule(name, module)
+            if name not in wrapped and parametrize.is_parametrized(module):
+                for parameter in list(module.parametrizations):
+                    parametrize.remove_parametrizations(module, parameter, leave_parametrized=False)
+        if not had_config and hasattr(denoiser, "peft_config"):
+            del denoiser.peft_config
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        raise
 
 
 def format_header(description: dict) -> str:

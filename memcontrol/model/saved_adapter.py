@@ -4,10 +4,9 @@ denoiser."""
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,11 @@ import torch
 
 from memcontrol.core.choice import Choice
 from memcontrol.core.errors import MemControlError
+from memcontrol.core.files import parse_json, read_json
 from memcontrol.core.run_folder import RunFolder
+from memcontrol.core.space import SearchSpace
 from memcontrol.core.space_yaml import parse_space
-from memcontrol.model.adapter import Adapter, inject_adapter
+from memcontrol.model.adapter import Adapter, inject_adapter, undo_on_failure
 from memcontrol.model.families import name_denoiser
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers' load_lora_weights looks for
@@ -61,7 +62,10 @@ def read_description(path: Path) -> dict[str, Any] | None:
     names in it are another tool's."""
     names, described = _read_head(path)
     is_ours = described is not None and not any(name.endswith(".alpha") for name in names)
-    return json.loads(described) if described and is_ours else None
+    found = parse_json(described, path) if described and is_ours else None
+    if found is not None and not (isinstance(found, dict) and isinstance(found.get("config"), dict)):
+        raise MemControlError(f"{path} is broken: its header does not say what it was trained with")
+    return found
 
 
 def is_own_file(path: Path) -> bool:
@@ -82,20 +86,50 @@ def _read_head(path: Path) -> tuple[list[str], str | None]:
 
 def put_adapter(denoiser: torch.nn.Module, part: str, path: Path) -> Adapter:
     """Of MemControl's own file; `part` is what the pipeline calls its denoiser. Raises MemControlError."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     values = read_description(path)
     assert values is not None, "only MemControl's own files are put in"
-    space = parse_space(values["space"], values["config"]["space"])
-    adapter = inject_adapter(denoiser, space, Choice.from_dict(values["choice"]), 0)
-    state = {name.removeprefix(f"{part}."): tensor for name, tensor in load_file(path).items()}
-    adapter.load_state(
-        {
-            f"{name}.weight" if name.endswith("lora_magnitude_vector") else name: tensor
-            for name, tensor in state.items()
-        }
-    )
+    try:
+        space = parse_space(values["space"], str(values["config"]["space"]))
+        choice = Choice.from_dict(values["choice"])
+        state = {name.removeprefix(f"{part}."): tensor for name, tensor in load_file(path).items()}
+        settings = [choice.setting(group) for group in choice.groups]
+        _check_ranks(path, [setting.rank for setting in settings], state)
+        with undo_on_failure(denoiser):
+            return _inject_state(denoiser, space, choice, state)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, SafetensorError) as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise MemControlError(f"{path} is broken, or of another version ({said}); export it again") from None
+
+
+def _inject_state(
+    denoiser: torch.nn.Module, space: SearchSpace, choice: Choice, state: dict[str, torch.Tensor]
+) -> Adapter:
+    adapter = inject_adapter(denoiser, space, choice, 0)
+    try:
+        adapter.load_state(
+            {
+                f"{name}.weight" if name.endswith("lora_magnitude_vector") else name: tensor
+                for name, tensor in state.items()
+            }
+        )
+    except BaseException:
+        adapter.remove()
+        raise
     return adapter
+
+
+def _check_ranks(path: Path, ranks: Iterable[Any], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raises MemControlError for one beyond every side of every tensor, which would be paid for in memory
+    before it is seen to fit nothing."""
+    most = max((side for tensor in tensors.values() for side in tensor.shape), default=0)
+    for rank in ranks:
+        if rank is not None and not (isinstance(rank, int) and 0 < rank <= most):
+            raise MemControlError(
+                f"{path} is broken: a rank of {rank}, and no tensor has a side above {most}"
+            )
 
 
 def fuse_file(
@@ -150,11 +184,14 @@ def _fuse_lora(denoiser: Any, part: str, pipeline_class: Any, path: Path, given_
     try:
         own, given = _read_peft(path, part) or _read_lora(read, denoiser, part, path)
         if own:
+            told = given.get("metadata") or {}
+            ranks = [told.get(f"{part}.r"), *(told.get(f"{part}.rank_pattern") or {}).values()]
+            _check_ranks(path, ranks, own)
             with _hush_diffusers():
                 denoiser.load_lora_adapter(own, prefix=part, **given)
     except KeyError as error:
         _refuse(given_as, path, f"tensor {error} is missing")
-    except (OSError, ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError, AttributeError, IndexError, re.error) as error:
         said = " ".join(str(error).split())
         _refuse(given_as, path, "its layers have other shapes" if "size mismatch" in said else said[:200])
     if not own:
@@ -207,7 +244,7 @@ def _read_peft(path: Path, part: str) -> tuple[dict[str, Any], dict[str, Any]] |
     config = path.parent / _PEFT_CONFIG
     if not config.is_file():  # alpha as large as the rank, as peft's own reader would not guess
         return own, {"network_alphas": None}
-    settings = json.loads(config.read_text(encoding="utf-8"))
+    settings = read_json(config)
     return own, {"metadata": {f"{part}.{key}": value for key, value in settings.items()}}
 
 

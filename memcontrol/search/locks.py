@@ -11,7 +11,7 @@ from filelock import FileLock, Timeout
 
 from memcontrol.core.attempts import format_now
 from memcontrol.core.errors import MemControlError
-from memcontrol.core.files import read_json, write_json
+from memcontrol.core.files import make_private_folder, read_json, write_json
 from memcontrol.core.run_folder import StudyFolder
 from memcontrol.study.database import (
     find_lock_holder,
@@ -27,10 +27,10 @@ from memcontrol.study.database import (
 def hold_folder_lock(folder: Path, **plan: Any) -> Iterator[None]:
     """With a file that says who holds it, since when, and what it plans. Raises MemControlError where another
     process does."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_private_folder(folder)
     place = StudyFolder(folder)
     try:
-        with FileLock(place.lock_file, timeout=0):
+        with FileLock(place.lock_file, timeout=0, mode=0o600):
             write_json(place.holder_file, {"holder": name_process(), "since": format_now(), **plan})
             yield
     except Timeout:

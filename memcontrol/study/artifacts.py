@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import hmac
+import secrets
 import shutil
 import uuid
 from pathlib import Path
@@ -10,7 +13,7 @@ from typing import BinaryIO
 from optuna.artifacts import ArtifactMeta, FileSystemArtifactStore
 from optuna.storages import BaseStorage
 
-from memcontrol.core.files import replace_file
+from memcontrol.core.files import replace_file, write_text
 from memcontrol.core.run_folder import RunFolder, StudyFolder
 from memcontrol.study.optuna_private import record_artifact
 
@@ -21,10 +24,25 @@ def attach_pictures(storage: BaseStorage, trial_id: int, run: RunFolder, folder:
     names the file before it is there."""
     for picture in (run.samples_picture, run.pairs_picture):
         if picture.is_file():
-            artifact_id = str(uuid.uuid5(uuid.NAMESPACE_URL, f"{run.path.name}/{picture.name}"))
+            artifact_id = name_artifact(folder, run, picture)
             with replace_file(StudyFolder(folder).artifacts / artifact_id) as part:
                 shutil.copyfile(picture, part)
             record_artifact(storage, trial_id, ArtifactMeta(artifact_id, picture.name, "image/png", None))
+
+
+def name_artifact(folder: Path, run: RunFolder, picture: Path) -> str:
+    """The same each time, and for nobody to guess who does not know the study's secret: whoever has an id is
+    shown the picture."""
+    about = f"{run.path.name}/{picture.name}".encode()
+    return str(uuid.UUID(bytes=hmac.digest(_take_secret(folder), about, hashlib.sha256)[:16], version=4))
+
+
+def _take_secret(folder: Path) -> bytes:
+    """The study's own, drawn when it is first asked for."""
+    path = StudyFolder(folder).secret_file
+    if not path.is_file():
+        write_text(path, secrets.token_hex(32))
+    return path.read_bytes()
 
 
 class ReadOnlyStore:

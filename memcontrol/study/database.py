@@ -17,11 +17,13 @@ import urllib.parse
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import unquote
 
 from filelock import FileLock, Timeout
 
 from memcontrol.core import interrupt
 from memcontrol.core.errors import MemControlError
+from memcontrol.core.files import make_private_folder, open_private
 
 SQLITE = "sqlite:///"  # and a path, as it is, and perhaps options such as ?timeout=60
 _OPTIONS = re.compile(r"\?(\w+=[^&/?]*(?:&\w+=[^&/?]*)*)$")
@@ -84,6 +86,15 @@ def _is_odd_path(url: str) -> bool:
     return is_sqlite(url) and not set("?%").isdisjoint(str(split_sqlite_url(url)[0]))
 
 
+def make_database_file(url: str) -> None:
+    """An empty SQLite file, where there is none, that only its owner may read: SQLite gives the files that it
+    puts beside it the same rights. Raises OSError."""
+    path, _ = split_sqlite_url(url)
+    make_private_folder(path.parent)
+    if not path.exists():
+        open_private(path, "ab").close()
+
+
 def connect_file(url: str) -> sqlite3.Connection:
     """To a SQLite file."""
     path, options = split_sqlite_url(url)
@@ -125,9 +136,26 @@ def validate_url(url: str) -> str:
     return url
 
 
+_VALUE = re.compile(r"([\w%.-]+)(\s*=\s*)('(?:[^'\\]|\\.)*'|[^&\s]*)")  # of a query, or of libpq's own form
+_SECRET = re.compile("pass|pwd|secret|token", re.IGNORECASE)
+
+
 def hide_password(url: str) -> str:
-    """The URL without its password."""
-    return re.sub(r"(://[^:/@]*):.*@", r"\1:***@", re.sub(r"(password=)[^&]*", r"\1***", url))
+    """The URL, or whatever was given in its place, without its password."""
+
+    def mask(match: re.Match[str]) -> str:
+        return f"{match[1]}{match[2]}***" if _SECRET.search(unquote(match[1])) else match[0]
+
+    return re.sub(r"(:/+[^:/@]*):.*@", r"\1:***@", _VALUE.sub(mask, url))
+
+
+def _list_passwords(url: str) -> list[str]:
+    """As the URL has them, and as a driver may print them, the longest first."""
+    values = [match[3] for match in _VALUE.finditer(url) if _SECRET.search(unquote(match[1]))]
+    if between := re.search(r":/+[^:/@]*:(.*)@", url):
+        values.append(between[1])
+    known = {form for value in values for form in (value, unquote(value), value.strip("'")) if form}
+    return sorted(known, key=len, reverse=True)
 
 
 _CURES = {
@@ -158,11 +186,8 @@ def explain_open_error(url: str, error: Exception) -> MemControlError:
             f"the driver of {hide_password(url).partition(':')[0]} is not installed: No module "
             f"named '{'psycopg' if '+psycopg:' in url else 'psycopg2'}'"
         )
-    with contextlib.suppress(Exception):
-        from sqlalchemy import make_url
-
-        password = make_url(url).password
-        reason = reason.replace(str(password), "***") if password else reason
+    for password in _list_passwords(url):
+        reason = reason.replace(password, "***")
     cure = next(
         (cure for pattern, cure in _CURES.items() if re.search(pattern, reason)),
         "give for example sqlite:///study.db",
@@ -317,9 +342,9 @@ def locate_lock(url: str, name: str) -> Path:
 @contextlib.contextmanager
 def hold_file_lock(path: Path, what: str) -> Iterator[None]:
     """Raises MemControlError where another process holds it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_private_folder(path.parent)
     try:
-        with FileLock(path, timeout=0):
+        with FileLock(path, timeout=0, mode=0o600):
             yield
     except Timeout:
         raise MemControlError(

@@ -23,6 +23,7 @@ from memcontrol.study.database import (
     explain_open_error,
     hide_password,
     is_sqlite,
+    make_database_file,
     make_engine_arguments,
     make_engine_url,
     split_sqlite_url,
@@ -182,7 +183,7 @@ def _open_storage(url: str) -> optuna.storages.RDBStorage:
 
     try:
         if is_sqlite(url):
-            split_sqlite_url(url)[0].parent.mkdir(parents=True, exist_ok=True)
+            make_database_file(url)
         return optuna.storages.RDBStorage(make_engine_url(url), engine_kwargs=make_engine_arguments(url))
     except (
         sqlalchemy.exc.SQLAlchemyError,

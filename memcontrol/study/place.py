@@ -33,6 +33,11 @@ class StudyPlace:
     def folder(self) -> StudyFolder:
         return StudyFolder(locate_study_folder(self.file, self.config.name))
 
+    @property
+    def is_beside_file(self) -> bool:
+        """Whether the folder is the study file's own, which a person made, and has more in it."""
+        return self.folder.path == self.file.resolve().parent
+
     @cached_property
     def url(self) -> str:
         """Of the database. Raises MemControlError where the config's is none."""

@@ -14,6 +14,7 @@ from memcontrol.core.calibration import Calibration, TrialCost
 from memcontrol.core.choice import EVERYTHING, Choice
 from memcontrol.core.config import DIGITS, Config, load_config
 from memcontrol.core.errors import MemControlError
+from memcontrol.core.files import make_private_folder
 from memcontrol.core.run_folder import RunFolder, StudyFolder
 from memcontrol.core.seeds import derive_seed
 from memcontrol.core.space import SearchSpace
@@ -43,7 +44,7 @@ def calibrate(
     if config.data.path != DIGITS and not StudyFolder(folder).cache.exists():
         # what is read and encoded is the study's: the search finds it
         for place in (folder, kept.cache):
-            place.mkdir(parents=True, exist_ok=True)
+            make_private_folder(place)
         StudyFolder(folder).cache.symlink_to(kept.cache, target_is_directory=True)
     prepared = prepare_study(values, folder, loaded, warn, kept.image_index, progress)
     n_train = config.search.count_train(prepared["sizes"]["train"])

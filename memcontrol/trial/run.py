@@ -82,7 +82,7 @@ def _lead_trial(
             return _score_rung(run, rung, spec, loaded, adapter, log, started, progress, probe)
 
         # Save what was learned; sample and probe the model while it is there.
-        adapter.save(folder, spec.description())
+        adapter.save(folder, spec.describe_published())
         n_trained, n_all = adapter.n_trained(), base.n_parameters + adapter.n_added()
         cost = loaded.cost(spec, adapter, material.data)
         with adapter.fold():

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import write_json, write_text
 from memcontrol.core.reward_table import REWARDS, format_reward
 from memcontrol.view.html import make_data_uri, read_asset, render_code, render_document, render_list
@@ -55,6 +56,15 @@ _AUDIT_REWARDS = (
     "kid",
     "recall",
 )
+
+
+def check_audit_folder(out: Path) -> None:
+    """Raises MemControlError where the folder is something else's: what lies there must not be lost."""
+    held = [path.name for path in out.iterdir()] if out.is_dir() else []
+    others = sorted(set(held) - {"audit.json", "audit.html"})
+    if others or (out.exists() and not out.is_dir()):
+        what = f"holds {others[0]}" if others else "is no folder"
+        raise MemControlError(f"--out {out} {what}, which no audit wrote; give a folder of its own")
 
 
 def write_audit(found: dict, copies: Iterable[Sequence[np.ndarray]], out: Path) -> None:

@@ -8,6 +8,7 @@ import secrets
 import socket
 import sqlite3
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from socketserver import ThreadingMixIn
 from typing import Any
@@ -29,6 +30,7 @@ from memcontrol.study.database import (
 )
 from memcontrol.study.optuna_private import close_storage
 from memcontrol.view.dashboard_guard import LOOPBACK, App, guard_app
+from memcontrol.view.dashboard_prefix import check_prefix, put_below
 
 _TOKEN = r"[A-Za-z0-9_-]{16,}"
 _ANY = ("0.0.0.0", "::", "")  # noqa: S104  # all interfaces of the machine, which is reached by its name
@@ -65,7 +67,7 @@ def _make_read_only_arguments(url: str) -> dict[str, Any]:
     return {"creator": connect}
 
 
-def make_application(url: str, folder: Path, writable: bool, token: str | None) -> App:
+def make_application(url: str, folder: Path, writable: bool, token: str | None, prefix: str = "") -> App:
     from optuna_dashboard import wsgi
 
     arguments = make_engine_arguments(url) if writable else _make_read_only_arguments(url)
@@ -73,7 +75,7 @@ def make_application(url: str, folder: Path, writable: bool, token: str | None) 
         make_engine_url(url), engine_kwargs=arguments, skip_compatibility_check=True, skip_table_creation=True
     )
     store = FileSystemArtifactStore(StudyFolder(folder).artifacts) if writable else ReadOnlyStore(folder)
-    return guard_app(wsgi(storage, artifact_store=store), writable, token)
+    return put_below(guard_app(wsgi(storage, artifact_store=store), writable, token, prefix), prefix)
 
 
 def find_study_id(url: str, name: str) -> int:
@@ -90,26 +92,44 @@ def find_study_id(url: str, name: str) -> int:
         close_storage(storage)
 
 
-def start_server(
-    url: str, folder: Path, name: str, host: str, port: int, token: str | None, writable: bool
-) -> tuple[WSGIServer, str]:
+@dataclass(frozen=True)
+class Serving:
+    """How a dashboard is served. `token`: what visitors must bring, None for one that is drawn; `no_token`:
+    nothing, on loopback."""
+
+    host: str = "127.0.0.1"
+    port: int = 0
+    token: str | None = None
+    writable: bool = False
+    no_token: bool = False
+    prefix: str = ""
+
+
+def start_server(url: str, folder: Path, name: str, serving: Serving) -> tuple[WSGIServer, str]:
     """A server that listens, and the address to open. Raises MemControlError."""
-    token = _choose_token(host, token)
-    server = _bind_server(make_application(url, folder, writable, token), host, port)
+    host, token, prefix = serving.host, _choose_token(serving), check_prefix(serving.prefix)
+    app = make_application(url, folder, serving.writable, token, prefix)
+    server = _bind_server(app, host, serving.port)
     reached = socket.gethostname() if host in _ANY else f"[{host}]" if ":" in host else host
-    address = f"http://{reached}:{server.server_port}/dashboard/studies/{find_study_id(url, name)}"
+    address = f"http://{reached}:{server.server_port}{prefix}/dashboard/studies/{find_study_id(url, name)}"
     return server, address + (f"?token={token}" if token else "")
 
 
-def _choose_token(host: str, token: str | None) -> str | None:
-    """None on loopback, unless one is given; elsewhere one is drawn. Raises MemControlError for one that can
-    be guessed, or that an address or a cookie cannot hold."""
+def _choose_token(serving: Serving) -> str | None:
+    """One that is given or drawn; none where that is wanted. Raises MemControlError for one that can be
+    guessed, or that an address or a cookie cannot hold, and for none where other machines could ask."""
+    token = serving.token
+    if serving.no_token:
+        if token or serving.host not in LOOPBACK:
+            why = "and a token are given" if token else f"is for loopback, and --host is {serving.host}"
+            raise MemControlError(f"--no-token {why}; leave it out")
+        return None
     if token and not re.fullmatch(_TOKEN, token):
         raise MemControlError(
             "the token (--token or MEMCONTROL_TOKEN) needs 16 or more letters, digits, '-' or '_'; "
             "leave it out, and one is drawn"
         )
-    return token or (None if host in LOOPBACK else secrets.token_urlsafe(16))
+    return token or secrets.token_urlsafe(16)
 
 
 def _bind_server(app: App, host: str, port: int) -> WSGIServer:

@@ -259,7 +259,7 @@ class Steps:
 
     def __init__(self, console: Console):
         self.progress = bars.Progress(
-            bars.TextColumn("{task.description}"),
+            bars.TextColumn("{task.description}", markup=False),
             bars.BarColumn(),
             bars.MofNCompleteColumn(),
             console=console,

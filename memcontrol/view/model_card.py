@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from memcontrol.core.config import CHECKPOINT, BaseConfig
+from memcontrol.core.config import CHECKPOINT, BaseConfig, publish_name
 from memcontrol.core.files import write_text
 from memcontrol.core.reward_table import BLIND_SPOTS, REWARDS, format_reward
 from memcontrol.core.run_folder import StudyFolder
@@ -59,7 +59,8 @@ def write_card(
 ) -> None:
     """`code`: how the folder is loaded, in Python."""
     head = yaml.safe_dump(make_metadata(spec, is_lora, is_conditional), sort_keys=False)
-    write_text(out / "README.md", f"---\n{head}---\n\n{compose_body(spec, result, code)}")
+    text = f"---\n{head}---\n\n{compose_body(spec, result, code)}"
+    write_text(out / "README.md", text, published=True)
 
 
 def _find_baseline(spec: Spec, result: dict[str, Any]) -> dict[str, Any]:
@@ -155,12 +156,12 @@ def _describe_budget(spec: Spec, resolution: int) -> str:
 
 def _tell_how_measured(spec: Spec, result: dict[str, Any]) -> str:
     settings = result["measured_with"]
-    sampling = settings["sampling"]
+    sampling, network = settings["sampling"], publish_name(settings["extractor"], may_be_hub=True)
     doubt = describe_network_doubt(spec.config.rewards.extractor, spec.config.data.path)
     return (
         f"Measured on {result['n_samples']} samples ({sampling['sampling_steps']} steps, guidance "
         f"{sampling['guidance']:g}) against {_PART_TITLES[spec.reference]}, in pixels and with the "
-        f"feature network `{settings['extractor']}`, with standard errors or 95 % intervals; (few): "
+        f"feature network `{network}`, with standard errors or 95 % intervals; (few): "
         f"too few samples for an unbiased FID.{f' Note: {doubt}.' if doubt else ''}"
     )
 

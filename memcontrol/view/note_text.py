@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from memcontrol.core.config import Config
+from memcontrol.core.config import Config, hide_paths, publish_name
 from memcontrol.core.reward_table import REWARDS, format_reward
 from memcontrol.core.space import SearchSpace
 from memcontrol.study.record import Record
@@ -54,7 +54,8 @@ def _describe_end(record: Record) -> str:
     """Why it ended without a result, where that is known."""
     if not record.reason:
         return ""
-    return f"{'Stopped early' if record.state == 'PRUNED' else 'Failed'}: {record.reason}"
+    why = hide_paths(record.reason, record.folder)
+    return f"{'Stopped early' if record.state == 'PRUNED' else 'Failed'}: {why}"
 
 
 def _describe_replicates(record: Record) -> str:
@@ -97,8 +98,8 @@ def write_study_note(
     gives; `data`: what `summarize_data` tells of the images; `over`: no search goes on."""
     inner = config.inner
     lines = {
-        "Space": f"{config.space}, {len(space.groups)} groups, {', '.join(space.methods)}",
-        "Base": str(config.base),
+        "Space": f"{publish_name(config.space)}, {len(space.groups)} groups, {', '.join(space.methods)}",
+        "Base": str(config.base.without_paths()),
         "Images": _describe_image_parts(config, data),
         "Each trial": f"{inner.budget_images} images in {inner.budget_steps} steps of {inner.batch_size}; "
         f"scored on {config.rewards.n_samples} samples",
@@ -119,9 +120,9 @@ def write_study_note(
 
 def _describe_image_parts(config: Config, data: Mapping[str, Any]) -> str:
     if not data.get("parts"):
-        return str(config.data.path)
+        return publish_name(config.data.path)
     sizes = ", ".join(f"{part['images']} {name}" for name, part in data["parts"].items())
-    return f"{config.data.path}, {data['resolution']} pixels; {sizes}"
+    return f"{publish_name(config.data.path)}, {data['resolution']} pixels; {sizes}"
 
 
 def _describe_objective(name: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from memcontrol.core.config import read_base
+from memcontrol.core.config import publish_config, publish_name, read_base
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import write_text
 from memcontrol.core.reward_table import BLIND_SPOTS, REWARDS
@@ -50,14 +50,14 @@ _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-
 
 
 def write_report(facts: ReportData, path: Path, with_images: bool = True) -> None:
-    """Raises MemControlError where the path is no page's: a study file given in its place must not be
-    lost."""
+    """With images, training images among them, for its owner alone. Raises MemControlError where the path is
+    no page's: a study file given in its place must not be lost."""
     if path.suffix.lower() not in (".html", ".htm") or path.is_dir():
         raise MemControlError(
             f"the report is one HTML page, and {path} is not named as one; give OUT.html (data goes "
             "to stdout: --csv, --json)"
         )
-    write_text(path, render_page(facts, with_images))
+    write_text(path, render_page(facts, with_images), published=not with_images)
 
 
 def render_page(facts: ReportData, with_images: bool) -> str:
@@ -83,7 +83,7 @@ def render_page(facts: ReportData, with_images: bool) -> str:
 
 def _render_question(facts: ReportData) -> str:
     base = read_base(facts["config"]["base"]).without_paths()
-    images = _take_last_part(facts["config"]["data"]["path"])
+    images = publish_name(facts["config"]["data"]["path"])
     asked = (
         f"Which parameters of {base} can be fine-tuned on {images} so that quality stays and copying of "
         "training images goes?"
@@ -95,12 +95,6 @@ def _render_question(facts: ReportData) -> str:
     if picked:
         answer = _describe_answer(facts, picked, full)
     return f"<h1>{escape(facts['study'])}</h1>{render_paragraph(asked)}{render_paragraph(answer, 'lead')}"
-
-
-def _take_last_part(path: str) -> str:
-    """A name, or the last part of a path: where files lie on a machine is not for a page that is passed
-    on."""
-    return Path(path).name if Path(path).is_absolute() else path
 
 
 def _describe_answer(facts: ReportData, picked: TrialData, full: TrialData | None) -> str:
@@ -162,7 +156,7 @@ def _render_images(facts: ReportData) -> str:
         for name, part in data["parts"].items()
     ]
     about = (
-        f"{_take_last_part(data['source'])}, {data['resolution']} x {data['resolution']} pixels; no image, "
+        f"{publish_name(data['source'])}, {data['resolution']} x {data['resolution']} pixels; no image, "
         "by its exact pixels, and no group (a patient, say, where data.group names them; else each image) "
         "is in two parts. The hash is of the pixels and captions (SHA-256, 16 digits)."
     )
@@ -269,8 +263,8 @@ def _render_reproduction(facts: ReportData) -> str:
 
 def _format_study_file(keys: dict[str, Any], config: dict[str, Any]) -> str:
     """As YAML, the base and the images by name only."""
-    data = {**keys["data"], "path": _take_last_part(config["data"]["path"])}
-    shown = {**keys, "base": read_base(config["base"]).without_paths().model_dump(), "data": data}
+    data = {**keys["data"], "path": config["data"]["path"]}
+    shown = publish_config({**keys, "base": config["base"], "data": data})
     return yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)
 
 

@@ -7,12 +7,13 @@ import csv
 import io
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from memcontrol.core.choice import EVERYTHING, Choice
+from memcontrol.core.config import hide_paths, publish_config, publish_name
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import read_json
 from memcontrol.core.reward_table import REWARDS, list_objectives
@@ -66,6 +67,28 @@ def collect_report_data(study: Study, space: SearchSpace, folder: Path) -> dict[
         "cost": _sum_costs(records, folder),
         "made_with": study.attributes.get("made_with", {}),
     }
+
+
+def publish_report_data(data: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The same where it leaves this machine: run folders as seen from the study's `folder`, and names in
+    place of paths."""
+    config, images = data["config"], data["data"]
+    places = (folder, folder.parent, Path(config["data"]["path"]), Path.home())
+    return {
+        **data,
+        "config": publish_config(config),
+        "given": publish_config(data["given"]),
+        "data": images | ({"source": publish_name(images["source"])} if images else {}),
+        "space": {**data["space"], "name": publish_name(data["space"]["name"])},
+        "trials": [_publish_run(trial, folder, places) for trial in data["trials"]],
+        "retrained": [_publish_run(run, folder, places) for run in data["retrained"]],
+    }
+
+
+def _publish_run(told: Mapping[str, Any], folder: Path, places: Sequence[Path]) -> dict[str, Any]:
+    run = told["run"] and Path(told["run"]).relative_to(folder).as_posix()
+    reason = {"reason": hide_paths(told["reason"], *places)} if told.get("reason") else {}
+    return {**told, "run": run, **reason}
 
 
 def _summarize_space(space: SearchSpace, name: str) -> dict[str, Any]:
@@ -173,11 +196,16 @@ def format_csv(facts: dict[str, Any]) -> str:
     names = [name for name in REWARDS if name in measured] + sorted(set(measured) - set(REWARDS))
     groups, out = facts["space"]["groups"], io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(
-        ["trial", "anchor", "state", *_MARK_COLUMNS, *_CHOICE_COLUMNS, *groups, *names, "seconds"]
-    )
-    writer.writerows(_list_cells(trial, groups, names) for trial in facts["trials"])
+    head = ["trial", "anchor", "state", *_MARK_COLUMNS, *_CHOICE_COLUMNS, *groups, *names, "seconds"]
+    for row in (head, *(_list_cells(trial, groups, names) for trial in facts["trials"])):
+        writer.writerow([_guard_cell(cell) for cell in row])
     return out.getvalue()
+
+
+def _guard_cell(cell: Any) -> Any:
+    """A name that a spreadsheet would take for a formula is made a text; numbers stay numbers."""
+    is_formula = isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n"))
+    return f"'{cell}" if is_formula else cell
 
 
 def _list_cells(trial: TrialData, groups: Sequence[str], names: Sequence[str]) -> list[Any]:
