@@ -7,7 +7,7 @@ import io
 import os
 import sys
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def main() -> int:
@@ -31,7 +31,7 @@ def main() -> int:
         _drop_output()
         return 1
     except OSError as error:  # a place that cannot be read or written
-        if error.errno in _FULL and not error.filename:
+        if error.errno in _NO_ROOM and not error.filename:
             _drop_output()
             sys.stderr.write(f"memcontrol: what is printed cannot be written: {error.strerror}\n")
             return 1

@@ -18,7 +18,7 @@ _Start = Callable[..., Any]
 App = Callable[[_Environ, _Start], Iterable[bytes]]
 
 # No page of another origin frames an answer, shows a picture of it or reads it, nor learns its address.
-_POLICY = "Content-Security-Policy"
+_CSP = "Content-Security-Policy"
 _NO_FRAMES = "frame-ancestors 'none'"
 _SAFE = {
     "X-Frame-Options": "DENY",
@@ -116,10 +116,10 @@ def _harden(start: _Start) -> _Start:
         kept = [
             (name, value)
             for name, value in headers
-            if not name.lower().startswith("access-control-") and name not in (*_SAFE, _POLICY)
+            if not name.lower().startswith("access-control-") and name not in (*_SAFE, _CSP)
         ]
-        policy = [value for name, value in headers if name == _POLICY]
-        return start(status, [*kept, (_POLICY, ";".join([*policy, _NO_FRAMES])), *_SAFE.items()], *rest)
+        policy = [value for name, value in headers if name == _CSP]
+        return start(status, [*kept, (_CSP, ";".join([*policy, _NO_FRAMES])), *_SAFE.items()], *rest)
 
     return start_hardened
 
