@@ -130,7 +130,7 @@ def test_what_cannot_be_printed_is_one_line(words, unbuffered, monkeypatch):
     )
 
 
-@pytest.mark.parametrize("command", ["status", "front", "pick", "importance", "report"])
+@pytest.mark.parametrize("command", ["status", "front", "pick", "report"])
 def test_looking_commands_say_so_too(command, shown):
     for more in [["--json"]] if command == "report" else [[], ["--json"]]:
         done = run(command, shown, *more, before=print_to_a_full_disk)
