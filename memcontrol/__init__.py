@@ -68,7 +68,8 @@ def __getattr__(name: str):
         return import_module(f"memcontrol.{name}")
     if name not in __all__:
         raise AttributeError(f"module 'memcontrol' has no attribute '{name}'")
-    _refuse_windows()
+    if name != "MemControlError":
+        _refuse_windows()
     return getattr(import_module(_ELSEWHERE.get(name, f"memcontrol.commands.{name}")), name)
 
 

@@ -8,7 +8,7 @@ import io
 import os
 import sys
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def main() -> int:
@@ -46,7 +46,7 @@ def _explain_errors() -> int:
         _drop_output()
         return 1
     except OSError as error:  # a place that cannot be read or written
-        if error.errno in _FULL and not error.filename:
+        if error.errno in _NO_ROOM and not error.filename:
             _drop_output()
             sys.stderr.write(f"memcontrol: what is printed cannot be written: {error.strerror}\n")
             return 1

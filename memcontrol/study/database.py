@@ -186,6 +186,7 @@ def explain_open_error(url: str, error: Exception) -> MemControlError:
             f"the driver of {hide_password(url).partition(':')[0]} is not installed: No module "
             f"named '{'psycopg' if '+psycopg:' in url else 'psycopg2'}'"
         )
+    reason = reason.replace(url, hide_password(url))
     for password in _list_passwords(url):
         reason = reason.replace(password, "***")
     cure = next(

@@ -119,9 +119,7 @@ def _harden(start: _Start) -> _Start:
             if not name.lower().startswith("access-control-") and name not in (*_SAFE, _CSP)
         ]
         policy = [value for name, value in headers if name == _CSP]
-        return start(
-            status, [*kept, (_CSP, ";".join([*policy, _NO_FRAMES])), *_SAFE.items()], *rest
-        )
+        return start(status, [*kept, (_CSP, ";".join([*policy, _NO_FRAMES])), *_SAFE.items()], *rest)
 
     return start_hardened
 

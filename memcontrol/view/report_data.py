@@ -205,7 +205,8 @@ def format_csv(facts: dict[str, Any]) -> str:
 def _guard_cell(cell: Any) -> Any:
     """A name that a spreadsheet would take for a formula is made a text; numbers stay numbers."""
     is_formula = isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n"))
-    return f"'{cell}" if is_formula else cell
+    held = cell.replace("\r", " ") if isinstance(cell, str) else cell  # which csv leaves unquoted
+    return f"'{held}" if is_formula else held
 
 
 def _list_cells(trial: TrialData, groups: Sequence[str], names: Sequence[str]) -> list[Any]:
