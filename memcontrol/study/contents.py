@@ -32,13 +32,13 @@ _CONTENTS = (
     ),
     ("front.png", r"front\.png", "the front as a picture"),
     (
-        "search.log, log.txt",
-        r"search\.log|log(-\d+)?\.txt",
+        "search.log, log.txt, worker-0.txt",
+        r"search\.log|log(-\d+)?\.txt|worker-\d+\.txt",
         "what happened, and what was printed, with paths and names of files",
     ),
     (
         "search.lock, search.holder.json",
-        r"search\.lock|search\.holder\.json",
+        r"search\.lock|search\.holder\.json|\.study\.db\..*\.lock",
         "one search at a time, and whose it is",
     ),
     ("secret", r"secret", "what the names of the pictures in artifacts/ are drawn from"),
@@ -53,7 +53,7 @@ _CONTENTS = (
         r"artifacts",
         "pictures that the dashboard shows: generated images, and the training images nearest to them",
     ),
-    ("slurm/", r"slurm", "scripts and logs of Slurm's jobs"),
+    ("slurm/", r"slurm", "records, scripts and logs of Slurm's jobs"),
     ("calibration-0/ and on", r"calibration-\d+", "short trials of a dry run"),
     (
         "a folder of eight digits and letters",
