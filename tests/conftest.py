@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import contextlib
+import signal
 import sqlite3
 
 import numpy as np
@@ -20,6 +21,7 @@ from sqlalchemy.engine import Engine
 from memcontrol.core import console
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup, commands that tests begin would ignore it
 
 CHOICE = {"groups": ("up_attention",), "method": "lora", "learning_rate": 3e-3, "rank": 2}
 N_IMAGES = 20

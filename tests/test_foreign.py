@@ -102,7 +102,7 @@ def test_trials_that_others_asked_for_or_finished_are_passed_over_with_one_word(
 @pytest.mark.parametrize("when", ["before", "meanwhile", "after"])
 def test_an_enqueued_mask_is_run(tmp_path, when):
     file = study_in(tmp_path)
-    asked = {"mid_attention": True, "up_resnet": True, "method": "lora", "rank": 2, "learning_rate": 3e-3}
+    asked = {"mid_attention": 1, "up_resnet": True, "method": "lora", "rank": 2.0, "learning_rate": 3e-3}
 
     def enqueue(job=None):
         open_plain(file).enqueue_trial(asked)
@@ -269,3 +269,45 @@ def test_tables_and_json_mark_what_keeps_no_limit(tmp_path):
     for command in ("front", "status"):
         shown = run(command, file, check=True).stdout
         assert "! not within memorization<=0.2" in shown and " !" in shown
+
+
+@pytest.mark.parametrize(
+    "meddle",
+    [
+        lambda plain: plain.ask().suggest_float("learning_rate", 0, 1),
+        lambda plain: plain.ask().suggest_categorical("method", ["this", "that"]),
+        lambda plain: plain.ask().suggest_categorical("mid_attention", [True, False]),
+    ],
+    ids=["rate", "method", "group"],
+)
+def test_parameters_of_others_under_our_names_stop_nothing(tmp_path, meddle):
+    """Optuna keeps to the first values that a study's trials have of a name."""
+    file = study_in(tmp_path)
+    leave_running(file, 6)  # an anchor, none of which has parameters
+    meddle(open_plain(file))
+    open_plain(file).enqueue_trial({"mid_attention": True, "learning_rate": 2e-3})
+    assert_goes_on(file)
+
+
+def test_trials_of_another_study_of_ours_and_copies_are_passed_over(tmp_path):
+    files = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        files.append(study_in(tmp_path / name))
+    search(files[0], Simulated(rewards=lambda choice: {"fid": 0.1, "memorization": 0.1})).close()
+    search(files[1], Simulated()).close()
+    before = status(files[1])
+    plain = open_plain(files[1])
+    plain.add_trials(open_plain(files[0]).trials[3:])
+    plain.add_trial(plain.trials[4])
+    assert status(files[1]) == before and assert_goes_on(files[1])[0] == before
+
+
+@pytest.mark.parametrize("attribute", ["nonsense", 3])
+def test_an_anchor_that_others_made_up_is_none(tmp_path, attribute):
+    file = study_in(tmp_path)
+    number = leave_running(file)
+    plain = open_plain(file)
+    plain._storage.set_trial_user_attr(plain.trials[number]._trial_id, "anchor", attribute)
+    records, _ = assert_goes_on(file)
+    assert records[number].anchor is None

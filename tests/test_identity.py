@@ -4,6 +4,7 @@ import contextlib
 import copy
 import json
 import sqlite3
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -13,8 +14,10 @@ from memcontrol.commands.fork import fork
 from memcontrol.commands.status import status
 from memcontrol.core.config import FREE_KEYS, Config, flatten_keys, load_config
 from memcontrol.core.errors import MemControlError
+from memcontrol.core.jobs import TrialJob
 from memcontrol.core.space_yaml import load_space
 from memcontrol.study.place import StudyPlace
+from memcontrol.study.store import Study
 
 SPACE = {
     "groups": {
@@ -28,7 +31,7 @@ SPACE = {
     "rank": [2, 4],
     "alpha": 1.0,
 }
-STUDY = {
+STUDY: dict = {
     "name": "s",
     "data": "digits",
     "space": "mine.yaml",
@@ -240,20 +243,23 @@ def test_an_own_reward_is_kept_to_once_a_trial_was_scored_by_it(searched, tmp_pa
 
     file = write_study(tmp_path)
     with contextlib.suppress(KeyboardInterrupt):
-        search(file, Interrupted(rewards=own_grey))
+        search(file, Interrupted())
     write_study(tmp_path, own=OWN + "\n# mended before any trial has ended\n")
     run(file)
     assert len(status(file)) == 6
 
 
 class Interrupted(Simulated):
-    """Ctrl-C before the first trial has ended."""
+    """Ctrl-C as the n-th run begins."""
 
-    def events(self, timeout_seconds):
-        for event in super().events(timeout_seconds):
-            if getattr(event.job, "kind", "") == "trial":
-                raise KeyboardInterrupt
-            yield event
+    def __init__(self, n=1):
+        super().__init__(rewards=own_grey)
+        self.n = n
+
+    def submit(self, job):
+        if isinstance(job, TrialJob) and self.n_ended == self.n - 1:
+            raise KeyboardInterrupt
+        super().submit(job)
 
 
 SHARED = {"storage": "sqlite:///../one.db"}
@@ -273,9 +279,7 @@ def test_a_study_of_others_images_is_never_searched_or_shown(path, tmp_path):
     """Two people, one database, one name."""
     for name, digests, source in (("alice", "ab", "images"), ("bob", "cd", path)):
         (tmp_path / name / source).mkdir(parents=True)
-        (tmp_path / name / source / f"{digests}.png").write_bytes(
-            digests.encode() * (3 if name == "bob" else 1)
-        )
+        (tmp_path / name / source / "1.png").write_bytes(digests.encode())  # of one name and size
     files = [
         write_study(tmp_path / name, {**STUDY, **SHARED, "data": source})
         for name, source in (("alice", "images"), ("bob", path))
@@ -360,3 +364,63 @@ def test_a_study_is_made_whole_or_not_at_all(n_written, tmp_path, monkeypatch):
         status(file)
     run(file)
     assert len(status(file)) == 6
+
+
+def test_a_fork_for_other_objectives_has_their_directions(tmp_path):
+    file = write_study(tmp_path)
+    run(file)
+    for other, n_taken in (("recall", 0), ("coverage", 6)):
+        rewards = {**STUDY["rewards"], "objectives": ["kid", other]}
+        write_study(tmp_path, {**STUDY, "rewards": rewards})
+        made = fork(file, other)
+        assert len(made.taken) == n_taken
+        assert all("recall was not measured" in reason for reason in made.left.values())
+    with contextlib.closing(StudyPlace.load(made.file).open()) as study:
+        assert study.objectives == {"kid": "minimize", "coverage": "maximize"}
+
+
+def test_a_fork_that_was_killed_is_taken_up_again(tmp_path, monkeypatch):
+    file, finish = write_study(tmp_path), Study.finish
+    run(file)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+
+        def die(self, number, results):
+            if number == 3:
+                raise KeyboardInterrupt
+            return finish(self, number, results)
+
+        patch.setattr(Study, "finish", die)
+        fork(file, "forked")
+    made = fork(file, "forked")
+    assert len(made.taken) == 6
+    run(made.file)
+    found = [record.values for record in status(made.file) if record.finished]
+    assert sorted(map(str, found)) == sorted(str(record.values) for record in status(file))
+
+
+class Turned(Simulated):
+    """Whose rewards say that more is better."""
+
+    def ended(self, begun, end, job):
+        event = super().ended(begun, end, job)
+        is_prepared = getattr(event, "directions", None)
+        return replace(event, directions=["minimize", "maximize"]) if is_prepared else event
+
+
+def test_another_direction_is_refused(tmp_path):
+    """Also while nothing is scored: the study's objectives have theirs."""
+    file = write_study(tmp_path)
+    with contextlib.suppress(KeyboardInterrupt):
+        search(file, Interrupted())
+    with pytest.raises(MemControlError, match=r"\(minimize, minimize there, minimize, maximize here"):
+        search(file, Turned(rewards=own_grey))
+
+
+def test_an_own_reward_counts_as_used_from_the_first_run_that_it_scored(tmp_path):
+    """One of several that an anchor tries."""
+    file = write_study(tmp_path)
+    with contextlib.suppress(KeyboardInterrupt):
+        search(file, Interrupted(3))
+    write_study(tmp_path, own=OWN + "# edited\n")
+    with pytest.raises(MemControlError, match=r"own_rewards\.grey\.source"):
+        run(file)

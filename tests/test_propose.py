@@ -273,7 +273,7 @@ def test_nothing_is_written_over(tmp_path):
 @pytest.mark.parametrize(
     "options, words",
     [
-        (["--base", "."], "base '.' is a folder without model_index.json"),
+        (["--base", "."], "is a folder without model_index.json; give one in diffusers' format"),
         (["--base", "sd15"], "base 'sd15': no such folder"),
         (["--name", "a b"], "--name is 'a b'; use letters, digits"),
         (["--out", "few/x.yaml"], "among the images"),

@@ -1,6 +1,7 @@
 """What is done again once all trials have ended, over simulated trials: until the front stands, and each
 once."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,6 @@ import yaml
 from simulated import Simulated, search
 from test_orchestrate import Dead, dying
 
-from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import write_json
 from memcontrol.core.jobs import ConfirmJob, Done, Failed, TrialJob
 from memcontrol.core.run_folder import RunFolder
@@ -101,11 +101,19 @@ def test_front_is_fine_tuned_again_as_often_as_the_config_says(tmp_path):
 @pytest.mark.parametrize(
     "kind, keys, words",
     [
-        (ConfirmJob, {"confirm": 2}, "could not be measured again: made up"),
-        (TrialJob, {"replicates": 1}, "could not be fine-tuned again: made up"),
+        (ConfirmJob, {"confirm": 2}, "cannot be measured again, and counts as it was searched: "),
+        (TrialJob, {"replicates": 1}, "could not be fine-tuned again from another seed: "),
     ],
     ids=["confirmation", "replicate"],
 )
-def test_trial_that_cannot_be_done_again_is_named(kind, keys, words, tmp_path):
-    with pytest.raises(MemControlError, match=rf"^trial \d+ {words}"):
-        search(study_in(tmp_path, **keys), Remeasuring(broken=kind))
+def test_trial_that_cannot_be_done_again_is_named_and_left_out(kind, keys, words, tmp_path):
+    """By the search that meets it; the next one tries again."""
+    file, said = study_in(tmp_path, **keys), []
+    executor = Remeasuring(broken=kind)
+    study = search(file, executor, lambda event: said.append(getattr(event, "text", "")))
+    assert any(re.fullmatch(rf"trial \d+ {words}made up", line) for line in said)
+    assert not any(record.confirmed or record.replicates for record in study.records())
+    study.close()
+    study = search(file, Remeasuring())
+    assert any(record.confirmed or record.replicates for record in study.records())
+    study.close()

@@ -38,7 +38,7 @@ def plan(tmp_path):
             "search": {"train_fraction": 0.25},
         }
     )
-    return Retraining(folder, config, CHOICE, FULL)
+    return Retraining(folder, config, load_space(config.space), CHOICE, FULL)
 
 
 class Ending(Simulated):
@@ -175,7 +175,9 @@ def test_function_gives_each_result_with_its_run(tmp_path, monkeypatch):
     full, last = (next(r for r in study.records() if r.anchor == anchor) for anchor in ("full", None))
     folder = StudyFolder(study.folder)
     study.close()
-    write_json(folder.split_file, {"parts": {"train": [{}] * N_TRAIN}})
+    row = {"name": "0", "caption": "", "digest": "0"}
+    split = {"source": "digits", "resolution": 32, "parts": {"train": [row] * N_TRAIN}}
+    write_json(folder.split_file, split)
     results = retraining.retrain(path, trial=last.number, out=tmp_path / "out")
     assert {name: result["run"] for name, result in results.items()} == {
         "pick": str(tmp_path / "out"),

@@ -72,11 +72,23 @@ def test_what_fails_in_search_after_search_is_left_alone(tmp_path):
     file = study_in(tmp_path)
     for _ in range(N_TRIALS):
         search(file, Broken(lambda job: job.choice.method == "full")).close()
-    before = status(file)
+    before, said = status(file), []
     full = [record for record in before if record.anchor == "full"]
     assert len(full) == N_TRIALS and all(record.state == "FAIL" for record in full)
-    search(file, Simulated()).close()
+    search(file, Simulated(), lambda event: said.append(getattr(event, "text", ""))).close()
     assert status(file) == before
+    assert any("the anchor 'full' has failed in 3 trials and is left alone" in line for line in said)
+
+
+def test_nothing_is_given_up_while_all_fails(tmp_path):
+    """A dead card, under a service manager that begins the search again and again."""
+    file = study_in(tmp_path)
+    for _ in range(N_TRIALS + 2):
+        with pytest.raises(TrialsKeepFailing):
+            search(file, Broken(lambda job: True))
+    search(file, Simulated()).close()
+    finished = [record for record in status(file) if record.finished]
+    assert {record.anchor for record in finished} == {"none", "all", "full", None} and len(finished) == 12
 
 
 def test_the_reasons_of_earlier_attempts_are_kept(tmp_path):

@@ -38,7 +38,8 @@ def _run_init(args: argparse.Namespace) -> int:
     screen = make_console()
     with Steps(screen) as steps:
         proposal = propose_study(args.images, args.out, args.name, args.base, steps.show)
-    say(screen, proposal.text)
+    for line in proposal.text.splitlines():
+        say(screen, line)
     for warning in list_warnings(proposal.seen):
         warn(screen, warning)
     say(screen, f"next: memcontrol search {shorten_path(proposal.path)}")

@@ -14,10 +14,11 @@ from pathlib import Path
 from memcontrol.core.choice import EVERYTHING, Choice
 from memcontrol.core.config import find_differing_keys
 from memcontrol.core.errors import MemControlError
-from memcontrol.core.files import write_text
+from memcontrol.core.files import write_json, write_text
 from memcontrol.core.run_folder import RunFolder, StudyFolder
 from memcontrol.core.space import SearchSpace
 from memcontrol.core.spec import OF_STUDY, read_spec
+from memcontrol.scoring.own_rewards import find_directions
 from memcontrol.search.locks import hold_folder_lock
 from memcontrol.study.database import hold_study_lock
 from memcontrol.study.identity import describe_study, find_differences
@@ -28,6 +29,7 @@ from memcontrol.study.store import Study
 
 _NAME_LINE = re.compile(r"^name:.*$", re.MULTILINE)
 _SHARED = ("split_file", "network_file", "extractor_file", "base_file")  # of a study's folder
+_BEGUN = "fork.json"  # there until the fork is whole; one that was killed is taken up again
 _GROWS = (".jsonl", ".txt")  # files that are added to, of which each study has its own
 
 
@@ -50,27 +52,31 @@ def fork(study: str | Path, name: str) -> Fork:
     if file.exists():
         raise MemControlError(f"{file} exists; give another name with --as")
     new = replace(named, file=file)
-    if new.is_searched() or any(new.folder.list_runs()):
+    begun = new.folder.path / _BEGUN
+    if not begun.is_file() and (new.is_searched() or any(new.folder.list_runs())):
         raise MemControlError(f"a study '{name}' exists already; give another name with --as")
     with contextlib.closing(old.open()) as source:
         records = [record for record in source.records() if record.finished]
         reasons = dict(_explain_invalid(source, old, new, records))
         valid = [record for record in records if record.number not in reasons]
-        _write_study_file(old.file, file, name)
+        text = _rename_study(old.file, name)
         with hold_folder_lock(new.folder.path), hold_study_lock(new.url, name):
+            write_json(begun, {"fork of": old.config.name})
             taken = _take_over(source, new, valid) if valid else {}
+            write_text(file, text, published=True)
+            begun.unlink()
     return Fork(file, taken, reasons)
 
 
-def _write_study_file(old: Path, new: Path, name: str) -> None:
-    """The same text with another name: comments stay."""
+def _rename_study(old: Path, name: str) -> str:
+    """The file's text with another name: comments stay."""
     text = old.read_text(encoding="utf-8")
     named, n = _NAME_LINE.subn(f"name: {name}", text, count=1)
     if not n:
         raise MemControlError(
             f"{old} has no line that begins with 'name:'; write it so, or copy the file and name it by hand"
         )
-    write_text(new, named, published=True)
+    return named
 
 
 def _explain_invalid(
@@ -138,10 +144,15 @@ def _take_over(source: Study, new: StudyPlace, records: Sequence[Record]) -> dic
     for record in records:
         for choice in record.candidates:
             _copy_run(old.run(choice), new, choice)
-    study = open_study(new.config, new.folder.path, new.file, create=True, directions=source.directions)
+    goals = find_directions(new.config.rewards)
+    study = open_study(new.config, new.folder.path, new.file, create=True, directions=goals)
     taken = {}
     with contextlib.closing(study):
+        known = {record.candidates: record.number for record in study.records() if record.finished}
         for record in records:
+            if record.candidates in known:  # of a fork that was killed
+                taken[record.number] = known[record.candidates]
+                continue
             results = [new.folder.run(choice).read_result() for choice in record.candidates]
             number = study.finish(study.begin(record.candidates, new.space, record.anchor), results)
             if record.confirmed:
@@ -155,6 +166,7 @@ def _take_over(source: Study, new: StudyPlace, records: Sequence[Record]) -> dic
 def _copy_run(old: RunFolder, new: StudyPlace, choice: Choice) -> None:
     """Files are shared where the disk allows, since none that is whole is ever changed."""
     place = new.folder.run(choice)
+    shutil.rmtree(place.path, ignore_errors=True)  # half of it, of a fork that was killed
     shutil.copytree(old.path, place.path, copy_function=_link_file)
     for folder in (place.path, *place.path.glob("replicate-*")):
         source = old.path / folder.relative_to(place.path)

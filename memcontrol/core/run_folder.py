@@ -276,6 +276,11 @@ class StudyFolder:
         return self.path / "README.txt"
 
     @property
+    def others_file(self) -> Path:
+        """Names that the folder held before the study."""
+        return self.path / "others.json"
+
+    @property
     def slurm(self) -> Path:
         """What is known of Slurm jobs, by the command that submits them."""
         return self.path / "slurm"

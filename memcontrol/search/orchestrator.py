@@ -39,7 +39,7 @@ from memcontrol.study.opening import open_study
 from memcontrol.study.pick import require_finished, select_front
 from memcontrol.study.place import StudyPlace
 from memcontrol.study.record import Record
-from memcontrol.study.retries import select_to_try_again
+from memcontrol.study.retries import N_TRIALS, list_given_up, select_to_try_again
 from memcontrol.study.store import Study
 
 _CROWD = 4  # trials in flight for each choice that is drawn ahead: the more there are, the more end at once
@@ -233,6 +233,11 @@ class Search:
         for record in select_to_try_again(records, self.config.search.anchors):
             if record.anchor or self.n_left() > 0:
                 self.try_again(record)
+        for record in list_given_up(records, self.config.search.anchors):
+            self.warn(
+                f"the anchor '{record.anchor}' has failed in {N_TRIALS} trials and is left alone; once what "
+                f"is behind it is mended, memcontrol fork tries it anew: {record.reason}"
+            )
         if line := describe_foreign(list(self.study.foreign.values())):
             self.warn(line)
         left = self.jobs.executor.left_at_work  # these take no further place
@@ -400,7 +405,7 @@ class Search:
             raise TrialsKeepFailing(
                 f"{_N_FAILURES} trials in a row failed for good, the last: "
                 f"{trial.results[choice]['reason']}; "
-                "mend what is behind it, and the same command tries them again"
+                f"mend what is behind it, and the same command tries them again, {N_TRIALS} times in all"
             )
 
     def note_end(self, record: Record) -> None:

@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
-from memcontrol.core.files import make_private, make_private_folder, write_text
+from memcontrol.core.files import make_private, make_private_folder, read_json, write_json, write_text
 from memcontrol.core.run_folder import RunFolder, StudyFolder
 from memcontrol.study.place import StudyPlace
 
@@ -41,6 +41,7 @@ _CONTENTS = (
         r"search\.lock|search\.holder\.json|\.study\.db\..*\.lock",
         "one search at a time, and whose it is",
     ),
+    ("others.json", r"others\.json", "names that were in the folder before, which are not the study's"),
     ("secret", r"secret", "what the names of the pictures in artifacts/ are drawn from"),
     (
         "cache/",
@@ -82,7 +83,16 @@ _RESULTS = re.compile(
     r"(spec|result|confirmed|training|dropped|judged|failures|rung-[\d.]+)\.json|contributions\.npz|"
     r"rung-[\d.]+\.npz|attempts\.jsonl"
 )
-_KEPT = ("README.txt", "split.json", "network.json", "extractor.json", "base.json", "secret", "retrain")
+_KEPT = (
+    "README.txt",
+    "others.json",
+    "split.json",
+    "network.json",
+    "extractor.json",
+    "base.json",
+    "secret",
+    "retrain",
+)
 
 
 def make_study_folder(place: StudyPlace) -> None:
@@ -90,11 +100,16 @@ def make_study_folder(place: StudyPlace) -> None:
     becomes its owner's, once: who opens the folder to others afterwards has it so."""
     folder = place.folder
     make_private_folder(folder.path)
-    if folder.readme_file.is_file():
+    if folder.others_file.is_file():
         return
+    # where a person made the folder, names as these may be that person's
+    is_old = folder.database.exists() or folder.split_file.exists() or folder.log_file.exists()
+    others = [path.name for path in list_contents(folder)] if place.is_beside_file and not is_old else []
+    write_json(folder.others_file, others)
     for path in list_contents(folder) if place.is_beside_file else [folder.path]:
         make_private(path)
-    write_text(folder.readme_file, write_readme(place.config.name))
+    if not folder.readme_file.exists():
+        write_text(folder.readme_file, write_readme(place.config.name))
 
 
 def write_readme(name: str) -> str:
@@ -110,7 +125,10 @@ def list_contents(folder: StudyFolder) -> list[Path]:
     """What a search puts into its folder, of what is there."""
     if not folder.path.is_dir():
         return []
-    return sorted(path for path in folder.path.iterdir() if _OURS.fullmatch(path.name))
+    others = read_json(folder.others_file) if folder.others_file.is_file() else []
+    return sorted(
+        path for path in folder.path.iterdir() if _OURS.fullmatch(path.name) and path.name not in others
+    )
 
 
 def list_others(folder: StudyFolder) -> list[Path]:

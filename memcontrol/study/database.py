@@ -129,14 +129,15 @@ def validate_url(url: str) -> str:
         make_url(url)
     except (ValueError, ArgumentError):
         raise MemControlError(
-            f"storage {hide_password(url)} is no database URL; write it as "
+            f"storage {hide_all(url)} is no database URL; write it as "
             "postgresql+psycopg2://USER@HOST:PORT/DATABASE or sqlite:///FILE, with the password in "
             "PGPASSWORD or, in the URL, its special characters percent-encoded (@ as %40, : as %3A)"
         ) from None
     return url
 
 
-_VALUE = re.compile(r"([\w%.-]+)(\s*=\s*)('(?:[^'\\]|\\.)*'|[^&\s]*)")  # of a query, or of libpq's own form
+# of a query, or of libpq's own form
+_VALUE = re.compile(r"""([\w%.-]+)(\s*=\s*)('(?:[^'\\]|\\.)*'|"[^"]*"|(?:\\.|[^&\s\\])*)""")
 _SECRET = re.compile("pass|pwd|secret|token", re.IGNORECASE)
 
 
@@ -146,13 +147,19 @@ def hide_password(url: str) -> str:
     def mask(match: re.Match[str]) -> str:
         return f"{match[1]}{match[2]}***" if _SECRET.search(unquote(match[1])) else match[0]
 
-    return re.sub(r"(:/+[^:/@]*):.*@", r"\1:***@", _VALUE.sub(mask, url))
+    return re.sub(r"(?s)(:/+[^:/@]*):.*@", r"\1:***@", _VALUE.sub(mask, url))
+
+
+def hide_all(url: str) -> str:
+    """Of what is no URL, where a password may stand anywhere: its first word."""
+    first = re.match(r"\w+(\+\w+)?(?=:|$)", url)
+    return f"'{first[0]}...'" if first else "'...'"
 
 
 def _list_passwords(url: str) -> list[str]:
     """As the URL has them, and as a driver may print them, the longest first."""
     values = [match[3] for match in _VALUE.finditer(url) if _SECRET.search(unquote(match[1]))]
-    if between := re.search(r":/+[^:/@]*:(.*)@", url):
+    if between := re.search(r"(?s):/+[^:/@]*:(.*)@", url):
         values.append(between[1])
     known = {form for value in values for form in (value, unquote(value), value.strip("'")) if form}
     return sorted(known, key=len, reverse=True)

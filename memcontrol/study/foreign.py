@@ -31,6 +31,7 @@ class ForeignTrial:
             if name not in options or value not in options[name]:
                 allowed = list(options[name]) if name in options else ", ".join((*options, "learning_rate"))
                 raise MemControlError(f"{name} is {value!r}; allowed: {allowed}")
+            given[name] = options[name][options[name].index(value)]  # 8 for 8.0
         first = {
             name: False if name in space.groups else _pick_first(name, options[name]) for name in options
         }

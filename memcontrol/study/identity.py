@@ -4,6 +4,7 @@ database holds it beside the config, so that nothing else is ever mixed with its
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from memcontrol.core.run_folder import StudyFolder
 from memcontrol.core.space import SearchSpace
 from memcontrol.core.space_yaml import dump_space, load_space, name_space, parse_space
 
-_LONGEST = 60  # characters of a value that is shown
+_LONGEST = 200  # characters of a value that is shown
+_N_LOOKED_INTO, _N_BYTES = 64, 65_536  # files of a folder, and how much of each end of one
 
 
 def describe_study(config: Config, folder: StudyFolder, directions: Sequence[str] = ()) -> dict[str, Any]:
@@ -32,13 +34,26 @@ def describe_study(config: Config, folder: StudyFolder, directions: Sequence[str
 
 
 def describe_listing(config: Config) -> str:
-    """A digest of the names and sizes of all files below data.path; empty where that is no folder here."""
+    """A digest of the names and sizes of all files below data.path, and of the beginnings and ends of some;
+    empty where there is nothing."""
     path = Path(config.data.path)
-    if config.data.path == DIGITS or config.data.path.startswith(HUB) or not path.is_dir():
+    if config.data.path == DIGITS or config.data.path.startswith(HUB) or not path.exists():
         return ""
-    files = (place for place in path.rglob("*") if place.is_file())
-    lines = sorted(f"{place.relative_to(path).as_posix()} {place.stat().st_size}" for place in files)
-    return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()[:16]
+    files = sorted(place for place in path.rglob("*") if place.is_file()) if path.is_dir() else [path]
+    digest = hashlib.sha256()
+    for place in files:
+        name = os.fsencode(place.relative_to(path))
+        digest.update(name + f" {place.stat().st_size}\n".encode())
+    for place in files[:: 1 + len(files) // _N_LOOKED_INTO]:
+        digest.update(_read_ends(place))
+    return digest.hexdigest()[:16]
+
+
+def _read_ends(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        first = file.read(_N_BYTES)
+        file.seek(max(path.stat().st_size - _N_BYTES, 0))
+        return first + file.read(_N_BYTES)
 
 
 def _describe_space(space: SearchSpace) -> dict[str, Any]:
@@ -81,10 +96,18 @@ def find_differences(stored: Mapping[str, Any], found: Mapping[str, Any]) -> lis
     there, here = ({key: told[key] for key in sorted(both)} for told in (stored, found))
     a, b = flatten_keys(there), flatten_keys(here)
     return [
-        f"{key} ({_shorten_value(a.get(key))} there, {_shorten_value(b.get(key))} here)"
+        _tell_values(key, a.get(key), b.get(key))
         for key in dict.fromkeys((*a, *b))
         if a.get(key) != b.get(key) and not _is_unsaid(key, a, b)
     ]
+
+
+def _tell_values(key: str, a: Any, b: Any) -> str:
+    """Of two lists, what only one of them has."""
+    if isinstance(a, list) and isinstance(b, list):
+        only = [one for one in a if one not in b], [one for one in b if one not in a]
+        a, b = only if any(only) else (a, b)
+    return f"{key} ({_shorten_value(a)} there, {_shorten_value(b)} here)"
 
 
 def _is_unsaid(key: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:

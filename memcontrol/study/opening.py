@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ def open_study(
     try:
         if not known:
             about = describe_study(config, StudyFolder(folder), directions)
-            inner = _create_study(storage, config, directions, about | {"listing": describe_listing(config)})
+            inner = _create_study(storage, config, directions, about | _describe_origin(config))
             return Study(inner, config, folder, url, say, lock)
         inner = optuna.load_study(study_name=config.name, storage=storage)
         if create and not inner.trials and not _is_ours(inner):
@@ -100,6 +101,11 @@ def open_study(
     except MemControlError:
         close_storage(storage)
         raise
+
+
+def _describe_origin(config: Config) -> dict[str, Any]:
+    """The images' files as they lie here, and what tells this study from all others."""
+    return {"listing": describe_listing(config), "token": uuid.uuid4().hex}
 
 
 def _create_study(
@@ -140,7 +146,7 @@ def _claim_empty_study(inner: optuna.Study, config: Config, folder: Path, direct
             f"an empty study '{config.name}' in this storage is to {there}, and the objectives "
             f"{', '.join(config.rewards.names)} are to {wanted}; delete it there, or choose another name"
         )
-    about = describe_study(config, StudyFolder(folder), directions) | {"listing": describe_listing(config)}
+    about = describe_study(config, StudyFolder(folder), directions) | _describe_origin(config)
     for key, value in {METRIC_NAMES: config.rewards.names, **_list_attributes(config, about)}.items():
         write_attribute(inner, key, value)
 
@@ -149,10 +155,15 @@ def _check_agrees(study: Study, config: Config, directions: Sequence[str], study
     """Raises MemControlError for what differs; parts that are known now for the first time are recorded. Own
     rewards may be mended as long as no trial was scored by them."""
     found = describe_study(config, StudyFolder(study.folder), directions)
-    is_scored = any(record.finished for record in study.records())
+    is_scored = any(record.finished for record in study.records()) or any(
+        run.is_complete or run.count_rungs() for run in StudyFolder(study.folder).list_runs()
+    )
     stored = {key: value for key, value in study.about.items() if key != "own_rewards" or is_scored}
     differing = find_differing_keys(study.config, config, ["space"] if "space" in stored else [])
     differing += find_differences(stored, found)
+    if directions and list(directions) != study.directions:
+        there, here = ", ".join(study.directions), ", ".join(directions)
+        differing.append(f"the objectives' directions ({there} there, {here} here)")
     if differing:
         raise explain_differences(config.name, differing, study_file)
     if found.keys() - stored.keys():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,7 +27,7 @@ class StudyPlace:
     def load(cls, file: str | Path, overrides: Sequence[str] = (), name: str | None = None) -> StudyPlace:
         """`overrides` are values such as "inner.batch_size=8"; `name` is another than the file's. Raises
         MemControlError."""
-        named = [f"name={name}"] if name else []
+        named = [] if name is None else [f"name={json.dumps(name)}"]
         return cls(Path(file), load_config(Path(file), [*overrides, *named]))
 
     @cached_property

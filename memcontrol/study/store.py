@@ -16,7 +16,7 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState, create_trial
 
-from memcontrol.core.choice import Choice
+from memcontrol.core.choice import ANCHORS, Choice
 from memcontrol.core.config import Config, flatten_keys
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.reward_table import MAXIMIZE, MINIMIZE, find_direction, list_losses
@@ -129,14 +129,31 @@ class Study:
             self.take_in(trial)
 
     def take_in(self, trial: optuna.trial.FrozenTrial) -> None:
-        """One that was made by others is kept apart; one whose number another has gets a free one."""
-        if f"{OWN}candidates" not in trial.system_attrs:
+        """One that was made by others is kept apart, and a copy; one whose number another has gets a free
+        one."""
+        if not self.is_own(trial):
             self.foreign[trial.number] = _make_foreign(trial)
             return
         if trial.number in self.kept:
             trial = copy.copy(trial)
             trial.number = self.find_free_number()
         self.keep(trial, get_trial_id(trial))
+
+    def is_own(self, trial: optuna.trial.FrozenTrial) -> bool:
+        """Whether it is ours: not of another study of memcontrol, nor the copy of a finished one."""
+        attributes = _select_own(trial.system_attrs)
+        if "candidates" not in attributes or attributes.get("token", self.token) != self.token:
+            return False
+        candidates = tuple(Choice.from_dict(values) for values in attributes["candidates"])
+        return "result" not in attributes or not any(
+            record.finished and record.candidates == candidates and self.ids[number] != get_trial_id(trial)
+            for number, record in self.kept.items()
+        )
+
+    @property
+    def token(self) -> str | None:
+        """What tells the study from others, of any database; none of those from before there was one."""
+        return self.about.get("token")
 
     def list_taken_numbers(self) -> set[int]:
         """Those of trials that are gone included, of which something is still known."""
@@ -223,7 +240,7 @@ class Study:
             params=params,
             distributions=_make_readable_distributions(params, space),
             user_attrs={"anchor": anchor} if anchor else {},
-            system_attrs={f"{OWN}candidates": wanted},
+            system_attrs={f"{OWN}candidates": wanted, f"{OWN}token": self.token},
         )
         tried = False
 
@@ -234,7 +251,10 @@ class Study:
             tried = True
             if self.lock:
                 self.lock.check()
-            return add_trial(self.inner, frozen)
+            try:
+                return add_trial(self.inner, frozen)
+            except ValueError:  # other programs' trials have parameters of these names, and other values
+                return add_trial(self.inner, _drop_params(frozen))
 
         trial_id = self.patiently(write)
         frozen.number = self.patiently(lambda: self.storage.get_trial_number_from_id(trial_id))
@@ -260,7 +280,8 @@ class Study:
             self.storage.set_trial_system_attr(trial_id, f"{OWN}candidates", [choice.as_dict()])
             for name, distribution in _make_readable_distributions(params, self.space).items():
                 inside = distribution.to_internal_repr(params[name])
-                self.storage.set_trial_param(trial_id, name, inside, distribution)
+                with contextlib.suppress(ValueError):  # as in `begin`
+                    self.storage.set_trial_param(trial_id, name, inside, distribution)
             self.storage.set_trial_state_values(trial_id, TrialState.RUNNING)
 
         self.patiently(write)
@@ -377,15 +398,23 @@ def _select_own(attributes: Mapping[str, Any]) -> dict[str, Any]:
     return {name.removeprefix(OWN): value for name, value in attributes.items() if name.startswith(OWN)}
 
 
+def _drop_params(trial: optuna.trial.FrozenTrial) -> optuna.trial.FrozenTrial:
+    bare = copy.copy(trial)
+    bare.params, bare.distributions = {}, {}
+    return bare
+
+
 def _make_foreign(trial: optuna.trial.FrozenTrial) -> ForeignTrial:
     enqueued = trial.system_attrs.get(ENQUEUED) if trial.state == TrialState.WAITING else None
-    return ForeignTrial(trial.number, get_trial_id(trial), enqueued)
+    asked = dict(enqueued) if isinstance(enqueued, Mapping) else None
+    return ForeignTrial(trial.number, get_trial_id(trial), asked)
 
 
 def _make_record(trial: optuna.trial.FrozenTrial, objectives: dict[str, str]) -> Record:
     attributes = _select_own(trial.system_attrs)
     candidates = tuple(Choice.from_dict(values) for values in attributes.get("candidates", ()))
     result, state = attributes.get("result", {}), trial.state.name
+    anchor = trial.user_attrs.get("anchor")
     if trial.state.is_finished() and not result:
         reason = f"another program told it {state}, without a result of its run"
         result = {"reason": reason, "choice": candidates[0].as_dict()}
@@ -394,7 +423,7 @@ def _make_record(trial: optuna.trial.FrozenTrial, objectives: dict[str, str]) ->
         trial.number,
         "RUNNING",
         candidates,
-        trial.user_attrs.get("anchor"),
+        anchor if anchor in ANCHORS else None,
         objectives=objectives,
         begun=format_time(trial.datetime_start),
     ).as_running()
