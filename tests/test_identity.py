@@ -94,6 +94,7 @@ def own_grey(choice):
         "grey": 2.0 - len(choice["groups"]),
         "fid": 3.0,
         "memorization": 0.1,
+        "coverage": 0.5,
     }
 
 

@@ -88,9 +88,7 @@ def _explain_invalid(
     differing += find_differences(
         {key: value for key, value in source.about.items() if key not in ("space", "own_rewards")}, now
     )
-    mended = find_differences(
-        {"own_rewards": source.about.get("own_rewards", {})}, {"own_rewards": now.get("own_rewards", {})}
-    )
+    mended = find_differences(source.about.get("own_rewards", {}), now.get("own_rewards", {}))
     for record in records:
         missing = [name for name in new.config.rewards.names if name not in record.rewards]
         reason = (
