@@ -104,7 +104,10 @@ def test_mistakes_are_named(values, overrides, words):
 
 SENTENCES = [
     ({"name": None}, "key 'name' is None; it should be a valid string"),
-    ({"name": "a/b"}, "key 'name' is 'a/b'; use letters, digits, '.', '_' and '-', a letter or digit first"),
+    (
+        {"name": "a/b"},
+        "key 'name' is 'a/b'; use letters, digits, '.', '_' and '-', a letter or digit first, 100 at most",
+    ),
     ({"data": None}, "key 'data' is None; it should be keys and values, such as {path: images}"),
     ({"data": {"train": 0.5}}, "key 'data.path' is missing"),
     ({"data": {1: 2, "path": "digits"}}, "key 'data' is 1; keys should be strings"),
@@ -237,7 +240,8 @@ SENTENCES = [
     ),
     (
         {"name": "a b", "inner": {"rounds": 0, "skip": {"ratios": 2}}},
-        "key 'name' is 'a b'; use letters, digits, '.', '_' and '-', a letter or digit first; key "
+        "key 'name' is 'a b'; use letters, digits, '.', '_' and '-', a letter or digit first, 100 at most; "
+        "key "
         "'inner.rounds' is 0; it should be greater than or equal to 1; unknown key "
         "'inner.skip.ratios'; did you mean inner.skip.ratio? allowed: ratio, decay, start, bins, refill",
     ),

@@ -138,6 +138,7 @@ def test_another_user_reads_no_file_and_lists_no_folder(searched):
 def test_what_an_older_version_made_becomes_its_owners_once(copied):
     folder = copied.parent / "runs" / "open"
     (folder / "README.txt").unlink()
+    (folder / "others.json").unlink()
     for path in (folder, *folder.rglob("*")):
         path.chmod(0o755 if path.is_dir() else 0o644)
     run("search", copied, check=True)
@@ -330,3 +331,20 @@ def test_a_reason_keeps_its_words_and_loses_its_paths():
     said = "OSError: data/x.png is cut (see ab/log.txt); a/b and 3/4"
     assert hide_paths(text, Path("/home/me and you"), Path("/home/me and you/runs/s")) == said
     assert hide_paths("in '/a/b/c.py': no") == "in 'c.py': no"
+
+
+def test_what_a_person_had_in_the_folder_stays(tmp_path):
+    """A study file in a folder of the study's name, beside files that bear names as the search's own do."""
+    folder = tmp_path / "mine"
+    for name in ("cache", "retrain"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "mine.txt").write_text("mine")
+    for name in ("README.txt", "log.txt"):
+        (folder / name).write_text("mine")
+    file = folder / "mine.yaml"
+    file.write_text(yaml.safe_dump({**SMALL, "name": "mine", "search": {**SMALL["search"], "trials": 0}}))
+    run("search", file, check=True)
+    run("clean", file, "--yes", check=True)
+    left = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert {"cache/mine.txt", "retrain/mine.txt", "README.txt", "log.txt", "mine.yaml"} <= left
+    assert not list(folder.glob("study.db*")) and (folder / "log.txt").read_text() == "mine"

@@ -14,9 +14,13 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 def main() -> int:
     """The exit status: 0, or 1 for what a person can mend, said in one line, or 130 after Ctrl-C, 143 after
     SIGTERM, 129 after SIGHUP."""
-    from memcontrol.core.errors import refuse_windows
+    from memcontrol.core.errors import MemControlError, refuse_windows
 
-    refuse_windows()  # before what cannot be imported there
+    try:
+        refuse_windows()  # before what cannot be imported there
+    except MemControlError as error:
+        sys.stderr.write(f"memcontrol: {error}\n")
+        return 1
     from memcontrol.core import interrupt
 
     interrupt.remember()

@@ -24,6 +24,7 @@ from filelock import FileLock, Timeout
 from memcontrol.core import interrupt
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import make_private_folder, open_private
+from memcontrol.core.run_folder import StudyFolder
 
 SQLITE = "sqlite:///"  # and a path, as it is, and perhaps options such as ?timeout=60
 _OPTIONS = re.compile(r"\?(\w+=[^&/?]*(?:&\w+=[^&/?]*)*)$")
@@ -377,6 +378,10 @@ def hold_study_lock(url: str, name: str) -> Iterator[StudyLock | None]:
     """Holds the study's lock in the database, or beside a SQLite file, which several folders may have in
     common. Raises MemControlError where another process does."""
     if is_sqlite(url):
+        path, _ = split_sqlite_url(url)
+        if path == StudyFolder(path.parent).database and path.parent.name == name:
+            yield None  # its own folder, which has a lock
+            return
         with hold_file_lock(locate_lock(url, name), f"study '{name}' in {split_sqlite_url(url)[0]}"):
             yield None
         return
