@@ -290,6 +290,11 @@ SLOW_FILES = {  # that start processes or services, or fine-tune, by themselves
 
 
 NIGHTLY = {  # half a minute to two on a core each: `make nightly` runs them too
+    "test_a_search_fine_tunes_its_front_again_once",
+    "test_arms_of_the_inner_loop_are_trained_once_and_set_side_by_side",
+    "test_init_writes_a_study_for_each_that_a_search_takes",
+    "test_study_of_three_objectives_runs_to_the_end",
+    "test_the_front_is_measured_again_before_it_is_reported",
     "test_a_full_disk_is_named_and_what_was_done_is_kept[150000]",
     "test_a_proposed_study_is_searched_without_an_edit[grey]",
     "test_a_proposed_study_is_searched_without_an_edit[plain]",
