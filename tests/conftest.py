@@ -290,6 +290,8 @@ SLOW_FILES = {  # that start processes or services, or fine-tune, by themselves
 
 
 NIGHTLY = {  # half a minute to two on a core each: `make nightly` runs them too
+    "test_a_signal_ends_a_search_in_the_middle_of_trials_and_says_how_to_go_on[1-lead_a_session-killpg-129-SIGHUP]",
+    "test_a_dry_run_of_a_folder_leaves_what_it_read_and_encoded",
     "test_a_search_fine_tunes_its_front_again_once",
     "test_arms_of_the_inner_loop_are_trained_once_and_set_side_by_side",
     "test_init_writes_a_study_for_each_that_a_search_takes",
@@ -298,6 +300,7 @@ NIGHTLY = {  # half a minute to two on a core each: `make nightly` runs them too
     "test_a_full_disk_is_named_and_what_was_done_is_kept[150000]",
     "test_a_proposed_study_is_searched_without_an_edit[grey]",
     "test_a_proposed_study_is_searched_without_an_edit[plain]",
+    "test_a_real_study_goes_all_the_way_without_its_anchors[anchors0]",
     "test_a_real_study_goes_all_the_way_without_its_anchors[anchors1]",
     "test_a_search_starts_from_an_adapter",
     "test_a_search_survives_each_fault_once",
