@@ -18,6 +18,7 @@ from postgres import Postgres
 from memcontrol.core.config import load_config
 from memcontrol.core.files import PACKAGE
 from memcontrol.core.run_folder import StudyFolder, locate_study_folder
+from memcontrol.search.locks import read_holder
 from memcontrol.study.opening import open_study
 from memcontrol.study.optuna_private import ENQUEUED, get_trial_id
 from memcontrol.study.store import OWN
@@ -95,12 +96,18 @@ class Meddled(Chaos):
 
     def search_twice(self):
         """From the same folder, and from another, which no lock of a folder keeps."""
-        if self.find_running():
+        self.until(self.is_at_work)
+        if self.search.poll() is None:
             other = self.study.parent / "other"
             other.mkdir(exist_ok=True)
             shutil.copy2(self.study, other)
             for file in (self.study, other / self.study.name):
                 self.claim_refused("search", file)
+
+    def is_at_work(self):
+        """Whether the search has its locks, or has ended."""
+        holder = read_holder(StudyFolder(self.folder)).get("holder", "")
+        return self.search.poll() == 0 or holder.endswith(f"process {self.search.pid}")
 
     def edit_space(self):
         """Between two searches."""
