@@ -217,8 +217,8 @@ def violations(study_file: Path, trials: int, n_kills: int) -> list[str]:
             record.searched == own["rewards"], f"trial {record.number}: rewards differ from its result file"
         )
         claim(
-            trial.values == [own["rewards"][name] for name in config.rewards.names],
-            f"trial {record.number}: values differ from its result file",
+            trial.values == list(record.values.values()),  # measured again, where it was
+            f"trial {record.number}: plain Optuna shows other values",
         )
         for choice in record.candidates:
             run = folder / choice.key
