@@ -21,7 +21,7 @@ from memcontrol.core.run_folder import StudyFolder, locate_study_folder
 from memcontrol.search.locks import read_holder
 from memcontrol.study.opening import open_study
 from memcontrol.study.optuna_private import ENQUEUED, get_trial_id
-from memcontrol.study.store import OWN
+from memcontrol.study.trials import OWN
 
 HANDS = Counter(
     {

@@ -3,11 +3,11 @@ search loop itself."""
 
 import random
 
-from memcontrol.core.attempts import begin_attempt
 from memcontrol.core.files import write_json
 from memcontrol.core.jobs import ConfirmJob, Done, EncodeJob, Prepared, PrepareJob, TrialJob
 from memcontrol.core.run_folder import RunFolder
 from memcontrol.core.spec import read_spec
+from memcontrol.execution.attempts import begin_attempt
 from memcontrol.execution.executor import Executor
 from memcontrol.search.observer import Observer, Observers
 from memcontrol.search.orchestrator import search_study

@@ -14,14 +14,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-from memcontrol.core.attempts import (
-    Superseded,
-    begin_attempt,
-    note_failure,
-    read_attempts,
-    read_failures,
-    read_progress,
-)
 from memcontrol.core.choice import Choice
 from memcontrol.core.config import load_config
 from memcontrol.core.errors import MemControlError
@@ -51,6 +43,14 @@ from memcontrol.core.run_folder import RunFolder, locate_study_folder
 from memcontrol.core.space_yaml import load_space
 from memcontrol.core.spec import Spec
 from memcontrol.execution import job_queue, worker
+from memcontrol.execution.attempts import (
+    Superseded,
+    begin_attempt,
+    note_failure,
+    read_attempts,
+    read_failures,
+    read_progress,
+)
 from memcontrol.execution.executor import Executor, pick_time_limit
 from memcontrol.execution.job_queue import JobQueue
 from memcontrol.execution.local import Inline, Local, choose_gpus

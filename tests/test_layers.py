@@ -79,6 +79,7 @@ def test_few_modules_import_optuna():
     assert users == {
         "study.opening",
         "study.store",
+        "study.trials",
         "study.artifacts",
         "study.optuna_private",
         "search.optuna_samplers",

@@ -8,10 +8,10 @@ import yaml
 from chaos import measure_front
 from simulated import Simulated, search
 
-from memcontrol.core.attempts import read_attempts
 from memcontrol.core.config import load_config
 from memcontrol.core.jobs import Failed, TrialJob
 from memcontrol.core.run_folder import locate_study_folder
+from memcontrol.execution.attempts import read_attempts
 from memcontrol.search.orchestrator import Search
 from memcontrol.study.opening import open_study
 from memcontrol.study.store import Study

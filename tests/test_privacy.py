@@ -21,8 +21,8 @@ from conftest import SMALL
 from filelock import FileLock
 from PIL import Image
 
-from memcontrol.core.config import hide_paths, publish_name
 from memcontrol.core.files import PACKAGE, make_private_folder, open_private, replace_file, write_text
+from memcontrol.core.published import hide_paths, publish_name
 from memcontrol.core.run_folder import RunFolder, StudyFolder
 from memcontrol.study.artifacts import name_artifact
 from memcontrol.study.contents import list_others, write_readme

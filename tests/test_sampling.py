@@ -20,7 +20,7 @@ from memcontrol.search.optuna_samplers import mirror_record
 from memcontrol.search.sampler import PrefetchedChoices, Sampler
 from memcontrol.search.surrogate import winsorize
 from memcontrol.study.record import Record
-from memcontrol.study.store import make_distributions
+from memcontrol.study.trials import make_distributions
 
 KINDS = ("auto", "gp", "tpe", "nsga2", "random")
 

@@ -8,10 +8,10 @@ from dataclasses import replace
 
 from commands import run
 
-from memcontrol.core.attempts import begin_attempt, note_failure
 from memcontrol.core.config import load_config
 from memcontrol.core.run_folder import RunFolder, StudyFolder, locate_study_folder
 from memcontrol.core.space_yaml import load_space
+from memcontrol.execution.attempts import begin_attempt, note_failure
 from memcontrol.study.opening import open_study
 from memcontrol.study.running import describe_run, estimate_pace, inspect_run
 

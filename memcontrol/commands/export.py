@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from memcontrol.core.config import publish_name
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import make_public, name_full_disk, replace_file
+from memcontrol.core.published import publish_name
 from memcontrol.core.run_folder import RunFolder
 from memcontrol.core.spec import Spec, read_spec
 from memcontrol.model.adapter import Adapter, format_header

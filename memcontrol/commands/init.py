@@ -18,7 +18,6 @@ from memcontrol.commands.card import Card, describe_card, explain_too_small, pro
 from memcontrol.core.choice import ANCHORS
 from memcontrol.core.config import (
     CALIBRATION,
-    HUB,
     NAME,
     PARTS,
     BaseConfig,
@@ -30,6 +29,7 @@ from memcontrol.core.config import (
 from memcontrol.core.config_errors import NAME_RULE
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import write_text
+from memcontrol.core.published import HUB
 from memcontrol.core.run_folder import StudyFolder, locate_study_folder, refuse_results_among
 from memcontrol.data.dataset import is_dataset, list_splits, locate_images, plan_splits
 from memcontrol.data.look import WITHOUT_CAPTION, FolderSummary, summarize_folder

@@ -6,7 +6,6 @@ import functools
 import json
 import math
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -27,6 +26,7 @@ from pydantic import (
 from memcontrol.core.choice import ANCHORS, Anchor
 from memcontrol.core.config_errors import explain_problems
 from memcontrol.core.errors import MemControlError
+from memcontrol.core.published import HUB, publish_name
 from memcontrol.core.space_yaml import name_space
 from memcontrol.core.yaml_reader import parse_number, read_yaml
 
@@ -54,7 +54,6 @@ FREE_KEYS = (
 
 Pages = Literal["refuse", "first", "all"]
 Fit = Literal["crop", "pad", "squash"]
-HUB = "hf://"  # how data.path begins that names a dataset of Hugging Face's
 DIGITS = "digits"  # data.path of the images that are embedded
 CHECKPOINT = ".safetensors"  # how a base in one file ends
 EMBEDDED = "tiny"  # the base that is embedded
@@ -749,45 +748,6 @@ class Config(Strict):
 def describe_config(config: Config) -> str:
     """The config in a line, less what is at its default and less the storage's URL."""
     return json.dumps(config.model_dump(mode="json", exclude_defaults=True), ensure_ascii=False)
-
-
-_OF_A_CLUSTER = ("ray", "slurm", "storage")
-_SCHEME = re.compile(r"(hf://|[a-z][a-z-]*:)?(.*)", re.DOTALL)  # such as torchscript:PATH,side=288
-_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # what Hugging Face's hub calls a model
-_OF_THE_HUB = ("base", "id", "config", "clip", "extractor")  # keys that may hold one
-_PATH_IN_TEXT = re.compile(r"(?<![\w/.:])~?/(?:[^\s/:;,'\"()<>]+/)*(?=[^\s/:;,'\"()<>])")
-
-
-def publish_config(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a config as JSON may be given away: names of files and folders in place of where they lie, and
-    nothing of the cluster that it ran on."""
-    return {key: _take_names(key, value) for key, value in values.items() if key not in _OF_A_CLUSTER}
-
-
-def _take_names(key: str, value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _take_names(name, inner) for name, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_take_names(key, inner) for inner in value]
-    return publish_name(value, key in _OF_THE_HUB) if isinstance(value, str) else value
-
-
-def publish_name(given: str, may_be_hub: bool = False) -> str:
-    """What the hub calls it, where it may be the hub's, or the name of a file or folder, whichever `given`
-    is."""
-    scheme, rest = _SCHEME.fullmatch(given).groups(default="")  # type: ignore[union-attr]
-    is_hub = may_be_hub and _HUB_NAME.fullmatch(rest) and not Path(rest).exists()
-    if "/" not in rest or is_hub or scheme == HUB:
-        return given
-    return scheme + rest.rstrip("/").rpartition("/")[2]
-
-
-def hide_paths(text: str, *places: Path) -> str:
-    """A sentence with the names of files and folders in place of where they lie: below `places`, whatever is
-    in their names, and wherever a path has no spaces."""
-    for place in sorted(map(str, places), key=len, reverse=True):
-        text = text.replace(f"{place}/", "").replace(place, Path(place).name)
-    return _PATH_IN_TEXT.sub("", text)
 
 
 def load_config(source: Path | str | dict, overrides: Sequence[str] = ()) -> Config:

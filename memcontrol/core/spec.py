@@ -11,16 +11,15 @@ from typing import Any
 from memcontrol.core.choice import Choice
 from memcontrol.core.config import (
     DIGITS,
-    HUB,
     BaseConfig,
     Config,
     find_differing_keys,
     load_config,
     locate_config,
-    publish_config,
 )
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import read_json, write_json
+from memcontrol.core.published import HUB, publish_config
 from memcontrol.core.run_folder import RunFolder, StudyFolder
 from memcontrol.core.seeds import derive_seed
 from memcontrol.core.space import SearchSpace

@@ -6,8 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 
-from memcontrol.core.attempts import read_progress
 from memcontrol.core.jobs import Event, Job, Progress, TrialJob
+from memcontrol.execution.attempts import read_progress
 
 
 class Executor(ABC):

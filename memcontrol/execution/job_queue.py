@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from memcontrol.core import interrupt
-from memcontrol.core.attempts import note_failure
 from memcontrol.core.console import LOG
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.jobs import END_EVENTS, Done, Event, Failed, GivenUp, Job, Overtaken, Stopped, TrialJob
+from memcontrol.execution.attempts import note_failure
 from memcontrol.execution.executor import Executor
 
 Show = Callable[[Event], None]

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from memcontrol.core import interrupt
-from memcontrol.core.attempts import format_now
 from memcontrol.core.files import read_json, write_json
 from memcontrol.core.jobs import Done, Event, Job, parse_event, parse_job
+from memcontrol.execution.attempts import format_now
 from memcontrol.execution.worker import COMMAND, collect_events
 
 SECONDS_LEFT = 90  # of its time, when a job is told, so that it can leave a checkpoint

@@ -19,7 +19,6 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 
 from memcontrol.core import interrupt
-from memcontrol.core.attempts import Superseded, begin_attempt
 from memcontrol.core.errors import Diverged, MemControlError, RewardFailed
 from memcontrol.core.files import make_private_folder, open_private, write_json
 from memcontrol.core.jobs import (
@@ -43,6 +42,7 @@ from memcontrol.core.jobs import (
     parse_job,
 )
 from memcontrol.core.run_folder import RunFolder, StudyFolder
+from memcontrol.execution.attempts import Superseded, begin_attempt
 
 # -P: what lies in the working directory must not stand in for modules of the same names
 COMMAND = (sys.executable, "-P", "-m", "memcontrol.execution.worker")

@@ -9,10 +9,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from memcontrol.core.attempts import format_now
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import make_private_folder, read_json, write_json
 from memcontrol.core.run_folder import StudyFolder
+from memcontrol.execution.attempts import format_now
 from memcontrol.study.database import (
     find_lock_holder,
     is_file_locked,

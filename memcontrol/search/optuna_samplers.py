@@ -19,7 +19,7 @@ from memcontrol.search.surrogate import N_SPREAD, OUTSIDE, extrapolate_losses
 from memcontrol.study.optuna_private import GENERATION, add_trial, get_storage, name_constraint
 from memcontrol.study.pareto import Limit
 from memcontrol.study.record import Record
-from memcontrol.study.store import compute_excesses, make_distributions
+from memcontrol.study.trials import compute_excesses, make_distributions
 
 _POPULATION = 16
 _GOLDEN = (5**0.5 - 1) / 2

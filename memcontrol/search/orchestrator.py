@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from memcontrol.core.attempts import read_failures
 from memcontrol.core.choice import Choice
 from memcontrol.core.config import Config
 from memcontrol.core.console import LOG
@@ -20,6 +19,7 @@ from memcontrol.core.jobs import EncodeJob, Event, GivenUp, Prepared, PrepareJob
 from memcontrol.core.run_folder import StudyFolder, refuse_results_among
 from memcontrol.core.space_yaml import load_space
 from memcontrol.core.spec import read_spec
+from memcontrol.execution.attempts import read_failures
 from memcontrol.execution.executor import Executor
 from memcontrol.execution.job_queue import JobQueue
 from memcontrol.execution.make import count_workers, describe_sharing
@@ -267,6 +267,8 @@ class Search:
         """Begins the trials that other programs have enqueued, as far as the space has them and they are new.
         Whether there was one."""
         found = [trial for trial in self.study.find_enqueued() if trial.number not in self.passed_over]
+        if not found:
+            return False
         known = {choice for record in self.study.records() for choice in record.candidates}
         n_before = len(self.open)
         for trial in found:

@@ -27,7 +27,7 @@ from memcontrol.search.gaussian_process import Process, expected_gain, fit_proce
 from memcontrol.study.pareto import Limit, find_front
 from memcontrol.study.record import Record
 from memcontrol.study.replicates import average_fine_tunings, errors_by_luck, estimate_spread
-from memcontrol.study.store import compute_excesses
+from memcontrol.study.trials import compute_excesses
 
 _N_RANDOM, _N_CLIMBS, _N_BEST = 300, 4, 8  # of the choices that the model looks at
 _N_BEYOND = 3.0  # how far beyond the median a loss may lie, in distances of the best from it

@@ -382,7 +382,7 @@ def hold_study_lock(url: str, name: str) -> Iterator[StudyLock | None]:
         if path == StudyFolder(path.parent).database and path.parent.name == name:
             yield None  # its own folder, which has a lock
             return
-        with hold_file_lock(locate_lock(url, name), f"study '{name}' in {split_sqlite_url(url)[0]}"):
+        with hold_file_lock(locate_lock(url, name), f"study '{name}' in {path}"):
             yield None
         return
     if not is_postgresql(url):

@@ -9,9 +9,10 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from memcontrol.core.config import DIGITS, HUB, Config, flatten_keys
+from memcontrol.core.config import DIGITS, Config, flatten_keys
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import read_json
+from memcontrol.core.published import HUB
 from memcontrol.core.run_folder import StudyFolder
 from memcontrol.core.space import SearchSpace
 from memcontrol.core.space_yaml import dump_space, load_space, name_space, parse_space

@@ -44,7 +44,8 @@ from memcontrol.study.optuna_private import (
     read_attributes,
     write_attribute,
 )
-from memcontrol.study.store import OWN, Study
+from memcontrol.study.store import Study
+from memcontrol.study.trials import OWN
 
 
 def resolve_storage_url(config: Config, folder: Path, study_file: Path) -> str:

@@ -9,8 +9,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from memcontrol.core.attempts import read_attempts, read_failures, read_progress
 from memcontrol.core.run_folder import RunFolder, StudyFolder
+from memcontrol.execution.attempts import read_attempts, read_failures, read_progress
 from memcontrol.study.record import Record
 
 _QUIET_SECONDS = 120  # without a word for so long, a run is said to be silent

@@ -1,4 +1,4 @@
-"""Owns the study in Optuna's database: opens it, records trials, reads them."""
+"""Owns the study in Optuna's database: records trials, reads them, and keeps to its own among others'."""
 
 from __future__ import annotations
 
@@ -7,16 +7,14 @@ import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState, create_trial
 
-from memcontrol.core.choice import ANCHORS, Choice
+from memcontrol.core.choice import Choice
 from memcontrol.core.config import Config, flatten_keys
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.reward_table import MAXIMIZE, MINIMIZE, find_direction, list_losses
@@ -27,7 +25,6 @@ from memcontrol.study.database import StudyLock, Tell, retry_while_away
 from memcontrol.study.foreign import ForeignTrial
 from memcontrol.study.identity import read_space
 from memcontrol.study.optuna_private import (
-    ENQUEUED,
     add_trial,
     close_storage,
     get_storage,
@@ -40,11 +37,20 @@ from memcontrol.study.optuna_private import (
 )
 from memcontrol.study.pareto import Limit, find_knee
 from memcontrol.study.record import Record, add_result, format_time
+from memcontrol.study.trials import (
+    OWN,
+    compute_excesses,
+    drop_params,
+    make_attributes,
+    make_foreign,
+    make_readable_distributions,
+    make_readable_params,
+    make_record,
+    select_own,
+)
 
 Returned = TypeVar("Returned")
 _CONFIRMED_KEY, _REPLICATES_KEY = "confirmed:", "replicates:"  # and the trial's number
-# before the names of our attributes: system attributes, since dashboards print user attributes whole
-OWN = "memcontrol:"
 _OF_RESULT = ("choice", "rewards", "reason", "seconds", "rungs")  # what the database keeps of result.json
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 logging.getLogger("alembic").setLevel(logging.ERROR)
@@ -74,6 +80,7 @@ class Study:
         self.kept: dict[int, Record] = {}
         self.ids: dict[int, int] = {}  # Optuna's trial ids by number
         self.foreign: dict[int, ForeignTrial] = {}
+        self.first: dict[tuple[Choice, ...], int] = {}  # by choices, the trial that ended well with them
         self.attributes: dict[str, Any] = {}
         self.patiently(self.read)
 
@@ -124,31 +131,29 @@ class Study:
         close_storage(self.storage)
 
     def read(self) -> None:
-        self.attributes = _select_own(read_attributes(self.inner))
+        self.attributes = select_own(read_attributes(self.inner))
         for trial in self.inner.get_trials(deepcopy=False):
             self.take_in(trial)
 
     def take_in(self, trial: optuna.trial.FrozenTrial) -> None:
-        """One that was made by others is kept apart, and a copy; one whose number another has gets a free
-        one."""
-        if not self.is_own(trial):
-            self.foreign[trial.number] = _make_foreign(trial)
-            return
+        """One that was made by others is kept apart, and the copy of a finished one; one whose number another
+        has gets a free one."""
+        trial_id = get_trial_id(trial)
         if trial.number in self.kept:
             trial = copy.copy(trial)
             trial.number = self.find_free_number()
-        self.keep(trial, get_trial_id(trial))
+        record = self.make_record(trial) if self.is_own(trial) else None
+        if record and record.finished and self.first.setdefault(record.candidates, trial_id) != trial_id:
+            record = None
+        if record is None:
+            self.foreign[trial.number] = make_foreign(trial)
+        else:
+            self.keep(record, trial_id)
 
     def is_own(self, trial: optuna.trial.FrozenTrial) -> bool:
-        """Whether it is ours: not of another study of memcontrol, nor the copy of a finished one."""
-        attributes = _select_own(trial.system_attrs)
-        if "candidates" not in attributes or attributes.get("token", self.token) != self.token:
-            return False
-        candidates = tuple(Choice.from_dict(values) for values in attributes["candidates"])
-        return "result" not in attributes or not any(
-            record.finished and record.candidates == candidates and self.ids[number] != get_trial_id(trial)
-            for number, record in self.kept.items()
-        )
+        """Whether this study made it, and not another of memcontrol's."""
+        attributes = select_own(trial.system_attrs)
+        return "candidates" in attributes and attributes.get("token", self.token) == self.token
 
     @property
     def token(self) -> str | None:
@@ -164,17 +169,20 @@ class Study:
     def find_free_number(self) -> int:
         return 1 + max(self.list_taken_numbers())
 
-    def keep(self, trial: optuna.trial.FrozenTrial, trial_id: int) -> None:
-        self.ids[trial.number] = trial_id
+    def make_record(self, trial: optuna.trial.FrozenTrial) -> Record:
+        """With what the study knows of it beside the trial."""
         confirmed, replicates = (
             self.attributes.get(f"{name}{trial.number}", ()) for name in (_CONFIRMED_KEY, _REPLICATES_KEY)
         )
-        self.kept[trial.number] = replace(
-            _make_record(trial, self.objectives),
+        return replace(
+            make_record(trial, self.objectives),
             confirmed=dict(confirmed),
             replicates=tuple(replicates),
             folder=self.folder,
         )
+
+    def keep(self, record: Record, trial_id: int) -> None:
+        self.ids[record.number], self.kept[record.number] = trial_id, record
 
     def records(self) -> list[Record]:
         """All trials, as this process last read or wrote them."""
@@ -193,7 +201,7 @@ class Study:
         """Has the trial show, to whoever reads it with plain Optuna, the values that count, all rewards as
         user attributes, and how far it is beyond each limit."""
         values = list(record.values.values())
-        told, own = _make_attributes(record), self.make_constraints(record.rewards)
+        told, own = make_attributes(record), self.make_constraints(record.rewards)
         self.patiently(lambda: revise_trial(self.storage, self.ids[record.number], values, told, own))
 
     def publish_missing(self) -> None:
@@ -206,7 +214,7 @@ class Study:
                 self.patiently(partial(renumber_trial, self.storage, trial_id, record.number))
             if record.finished and (
                 shown.values != list(record.values.values())
-                or not _make_attributes(record).items() <= shown.user_attrs.items()
+                or not make_attributes(record).items() <= shown.user_attrs.items()
             ):
                 self.publish(record)
 
@@ -233,12 +241,12 @@ class Study:
     def begin(self, candidates: Sequence[Choice], space: SearchSpace, anchor: str | None = None) -> int:
         """Records a running trial, complete in one transaction: a crash leaves all of it or nothing. Returns
         its number."""
-        params = _make_readable_params(candidates[0], space) if anchor is None else {}
+        params = make_readable_params(candidates[0], space) if anchor is None else {}
         wanted = [choice.as_dict() for choice in candidates]
         frozen = create_trial(
             state=TrialState.RUNNING,
             params=params,
-            distributions=_make_readable_distributions(params, space),
+            distributions=make_readable_distributions(params, space),
             user_attrs={"anchor": anchor} if anchor else {},
             system_attrs={f"{OWN}candidates": wanted, f"{OWN}token": self.token},
         )
@@ -254,14 +262,14 @@ class Study:
             try:
                 return add_trial(self.inner, frozen)
             except ValueError:  # other programs' trials have parameters of these names, and other values
-                return add_trial(self.inner, _drop_params(frozen))
+                return add_trial(self.inner, drop_params(frozen))
 
         trial_id = self.patiently(write)
         frozen.number = self.patiently(lambda: self.storage.get_trial_number_from_id(trial_id))
         if frozen.number in self.list_taken_numbers():
             frozen.number = self.find_free_number()
             self.patiently(lambda: renumber_trial(self.storage, trial_id, frozen.number))
-        self.keep(frozen, trial_id)
+        self.keep(self.make_record(frozen), trial_id)
         return frozen.number
 
     def running(self, candidates: list[dict]) -> optuna.trial.FrozenTrial | None:
@@ -273,12 +281,12 @@ class Study:
 
     def claim(self, trial: ForeignTrial, choice: Choice) -> int:
         """Makes a trial ours that another program has enqueued, and begins it. Returns its number."""
-        trial_id, params = trial.trial_id, _make_readable_params(choice, self.space)
+        trial_id, params = trial.trial_id, make_readable_params(choice, self.space)
 
         def write() -> None:
             # ours from the first write on, so that a search that goes on begins it whatever follows
             self.storage.set_trial_system_attr(trial_id, f"{OWN}candidates", [choice.as_dict()])
-            for name, distribution in _make_readable_distributions(params, self.space).items():
+            for name, distribution in make_readable_distributions(params, self.space).items():
                 inside = distribution.to_internal_repr(params[name])
                 with contextlib.suppress(ValueError):  # as in `begin`
                     self.storage.set_trial_param(trial_id, name, inside, distribution)
@@ -286,13 +294,13 @@ class Study:
 
         self.patiently(write)
         self.foreign.pop(trial.number, None)
-        self.keep(self.patiently(lambda: self.storage.get_trial(trial_id)), trial_id)
+        self.keep(self.make_record(self.patiently(lambda: self.storage.get_trial(trial_id))), trial_id)
         return trial.number
 
     def find_enqueued(self) -> list[ForeignTrial]:
         """Trials that other programs wait for, as the database has them now."""
         waiting = self.patiently(lambda: self.inner.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
-        found = (_make_foreign(trial) for trial in waiting)
+        found = (make_foreign(trial) for trial in waiting)
         return [trial for trial in found if trial.enqueued is not None]
 
     def finish(self, number: int, results: Sequence[dict]) -> int:
@@ -346,7 +354,8 @@ class Study:
         except optuna.exceptions.UpdateFinishedTrialError:  # by another program, between two of the writes
             is_ended = False
         if is_ended:
-            self.kept[number] = replace(ended, ended=format_time(datetime.now()))
+            at = self.patiently(lambda: self.storage.get_trial(trial_id)).datetime_complete
+            self.kept[number] = replace(ended, ended=format_time(at))  # as everyone reads it
             if ended.finished:
                 self.publish(ended)
         return is_ended
@@ -386,75 +395,3 @@ def refuse_incomparable(a: Mapping, b: Mapping, what: str) -> None:
     ]
     if differing:
         raise MemControlError(f"{what} cannot be compared; measured with different {'; '.join(differing)}")
-
-
-def compute_excesses(rewards: dict[str, float], limits: Sequence[Limit]) -> dict[str, float]:
-    """How far each limited reward lies beyond its limit; at most 0 where it keeps it."""
-    return {limit.reward: limit.excess(rewards[limit.reward]) for limit in limits if limit.reward in rewards}
-
-
-def _select_own(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """Ours among Optuna's system attributes."""
-    return {name.removeprefix(OWN): value for name, value in attributes.items() if name.startswith(OWN)}
-
-
-def _drop_params(trial: optuna.trial.FrozenTrial) -> optuna.trial.FrozenTrial:
-    bare = copy.copy(trial)
-    bare.params, bare.distributions = {}, {}
-    return bare
-
-
-def _make_foreign(trial: optuna.trial.FrozenTrial) -> ForeignTrial:
-    enqueued = trial.system_attrs.get(ENQUEUED) if trial.state == TrialState.WAITING else None
-    asked = dict(enqueued) if isinstance(enqueued, Mapping) else None
-    return ForeignTrial(trial.number, get_trial_id(trial), asked)
-
-
-def _make_record(trial: optuna.trial.FrozenTrial, objectives: dict[str, str]) -> Record:
-    attributes = _select_own(trial.system_attrs)
-    candidates = tuple(Choice.from_dict(values) for values in attributes.get("candidates", ()))
-    result, state = attributes.get("result", {}), trial.state.name
-    anchor = trial.user_attrs.get("anchor")
-    if trial.state.is_finished() and not result:
-        reason = f"another program told it {state}, without a result of its run"
-        result = {"reason": reason, "choice": candidates[0].as_dict()}
-        state = TrialState.FAIL.name
-    begun = Record(
-        trial.number,
-        "RUNNING",
-        candidates,
-        anchor if anchor in ANCHORS else None,
-        objectives=objectives,
-        begun=format_time(trial.datetime_start),
-    ).as_running()
-    return add_result(replace(begun, state=state, ended=format_time(trial.datetime_complete)), result)
-
-
-def _make_attributes(record: Record) -> dict[str, float]:
-    """What plain Optuna shows of a finished trial beside its values: every reward, and, where objectives were
-    measured again, what the search had measured."""
-    searched = {f"{name} (searched)": record.searched[name] for name in record.objectives}
-    return record.rewards | (searched if record.confirmed else {})
-
-
-def _make_readable_params(choice: Choice, space: SearchSpace) -> dict[str, Any]:
-    """The choice as the dashboard shows it: which groups are on, how they are trained, and the learning
-    rate."""
-    point = space.find_point(choice)
-    del point["rate"]
-    if choice.rank is None:
-        del point["rank"]
-    return point | {"learning_rate": choice.learning_rate}
-
-
-def _make_readable_distributions(params: dict[str, Any], space: SearchSpace) -> dict[str, BaseDistribution]:
-    lows, highs = zip(*space.learning_rate.values())
-    found = make_distributions(space) | {"learning_rate": FloatDistribution(min(lows), max(highs), log=True)}
-    return {name: found[name] for name in params}
-
-
-def make_distributions(space: SearchSpace) -> dict[str, BaseDistribution]:
-    found: dict[str, BaseDistribution] = {
-        name: CategoricalDistribution(options) for name, options in space.list_coordinates().items()
-    }
-    return found | {"rate": FloatDistribution(0, 1)}

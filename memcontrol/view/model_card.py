@@ -9,8 +9,9 @@ from typing import Any
 
 import yaml
 
-from memcontrol.core.config import CHECKPOINT, BaseConfig, publish_name
+from memcontrol.core.config import CHECKPOINT, BaseConfig
 from memcontrol.core.files import write_text
+from memcontrol.core.published import publish_name
 from memcontrol.core.reward_table import BLIND_SPOTS, REWARDS, format_reward
 from memcontrol.core.run_folder import StudyFolder
 from memcontrol.core.spec import Spec

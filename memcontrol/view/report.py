@@ -10,9 +10,10 @@ from typing import Any
 
 import yaml
 
-from memcontrol.core.config import publish_config, publish_name, read_base
+from memcontrol.core.config import read_base
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import write_text
+from memcontrol.core.published import publish_config, publish_name
 from memcontrol.core.reward_table import BLIND_SPOTS, REWARDS
 from memcontrol.view.front_data import TrialData
 from memcontrol.view.html import (

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from memcontrol.core.choice import EVERYTHING, Choice
-from memcontrol.core.config import hide_paths, publish_config, publish_name
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import read_json
+from memcontrol.core.published import hide_paths, publish_config, publish_name
 from memcontrol.core.reward_table import REWARDS, list_objectives
 from memcontrol.core.run_folder import RunFolder, StudyFolder
 from memcontrol.core.space import SearchSpace

@@ -20,8 +20,8 @@ import pytest
 import yaml
 from slurm_cluster import Slurm
 
-from memcontrol.core.attempts import read_attempts
 from memcontrol.core.run_folder import locate_study_folder
+from memcontrol.execution.attempts import read_attempts
 
 pytestmark = pytest.mark.skipif(
     os.geteuid() != 0 or not (shutil.which("slurmctld") and shutil.which("munged")),
