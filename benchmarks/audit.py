@@ -45,7 +45,7 @@ def noisy(seed: int) -> Image.Image:
 
 
 def one(n_train: int, root: Path) -> dict[str, float]:
-    from memcontrol.commands.judge import judge_images
+    from memcontrol.auditing.judge import judge_images
     from memcontrol.data.pictures import read_folder_pictures
 
     write(root / "train", range(n_train))

@@ -13,8 +13,8 @@ import torch
 from commands import run
 from PIL import Image
 
+from memcontrol.auditing.judge import judge_images
 from memcontrol.commands.audit import audit
-from memcontrol.commands.judge import judge_images
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.run_folder import StudyFolder
 from memcontrol.data.pictures import read_folder_pictures, wrap_samples

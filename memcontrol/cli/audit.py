@@ -126,9 +126,9 @@ def _add_sampling(audit: argparse.ArgumentParser) -> None:
 
 
 def _run_audit(args: argparse.Namespace) -> int:
-    from memcontrol.commands.attack import SAMPLING
+    from memcontrol.auditing.attack import SAMPLING
+    from memcontrol.auditing.audited import AuditSource
     from memcontrol.commands.audit import audit_source
-    from memcontrol.commands.audited import AuditSource
     from memcontrol.view.audit_page import check_audit_folder, write_audit
     from memcontrol.view.live import Steps, shorten_path
 

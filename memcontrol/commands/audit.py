@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from memcontrol.commands.attack import (
+from memcontrol.auditing.attack import (
     SAMPLING,
     ModelFiles,
     attack_run,
@@ -22,8 +22,8 @@ from memcontrol.commands.attack import (
     open_model,
     sample_model,
 )
-from memcontrol.commands.audited import AuditSource
-from memcontrol.commands.judge import AUTO, ShowProgress, choose_network, judge_images
+from memcontrol.auditing.audited import AuditSource
+from memcontrol.auditing.judge import AUTO, ShowProgress, choose_network, judge_images
 from memcontrol.core.config import CALIBRATION, Fit
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.estimate import Measured, Rewards

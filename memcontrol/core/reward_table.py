@@ -12,6 +12,7 @@ from memcontrol.core.estimate import Rewards, strip_end
 
 CLIP = math.log(4)
 FALSE_POSITIVES = 0.01
+CLEAR_BY_CHANCE = 0.005
 
 MINIMIZE: Final = "minimize"
 MAXIMIZE: Final = "maximize"
@@ -233,7 +234,7 @@ REWARDS = {
         interval=_WILSON,
         cost=_NEIGHBOURS,
         meaning="share so near to a training image, in any descriptor, that one such among all has a "
-        "chance of 1 % without copying",
+        "chance of 0.5 % without copying",
     ),
     "copied_images": _RewardInfo(
         title="training images copied",

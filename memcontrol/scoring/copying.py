@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from memcontrol.core.estimate import Estimate, estimate_share
-from memcontrol.core.reward_table import CLIP, FALSE_POSITIVES
+from memcontrol.core.reward_table import CLEAR_BY_CHANCE, CLIP, FALSE_POSITIVES
 from memcontrol.core.seeds import derive_seed
 from memcontrol.scoring.distances import (
     DistanceSpace,
@@ -148,11 +148,11 @@ def find_suspects(spaces: Sequence[Space], n_judged: int) -> Suspects:
     """In the descriptors of all spaces, among `n_judged` images of the model.
 
     A clear copy is so near to a training image, relative to held-out ones, that without copying one such
-    among `n_judged` images and all descriptors has a chance of 1 % at most. Few held-out images suffice for
+    among `n_judged` images and all descriptors has a chance of 0.5 % at most. Few held-out images suffice for
     it, since it goes by how far below the line an image lies.
     """
     chances = find_chances(spaces)
-    most = FALSE_POSITIVES / (n_judged * len(spaces))
+    most = CLEAR_BY_CHANCE / (n_judged * len(spaces))
     is_clear = chances.min(0) < most
     # a copy of a whole image is shown as one, however near its parts are
     of_whole = np.where([[space.is_whole] for space in spaces], chances, 1.0)

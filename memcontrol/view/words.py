@@ -12,7 +12,7 @@ from memcontrol.core.config import DIGITS
 from memcontrol.core.estimate import Rewards
 from memcontrol.core.reward_table import CLIP, FALSE_POSITIVES, REWARDS
 
-# p-values below it are said to be something; with clear copies that is one clean model in a hundred at most
+# p-values below it are said to be something; with clear copies that is one clean model in a hundred
 _SURE = 0.005
 _BEYOND_CHANCE = 2.576  # standard errors from an AUC of 0.5, of which one in a hundred lies beyond by chance
 NETWORK_DOUBT = (

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from memcontrol.commands.judge import ShowProgress
+from memcontrol.auditing.judge import ShowProgress
 from memcontrol.core.config import parse_base
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.estimate import Measured

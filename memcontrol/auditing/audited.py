@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from memcontrol.commands.attack import SAMPLING
+from memcontrol.auditing.attack import SAMPLING
 from memcontrol.core.config import DataConfig, Fit, Pages
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.run_folder import RunFolder
