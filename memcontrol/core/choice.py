@@ -18,7 +18,7 @@ Anchor = Literal["none", "all", "full"]
 ANCHORS: tuple[Anchor, ...] = ("none", "all", "full")  # what a search runs first, unless told otherwise
 EVERYTHING = "*"  # stands for the whole denoiser, in the anchor `full`
 SAME_RATE = math.log(1.1)  # learning rates within 10 % count as the same choice
-STRENGTH, CHECKPOINT = "strength", "checkpoint"  # settings that no config has
+STRENGTH_KEY, CHECKPOINT_KEY = "strength", "checkpoint"  # settings that no config has
 OF_TRAINING = "inner."  # how the keys of settings begin that a fine-tuning depends on
 Frozen = str | int | float | bool | None | tuple  # a setting's value; a mapping as its sorted pairs
 
@@ -83,12 +83,12 @@ class Choice:
     def strength(self) -> float:
         """s of W0 + s (W - W0), which is what is measured (WiSE-FT: Wortsman et al. 2022, arXiv
         2109.01903)."""
-        return float(dict(self.settings).get(STRENGTH, 1.0))  # type: ignore[arg-type]
+        return float(dict(self.settings).get(STRENGTH_KEY, 1.0))  # type: ignore[arg-type]
 
     @property
     def checkpoint(self) -> float:
         """The share of the budget after which the model is taken."""
-        return float(dict(self.settings).get(CHECKPOINT, 1.0))  # type: ignore[arg-type]
+        return float(dict(self.settings).get(CHECKPOINT_KEY, 1.0))  # type: ignore[arg-type]
 
     @property
     def overrides(self) -> dict[str, Any]:

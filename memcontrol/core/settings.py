@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from pydantic import ValidationError
 
-from memcontrol.core.choice import CHECKPOINT, OF_TRAINING, STRENGTH, Choice, freeze, thaw
+from memcontrol.core.choice import CHECKPOINT_KEY, OF_TRAINING, STRENGTH_KEY, Choice, freeze, thaw
 from memcontrol.core.config import Config, InnerConfig, Strict, get_value, set_at
 from memcontrol.core.config_errors import explain_problems
 from memcontrol.core.errors import MemControlError
@@ -30,7 +30,7 @@ def load_study_space(config: Config) -> SearchSpace:
 def complete_space(space: SearchSpace, config: Config) -> SearchSpace:
     """The space with what `search.over`, `search.strengths` and `search.checkpoints` say, and the config's
     own values where a choice says nothing. Raises MemControlError where the config does not allow them."""
-    over = {**space.over, **parse_over("search.over", config.search.over, _refuse)}
+    over = {**space.over, **parse_over("search.over", config.search.over, _refuse_setting)}
     for key in over:
         _check_key(key, config)
     usual = {key: replace(one, usual=_find_usual(config, key)) for key, one in over.items()}
@@ -38,14 +38,14 @@ def complete_space(space: SearchSpace, config: Config) -> SearchSpace:
         space,
         over={key: one for key, one in usual.items() if key.startswith(OF_TRAINING)},
         free={key: _make_free(key, one) for key, one in usual.items() if key in _OF_SAMPLING}
-        | _make_free_shares(STRENGTH, config.search.strengths)
-        | _make_free_shares(CHECKPOINT, config.search.checkpoints),
+        | _make_free_shares(STRENGTH_KEY, config.search.strengths)
+        | _make_free_shares(CHECKPOINT_KEY, config.search.checkpoints),
     )
     _check_values(found, config)
     return found
 
 
-def _refuse(text: str) -> NoReturn:
+def _refuse_setting(text: str) -> NoReturn:
     raise MemControlError(text)
 
 
@@ -54,7 +54,7 @@ def _check_key(key: str, config: Config) -> None:
     keys = [*(f"{OF_TRAINING}{name}" for name in allowed), *_OF_SAMPLING]
     if key not in keys:
         near = difflib.get_close_matches(key, keys, 3, 0.5) or keys[:3]
-        _refuse(
+        _refuse_setting(
             f"search.over: '{key}' is nothing that a choice may decide; allowed are the keys of inner but "
             f"those of memory, and {', '.join(_OF_SAMPLING)}; near are {', '.join(near)}"
         )
@@ -83,7 +83,7 @@ def _find_usual(config: Config, key: str) -> Any:
 def _make_free(key: str, coordinate: Coordinate) -> Coordinate:
     """With the config's own value first, at which a fine-tuning is measured in any case."""
     if coordinate.limits is not None:
-        _refuse(
+        _refuse_setting(
             f"search.over: {key} is a range; give the values that each fine-tuning is measured at: [1, 2]"
         )
     return replace(coordinate, options=tuple(dict.fromkeys([coordinate.usual, *coordinate.options])))
@@ -97,7 +97,7 @@ def _make_free_shares(key: str, shares: tuple[float, ...]) -> dict[str, Coordina
 def _check_values(space: SearchSpace, config: Config) -> None:
     """Each value alone, or inside the setting that it needs, must be one that the config allows."""
     for key, coordinate in {**space.over, **space.free}.items():
-        if key in (STRENGTH, CHECKPOINT):
+        if key in (STRENGTH_KEY, CHECKPOINT_KEY):
             continue
         needed = _turn_on(key, space, config)
         ends = coordinate.options if coordinate.limits is None else coordinate.limits
@@ -105,7 +105,7 @@ def _check_values(space: SearchSpace, config: Config) -> None:
             apply_settings(config, {**needed, key: thaw(option)}, f"search.over: {key}")
     n = len(space.list_variants(Choice((), "full", 1.0)))
     if n > _MOST_VARIANTS:
-        _refuse(
+        _refuse_setting(
             f"search.strengths, search.checkpoints and what search.over says of sampling are {n} further "
             f"measurements of each fine-tuning; allowed: {_MOST_VARIANTS}; give fewer values"
         )
@@ -121,7 +121,7 @@ def _turn_on(key: str, space: SearchSpace, config: Config) -> dict[str, Any]:
         if around in space.over:
             found[around] = next((thaw(one) for one in space.over[around].options if one is not None), None)
         if found.get(around, get_value(config, around)) is None:
-            _refuse(
+            _refuse_setting(
                 f"search.over: {key} lies inside {around}, which is off; set it, or search over it too, "
                 f"{around}: [null, {{}}]"
             )

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from memcontrol.core.choice import CHECKPOINT_KEY
 from memcontrol.core.files import read_json
 from memcontrol.core.run_folder import RunFolder, StudyFolder
 from memcontrol.core.spec import Spec
@@ -49,10 +50,15 @@ def find_learned(folder: Path, spec: Spec) -> Path | None:
     own = study.run(choice).path.resolve()
     if not choice.is_variant or not folder.resolve().is_relative_to(own):
         return None
-    trained = study.run(choice.trained).path / folder.resolve().relative_to(own)  # of a replicate its own
-    run = RunFolder(trained)
-    path = run.adapter_file if choice.checkpoint == 1 else run.checkpoint_file(choice.checkpoint)
-    return path if run.is_complete and path.is_file() else None
+    inside = folder.resolve().relative_to(own)  # of a replicate its own
+    run = RunFolder(study.run(choice.trained).path / inside)
+    if choice.checkpoint == 1:
+        places = [(run, run.adapter_file)]
+    else:  # which goes once the variant that is nothing but it has ended
+        as_it_was = study.run(choice.trained.with_settings({CHECKPOINT_KEY: choice.checkpoint})).path / inside
+        other = RunFolder(as_it_was)
+        places = [(run, run.checkpoint_file(choice.checkpoint)), (other, other.adapter_file)]
+    return next((path for one, path in places if one.is_complete and path.is_file()), None)
 
 
 def describe_log(log: TrainLog) -> dict[str, str]:
