@@ -64,13 +64,11 @@ def _run_recipe(args: argparse.Namespace) -> int:
         record = choose_record(study, args.trial, args.rule, args.limit)
         files = write_choice(study.config, study.space, record.chosen, place.folder, args.trainer)
         if left := list_left_behind(study.config):
-            say(screen, f"trial {record.number} was also trained with {', '.join(left)}; recipes leave it out")
+            say(screen, f"trial {record.number} was trained with {', '.join(left)} too; recipes leave it out")
     if args.out:
         write_files(files, args.out)
         sys.stdout.write("".join(f"{args.out / name}\n" for name in files))
     else:
         heads = len(files) > 1
-        sys.stdout.write(
-            "\n".join((f"# {name}\n" if heads else "") + text for name, text in files.items())
-        )
+        sys.stdout.write("\n".join((f"# {name}\n" if heads else "") + text for name, text in files.items()))
     return 0

@@ -221,7 +221,7 @@ def find_suffixes(plan: Plan) -> list[str]:
         next((ending for ending in _list_endings(name) if ending not in outside), None) for name in mask
     )
     if None in found:
-        raise MemControlError("its list of endings would take other layers too")
+        raise MemControlError("it has a list of endings of names, which would take other layers too")
     return [ending for ending in found if ending]
 
 
@@ -557,7 +557,7 @@ def _write_ai_toolkit(plan: Plan) -> dict[str, str]:
     is_unet = plan.architecture in _UNET_WIDTHS
     if not is_unet and alpha != rank:
         raise MemControlError(
-            f"its adapters of transformers have alpha = rank, and the choice has {_say([alpha, rank])}"
+            f"it has adapters of transformers whose alpha = rank, and the choice has {_say([alpha, rank])}"
         )
     network: dict[str, Any] = {"type": "lora", "linear": rank, "linear_alpha": alpha}
     if any(".attentions." not in f".{name}" for name in plan.modules) and is_unet:
@@ -600,7 +600,9 @@ def _list_contained(plan: Plan) -> list[str]:
     ]
     for name in plan.modules:
         if longer := next((other for other in outside if f"{prefix}{name}" in other), None):
-            raise MemControlError(f"its filter for '{name}' would take '{longer}' too")
+            raise MemControlError(
+                f"it has filters by parts of names, and that for '{name}' would take '{longer}' too"
+            )
     return [f"{prefix}{name}" for name in plan.modules]
 
 
@@ -703,13 +705,11 @@ def _write_diffusers(plan: Plan) -> dict[str, str]:
     if plan.architecture in _WITH_ALPHA and alpha == int(alpha):
         options["lora_alpha"] = int(alpha)
     elif alpha != rank:
-        raise MemControlError(f"its script has alpha = rank, and the choice has {_say([alpha, rank])}")
+        raise MemControlError(f"it has alpha = rank, and the choice has {_say([alpha, rank])}")
     if plan.architecture not in _UNET_WIDTHS:
         options["lora_layers"] = ",".join(find_suffixes(plan))
     elif {name for name in plan.names if f".{name}".endswith(_ATTENTION)} != plan.modules.keys():
-        raise MemControlError(
-            "its scripts for U-Nets train the attention projections of all blocks, no fewer"
-        )
+        raise MemControlError("it trains the attention projections of all of a U-Net's blocks, no fewer")
     options |= {
         "learning_rate": rate,
         **_name_schedule(plan),
