@@ -53,7 +53,7 @@ class Spec:
 
     @property
     def seed(self) -> int:
-        return derive_seed(self.config.search.seed, self.choice.key, self.purpose)
+        return derive_seed(self.config.search.seed, self.choice.trained.key, self.purpose)
 
     @property
     def sampling_seed(self) -> int:

@@ -257,16 +257,37 @@ class Adapter:
             mean |= part.average(mean, states, weights)
         return mean
 
+    @torch.no_grad()
+    def weaken(self, strength: float) -> None:
+        """Leaves W0 + s (W - W0) of every weight (WiSE-FT: Wortsman et al. 2022, arXiv 2109.01903), exact for
+        every method; where parameters cannot hold that, the change is kept as an offset."""
+        if strength == 1:
+            return
+        state = self.state()
+        start = {name: tensor for part in self.parts for name, tensor in part.begin().items()}
+        mean: State = {
+            name: (1 - strength) * start[name].to(tensor) + strength * tensor if name in start else tensor
+            for name, tensor in state.items()
+        }
+        for part in self.parts:
+            mean |= part.weaken(mean, state, strength)
+        self.load_state(mean)
+
     def save(self, folder: Path, description: dict) -> None:
         """Writes what was learned to folder/adapter.safetensors, what it is in the header."""
-        state = dict(self.named_parameters()) | self.offsets()
-        header = {"memcontrol": format_header(description)}
-        save_tensors(RunFolder(folder).adapter_file, state, header, published=True)
+        self.write(RunFolder(folder).adapter_file, {"memcontrol": format_header(description)}, published=True)
+
+    def write(self, path: Path, header: dict[str, str], published: bool = False) -> None:
+        save_tensors(path, dict(self.named_parameters()) | self.offsets(), header, published=published)
 
     def load(self, folder: Path) -> None:
+        self.read(RunFolder(folder).adapter_file)
+
+    def read(self, path: Path) -> None:
+        """What `write` wrote. Raises MemControlError as `load_state` does."""
         from safetensors.torch import load_file
 
-        self.load_state(load_file(RunFolder(folder).adapter_file))
+        self.load_state(load_file(path))
 
     @contextlib.contextmanager
     def fold(self) -> Iterator[None]:

@@ -28,6 +28,9 @@ class ForeignTrial:
         rate = given.pop("learning_rate", None)
         options = space.list_coordinates()
         for name, value in given.items():
+            if name in space.over and space.over[name].limits is not None:
+                given[name] = _read_in_range(name, value, space)
+                continue
             if name not in options or value not in options[name]:
                 allowed = list(options[name]) if name in options else ", ".join((*options, "learning_rate"))
                 raise MemControlError(f"{name} is {value!r}; allowed: {allowed}")
@@ -37,6 +40,13 @@ class ForeignTrial:
         }
         choice = space.make_choice_at({**first, "rate": 0.5, **given})
         return choice if rate is None else _set_rate(choice, rate, space)
+
+
+def _read_in_range(name: str, value: Any, space: SearchSpace) -> Any:
+    low, high = space.over[name].limits or (0, 0)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise MemControlError(f"{name} is {value!r}; allowed: {low:g} to {high:g}")
+    return space.over[name].read_label(value)
 
 
 def _pick_first(name: str, options: Sequence[Any]) -> Any:

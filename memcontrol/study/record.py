@@ -38,6 +38,16 @@ class Record:
         return self.state == "COMPLETE"
 
     @property
+    def is_variant(self) -> bool:
+        """Whether it is another trial's fine-tuning, measured at other settings."""
+        return len(self.candidates) == 1 and self.candidates[0].is_variant
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether it is one of the trials that `search.trials` counts."""
+        return self.anchor is None and not self.is_variant
+
+    @property
     def chosen(self) -> Choice:
         """The choice of a trial that has one, as every finished one does. Raises MemControlError."""
         if self.choice is None:
