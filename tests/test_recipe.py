@@ -5,6 +5,7 @@ import argparse
 import ast
 import contextlib
 import functools
+import io
 import json
 import random
 import re
@@ -20,8 +21,12 @@ from commands import run
 from torch import nn
 
 import memcontrol
+from memcontrol.cli.parser import make_parser
+from memcontrol.commands.recipe import make_plan as plan_of_study
 from memcontrol.core.choice import Choice, Setting
+from memcontrol.core.config import load_config
 from memcontrol.core.errors import MemControlError
+from memcontrol.core.settings import load_study_space
 from memcontrol.core.space_yaml import list_shipped_spaces, load_space, parse_space
 from memcontrol.model.adapter import find_targets
 from memcontrol.model.source import make_empty_denoiser
@@ -505,18 +510,39 @@ def test_the_command_and_the_function_write_a_trials_recipe(shown, tmp_path):
     wrapped = {name for name in plan.names if re.fullmatch(values["config"].target_modules, name)}
     assert wrapped == {target.module for target in plan.targets}
     printed = run("recipe", shown, "--for", "peft", "--trial", str(trial.number), check=True)
-    assert printed.stdout == found["recipe.py"] and "was trained with inner.skip too" in printed.stderr
+    assert printed.stdout == found["recipe.py"] and "trained with inner.skip too" in printed.stderr
     out = tmp_path / "out"
     command = ("recipe", shown, "--for", "onetrainer", "--trial", str(trial.number), "--out", out)
     assert run(*command, check=True).stdout == f"{out}/recipe.json\n"
     assert json.loads((out / "recipe.json").read_text())["lora_rank"] == trial.chosen.rank
-    assert "exists; give another folder with --out" in run(*command).stderr
-    refused = run("recipe", shown, "--for", "kohya", "--trial", str(trial.number))
-    assert refused.returncode == 1 and len(refused.stderr.splitlines()) == 1
-    assert "no recipe for kohya: it knows U-Nets of the original width only; ai-toolkit" in refused.stderr
-    help_text = run("recipe", "--help", check=True).stdout
-    assert all(name in help_text for name in TRAINERS)
+    refused = run(*command)
+    assert refused.returncode == 1 and len(refused.stderr.splitlines()) == 2  # the note and the refusal
+    assert "recipe.json exists; give another folder with --out" in refused.stderr
+    with pytest.raises(MemControlError, match="it knows U-Nets of the original width only; ai-toolkit and"):
+        memcontrol.recipe(shown, "kohya", trial=trial.number)
     for anchor, words in (("none", "trains no group"), ("full", "is full fine-tuning")):
         number = next(record.number for record in memcontrol.status(shown) if record.anchor == anchor)
         with pytest.raises(MemControlError, match=words):
             memcontrol.recipe(shown, "peft", trial=number)
+
+
+def test_settings_of_a_choice_are_in_its_recipe():
+    over = {"inner.budget_images": [400, 1000], "inner.weight_decay": [0.01, 0.2]}
+    search = {"train_fraction": 0.5, "over": over, "strengths": [1, 0.5], "checkpoints": [0.25, 1]}
+    values = {"name": "a", "data": {"path": "digits"}, "space": "digits", "search": search}
+    config = load_config({**values, "inner": {"budget_images": 1000, "batch_size": 10, "rounds": 4}})
+    space = load_study_space(config)
+    settings = {"inner.budget_images": 400, "inner.weight_decay": 0.2, "strength": 0.5, "checkpoint": 0.25}
+    choice = space.choice(("mid_resnet",), "lora", 0.5).with_settings(settings)
+    plan = plan_of_study(config, space, choice, 100)
+    assert (plan.steps, plan.weight_decay, plan.epochs) == (80, 0.2, 8)
+    text = write_recipe(plan, "peft")["recipe.py"]
+    assert "after 20 of 80 steps" in text and "at a strength of 0.5" in text
+    assert {target.alpha for target in plan.targets} == {1.0}  # training itself is at full strength
+
+
+def test_help_names_every_trainer():
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), pytest.raises(SystemExit):
+        make_parser().parse_args(["recipe", "--help"])
+    assert all(name in text.getvalue() for name in TRAINERS)

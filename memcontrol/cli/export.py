@@ -55,16 +55,18 @@ def add_recipe(subparsers) -> None:
 
 
 def _run_recipe(args: argparse.Namespace) -> int:
-    from memcontrol.commands.recipe import list_left_behind, write_choice, write_files
+    from memcontrol.commands.recipe import plan_recipe, write_files
+    from memcontrol.model.trainers import write_recipe
     from memcontrol.study.pick import choose_record
     from memcontrol.study.place import StudyPlace
 
     place, screen = StudyPlace.load(args.study, name=args.name), make_console()
     with contextlib.closing(place.open()) as study:
-        record = choose_record(study, args.trial, args.rule, args.limit)
-        files = write_choice(study.config, study.space, record.chosen, place.folder, args.trainer)
-        if left := list_left_behind(study.config):
-            say(screen, f"trial {record.number} was trained with {', '.join(left)} too; recipes leave it out")
+        choice = choose_record(study, args.trial, args.rule, args.limit).chosen
+        plan = plan_recipe(study.config, study.space, choice, place.folder)
+    files = write_recipe(plan, args.trainer)
+    for note in plan.notes:
+        say(screen, note)
     if args.out:
         write_files(files, args.out)
         sys.stdout.write("".join(f"{args.out / name}\n" for name in files))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from memcontrol.core.choice import EVERYTHING, Choice
@@ -11,6 +11,7 @@ from memcontrol.core.config import Config, InnerConfig
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import name_full_disk, replace_file
 from memcontrol.core.run_folder import StudyFolder
+from memcontrol.core.settings import configure_choice
 from memcontrol.core.space import SearchSpace
 from memcontrol.model.adapter import find_targets
 from memcontrol.model.source import find_base_path, make_empty_denoiser
@@ -48,25 +49,25 @@ def recipe(
     place = StudyPlace.load(study)
     with contextlib.closing(place.open()) as found:
         choice = choose_record(found, trial, rule, limits).chosen
-        files = write_choice(found.config, found.space, choice, place.folder, trainer)
+        plan = plan_recipe(found.config, found.space, choice, place.folder)
+    files = write_recipe(plan, trainer)
     if out is not None:
         write_files(files, Path(out))
     return files
 
 
-def write_choice(
-    config: Config, space: SearchSpace, choice: Choice, folder: StudyFolder, trainer: str
-) -> dict[str, str]:
-    """Raises MemControlError."""
+def plan_recipe(config: Config, space: SearchSpace, choice: Choice, folder: StudyFolder) -> Plan:
+    """What a trainer must know of a study's choice. Raises MemControlError."""
     _check_choice(choice, config)
     n_images = len(folder.read_split()["parts"]["train"])
     commit = folder.read_pins().get("commit")
     base = config.base.model_copy(update={"revision": commit}) if commit else config.base
-    return write_recipe(make_plan(config.replaced({"base": base}), space, choice, n_images), trainer)
+    return make_plan(config.replaced({"base": base}), space, choice, n_images)
 
 
 def make_plan(config: Config, space: SearchSpace, choice: Choice, n_images: int) -> Plan:
-    """What a trainer must know of a choice that is trained on so many images. Raises MemControlError."""
+    """The choice trained on so many images. Raises MemControlError."""
+    config = configure_choice(config, choice)
     denoiser, inner = make_empty_denoiser(config.base), config.inner
     # as many passes over the images as in the search
     budget = round(inner.budget_images / config.search.train_fraction)
@@ -86,7 +87,21 @@ def make_plan(config: Config, space: SearchSpace, choice: Choice, n_images: int)
         resolution=config.data.resolution,
         name=config.name,
         widths=tuple(getattr(denoiser.config, "block_out_channels", None) or ()),
+        notes=tuple(_list_notes(config, choice, steps)),
     )
+
+
+def _list_notes(config: Config, choice: Choice, steps: int) -> Iterator[str]:
+    """What a trial was that no trainer's config says."""
+    if left := _list_left_behind(config):
+        yield f"the trial was trained with {', '.join(left)} too, which is not in here"
+    if config.base.revision:
+        yield f"the study's base is that of revision {config.base.revision}"
+    if choice.checkpoint < 1:
+        taken = round(choice.checkpoint * steps)
+        yield f"the trial is the model after {taken} of {steps} steps: save a checkpoint there"
+    if choice.strength != 1:
+        yield f"the trial is the adapter at a strength of {choice.strength:g}: load it with that weight"
 
 
 def _check_choice(choice: Choice, config: Config) -> None:
@@ -107,7 +122,7 @@ def _check_choice(choice: Choice, config: Config) -> None:
         )
 
 
-def list_left_behind(config: Config) -> list[str]:
+def _list_left_behind(config: Config) -> list[str]:
     """Keys of the study's inner loop that differ from their defaults and are in no recipe."""
     usual = InnerConfig()
     return [

@@ -12,7 +12,7 @@ import re
 import shlex
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from torch import nn
@@ -20,6 +20,7 @@ from torch import nn
 from memcontrol.core.errors import MemControlError
 from memcontrol.model.parts import Target
 
+_Parts = tuple[tuple[str, ...], ...]  # of names, each with its options
 _ATTENTION = (".to_q", ".to_k", ".to_v", ".to_out.0")
 
 
@@ -42,6 +43,7 @@ class Plan:
     resolution: int | None = None
     name: str = "memcontrol"
     widths: tuple[int, ...] = ()  # of a U-Net's blocks
+    notes: tuple[str, ...] = ()  # what whoever trains must know beside
 
     @property
     def modules(self) -> dict[str, Target]:
@@ -59,7 +61,7 @@ class Plan:
 
 def name_architecture(denoiser: nn.Module) -> str:
     """Which of `ARCHITECTURES` it is, or the class's name for one that no trainer here knows."""
-    kind, config = type(denoiser).__name__, denoiser.config
+    kind, config = type(denoiser).__name__, cast(Any, denoiser).config
     if kind == "UNet2DConditionModel":
         if config.addition_embed_type == "text_time":
             return "sdxl"
@@ -163,10 +165,11 @@ def _say(values: Iterable[Any]) -> str:
     return " and ".join(f"{value:g}" for value in values)
 
 
-def merge_names(names: Iterable[str], dot: str = r"\.") -> list[str]:
+def merge_names(names: Iterable[str], dot: str = "[.]") -> list[str]:
     """Regular expressions that match exactly these names and share none: names that differ in one part become
-    one. No comma, `=` or quote is in them, at which trainers split. `dot` stands between parts."""
-    merged = {tuple((part,) for part in name.split(".")) for name in names}
+    one. `dot` stands between parts. Trainers split at commas and `=`, and not every reader of TOML unescapes
+    a key: none of these, no quote and no backslash is in them."""
+    merged: set[_Parts] = {tuple((part,) for part in name.split(".")) for name in names}
     places = max((len(parts) for parts in merged), default=0)
     before = -1
     while len(merged) != before:
@@ -174,9 +177,6 @@ def merge_names(names: Iterable[str], dot: str = r"\.") -> list[str]:
         for place in reversed(range(places)):
             merged = _merge_at(merged, place)
     return [dot.join(map(_write_part, parts)) for parts in sorted(merged, key=_sort_naturally)]
-
-
-_Parts = tuple[tuple[str, ...], ...]
 
 
 def _merge_at(merged: Collection[_Parts], place: int) -> set[_Parts]:
@@ -249,6 +249,7 @@ def _write_kohya_config(
     """A --config_file of sd-scripts (library/train_util.py, read_config_from_file): keys are options."""
     values = {
         "pretrained_model_name_or_path": plan.base,
+        **({"v2": True} if plan.architecture == "sd2" else {}),
         "output_name": plan.name,
         "network_module": module,
         "network_dim": size[0],
@@ -265,7 +266,8 @@ def _write_kohya_config(
         **_name_schedule(plan),
         "save_model_as": "safetensors",
     }
-    head = _comment(f"accelerate launch {script} --config_file recipe.toml --dataset_config DATASET.toml")
+    call = f"accelerate launch {script} --config_file recipe.toml --dataset_config DATASET.toml"
+    head = _comment(call, *plan.notes)
     return head + _write_toml(values)
 
 
@@ -464,7 +466,7 @@ def _write_kohya_unet(plan: Plan) -> dict[str, str]:
     for size in others:
         for pattern in patterns[size]:
             own = _write_toml({"algo": algo, "dim": size[0], "alpha": size[1]})
-            preset += f"\n[name_algo_map.{json.dumps(pattern)}]\n{own}"
+            preset += f"\n[name_algo_map.'{pattern}']\n{own}"
     args = [f"algo={algo}", "preset=lycoris_preset.toml", *(["dora_wd=True"] * (plan.method == "dora"))]
     args += [f"conv_dim={usual[0]}", f"conv_alpha={usual[1]}"]
     script = "sdxl_train_network.py" if plan.architecture == "sdxl" else "train_network.py"
@@ -583,7 +585,7 @@ def _write_ai_toolkit(plan: Plan) -> dict[str, str]:
         "model": {"name_or_path": plan.base, "arch": _AI_TOOLKIT[plan.architecture]},
     }
     job = {"job": "extension", "config": {"name": plan.name, "process": [process]}}
-    head = _comment("python run.py recipe.yaml; datasets.folder_path is yours to name")
+    head = _comment("python run.py recipe.yaml; datasets.folder_path is yours to name", *plan.notes)
     return {"recipe.yaml": head + yaml.safe_dump(job, sort_keys=False, width=1000)}
 
 
@@ -636,7 +638,7 @@ def _write_onetrainer(plan: Plan) -> dict[str, str]:
         "lora_alpha": _take_alpha(plan),
         "lora_decompose": plan.method == "dora",
         "lora_decompose_output_axis": True,  # as published, and as peft
-        "layer_filter": ",".join(rf"(^|\.){pattern}$" for pattern in merge_names(plan.modules)),
+        "layer_filter": ",".join(f"(^|[.]){pattern}$" for pattern in merge_names(plan.modules)),
         "layer_filter_preset": "custom",
         "layer_filter_regex": True,
         "learning_rate": _take_rate(plan),
@@ -721,7 +723,7 @@ def _write_diffusers(plan: Plan) -> dict[str, str]:
     }
     lines = [f"accelerate launch examples/{_SCRIPTS[plan.architecture]}"]
     lines += [f"--{key}={shlex.quote(str(value))}" for key, value in options.items()]
-    head = _comment("to be completed by the options that name your images and the output")
+    head = _comment("to be completed by the options that name your images and the output", *plan.notes)
     return {"recipe.sh": head + " \\\n  ".join(lines) + "\n"}
 
 
@@ -761,7 +763,7 @@ def _write_peft(plan: Plan) -> dict[str, str]:
         f"schedule, warmup_steps = {plan.schedule!r}, {plan.warmup_steps}",
         f"weight_decay, max_grad_norm = {plan.weight_decay}, {plan.max_grad_norm}",
     ]
-    return {"recipe.py": "\n".join(lines) + "\n"}
+    return {"recipe.py": _comment(*plan.notes) + "\n".join(lines) + "\n"}
 
 
 def _list_peft_arguments(plan: Plan) -> dict[str, Any]:
