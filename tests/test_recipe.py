@@ -35,6 +35,7 @@ from memcontrol.model.trainers import TRAINERS, Plan, list_names, name_architect
 ARCHITECTURES = Path(__file__).parent / "architectures"
 BASES = {name: name.removesuffix("-blocks") for name in list_shipped_spaces()} | {"digits": "tiny"}
 UNETS = ("sd15", "sd2", "sdxl")
+list_all = functools.cache(list_names)
 
 
 @functools.cache
@@ -48,8 +49,14 @@ def make_plan(space, choice):
     targets = find_targets(denoiser, space, choice)
     widths = tuple(getattr(denoiser.config, "block_out_channels", None) or ())
     more = {"resolution": 512, "widths": widths, "warmup_steps": 5}
-    kind, names = name_architecture(denoiser), list_names(denoiser)
+    kind, names = name_architecture(denoiser), list_all(denoiser)
     return denoiser, Plan(kind, "owner/base", names, tuple(targets), 100, 4, 50, **more)
+
+
+@functools.cache
+def plan_mask(name, groups):
+    space = load_space(name)
+    return make_plan(space, space.choice(groups, "lora", 0.5))
 
 
 def list_masks(space):
@@ -136,6 +143,7 @@ def test_names_of_sdxl_are_those_that_diffusers_reads():
 # What each trainer makes of a config: module to (rank, alpha).
 
 
+@functools.cache
 def list_adapted(denoiser):
     return {name: part for name, part in denoiser.named_modules() if isinstance(part, (nn.Linear, nn.Conv2d))}
 
@@ -363,9 +371,8 @@ def test_a_recipe_selects_the_masks_modules_and_no_other(trainer, name):
             write_recipe(make_plan(space, choice)[1], trainer)
         return
     for groups in list_masks(space):
-        choice = space.choice(groups, "lora", 0.5)
-        denoiser, plan = make_plan(space, choice)
-        RATE.append(choice.learning_rate)
+        denoiser, plan = plan_mask(name, groups)
+        RATE.append(space.choice(groups, "lora", 0.5).learning_rate)
         if not is_expressible(trainer, denoiser, plan):
             with pytest.raises(MemControlError, match=rf"no recipe for {trainer}: it .*; .*peft can$"):
                 write_recipe(plan, trainer)
