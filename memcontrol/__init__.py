@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from memcontrol.commands.importance import importance
     from memcontrol.commands.init import init
     from memcontrol.commands.pick import pick
+    from memcontrol.commands.recipe import recipe
     from memcontrol.commands.report import report
     from memcontrol.commands.retrain import retrain
     from memcontrol.commands.search import search
@@ -48,6 +49,7 @@ __all__ = [
     "init",
     "load_adapter",
     "pick",
+    "recipe",
     "report",
     "retrain",
     "reward",

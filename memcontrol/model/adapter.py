@@ -45,7 +45,7 @@ def list_trainable_modules(denoiser: nn.Module) -> list[str]:
     ]
 
 
-def _find_targets(denoiser: nn.Module, space: SearchSpace, choice: Choice) -> list[Target]:
+def find_targets(denoiser: nn.Module, space: SearchSpace, choice: Choice) -> list[Target]:
     """What a choice trains: first what the space always trains, then its groups.
 
     Raises MemControlError: an unknown group, or a method with nothing to train in a group.
@@ -82,7 +82,7 @@ def check_space(denoiser: nn.Module, space: SearchSpace, will_shard: bool = Fals
     """Raises MemControlError where a pattern matches nothing, groups share a module, a method suits no
     module of its group, or it changes weights that are quantised or, in trials, sharded."""
     for method in space.methods:
-        targets = _find_targets(denoiser, space, space.choice(space.select_groups(method), method, 0.5))
+        targets = find_targets(denoiser, space, space.choice(space.select_groups(method), method, 0.5))
         _check_ownership(denoiser, targets, space)
         _refuse_quantized(denoiser, targets)
         if will_shard:
@@ -384,7 +384,7 @@ def inject_adapter(
         rates_of_all = dict.fromkeys(whole, choice.learning_rate)
         part = Weights(whole, rates_of_all, as_float32=not low_memory_full)
         return Adapter(denoiser, [part], is_low_memory=low_memory_full)
-    targets = _find_targets(denoiser, space, choice)
+    targets = find_targets(denoiser, space, choice)
     _check_ownership(denoiser, targets, space)
     _refuse_quantized(denoiser, targets)
     if shards:
