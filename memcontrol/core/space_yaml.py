@@ -16,7 +16,7 @@ from memcontrol.core.files import PACKAGE
 from memcontrol.core.space import Coordinate, Group, SearchSpace, make_range
 from memcontrol.core.yaml_reader import parse_yaml
 
-_STEPS = 20  # of a range, unless told otherwise
+_RANGE_STEPS = 20  # of a range, unless told otherwise
 
 
 def _find_space_folder() -> Path:
@@ -192,10 +192,12 @@ def _parse_coordinate(where: str, entry: Any, refuse) -> Coordinate:
 
 def _parse_range(where: str, entry: dict, refuse) -> Coordinate:
     low, high = entry.get("low", math.nan), entry.get("high", math.nan)
-    log, steps = entry.get("log", False), entry.get("steps", _STEPS)
+    log, steps = entry.get("log", False), entry.get("steps", _RANGE_STEPS)
     is_known = set(entry) <= {"low", "high", "log", "steps"} and isinstance(log, bool)
     if not (is_known and _is_number(low) and _is_number(high) and isinstance(steps, int)):
-        refuse(f"{where} is {entry!r}; allowed: {{low, high}}, beside them log: true and steps: {_STEPS}")
+        refuse(
+            f"{where} is {entry!r}; allowed: {{low, high}}, beside them log: true and steps: {_RANGE_STEPS}"
+        )
     if not low < high or (log and low <= 0) or steps < 1:
         refuse(f"{where} is {entry!r}; low must be below high, above 0 where log is true, and steps above 0")
     return make_range(low, high, log, steps)
