@@ -15,7 +15,6 @@ from optuna_dashboard import get_note, save_note
 
 import memcontrol
 from memcontrol.study.optuna_private import (
-    GENERATION,
     Notes,
     add_trial,
     close_storage,
@@ -164,19 +163,6 @@ def test_notes_saved_one_after_the_other_read_the_attributes_once(study, monkeyp
     assert notes.texts() == {None: "of the study", trial._trial_id: "of the trial"}
     monkeypatch.undo()
     assert (get_note(study), get_note(trial)) == ("of the study", "of the trial")
-
-
-def test_generation_is_where_nsga2_looks_for_it():
-    sampler = optuna.samplers.NSGAIISampler(population_size=4, seed=0)
-    study = optuna.create_study(directions=["minimize"] * 2, sampler=sampler)
-    trial = study.ask({"x": FloatDistribution(0, 1)})
-    study.tell(trial, [1.0, 2.0])
-    assert study.trials[0].system_attrs[GENERATION] == 0
-    assert [got.number for got in sampler.get_population(study, 0)] == [0]
-    frozen = create_trial(params={"x": 0.5}, distributions={"x": FloatDistribution(0, 1)}, values=[0.0, 0.0])
-    frozen.system_attrs = {GENERATION: 7}
-    add_trial(study, frozen)
-    assert sampler.get_trial_generation(study, study.trials[1]) == 7
 
 
 HEAD = [

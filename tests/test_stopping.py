@@ -15,7 +15,7 @@ from memcontrol.core.run_folder import RunFolder, locate_study_folder
 from memcontrol.core.space_yaml import load_space
 from memcontrol.search.early_stopping import RungResult, judge_trial
 from memcontrol.search.encoding import SpaceEncoding
-from memcontrol.search.surrogate import extrapolate_losses, gather_training_set
+from memcontrol.search.surrogate import extrapolate_losses, gather_training_set, measure_moves
 from memcontrol.study.opening import open_study
 
 RULE = EarlyStopping(rungs=(0.5,), beaten_by=0.4, beyond=1.0, min_peers=3)
@@ -138,7 +138,7 @@ def test_stopped_trials_are_kept_with_their_values_and_anchors_never_stop(tmp_pa
     assert len(evidence.values) == sum(record.anchor not in ("none", "full") for record in records)
     ended = [record for record in records if record.finished and record.anchor is None]
     if stopped[0].rungs[-1]["rung"] == 0.25:
-        promised, _ = extrapolate_losses(stopped[0], ended)
+        promised, _ = extrapolate_losses(stopped[0], measure_moves(ended))
         # as much as it fell for the others
         assert promised[0] == pytest.approx(stopped[0].rungs[-1]["rewards"]["fid"] - 7.5)
 

@@ -103,7 +103,7 @@ class Choice:
     @property
     def is_variant(self) -> bool:
         """Whether it is another choice's fine-tuning, measured at other settings."""
-        return self.trained != self
+        return bool(self.settings) and self.trained != self
 
     @property
     def is_outside(self) -> bool:

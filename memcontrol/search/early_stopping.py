@@ -88,6 +88,7 @@ class EarlyStopper:
     def __init__(self, config: Config, objectives: dict[str, str], runs: dict[int, RunFolder]):
         self.config, self.rule = config, config.search.early_stopping
         self.objectives, self.runs = objectives, runs
+        self.found: dict[tuple[int, float], RungResult] = {}  # by trial and rung
 
     def watch(self, number: int, run: RunFolder) -> None:
         """From now on the trial may be stopped."""
@@ -113,13 +114,18 @@ class EarlyStopper:
         self, number: int, run: RunFolder, rung: float
     ) -> tuple[float, RungResult, list[RungResult]]:
         """The rung, what the trial showed there, and what all others did."""
-        found = {
-            other: RungResult.of(other, one["rewards"], self.objectives, folder.read_rung_contributions(rung))
-            for other, folder in self.runs.items()
-            for one in folder.read_rungs(self.config)
-            if one["rung"] == rung
-        }
+        shown = ((other, self.find_result(other, rung)) for other in self.runs)
+        found = {other: result for other, result in shown if result is not None}
         return rung, found.pop(number), list(found.values())
+
+    def find_result(self, number: int, rung: float) -> RungResult | None:
+        """What a trial showed at a rung, which is read once: there are as many to compare with as trials."""
+        run = self.runs[number]
+        if (number, rung) not in self.found and run.rung_file(rung).is_file():
+            rewards = {one["rung"]: one["rewards"] for one in run.read_rungs(self.config)}[rung]
+            images = run.read_rung_contributions(rung)
+            self.found[number, rung] = RungResult.of(number, rewards, self.objectives, images)
+        return self.found.get((number, rung))
 
     def describe(self, run: RunFolder) -> dict:
         """What the result of a trial that stopped says of it."""

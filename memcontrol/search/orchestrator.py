@@ -268,8 +268,10 @@ class Search:
         trials of their own; before anything else is trained."""
         if not record.finished or record.is_variant:
             return
+        if not (variants := self.space.list_variants(record.chosen)):
+            return
         known = {choice for other in self.study.records() for choice in other.candidates}
-        for choice in reversed(self.space.list_variants(record.chosen)):
+        for choice in reversed(variants):
             if choice not in known:
                 self.admit(self.study.begin([choice], self.space), (choice,))
 

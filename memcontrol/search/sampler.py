@@ -3,6 +3,7 @@ of them twice."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 import time
@@ -61,45 +62,36 @@ class Sampler:
         self.first = [choice for choice in map(self.fit_choice, first) if choice is not None]
         self.encoding, self.mirror = SpaceEncoding(space), InMemoryStudy(space, n_objectives, limits, kind)
 
-    def draw(self, records: Sequence[Record], hurried: bool = False) -> Choice:
-        """The next choice. Raises SpaceExhausted when the space seems to hold no further one."""
-        return self.prepare_draw(records, hurried)()
-
     def prepare_draw(self, records: Sequence[Record], hurried: bool = False) -> Callable[[], Choice]:
-        """The draw, to be made in any thread before the next is prepared. A hurried one is cheap."""
+        """The draw, to be made in any thread, one at a time."""
+        return functools.partial(self.draw, list(records), hurried)
+
+    def draw(self, records: Sequence[Record], hurried: bool = False) -> Choice:
+        """The next choice; a hurried one is cheap. Raises SpaceExhausted when the space seems to hold no
+        further one."""
         records = _hide_last(records)
-        n_trained = sum(not record.is_variant for record in records)
-        seed = derive_seed(self.seed, "suggest", n_trained) % 2**32
         known: dict[frozenset[str], list[Choice]] = defaultdict(list)
         for record in records:
             for choice in record.candidates:
                 known[frozenset(choice.groups)].append(choice)
-        if self.first and (
-            new := next((choice for choice in self.first if self.is_new(choice, known)), None)
-        ):
-            return lambda: new
+        for choice in self.first:
+            if self.is_new(choice, known):
+                return choice
+        n_trained = sum(not record.is_variant for record in records)
+        seed = derive_seed(self.seed, "suggest", n_trained) % 2**32
+        choices = self.propose(records, seed, hurried)
+        return self.pick_new(known, itertools.chain(choices, self.flip_choices(records, seed)))
+
+    def propose(self, records: Sequence[Record], seed: int, hurried: bool) -> Iterable[Choice]:
+        """By the model, where there is one to fit and the time for it, or by Optuna's sampler."""
         n_sampled = sum(record.is_sampled for record in records)
-        if self.kind == "gp" or (
-            self.kind == "auto" and self.n_objectives == 2 and len(records) <= _N_GP and not hurried
-        ):
-            training_set = (
-                gather_training_set(records, self.encoding, self.limits) if n_sampled >= N_SPREAD else None
-            )
+        is_modelled = self.kind == "auto" and self.n_objectives == 2 and len(records) <= _N_GP and not hurried
+        if n_sampled >= N_SPREAD and (self.kind == "gp" or is_modelled):
+            training_set = gather_training_set(records, self.encoding, self.limits)
             if training_set and len(training_set.values) >= N_SPREAD:
-                return lambda: self.pick_new(
-                    known,
-                    itertools.chain(
-                        propose_choices(training_set, self.encoding, seed),
-                        self.flip_choices(_select_parents(records), seed),
-                    ),
-                )
+                return propose_choices(training_set, self.encoding, seed)
         self.mirror.show(records, seed)
-        return lambda: self.pick_new(
-            known,
-            itertools.chain(
-                self.mirror.ask_choices(n_sampled, seed), self.flip_choices(_select_parents(records), seed)
-            ),
-        )
+        return self.mirror.ask_choices(n_sampled, seed)
 
     def pick_new(self, known: dict[frozenset[str], list[Choice]], choices: Iterable[Choice]) -> Choice:
         # matrices this small are done seven times sooner by one thread, which also leaves the cores to the
@@ -130,10 +122,10 @@ class Sampler:
             else None
         )
 
-    def flip_choices(self, parents: Sequence[Choice], seed: int) -> Iterator[Choice]:
+    def flip_choices(self, records: Sequence[Record], seed: int) -> Iterator[Choice]:
         """Choices on the front with one coordinate changed, then two and more: where a sampler repeats
         itself, it has come to such a place."""
-        rng = random.Random(seed)
+        rng, parents = random.Random(seed), _select_parents(records)
         options = {**self.space.list_coordinates(), "rate": ()}
         for attempt in range(_N_FLIPS if parents else 0):
             point = self.space.find_point(rng.choice(parents))

@@ -21,6 +21,7 @@ import numpy as np
 from scipy.special import ndtr
 
 from memcontrol.core.choice import Choice
+from memcontrol.core.reward_table import list_losses
 from memcontrol.search.early_stopping import RungResult
 from memcontrol.search.encoding import SpaceEncoding
 from memcontrol.search.gaussian_process import Process, expected_gain, fit_process
@@ -32,6 +33,7 @@ from memcontrol.study.trials import compute_excesses
 _N_RANDOM, _N_CLIMBS, _N_BEST = 300, 4, 8  # of the choices that the model looks at
 _N_BEYOND = 3.0  # how far beyond the median a loss may lie, in distances of the best from it
 N_SPREAD = 6  # sampled trials before anything is modelled
+Moves = dict[float, tuple[np.ndarray, np.ndarray]]  # by rung, the median of losses' moves and its spread, [M]
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,8 @@ def gather_training_set(
     losses = np.array([average_fine_tunings(record) for record in ended])
     errors = np.array([record.errors for record in ended])
     excesses = np.array([list(compute_excesses(record.rewards, limits).values()) for record in ended])
-    promises = [extrapolate_losses(record, ended) for record in stopped]
+    moves = measure_moves(ended) if stopped else {}
+    promises = [extrapolate_losses(record, moves) for record in stopped]
     return TrainingSet(
         rows=_encode_records(together, encoding),
         values=np.vstack(
@@ -90,20 +93,25 @@ def _repeat_row(row: np.ndarray, n: int) -> np.ndarray:
     return np.repeat(row[None], n, 0)
 
 
-def extrapolate_losses(record: Record, ended: Sequence[Record]) -> tuple[np.ndarray, np.ndarray]:
+def measure_moves(records: Sequence[Record]) -> Moves:
+    """By rung, how far the losses of those that ended well moved from there to their end."""
+    by_rung: dict[float, list[np.ndarray]] = {}
+    for record in records:
+        for one in record.rungs if record.finished else ():
+            there = list_losses(one["rewards"], record.objectives)
+            by_rung.setdefault(one["rung"], []).append(np.subtract(record.losses, there))
+    return {rung: (np.median(moves, axis=0), np.std(moves, axis=0)) for rung, moves in by_rung.items()}
+
+
+def extrapolate_losses(record: Record, moves: Moves) -> tuple[np.ndarray, np.ndarray]:
     """The losses that a trial would have reached, and their errors: those at its last rung, moved by as much
     as those moved from there to their end that did end."""
-    rung, objectives = record.rungs[-1]["rung"], record.objectives
-    own = RungResult.of(record.number, record.rungs[-1]["rewards"], objectives)
-    moves = [
-        np.subtract(other.losses, RungResult.of(other.number, one["rewards"], objectives).losses)
-        for other in ended
-        for one in other.rungs
-        if one["rung"] == rung
-    ]
-    if not moves:
+    rung = record.rungs[-1]["rung"]
+    own = RungResult.of(record.number, record.rungs[-1]["rewards"], record.objectives)
+    if rung not in moves:
         return np.array(own.losses), np.array(own.errors)
-    return np.add(own.losses, np.median(moves, axis=0)), np.hypot(own.errors, np.std(moves, axis=0))
+    median, spread = moves[rung]
+    return np.add(own.losses, median), np.hypot(own.errors, spread)
 
 
 def winsorize(values: np.ndarray) -> np.ndarray:

@@ -8,11 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from memcontrol.core.reward_table import list_errors
-from memcontrol.study.pareto import Limit
+from memcontrol.study.pareto import BEYOND, Limit, find_clearly_beaten
 from memcontrol.study.pick import keeps_limits, select_front, select_ties
 from memcontrol.study.record import Record
-
-_BEYOND = 2.0  # standard errors of a difference
 
 
 def select_beaten(records: Sequence[Record], limits: Sequence[Limit] = ()) -> list[Record]:
@@ -40,13 +38,14 @@ def select_surely_beaten(records: Sequence[Record], limits: Sequence[Limit] = ()
     losses = np.array([record.losses for record in complete])  # [N, M]
     errors = np.array([record.errors for record in complete])
     safe = np.array([_keeps_surely(record, limits) for record in complete])  # [N]
-    beaten = []
-    for i, record in enumerate(complete):
-        beats = (losses[i] - losses > _BEYOND * np.hypot(errors, errors[i])).all(1)  # [N]
-        able = beats & safe if keeps_limits(record, limits) else beats
-        if able.any() and not record.anchor and not record.confirmed:
-            beaten.append(record)
-    return [*ended, *beaten]
+    keeping = np.array([keeps_limits(record, limits) for record in complete])  # [N]
+    beaten = find_clearly_beaten(losses, errors, np.arange(len(complete)), in_all=True)
+    by_safe = find_clearly_beaten(losses, errors, np.flatnonzero(safe), in_all=True) if limits else beaten
+    able = np.where(keeping, by_safe, beaten)
+    return [
+        *ended,
+        *(one for one, is_beaten in zip(complete, able) if is_beaten and not one.anchor and not one.confirmed),
+    ]
 
 
 def _keeps_surely(record: Record, limits: Sequence[Limit]) -> bool:
@@ -54,5 +53,5 @@ def _keeps_surely(record: Record, limits: Sequence[Limit]) -> bool:
     known = {limit.reward: limit for limit in limits if limit.reward in record.rewards}
     errors = dict(zip(known, list_errors(record.rewards, dict.fromkeys(known, "minimize"))))
     return len(known) == len({limit.reward for limit in limits}) and all(
-        limit.excess(record.rewards[name]) + _BEYOND * errors[name] <= 0 for name, limit in known.items()
+        limit.excess(record.rewards[name]) + BEYOND * errors[name] <= 0 for name, limit in known.items()
     )

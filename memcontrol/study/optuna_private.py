@@ -19,7 +19,6 @@ from sqlalchemy.exc import IntegrityError
 
 METRIC_NAMES = "study:metric_names"  # of a study, where optuna.Study.set_metric_names keeps them
 ENQUEUED = "fixed_params"  # of a trial, what optuna.Study.enqueue_trial was given
-GENERATION = "NSGAIISampler:generation"  # of a trial, where NSGA-II looks for it
 
 
 def get_storage(study: optuna.Study) -> BaseStorage:

@@ -11,6 +11,11 @@ import numpy as np
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.reward_table import REWARDS
 
+BEYOND = 2.0  # standard errors of a difference that make it clear
+_LEAST = BEYOND / 2**0.5  # that many of both errors' sum are no more than BEYOND of the difference's
+_N_TOGETHER = 128  # points that others are compared with at a time
+_N_MANY = 300  # points from which on most are left out before the front of them is sought
+
 
 @dataclass(frozen=True)
 class Limit:
@@ -61,7 +66,8 @@ def find_front(points: Sequence[Sequence[float]] | np.ndarray) -> list[int]:
     if len(points) == 0:
         return []
     values = np.asarray(points, np.float64)
-    order = np.lexsort(values.T[::-1])  # stable; whatever dominates a point stands before it
+    near = _leave_out_beaten(values)
+    order = near[np.lexsort(values[near].T[::-1])]  # stable; whatever dominates a point stands before it
     ranked = values[order]
     if ranked.shape[1] == 2:
         before = np.minimum.accumulate(np.concatenate([[np.inf], ranked[:-1, 1]]))
@@ -73,11 +79,76 @@ def find_front(points: Sequence[Sequence[float]] | np.ndarray) -> list[int]:
     return order[kept].tolist()
 
 
+def _leave_out_beaten(values: np.ndarray) -> np.ndarray:
+    """Indices of the points [N, M] less most of those that are surely beaten in every value: by one of a few
+    that are good in all, or in some before others. Sorting what is left is most of finding a front."""
+    near, columns = np.arange(len(values)), np.ascontiguousarray(values.T)
+    if len(values) < _N_MANY:
+        return near
+    spread = np.ptp(columns, axis=1)
+    if not np.isfinite(spread).all():
+        return near
+    scale, even = np.where(spread > 0, spread, 1.0), np.ones((1, len(columns)))
+    for weights in np.concatenate([even, even + 3 * np.eye(len(columns))]) / scale:
+        good = values[near[np.argmin(weights @ columns[:, near])]]
+        near = near[~_are_beyond(values[near], good)]
+    return near
+
+
+def find_clearly_beaten(
+    losses: np.ndarray, errors: np.ndarray, others: np.ndarray, in_all: bool = False
+) -> np.ndarray:
+    """Of each point [N], whether one of the `others` (indices into losses and errors [N, M]) is better by more
+    than BEYOND standard errors of the difference, in some value, and worse in none by as much; or, `in_all`,
+    better in every one."""
+    left, beaten = np.arange(len(losses)), np.zeros(len(losses), bool)
+    above = losses + _LEAST * errors
+    best = others[find_front(above[others])]  # who beats most, so that few are compared with all
+    if in_all:
+        left = left[_may_be_beaten(losses - _LEAST * errors, above[best])]
+    order = np.concatenate([best, np.setdiff1d(others, best)])
+    for some in np.split(order, range(_N_TOGETHER, len(order), _N_TOGETHER)):
+        is_beaten = _beat_clearly(losses, errors, left, some, in_all).any(1)
+        beaten[left[is_beaten]] = True
+        left = left[~is_beaten]
+    return beaten
+
+
+def _may_be_beaten(below: np.ndarray, above: np.ndarray) -> np.ndarray:
+    """Whether any of the points above [n, M] is less in every value than each of those below [N, M]."""
+    found = np.zeros(len(below), bool)
+    for one in above:
+        found |= _are_beyond(below + 1e-9 * np.abs(one), one)  # rounded up
+    return found
+
+
+def _are_beyond(values: np.ndarray, point: np.ndarray) -> np.ndarray:
+    """Which of the points [N, M] are worse than the one [M] in every value. By columns, since numpy takes long
+    over short rows."""
+    worse = np.ones(len(values), bool)
+    for column, value in zip(values.T, point):
+        worse &= column > value
+    return worse
+
+
+def _beat_clearly(
+    losses: np.ndarray, errors: np.ndarray, these: np.ndarray, others: np.ndarray, in_all: bool
+) -> np.ndarray:
+    """Which of the others beat which of these [these, others]."""
+    some, every, worse = np.False_, np.True_, np.False_
+    for values, sds in zip(losses.T, errors.T):
+        gains = values[these, None] - values[others]
+        beyond = BEYOND * np.hypot(sds[these, None], sds[others])
+        better = gains > beyond
+        some, every, worse = some | better, every & better, worse | (-gains > beyond)
+    return every if in_all else some & ~worse
+
+
 def hypervolume(points: Sequence[Sequence[float]] | np.ndarray, reference: Sequence[float]) -> float:
     """How much of the space below the reference the points dominate (all minimised): steps in the plane,
     beyond it slab by slab along the last value."""
     values = np.asarray(points, np.float64).reshape(-1, len(reference))
-    inside = values[(values < np.asarray(reference)).all(1)]
+    inside = values[_are_beyond(-values, -np.asarray(reference, np.float64))]
     best = inside[find_front(inside)]
     if len(best) == 0:
         return 0.0

@@ -11,7 +11,7 @@ from memcontrol.core.choice import Choice
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.estimate import READ_95, Rewards
 from memcontrol.core.run_folder import RunFolder
-from memcontrol.study.pareto import Limit, find_front, find_knee, parse_limit
+from memcontrol.study.pareto import Limit, find_clearly_beaten, find_front, find_knee, parse_limit
 from memcontrol.study.record import Record
 from memcontrol.study.store import Study
 
@@ -38,9 +38,9 @@ def select_to_confirm(records: Sequence[Record], limits: Sequence[Limit] = ()) -
     may move up; none left: done."""
     complete = [record for record in records if record.finished]
     keeping = [record for record in complete if keeps_limits(record, limits)]
-    wanted = select_front(complete) + select_front(keeping)
-    wanted += [record for record in complete if record.anchor == "full"]
-    return [record for record in complete if not record.confirmed and record in wanted]
+    wanted = {record.number for record in (*select_front(complete), *select_front(keeping))}
+    wanted |= {record.number for record in complete if record.anchor == "full"}
+    return [record for record in complete if not record.confirmed and record.number in wanted]
 
 
 def select_ties(records: Sequence[Record]) -> list[Record]:
@@ -50,18 +50,9 @@ def select_ties(records: Sequence[Record]) -> list[Record]:
         return []
     losses = np.array([record.losses for record in records])
     errors = np.array([record.errors for record in records])
-    best = set(find_front(losses))
-    return [
-        record for i, record in enumerate(records) if (i in best) == _is_clearly_beaten(losses, errors, i)
-    ]
-
-
-def _is_clearly_beaten(losses: np.ndarray, errors: np.ndarray, i: int) -> bool:
-    """Whether of all trials [N, M] one is better than the i-th in some objective by more than two standard
-    errors of the difference, and worse in none by as much."""
-    beyond, gains = 2 * np.hypot(errors, errors[i]), losses[i] - losses  # [N, M] both
-    better, worse = (gains > beyond).any(1), (-gains > beyond).any(1)
-    return bool((better & ~worse).any())
+    best = np.isin(np.arange(len(records)), find_front(losses))
+    beaten = find_clearly_beaten(losses, errors, np.arange(len(records)))
+    return [record for record, is_tie in zip(records, best == beaten) if is_tie]
 
 
 def keeps_limits(record: Record, limits: Sequence[Limit]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ class Record:
     def finished(self) -> bool:
         return self.state == "COMPLETE"
 
-    @property
+    @cached_property
     def is_variant(self) -> bool:
         """Whether it is another trial's fine-tuning, measured at other settings."""
         return len(self.candidates) == 1 and self.candidates[0].is_variant
@@ -69,12 +70,12 @@ class Record:
         """The objectives among them."""
         return {name: self.rewards[name] for name in self.objectives} if self.finished else {}
 
-    @property
+    @cached_property
     def losses(self) -> list[float]:
         """The values, with those that are maximised negated: less is better in each."""
         return list_losses(self.rewards, self.objectives) if self.finished else []
 
-    @property
+    @cached_property
     def errors(self) -> list[float]:
         """The standard errors of the losses; 0 where nothing is known of one."""
         return list_errors(self.rewards, self.objectives)
