@@ -21,6 +21,9 @@ class Observer:
     def over(self) -> None:
         """The search ends; what still runs is interrupted."""
 
+    def broken_off(self) -> None:
+        """The search ends by an error. Once this returns, another one may write to the study."""
+
 
 class Observers(Observer):
     """Several as one."""
@@ -43,3 +46,7 @@ class Observers(Observer):
     def over(self) -> None:
         for observer in self.observers:
             observer.over()
+
+    def broken_off(self) -> None:
+        for observer in self.observers:
+            observer.broken_off()

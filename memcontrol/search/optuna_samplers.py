@@ -10,10 +10,10 @@ from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from memcontrol.core.choice import Choice
-from memcontrol.core.reward_table import MINIMIZE
 from memcontrol.core.seeds import derive_seed
 from memcontrol.core.space import SearchSpace
 from memcontrol.search.surrogate import N_SPREAD, Moves, extrapolate_losses, measure_moves
@@ -25,6 +25,7 @@ from memcontrol.study.trials import compute_excesses, make_distributions
 
 N_SHOWN = 1000  # of the newest trials: what a draw by TPE takes grows with what it is shown
 _POPULATION = 16
+_NO_MOVES: Moves = {}
 _GOLDEN = (5**0.5 - 1) / 2
 _N_ASKS = 5  # draws of the sampler for one choice
 
@@ -39,10 +40,11 @@ class InMemoryStudy:
 
     def __init__(self, space: SearchSpace, n_objectives: int, limits: Sequence[Limit], kind: str):
         self.space, self.limits, self.kind = space, limits, kind
-        self.directions = [MINIMIZE] * n_objectives
+        self.directions = [StudyDirection.MINIMIZE] * n_objectives
         self.coordinates = make_distributions(space)
         self.mirrored: dict[int, tuple[Record, FrozenTrial]] = {}  # by number
-        self.lineage: list[tuple[Sequence[Record], list[FrozenTrial]]] = []  # by generation: its own, the best
+        # by generation, its members, and the best of all up to it, whose children the next one is
+        self.lineage: list[tuple[Sequence[Record], list[FrozenTrial]]] = []
         self.show((), 0)
 
     def show(self, records: Sequence[Record], seed: int) -> None:
@@ -54,7 +56,10 @@ class InMemoryStudy:
         elif self.kind == "nsga2":
             sampler = self.make_nsga2(records, seed)
         else:
-            trials, sampler = self.mirror(select_shown(records, self.limits)), _make_tpe(seed, self.coordinates)
+            trials, sampler = (
+                self.mirror(select_shown(records, self.limits)),
+                _make_tpe(seed, self.coordinates),
+            )
         self.study = optuna.create_study(
             storage=_ShowingStorage(trials), sampler=sampler, directions=self.directions
         )
@@ -90,7 +95,7 @@ class InMemoryStudy:
         sampler, n_full = _GenerationSampler(seed, self.coordinates), len(ended) // _POPULATION
         for generation in range(n_full):
             end = (generation + 1) * _POPULATION
-            members, parents = ended[end - _POPULATION : end], sampler.parents
+            members = ended[end - _POPULATION : end]
             if generation < len(self.lineage) and self.lineage[generation][0] == members:
                 sampler.parents = self.lineage[generation][1]
                 continue
@@ -218,7 +223,7 @@ def select_shown(records: Sequence[Record], limits: Sequence[Limit] = ()) -> lis
 
 
 def mirror_record(
-    record: Record, space: SearchSpace, limits: Sequence[Limit] = (), moves: Moves = {}
+    record: Record, space: SearchSpace, limits: Sequence[Limit] = (), moves: Moves = _NO_MOVES
 ) -> FrozenTrial | None:
     """The record in the sampler's coordinates, one that was stopped early with what it promised; None where
     it is not shown."""

@@ -123,6 +123,9 @@ def _ending(observer: Observer) -> Iterator[None]:
     except (KeyboardInterrupt, TrialsKeepFailing, FolderFull):
         observer.over()
         raise
+    except BaseException:
+        observer.broken_off()
+        raise
     observer.over()
 
 

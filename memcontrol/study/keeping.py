@@ -42,10 +42,8 @@ def select_surely_beaten(records: Sequence[Record], limits: Sequence[Limit] = ()
     beaten = find_clearly_beaten(losses, errors, np.arange(len(complete)), in_all=True)
     by_safe = find_clearly_beaten(losses, errors, np.flatnonzero(safe), in_all=True) if limits else beaten
     able = np.where(keeping, by_safe, beaten)
-    return [
-        *ended,
-        *(one for one, is_beaten in zip(complete, able) if is_beaten and not one.anchor and not one.confirmed),
-    ]
+    able &= np.array([not record.anchor and not record.confirmed for record in complete])
+    return [*ended, *(complete[i] for i in np.flatnonzero(able))]
 
 
 def _keeps_surely(record: Record, limits: Sequence[Limit]) -> bool:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -147,40 +147,62 @@ def record_artifact(storage: BaseStorage, trial_id: int, meta: ArtifactMeta) -> 
     storage.set_trial_system_attr(trial_id, f"artifacts:{meta.artifact_id}", json.dumps(asdict(meta)))
 
 
-class Notes:
-    """The Markdown notes that optuna-dashboard shows, by trial id; None is the study's own. All are read at
-    once: the library reads the study's attributes, which grow with every trial, again for each note. To the
-    library this is the storage."""
+AttributeWriter = Callable[[optuna.Study, str, Any], None]
+_SHOWN = re.compile(r"dashboard:(?:(?:(\d+):)?note_.*|plot_data:(.+):\d+)")
 
-    def __init__(self, study: optuna.Study):
-        self.study, self.attributes = study, read_attributes(study)
+
+class Notes:
+    """What optuna-dashboard shows of a study: Markdown notes, by trial id, of which None is the study's own,
+    and plots, by name. All are read at once, and each is looked for among its own: the library reads the
+    study's attributes, which grow with every trial, again for each."""
+
+    def __init__(self, study: optuna.Study, write: AttributeWriter = write_attribute):
+        self.study = study
+        self.write = lambda key, value: write(study, key, value)
+        self.parts: dict[int | str | None, dict[str, Any]] = {}
+        for key, value in read_attributes(study).items():
+            if match := _SHOWN.fullmatch(key):
+                part = match[2] or (int(match[1]) if match[1] else None)
+                self.parts.setdefault(part, {})[key] = value
 
     def texts(self) -> dict[int | None, str]:
-        """Every note that there is. The library keeps one in numbered pieces."""
-        pieces: dict[int | None, dict[int, str]] = {}
-        for key, text in self.attributes.items():
-            if match := re.fullmatch(r"dashboard:(?:(\d+):)?note_str:(\d+)", key):
-                pieces.setdefault(int(match[1]) if match[1] else None, {})[int(match[2])] = text
-        return {
-            trial_id: "".join(numbered[i] for i in sorted(numbered)) for trial_id, numbered in pieces.items()
-        }
+        """Every note that there is."""
+        return {part: self.read(part) for part in self.parts if not isinstance(part, str)}
 
     def read(self, trial_id: int | None) -> str:
         from optuna_dashboard import get_note
 
-        return get_note(_NoteOwner(self.study, self, trial_id))
+        return get_note(_NoteOwner(self.study, self.open(trial_id), trial_id))
 
     def save(self, trial_id: int | None, text: str) -> None:
         from optuna_dashboard import save_note
 
-        save_note(_NoteOwner(self.study, self, trial_id), text)
+        save_note(_NoteOwner(self.study, self.open(trial_id), trial_id), text)
+
+    def save_plot(self, name: str, figure: Any) -> None:
+        from optuna_dashboard import save_plotly_graph_object
+
+        owner = _PlotOwner(self.open(name), get_study_id(self.study))
+        save_plotly_graph_object(owner, figure, graph_object_id=name)
+
+    def open(self, part: int | str | None) -> _Part:
+        return _Part(self.parts.setdefault(part, {}), self.write)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A note or a plot, which the library keeps in numbered pieces. To the library this is the storage."""
+
+    attributes: dict[str, Any]
+    write: Callable[[str, Any], None]
 
     def get_study_system_attrs(self, study_id: int) -> dict[str, Any]:
         return self.attributes
 
     def set_study_system_attr(self, study_id: int, key: str, value: Any) -> None:
-        write_attribute(self.study, key, value)
-        self.attributes[key] = value
+        if key not in self.attributes or self.attributes[key] != value:
+            self.write(key, value)
+            self.attributes[key] = value
 
 
 @dataclass(frozen=True)
@@ -189,5 +211,13 @@ class _NoteOwner:
     parameters. Without an id it stands for the study."""
 
     study: optuna.Study
-    storage: Notes
+    storage: _Part
     _trial_id: int | None
+
+
+@dataclass(frozen=True)
+class _PlotOwner:
+    """What the library's plots ask of a study."""
+
+    _storage: _Part
+    _study_id: int

@@ -98,9 +98,9 @@ def _leave_out_beaten(values: np.ndarray) -> np.ndarray:
 def find_clearly_beaten(
     losses: np.ndarray, errors: np.ndarray, others: np.ndarray, in_all: bool = False
 ) -> np.ndarray:
-    """Of each point [N], whether one of the `others` (indices into losses and errors [N, M]) is better by more
-    than BEYOND standard errors of the difference, in some value, and worse in none by as much; or, `in_all`,
-    better in every one."""
+    """Of each point [N], whether one of the `others` (indices into losses and errors [N, M]) is better by
+    more than BEYOND standard errors of the difference: in some value, and worse in none by as much; or, `in_all`,
+    in every one."""
     left, beaten = np.arange(len(losses)), np.zeros(len(losses), bool)
     above = losses + _LEAST * errors
     best = others[find_front(above[others])]  # who beats most, so that few are compared with all
@@ -123,8 +123,8 @@ def _may_be_beaten(below: np.ndarray, above: np.ndarray) -> np.ndarray:
 
 
 def _are_beyond(values: np.ndarray, point: np.ndarray) -> np.ndarray:
-    """Which of the points [N, M] are worse than the one [M] in every value. By columns, since numpy takes long
-    over short rows."""
+    """Which of the points [N, M] are worse than the one [M] in every value. By columns: numpy takes long over
+    short rows."""
     worse = np.ones(len(values), bool)
     for column, value in zip(values.T, point):
         worse &= column > value
@@ -135,12 +135,15 @@ def _beat_clearly(
     losses: np.ndarray, errors: np.ndarray, these: np.ndarray, others: np.ndarray, in_all: bool
 ) -> np.ndarray:
     """Which of the others beat which of these [these, others]."""
-    some, every, worse = np.False_, np.True_, np.False_
+    some, worse = (np.zeros((len(these), len(others)), bool) for _ in range(2))
+    every = ~some
     for values, sds in zip(losses.T, errors.T):
         gains = values[these, None] - values[others]
         beyond = BEYOND * np.hypot(sds[these, None], sds[others])
         better = gains > beyond
-        some, every, worse = some | better, every & better, worse | (-gains > beyond)
+        some |= better
+        every &= better
+        worse |= -gains > beyond
     return every if in_all else some & ~worse
 
 

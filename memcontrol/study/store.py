@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import threading
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -82,6 +84,7 @@ class Study:
         self.foreign: dict[int, ForeignTrial] = {}
         self.first: dict[tuple[Choice, ...], int] = {}  # by choices, the trial that ended well with them
         self.attributes: dict[str, Any] = {}
+        self.turn = threading.RLock()  # whose it is to use the database, of this process's threads
         self.patiently(self.read)
 
     @property
@@ -114,8 +117,10 @@ class Study:
         ]
 
     def patiently(self, call: Callable[[], Returned]) -> Returned:
+        again = self.lock.take if self.lock else lambda: None
         try:
-            return retry_while_away(call, self.url, self.say, self.lock.take if self.lock else lambda: None)
+            with self.turn:
+                return retry_while_away(call, self.url, self.say, again)
         except KeyError:  # Optuna's word for what is not there
             if self.is_there():
                 raise
@@ -237,6 +242,14 @@ class Study:
     def write(self, name: str, value: Any) -> None:
         self.patiently(lambda: write_attribute(self.inner, f"{OWN}{name}", value))
         self.attributes[name] = value
+
+    def write_aside(self, inner: optuna.Study, key: str, value: Any) -> None:
+        """An attribute under its whole name, from a thread that lets the search write before it writes again:
+        where one waits for a file to be free, SQLite knows no order. Waits for no database that is away."""
+        with self.turn:
+            started = time.monotonic()
+            write_attribute(inner, key, value)
+        time.sleep(time.monotonic() - started)
 
     def begin(self, candidates: Sequence[Choice], space: SearchSpace, anchor: str | None = None) -> int:
         """Records a running trial, complete in one transaction: a crash leaves all of it or nothing. Returns
