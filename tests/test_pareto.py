@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from memcontrol.core.errors import MemControlError
-from memcontrol.study.pareto import find_front, find_knee, parse_limit
+from memcontrol.study.pareto import find_clearly_beaten, find_front, find_knee, parse_limit
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -14,6 +14,38 @@ def test_front_against_brute_force(seed, n_objectives):
     best = {tuple(p) for p in points if not any((q <= p).all() and (q < p).any() for q in points)}
     found = [tuple(points[i]) for i in find_front(points.tolist())]
     assert set(found) == best and len(found) == len(best) and found == sorted(found)
+
+
+@pytest.mark.parametrize("n_objectives", [1, 2, 3])
+@pytest.mark.parametrize("draw", ["integers", "normal"])
+def test_front_of_many_against_brute_force(draw, n_objectives):
+    """As of so many most are left out before they are sorted."""
+    rng = np.random.default_rng(n_objectives)
+    points = (
+        rng.integers(0, 9, (600, n_objectives))
+        if draw == "integers"
+        else rng.normal(size=(600, n_objectives))
+    )
+    best = {tuple(p) for p in points if not ((points <= p).all(1) & (points < p).any(1)).any()}
+    found = find_front(points)
+    assert [tuple(points[i]) for i in found] == sorted(best)
+    assert all(i == np.flatnonzero((points == points[i]).all(1))[0] for i in found)  # of equals the first
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_what_is_clearly_beaten_against_brute_force(seed):
+    rng = np.random.default_rng(seed)
+    n, m = rng.integers(1, 300), rng.integers(1, 4)
+    losses = rng.integers(0, 20, (n, m)).astype(float) if seed % 2 else rng.normal(size=(n, m))
+    errors = rng.random((n, m)) * rng.choice([0, 0.1, 0.5, 2]) if seed % 3 else np.full((n, m), 0.5)
+    others = rng.choice(n, max(n // 2, 1), replace=False)
+    some, every = [], []
+    for i in range(n):
+        gains, beyond = losses[i] - losses[others], 2 * np.hypot(errors[i], errors[others])
+        some.append(((gains > beyond).any(1) & ~(-gains > beyond).any(1)).any())
+        every.append((gains > beyond).all(1).any())
+    assert find_clearly_beaten(losses, errors, others).tolist() == some
+    assert find_clearly_beaten(losses, errors, others, in_all=True).tolist() == every
 
 
 def test_knee_is_nearest_to_the_ideal_after_scaling():

@@ -1,5 +1,7 @@
 """Picking: the rule's conditions one by one, limits, numbers."""
 
+import math
+import random
 from dataclasses import replace
 
 import pytest
@@ -157,6 +159,24 @@ def test_what_is_confirmed_until_the_front_stands():
     assert select_to_confirm(again) == []
     limited = [record(3, 12.0, 0.1, low=0.2), record(4, 13.0, 0.2), record(5, 14.0, 0.3)]
     assert [r.number for r in select_to_confirm(limited, [Limit("copy_rate_low", "<=", 0.1)])] == [3, 4]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_ties_of_random_trials_against_brute_force(seed):
+    rng = random.Random(seed)
+    trials = [
+        record(i, rng.gauss(0, 1), rng.gauss(0, 0.1), fid_error=rng.random(), memorization_error=0.05)
+        for i in range(60)
+    ]
+
+    def beats(a, b):
+        reach = [2 * math.hypot(*both) for both in zip(a.errors, b.errors)]
+        gains = [y - x for x, y in zip(a.losses, b.losses)]
+        return any(g > r for g, r in zip(gains, reach)) and not any(-g > r for g, r in zip(gains, reach))
+
+    front = select_front(trials)
+    expected = [one for one in trials if (one in front) == any(beats(other, one) for other in trials)]
+    assert select_ties(trials) == expected
 
 
 def test_pick_trusts_what_was_measured_again():

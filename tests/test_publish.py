@@ -1,25 +1,31 @@
 """What a search leaves in the study for dashboards: pictures before a trial ends, notes, plots; and what a
 person wrote is kept."""
 
+import contextlib
+import itertools
 import json
 import sqlite3
+import threading
 
 import numpy as np
 import optuna
 import pytest
+import sqlalchemy.exc
 import yaml
 from optuna.artifacts import FileSystemArtifactStore, get_all_artifact_meta
 from optuna_dashboard import get_note, save_note
 from PIL import Image
 from simulated import Simulated, search
 
-from memcontrol.core.jobs import TrialJob
+from memcontrol.core.jobs import Done, TrialJob
 from memcontrol.core.run_folder import RunFolder, StudyFolder, locate_study_folder
 from memcontrol.core.space_yaml import load_space
 from memcontrol.study import artifacts
 from memcontrol.study import hypervolume as growth
 from memcontrol.study.hypervolume import trace_hypervolume
+from memcontrol.study.optuna_private import Notes
 from memcontrol.study.pareto import hypervolume
+from memcontrol.study.place import StudyPlace
 from memcontrol.study.store import Study
 from memcontrol.view.dashboard_notes import Publisher
 
@@ -176,6 +182,79 @@ def test_the_history_of_the_hypervolume_is_that_of_each_beginning(study_path, mo
     few = trace_hypervolume(study.records(), reference)
     assert len(few) == 3 and list(few)[-1] == len(ordered)
     assert all(few[n].value == found[n].value for n in few)
+
+
+def hold_up(monkeypatch, n=1):
+    """Has the thread's n-th write wait until it is let; what tells that it waits, and what lets it."""
+    writing, let, real = threading.Event(), threading.Event(), Study.write_aside
+    count = itertools.count(1)
+
+    def write(study, inner, key, value):
+        if next(count) == n:
+            writing.set()
+            assert let.wait(60)
+        real(study, inner, key, value)
+
+    monkeypatch.setattr(Study, "write_aside", write)
+    return writing, let
+
+
+def test_a_search_does_not_wait_for_notes_and_ends_with_all_of_them(study_path, monkeypatch):
+    """Of which the first is being written until the search itself has ended."""
+    writing, let = hold_up(monkeypatch)
+    over = Publisher.over
+
+    def ending(publisher):
+        assert writing.wait(60) and not let.is_set()
+        assert all(record.state == "COMPLETE" for record in publisher.study.records())
+        let.set()
+        over(publisher)
+
+    monkeypatch.setattr(Publisher, "over", ending)
+    study = search(study_path, Drawing(1))
+    texts = Notes(study.inner).texts()
+    assert texts.keys() == {None, *study.ids.values()}
+    assert f"{len(study.records())} complete" in texts[None]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("notes")]
+
+
+def test_notes_are_whole_after_an_interruption(study_path, monkeypatch):
+    def interrupt(event):
+        if isinstance(event, Done) and getattr(event.job, "number", None) == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        search(study_path, Drawing(1), interrupt)
+    with contextlib.closing(StudyPlace.load(study_path).open()) as study:
+        ended = [record for record in study.records() if record.finished]
+        texts = Notes(study.inner).texts()
+        assert {study.ids[record.number] for record in ended} <= texts.keys() and "interrupted" in texts[None]
+
+
+def test_a_search_that_breaks_off_leaves_nobody_writing(study_path, monkeypatch):
+    writing, let = hold_up(monkeypatch, n=2)
+
+    def fail(event):
+        if isinstance(event, Done) and getattr(event.job, "number", None) == 5:
+            assert writing.wait(60)
+            threading.Timer(0.2, let.set).start()
+            raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        search(study_path, Drawing(1), fail)
+    assert let.is_set() and not [one for one in threading.enumerate() if one.name.startswith("notes")]
+
+
+@pytest.mark.parametrize(
+    "error", [sqlalchemy.exc.OperationalError("", {}, Exception("locked")), KeyError("?")]
+)
+def test_what_the_thread_could_not_write_is_written_later(study_path, monkeypatch, error):
+    def write(*_):
+        raise error
+
+    monkeypatch.setattr(Study, "write_aside", write)
+    study = search(study_path, Drawing(1))
+    assert Notes(study.inner).texts().keys() == {None, *study.ids.values()}
 
 
 def test_a_publisher_writes_nothing_twice(study_path, monkeypatch):

@@ -4,9 +4,11 @@ import math
 import random
 import threading
 import time
+import warnings
 from dataclasses import replace
 
 import numpy as np
+import optuna
 import pytest
 from simulated import Clock
 from test_study import MIXED, SPACE, opened, result
@@ -15,10 +17,13 @@ from benchmarks.sampling import measured
 from memcontrol.core.choice import Choice
 from memcontrol.core.errors import MemControlError, SpaceExhausted
 from memcontrol.core.space_yaml import parse_space
-from memcontrol.search import sampler
-from memcontrol.search.optuna_samplers import mirror_record
+from memcontrol.search import optuna_samplers, sampler
+from memcontrol.search.optuna_samplers import InMemoryStudy, mirror_record, select_shown
 from memcontrol.search.sampler import PrefetchedChoices, Sampler
-from memcontrol.search.surrogate import winsorize
+from memcontrol.search.surrogate import N_SPREAD, winsorize
+from memcontrol.study.optuna_private import add_trial
+from memcontrol.study.pareto import Limit
+from memcontrol.study.pick import select_front
 from memcontrol.study.record import Record
 from memcontrol.study.trials import make_distributions
 
@@ -127,12 +132,15 @@ def ended(record, i):
     )
 
 
-@pytest.mark.parametrize("kind", ["auto", "tpe", "random"])
-def test_a_sampler_that_lives_on_draws_what_a_new_one_does(kind):
-    """Trials end in another order than they began in, some fail; the last counts as running whether it has
-    ended or not."""
+@pytest.mark.parametrize(
+    "kind, n_shown", [("auto", 1000), ("tpe", 1000), ("tpe", 6), ("nsga2", 6), ("random", 1000)]
+)
+def test_a_sampler_that_lives_on_draws_what_a_new_one_does(kind, n_shown, monkeypatch):
+    """Trials end in another order than they began in, some fail, some are stopped; the last counts as running
+    whether it has ended or not."""
+    monkeypatch.setattr(optuna_samplers, "N_SHOWN", n_shown)
     living, records = Sampler(SPACE, 3, 2, (), kind), []
-    for i in range(16):
+    for i in range(30 if kind == "nsga2" else 16):
         choice = living.draw(records)
         assert choice == Sampler(SPACE, 3, 2, (), kind).draw(records)
         if records:
@@ -141,8 +149,73 @@ def test_a_sampler_that_lives_on_draws_what_a_new_one_does(kind):
         if i % 3 == 2:
             records[i - 2 : i] = [
                 replace(records[i - 2], state="FAIL") if i == 5 else ended(records[i - 2], i),
-                ended(records[i - 1], i),
+                stopped(records[i - 1], i) if i % 4 == 0 else ended(records[i - 1], i),
             ]
+
+
+def stopped(record, i):
+    one = ended(record, i)
+    return replace(one, state="PRUNED", searched={}, rungs=({"rung": 0.5, "rewards": one.searched},))
+
+
+def make_trials(n, n_running=0):
+    """Random choices with some ties among what they reached, ended in the order of their numbers."""
+    rng, records = random.Random(0), []
+    for i in range(n):
+        point = {name: rng.choice(options) for name, options in SPACE.list_coordinates().items()}
+        choice = SPACE.make_choice_at(point | {"rate": rng.random()})
+        record = Record(i, "RUNNING", (choice,)).as_running()
+        records.append(record if i >= n - n_running else ended(record, rng.randrange(1000)))
+    return records
+
+
+def test_tpe_is_shown_the_newest_trials_what_runs_and_the_front(monkeypatch):
+    monkeypatch.setattr(optuna_samplers, "N_SHOWN", 20)
+    records = make_trials(60)
+    limits = [Limit("memorization", "<=", 1.0)]
+    records[3], records[5] = records[3].as_running(), replace(records[5], state="FAIL")
+    keeping = [one for one in records if one.finished and one.values["memorization"] <= 1]
+    front, kept = select_front([one for one in records if one.finished]), select_front(keeping)
+    for these, best in (((), front), (limits, front + kept)):
+        wanted = {3, *range(40, 60), *(one.number for one in best)}
+        assert [one.number for one in select_shown(records, these)] == sorted(wanted)
+    assert select_shown(records[:20]) == [one for one in records[:20] if one.number != 5]
+
+
+def show_plainly(records, sampler, generations=False):
+    """A study of Optuna's own with these trials, and the parameters that its sampler draws."""
+    coordinates = make_distributions(SPACE)
+    study = optuna.create_study(directions=["minimize"] * 2, sampler=sampler)
+    for i, record in enumerate(records):
+        frozen = optuna.trial.create_trial(
+            state=optuna.trial.TrialState[record.state],
+            params=SPACE.find_point(record.choice),
+            distributions=coordinates,
+            values=record.losses or None,
+            system_attrs={"NSGAIISampler:generation": i // 16} if generations else {},
+        )
+        add_trial(study, frozen)
+    for generation in range(1, len(records) // 16 + 1) if generations else ():
+        sampler.get_parent_population(study, generation)  # from then on in the order of numbers
+    return [study.ask(coordinates).params for _ in range(5)]
+
+
+@pytest.mark.parametrize("kind", ["tpe", "nsga2"])
+def test_what_is_shown_is_drawn_from_as_by_plain_optuna(kind):
+    records = make_trials(70, n_running=2)
+    mirror = InMemoryStudy(SPACE, 2, (), kind)
+    mirror.show(records, 7)
+    if kind == "tpe":
+        with warnings.catch_warnings(action="ignore"):
+            sampler = optuna.samplers.TPESampler(
+                multivariate=True, constant_liar=True, n_startup_trials=N_SPREAD, seed=7
+            )
+        drawn = show_plainly(records, sampler)
+    else:
+        sampler = optuna.samplers.NSGAIISampler(population_size=16, seed=7)
+        drawn = show_plainly(records[:-2], sampler, generations=True)
+    found = list(mirror.ask_choices(N_SPREAD, 7))
+    assert found == [SPACE.make_choice_at(params) for params in drawn]
 
 
 class Slow:

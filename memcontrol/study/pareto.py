@@ -99,8 +99,8 @@ def find_clearly_beaten(
     losses: np.ndarray, errors: np.ndarray, others: np.ndarray, in_all: bool = False
 ) -> np.ndarray:
     """Of each point [N], whether one of the `others` (indices into losses and errors [N, M]) is better by
-    more than BEYOND standard errors of the difference: in some value, and worse in none by as much; or, `in_all`,
-    in every one."""
+    more than BEYOND standard errors of the difference: in some value, and worse in none by as much; or,
+    `in_all`, in every one."""
     left, beaten = np.arange(len(losses)), np.zeros(len(losses), bool)
     above = losses + _LEAST * errors
     best = others[find_front(above[others])]  # who beats most, so that few are compared with all
