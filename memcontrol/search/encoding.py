@@ -13,6 +13,8 @@ import numpy as np
 from memcontrol.core.choice import SAME_RATE, Choice
 from memcontrol.core.space import SearchSpace
 
+_BUDGET = "inner.budget_images"
+_UNTRAINED = 0.25  # what sampling and scoring cost beside training
 _STEPS = (-0.3, -0.1, 0.1, 0.3)  # of the learning rate's place in its range, to its neighbours
 
 
@@ -98,6 +100,17 @@ class SpaceEncoding:
         if self.rate_matters:
             seen.append(rows[:, -1:])
         return np.concatenate(seen, axis=1)
+
+    def estimate_costs(self, rows: np.ndarray) -> np.ndarray:
+        """What each row's fine-tuning costs, as a share of one at the config's own budget: [N]. All the same
+        where budgets are not searched over."""
+        coordinate = self.space.over.get(_BUDGET)
+        if coordinate is None:
+            return np.ones(len(rows))
+        budgets = np.array(coordinate.options, dtype=float)
+        usual = coordinate.usual if isinstance(coordinate.usual, int) else budgets.max()
+        own = budgets[rows[:, self.names.index(_BUDGET)].astype(int)]
+        return (own / usual + _UNTRAINED) / (1 + _UNTRAINED)
 
     def list_sampled(self) -> list[tuple]:
         """The options of each coordinate that is sampled."""

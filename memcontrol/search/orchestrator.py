@@ -211,7 +211,14 @@ class Search:
         first = [Choice.from_dict(choice) for choice in stored]
         allows = functools.cache(functools.partial(is_allowed, self.config))
         sampler = Sampler(
-            self.space, search.seed, n_objectives, self.study.limits, search.sampler, first, allows
+            self.space,
+            search.seed,
+            n_objectives,
+            self.study.limits,
+            search.sampler,
+            first,
+            allows,
+            search.weigh_cost,
         )
         if n_lost := len(first) - len(sampler.first):
             self.warn(

@@ -47,6 +47,7 @@ class Sampler:
         kind: str = "auto",
         first: Sequence[Choice] = (),
         allows: Callable[[Choice], bool] = lambda choice: True,
+        weigh_cost: bool = True,
     ):
         if kind == "gp" and n_objectives != 2:
             raise MemControlError(
@@ -58,6 +59,7 @@ class Sampler:
         self.kind = kind
         self.n_objectives = n_objectives
         self.allows = allows
+        self.weigh_cost = weigh_cost
         self.first = [choice for choice in map(self.fit_choice, first) if choice is not None]
         self.encoding, self.mirror = SpaceEncoding(space), InMemoryStudy(space, n_objectives, limits, kind)
 
@@ -89,7 +91,7 @@ class Sampler:
                 return lambda: self.pick_new(
                     known,
                     itertools.chain(
-                        propose_choices(training_set, self.encoding, seed),
+                        propose_choices(training_set, self.encoding, seed, self.weigh_cost),
                         self.flip_choices(_select_parents(records), seed),
                     ),
                 )
