@@ -169,21 +169,24 @@ def find_steps_to(rows: Sequence[dict], share: float = 1.0) -> float:
 
 
 def format_table(found: Sequence[dict]) -> str:
-    lines = [
-        "| seed | FID and | arm | fine-tunings | trials | steps | hypervolume, measured again | to masks alone "
-        "| the same after |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    heads = ("seed", "FID and", "arm", "fine-tunings", "trials", "steps", "hypervolume, measured again")
+    lines = [f"| {' | '.join(heads)} | to masks alone | the same after |", "|---" * (len(heads) + 2) + "|"]
     by_key = {(row["seed"], row["pair"][1], row["arm"]): row for row in found}
     for row in found:
         first = by_key[row["seed"], row["pair"][1], "masks"]
         ratio = row["hypervolume"] / first["hypervolume"]
         reached = find_steps_to([first, row])
-        lines.append(
-            f"| {row['seed']} | {row['pair'][1]} | {ARMS[row['arm']]} | {row['fine-tunings']} "
-            f"| {row['trials']} | {row['steps']} | {row['hypervolume']:.3f} ± {row['error']:.3f} | {ratio:.2f} | "
-            + ("|" if row is first else f"{reached:.0%} of its steps |")
-        )
+        cells = [
+            row["seed"],
+            row["pair"][1],
+            ARMS[row["arm"]],
+            row["fine-tunings"],
+            row["trials"],
+            row["steps"],
+        ]
+        cells += [f"{row['hypervolume']:.3f} ± {row['error']:.3f}", f"{ratio:.2f}"]
+        cells.append("" if row is first else f"{reached:.0%} of its steps")
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     for pair in PAIRS:
         own = [row for row in found if row["pair"] == list(pair)]
         ratios = [
