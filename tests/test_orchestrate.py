@@ -154,6 +154,7 @@ def test_what_a_killed_search_left_half_written_goes(tmp_path):
     run = next(folder.glob("*/result.json")).parent
     halves = [folder / "artifacts" / ".a.12.part", run / ".samples.safetensors.12.part", run / ".b.13.part"]
     for half in halves:
+        half.parent.mkdir(exist_ok=True)  # simulated trials have no pictures
         half.write_text("half")
     os.utime(halves[1], (0, 0))
     search(path, Simulated(1)).close()
