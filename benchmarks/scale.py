@@ -112,8 +112,8 @@ def studies() -> list[dict]:
     from memcontrol.core.config import load_config
     from memcontrol.core.run_folder import StudyFolder
     from memcontrol.core.space_yaml import load_space
-    from memcontrol.search.sampler import Sampler
-    from memcontrol.study.hypervolume import estimate_hypervolume, find_reference_point
+    from memcontrol.study.hypervolume import estimate_hypervolume, find_reference_point, is_flat
+    from memcontrol.study.keeping import select_surely_beaten
     from memcontrol.study.opening import open_study
     from memcontrol.study.pick import choose_trial, select_front, select_ties
     from memcontrol.view.dashboard_notes import Publisher
@@ -143,25 +143,45 @@ def studies() -> list[dict]:
                 "the hypervolume": lambda records=records, reference=reference: estimate_hypervolume(
                     records, reference
                 ),
-                "a draw by multivariate TPE": lambda records=records: Sampler(space, 0, 2, (), "tpe").draw(
-                    records
+                "whether it has stopped growing": lambda records=records, reference=reference: is_flat(
+                    records, reference, 50
                 ),
+                "which trials are surely beaten": lambda records=records: select_surely_beaten(records),
+                **draws(space, records),
             }
-            rows += [row(what, f"{n:,} trials", time_call(call, 1), "s") for what, call in parts.items()]
+            rows += [row(what, f"{n:,} trials", time_call(call), "s") for what, call in parts.items()]
             publisher = Publisher(space, StudyFolder(folder))
             publisher.opened(again)
             rows.append(
                 row(
-                    "all notes and plots",
+                    "all notes and plots, in a thread",
                     f"{n:,} trials",
                     time_call(publisher.publish, 1),
                     "s",
                 )
             )
+            number = again.begin([records[-1].chosen], space)
+            tell(again, number, records[-1].chosen, random.Random(1))
+            rows.append(
+                row("those after a further trial", f"{n:,} trials", time_call(publisher.publish, 1), "s")
+            )
             rows.append(row("database", f"{n:,} trials", (folder / "study.db").stat().st_size / 2**20, "MiB"))
             study.close()
             again.close()
     return rows
+
+
+def draws(space, records) -> dict[str, Callable[[], object]]:
+    """By a sampler that knows nothing yet, as where a search goes on, and by one that has drawn before."""
+    from memcontrol.search.sampler import Sampler
+
+    parts: dict[str, Callable[[], object]] = {}
+    for kind, name in {"tpe": "multivariate TPE", "nsga2": "NSGA-II", "random": "chance"}.items():
+        living = Sampler(space, 0, 2, (), kind)
+        living.draw(records)
+        parts[f"a first draw by {name}"] = lambda kind=kind: Sampler(space, 0, 2, (), kind).draw(records)
+        parts[f"any further draw by {name}"] = lambda living=living: living.draw(records)
+    return parts
 
 
 def fill(study, space, n: int) -> None:

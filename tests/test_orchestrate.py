@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 
 import pytest
 import yaml
@@ -142,3 +143,19 @@ def test_places_are_busy_until_no_trial_is_left(tmp_path):
     search(study_in(tmp_path, workers=3, sampler="random"), executor).close()
     idle = 3 * (executor.last - executor.first) - executor.busy
     assert executor.n_ended > 3 * 3 and -1e-6 < idle < 2 * 11 + 1e-6
+
+
+def test_what_a_killed_search_left_half_written_goes(tmp_path):
+    """In the artifacts, which the search alone writes; of runs, whose worker may be on another machine, what
+    has not changed for a day."""
+    path, executor = study_in(tmp_path), Simulated(1)
+    search(path, executor).close()
+    folder = locate_study_folder(path, load_config(path).name)
+    run = next(folder.glob("*/result.json")).parent
+    halves = [folder / "artifacts" / ".a.12.part", run / ".samples.safetensors.12.part", run / ".b.13.part"]
+    for half in halves:
+        half.parent.mkdir(exist_ok=True)  # simulated trials have no pictures
+        half.write_text("half")
+    os.utime(halves[1], (0, 0))
+    search(path, Simulated(1)).close()
+    assert [half.exists() for half in halves] == [False, False, True]

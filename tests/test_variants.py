@@ -1,6 +1,7 @@
 """Trials that need no training: a fine-tuning measured at other strengths, checkpoints and settings of
 sampling."""
 
+import contextlib
 import json
 
 import pytest
@@ -30,11 +31,8 @@ def searched(tmp_path_factory):
 
 
 def read_records(path):
-    study = StudyPlace.load(path).open()
-    try:
+    with contextlib.closing(StudyPlace.load(path).open()) as study:
         return study.records()
-    finally:
-        study.close()
 
 
 def test_each_fine_tuning_has_a_trial_for_each_of_its_measurements(searched):
@@ -104,6 +102,9 @@ def test_a_strength_that_is_added_is_measured_and_nothing_is_trained(searched):
     after = read_records(path)
     assert [record.as_dict() for record in after[: len(before)]] == [record.as_dict() for record in before]
     assert [record.chosen.strength for record in after[len(before) :]] == [0.25] * 2 * 4
+    with contextlib.closing(StudyPlace.load(path).open()) as study:
+        shown = [trial.params.get("strength", 1.0) for trial in study.inner.get_trials(deepcopy=False)]
+    assert sorted(shown) == sorted(record.chosen.strength for record in after)
     for record in after[len(before) :]:
         assert not json.loads(RunFolder(record.run).training_file.read_text()).get("shards")
     assert written == [RunFolder(record.run).adapter_file.stat().st_mtime_ns for record in trained]

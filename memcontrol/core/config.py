@@ -566,6 +566,9 @@ class SearchConfig(Strict):
     steps is tried. Inside a setting that some choices leave off (`inner.skip: [null, {}]`) a key counts
     where it is on. A list for `rewards.guidance`, `rewards.guidance_from` or `rewards.sampling_steps` needs
     no training: each fine-tuning is measured at all of them. A space may have the same under `over`"""
+    weigh_cost: bool = True
+    """`auto` and `gp` weigh the gain that a choice promises by what its `inner.budget_images` costs, where
+    that is searched over"""
     strengths: Annotated[tuple[UpToOne, ...], BeforeValidator(_convert_list)] = ()
     """each fine-tuning is measured at these strengths s too, W0 + s (W - W0) for every weight, as trials of
     their own: `[0.75, 0.5]`. Nothing is trained for it, and `export` writes the weights that were measured"""

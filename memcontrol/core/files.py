@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,15 @@ def replace_file(path: Path, published: bool = False) -> Iterator[Path]:
         raise
     finally:
         part.unlink(missing_ok=True)
+
+
+def remove_parts(folder: Path, older_seconds: float = 0) -> None:
+    """Removes what processes that were killed have left of `replace_file` in a folder, as far as it has not
+    changed for so long."""
+    for part in folder.glob(".*.part"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - part.stat().st_mtime >= older_seconds:
+                part.unlink()
 
 
 @contextlib.contextmanager

@@ -52,7 +52,12 @@ def label_change(coordinate: str, low: object, high: object) -> str:
         return f"{coordinate} on"
     if coordinate == "rate":
         return "learning rate: lowest to highest"
-    return f"{coordinate}: {low} to {high}"
+    return f"{coordinate}: {_say_option(low)} to {_say_option(high)}"
+
+
+def _say_option(option: object) -> object:
+    """A setting that is off, and one that is on with its defaults."""
+    return "off" if option is None else "on" if option == "{}" else option
 
 
 def measure_importance(records: Sequence[Record], space: SearchSpace) -> list[Effect]:

@@ -204,7 +204,7 @@ def _is_mirrored(record: Record) -> bool:
     is_stopped = record.state == "PRUNED" and bool(record.rungs)
     if record.choice is None or not (is_stopped or record.state in ("COMPLETE", "RUNNING")):
         return False
-    return not (record.choice.is_outside or record.choice.is_variant)
+    return not (record.is_outside or record.is_variant)
 
 
 def select_shown(records: Sequence[Record], limits: Sequence[Limit] = ()) -> list[Record]:

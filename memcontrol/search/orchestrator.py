@@ -15,7 +15,7 @@ from memcontrol.core.choice import Choice
 from memcontrol.core.config import Config
 from memcontrol.core.console import LOG
 from memcontrol.core.errors import FolderFull, MemControlError, SpaceExhausted, TrialsKeepFailing
-from memcontrol.core.files import name_full_disk, write_json
+from memcontrol.core.files import name_full_disk, remove_parts, write_json
 from memcontrol.core.jobs import EncodeJob, Event, GivenUp, Prepared, PrepareJob, TrialJob, Warned
 from memcontrol.core.run_folder import StudyFolder, refuse_results_among
 from memcontrol.core.settings import is_allowed, load_study_space
@@ -43,6 +43,7 @@ from memcontrol.study.retries import N_TRIALS, list_given_up, select_to_try_agai
 from memcontrol.study.store import Study
 
 _CROWD = 4  # trials in flight for each choice that is drawn ahead: the more there are, the more end at once
+_DAY_SECONDS = 86_400
 _N_FAILURES = 3  # this many in a row mean that something other than the choices is wrong
 
 
@@ -66,6 +67,7 @@ def search_study(place: StudyPlace, executor: Executor, observer: Observer) -> S
         name_full_disk(place.folder.path),
         hold_study_lock(url, config.name) as lock,
     ):
+        _remove_halves(place.folder)
         # What is wrong with the config is said before the images are read and anything is made.
         _check_place(place)
 
@@ -101,6 +103,14 @@ def search_study(place: StudyPlace, executor: Executor, observer: Observer) -> S
             replicate_front(study, running.runs, jobs, running.bound)
             running.dropper.drop_at_the_end()
     return study
+
+
+def _remove_halves(folder: StudyFolder) -> None:
+    """What killed processes have left half written. Artifacts are written by this process alone; a run may
+    have a worker, on any machine."""
+    remove_parts(folder.artifacts)
+    for run in folder.list_runs():
+        remove_parts(run.path, _DAY_SECONDS)
 
 
 def _check_place(place: StudyPlace) -> None:
@@ -161,7 +171,7 @@ def _read_earlier_front(place: StudyPlace) -> list[dict] | None:
                 "is this study itself; name an earlier one, or leave the key out: a search goes on by itself"
             )
         with contextlib.closing(StudyPlace.load(path).open()) as study:
-            records = [record for record in require_finished(study.records()) if not record.chosen.is_outside]
+            records = [record for record in require_finished(study.records()) if not record.is_outside]
     except MemControlError as error:
         raise MemControlError(f"search.warm_start: {name}: {error}") from None
     return [record.chosen.as_dict() for record in select_front(records)]
@@ -214,7 +224,14 @@ class Search:
         first = [Choice.from_dict(choice) for choice in stored]
         allows = functools.cache(functools.partial(is_allowed, self.config))
         sampler = Sampler(
-            self.space, search.seed, n_objectives, self.study.limits, search.sampler, first, allows
+            self.space,
+            search.seed,
+            n_objectives,
+            self.study.limits,
+            search.sampler,
+            first,
+            allows,
+            search.weigh_cost,
         )
         if n_lost := len(first) - len(sampler.first):
             self.warn(

@@ -48,6 +48,7 @@ class Sampler:
         kind: str = "auto",
         first: Sequence[Choice] = (),
         allows: Callable[[Choice], bool] = lambda choice: True,
+        weigh_cost: bool = True,
     ):
         if kind == "gp" and n_objectives != 2:
             raise MemControlError(
@@ -59,6 +60,7 @@ class Sampler:
         self.kind = kind
         self.n_objectives = n_objectives
         self.allows = allows
+        self.weigh_cost = weigh_cost
         self.first = [choice for choice in map(self.fit_choice, first) if choice is not None]
         self.encoding, self.mirror = SpaceEncoding(space), InMemoryStudy(space, n_objectives, limits, kind)
 
@@ -89,7 +91,7 @@ class Sampler:
         if n_sampled >= N_SPREAD and (self.kind == "gp" or is_modelled):
             training_set = gather_training_set(records, self.encoding, self.limits)
             if training_set and len(training_set.values) >= N_SPREAD:
-                return propose_choices(training_set, self.encoding, seed)
+                return propose_choices(training_set, self.encoding, seed, self.weigh_cost)
         self.mirror.show(records, seed)
         return self.mirror.ask_choices(n_sampled, seed)
 
@@ -204,6 +206,6 @@ def _is_known(choice: Choice, known: dict[frozenset[str], list[Choice]]) -> bool
 
 def _select_parents(records: Sequence[Record]) -> list[Choice]:
     """Choices on the front, among those that the space holds; before there is one, all of these."""
-    own = [record for record in records if record.choice is not None and not record.choice.is_outside]
+    own = [record for record in records if record.choice is not None and not record.is_outside]
     front = select_front([record for record in own if record.finished])
     return list(dict.fromkeys(record.chosen.trained for record in front or own))

@@ -53,7 +53,8 @@ def gather_training_set(
 ) -> TrainingSet | None:
     """None before any trial ended well. A trial that was stopped early counts as what it promised, one that
     diverged as the worst that was seen."""
-    own = [record for record in records if record.choice is not None and encoding.holds(record.choice)]
+    inside = [record for record in records if record.choice is not None and not record.is_outside]
+    own = [record for record in inside if encoding.holds(record.chosen)]
     ended = [record for record in own if record.finished]
     if not ended:
         return None
@@ -165,9 +166,12 @@ def _fit_surrogate(known: TrainingSet, encoding: SpaceEncoding, pending: np.ndar
     return _Surrogate(encoding, processes, guards)
 
 
-def propose_choices(known: TrainingSet, encoding: SpaceEncoding, seed: int) -> Iterator[Choice]:
-    """Choices by how much hypervolume they promise, those that should keep the limits: random ones and the
-    neighbours of the front, then the neighbours of the best of these."""
+def propose_choices(
+    known: TrainingSet, encoding: SpaceEncoding, seed: int, weigh_cost: bool = True
+) -> Iterator[Choice]:
+    """Choices by how much hypervolume they promise for what they cost (expected improvement per second:
+    Snoek et al. 2012, arXiv 1206.2944), those that should keep the limits: random ones and the neighbours of
+    the front, then the neighbours of the best of these."""
     pending = known.pending.reshape(-1, len(encoding.names) + 1)
     surrogate = _fit_surrogate(known, encoding, pending)
     there = np.concatenate([known.rows, pending])  # [N + P, coordinates + 1]
@@ -180,7 +184,8 @@ def propose_choices(known: TrainingSet, encoding: SpaceEncoding, seed: int) -> I
         """By the best of what each row's fine-tuning is measured at."""
         each = encoding.expand(rows)
         gains = surrogate.score(each.reshape(-1, each.shape[-1]), front, reference)
-        return gains.reshape(len(each), -1).max(0)
+        best = gains.reshape(len(each), -1).max(0)
+        return best / encoding.estimate_costs(rows) if weigh_cost else best
 
     randoms = encoding.random(_N_RANDOM, random.Random(seed))
     best = encoding.expand(there[find_front(means)])[0]  # as they are trained

@@ -90,7 +90,11 @@ def make_readable_params(choice: Choice, space: SearchSpace) -> dict[str, Any]:
 def make_readable_distributions(params: dict[str, Any], space: SearchSpace) -> dict[str, BaseDistribution]:
     lows, highs = zip(*space.learning_rate.values())
     found = make_distributions(space) | {"learning_rate": FloatDistribution(min(lows), max(highs), log=True)}
-    found |= {name: CategoricalDistribution(one.labels) for name, one in space.free.items()}
+    # as numbers, of which a later search may have more; categories have to stay as they were
+    found |= {
+        name: FloatDistribution(float(min(one.options)), float(max(one.options)))  # type: ignore[type-var, arg-type]
+        for name, one in space.free.items()
+    }
     return {name: found[name] for name in params}
 
 
