@@ -86,7 +86,6 @@ def test_few_modules_import_optuna():
         "study.optuna_private",
         "search.optuna_samplers",
         "view.dashboard",
-        "view.dashboard_notes",
     }
 
 

@@ -138,7 +138,7 @@ def ended(record, i):
 def test_a_sampler_that_lives_on_draws_what_a_new_one_does(kind, n_shown, monkeypatch):
     """Trials end in another order than they began in, some fail, some are stopped; the last counts as running
     whether it has ended or not."""
-    monkeypatch.setattr(optuna_samplers, "N_SHOWN", n_shown)
+    monkeypatch.setattr(optuna_samplers, "N_NEWEST", n_shown)
     living, records = Sampler(SPACE, 3, 2, (), kind), []
     for i in range(30 if kind == "nsga2" else 16):
         choice = living.draw(records)
@@ -170,7 +170,7 @@ def make_trials(n, n_running=0):
 
 
 def test_tpe_is_shown_the_newest_trials_what_runs_and_the_front(monkeypatch):
-    monkeypatch.setattr(optuna_samplers, "N_SHOWN", 20)
+    monkeypatch.setattr(optuna_samplers, "N_NEWEST", 20)
     records = make_trials(60)
     limits = [Limit("memorization", "<=", 1.0)]
     records[3], records[5] = records[3].as_running(), replace(records[5], state="FAIL")

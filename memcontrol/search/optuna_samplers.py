@@ -23,7 +23,7 @@ from memcontrol.study.pick import keeps_limits, select_front
 from memcontrol.study.record import Record
 from memcontrol.study.trials import compute_excesses, make_distributions
 
-N_SHOWN = 1000  # of the newest trials: what a draw by TPE takes grows with what it is shown
+N_NEWEST = 1000  # of the newest trials: what a draw by TPE takes grows with what it is shown
 _POPULATION = 16
 _NO_MOVES: Moves = {}
 _GOLDEN = (5**0.5 - 1) / 2
@@ -99,7 +99,7 @@ class InMemoryStudy:
             if generation < len(self.lineage) and self.lineage[generation][0] == members:
                 sampler.parents = self.lineage[generation][1]
                 continue
-            moves = measure_moves(ended[max(end - N_SHOWN, 0) : end])
+            moves = measure_moves(ended[max(end - N_NEWEST, 0) : end])
             sampler.population = self.mirror_members(members, moves, end)
             sampler.parents = sampler.select_parent(self.study, generation + 1)
             sampler.parents.sort(key=lambda trial: trial.number)
@@ -208,18 +208,18 @@ def _is_mirrored(record: Record) -> bool:
 
 
 def select_shown(records: Sequence[Record], limits: Sequence[Limit] = ()) -> list[Record]:
-    """Of those that can be shown to a sampler, the newest N_SHOWN, and of the older ones those that run or
+    """Of those that can be shown to a sampler, the newest N_NEWEST, and of the older ones those that run or
     are on the front, of all or of those that keep the limits."""
     own = [record for record in records if _is_mirrored(record)]
-    if len(own) <= N_SHOWN:
+    if len(own) <= N_NEWEST:
         return own
     complete = [record for record in own if record.finished]
     front = select_front(complete)
     if limits:
         front += select_front([record for record in complete if keeps_limits(record, limits)])
-    best, older = {record.number for record in front}, own[:-N_SHOWN]
+    best, older = {record.number for record in front}, own[:-N_NEWEST]
     older = [record for record in older if record.state == "RUNNING" or record.number in best]
-    return older + own[-N_SHOWN:]
+    return older + own[-N_NEWEST:]
 
 
 def mirror_record(
