@@ -186,6 +186,7 @@ def _render_setting(facts: ReportData) -> str:
         "methods": ", ".join(space["methods"]),
         "learning rates": "; ".join(f"{method} {low:g} to {high:g}" for method, (low, high) in ranges),
         "ranks": ", ".join(map(str, space["rank"])),
+        **({"also decided": _list_settings(space["settings"])} if space["settings"] else {}),
         "each fine-tuning": _describe_fine_tuning(facts["config"]["inner"]),
         "scored on": _describe_scoring(facts["config"]["rewards"]),
         "objectives": ", ".join(f"{find_title(name)} ({way})" for name, way in objectives.items()),
@@ -194,6 +195,10 @@ def _render_setting(facts: ReportData) -> str:
         "hypervolume": _describe_volume(facts["hypervolume"]),
     }
     return render_section("Space and budget", render_definitions(rows))
+
+
+def _list_settings(settings: dict[str, str]) -> str:
+    return "; ".join(f"{key}: {options}" for key, options in settings.items())
 
 
 def _describe_fine_tuning(inner: dict[str, Any]) -> str:
