@@ -11,7 +11,6 @@ from pathlib import Path
 from memcontrol.cli.arguments import OneLineParser, add_command, add_levels
 from memcontrol.cli.audit import add_audit
 from memcontrol.cli.choices import add_rewards, add_spaces
-from memcontrol.cli.clean import add_clean
 from memcontrol.cli.compare import add_compare
 from memcontrol.cli.dashboard import add_dashboard
 from memcontrol.cli.demo import add_demo
@@ -19,6 +18,7 @@ from memcontrol.cli.export import add_export
 from memcontrol.cli.front import add_front
 from memcontrol.cli.importance import add_importance
 from memcontrol.cli.init import add_init
+from memcontrol.cli.operate import add_clean, add_drop, add_enqueue, add_stop
 from memcontrol.cli.pick import add_pick
 from memcontrol.cli.report import add_report
 from memcontrol.cli.retrain import add_retrain
@@ -38,6 +38,9 @@ _COMMANDS = (
     add_init,
     add_search,
     add_fork,
+    add_enqueue,
+    add_drop,
+    add_stop,
     add_status,
     add_front,
     add_importance,

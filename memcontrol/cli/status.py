@@ -68,6 +68,7 @@ def _is_over(study: Study, n: int | None) -> bool:
 
 
 def _print_status(found: dict[str, Any], study: Study, place: StudyPlace) -> None:
+    from memcontrol.study.record import DROPPED
     from memcontrol.view.tables import make_study_table
 
     records, n_groups = study.records(), len(study.space.groups)
@@ -76,9 +77,13 @@ def _print_status(found: dict[str, Any], study: Study, place: StudyPlace) -> Non
         "RUNNING": "running" if found["searching"] else "interrupted",
         "PRUNED": "pruned",
         "FAIL": "failed",
+        "WAITING": "enqueued",
+        DROPPED: "dropped",
     }
     for state, word in words.items():
-        sys.stdout.write(f"{word}: {sum(record.state == state for record in records)}\n")
+        n = sum(record.state == state for record in records)
+        if n or state not in ("WAITING", DROPPED):  # which few studies have
+            sys.stdout.write(f"{word}: {n}\n")
     _print_progress(found)
     for record, trial in zip(records, found["trials"]):
         _print_trial(record, trial["runs"], words[record.state], n_groups, found["searching"], place)
@@ -107,8 +112,11 @@ def _print_trial(
     from memcontrol.study.running import describe_run
     from memcontrol.view.words import describe_choice
 
-    if record.reason:
-        sys.stdout.write(f"trial {record.number} {word}: {record.reason}\n")
+    if said := record.dropped or record.reason:
+        sys.stdout.write(f"trial {record.number} {word}: {said}\n")
+    if record.state == "WAITING":
+        said = describe_choice(record.chosen, n_groups)
+        sys.stdout.write(f"trial {record.number} {word}: {said}, begun before any other is sampled\n")
     if record.state != "RUNNING":
         return
     goes_on = "" if searching else " (the next search goes on with it)"

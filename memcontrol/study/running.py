@@ -70,7 +70,7 @@ def estimate_pace(records: Sequence[Record], n_trials: int, n_workers: int) -> d
     if not lengths:
         return {}
     mean = sum(lengths) / len(lengths)
-    n_sampled = sum(record.anchor is None and record.state != "FAIL" for record in records)
+    n_sampled = sum(record.fills_place for record in records)
     n_left = max(0, n_trials - n_sampled) + sum(
         len(record.candidates) for record in records if record.state == "RUNNING"
     )

@@ -87,8 +87,8 @@ def publish_report_data(data: Mapping[str, Any], folder: Path) -> dict[str, Any]
 
 def _publish_run(told: Mapping[str, Any], folder: Path, places: Sequence[Path]) -> dict[str, Any]:
     run = told["run"] and Path(told["run"]).relative_to(folder).as_posix()
-    reason = {"reason": hide_paths(told["reason"], *places)} if told.get("reason") else {}
-    return {**told, "run": run, **reason}
+    words = {key: hide_paths(told[key], *places) for key in ("reason", "dropped") if told.get(key)}
+    return {**told, "run": run, **words}
 
 
 def _summarize_space(space: SearchSpace, name: str) -> dict[str, Any]:
