@@ -1,5 +1,5 @@
-"""Owns `memcontrol enqueue`, `drop` and `stop`, an operator's hand on a study, and `clean`, which asks before it
-removes anything."""
+"""Owns `memcontrol enqueue`, `drop` and `stop`, an operator's hand on a study, and `clean`, which asks before
+it removes anything."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from memcontrol.cli.pick import add_pick
 from memcontrol.cli.report import add_report
 from memcontrol.cli.retrain import add_retrain
 from memcontrol.cli.search import add_fork, add_search
-from memcontrol.cli.status import add_status
+from memcontrol.cli.status import add_status, add_trials
 from memcontrol.core.version import __version__
 
 
@@ -42,6 +42,7 @@ _COMMANDS = (
     add_drop,
     add_stop,
     add_status,
+    add_trials,
     add_front,
     add_importance,
     add_pick,

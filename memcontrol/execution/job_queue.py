@@ -18,7 +18,6 @@ from memcontrol.execution.attempts import note_failure
 from memcontrol.execution.executor import Executor
 
 Show = Callable[[Event], None]
-Look = Callable[[], None]
 N_TRIES = 3
 _SILENT_SECONDS = 600.0  # after which whoever has taken a job over is thought dead
 
@@ -52,7 +51,9 @@ class JobQueue:
         self.waiting: deque[Job] = deque()
         self.elsewhere: list[Elsewhere] = []
         self.failures: Counter[Path] = Counter()  # of jobs that are no trials; a trial's are in its folder
-        self.look: Look = lambda: None  # called while ends are waited for; may hold the queue, or raise
+        self.look: Callable[[], None] = lambda: (
+            None
+        )  # called while ends are waited for; may hold the queue, or raise
         self.is_held = False  # nothing is handed out any more
         self.n_at_work = 0  # jobs that the executor has
         self.n_places: int | None = None  # where an operator has changed their number

@@ -1,5 +1,5 @@
-"""Owns what a running search does at the word of others, and of the clock: it looks into the database every few
-seconds, ends in time, changes its number of workers."""
+"""Owns what a running search does at the word of others, and of the clock: it looks into the database every
+few seconds, ends in time, changes its number of workers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from memcontrol.study.store import Study
 
 LOOK_SECONDS = 2.0
 _AWAY_SECONDS = 15.0  # between two looks at a database that is away
-_GRACE_SECONDS = 10.0  # for checkpoints, of the time that a search is given; at most a twentieth of it
+_ENDING_SECONDS = 10.0  # for checkpoints, of the time that a search is given; at most a twentieth of it
 
 
 class Operator:
@@ -32,7 +32,7 @@ class Operator:
         self.workers: Order | None = None  # the last that was followed
         self.due = 0.0
         seconds = 3600 * hours if hours else 0.0
-        self.deadline = time.monotonic() + seconds - min(_GRACE_SECONDS, seconds / 20) if hours else None
+        self.deadline = time.monotonic() + seconds - min(_ENDING_SECONDS, seconds / 20) if hours else None
         jobs.look = self.look
 
     def open(self, study: Study) -> None:

@@ -260,6 +260,7 @@ class Search:
                     self.end(event)
                     self.fill()
                 self.observer.tick()
+            self.jobs.look()  # what is held back is left to the next search
 
     def try_again(self, record: Record) -> None:
         """Begins a further trial of choices that an earlier search gave up."""

@@ -64,8 +64,14 @@ def settle_choice(choice: Choice, space: SearchSpace) -> Choice:
         )
     most = Counter(each.values()).most_common(1)[0][0] if each else choice.default
     differing = tuple((name, setting) for name, setting in each.items() if setting != most)
-    default = {"method": most.method, "learning_rate": most.learning_rate, "rank": most.rank}
-    return replace(choice, groups=groups, per_group=differing, **default)
+    return replace(
+        choice,
+        groups=groups,
+        method=most.method,
+        learning_rate=most.learning_rate,
+        rank=most.rank,
+        per_group=differing,
+    )
 
 
 def _check_group(name: str, setting: Setting, space: SearchSpace) -> None:

@@ -1,5 +1,5 @@
-"""Owns what operators ask of a study through its database, whoever searches and wherever: a choice to be tried,
-a trial that counts for nothing, an end, another number of workers."""
+"""Owns what operators ask of a study through its database, whoever searches and wherever: a choice to be
+tried, a trial that counts for nothing, an end, another number of workers."""
 
 from __future__ import annotations
 

@@ -198,11 +198,11 @@ def format_csv(facts: dict[str, Any]) -> str:
     writer = csv.writer(out, lineterminator="\n")
     head = ["trial", "anchor", "state", *_MARK_COLUMNS, *_CHOICE_COLUMNS, *groups, *names, "seconds"]
     for row in (head, *(_list_cells(trial, groups, names) for trial in facts["trials"])):
-        writer.writerow([_guard_cell(cell) for cell in row])
+        writer.writerow([guard_cell(cell) for cell in row])
     return out.getvalue()
 
 
-def _guard_cell(cell: Any) -> Any:
+def guard_cell(cell: Any) -> Any:
     """A name that a spreadsheet would take for a formula is made a text; numbers stay numbers."""
     is_formula = isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n"))
     held = cell.replace("\r", " ") if isinstance(cell, str) else cell  # which csv leaves unquoted

@@ -1,0 +1,206 @@
+"""An operator's hand on a study, on SQLite and PostgreSQL: while a search runs, is killed, begun again."""
+
+import contextlib
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from commands import FORKS
+from postgres import Postgres
+from simulated import Simulated, search
+from test_foreign import Between
+from test_orchestrate import N_SAMPLED, study_in
+
+import memcontrol
+from memcontrol.core.errors import MemControlError, SearchEnded
+from memcontrol.core.space_yaml import load_space
+from memcontrol.search import operating
+from memcontrol.search.observer import Observer
+from memcontrol.search.orchestrator import search_study
+from memcontrol.study.place import StudyPlace
+
+SPACE = load_space("digits")
+GROUPS = list(SPACE.groups)[:2]
+RATE = 0.00123456789
+NAMES = iter(range(1000))
+
+
+@pytest.fixture(scope="module")
+def postgres():
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        Path(folder).chmod(0o755)
+        server = Postgres(Path(folder) / "pg")
+        yield server
+        server.stop("immediate")
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def file(request, tmp_path):
+    """A study file."""
+    path = study_in(tmp_path)
+    if request.param == "postgresql":
+        values = yaml.safe_load(path.read_text())
+        values |= {"name": f"s{next(NAMES)}", "storage": request.getfixturevalue("postgres").url}
+        path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch):
+    monkeypatch.setattr(operating, "LOOK_SECONDS", 0.0)
+
+
+def search_slowly(file, seconds, hours=None):
+    """In a process of its own: trials that take their time, on two places."""
+    operating.LOOK_SECONDS = 0.05
+    place = StudyPlace.load(file)
+    with contextlib.suppress(SearchEnded):
+        search_study(place, Simulated(2, seconds, clock=time), Observer(), hours)
+
+
+@contextlib.contextmanager
+def searching(file, seconds=0.15, n_ended=3):
+    """A process that searches, once so many trials have ended; killed when the block is left."""
+    process = FORKS.Process(target=search_slowly, args=(file, seconds))
+    process.start()
+    try:
+        await_that(lambda: sum(record.finished for record in look(file)) >= n_ended)
+        yield process
+    finally:
+        process.kill()
+        process.join()
+
+
+def look(file):
+    with contextlib.suppress(MemControlError):
+        return memcontrol.status(file)
+    return []
+
+
+def await_that(is_so, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def go_on(file, executor=None):
+    """The same search, to its end."""
+    said = []
+    search(file, executor or Simulated(2), lambda event: said.append(getattr(event, "text", ""))).close()
+    return "\n".join(said)
+
+
+def assert_complete(file, n_more=0):
+    """Every choice has one record, and as many were sampled as were asked for, and at most `n_more`."""
+    records = memcontrol.status(file)
+    keys = [choice.key for record in records for choice in record.candidates]
+    assert len(set(keys)) == len(keys)
+    assert {record.state for record in records} <= {"COMPLETE", "DROPPED"}
+    assert N_SAMPLED <= sum(record.fills_place for record in records) <= N_SAMPLED + n_more
+    return {record.number: record for record in records}
+
+
+class TestContract:
+    def test_a_choice_of_ones_own_is_tried_whoever_is_killed(self, file):
+        with searching(file) as process:
+            first = memcontrol.enqueue(file, groups=GROUPS, method="lora", rank=4, learning_rate=RATE)
+            await_that(lambda: memcontrol.status(file)[first].finished)
+            (again,) = [record for record in memcontrol.status(file) if record.number == first]
+            with pytest.raises(MemControlError, match=rf"trial {first} has it already \(finished\)"):
+                memcontrol.enqueue(file, again.choice)
+            second = memcontrol.enqueue(file, {**again.choice.as_dict(), "learning_rate": 2 * RATE})
+            process.kill()
+        go_on(file)
+        found = assert_complete(file, n_more=2)  # where all had been sampled by then
+        assert found[first].choice.learning_rate == RATE and found[first].choice.groups == tuple(GROUPS)
+        assert found[second].choice.learning_rate == 2 * RATE
+
+    def test_it_is_enqueued_before_any_search_and_after_one(self, file):
+        early = memcontrol.enqueue(file, groups=GROUPS[:1], learning_rate=RATE)
+        assert [(one.number, one.state) for one in memcontrol.status(file)] == [(early, "WAITING")]
+        go_on(file)
+        assert assert_complete(file)[early].choice.learning_rate == RATE
+        late = memcontrol.enqueue(file, groups=GROUPS, learning_rate=RATE)
+        withdrawn = memcontrol.enqueue(file, groups=GROUPS, learning_rate=2 * RATE)
+        memcontrol.drop(file, withdrawn, "a typing error")
+        go_on(file)
+        found = assert_complete(file, n_more=1)
+        assert found[late].finished and found[withdrawn].state == "DROPPED" and not found[withdrawn].begun
+
+    def test_a_dropped_trial_counts_for_nothing_and_another_is_sampled(self, file):
+        with searching(file) as process:
+            best = memcontrol.front(file)[0].number
+            memcontrol.drop(file, best, "its images were wrong")
+            process.kill()
+        go_on(file)
+        found = assert_complete(file)
+        assert found[best].state == "DROPPED" and found[best].dropped == "its images were wrong"
+        assert found[best].searched and best not in [one.number for one in memcontrol.front(file)]
+        with pytest.raises(MemControlError, match=f"trial {best} was dropped: its images were wrong"):
+            memcontrol.pick(file, trial=best)
+        assert memcontrol.pick(file).number != best
+        memcontrol.drop(file, best, undo=True)
+        assert best in [one.number for one in memcontrol.front(file)]
+        with pytest.raises(MemControlError, match="was not dropped"):
+            memcontrol.drop(file, best, undo=True)
+
+    def test_a_running_search_heeds_what_is_asked_for(self, file):
+        dropped, enqueued = [], []
+
+        def act(job):
+            dropped.append(memcontrol.front(file)[0].number)
+            memcontrol.drop(file, dropped[0], "no good")
+            enqueued.append(memcontrol.enqueue(file, groups=GROUPS, learning_rate=RATE))
+
+        said = go_on(file, Between(9, act))
+        assert f"trial {dropped[0]} counts for nothing from now on (memcontrol drop): no good" in said
+        found = assert_complete(file)  # the enqueued one counts as one of search.trials
+        assert found[dropped[0]].state == "DROPPED" and found[enqueued[0]].choice.learning_rate == RATE
+
+    @pytest.mark.parametrize("now", [False, True])
+    def test_a_search_is_stopped_from_elsewhere_and_goes_on(self, file, now):
+        with pytest.raises(MemControlError, match="has not been searched|holds no study|no search of study"):
+            memcontrol.stop(file)
+        with searching(file) as process:
+            memcontrol.stop(file, now=now)
+            process.join(20)
+            assert process.exitcode == 0
+        records = memcontrol.status(file)
+        assert any(record.state == "RUNNING" for record in records) == now
+        assert sum(record.fills_place for record in records) < N_SAMPLED
+        with searching(file, n_ended=len(records)) as process:  # it was for the one before
+            process.kill()
+        go_on(file)
+        assert_complete(file)
+
+    def test_a_search_ends_in_time_and_begins_nothing_that_would_not_end(self, file, monkeypatch):
+        clock = Simulated(2, 100.0)
+        monkeypatch.setattr(operating, "time", clock.clock)
+        with pytest.raises(SearchEnded, match="its time is over"):
+            search_study(StudyPlace.load(file), clock, Observer(), hours=0.15)
+        assert clock.clock.now - 1000 < 0.15 * 3600
+        records = memcontrol.status(file)
+        assert all(record.state == "COMPLETE" or record.anchor for record in records)
+        go_on(file)
+        assert_complete(file)
+
+    def test_the_number_of_workers_is_handed_to_the_search_that_runs(self, file):
+        asked = []
+
+        def act(job):
+            asked.append(executor.places)
+            memcontrol.search(file, workers=4, quiet=True)
+            with pytest.raises(MemControlError, match="another search is running"):  # with as many
+                memcontrol.search(file, workers=4, executor="inline", quiet=True)
+
+        executor = Between(6, act)
+        said = go_on(file, executor)
+        assert executor.places == 4 and "the search goes on with 4 workers" in said
+        assert_complete(file)
+        executor = Between(1, lambda job: None)
+        memcontrol.enqueue(file, groups=GROUPS, learning_rate=RATE)
+        go_on(file, executor)
+        assert executor.places == 1  # what was asked of an earlier search is past
