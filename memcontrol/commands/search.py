@@ -10,10 +10,12 @@ from memcontrol.commands.operate import hand_over_workers
 from memcontrol.core.config import describe_config
 from memcontrol.core.console import log_to_file, make_console, warn
 from memcontrol.core.errors import SearchEnded
+from memcontrol.core.jobs import Warned
 from memcontrol.execution.executor import Executor
 from memcontrol.execution.make import count_workers, open_executor
 from memcontrol.search.observer import Observer, Observers
 from memcontrol.search.orchestrator import search_study
+from memcontrol.search.track import Tracking, require_trackers
 from memcontrol.study.contents import make_study_folder
 from memcontrol.study.place import StudyPlace
 from memcontrol.study.record import Record
@@ -65,6 +67,7 @@ def run_search(
     watchers: list[Observer] = [EventLog(n_groups), Publisher(place.space, place.folder)]
     about = f"search of {place.file}: {describe_config(place.config)}"
     doubt = describe_network_doubt(place.config.rewards.extractor, place.config.data.path)
+    require_trackers(search.track)
     make_study_folder(place)
     with log_to_file(place.folder.log_file, about), contextlib.ExitStack() as shown:
         if doubt and not quiet:
@@ -72,5 +75,15 @@ def run_search(
         if not quiet:
             watchers.append(
                 shown.enter_context(Display(make_console(), search.trials, n_groups, count_workers(search)))
+            )
+        if search.track:
+            shown_to = Observers(*watchers)
+            watchers.append(
+                Tracking(
+                    search.track,
+                    place.space,
+                    place.folder,
+                    lambda line: shown_to.heard(Warned(None, line)),
+                )
             )
         search_study(place, executor, Observers(*watchers), hours).close()

@@ -9,14 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memcontrol.core.choice import EVERYTHING, Choice
-from memcontrol.core.config import flatten_keys
 from memcontrol.core.errors import MemControlError
-from memcontrol.core.space import SearchSpace
 from memcontrol.study.pick import find_pick, select_front
 from memcontrol.study.place import StudyPlace
 from memcontrol.study.record import Record
 from memcontrol.study.store import Study
+from memcontrol.study.trials import describe_coordinates
 from memcontrol.view.report_data import guard_cell
 
 if TYPE_CHECKING:
@@ -47,7 +45,7 @@ def list_rows(study: Study) -> list[Row]:
     places = {"front": {record.number for record in front}, "pick": {picked.number} if picked else set()}
     rows = [
         {**_describe_trial(record), **{name: record.number in numbers for name, numbers in places.items()}}
-        | _describe_coordinates(record.choice, space)
+        | describe_coordinates(record.choice, space)
         | {f"searched.{name}": value for name, value in record.searched.items()}
         | {f"confirmed.{name}": value for name, value in record.confirmed.items()}
         for record in records
@@ -69,16 +67,6 @@ def _describe_trial(record: Record) -> Row:
         "run": str(record.run) if record.choice else None,
         "n_replicates": len(record.replicates),
     }
-
-
-def _describe_coordinates(choice: Choice | None, space: SearchSpace) -> Row:
-    """A choice in columns: each group as true or false, what a group differs in, and every other setting."""
-    if choice is None:
-        return dict.fromkeys(f"group.{name}" for name in space.groups)
-    values = choice.as_dict()
-    values.pop("groups")
-    on = {f"group.{name}": bool({name, EVERYTHING} & set(choice.groups)) for name in space.groups}
-    return on | flatten_keys(values)
 
 
 def format_rows(rows: Sequence[Row]) -> str:
