@@ -1,24 +1,27 @@
 """An operator's hand on a study, on SQLite and PostgreSQL: while a search runs, is killed, begun again."""
 
 import contextlib
+import json
 import tempfile
 import time
 from pathlib import Path
 
 import pytest
 import yaml
-from commands import FORKS
+from commands import FORKS, run, started
 from postgres import Postgres
 from simulated import Simulated, search
 from test_foreign import Between
 from test_orchestrate import N_SAMPLED, study_in
 
 import memcontrol
+from memcontrol.core.choice import Choice
 from memcontrol.core.errors import MemControlError, SearchEnded
 from memcontrol.core.space_yaml import load_space
 from memcontrol.search import operating
 from memcontrol.search.observer import Observer
 from memcontrol.search.orchestrator import search_study
+from memcontrol.study.foreign import settle_choice
 from memcontrol.study.place import StudyPlace
 
 SPACE = load_space("digits")
@@ -204,3 +207,81 @@ class TestContract:
         memcontrol.enqueue(file, groups=GROUPS, learning_rate=RATE)
         go_on(file, executor)
         assert executor.places == 1  # what was asked of an earlier search is past
+
+
+def make(**values):
+    return Choice.from_dict({"groups": GROUPS, "method": "lora", "rank": 4, "learning_rate": RATE, **values})
+
+
+def test_a_choice_is_settled_as_the_space_writes_it():
+    assert settle_choice(make(groups=GROUPS[::-1]), SPACE) == make()
+    per_group = {GROUPS[0]: {"method": "lora", "learning_rate": RATE, "rank": 4}}
+    assert settle_choice(make(per_group=per_group), SPACE) == make()
+    drawn = SPACE.make_choice_at({**SPACE.find_point(make()), "rate": 0.3})
+    assert settle_choice(drawn, SPACE) == drawn
+
+
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        ({"groups": ["nothing"]}, "unknown group 'nothing'; space 'digits' has "),
+        ({"groups": []}, "it has no group; space 'digits' has "),
+        ({"groups": ["*"], "method": "full", "rank": None}, "is an anchor's"),
+        ({"method": "svdiff", "rank": None}, "method 'svdiff' cannot train group '.*'; allowed: "),
+        ({"rank": 3}, "rank 3 of group '.*' with lora; allowed: "),
+        ({"learning_rate": 5.0}, "learning_rate is 5.0; of lora allowed: .* to "),
+        (
+            {"per_group": {GROUPS[0]: {"method": "lora", "learning_rate": 2 * RATE, "rank": 4}}},
+            "groups differ in method or learning rate",
+        ),
+    ],
+)
+def test_a_choice_that_the_space_has_not_is_refused_in_one_line(values, words):
+    with pytest.raises(MemControlError, match=words) as refused:
+        settle_choice(make(**values), SPACE)
+    assert "\n" not in str(refused.value)
+
+
+def test_what_front_prints_is_enqueued_elsewhere(tmp_path):
+    files = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        files.append(study_in(tmp_path / name))
+    go_on(files[0])
+    chosen = max(memcontrol.status(files[0]), key=lambda record: record.number)
+    told = tmp_path / "choice.json"
+    told.write_text(json.dumps([chosen.as_dict()]))
+    assert "trial 0 is enqueued; memcontrol search" in run("enqueue", files[1], "--choice", told).stdout
+    go_on(files[1])
+    assert memcontrol.status(files[1])[0].choice == chosen.choice
+    again = run("enqueue", files[1], "--choice", told)
+    assert again.returncode == 1 and "trial 0 has it already (finished)" in again.stderr
+    told.write_text("[]")
+    refused = run("enqueue", files[1], "--choice", told)
+    assert refused.returncode == 1 and refused.stderr.count("\n") == 1
+
+
+def test_commands_reach_a_real_search_and_its_workers(study_file):
+    """With worker processes, which are begun and ended while it runs."""
+    path = study_file(
+        inner={"budget_images": 320, "batch_size": 16, "rounds": 4},
+        search={"trials": 3, "workers": 1, "executor": "local"},
+    )
+    with started("search", path) as (process, said):
+        await_that(lambda: any(record.finished for record in look(path)), 300)
+        handed = run("search", path, "--workers", 2)
+        assert handed.returncode == 0 and "goes on with 2 workers; nothing else is changed" in handed.stderr
+        number = memcontrol.enqueue(path, groups=GROUPS, learning_rate=RATE)
+        await_that(lambda: "goes on with 2 workers" in said[1].read_text(), 60)
+        assert "the search is told to end" in run("stop", path, "--now", check=True).stdout
+        process.join(60)
+        assert (
+            process.exitcode == 0 and "nothing is lost, and the same command goes on" in said[1].read_text()
+        )
+    assert any(record.state == "RUNNING" for record in memcontrol.status(path))
+    in_time = run("search", path, "--hours", "0.003", check=True)
+    assert "the search ended: its time is over (--hours 0.003)" in in_time.stderr
+    run("search", path, check=True)
+    records = memcontrol.status(path)
+    assert {record.state for record in records} == {"COMPLETE"} and len(records) == 6
+    assert records[number].choice.learning_rate == RATE

@@ -398,6 +398,7 @@ class Search:
         waits for a place, before all that have not begun."""
         if number not in self.open:  # dropped while another of its choices ran
             return
+        self.stops.leave_out(self.study.dropped)
         run = self.runs.locate(choice)
         if not run.has_result and not self.stops.goes_on(number, run):
             told = self.stops.describe(run)

@@ -163,28 +163,30 @@ class MLflow(Tracker):
         own = None if os.environ.get("MLFLOW_TRACKING_URI") else (self.folder / "artifacts").as_uri()
         return self.client.create_experiment(name, artifact_location=own)
 
-    def find_run(self, trial: TrackedTrial) -> str:
+    def find_run(self, trial: TrackedTrial) -> Any:
         experiment = self.find_experiment(trial.study)
         known = self.client.search_runs([experiment], f"tags.memcontrol_trial = '{trial.identity}'")
         if known:
-            return known[0].info.run_id
+            return known[0]
         tags = {"memcontrol_trial": trial.identity}
-        return self.client.create_run(experiment, run_name=trial.name, tags=tags).info.run_id
+        return self.client.create_run(experiment, run_name=trial.name, tags=tags)
 
     def write(self, trial: TrackedTrial) -> None:
         from mlflow.entities import Metric, Param, RunTag
 
-        run, at = self.find_run(trial), int(1000 * time.time())
+        known, at = self.find_run(trial), int(1000 * time.time())
+        run = known.info.run_id
         changing = {"state": trial.record.state, "dropped": trial.record.dropped}
         fixed = {key: value for key, value in trial.parameters.items() if key not in changing}
         curves = [
             Metric(f"train/{key}", value, at, n)
             for n, values in trial.curves
             for key, value in values.items()
+            if f"train/{key}" not in known.data.metrics  # where it is written again
         ]
         rewards = [Metric(key, value, at, 0) for key, value in trial.rewards.items()]
         params = [Param(key, str(value)) for key, value in fixed.items() if value is not None]
-        tags = [RunTag(key, value) for key, value in changing.items() if value]
+        tags = [RunTag(key, value) for key, value in changing.items()]
         for some in _cut((*curves, *rewards), 500):  # as many as a call may have
             self.client.log_batch(run, metrics=some)
         for some in _cut(params, 100):
