@@ -85,6 +85,40 @@ def hypervolume(points: Sequence[Sequence[float]], reference: Sequence[float]) -
     return total
 
 
+N_BUDGETS, N_RATIOS = 9, 5  # options of the two further coordinates
+N_FEWER = 9  # bits of a mask that has them
+
+
+class ProblemWithSettings:
+    """An instance of a family over masks of N_FEWER bits, with a budget and a skipping ratio beside: quality
+    is gained by the budget, ever less, and memorization grows with it, the more the more bits are on;
+    skipping takes of both. Points are (bits..., budget, ratio), options by their numbers."""
+
+    def __init__(self, family: str, seed: int):
+        rng = np.random.default_rng([seed, 1, list(FAMILIES).index(family)])
+        whole = Problem(family, seed)
+        of_masks = whole.values[(whole.masks[:, N_FEWER:] == 0).all(1)]  # [2 ** N_FEWER, 2]
+        bits = np.array(list(itertools.product((0, 1), repeat=N_FEWER)))
+        z = (of_masks - of_masks.min(0)) / np.ptp(of_masks, 0)
+        t, s = np.meshgrid(np.linspace(0, 1, N_BUDGETS), np.linspace(0, 1, N_RATIOS), indexing="ij")
+        a, b, c, d, best = rng.uniform(0.5, 1.5, 4).tolist() + [rng.uniform(0.2, 0.8)]
+        share = bits.mean(1)[:, None, None]  # [masks, 1, 1]
+        lost = a * (1 - t) ** 2 + 0.3 * b * (s - best) ** 2 + 0.2 * (1 - t) * s
+        kept = c * t**2 * (0.3 + share) * (1 - 0.7 * d * s)
+        self.values = np.stack([z[:, 0, None, None] + lost, z[:, 1, None, None] + kept], -1)
+        flat = self.values.reshape(-1, 2)
+        self.reference = flat.max(0)
+        self.whole = hypervolume(flat, self.reference)
+
+    def value(self, point: Sequence[int]) -> tuple[float, float]:
+        *bits, budget, ratio = point
+        return tuple(self.values[int("".join(map(str, bits)), 2), budget, ratio])
+
+    def ratio(self, seen: Sequence[Sequence[int]]) -> float:
+        """The hypervolume of these points over the true front's."""
+        return hypervolume([self.value(point) for point in seen], self.reference) / self.whole
+
+
 class Problem:
     """One instance of a family: every mask's values, and its front's hypervolume against the worst of all
     masks."""

@@ -1,6 +1,6 @@
 """How good a front is after n trials: this project's sampler and Optuna's on problems of 13 bits whose true
-front is known, four workers that end in random order, ten seeds; the share of masks that were asked for
-twice."""
+front is known, and on some of 9 bits with a budget and a ratio beside, four workers that end in random order,
+ten seeds; the share of choices that were asked for twice."""
 
 from __future__ import annotations
 
@@ -14,20 +14,27 @@ from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
-from benchmarks._problems import FAMILIES, N_BITS, Problem
+from benchmarks._problems import (
+    FAMILIES,
+    N_BITS,
+    N_BUDGETS,
+    N_FEWER,
+    N_RATIOS,
+    Problem,
+    ProblemWithSettings,
+)
 
 N_SEEDS, N_WORKERS, CHECKS = int(os.environ.get("SEEDS", "10")), 4, (20, 50, 100)
 OURS = ("auto", "tpe", "nsga2", "random")
 OPTUNAS = ("Optuna's TPE", "Optuna's multivariate TPE", "Optuna's NSGA-II")
+SETTINGS = " with settings"
+KINDS = (*FAMILIES, *(f"{family}{SETTINGS}" for family in FAMILIES))
 HERE = Path(__file__).parent
 
 
 def run(device: str) -> list[dict]:
     tasks = [
-        (family, system, seed)
-        for family in FAMILIES
-        for system in (*OURS, *OPTUNAS)
-        for seed in range(N_SEEDS)
+        (family, system, seed) for family in KINDS for system in (*OURS, *OPTUNAS) for seed in range(N_SEEDS)
     ]
     with get_context("spawn").Pool(os.cpu_count()) as pool:
         found = []
@@ -35,7 +42,7 @@ def run(device: str) -> list[dict]:
             found.append(one)
             print(f"\r{i + 1} of {len(tasks)}", end="", file=sys.stderr)
     rows = []
-    for family in FAMILIES:
+    for family in KINDS:
         for system in (*OURS, *OPTUNAS):
             own = [one for one in found if (one["family"], one["system"]) == (family, system)]
             ratios = {f"at {n}": statistics.mean(one["ratios"][n - 1] for one in own) for n in CHECKS}
@@ -55,7 +62,8 @@ def run(device: str) -> list[dict]:
 
 def measured(task: tuple[str, str, int]) -> dict:
     family, system, seed = task
-    problem = Problem(family, seed)
+    make = ProblemWithSettings if family.endswith(SETTINGS) else Problem
+    problem = make(family.removesuffix(SETTINGS), seed)
     search = ours if system in OURS else optunas
     started = time.perf_counter()
     seen = search(problem, system, seed)
@@ -91,20 +99,28 @@ def ours(problem: Problem, kind: str, seed: int) -> list[tuple[int, ...]]:
     from memcontrol.search.sampler import Sampler
     from memcontrol.study.record import Record
 
-    groups = [f"g{i:02}" for i in range(N_BITS)]
+    has_settings = isinstance(problem, ProblemWithSettings)
+    groups = [f"g{i:02}" for i in range(N_FEWER if has_settings else N_BITS)]
+    budgets = {"low": 1000, "high": 1000 * 2 ** (N_BUDGETS - 1), "log": True, "steps": N_BUDGETS - 1}
     space = parse_space(
         {
             "groups": {g: f"{g}.*" for g in groups},
+            "over": {"inner.budget_images": budgets, "inner.skip.ratio": [1.0 + i for i in range(N_RATIOS)]}
+            if has_settings
+            else {},
             "learning_rate": {"lora": [1e-3, 1.09e-3], "full": [1e-4, 1e-3]},
             "rank": [4],
             "always": [{"method": "bias", "patterns": ["x.*"]}],
         },
         "bits",
     )
-    sampler, records = Sampler(space, seed, 2, (), kind), []
+    # by trials, not by cost, as Optuna's are
+    sampler, records = Sampler(space, seed, 2, (), kind, weigh_cost=False), []
 
     def mask(choice) -> tuple[int, ...]:
-        return tuple(int(group in choice.groups) for group in groups)
+        own = dict(choice.settings)
+        places = (space.over[key].options.index(own[key]) for key in space.over)
+        return (*(int(group in choice.groups) for group in groups), *places)
 
     def ask(number: int) -> tuple[int, ...]:
         records.append(Record(number, "RUNNING", (sampler.draw(records),)).as_running())
@@ -137,16 +153,23 @@ def optunas(problem: Problem, system: str, seed: int) -> list[tuple[int, ...]]:
     }[system]()
     study, trials = optuna.create_study(directions=["minimize"] * 2, sampler=sampler), {}
 
+    has_settings = isinstance(problem, ProblemWithSettings)
+    asked: dict[int, tuple[int, ...]] = {}
+
     def ask(number: int) -> tuple[int, ...]:
-        trials[number] = study.ask()
-        return tuple(
-            int(trials[number].suggest_categorical(f"g{i:02}", [False, True])) for i in range(N_BITS)
-        )
+        trial = trials[number] = study.ask()
+        n_bits = N_FEWER if has_settings else N_BITS
+        bits = [int(trial.suggest_categorical(f"g{i:02}", [False, True])) for i in range(n_bits)]
+        if has_settings:
+            bits += [
+                trial.suggest_int("budget", 0, N_BUDGETS - 1),
+                trial.suggest_int("ratio", 0, N_RATIOS - 1),
+            ]
+        asked[number] = tuple(bits)
+        return asked[number]
 
     def tell(number: int) -> None:
-        study.tell(
-            trials[number], problem.value([int(trials[number].params[f"g{i:02}"]) for i in range(N_BITS)])
-        )
+        study.tell(trials[number], problem.value(asked[number]))
 
     return in_flight(ask, tell, random.Random(seed))
 
@@ -158,8 +181,8 @@ def drawn(found: list[dict]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, len(FAMILIES), figsize=(14, 3.6), sharey=True, layout="constrained")
-    for panel, family in zip(panels, FAMILIES):
+    figure, panels = plt.subplots(2, len(FAMILIES), figsize=(14, 7), sharey=True, layout="constrained")
+    for panel, family in zip(panels.flat, KINDS):
         for system in (*OURS, *OPTUNAS):
             own = [one["ratios"] for one in found if (one["family"], one["system"]) == (family, system)]
             means = [statistics.mean(column) for column in zip(*own)]
@@ -172,6 +195,7 @@ def drawn(found: list[dict]) -> None:
             )
         panel.set(title=family, xlabel="trials ended", xlim=(5, max(CHECKS)), ylim=(0.4, 1.01))
         panel.grid(alpha=0.3)
-    panels[0].set_ylabel("hypervolume / the true front's")
-    panels[-1].legend(fontsize=8, loc="lower right")
+    for row in panels:
+        row[0].set_ylabel("hypervolume / the true front's")
+    panels[0, -1].legend(fontsize=8, loc="lower right")
     figure.savefig(HERE / "evidence" / "sampling.png", dpi=110)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from memcontrol.commands.init import init
     from memcontrol.commands.operate import drop, enqueue, stop
     from memcontrol.commands.pick import pick
+    from memcontrol.commands.recipe import recipe
     from memcontrol.commands.report import report
     from memcontrol.commands.retrain import retrain
     from memcontrol.commands.search import search
@@ -52,6 +53,7 @@ __all__ = [
     "init",
     "load_adapter",
     "pick",
+    "recipe",
     "report",
     "retrain",
     "reward",

@@ -121,6 +121,7 @@ class Life:
         kept = [*self.states[:2], self.mean]
         first, second, self.mean_weights = (fuse_state(base, space, choice, state) for state in kept)
         self.weights = [first, second, self.fused_weights]
+        self.weak_weights = fuse_state(base, space, choice, self.weak)
 
     def see_start(self, adapter):
         denoiser, self.at_start = self.base.denoiser, output(self.base)
@@ -165,6 +166,9 @@ class Life:
         self.loaded = output(self.base)
         another.load_state(self.mean)
         self.loaded_average = output(self.base)
+        another.load_state(self.states[2])
+        another.weaken(0.3)
+        self.weak, self.weakened = another.state(), output(self.base)
         another.load_state(self.states[2])
         another.fuse()
         self.fused, self.fused_weights = output(self.base), copy_weights(self.base.denoiser)
@@ -234,6 +238,14 @@ class TestContract:
         for name, found in life.mean_weights.items():
             first, second, third = (weights[name].double() for weights in life.weights)
             assert (0.25 * first + 0.5 * second + 0.25 * third - found).abs().max() < 1e-6, name
+
+    def test_weakening_leaves_a_share_of_the_change_of_each_weight(self, life):
+        assert not torch.allclose(life.weakened, life.changed, atol=1e-4)
+        for name, found in life.weak_weights.items():
+            plain, full = life.plain[name].double(), life.fused_weights[name].double()
+            assert (plain + 0.3 * (full - plain) - found).abs().max() < 1e-6, name
+        if set(life.choice.methods) <= {"lora", "loha", "lokr"}:  # whose files hold no offsets
+            assert life.weak.keys() == life.states[2].keys()
 
     def test_saved_file_and_average_are_taken_by_another_adapter_of_the_choice(self, life):
         assert torch.allclose(life.loaded, life.changed, atol=1e-5)

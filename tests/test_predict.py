@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from memcontrol.core.calibration import Calibration, TrialCost
 from memcontrol.core.config import load_config
+from memcontrol.core.jobs import Calibration, TrialCost
 from memcontrol.core.space_yaml import load_space
 from memcontrol.search.prediction import (
     describe_prediction,

@@ -1,12 +1,13 @@
-"""Owns `memcontrol export`: what it asks and prints."""
+"""Owns `memcontrol export` and `recipe`: what they ask and print."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from pathlib import Path
 
-from memcontrol.cli.arguments import add_command
+from memcontrol.cli.arguments import add_command, add_pick_arguments, add_study
 from memcontrol.core.console import make_console, say
 
 
@@ -35,4 +36,41 @@ def _run_export(args: argparse.Namespace) -> int:
     out = export(args.run_dir, args.out, args.format, args.precision)
     sys.stdout.write(f"{out}\n")
     say(make_console(), describe_loading(args.run_dir, out))
+    return 0
+
+
+def add_recipe(subparsers) -> None:
+    text = "write a trial's mask and settings as the config of another trainer"
+    recipe = add_command(subparsers, "recipe", _run_recipe, text)
+    add_study(recipe)
+    recipe.add_argument(
+        "--for",
+        dest="trainer",
+        required=True,
+        metavar="TRAINER",
+        help="kohya, ai-toolkit, onetrainer, simpletuner, diffusers or peft",
+    )
+    add_pick_arguments(recipe)
+    recipe.add_argument("--out", type=Path, help="folder to write the files to (default: print them)")
+
+
+def _run_recipe(args: argparse.Namespace) -> int:
+    from memcontrol.commands.recipe import plan_recipe, write_files
+    from memcontrol.model.trainers import write_recipe
+    from memcontrol.study.pick import choose_record
+    from memcontrol.study.place import StudyPlace
+
+    place, screen = StudyPlace.load(args.study, name=args.name), make_console()
+    with contextlib.closing(place.open()) as study:
+        choice = choose_record(study, args.trial, args.rule, args.limit).chosen
+        plan = plan_recipe(study.config, study.space, choice, place.folder)
+    files = write_recipe(plan, args.trainer)
+    for note in plan.notes:
+        say(screen, note)
+    if args.out:
+        write_files(files, args.out)
+        sys.stdout.write("".join(f"{args.out / name}\n" for name in files))
+    else:
+        heads = len(files) > 1
+        sys.stdout.write("\n".join((f"# {name}\n" if heads else "") + text for name, text in files.items()))
     return 0

@@ -14,7 +14,7 @@ from memcontrol.cli.choices import add_rewards, add_spaces
 from memcontrol.cli.compare import add_compare
 from memcontrol.cli.dashboard import add_dashboard
 from memcontrol.cli.demo import add_demo
-from memcontrol.cli.export import add_export
+from memcontrol.cli.export import add_export, add_recipe
 from memcontrol.cli.front import add_front
 from memcontrol.cli.importance import add_importance
 from memcontrol.cli.init import add_init
@@ -48,6 +48,7 @@ _COMMANDS = (
     add_pick,
     add_retrain,
     add_export,
+    add_recipe,
     add_audit,
     add_dashboard,
     add_report,

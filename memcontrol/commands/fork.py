@@ -11,11 +11,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from memcontrol.core.choice import EVERYTHING, Choice
+from memcontrol.core.choice import EVERYTHING, Choice, thaw
 from memcontrol.core.config import find_differing_keys
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import write_json, write_text
 from memcontrol.core.run_folder import RunFolder, StudyFolder
+from memcontrol.core.settings import configure_choice
 from memcontrol.core.space import SearchSpace
 from memcontrol.core.spec import OF_STUDY, read_spec
 from memcontrol.scoring.own_rewards import find_directions
@@ -115,6 +116,9 @@ def _explain_outside(record: Record, old: SearchSpace, new: SearchSpace) -> str:
 def _explain_changed(choice: Choice, old: SearchSpace, new: SearchSpace) -> str:
     if choice.method not in ("none", "full") and old.always != new.always:
         return "what the space always trains has changed"
+    for key, value in choice.trained.settings:
+        if key not in new.over or value not in new.over[key].options:
+            return f"{key} is not searched over, or not at {thaw(value)}, any more"
     for name in choice.groups:
         if name == EVERYTHING:
             continue
@@ -168,7 +172,8 @@ def _copy_run(old: RunFolder, new: StudyPlace, choice: Choice) -> None:
     shutil.copytree(old.path, place.path, copy_function=_link_file)
     for folder in (place.path, *place.path.glob("replicate-*")):
         source = old.path / folder.relative_to(place.path)
-        spec = replace(read_spec(source), config=new.config, space=new.space, study_folder=new.folder.path)
+        config, there = configure_choice(new.config, choice), read_spec(source)
+        spec = replace(there, config=config, space=new.space, study_folder=new.folder.path)
         RunFolder(folder).spec_file.unlink()
         spec.write(folder)
 

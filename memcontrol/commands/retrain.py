@@ -15,6 +15,7 @@ from memcontrol.core.console import LOG, log_to_file
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.jobs import GivenUp, TrialJob
 from memcontrol.core.run_folder import RunFolder, StudyFolder, refuse_results_among
+from memcontrol.core.settings import configure_choice
 from memcontrol.core.space import SearchSpace
 from memcontrol.core.spec import Spec
 from memcontrol.execution.executor import Executor
@@ -64,12 +65,15 @@ class Retraining:
         """By run folder. As many passes over the data as in the search, so the budget grows with the training
         set."""
         n_train = len(self.folder.read_split()["parts"]["train"])
-        budget = round(self.config.inner.budget_images / self.config.search.train_fraction)
-        config = self.config.replaced({"inner.budget_images": budget})
-        return {
-            run: Spec(config, self.space, self.choices[name], self.folder.path, "retrain", "test", n_train)
-            for name, run in self.runs.items()
-        }
+        found = {}
+        for name, run in self.runs.items():
+            config = configure_choice(self.config, self.choices[name])
+            budget = round(config.inner.budget_images / config.search.train_fraction)
+            config = config.replaced({"inner.budget_images": budget})
+            found[run] = Spec(
+                config, self.space, self.choices[name], self.folder.path, "retrain", "test", n_train
+            )
+        return found
 
 
 def retrain(

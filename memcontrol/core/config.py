@@ -8,10 +8,11 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NoReturn, Self
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -27,7 +28,7 @@ from memcontrol.core.choice import ANCHORS, Anchor
 from memcontrol.core.config_errors import explain_problems
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.published import HUB, publish_name
-from memcontrol.core.space_yaml import name_space
+from memcontrol.core.space_yaml import name_space, parse_over
 from memcontrol.core.yaml_reader import parse_number, read_yaml
 
 # What may change between two runs of one study: where and how fast it runs, not what it finds. Images may
@@ -38,6 +39,8 @@ FREE_KEYS = (
     "data.path",
     "search.trials",
     "search.anchors",
+    "search.strengths",
+    "search.checkpoints",
     "search.workers",
     "search.executor",
     "search.processes",
@@ -64,6 +67,7 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
+UpToOne = Annotated[float, Field(gt=0, le=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -492,6 +496,16 @@ class RewardsConfig(Strict):
         return {name: objective for name, objective in zip(self.names, self.objectives) if ":" in objective}
 
 
+def _check_over(entries: dict[str, Any]) -> dict[str, Any]:
+    """Whether the entries are lists and ranges; what they name is looked at with the whole config."""
+
+    def refuse(text: str) -> NoReturn:
+        raise ValueError(text)
+
+    parse_over("search.over", entries, refuse)
+    return entries
+
+
 class EarlyStopping(Strict):
     """At each rung, a share of a trial's budget, both rewards are measured on few samples; a trial that many
     others beat stops."""
@@ -547,6 +561,21 @@ class SearchConfig(Strict):
     """`local` worker processes, `ray`, `slurm`, or `inline` in one process"""
     early_stopping: EarlyStopping | None = None
     """stop trials that are clearly beaten on the way; `{}` turns it on with its defaults"""
+    over: Annotated[dict[str, Any], AfterValidator(_check_over)] = {}
+    """what else a choice decides, by dotted key of `inner`: values, `{inner.weight_decay: [0, 0.01]}`, or a
+    range, `{inner.budget_images: {low: 1000, high: 20000, log: true}}`, a grid of whose `steps: 20` equal
+    steps is tried. Inside a setting that some choices leave off (`inner.skip: [null, {}]`) a key counts
+    where it is on. A list for `rewards.guidance`, `rewards.guidance_from` or `rewards.sampling_steps` needs
+    no training: each fine-tuning is measured at all of them. A space may have the same under `over`"""
+    weigh_cost: bool = True
+    """`auto` and `gp` weigh the gain that a choice promises by what its `inner.budget_images` costs, where
+    that is searched over"""
+    strengths: Annotated[tuple[UpToOne, ...], BeforeValidator(_convert_list)] = ()
+    """each fine-tuning is measured at these strengths s too, W0 + s (W - W0) for every weight, as trials of
+    their own: `[0.75, 0.5]`. Nothing is trained for it, and `export` writes the weights that were measured"""
+    checkpoints: Annotated[tuple[UpToOne, ...], BeforeValidator(_convert_list)] = ()
+    """and, as trials of their own, as it was after these shares of its budget, at the end of a round:
+    `[0.25, 0.5]`"""
     stop_when_flat: Count | None = None
     """end the search after so many trials in a row that raised the hypervolume by no more than its noise"""
     replicates: Annotated[int, Field(ge=0)] = 0
@@ -712,6 +741,18 @@ class Config(Strict):
         return self
 
     @model_validator(mode="after")
+    def checkpoints_fall_on_rounds(self) -> Config:
+        shares = [share for share in self.search.checkpoints if share < 1]
+        ends = [self.inner.rounds_to(share) for share in shares]
+        if len({*ends, self.inner.rounds}) <= len(ends):
+            raise ValueError(
+                f"search.checkpoints is {shares} and inner.rounds {self.inner.rounds}: each checkpoint needs "
+                "a round of its own to end at, before the last; raise inner.rounds, for example to 8, or "
+                "give fewer checkpoints"
+            )
+        return self
+
+    @model_validator(mode="after")
     def rungs_measure_objectives(self) -> Config:
         attacks = [name for name in self.rewards.objectives if name.startswith("extraction")]
         if attacks and self.search.early_stopping:
@@ -839,18 +880,18 @@ def _apply_override(values: dict, override: str) -> dict:
     if not equals or not key:
         raise MemControlError(f"override '{override}': write it as key=value, for example inner.batch_size=8")
     try:
-        return _set_at(values, key.split("."), parse_number(text))
+        return set_at(values, key.split("."), parse_number(text))
     except yaml.YAMLError:
         said = key if key == "storage" else override  # it may hold a password
         raise MemControlError(f"override '{said}' is not valid YAML") from None
 
 
-def _set_at(values: Any, keys: list[str], value: Any) -> dict:
+def set_at(values: Any, keys: list[str], value: Any) -> dict:
     """`values` with `value` at the dotted place; a short form such as `data: digits` keeps its meaning."""
     inside = values if isinstance(values, dict) else {}
     name, *below = keys
     expanded = _EXPAND.get(name, lambda held: held)(inside.get(name))
-    return {**inside, name: _set_at(expanded, below, value) if below else value}
+    return {**inside, name: set_at(expanded, below, value) if below else value}
 
 
 def flatten_keys(values: dict, prefix: str = "") -> dict[str, Any]:

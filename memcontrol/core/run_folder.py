@@ -40,6 +40,13 @@ class RunFolder:
     def adapter_file(self) -> Path:
         return self.path / "adapter.safetensors"
 
+    def checkpoint_file(self, share: float) -> Path:
+        """What it had learned after a share of its budget."""
+        return self.path / f"checkpoint-{share:g}.safetensors"
+
+    def list_checkpoints(self) -> list[Path]:
+        return sorted(self.path.glob("checkpoint-*.safetensors"))
+
     @property
     def samples_file(self) -> Path:
         """Uncompressed, so that it is mapped and not read."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import json
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from memcontrol.core.choice import ANCHORS, EVERYTHING, RANKED, Choice, Setting
+from memcontrol.core.choice import ANCHORS, EVERYTHING, RANKED, Choice, Frozen, Setting, thaw
 from memcontrol.core.errors import MemControlError
 
 _THIRDS = (1 / 6, 3 / 6, 5 / 6)  # the middles of a range's three thirds
@@ -33,12 +36,65 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Coordinate:
+    """A key of the config that a choice has a value of its own for: one of `options`; those of a range are
+    the places of a grid of equal `steps` over its `limits`."""
+
+    options: tuple[Frozen, ...]
+    limits: tuple[float, float] | None = None
+    log: bool = False
+    steps: int = 0  # of a range
+    usual: Frozen = None  # the config's own value, where that is known
+
+    @property
+    def labels(self) -> tuple[str | int | float | bool | None, ...]:
+        """The options as a database and a table show them."""
+        return tuple(
+            json.dumps(thaw(option)) if isinstance(option, tuple) else option for option in self.options
+        )
+
+    def find_label(self, value: Frozen) -> str | int | float | bool | None:
+        """Of an option; of a range, the nearest. Raises ValueError for what is none."""
+        if self.limits is None:
+            return self.labels[self.options.index(value)]
+        return self.options[self.find_nearest(value)]  # type: ignore[return-value]
+
+    def read_label(self, label: Any) -> Frozen:
+        """The option that a label, or any number in a range, stands for. Raises ValueError."""
+        if self.limits is None:
+            return self.options[self.labels.index(label)]
+        return self.options[self.find_nearest(label)]
+
+    def find_nearest(self, value: Any) -> int:
+        """The place of a range's grid that a number is nearest to."""
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f"{value!r} is no number")
+        places = [self.measure(option) for option in self.options]
+        own = self.measure(min(max(value, self.limits[0]), self.limits[1])) if self.limits else 0.0
+        return min(range(len(places)), key=lambda i: abs(places[i] - own))
+
+    def measure(self, value: Any) -> float:
+        return math.log(value) if self.log else float(value)
+
+
+def make_range(low: float, high: float, log: bool, steps: int) -> Coordinate:
+    """A grid of `steps` equal steps from low to high, whole numbers where both are, else to three digits."""
+    shares = [i / steps for i in range(steps + 1)]
+    values = [low * (high / low) ** share if log else low + (high - low) * share for share in shares]
+    whole = isinstance(low, int) and isinstance(high, int)
+    inner = [round(value) if whole else float(f"{value:.3g}") for value in values[1:-1]]
+    options = dict.fromkeys([low, *(min(max(value, low), high) for value in inner), high])
+    return Coordinate(tuple(options), (low, high), log, steps)
+
+
+@dataclass(frozen=True)
 class SearchSpace:
     """Groups of modules, methods, learning-rate ranges; `always` is trained in every choice but `none` and
     `full`.
 
     Where `mix` is set, each group has a method of its own; otherwise one method trains all groups of a
-    choice.
+    choice. `over` holds, by key, what else of the config a choice decides; `free` what it decides that needs
+    no training: each fine-tuning is measured at all of these.
     """
 
     name: str
@@ -49,6 +105,17 @@ class SearchSpace:
     always: tuple[tuple[str, tuple[str, ...]], ...] = ()
     mix: bool = False
     description: str = ""
+    over: dict[str, Coordinate] = field(default_factory=dict)
+    free: dict[str, Coordinate] = field(default_factory=dict)
+
+    def list_variants(self, choice: Choice) -> list[Choice]:
+        """What a choice's fine-tuning is measured at beside itself."""
+        if choice.method == "none":
+            return []
+        each = itertools.product(*(one.options for one in self.free.values()))
+        usual = {key: one.usual for key, one in self.free.items()}
+        differing = (dict(zip(self.free, values)).items() - usual.items() for values in each)
+        return [choice.with_settings(dict(settings)) for settings in differing if settings]
 
     def list_anchors(self, wanted: Collection[str] = ANCHORS) -> dict[str, list[Choice]]:
         """No training; plain PEFT with every group on; full fine-tuning: the last two at three learning rates
@@ -72,6 +139,7 @@ class SearchSpace:
         rank: int | None = None,
         methods: dict[str, str] | None = None,
         ranks: dict[str, int] | None = None,
+        settings: dict[str, Frozen] | None = None,
     ) -> Choice:
         """A choice whose learning rates lie at `share` (0..1, log scale) of each method's range.
 
@@ -91,7 +159,8 @@ class SearchSpace:
         each = {group: setting(group, (methods or {}).get(group, method)) for group in groups}
         default = Counter(each.values()).most_common(1)[0][0] if each else setting(None, method)
         differing = tuple((group, own) for group, own in each.items() if own != default)
-        return Choice(tuple(groups), default.method, default.learning_rate, default.rank, differing)
+        own = tuple(sorted((settings or {}).items()))
+        return Choice(tuple(groups), default.method, default.learning_rate, default.rank, differing, own)
 
     def list_coordinates(self) -> dict[str, tuple]:
         """Name to options of every categorical coordinate that a choice is sampled in; beside them stands
@@ -106,9 +175,10 @@ class SearchSpace:
         else:
             found["method"] = self.methods
         found["rank"] = self.rank
-        return found | {
+        found |= {
             f"{name}.rank": group.rank for name, group in self.groups.items() if group.rank != self.rank
         }
+        return found | {key: coordinate.labels for key, coordinate in self.over.items()}
 
     def make_choice_at(self, params: dict[str, Any]) -> Choice:
         """The choice at a point: a value for each of `coordinates` and for `rate`."""
@@ -121,8 +191,19 @@ class SearchSpace:
         allowed = self.groups if self.mix else self.select_groups(method)
         ranks = {name: params[f"{name}.rank"] for name in self.groups if f"{name}.rank" in params}
         return self.choice(
-            [name for name in allowed if params[name]], method, params["rate"], params["rank"], methods, ranks
+            [name for name in allowed if params[name]],
+            method,
+            params["rate"],
+            params["rank"],
+            methods,
+            ranks,
+            self.read_settings(params),
         )
+
+    def read_settings(self, params: dict[str, Any]) -> dict[str, Frozen]:
+        """A point's values of `over`, less those inside a setting that is off."""
+        found = {key: coordinate.read_label(params[key]) for key, coordinate in self.over.items()}
+        return {key: value for key, value in found.items() if not _is_inside_off(key, found)}
 
     def find_point(self, choice: Choice) -> dict[str, Any]:
         """Where a choice lies in `coordinates` and `rate`; what it leaves open is at the first option."""
@@ -138,6 +219,10 @@ class SearchSpace:
             for name, value in own.items()
             if value is not None and value in coordinates.get(name, ())
         }
+        own_settings = dict(choice.settings)
+        for key, coordinate in self.over.items():
+            with contextlib.suppress(ValueError):  # another space's, which this one does not have
+                point[key] = coordinate.find_label(own_settings.get(key, coordinate.usual))
         low, high = self.learning_rate[choice.method]
         return point | {
             "rate": min(max(math.log(choice.learning_rate / low) / math.log(high / low), 0.0), 1.0)
@@ -190,3 +275,12 @@ class SearchSpace:
                 raise MemControlError(
                     f"choice: unknown group '{group}'; space '{self.name}' has {', '.join(self.groups)}"
                 )
+        for key, _ in choice.trained.settings:
+            if key not in self.over:
+                have = ", ".join(self.over) or "none"
+                raise MemControlError(f"choice: unknown setting '{key}'; space '{self.name}' has {have}")
+
+
+def _is_inside_off(key: str, settings: Mapping[str, Frozen]) -> bool:
+    """Whether a setting that holds the key is off."""
+    return any(key.startswith(f"{other}.") and value is None for other, value in settings.items())

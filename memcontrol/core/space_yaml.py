@@ -6,15 +6,17 @@ import math
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import yaml
 
-from memcontrol.core.choice import EVERYTHING, RANKED, SEARCHED_METHODS
+from memcontrol.core.choice import EVERYTHING, RANKED, SEARCHED_METHODS, freeze, thaw
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import PACKAGE
-from memcontrol.core.space import Group, SearchSpace
+from memcontrol.core.space import Coordinate, Group, SearchSpace, make_range
 from memcontrol.core.yaml_reader import parse_yaml
+
+_RANGE_STEPS = 20  # of a range, unless told otherwise
 
 
 def _find_space_folder() -> Path:
@@ -54,7 +56,7 @@ def parse_space(values: Any, name: str) -> SearchSpace:
     def refuse(text: str):
         raise MemControlError(f"space '{name}': {text}")
 
-    keys = ("description", "groups", "always", "methods", "mix", "learning_rate", "rank", "alpha")
+    keys = ("description", "groups", "always", "methods", "mix", "learning_rate", "rank", "alpha", "over")
     if not isinstance(values, dict):
         refuse(f"holds {type(values).__name__}, not keys; allowed: {', '.join(keys)}")
     for key in values:
@@ -82,6 +84,7 @@ def parse_space(values: Any, name: str) -> SearchSpace:
         always=_parse_always(values.get("always", []), refuse),
         mix=mix,
         description=" ".join(str(values.get("description", "")).split()),
+        over=parse_over("'over'", values.get("over", {}), refuse),
     )
 
 
@@ -166,6 +169,51 @@ def _parse_alpha(where: str, alpha: Any, refuse) -> float:
     return float(alpha)
 
 
+def parse_over(where: str, entries: Any, refuse) -> dict[str, Coordinate]:
+    """By key of the config: a list of values, or {low, high, log, steps}. What the config allows of them is
+    not looked at. `refuse` raises."""
+    if not isinstance(entries, dict) or not all(isinstance(key, str) for key in entries):
+        refuse(f"{where} is {entries!r}; allowed: keys of inner, such as {{inner.weight_decay: [0, 0.01]}}")
+    return {key: _parse_coordinate(f"{where}: {key}", entry, refuse) for key, entry in entries.items()}
+
+
+def _parse_coordinate(where: str, entry: Any, refuse) -> Coordinate:
+    if isinstance(entry, dict):
+        return _parse_range(where, entry, refuse)
+    if not isinstance(entry, (list, tuple)) or not entry:
+        refuse(f"{where} is {entry!r}; allowed: a list of values, or a range such as {{low: 1, high: 8}}")
+    if any(isinstance(value, (list, tuple)) for value in entry):
+        refuse(f"{where} is {list(entry)!r}; its values may not be lists themselves")
+    options = [freeze(value) for value in entry]
+    if len(set(map(repr, options))) < len(options):
+        refuse(f"{where} is {list(entry)!r}; give each value once")
+    return Coordinate(tuple(options))
+
+
+def _parse_range(where: str, entry: dict, refuse) -> Coordinate:
+    low, high = entry.get("low", math.nan), entry.get("high", math.nan)
+    log, steps = entry.get("log", False), entry.get("steps", _RANGE_STEPS)
+    is_known = set(entry) <= {"low", "high", "log", "steps"} and isinstance(log, bool)
+    if not (is_known and _is_number(low) and _is_number(high) and isinstance(steps, int)):
+        refuse(
+            f"{where} is {entry!r}; allowed: {{low, high}}, beside them log: true and steps: {_RANGE_STEPS}"
+        )
+    if not low < high or (log and low <= 0) or steps < 1:
+        refuse(f"{where} is {entry!r}; low must be below high, above 0 where log is true, and steps above 0")
+    return make_range(low, high, log, steps)
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _dump_coordinate(coordinate: Coordinate) -> Any:
+    if coordinate.limits is None:
+        return [thaw(option) for option in coordinate.options]
+    low, high = coordinate.limits
+    return {"low": low, "high": high, "log": coordinate.log, "steps": coordinate.steps}
+
+
 def dump_space(space: SearchSpace) -> dict[str, Any]:
     """The space as its YAML holds it; `parse_space` reads it back."""
     return {
@@ -184,4 +232,4 @@ def dump_space(space: SearchSpace) -> dict[str, Any]:
         "mix": space.mix,
         "learning_rate": {method: list(limits) for method, limits in space.learning_rate.items()},
         "rank": list(space.rank),
-    }
+    } | ({"over": {key: _dump_coordinate(one) for key, one in space.over.items()}} if space.over else {})

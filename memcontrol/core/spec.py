@@ -34,6 +34,8 @@ OF_STUDY = (
     "rewards.limits",
     "rewards.force",
     "search.sampler",
+    "search.over",
+    "search.weigh_cost",
     "search.warm_start",
 )
 
@@ -53,7 +55,7 @@ class Spec:
 
     @property
     def seed(self) -> int:
-        return derive_seed(self.config.search.seed, self.choice.key, self.purpose)
+        return derive_seed(self.config.search.seed, self.choice.trained.key, self.purpose)
 
     @property
     def sampling_seed(self) -> int:
@@ -112,13 +114,18 @@ class Spec:
         ]
         differing += ["rewards.objectives (other functions)"] if functions[0] != functions[1] else []
         differing += (
-            ["what the space's groups hold"] if dump_space(there.space) != dump_space(self.space) else []
+            ["what the space's groups hold"] if _dump_groups(there.space) != _dump_groups(self.space) else []
         )
         if differing:
             raise MemControlError(
                 f"{folder} holds a run of study '{there.config.name}' with another config: "
                 f"{'; '.join(differing)}; restore these keys, choose another name, or remove that folder"
             )
+
+
+def _dump_groups(space: SearchSpace) -> dict[str, Any]:
+    """All of a space that a run depends on."""
+    return {key: value for key, value in dump_space(space).items() if key != "over"}
 
 
 def express_path(path: Path, folder: Path, study_folder: Path) -> str:

@@ -45,7 +45,7 @@ def list_trainable_modules(denoiser: nn.Module) -> list[str]:
     ]
 
 
-def _find_targets(denoiser: nn.Module, space: SearchSpace, choice: Choice) -> list[Target]:
+def find_targets(denoiser: nn.Module, space: SearchSpace, choice: Choice) -> list[Target]:
     """What a choice trains: first what the space always trains, then its groups.
 
     Raises MemControlError: an unknown group, or a method with nothing to train in a group.
@@ -82,7 +82,7 @@ def check_space(denoiser: nn.Module, space: SearchSpace, will_shard: bool = Fals
     """Raises MemControlError where a pattern matches nothing, groups share a module, a method suits no
     module of its group, or it changes weights that are quantised or, in trials, sharded."""
     for method in space.methods:
-        targets = _find_targets(denoiser, space, space.choice(space.select_groups(method), method, 0.5))
+        targets = find_targets(denoiser, space, space.choice(space.select_groups(method), method, 0.5))
         _check_ownership(denoiser, targets, space)
         _refuse_quantized(denoiser, targets)
         if will_shard:
@@ -257,16 +257,37 @@ class Adapter:
             mean |= part.average(mean, states, weights)
         return mean
 
+    @torch.no_grad()
+    def weaken(self, strength: float) -> None:
+        """Leaves W0 + s (W - W0) of every weight (WiSE-FT: Wortsman et al. 2022, arXiv 2109.01903), exact for
+        every method; where parameters cannot hold that, the change is kept as an offset."""
+        if strength == 1:
+            return
+        state = self.state()
+        start = {name: tensor for part in self.parts for name, tensor in part.begin().items()}
+        mean: State = {
+            name: (1 - strength) * start[name].to(tensor) + strength * tensor if name in start else tensor
+            for name, tensor in state.items()
+        }
+        for part in self.parts:
+            mean |= part.weaken(mean, state, strength)
+        self.load_state(mean)
+
     def save(self, folder: Path, description: dict) -> None:
         """Writes what was learned to folder/adapter.safetensors, what it is in the header."""
-        state = dict(self.named_parameters()) | self.offsets()
-        header = {"memcontrol": format_header(description)}
-        save_tensors(RunFolder(folder).adapter_file, state, header, published=True)
+        self.write(RunFolder(folder).adapter_file, {"memcontrol": format_header(description)}, published=True)
+
+    def write(self, path: Path, header: dict[str, str], published: bool = False) -> None:
+        save_tensors(path, dict(self.named_parameters()) | self.offsets(), header, published=published)
 
     def load(self, folder: Path) -> None:
+        self.read(RunFolder(folder).adapter_file)
+
+    def read(self, path: Path) -> None:
+        """What `write` wrote. Raises MemControlError as `load_state` does."""
         from safetensors.torch import load_file
 
-        self.load_state(load_file(RunFolder(folder).adapter_file))
+        self.load_state(load_file(path))
 
     @contextlib.contextmanager
     def fold(self) -> Iterator[None]:
@@ -363,7 +384,7 @@ def inject_adapter(
         rates_of_all = dict.fromkeys(whole, choice.learning_rate)
         part = Weights(whole, rates_of_all, as_float32=not low_memory_full)
         return Adapter(denoiser, [part], is_low_memory=low_memory_full)
-    targets = _find_targets(denoiser, space, choice)
+    targets = find_targets(denoiser, space, choice)
     _check_ownership(denoiser, targets, space)
     _refuse_quantized(denoiser, targets)
     if shards:

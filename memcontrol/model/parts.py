@@ -108,6 +108,16 @@ class Tuner(ABC):
         of theirs."""
         return {}
 
+    @abstractmethod
+    def begin(self) -> State:
+        """`learned` as it was when it was injected."""
+
+    def weaken(self, mean: State, state: State, strength: float) -> State:
+        """What must differ from the plain mean of the beginning and a state, weighted 1 - s and s, so that
+        the change of every weight is s times the state's."""
+        start = {name: tensor.to(self.learned[name].device) for name, tensor in self.begin().items()}
+        return self.average(mean, [start, state], [1 - strength, strength])
+
     def load(self, state: State) -> None:
         """Takes in what a state holds beside `learned`."""
 
@@ -130,6 +140,9 @@ class Weights(Tuner):
         self.kinds = {name: parameter.dtype for name, parameter in parameters.items()}
         for parameter in parameters.values() if as_float32 else ():
             parameter.data = parameter.data.float()
+
+    def begin(self) -> State:
+        return {name: tensor.float() for name, tensor in self.original.items()}
 
     def fuse(self) -> None:
         pass
@@ -204,6 +217,9 @@ class SvDiff(Tuner):
             parametrize.register_parametrization(module, "weight", self.shifts[name], unsafe=True)
         self.learned = {name: shift.delta for name, shift in self.shifts.items()}
 
+    def begin(self) -> State:
+        return {name: torch.zeros_like(delta) for name, delta in self.learned.items()}
+
     def average(self, mean: State, states: Sequence[State], weights: Sequence[float]) -> State:
         for module in self.modules:
             _ = module.weight  # its first use decomposes it
@@ -255,6 +271,9 @@ class DiffFit(Tuner):
                     parametrize.register_parametrization(layer, tensor, scale, unsafe=True)
             scales.append(f"{target.module}.gamma_shift")
             self.learned[scales[-1]], self.rates[scales[-1]] = scale.shift, target.rate
+
+    def begin(self) -> State:
+        return {name: torch.zeros_like(shift) for name, shift in self.learned.items()}
 
     def average(self, mean: State, states: Sequence[State], weights: Sequence[float]) -> State:
         """The product of a layer's scales, and scale times bias, are what must be averaged; the last scale

@@ -108,6 +108,8 @@ def _set_values(weight: Tensor, values: Tensor) -> None:
 # bytes of weights that are kept beside the changed ones: above that, adapters stay as they are
 _MOST_TO_FOLD = 2**28
 _LINEAR = ("ia3", "ln_tuning")  # the weight is linear in the parameters, so their mean is exact
+# the change of the weight is linear in each of these by itself
+_FACTORS = {"lora": (".lora_B.weight",), "loha": (".hada_w2_a",), "lokr": (".lokr_w2", ".lokr_w2_a")}
 
 
 class Peft(Tuner):
@@ -144,13 +146,25 @@ class Peft(Tuner):
             name: next(rates[module] for module in self.layers if name.startswith(f"{module}."))
             for name in self.learned
         }
-        self.start = (
-            {}
-            if method in _LINEAR
-            else {name: parameter.detach().clone() for name, parameter in self.learned.items()}
-        )
+        self.start = {name: parameter.detach().clone() for name, parameter in self.learned.items()}
         self.original: dict[str, Tensor] = {}  # weights of the base that an offset has been added to
         self.added: State = {}  # the offsets
+
+    def begin(self) -> State:
+        return self.start
+
+    def weaken(self, mean: State, state: State, strength: float) -> State:
+        """As factors of the same size where one of them is linear, such as LoRA's B, so that the method's
+        standard file holds the weaker adapter."""
+        if self.method not in _FACTORS:
+            return super().weaken(mean, state, strength)
+        offsets = {f"{name}.offset" for name in self.layers}
+        linear = (*_FACTORS[self.method], ".offset")
+        return {
+            name: strength * tensor if name.endswith(linear) else tensor
+            for name, tensor in state.items()
+            if name in self.learned or name in offsets
+        }
 
     def trained(self) -> dict[str, nn.Parameter]:
         return {

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
+from memcontrol.core.choice import Choice
 from memcontrol.core.console import LOG
 from memcontrol.core.files import write_json
 from memcontrol.core.run_folder import RunFolder
@@ -32,6 +34,15 @@ class Dropper:
         self.looked_at.clear()
         return self.drop(select_beaten)
 
+    def drop_checkpoints(self, ended: Choice) -> None:
+        """Of a fine-tuning whose last variant has ended: each of these holds what it was measured on."""
+        choice = ended.trained
+        if ended.is_variant and all(
+            self.runs.locate(variant).has_result for variant in self.runs.space.list_variants(choice)
+        ):
+            for path in self.runs.locate(choice).list_checkpoints():
+                path.unlink(missing_ok=True)
+
     def drop(self, select) -> list[RunFolder]:
         if self.runs.config.search.keep == "all":
             return []
@@ -40,9 +51,22 @@ class Dropper:
             (record, run) for record in select(records, self.study.limits) for run in self.locate(record)
         ]
         beaten += self.list_lesser_rates(records)
+        needed = self.find_needed(records)
+        beaten = [(record, run) for record, run in beaten if run.path not in needed]
         new = [(record, run) for record, run in beaten if run not in self.looked_at]
         self.looked_at |= {run for _, run in new}
         return [run for record, run in new if drop_large_files(run, record)]
+
+    def find_needed(self, records: Sequence[Record]) -> set[Path]:
+        """Runs whose fine-tuning is still to be measured at other settings."""
+        ended = {
+            record.candidates[0] for record in records if record.is_variant and record.state != "RUNNING"
+        }
+        return {
+            self.runs.locate(record.chosen).path
+            for record in records
+            if record.finished and not ended.issuperset(self.runs.space.list_variants(record.chosen))
+        }
 
     def locate(self, record: Record) -> list[RunFolder]:
         return [self.runs.locate(choice) for choice in record.candidates]
@@ -61,7 +85,8 @@ def drop_large_files(run: RunFolder, record: Record) -> bool:
     places = [run, *(RunFolder(path) for path in sorted(run.path.glob("replicate-*")))]
     n_bytes = 0
     for place in places:
-        large = [path for path in (place.adapter_file, place.samples_file) if path.is_file()]
+        all_large = (place.adapter_file, place.samples_file, *place.list_checkpoints())
+        large = [path for path in all_large if path.is_file()]
         if large:
             # first, so that whoever misses a file learns why
             write_json(place.dropped_file, {"trial": record.number, "files": [path.name for path in large]})

@@ -94,6 +94,5 @@ class Operator:
 
 def find_shortest(records: Sequence[Record]) -> float:
     """The seconds of the shortest fine-tuning so far, on whatever machine; 0 before there was one."""
-    return min(
-        (record.seconds for record in records if record.seconds and record.anchor != "none"), default=0.0
-    )
+    trained = [record for record in records if record.anchor != "none" and not record.is_variant]
+    return min((record.seconds for record in trained if record.seconds), default=0.0)

@@ -15,7 +15,7 @@ from memcontrol.core.choice import Choice
 from memcontrol.core.reward_table import MINIMIZE
 from memcontrol.core.seeds import derive_seed
 from memcontrol.core.space import SearchSpace
-from memcontrol.search.surrogate import N_SPREAD, OUTSIDE, extrapolate_losses
+from memcontrol.search.surrogate import N_SPREAD, extrapolate_losses
 from memcontrol.study.optuna_private import GENERATION, add_trial, get_storage, name_constraint
 from memcontrol.study.pareto import Limit
 from memcontrol.study.record import Record
@@ -138,11 +138,12 @@ def mirror_record(
     record: Record, space: SearchSpace, limits: Sequence[Limit] = (), ended: Sequence[Record] = ()
 ) -> optuna.trial.FrozenTrial | None:
     """The record in the sampler's coordinates, one that was stopped early with what it promised; None where
-    it has none: the anchors outside the space, failures."""
+    it has none: what lies outside the space, other measurements of a fine-tuning, failures."""
     choice, is_stopped = record.choice, record.state == "PRUNED" and bool(record.rungs)
     if (
         choice is None
-        or record.anchor in OUTSIDE
+        or choice.is_outside
+        or choice.is_variant
         or not (is_stopped or record.state in ("COMPLETE", "RUNNING"))
     ):
         return None

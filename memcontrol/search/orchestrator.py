@@ -4,6 +4,7 @@ cleanly."""
 from __future__ import annotations
 
 import contextlib
+import functools
 import shutil
 from collections import deque
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from memcontrol.core.errors import FolderFull, MemControlError, SearchEnded, Spa
 from memcontrol.core.files import name_full_disk, write_json
 from memcontrol.core.jobs import EncodeJob, Event, GivenUp, Prepared, PrepareJob, TrialJob, Warned
 from memcontrol.core.run_folder import StudyFolder, refuse_results_among
-from memcontrol.core.space_yaml import load_space
+from memcontrol.core.settings import is_allowed, load_study_space
 from memcontrol.core.spec import read_spec
 from memcontrol.execution.attempts import read_failures
 from memcontrol.execution.executor import Executor
@@ -32,7 +33,6 @@ from memcontrol.search.operating import Operator
 from memcontrol.search.remeasuring import confirm_front, replicate_front
 from memcontrol.search.runs import TrialRuns
 from memcontrol.search.sampler import PrefetchedChoices, Sampler
-from memcontrol.search.surrogate import OUTSIDE
 from memcontrol.study.database import hold_study_lock, retry_while_away
 from memcontrol.study.foreign import describe_foreign
 from memcontrol.study.hypervolume import estimate_hypervolume, find_reference_point, is_flat
@@ -119,7 +119,7 @@ def _check_place(place: StudyPlace) -> None:
             clear_orders(study)  # what is asked for from now on is for this search
         return
     _read_earlier_front(place)
-    space = load_space(place.config.space)
+    space = load_study_space(place.config)
     for run in place.folder.list_runs():
         replace(read_spec(run.path), config=place.config, space=space).check_folder(run.path)
 
@@ -167,7 +167,7 @@ def _read_earlier_front(place: StudyPlace) -> list[dict] | None:
                 "is this study itself; name an earlier one, or leave the key out: a search goes on by itself"
             )
         with contextlib.closing(StudyPlace.load(path).open()) as study:
-            records = [record for record in require_finished(study.records()) if record.anchor not in OUTSIDE]
+            records = [record for record in require_finished(study.records()) if not record.chosen.is_outside]
     except MemControlError as error:
         raise MemControlError(f"search.warm_start: {name}: {error}") from None
     return [record.chosen.as_dict() for record in select_front(records)]
@@ -183,8 +183,8 @@ class RunningTrial:
 
 
 def _is_judged(record: Record) -> bool:
-    """Anchors are what others are compared with, and never stop."""
-    return record.anchor is None and record.choice is not None and not record.dropped
+    """Anchors are what others are compared with, and never stop; variants are not trained."""
+    return record.is_sampled and record.choice is not None and not record.dropped
 
 
 class Search:
@@ -194,7 +194,7 @@ class Search:
         self, place: StudyPlace, study: Study, jobs: JobQueue, observer: Observer, sizes: dict[str, int]
     ):
         self.config, self.study, self.jobs, self.observer = place.config, study, jobs, observer
-        self.space = load_space(self.config.space)
+        self.space = load_study_space(self.config)
         n_train = self.config.search.count_train(sizes["train"])
         self.runs = TrialRuns(self.config, self.space, place.folder, n_train)
         self.dropper = Dropper(study, self.runs)
@@ -221,7 +221,17 @@ class Search:
         search, n_objectives = self.config.search, len(self.config.rewards.objectives)
         stored = self.study.note("warm_start", lambda: _read_earlier_front(place)) or []
         first = [Choice.from_dict(choice) for choice in stored]
-        sampler = Sampler(self.space, search.seed, n_objectives, self.study.limits, search.sampler, first)
+        allows = functools.cache(functools.partial(is_allowed, self.config))
+        sampler = Sampler(
+            self.space,
+            search.seed,
+            n_objectives,
+            self.study.limits,
+            search.sampler,
+            first,
+            allows,
+            search.weigh_cost,
+        )
         if n_lost := len(first) - len(sampler.first):
             self.warn(
                 f"{n_lost} of {len(first)} choices on the front of {search.warm_start} have groups or "
@@ -243,8 +253,10 @@ class Search:
             if not any(record.anchor == anchor for record in records):
                 self.admit(self.study.begin(candidates, self.space, anchor), tuple(candidates))
         for record in select_to_try_again(records, self.config.search.anchors):
-            if record.anchor or self.n_left() > 0:
+            if record.anchor or record.is_variant or self.n_left() > 0:
                 self.try_again(record)
+        for record in records:
+            self.begin_variants(record)
         for record in list_given_up(records, self.config.search.anchors):
             self.warn(
                 f"the anchor '{record.anchor}' has failed in {N_TRIALS} trials and is left alone; once what "
@@ -271,9 +283,19 @@ class Search:
         self.watch(number, record)
         self.admit(number, record.candidates)
 
+    def begin_variants(self, record: Record) -> None:
+        """Has a fine-tuning that has ended well be measured at the other settings that need no training, as
+        trials of their own; before anything else is trained."""
+        if not record.finished or record.is_variant:
+            return
+        known = {choice for other in self.study.records() for choice in other.candidates}
+        for choice in reversed(self.space.list_variants(record.chosen)):
+            if choice not in known:
+                self.admit(self.study.begin([choice], self.space), (choice,))
+
     def watch(self, number: int, record: Record) -> None:
         """Sampled trials may be stopped early."""
-        if record.anchor is None:
+        if _is_judged(record):
             self.stops.watch(number, self.runs.locate(record.candidates[0]))
 
     def take_enqueued(self) -> bool:
@@ -406,7 +428,7 @@ class Search:
             shutil.rmtree(run.rounds, ignore_errors=True)
         if run.has_result:
             self.collect(number, choice)
-        elif run.read_judgements():
+        elif run.read_judgements() or choice.is_variant:
             self.waiting.appendleft((number, choice))
         else:
             self.waiting.append((number, choice))
@@ -420,6 +442,8 @@ class Search:
             recorded_as = self.study.finish(number, results)
             del self.open[number]
             self.note_end(self.study.record(recorded_as))
+            self.begin_variants(self.study.record(recorded_as))
+            self.dropper.drop_checkpoints(choice)
             for run in self.dropper.drop_on_the_way():
                 self.bound.forget(run)
         if self.n_failures >= _N_FAILURES:

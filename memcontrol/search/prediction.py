@@ -11,11 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from memcontrol.core.calibration import Calibration, TrialCost
 from memcontrol.core.choice import Choice
 from memcontrol.core.config import Config, RewardsConfig
 from memcontrol.core.errors import MemControlError
-from memcontrol.core.jobs import Calibrated, CalibrateJob, GivenUp
+from memcontrol.core.jobs import Calibrated, CalibrateJob, Calibration, GivenUp, TrialCost
 from memcontrol.core.run_folder import StudyFolder
 from memcontrol.execution.job_queue import JobQueue
 

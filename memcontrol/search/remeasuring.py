@@ -92,18 +92,21 @@ def replicate_front(study: Study, runs: TrialRuns, jobs: JobQueue, bound: Folder
         for record in select_to_replicate(study.records(), n)
         if runs.locate(record.chosen).has_result  # its folder may be gone
     ]
-    todo = [
-        runs.make_replicate_job(record.chosen, record.number, i)
-        for record in wanted
-        for i in range(n)
-        if not runs.has_replicate(record.chosen, i)
-    ]
-    if todo and (reason := bound.explain_no_room(None, n=len(todo))):
-        raise FolderFull(reason)
-    for event in jobs.run(todo):
-        if isinstance(event, GivenUp):
-            number = getattr(event.job, "number", None)
-            study.say(f"trial {number} could not be fine-tuned again from another seed: {event.reason}")
+    # what variants are measured on comes first, so that it is trained once
+    trained = [(record.chosen.trained, record.number) for record in wanted if record.chosen.is_variant]
+    for choices in (dict(trained), {record.chosen: record.number for record in wanted}):
+        todo = [
+            runs.make_replicate_job(choice, number, i)
+            for choice, number in choices.items()
+            for i in range(n)
+            if not runs.has_replicate(choice, i)
+        ]
+        if todo and (reason := bound.explain_no_room(None, n=len(todo))):
+            raise FolderFull(reason)
+        for event in jobs.run(todo):
+            if isinstance(event, GivenUp):
+                number = getattr(event.job, "number", None)
+                study.say(f"trial {number} could not be fine-tuned again from another seed: {event.reason}")
     for record in wanted:
         places = [runs.locate(record.chosen).replicate(i) for i in range(n)]
         results = [place.read_result() for place in places if place.has_result]

@@ -8,6 +8,7 @@ from memcontrol.core.choice import Choice
 from memcontrol.core.config import Config
 from memcontrol.core.jobs import TrialJob
 from memcontrol.core.run_folder import RunFolder, StudyFolder
+from memcontrol.core.settings import configure_choice
 from memcontrol.core.space import SearchSpace
 from memcontrol.core.spec import Spec
 
@@ -25,7 +26,8 @@ class TrialRuns:
         return self.folder.run(choice)
 
     def make_spec(self, choice: Choice, purpose: str = "search") -> Spec:
-        return Spec(self.config, self.space, choice, self.folder.path, purpose, "holdout", self.n_train)
+        config = configure_choice(self.config, choice)
+        return Spec(config, self.space, choice, self.folder.path, purpose, "holdout", self.n_train)
 
     def check(self, choice: Choice) -> None:
         """Raises MemControlError where the choice's folder holds what another config or space made."""

@@ -19,7 +19,7 @@ from memcontrol.core.seeds import derive_seed
 from memcontrol.core.space import SearchSpace
 from memcontrol.search.encoding import SpaceEncoding
 from memcontrol.search.optuna_samplers import InMemoryStudy
-from memcontrol.search.surrogate import N_SPREAD, OUTSIDE, gather_training_set, propose_choices
+from memcontrol.search.surrogate import N_SPREAD, gather_training_set, propose_choices
 from memcontrol.study.pareto import Limit
 from memcontrol.study.pick import select_front
 from memcontrol.study.record import Record
@@ -34,8 +34,8 @@ class Sampler:
     `random`, of how many there are and the seed, whatever came of them.
 
     `auto` is a Gaussian process with expected hypervolume improvement as long as there are two objectives,
-    some N_GP trials and time for it, and multivariate TPE otherwise. The last record always counts as
-    running, so that with one worker the same is drawn whether its trial had ended by then or not.
+    some N_GP trials and time for it, and multivariate TPE otherwise. The last trial always counts as
+    running, so that with one worker the same is drawn whether it had ended by then or not.
     """
 
     def __init__(
@@ -46,6 +46,8 @@ class Sampler:
         limits: Sequence[Limit] = (),
         kind: str = "auto",
         first: Sequence[Choice] = (),
+        allows: Callable[[Choice], bool] = lambda choice: True,
+        weigh_cost: bool = True,
     ):
         if kind == "gp" and n_objectives != 2:
             raise MemControlError(
@@ -56,6 +58,8 @@ class Sampler:
         self.limits = limits
         self.kind = kind
         self.n_objectives = n_objectives
+        self.allows = allows
+        self.weigh_cost = weigh_cost
         self.first = [choice for choice in map(self.fit_choice, first) if choice is not None]
         self.encoding, self.mirror = SpaceEncoding(space), InMemoryStudy(space, n_objectives, limits, kind)
 
@@ -65,17 +69,18 @@ class Sampler:
 
     def prepare_draw(self, records: Sequence[Record], hurried: bool = False) -> Callable[[], Choice]:
         """The draw, to be made in any thread before the next is prepared. A hurried one is cheap."""
-        records = [*records[:-1], *(record.as_running() for record in records[-1:])]
-        seed = derive_seed(self.seed, "suggest", len(records)) % 2**32
+        records = _hide_last(records)
+        n_trained = sum(not record.is_variant for record in records)
+        seed = derive_seed(self.seed, "suggest", n_trained) % 2**32
         known: dict[frozenset[str], list[Choice]] = defaultdict(list)
         for record in records:
             for choice in record.candidates:
                 known[frozenset(choice.groups)].append(choice)
         if self.first and (
-            new := next((choice for choice in self.first if not _is_known(choice, known)), None)
+            new := next((choice for choice in self.first if self.is_new(choice, known)), None)
         ):
             return lambda: new
-        n_sampled = sum(record.anchor is None for record in records)
+        n_sampled = sum(record.is_sampled for record in records)
         if self.kind == "gp" or (
             self.kind == "auto" and self.n_objectives == 2 and len(records) <= _N_GP and not hurried
         ):
@@ -86,7 +91,7 @@ class Sampler:
                 return lambda: self.pick_new(
                     known,
                     itertools.chain(
-                        propose_choices(training_set, self.encoding, seed),
+                        propose_choices(training_set, self.encoding, seed, self.weigh_cost),
                         self.flip_choices(_select_parents(records), seed),
                     ),
                 )
@@ -103,12 +108,16 @@ class Sampler:
         # workers
         with threadpool_limits(1):
             for choice in choices:
-                if (choice.groups or self.space.always) and not _is_known(choice, known):
+                if (choice.groups or self.space.always) and self.is_new(choice, known):
                     return choice
         raise SpaceExhausted(
             f"space '{self.space.name}': {_N_FLIPS} draws gave no choice that was not tried before; "
             "the space is exhausted"
         )
+
+    def is_new(self, choice: Choice, known: dict[frozenset[str], list[Choice]]) -> bool:
+        """Whether it was not asked for before, and its settings go together."""
+        return not _is_known(choice, known) and self.allows(choice)
 
     def fit_choice(self, choice: Choice) -> Choice | None:
         """The choice of another study as this space has it, its learning rate within the range; None where it
@@ -185,12 +194,26 @@ class PrefetchedChoices:
         self.pool.shutdown(wait=False, cancel_futures=True)
 
 
+def _hide_last(records: Sequence[Record]) -> list[Record]:
+    """With the last trial that is trained as running, and without what its fine-tuning is measured at
+    beside."""
+    last = next((record for record in reversed(records) if not record.is_variant), None)
+    if last is None:
+        return []
+    hidden = {choice.trained for choice in last.candidates}
+    return [
+        record.as_running() if record is last else record
+        for record in records
+        if not (record.is_variant and record.candidates[0].trained in hidden)
+    ]
+
+
 def _is_known(choice: Choice, known: dict[frozenset[str], list[Choice]]) -> bool:
     return any(choice.is_same_as(other) for other in known.get(frozenset(choice.groups), ()))
 
 
 def _select_parents(records: Sequence[Record]) -> list[Choice]:
     """Choices on the front, among those that the space holds; before there is one, all of these."""
-    own = [record for record in records if record.choice is not None and record.anchor not in OUTSIDE]
+    own = [record for record in records if record.choice is not None and not record.choice.is_outside]
     front = select_front([record for record in own if record.finished])
-    return [record.chosen for record in front or own]
+    return list(dict.fromkeys(record.chosen.trained for record in front or own))

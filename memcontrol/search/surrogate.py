@@ -32,7 +32,6 @@ from memcontrol.study.trials import compute_excesses
 _N_RANDOM, _N_CLIMBS, _N_BEST = 300, 4, 8  # of the choices that the model looks at
 _N_BEYOND = 3.0  # how far beyond the median a loss may lie, in distances of the best from it
 N_SPREAD = 6  # sampled trials before anything is modelled
-OUTSIDE = ("none", "full")  # anchors that no point of the space stands for
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ def gather_training_set(
 ) -> TrainingSet | None:
     """None before any trial ended well. A trial that was stopped early counts as what it promised, one that
     diverged as the worst that was seen."""
-    own = [record for record in records if record.choice is not None and record.anchor not in OUTSIDE]
+    own = [record for record in records if record.choice is not None and encoding.holds(record.choice)]
     ended = [record for record in own if record.finished]
     if not ended:
         return None
@@ -158,9 +157,12 @@ def _fit_surrogate(known: TrainingSet, encoding: SpaceEncoding, pending: np.ndar
     return _Surrogate(encoding, processes, guards)
 
 
-def propose_choices(known: TrainingSet, encoding: SpaceEncoding, seed: int) -> Iterator[Choice]:
-    """Choices by how much hypervolume they promise, those that should keep the limits: random ones and the
-    neighbours of the front, then the neighbours of the best of these."""
+def propose_choices(
+    known: TrainingSet, encoding: SpaceEncoding, seed: int, weigh_cost: bool = True
+) -> Iterator[Choice]:
+    """Choices by how much hypervolume they promise for what they cost (expected improvement per second:
+    Snoek et al. 2012, arXiv 1206.2944), those that should keep the limits: random ones and the neighbours of
+    the front, then the neighbours of the best of these."""
     pending = known.pending.reshape(-1, len(encoding.names) + 1)
     surrogate = _fit_surrogate(known, encoding, pending)
     there = np.concatenate([known.rows, pending])  # [N + P, coordinates + 1]
@@ -170,10 +172,15 @@ def propose_choices(known: TrainingSet, encoding: SpaceEncoding, seed: int) -> I
     front = means[allowed][find_front(means[allowed])] if allowed.any() else reference[None]
 
     def score(rows: np.ndarray) -> np.ndarray:
-        return surrogate.score(rows, front, reference)
+        """By the best of what each row's fine-tuning is measured at."""
+        each = encoding.expand(rows)
+        gains = surrogate.score(each.reshape(-1, each.shape[-1]), front, reference)
+        best = gains.reshape(len(each), -1).max(0)
+        return best / encoding.estimate_costs(rows) if weigh_cost else best
 
     randoms = encoding.random(_N_RANDOM, random.Random(seed))
-    neighbours = [encoding.list_neighbours(row) for row in there[find_front(means)]]
+    best = encoding.expand(there[find_front(means)])[0]  # as they are trained
+    neighbours = [encoding.list_neighbours(row) for row in best]
     rows, scores = _climb(encoding.canonicalize(np.concatenate([randoms, *neighbours])), score, encoding)
     for i in np.argsort(-scores, kind="stable"):
         yield encoding.choice(rows[i])

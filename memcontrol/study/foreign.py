@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from memcontrol.core.choice import EVERYTHING, RANKED, Choice, Setting
+from memcontrol.core.choice import EVERYTHING, RANKED, Choice, Frozen, Setting, thaw
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.space import SearchSpace
 
@@ -32,6 +32,9 @@ class ForeignTrial:
         rate = given.pop("learning_rate", None)
         options = space.list_coordinates()
         for name, value in given.items():
+            if name in space.over and space.over[name].limits is not None:
+                given[name] = _read_in_range(name, value, space)
+                continue
             if name not in options or value not in options[name]:
                 allowed = list(options[name]) if name in options else ", ".join((*options, "learning_rate"))
                 raise MemControlError(f"{name} is {value!r}; allowed: {allowed}")
@@ -45,7 +48,10 @@ class ForeignTrial:
 
 def settle_choice(choice: Choice, space: SearchSpace) -> Choice:
     """A choice that somebody gives, as the space writes it: its groups in the space's order, its learning
-    rates as they are. Raises MemControlError where it is none of the space."""
+    rates and settings as they are, without what needs no training, at which a search measures every
+    fine-tuning. Of settings that it leaves out, the config's own value, or the first. Raises MemControlError
+    where it is none of the space."""
+    choice = choice.trained
     if EVERYTHING in choice.groups or choice.method == "none":
         raise MemControlError(
             f"choice: method '{choice.method}' of the whole denoiser is an anchor's (search.anchors); name "
@@ -71,7 +77,30 @@ def settle_choice(choice: Choice, space: SearchSpace) -> Choice:
         learning_rate=most.learning_rate,
         rank=most.rank,
         per_group=differing,
+        settings=_settle_settings(choice, space),
     )
+
+
+def _settle_settings(choice: Choice, space: SearchSpace) -> tuple[tuple[str, Frozen], ...]:
+    """Raises MemControlError for a setting that the space does not search, or a value that it has not."""
+    own = dict(choice.settings)
+    for key, value in own.items():
+        if key not in space.over:
+            allowed = ", ".join(space.over) or "none"
+            raise MemControlError(
+                f"choice: setting {key} is not searched over (search.over); allowed: {allowed}"
+            )
+        coordinate = space.over[key]
+        if coordinate.limits is not None:
+            _read_in_range(key, value, space)
+        elif value not in coordinate.options:
+            raise MemControlError(
+                f"choice: setting {key} is {thaw(value)!r}; allowed: {', '.join(map(str, coordinate.labels))}"
+            )
+    found = space.read_settings(space.find_point(choice))
+    if astray := own.keys() - found:
+        raise MemControlError(f"choice: setting {min(astray)} is of something that the choice turns off")
+    return tuple(sorted({**found, **own}.items()))
 
 
 def _check_group(name: str, setting: Setting, space: SearchSpace) -> None:
@@ -89,6 +118,13 @@ def _check_group(name: str, setting: Setting, space: SearchSpace) -> None:
             f"{', '.join(map(str, ranks))}"
         )
     check_rate(setting.method, setting.learning_rate, space)
+
+
+def _read_in_range(name: str, value: Any, space: SearchSpace) -> Any:
+    low, high = space.over[name].limits or (0, 0)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise MemControlError(f"{name} is {value!r}; allowed: {low:g} to {high:g}")
+    return space.over[name].read_label(value)
 
 
 def _pick_first(name: str, options: Sequence[Any]) -> Any:

@@ -29,7 +29,7 @@ def find_reference_point(records: Sequence[Record]) -> list[float] | None:
         return None
     known = [record for record in anchors if record.finished]
     if len(known) < 2:
-        sampled = (record for record in records if record.anchor is None and record.finished)
+        sampled = (record for record in records if record.is_sampled and record.finished)
         first = _sort_by_end(sampled)[:_N_FIRST]
         known = [*known, *first] if len(first) == _N_FIRST else []
     if not known:
@@ -87,11 +87,12 @@ def _accumulate_volumes(losses: np.ndarray, places: Sequence[int], reference: Se
 
 def is_flat(records: Sequence[Record], reference: Sequence[float], n: int) -> bool:
     """Whether the last n sampled trials to end have raised the hypervolume by no more than its noise."""
-    sampled = [record for record in records if record.anchor is None]
+    sampled = [record for record in records if record.is_sampled]
     ended = _sort_by_end(record for record in sampled if record.state in ("COMPLETE", "PRUNED"))
     if len(ended) < n:
         return False
-    last = {record.number for record in ended[-n:]}
+    choices = {record.chosen for record in ended[-n:]}
+    last = {record.number for record in records if record.choice and record.choice.trained in choices}
     now = estimate_hypervolume(records, reference)
     before = estimate_hypervolume([record for record in records if record.number not in last], reference)
     return now.value - before.value <= (now.error or 0)

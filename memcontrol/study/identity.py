@@ -14,8 +14,9 @@ from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import read_json
 from memcontrol.core.published import HUB
 from memcontrol.core.run_folder import StudyFolder
+from memcontrol.core.settings import complete_space, load_study_space
 from memcontrol.core.space import SearchSpace
-from memcontrol.core.space_yaml import dump_space, load_space, name_space, parse_space
+from memcontrol.core.space_yaml import dump_space, name_space, parse_space
 
 _LONGEST = 200  # characters of a value that is shown
 _N_LOOKED_INTO, _N_BYTES = 64, 65_536  # files of a folder, and how much of each end of one
@@ -25,7 +26,7 @@ def describe_study(config: Config, folder: StudyFolder, directions: Sequence[str
     """What the config and the study's folder are about now; parts that are not known yet, or not here, are
     left out. Raises MemControlError for a space that is none."""
     known = {
-        "space": _describe_space(load_space(config.space)),
+        "space": _describe_space(load_study_space(config)),
         "own_rewards": _describe_own_rewards(config, directions),
         "data": _describe_data(folder),
         "base": {key: value for key, value in folder.read_pins().items() if key != "id"},
@@ -65,8 +66,8 @@ def _describe_space(space: SearchSpace) -> dict[str, Any]:
 def read_space(about: Mapping[str, Any], config: Config) -> SearchSpace:
     """The space as the study was searched in, whatever its file holds now."""
     if "space" not in about:  # of a study from before it was kept
-        return load_space(config.space)
-    return parse_space(about["space"], name_space(config.space))
+        return load_study_space(config)
+    return complete_space(parse_space(about["space"], name_space(config.space)), config)
 
 
 def _describe_own_rewards(config: Config, directions: Sequence[str]) -> dict[str, Any]:

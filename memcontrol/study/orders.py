@@ -8,11 +8,12 @@ from typing import Any
 
 from memcontrol.core.choice import Choice
 from memcontrol.core.errors import MemControlError
+from memcontrol.core.settings import configure_choice
 from memcontrol.execution.attempts import format_now
 from memcontrol.study.database import name_process
 from memcontrol.study.foreign import settle_choice
 from memcontrol.study.record import Record
-from memcontrol.study.store import ORDER_KEY, Study
+from memcontrol.study.store import DROPPED_KEY, ORDER_KEY, Study
 
 _STOP, _WORKERS = f"{ORDER_KEY}stop", f"{ORDER_KEY}workers"
 
@@ -30,6 +31,7 @@ def enqueue_choice(study: Study, choice: Choice) -> int:
     """Has the choice tried before any other is sampled. Returns its trial's number. Raises MemControlError
     where the space has no such choice, or a trial has it."""
     wanted = settle_choice(choice, study.space)
+    configure_choice(study.config, wanted)  # its settings may not go together
     for record in study.records():
         if wanted in record.candidates:
             raise MemControlError(f"choice: trial {record.number} has it already ({_describe_state(record)})")
@@ -44,11 +46,16 @@ def _describe_state(record: Record) -> str:
 
 
 def drop_trial(study: Study, number: int, why: str) -> None:
-    """Has a trial count for nothing from now on. Raises MemControlError where there is none, or no reason."""
-    _require_trial(study, number)
+    """Has a trial count for nothing from now on, and what else was measured on its fine-tuning. Raises
+    MemControlError where there is none, or no reason."""
+    dropped = _require_trial(study, number)
     if not why.strip():
         raise MemControlError("--why is empty; say why the trial is to count for nothing")
-    study.drop(number, {"why": why.strip(), "by": name_process(), "at": format_now()})
+    told = {"why": why.strip(), "by": name_process(), "at": format_now()}
+    study.drop(number, told)
+    for record in _list_variants(study, dropped):
+        if not record.dropped:
+            study.drop(record.number, {**told, "with": number})
 
 
 def restore_trial(study: Study, number: int) -> None:
@@ -56,6 +63,20 @@ def restore_trial(study: Study, number: int) -> None:
     if not _require_trial(study, number).dropped:
         raise MemControlError(f"trial {number} was not dropped, so there is nothing to undo")
     study.drop(number, None)
+    for record in _list_variants(study, _require_trial(study, number)):
+        if (study.attributes.get(f"{DROPPED_KEY}{record.number}") or {}).get("with") == number:
+            study.drop(record.number, None)
+
+
+def _list_variants(study: Study, trained: Record) -> list[Record]:
+    """What was measured on a trial's fine-tuning at other settings."""
+    if trained.is_variant:
+        return []
+    return [
+        record
+        for record in study.records()
+        if record.is_variant and record.candidates[0].trained in trained.candidates
+    ]
 
 
 def _require_trial(study: Study, number: int) -> Record:

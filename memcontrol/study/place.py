@@ -10,8 +10,8 @@ from pathlib import Path
 
 from memcontrol.core.config import Config, load_config
 from memcontrol.core.run_folder import StudyFolder, locate_study_folder
+from memcontrol.core.settings import load_study_space
 from memcontrol.core.space import SearchSpace
-from memcontrol.core.space_yaml import load_space
 from memcontrol.study.opening import is_searched, open_study, resolve_storage_url
 from memcontrol.study.store import Study
 
@@ -46,7 +46,7 @@ class StudyPlace:
 
     @cached_property
     def space(self) -> SearchSpace:
-        return load_space(self.config.space)
+        return load_study_space(self.config)
 
     def is_searched(self) -> bool:
         """Whether the database holds the study."""

@@ -41,9 +41,19 @@ class Record:
         return self.state == "COMPLETE"
 
     @property
+    def is_variant(self) -> bool:
+        """Whether it is another trial's fine-tuning, measured at other settings."""
+        return len(self.candidates) == 1 and self.candidates[0].is_variant
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether it is one of the trials that `search.trials` counts."""
+        return self.anchor is None and not self.is_variant
+
+    @property
     def fills_place(self) -> bool:
         """Whether it is one of search.trials: for one that failed or was dropped another is sampled."""
-        return self.anchor is None and self.state not in ("FAIL", DROPPED)
+        return self.is_sampled and self.state not in ("FAIL", DROPPED)
 
     @property
     def chosen(self) -> Choice:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -455,18 +455,22 @@ class Study:
     def check_measured(self, result: dict) -> None:
         """Raises MemControlError for a result that was measured with other things than the study's first
         one."""
-        first = self.attributes.get("measured_with")
-        if first is None:
+        first, choice = self.attributes.get("measured_with"), Choice.from_dict(result["choice"])
+        own = {f"sampling.{key.rpartition('.')[2]}" for key in choice.overrides}  # which it decides itself
+        if first is not None:
+            refuse_incomparable(first, result["measured_with"], f"results of study '{self.config.name}'", own)
+        elif not choice.is_variant:
             self.write("measured_with", result["measured_with"])
-        else:
-            refuse_incomparable(first, result["measured_with"], f"results of study '{self.config.name}'")
 
 
-def refuse_incomparable(a: Mapping, b: Mapping, what: str) -> None:
-    """Raises MemControlError where two rewards were measured with different things."""
+def refuse_incomparable(a: Mapping, b: Mapping, what: str, apart: Collection[str] = ()) -> None:
+    """Raises MemControlError where two rewards were measured with different things, those `apart` left
+    out."""
     a, b = flatten_keys(dict(a)), flatten_keys(dict(b))
     differing = [
-        f"{key} ({a.get(key)} and {b.get(key)})" for key in sorted({*a, *b}) if a.get(key) != b.get(key)
+        f"{key} ({a.get(key)} and {b.get(key)})"
+        for key in sorted({*a, *b} - {*apart})
+        if a.get(key) != b.get(key)
     ]
     if differing:
         raise MemControlError(f"{what} cannot be compared; measured with different {'; '.join(differing)}")

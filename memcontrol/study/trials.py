@@ -8,12 +8,17 @@ from dataclasses import replace
 from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
 from optuna.trial import TrialState
 
 from memcontrol.core.choice import ANCHORS, EVERYTHING, Choice
 from memcontrol.core.config import flatten_keys
-from memcontrol.core.space import SearchSpace
+from memcontrol.core.space import Coordinate, SearchSpace
 from memcontrol.study.foreign import ForeignTrial
 from memcontrol.study.optuna_private import ENQUEUED, get_trial_id
 from memcontrol.study.pareto import Limit
@@ -85,16 +90,18 @@ def describe_coordinates(choice: Choice | None, space: SearchSpace) -> dict[str,
 def make_readable_params(choice: Choice, space: SearchSpace) -> dict[str, Any]:
     """The choice as the dashboard shows it: which groups are on, how they are trained, and the learning
     rate."""
-    point = space.find_point(choice)
-    del point["rate"]
-    if choice.rank is None:
-        del point["rank"]
-    return point | {"learning_rate": choice.learning_rate}
+    own = dict(choice.settings)
+    point = {} if choice.is_outside else space.find_point(choice)
+    left_out = {"rate", *(space.over.keys() - own)} | ({"rank"} if choice.rank is None else set())
+    free = {name: own[name] for name in own if name in space.free}
+    shown = {name: value for name, value in point.items() if name not in left_out}
+    return shown | free | {"learning_rate": choice.learning_rate}
 
 
 def make_readable_distributions(params: dict[str, Any], space: SearchSpace) -> dict[str, BaseDistribution]:
     lows, highs = zip(*space.learning_rate.values())
     found = make_distributions(space) | {"learning_rate": FloatDistribution(min(lows), max(highs), log=True)}
+    found |= {name: CategoricalDistribution(one.labels) for name, one in space.free.items()}
     return {name: found[name] for name in params}
 
 
@@ -102,4 +109,14 @@ def make_distributions(space: SearchSpace) -> dict[str, BaseDistribution]:
     found: dict[str, BaseDistribution] = {
         name: CategoricalDistribution(options) for name, options in space.list_coordinates().items()
     }
+    found |= {name: _make_distribution(one) for name, one in space.over.items() if one.limits}
     return found | {"rate": FloatDistribution(0, 1)}
+
+
+def _make_distribution(coordinate: Coordinate) -> BaseDistribution:
+    """Of a range, whose grid the space finds for any number in it."""
+    assert coordinate.limits is not None, "it is one"
+    low, high = coordinate.limits
+    if isinstance(low, int) and isinstance(high, int):
+        return IntDistribution(low, high, log=coordinate.log)
+    return FloatDistribution(low, high, log=coordinate.log)

@@ -8,17 +8,18 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from memcontrol.core.calibration import Calibration, TrialCost
 from memcontrol.core.choice import EVERYTHING, Choice
 from memcontrol.core.config import DIGITS, Config, load_config
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import make_private_folder
+from memcontrol.core.jobs import Calibration, TrialCost
 from memcontrol.core.run_folder import RunFolder, StudyFolder
 from memcontrol.core.seeds import derive_seed
+from memcontrol.core.settings import load_study_space
 from memcontrol.core.space import SearchSpace
-from memcontrol.core.space_yaml import load_space
 from memcontrol.core.spec import Spec
 from memcontrol.model.batches import MOST_AT_A_TIME, is_out_of_memory
 from memcontrol.trial.loaded import LoadedModels
@@ -39,7 +40,7 @@ def calibrate(
 ) -> Calibration:
     """Runs short trials of the config in an empty folder. Raises MemControlError."""
     started, config = time.monotonic(), load_config(values)
-    space = load_space(config.space)
+    space = load_study_space(config)
     kept = StudyFolder(folder.parent)
     if config.data.path != DIGITS and not StudyFolder(folder).cache.exists():
         # what is read and encoded is the study's: the search finds it
@@ -50,6 +51,7 @@ def calibrate(
     n_train = config.search.count_train(prepared["sizes"]["train"])
 
     def run(name: str, choice: Choice, n_batches: int) -> TrialCost:
+        choice = replace(choice, settings=())  # of which the budget would be one
         spec = Spec(shorten_config(config, n_batches), space, choice, folder, "calibrate", "holdout", n_train)
         run_folder = folder / name
         spec.write(run_folder)

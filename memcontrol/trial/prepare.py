@@ -16,8 +16,8 @@ from memcontrol.core.config import CALIBRATION, DIGITS, Config, load_config
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import read_json, write_json
 from memcontrol.core.run_folder import StudyFolder
+from memcontrol.core.settings import load_study_space
 from memcontrol.core.space import SearchSpace
-from memcontrol.core.space_yaml import load_space
 from memcontrol.core.spec import Spec
 from memcontrol.data.images import Images
 from memcontrol.data.split import Split, dump_parts, load_parts
@@ -50,7 +50,7 @@ def prepare_study(
     Raises MemControlError, also where the data is not what the study began with.
     """
     config = load_config(values)
-    space = load_space(config.space)
+    space = load_study_space(config)
     _check_sharded(config, space)
     _warn_of_device(config, warn)
 
@@ -112,7 +112,7 @@ def encode_study(
     """Latents, encodings and reference features of a prepared study, before its first trial and outside that
     one's time limit. Several processes share the work."""
     config = load_config(values)
-    space = load_space(config.space)
+    space = load_study_space(config)
     spec = Spec(config, space, Choice((), "none", 0.0), folder, "encode", reference, n_train)
     loaded.make_material(spec, progress)
     loaded.load_unseen(spec, reference, progress)

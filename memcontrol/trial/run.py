@@ -43,7 +43,7 @@ from memcontrol.trial.samples import (
     score_samples,
     write_samples,
 )
-from memcontrol.trial.tuned import inject_choice
+from memcontrol.trial.tuned import describe_log, find_learned, inject_choice, list_checkpoints, read_log
 
 
 def run_trial(
@@ -76,12 +76,13 @@ def _lead_trial(
     try:
         # Train: to the end, or to a rung, which is then all.
         with memory.watch("train"):
-            log = _fine_tune(folder, spec, loaded, adapter, partial(progress, "train"), rung=rung)
+            log = _learn(folder, spec, loaded, adapter, partial(progress, "train"), rung)
         if log.paused and rung:
             probe = partial(_probe_objectives, spec, loaded, attack, untrained)
             return _score_rung(run, rung, spec, loaded, adapter, log, started, progress, probe)
 
-        # Save what was learned; sample and probe the model while it is there.
+        # Save what was learned, as strong as it is measured; sample and probe the model while it is there.
+        adapter.weaken(spec.choice.strength)
         adapter.save(folder, spec.describe_published())
         n_trained, n_all = adapter.n_trained(), base.n_parameters + adapter.n_added()
         cost = loaded.cost(spec, adapter, material.data)
@@ -310,6 +311,33 @@ def _fine_tune(
         raise
 
 
+def _learn(
+    folder: Path,
+    spec: Spec,
+    loaded: LoadedModels,
+    adapter: Adapter,
+    progress: Callable[..., None],
+    rung: float | None,
+    team: ProcessGroup | None = None,
+) -> TrainLog:
+    """Has the adapter hold what the choice's fine-tuning learns: of a variant what that of its trial has
+    left, else by training, with a file of the adapter at each checkpoint of the search. To a rung, if there
+    is one; a choice's own checkpoint is the end."""
+    base, run, choice = loaded.base(spec.config), RunFolder(folder), spec.choice
+    source = base.ranks.agree(find_learned(folder, spec))
+    if source is not None:
+        adapter.read(source)
+        return read_log(source)
+    for share in list_checkpoints(spec, rung) if spec.purpose.startswith("search") else []:
+        path = run.checkpoint_file(share)
+        if base.ranks.agree(not path.is_file()):
+            log = _fine_tune(folder, spec, loaded, adapter, progress, team, share)
+            if base.ranks.rank == 0:
+                adapter.write(path, describe_log(log))
+    end = rung or (choice.checkpoint if choice.checkpoint < 1 else None)
+    return _fine_tune(folder, spec, loaded, adapter, progress, team, end)
+
+
 def _place_rounds(run: RunFolder, base: Base) -> Path:
     """Where the rounds are kept. Ranks that share a base take the same steps, each over files of its own:
     those above 0 begin with a copy of what rank 0 begins with."""
@@ -356,9 +384,11 @@ def _follow_trial(
     """All that goes through the denoiser, in the order of `run_trial`; nothing of it is written."""
     base = loaded.base(spec.config)
     try:
-        log = _fine_tune(job.folder, spec, loaded, adapter, tell_nobody, ProcessGroup(), job.rung)
+        log = _learn(job.folder, spec, loaded, adapter, tell_nobody, job.rung, ProcessGroup())
     except Diverged:
         return
+    if not (log.paused and job.rung):
+        adapter.weaken(spec.choice.strength)
     with adapter.fold():
         if log.paused and job.rung:
             _probe_objectives(spec, loaded, attack, untrained)

@@ -210,7 +210,7 @@ class Display(Observer):
             for record in self.records
             if record.state == "RUNNING"
         )
-        n_begun = sum(record.anchor is None for record in self.records)
+        n_begun = sum(record.is_sampled for record in self.records)
         runs = n_open + max(0, self.n_sampled - n_begun) - sum(share for _, share in self.running.values())
         minutes = max(runs, 0) * sum(self.lengths) / len(self.lengths) / self.n_workers / 60
         return f", about {minutes:.1f} min left"

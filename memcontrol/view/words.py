@@ -3,11 +3,12 @@ a table in Markdown."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from memcontrol.core.choice import EVERYTHING, Choice
+from memcontrol.core.choice import EVERYTHING, Choice, Frozen, thaw
 from memcontrol.core.config import DIGITS
 from memcontrol.core.estimate import Rewards
 from memcontrol.core.reward_table import CLIP, FALSE_POSITIVES, REWARDS
@@ -48,7 +49,20 @@ def describe_choice(choice: Choice, n_groups: int) -> str:
         return "no training"
     rank = f" r{choice.rank}" if choice.rank else ""
     groups = "" if EVERYTHING in choice.groups else f", {len(choice.groups)}/{n_groups} groups"
-    return f"{'+'.join(choice.methods)}{rank}, lr {choice.learning_rate:g}{groups}"
+    settings = "".join(f", {_describe_setting(key, value)}" for key, value in choice.settings)
+    return f"{'+'.join(choice.methods)}{rank}, lr {choice.learning_rate:g}{groups}{settings}"
+
+
+def _describe_setting(key: str, value: Frozen) -> str:
+    """By the last part of its key: "weight_decay 0.01", "skip on"."""
+    said = thaw(value)
+    if said is None or isinstance(said, bool):
+        text = "on" if said else "off"
+    elif isinstance(said, dict):
+        text = json.dumps(said) if said else "on"
+    else:
+        text = f"{said:g}" if isinstance(said, (int, float)) else said
+    return f"{key.rpartition('.')[2]} {text}"
 
 
 def format_markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
