@@ -4,6 +4,7 @@ import contextlib
 import json
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from test_orchestrate import N_SAMPLED, study_in
 import memcontrol
 from memcontrol.core.choice import Choice
 from memcontrol.core.errors import MemControlError, SearchEnded
+from memcontrol.core.space import Coordinate, make_range
 from memcontrol.core.space_yaml import load_space
 from memcontrol.search import operating
 from memcontrol.search.observer import Observer
@@ -285,3 +287,43 @@ def test_commands_reach_a_real_search_and_its_workers(study_file):
     records = memcontrol.status(path)
     assert {record.state for record in records} == {"COMPLETE"} and len(records) == 6
     assert records[number].choice.learning_rate == RATE
+
+
+def test_settings_of_a_choice_are_held_against_what_is_searched_over():
+    over = {
+        "inner.budget_images": make_range(1000, 9000, True, 4),
+        "inner.skip": Coordinate((None, "on"), usual=None),
+    }
+    space = replace(SPACE, over=over)
+    key = "inner.budget_images"
+    assert dict(settle_choice(make(settings={key: 1234}), space).settings)[key] == 1234
+    assert dict(settle_choice(make(), space).settings) == {key: 1000, "inner.skip": None}
+    plain = make(settings={key: 9000, "inner.skip": "on"})
+    assert settle_choice(plain.with_settings({"strength": 0.5}), space) == plain
+    for settings, words in (
+        ({key: 10}, r"inner.budget_images is 10; allowed: 1000 to 9000"),
+        ({"inner.skip": "off"}, "setting inner.skip is 'off'; allowed: None, on"),
+        ({"inner.weight_decay": 0.1}, "unknown setting 'inner.weight_decay'; space"),
+    ):
+        with pytest.raises(MemControlError, match=words):
+            settle_choice(make(settings=settings), space)
+
+
+def test_what_was_measured_on_a_dropped_fine_tuning_is_dropped_with_it(tmp_path):
+    file = study_in(tmp_path, strengths=[1, 0.5], trials=2)
+    go_on(file)
+    records = memcontrol.status(file)
+    trained = next(record for record in records if record.is_sampled)
+    (variant,) = [one for one in records if one.is_variant and one.chosen.trained == trained.chosen]
+    memcontrol.drop(file, trained.number, "no good")
+    assert memcontrol.status(file)[variant.number].dropped == "no good"
+    go_on(file)  # another is sampled, and measured at both
+    found = memcontrol.status(file)
+    assert sum(record.fills_place for record in found) == 2 and len(found) == len(records) + 2
+    memcontrol.drop(file, trained.number, undo=True)
+    assert memcontrol.status(file)[variant.number].finished
+    memcontrol.drop(file, variant.number, "only this one")
+    assert memcontrol.status(file)[trained.number].finished
+    memcontrol.drop(file, trained.number, "too")
+    memcontrol.drop(file, trained.number, undo=True)
+    assert memcontrol.status(file)[variant.number].dropped == "only this one"

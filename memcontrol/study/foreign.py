@@ -82,14 +82,9 @@ def settle_choice(choice: Choice, space: SearchSpace) -> Choice:
 
 
 def _settle_settings(choice: Choice, space: SearchSpace) -> tuple[tuple[str, Frozen], ...]:
-    """Raises MemControlError for a setting that the space does not search, or a value that it has not."""
+    """Raises MemControlError for a value that the space has not."""
     own = dict(choice.settings)
     for key, value in own.items():
-        if key not in space.over:
-            allowed = ", ".join(space.over) or "none"
-            raise MemControlError(
-                f"choice: setting {key} is not searched over (search.over); allowed: {allowed}"
-            )
         coordinate = space.over[key]
         if coordinate.limits is not None:
             _read_in_range(key, value, space)
