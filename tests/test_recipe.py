@@ -22,7 +22,6 @@ from torch import nn
 
 import memcontrol
 from memcontrol.cli.parser import make_parser
-from memcontrol.commands.recipe import make_plan as plan_of_study
 from memcontrol.core.choice import Choice, Setting
 from memcontrol.core.config import load_config
 from memcontrol.core.errors import MemControlError
@@ -30,7 +29,10 @@ from memcontrol.core.settings import load_study_space
 from memcontrol.core.space_yaml import list_shipped_spaces, load_space, parse_space
 from memcontrol.model.adapter import find_targets
 from memcontrol.model.source import make_empty_denoiser
-from memcontrol.model.trainers import TRAINERS, Plan, list_names, name_architecture, write_recipe
+from memcontrol.recipes.plan import RecipePlan
+from memcontrol.recipes.planning import list_names, name_architecture
+from memcontrol.recipes.planning import make_plan as plan_of_study
+from memcontrol.recipes.trainers import TRAINERS, write_recipe
 
 ARCHITECTURES = Path(__file__).parent / "architectures"
 BASES = {name: name.removesuffix("-blocks") for name in list_shipped_spaces()} | {"digits": "tiny"}
@@ -50,7 +52,7 @@ def make_plan(space, choice):
     widths = tuple(getattr(denoiser.config, "block_out_channels", None) or ())
     more = {"resolution": 512, "widths": widths, "warmup_steps": 5}
     kind, names = name_architecture(denoiser), list_all(denoiser)
-    return denoiser, Plan(kind, "owner/base", names, tuple(targets), 100, 4, 50, **more)
+    return denoiser, RecipePlan(kind, "owner/base", names, tuple(targets), 100, 4, 50, **more)
 
 
 @functools.cache
@@ -119,7 +121,7 @@ def map_sdxl():
     """The same for the blocks of SDXL, from the names that are written."""
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
-    from memcontrol.model.trainers import name_sdxl_layer
+    from memcontrol.recipes.original_names import name_sdxl_layer
 
     denoiser = open_base("sdxl")
     inside = [name for name in list_adapted(denoiser) if re.match("(down|up|mid)_block", name)]

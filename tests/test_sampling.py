@@ -184,12 +184,15 @@ def test_choices_are_drawn_while_trials_run():
     ahead.close()
 
 
-@pytest.mark.parametrize("kind, least", [("auto", 0.95), ("tpe", 0.85)])
-def test_the_front_of_a_mask_problem_is_found_in_fifty_trials(kind, least, monkeypatch):
-    """13 groups whose gains fade together against what they cost; the true front by brute force, four
-    workers."""
+@pytest.mark.parametrize(
+    "family, kind, least",
+    [("mask", "auto", 0.95), ("mask", "tpe", 0.85), ("mask with settings", "auto", 0.95)],
+)
+def test_the_front_of_a_mask_problem_is_found_in_fifty_trials(family, kind, least, monkeypatch):
+    """13 groups whose gains fade together against what they cost, or 9 with a budget and a ratio beside; the
+    true front by brute force, four workers."""
     monkeypatch.setattr("benchmarks.sampling.CHECKS", (50,))
-    found = [measured(("mask", kind, seed)) for seed in (0, 1)]
+    found = [measured((family, kind, seed)) for seed in (0, 1)]
     assert sum(one["ratios"][49] for one in found) / 2 >= least and not any(one["twice"] for one in found)
 
 

@@ -55,8 +55,9 @@ def add_recipe(subparsers) -> None:
 
 
 def _run_recipe(args: argparse.Namespace) -> int:
-    from memcontrol.commands.recipe import plan_recipe, write_files
-    from memcontrol.model.trainers import write_recipe
+    from memcontrol.commands.recipe import write_files
+    from memcontrol.recipes.planning import plan_recipe
+    from memcontrol.recipes.trainers import write_recipe
     from memcontrol.study.pick import choose_record
     from memcontrol.study.place import StudyPlace
 

@@ -13,7 +13,7 @@ import numpy as np
 from memcontrol.core.choice import SAME_RATE, Choice
 from memcontrol.core.space import SearchSpace
 
-_BUDGET = "inner.budget_images"
+_BUDGET_COORDINATE = "inner.budget_images"
 _UNTRAINED = 0.25  # what sampling and scoring cost beside training
 _STEPS = (-0.3, -0.1, 0.1, 0.3)  # of the learning rate's place in its range, to its neighbours
 
@@ -71,9 +71,7 @@ class SpaceEncoding:
         """Whether a row can stand for it; others are of settings that are searched no more."""
         own, free = dict(choice.settings), self.space.free
         unknown = [name for name in own if name not in self.space.over]
-        return not choice.is_outside and all(
-            name in free and own[name] in free[name].options for name in unknown
-        )
+        return all(name in free and own[name] in free[name].options for name in unknown)
 
     def expand(self, rows: np.ndarray) -> np.ndarray:
         """Each row [N] at all that its fine-tuning is measured at, those at the same after each other:
@@ -104,12 +102,12 @@ class SpaceEncoding:
     def estimate_costs(self, rows: np.ndarray) -> np.ndarray:
         """What each row's fine-tuning costs, as a share of one at the config's own budget: [N]. All the same
         where budgets are not searched over."""
-        coordinate = self.space.over.get(_BUDGET)
+        coordinate = self.space.over.get(_BUDGET_COORDINATE)
         if coordinate is None:
             return np.ones(len(rows))
         budgets = np.array(coordinate.options, dtype=float)
         usual = coordinate.usual if isinstance(coordinate.usual, int) else budgets.max()
-        own = budgets[rows[:, self.names.index(_BUDGET)].astype(int)]
+        own = budgets[rows[:, self.names.index(_BUDGET_COORDINATE)].astype(int)]
         return (own / usual + _UNTRAINED) / (1 + _UNTRAINED)
 
     def list_sampled(self) -> list[tuple]:

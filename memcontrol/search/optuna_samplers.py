@@ -142,8 +142,8 @@ def mirror_record(
     choice, is_stopped = record.choice, record.state == "PRUNED" and bool(record.rungs)
     if (
         choice is None
-        or choice.is_outside
-        or choice.is_variant
+        or record.is_outside
+        or record.is_variant
         or not (is_stopped or record.state in ("COMPLETE", "RUNNING"))
     ):
         return None

@@ -167,7 +167,7 @@ def _read_earlier_front(place: StudyPlace) -> list[dict] | None:
                 "is this study itself; name an earlier one, or leave the key out: a search goes on by itself"
             )
         with contextlib.closing(StudyPlace.load(path).open()) as study:
-            records = [record for record in require_finished(study.records()) if not record.chosen.is_outside]
+            records = [record for record in require_finished(study.records()) if not record.is_outside]
     except MemControlError as error:
         raise MemControlError(f"search.warm_start: {name}: {error}") from None
     return [record.chosen.as_dict() for record in select_front(records)]

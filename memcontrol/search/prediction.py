@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import heapq
+import math
 import shutil
 import statistics
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,10 @@ from memcontrol.core.config import Config, RewardsConfig
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.jobs import Calibrated, CalibrateJob, Calibration, GivenUp, TrialCost
 from memcontrol.core.run_folder import StudyFolder
+from memcontrol.core.settings import load_study_space
 from memcontrol.execution.job_queue import JobQueue
+
+_BUDGET_KEY, _BATCH_KEY = "inner.budget_images", "inner.batch_size"
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,11 @@ def predict_search(
     """From one calibration of each worker, all made at the same time; `anchors` are those of the search."""
     n_runs = {name: len(choices) for name, choices in anchors.items()} | {"sampled": config.search.trials}
     costs = {kind: [cost for one in calibrations for cost in one.by_kind[kind]] for kind in n_runs}
+    n_steps = dict.fromkeys(n_runs, float(config.inner.budget_steps)) | {"sampled": expect_steps(config)}
+    if n_variants := count_variants(config):  # of each sampled trial, and of each anchor that is trained
+        n_trained = sum(name != "none" for name in anchors)
+        n_runs["variants"] = n_variants * (config.search.trials + n_trained)
+        costs["variants"], n_steps["variants"] = costs["sampled"], 0.0
     n_batches = _count_samples(config.rewards) / calibrations[0].batch_size
     one_batch = [cost for one in calibrations for cost in one.by_kind["none"]]
     stretch = _estimate_stretch(one_batch, [one.two_batches for one in calibrations], n_batches)
@@ -73,9 +82,7 @@ def predict_search(
     n_kept = dict(n_runs)
     if config.search.keep == "front":  # an anchor's best learning rate, and as many as are measured again
         n_kept = dict.fromkeys(anchors, 1) | {"sampled": min(config.search.trials, n_front)}
-    runs = {
-        kind: _predict_run_seconds(found, config.inner.budget_steps, stretch) for kind, found in costs.items()
-    }
+    runs = {kind: _predict_run_seconds(found, n_steps[kind], stretch) for kind, found in costs.items()}
     n_confirmed = n_front if config.rewards.confirm else 0
     confirming = (
         config.rewards.confirm * stretch * statistics.mean(cost.after_seconds for cost in costs["sampled"])
@@ -111,7 +118,20 @@ def _estimate_stretch(one: Sequence[TrialCost], two: Sequence[TrialCost], n_batc
     return (once + (n_batches - 1) * min(max(twice - once, 0.0), once)) / once
 
 
-def _predict_run_seconds(costs: Sequence[TrialCost], n_steps: int, stretch: float) -> float:
+def expect_steps(config: Config) -> float:
+    """Of a sampled trial: the mean over what `search.over` says of budgets and batches."""
+    over, inner = load_study_space(config).over, config.inner
+    budgets = over[_BUDGET_KEY].options if _BUDGET_KEY in over else (inner.budget_images,)
+    sizes = over[_BATCH_KEY].options if _BATCH_KEY in over else (inner.batch_size,)
+    return statistics.mean(math.ceil(budget / size) for budget in budgets for size in sizes)  # type: ignore[operator]
+
+
+def count_variants(config: Config) -> int:
+    """How many further trials each fine-tuning is measured as."""
+    return len(load_study_space(config).list_variants(Choice((), "full", 1.0)))
+
+
+def _predict_run_seconds(costs: Sequence[TrialCost], n_steps: float, stretch: float) -> float:
     return statistics.mean(
         cost.setup_seconds + n_steps * cost.step_seconds + stretch * cost.after_seconds for cost in costs
     )

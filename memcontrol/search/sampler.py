@@ -214,6 +214,6 @@ def _is_known(choice: Choice, known: dict[frozenset[str], list[Choice]]) -> bool
 
 def _select_parents(records: Sequence[Record]) -> list[Choice]:
     """Choices on the front, among those that the space holds; before there is one, all of these."""
-    own = [record for record in records if record.choice is not None and not record.choice.is_outside]
+    own = [record for record in records if record.choice is not None and not record.is_outside]
     front = select_front([record for record in own if record.finished])
     return list(dict.fromkeys(record.chosen.trained for record in front or own))

@@ -51,7 +51,8 @@ def gather_training_set(
 ) -> TrainingSet | None:
     """None before any trial ended well. A trial that was stopped early counts as what it promised, one that
     diverged as the worst that was seen."""
-    own = [record for record in records if record.choice is not None and encoding.holds(record.choice)]
+    inside = [record for record in records if record.choice is not None and not record.is_outside]
+    own = [record for record in inside if encoding.holds(record.chosen)]
     ended = [record for record in own if record.finished]
     if not ended:
         return None

@@ -46,6 +46,11 @@ class Record:
         return len(self.candidates) == 1 and self.candidates[0].is_variant
 
     @property
+    def is_outside(self) -> bool:
+        """Whether no point of the space stands for it."""
+        return self.anchor in ("none", "full") or (self.choice is not None and self.choice.is_outside)
+
+    @property
     def is_sampled(self) -> bool:
         """Whether it is one of the trials that `search.trials` counts."""
         return self.anchor is None and not self.is_variant
