@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import optuna
 import pytest
 import yaml
 from commands import FORKS, run, started
@@ -147,6 +148,10 @@ class TestContract:
         with pytest.raises(MemControlError, match=f"trial {best} was dropped: its images were wrong"):
             memcontrol.pick(file, trial=best)
         assert memcontrol.pick(file).number != best
+        place = StudyPlace.load(file)
+        plain = optuna.load_study(study_name=place.config.name, storage=place.url)
+        assert best not in [one.number for one in plain.best_trials]
+        assert plain.trials[best].user_attrs["dropped"] == "its images were wrong"
         memcontrol.drop(file, best, undo=True)
         assert best in [one.number for one in memcontrol.front(file)]
         with pytest.raises(MemControlError, match="was not dropped"):
@@ -169,14 +174,16 @@ class TestContract:
     def test_a_search_is_stopped_from_elsewhere_and_goes_on(self, file, now):
         with pytest.raises(MemControlError, match="has not been searched|holds no study|no search of study"):
             memcontrol.stop(file)
-        with searching(file) as process:
+        with searching(file, seconds=1.0, n_ended=1) as process:
             memcontrol.stop(file, now=now)
             process.join(20)
             assert process.exitcode == 0
+        runs = StudyPlace.load(file).folder.list_runs()
+        assert all(run.has_result for run in runs) != now
         records = memcontrol.status(file)
-        assert any(record.state == "RUNNING" for record in records) == now
         assert sum(record.fills_place for record in records) < N_SAMPLED
-        with searching(file, n_ended=len(records)) as process:  # it was for the one before
+        n = sum(record.finished for record in records)
+        with searching(file, n_ended=n + 1) as process:  # it was for the one before
             process.kill()
         go_on(file)
         assert_complete(file)
