@@ -6,6 +6,7 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import optuna
 import pytest
@@ -19,8 +20,11 @@ from test_orchestrate import N_SAMPLED, study_in
 import memcontrol
 from memcontrol.core.choice import Choice
 from memcontrol.core.errors import MemControlError, SearchEnded
+from memcontrol.core.jobs import PrepareJob
 from memcontrol.core.space import Coordinate, make_range
 from memcontrol.core.space_yaml import load_space
+from memcontrol.execution.local import Local
+from memcontrol.execution.ray_cluster import Place, Ray
 from memcontrol.search import operating
 from memcontrol.search.observer import Observer
 from memcontrol.search.orchestrator import search_study
@@ -334,3 +338,32 @@ def test_what_was_measured_on_a_dropped_fine_tuning_is_dropped_with_it(tmp_path)
     memcontrol.drop(file, trained.number, "too")
     memcontrol.drop(file, trained.number, undo=True)
     assert memcontrol.status(file)[variant.number].dropped == "only this one"
+
+
+def test_workers_are_begun_and_ended_and_who_has_a_job_keeps_it(tmp_path):
+    job = PrepareJob(tmp_path, {})
+    local = Local(1, folder=tmp_path)
+    try:
+        assert local.resize(3) and local.count_free() == 3
+        assert [worker.index for worker in local.workers] == [0, 1, 2]
+        busy, ended = local.workers[1], local.workers[2].process
+        busy.job = job  # as if it had been given to it
+        local.resize(1)
+        assert local.workers == [busy] and local.count_free() == 0 and ended.poll() is not None
+        local.resize(2)
+        assert [worker.index for worker in local.workers] == [1, 0] and local.count_free() == 1
+        local.resize(1)
+        busy.job = None
+        assert local.count_free() == 1 and local.workers == [busy]
+    finally:
+        local.close()
+
+
+def test_actors_beyond_the_number_of_places_end_once_they_have_no_job(tmp_path):
+    ended = []
+    ray = Ray.__new__(Ray)
+    ray.ray = SimpleNamespace(kill=ended.append)
+    ray.n_places, ray.places = 2, [Place(actor="a", job=PrepareJob(tmp_path, {})), Place(actor="b")]
+    assert ray.resize(4) and ray.count_free() == 3
+    ray.resize(1)
+    assert ended == ["b"] and ray.count_free() == 0
