@@ -33,13 +33,24 @@ class InMemoryStudy:
 
     def __init__(self, space: SearchSpace, n_objectives: int, limits: Sequence[Limit], kind: str):
         self.space, self.limits, self.kind = space, limits, kind
-        self.study = optuna.create_study(directions=[MINIMIZE] * n_objectives)
+        self.n_objectives = n_objectives
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        self.study = optuna.create_study(directions=[MINIMIZE] * self.n_objectives)
         # the study's trial id, where it has one, and the state it mirrors, by number
         self.mirrored: dict[int, tuple[int | None, str]] = {}
         self.n_mirrored = 0  # trials that ended well
 
+    def has_changed(self, record: Record) -> bool:
+        """Whether it is another than it ended as, since an operator has dropped it, or had it count again."""
+        _, state = self.mirrored.get(record.number, (None, record.state))
+        return state != record.state and state not in ("RUNNING", "WAITING")
+
     def show(self, records: Sequence[Record], seed: int) -> None:
         """Makes ready for the next draw; a random one looks at no records."""
+        if any(self.has_changed(record) for record in records):
+            self.begin_anew()
         self.study.sampler = _SAMPLERS[self.kind](seed)
         if self.kind != "random":
             ended = [record for record in records if record.finished]

@@ -213,7 +213,7 @@ def _find_database_error(error: BaseException | None) -> BaseException | None:
     return error
 
 
-def _is_away(error: BaseException, url: str) -> bool:
+def is_away(error: BaseException, url: str) -> bool:
     """Whether it is the connection that failed, so that waiting may help; not a wrong statement, right or
     password."""
     import sqlalchemy.exc
@@ -251,7 +251,7 @@ def retry_while_away(
                 say(f"the database is back after {time.monotonic() - away_since:.0f} s; the search goes on")
             return found
         except Exception as error:
-            if not _is_away(error, url):
+            if not is_away(error, url):
                 raise
             if away_since is None:
                 away_since = time.monotonic()

@@ -88,8 +88,8 @@ def publish_report_data(data: Mapping[str, Any], folder: Path) -> dict[str, Any]
 
 def _publish_run(told: Mapping[str, Any], folder: Path, places: Sequence[Path]) -> dict[str, Any]:
     run = told["run"] and Path(told["run"]).relative_to(folder).as_posix()
-    reason = {"reason": hide_paths(told["reason"], *places)} if told.get("reason") else {}
-    return {**told, "run": run, **reason}
+    words = {key: hide_paths(told[key], *places) for key in ("reason", "dropped") if told.get(key)}
+    return {**told, "run": run, **words}
 
 
 def _summarize_space(space: SearchSpace, name: str) -> dict[str, Any]:
@@ -218,11 +218,11 @@ def format_csv(facts: dict[str, Any]) -> str:
         "seconds",
     ]
     for row in (head, *(_list_cells(trial, groups, settings, names) for trial in facts["trials"])):
-        writer.writerow([_guard_cell(cell) for cell in row])
+        writer.writerow([guard_cell(cell) for cell in row])
     return out.getvalue()
 
 
-def _guard_cell(cell: Any) -> Any:
+def guard_cell(cell: Any) -> Any:
     """A name that a spreadsheet would take for a formula is made a text; numbers stay numbers."""
     is_formula = isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n"))
     held = cell.replace("\r", " ") if isinstance(cell, str) else cell  # which csv leaves unquoted
