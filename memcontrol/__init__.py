@@ -26,12 +26,14 @@ if TYPE_CHECKING:
     from memcontrol.commands.front import front
     from memcontrol.commands.importance import importance
     from memcontrol.commands.init import init
+    from memcontrol.commands.operate import drop, enqueue, stop
     from memcontrol.commands.pick import pick
     from memcontrol.commands.recipe import recipe
     from memcontrol.commands.report import report
     from memcontrol.commands.retrain import retrain
     from memcontrol.commands.search import search
     from memcontrol.commands.status import status
+    from memcontrol.commands.trials import trials
     from memcontrol.core.errors import MemControlError
     from memcontrol.model.saved_adapter import load_adapter
     from memcontrol.scoring.own_rewards import reward
@@ -42,6 +44,8 @@ __all__ = [
     "clean",
     "compare",
     "dashboard",
+    "drop",
+    "enqueue",
     "export",
     "fork",
     "front",
@@ -55,9 +59,14 @@ __all__ = [
     "reward",
     "search",
     "status",
+    "stop",
+    "trials",
 ]
 _ELSEWHERE = {
     "MemControlError": "memcontrol.core.errors",
+    "drop": "memcontrol.commands.operate",
+    "enqueue": "memcontrol.commands.operate",
+    "stop": "memcontrol.commands.operate",
     "load_adapter": "memcontrol.model.saved_adapter",
     "reward": "memcontrol.scoring.own_rewards",
 }

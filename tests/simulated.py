@@ -44,7 +44,11 @@ class Simulated(Executor):
         self.busy, self.first, self.last, self.n_ended = 0.0, None, 0.0, 0
 
     def count_free(self):
-        return self.places - len(self.running)
+        return max(self.places - len(self.running), 0)
+
+    def resize(self, n_places):
+        self.places = n_places
+        return True
 
     def submit(self, job):
         now = self.clock.monotonic()

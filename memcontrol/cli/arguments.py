@@ -78,3 +78,13 @@ def make_whole_parser(least: int) -> Callable[[str], int]:
         return int(text)
 
     return convert
+
+
+def parse_hours(text: str) -> float:
+    try:
+        hours = float(text)
+    except ValueError:
+        hours = 0.0
+    if not 0 < hours < 1e6:
+        raise argparse.ArgumentTypeError(f"'{text}' is no number of hours above 0, such as 8 or 0.5")
+    return hours

@@ -11,7 +11,6 @@ from pathlib import Path
 from memcontrol.cli.arguments import OneLineParser, add_command, add_levels
 from memcontrol.cli.audit import add_audit
 from memcontrol.cli.choices import add_rewards, add_spaces
-from memcontrol.cli.clean import add_clean
 from memcontrol.cli.compare import add_compare
 from memcontrol.cli.dashboard import add_dashboard
 from memcontrol.cli.demo import add_demo
@@ -19,11 +18,12 @@ from memcontrol.cli.export import add_export, add_recipe
 from memcontrol.cli.front import add_front
 from memcontrol.cli.importance import add_importance
 from memcontrol.cli.init import add_init
+from memcontrol.cli.operate import add_clean, add_drop, add_enqueue, add_stop
 from memcontrol.cli.pick import add_pick
 from memcontrol.cli.report import add_report
 from memcontrol.cli.retrain import add_retrain
 from memcontrol.cli.search import add_fork, add_search
-from memcontrol.cli.status import add_status
+from memcontrol.cli.status import add_status, add_trials
 from memcontrol.core.version import __version__
 
 
@@ -38,7 +38,11 @@ _COMMANDS = (
     add_init,
     add_search,
     add_fork,
+    add_enqueue,
+    add_drop,
+    add_stop,
     add_status,
+    add_trials,
     add_front,
     add_importance,
     add_pick,

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from memcontrol.cli.arguments import add_command, add_study, make_whole_parser
+from memcontrol.cli.arguments import add_command, add_study, make_whole_parser, parse_hours
 from memcontrol.cli.printing import warn_of_pick
 from memcontrol.core.console import make_console, say
 
@@ -32,7 +32,17 @@ def add_search(subparsers) -> None:
     search.add_argument(
         "--trials", type=make_whole_parser(0), help="sampled trials in all, beside the anchors"
     )
-    search.add_argument("--workers", type=make_whole_parser(1), help="jobs at a time")
+    search.add_argument(
+        "--workers",
+        type=make_whole_parser(1),
+        help="jobs at a time; given again while the search runs elsewhere, it goes on with so many",
+    )
+    search.add_argument(
+        "--hours",
+        type=parse_hours,
+        metavar="N",
+        help="end in time: begin no trial that would surely not end, then leave checkpoints, as Ctrl-C does",
+    )
     search.add_argument("--executor", choices=("inline", "local", "ray", "slurm"), help="where trials run")
     search.add_argument(
         "--dry-run",
@@ -61,7 +71,9 @@ def _run_fork(args: argparse.Namespace) -> int:
 
 
 def _run_search_command(args: argparse.Namespace) -> int:
+    from memcontrol.commands.operate import hand_over_workers
     from memcontrol.commands.search import list_overrides
+    from memcontrol.core.errors import SearchEnded
     from memcontrol.execution.make import open_executor
     from memcontrol.study.place import StudyPlace
 
@@ -71,8 +83,16 @@ def _run_search_command(args: argparse.Namespace) -> int:
         _print_config(place)
         _print_prediction(place)
         return 0
-    with open_executor(place.config, place.folder.path) as executor:
-        show_search(place, executor)
+    if (n_workers := hand_over_workers(place)) is not None:
+        said = f"a search of study '{place.config.name}' runs already, and goes on with {n_workers} workers"
+        say(make_console(), f"{said}; nothing else is changed")
+        return 0
+    try:
+        with open_executor(place.config, place.folder.path) as executor:
+            show_search(place, executor, args.hours)
+    except SearchEnded as ended:
+        say(make_console(), f"the search ended: {ended}; nothing is lost, and the same command goes on")
+        return 0
     say(
         make_console(),
         f"next: memcontrol retrain {args.study} (the pick, on test images); look: dashboard, report",
@@ -117,10 +137,10 @@ def _print_prediction(place: StudyPlace) -> None:
         sys.stdout.write(f"# {line}\n")
 
 
-def show_search(place: StudyPlace, executor: Executor) -> None:
+def show_search(place: StudyPlace, executor: Executor, hours: float | None = None) -> None:
     from memcontrol.commands.search import run_search
 
-    run_search(place, executor)
+    run_search(place, executor, hours=hours)
     with contextlib.closing(place.open()) as study:
         _show_study(study, place, make_console())
 

@@ -1,15 +1,18 @@
-"""Owns `memcontrol status`: what it prints of each trial."""
+"""Owns `memcontrol status`, what it prints of each trial, and `memcontrol trials`, which gives them as a
+table."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memcontrol.cli.arguments import add_command, add_json, add_study
 from memcontrol.cli.printing import make_json, print_table
 from memcontrol.core.console import print_json
+from memcontrol.core.errors import MemControlError
 
 if TYPE_CHECKING:
     from memcontrol.study.place import StudyPlace
@@ -21,6 +24,40 @@ def add_status(subparsers) -> None:
     status = add_command(subparsers, "status", _run_status, "list all trials with their state")
     add_study(status)
     add_json(status)
+
+
+def add_trials(subparsers) -> None:
+    text = "all trials as a table: choice, rewards with their errors, times, a row each"
+    trials = add_command(subparsers, "trials", _run_trials, text)
+    add_study(trials)
+    form = trials.add_mutually_exclusive_group()
+    form.add_argument("--csv", action="store_true", help="comma-separated (default)")
+    form.add_argument("--parquet", action="store_true", help="Apache Parquet, by pyarrow; needs --out")
+    form.add_argument("--json", action="store_true", help="a list of objects")
+    trials.add_argument("--out", type=Path, metavar="FILE", help="a file in place of stdout")
+
+
+def _run_trials(args: argparse.Namespace) -> int:
+    import json
+
+    from memcontrol.commands.trials import format_rows, list_rows, pack_rows
+    from memcontrol.core.files import replace_file, write_text
+    from memcontrol.study.place import StudyPlace
+
+    if args.parquet and not args.out:
+        raise MemControlError("--parquet is no text; name its file with --out")
+    with contextlib.closing(StudyPlace.load(args.study, name=args.name).open()) as study:
+        rows = list_rows(study)
+    if args.parquet:
+        with replace_file(args.out, published=True) as part:
+            part.write_bytes(pack_rows(rows))
+        return 0
+    text = json.dumps(rows, indent=2, ensure_ascii=False) + "\n" if args.json else format_rows(rows)
+    if args.out:
+        write_text(args.out, text, published=True)
+    else:
+        sys.stdout.write(text)
+    return 0
 
 
 def _run_status(args: argparse.Namespace) -> int:
@@ -68,6 +105,7 @@ def _is_over(study: Study, n: int | None) -> bool:
 
 
 def _print_status(found: dict[str, Any], study: Study, place: StudyPlace) -> None:
+    from memcontrol.study.record import DROPPED
     from memcontrol.view.tables import make_study_table
 
     records, n_groups = study.records(), len(study.space.groups)
@@ -76,9 +114,13 @@ def _print_status(found: dict[str, Any], study: Study, place: StudyPlace) -> Non
         "RUNNING": "running" if found["searching"] else "interrupted",
         "PRUNED": "pruned",
         "FAIL": "failed",
+        "WAITING": "enqueued",
+        DROPPED: "dropped",
     }
     for state, word in words.items():
-        sys.stdout.write(f"{word}: {sum(record.state == state for record in records)}\n")
+        n = sum(record.state == state for record in records)
+        if n or state not in ("WAITING", DROPPED):  # which few studies have
+            sys.stdout.write(f"{word}: {n}\n")
     _print_progress(found)
     for record, trial in zip(records, found["trials"]):
         _print_trial(record, trial["runs"], words[record.state], n_groups, found["searching"], place)
@@ -107,8 +149,11 @@ def _print_trial(
     from memcontrol.study.running import describe_run
     from memcontrol.view.words import describe_choice
 
-    if record.reason:
-        sys.stdout.write(f"trial {record.number} {word}: {record.reason}\n")
+    if said := record.dropped or record.reason:
+        sys.stdout.write(f"trial {record.number} {word}: {said}\n")
+    if record.state == "WAITING":
+        said = describe_choice(record.chosen, n_groups)
+        sys.stdout.write(f"trial {record.number} {word}: {said}, begun before any other is sampled\n")
     if record.state != "RUNNING":
         return
     goes_on = "" if searching else " (the next search goes on with it)"

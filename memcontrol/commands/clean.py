@@ -54,7 +54,7 @@ def plan_cleaning(place: StudyPlace, keep: Keep | None) -> Cleaning:
         raise MemControlError(
             f"{folder.path} holds nothing of study '{place.config.name}'; there is nothing to remove"
         )
-    if _is_searching(place):
+    if is_being_searched(place):
         raise MemControlError(f"a search is running in {folder.path}; wait for it or stop it first")
     if keep:
         return _plan_beside_front(place)
@@ -69,7 +69,7 @@ def plan_cleaning(place: StudyPlace, keep: Keep | None) -> Cleaning:
     return Cleaning(folder, tuple(whole), sum_sizes(paths), tuple(stays))
 
 
-def _is_searching(place: StudyPlace) -> bool:
+def is_being_searched(place: StudyPlace) -> bool:
     """As far as it is known: a database that is gone for good keeps nobody's images here."""
     from sqlalchemy.exc import SQLAlchemyError
 

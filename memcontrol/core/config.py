@@ -51,6 +51,7 @@ FREE_KEYS = (
     "search.replicates",
     "search.keep",
     "search.disk_gb",
+    "search.track",
     "ray",
     "slurm",
 )
@@ -593,6 +594,12 @@ class SearchConfig(Strict):
     disk_gb: Annotated[float, Field(gt=0)] | None = None
     """how large the study's folder may be, in GB (10^9 bytes): no trial begins that would exceed it, and the
     search stops; none: as large as it gets"""
+    track: Annotated[
+        tuple[Literal["tensorboard", "mlflow", "wandb"], ...], BeforeValidator(_convert_list)
+    ] = ()
+    """experiment trackers that are told of each trial that ends: curves, rewards with their errors, pictures,
+    training images among them. They write below `track/` in the study's folder, unless MLFLOW_TRACKING_URI,
+    WANDB_MODE or WANDB_API_KEY says otherwise; each needs the extra of its name"""
     train_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     """share of the training images that trials see; `retrain` sees all, for as many passes"""
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from memcontrol.core import interrupt
+from memcontrol.core.errors import SearchEnded
 from memcontrol.core.files import make_private_folder, open_private
 from memcontrol.core.version import __version__
 
@@ -76,6 +77,9 @@ def log_to_file(path: Path, what: str) -> Iterator[None]:
         LOG.info("ended")
     except KeyboardInterrupt:
         LOG.info("ended by %s", interrupt.name_signal())
+        raise
+    except SearchEnded as ended:
+        LOG.info("ended: %s", ended)
         raise
     except BaseException as error:
         LOG.info("ended by %s: %s", type(error).__name__, error)

@@ -36,6 +36,10 @@ class FolderFull(MemControlError):
     goes on once there is room."""
 
 
+class SearchEnded(MemControlError):
+    """The search was told to end, or its time is over: everything is kept, the same command goes on."""
+
+
 class TrialsKeepFailing(MemControlError):
     """Trial after trial fails for good, so that something other than their choices is wrong: the search
     stops."""

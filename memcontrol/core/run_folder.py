@@ -288,6 +288,11 @@ class StudyFolder:
         return self.path / "others.json"
 
     @property
+    def track(self) -> Path:
+        """What experiment trackers keep here, by their names."""
+        return self.path / "track"
+
+    @property
     def slurm(self) -> Path:
         """What is known of Slurm jobs, by the command that submits them."""
         return self.path / "slurm"

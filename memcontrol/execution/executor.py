@@ -30,6 +30,10 @@ class Executor(ABC):
     @abstractmethod
     def submit(self, job: Job) -> None: ...
 
+    def resize(self, n_places: int) -> bool:
+        """Has as many places from now on; those of jobs that run beyond it end with them. Whether it can."""
+        return False
+
     @abstractmethod
     def events(self, timeout_seconds: float) -> Iterator[Event]:
         """Events so far; waits up to the timeout for the first."""

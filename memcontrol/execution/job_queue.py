@@ -51,17 +51,24 @@ class JobQueue:
         self.waiting: deque[Job] = deque()
         self.elsewhere: list[Elsewhere] = []
         self.failures: Counter[Path] = Counter()  # of jobs that are no trials; a trial's are in its folder
+        self.look: Callable[[], None] = lambda: (
+            None
+        )  # called while ends are waited for; may hold the queue, or raise
+        self.is_held = False  # nothing is handed out any more
+        self.n_at_work = 0  # jobs that the executor has
+        self.n_places: int | None = None  # where an operator has changed their number
 
     def count_room(self) -> int:
         """How many more jobs would find a place at once."""
-        return self.executor.count_free() - len(self.waiting)
+        return 0 if self.is_held else self.executor.count_free() - len(self.waiting)
 
     def add(self, job: Job) -> None:
         self.waiting.append(job)
         self.hand_out()
 
     def hand_out(self) -> None:
-        while self.waiting and self.executor.count_free():
+        while self.waiting and not self.is_held and self.executor.count_free():
+            self.n_at_work += 1
             self.executor.submit(self.waiting.popleft())
 
     def collect_ends(self, timeout_seconds: float = 1.0) -> Iterator[Event]:
@@ -71,11 +78,13 @@ class JobQueue:
         Raises MemControlError for what only the user can mend.
         """
         interrupt.check()
+        self.look()
         began = time.monotonic()
         yield from self.look_elsewhere()
         self.hand_out()
         for event in self.executor.events(timeout_seconds):
             self.show(event)
+            self.n_at_work -= isinstance(event, END_EVENTS)
             yield from self.take_in(event)
             self.hand_out()
         if self.elsewhere:  # an executor that has nothing to do does not wait

@@ -69,12 +69,35 @@ class Local(Executor):
         """`folder` is the study's, which keeps what a worker prints before its first job."""
         self.said: queue.Queue = queue.Queue()
         self.time_limit_seconds = time_limit_seconds
+        self.n_processes, self.folder = n_processes, folder
+        self.workers: list[Worker] = []
+        self.resize(n_workers)
+
+    def start_worker(self) -> Worker:
+        """At the first number that is free, which says on what GPU."""
+        index = next(i for i in itertools.count() if all(worker.index != i for worker in self.workers))
         # whatever n_processes: sums round by the number of threads
-        threads = max(1, (os.cpu_count() or 1) // n_workers)
-        logs = [StudyFolder(folder).worker_log(i) if folder else None for i in range(n_workers)]
-        self.workers = [Worker(i, threads, self.said, n_processes, log) for i, log in enumerate(logs)]
+        threads = max(1, (os.cpu_count() or 1) // self.n_places)
+        log = StudyFolder(self.folder).worker_log(index) if self.folder else None
+        return Worker(index, threads, self.said, self.n_processes, log)
+
+    def resize(self, n_places: int) -> bool:
+        self.n_places = n_places
+        while len(self.workers) < n_places:
+            self.workers.append(self.start_worker())
+        self.end_surplus()
+        return True
+
+    def end_surplus(self) -> None:
+        """Of the workers beyond the number of places, those that have no job, the last first."""
+        idle = [worker for worker in self.workers if worker.job is None]
+        while idle and len(self.workers) > self.n_places:
+            worker = idle.pop()
+            self.workers.remove(worker)
+            worker.kill()
 
     def count_free(self) -> int:
+        self.end_surplus()
         return sum(worker.job is None for worker in self.workers)
 
     def submit(self, job: Job) -> None:

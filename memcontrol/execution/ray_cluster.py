@@ -66,9 +66,26 @@ class Ray(Executor):
         self.ray = _connect_ray(settings)
         self.settings, self.gpus_per_trial = settings, gpus_per_trial
         self.time_limit_seconds = time_limit_seconds
+        self.n_places = n_workers
         self.places = [Place() for _ in range(n_workers)]
 
+    def resize(self, n_places: int) -> bool:
+        self.n_places = n_places
+        self.places += [Place() for _ in range(n_places - len(self.places))]
+        self.end_surplus()
+        return True
+
+    def end_surplus(self) -> None:
+        """Of the places beyond their number, those that have no job, the last first."""
+        idle = [place for place in self.places if place.job is None]
+        while idle and len(self.places) > self.n_places:
+            place = idle.pop()
+            self.places.remove(place)
+            if place.actor is not None:
+                self.ray.kill(place.actor)
+
     def count_free(self) -> int:
+        self.end_surplus()
         return sum(place.job is None for place in self.places)
 
     def submit(self, job: Job) -> None:

@@ -75,7 +75,11 @@ class Slurm(Executor):
         return frozenset(one.job.folder for one in self.left)
 
     def count_free(self) -> int:
-        return self.n_workers - len(self.running)
+        return max(self.n_workers - len(self.running), 0)
+
+    def resize(self, n_places: int) -> bool:
+        self.n_workers = n_places
+        return True
 
     def submit(self, job: Job) -> None:
         same = [one for one in self.left if one.job == job]

@@ -4,7 +4,7 @@ come there."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -93,6 +93,11 @@ class EarlyStopper:
     def watch(self, number: int, run: RunFolder) -> None:
         """From now on the trial may be stopped."""
         self.runs[number] = run
+
+    def leave_out(self, numbers: Iterable[int]) -> None:
+        """These beat nobody any more."""
+        for number in numbers:
+            self.runs.pop(number, None)
 
     def next_rung(self, number: int, run: RunFolder) -> float | None:
         """The rung to train to; none: to the end."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from memcontrol.core.choice import Choice
 from memcontrol.core.config import Config
 from memcontrol.core.console import LOG
-from memcontrol.core.errors import FolderFull, MemControlError, SpaceExhausted, TrialsKeepFailing
+from memcontrol.core.errors import FolderFull, MemControlError, SearchEnded, SpaceExhausted, TrialsKeepFailing
 from memcontrol.core.files import name_full_disk, remove_parts, write_json
 from memcontrol.core.jobs import EncodeJob, Event, GivenUp, Prepared, PrepareJob, TrialJob, Warned
 from memcontrol.core.run_folder import StudyFolder, refuse_results_among
@@ -29,6 +29,7 @@ from memcontrol.search.early_stopping import EarlyStopper
 from memcontrol.search.folder_bound import FolderBound
 from memcontrol.search.locks import hold_folder_lock
 from memcontrol.search.observer import Observer
+from memcontrol.search.operating import Operator
 from memcontrol.search.remeasuring import confirm_front, replicate_front
 from memcontrol.search.runs import TrialRuns
 from memcontrol.search.sampler import PrefetchedChoices, Sampler
@@ -36,6 +37,7 @@ from memcontrol.study.database import hold_study_lock, retry_while_away
 from memcontrol.study.foreign import describe_foreign
 from memcontrol.study.hypervolume import estimate_hypervolume, find_reference_point, is_flat
 from memcontrol.study.opening import open_study
+from memcontrol.study.orders import clear_orders
 from memcontrol.study.pick import require_finished, select_front
 from memcontrol.study.place import StudyPlace
 from memcontrol.study.record import Record
@@ -47,12 +49,14 @@ _DAY_SECONDS = 86_400
 _N_FAILURES = 3  # this many in a row mean that something other than the choices is wrong
 
 
-def search_study(place: StudyPlace, executor: Executor, observer: Observer) -> Study:
+def search_study(
+    place: StudyPlace, executor: Executor, observer: Observer, hours: float | None = None
+) -> Study:
     """Runs the anchors and config.search.trials sampled trials, those already finished counted in. Returns
     the study.
 
-    Raises MemControlError for what the user must mend; trials not finished stay recorded and run again next
-    time.
+    Raises SearchEnded after so many `hours`, or where an operator asks for it, and MemControlError for what
+    the user must mend; trials not finished stay recorded and run again next time.
     """
     config, url = place.config, place.url
 
@@ -73,6 +77,7 @@ def search_study(place: StudyPlace, executor: Executor, observer: Observer) -> S
 
         # Images, base and space are checked in a worker, where their libraries are loaded anyway.
         jobs = JobQueue(executor, observer.heard)
+        operator = Operator(place, jobs, warn, hours)
         prepared = run_preparation(config, place.folder, jobs)
 
         study = retry_while_away(
@@ -90,6 +95,7 @@ def search_study(place: StudyPlace, executor: Executor, observer: Observer) -> S
         )
         study.note("made_with", lambda: prepared.made_with or None)
         study.publish_missing()
+        operator.open(study)
         observer.opened(study)
         if sharing := describe_sharing(config.search):
             warn(sharing)
@@ -117,7 +123,10 @@ def _check_place(place: StudyPlace) -> None:
     """Raises MemControlError: keys that differ from the study's own, an earlier study that is not there, runs
     of another config in the folder."""
     if place.is_searched():
-        open_study(place.config, place.folder.path, place.file, create=True).close()
+        with contextlib.closing(
+            open_study(place.config, place.folder.path, place.file, create=True)
+        ) as study:
+            clear_orders(study)  # what is asked for from now on is for this search
         return
     _read_earlier_front(place)
     space = load_study_space(place.config)
@@ -130,7 +139,7 @@ def _ending(observer: Observer) -> Iterator[None]:
     """Tells that the search is over, where what was found can still be shown."""
     try:
         yield
-    except (KeyboardInterrupt, TrialsKeepFailing, FolderFull):
+    except (KeyboardInterrupt, TrialsKeepFailing, FolderFull, SearchEnded):
         observer.over()
         raise
     except BaseException:
@@ -188,7 +197,7 @@ class RunningTrial:
 
 def _is_judged(record: Record) -> bool:
     """Anchors are what others are compared with, and never stop; variants are not trained."""
-    return record.is_sampled and record.choice is not None
+    return record.is_sampled and record.choice is not None and not record.dropped
 
 
 class Search:
@@ -199,7 +208,6 @@ class Search:
     ):
         self.config, self.study, self.jobs, self.observer = place.config, study, jobs, observer
         self.space = load_study_space(self.config)
-        self.n_workers = count_workers(self.config.search)
         n_train = self.config.search.count_train(sizes["train"])
         self.runs = TrialRuns(self.config, self.space, place.folder, n_train)
         self.dropper = Dropper(study, self.runs)
@@ -216,6 +224,10 @@ class Search:
         self.passed_over: set[int] = set()  # trials of other programs that were told of
         self.n_looked_at = 0  # ended trials, when the hypervolume was last computed
         self.n_failures = 0
+
+    @property
+    def n_workers(self) -> int:
+        return self.jobs.n_places or count_workers(self.config.search)
 
     def make_sampler(self, place: StudyPlace) -> PrefetchedChoices:
         """One that begins with the front of an earlier study, where the config names one."""
@@ -248,7 +260,7 @@ class Search:
         # for, and sampled ones.
         records = self.study.records()
         for record in records:
-            if record.state in ("RUNNING", "WAITING"):
+            if record.state == "RUNNING":
                 self.admit(record.number, record.candidates)  # less those whose result is already there
         for anchor, candidates in self.space.list_anchors(self.config.search.anchors).items():
             if not any(record.anchor == anchor for record in records):
@@ -273,6 +285,7 @@ class Search:
                     self.end(event)
                     self.fill()
                 self.observer.tick()
+            self.jobs.look()  # what is held back is left to the next search
 
     def try_again(self, record: Record) -> None:
         """Begins a further trial of choices that an earlier search gave up."""
@@ -306,7 +319,8 @@ class Search:
         found = [trial for trial in self.study.find_enqueued() if trial.number not in self.passed_over]
         if not found:
             return False
-        known = {choice for record in self.study.records() for choice in record.candidates}
+        records = [record for record in self.study.records() if record.state != "WAITING"]
+        known = {choice for record in records for choice in record.candidates}
         n_before = len(self.open)
         for trial in found:
             try:
@@ -315,7 +329,8 @@ class Search:
                     raise MemControlError("its choice is that of another trial")
             except MemControlError as error:
                 self.passed_over.add(trial.number)
-                self.warn(f"trial {trial.number}, which another program enqueued, is passed over: {error}")
+                who = "another program" if trial.choice is None else "somebody"
+                self.warn(f"trial {trial.number}, which {who} enqueued, is passed over: {error}")
                 continue
             known.add(choice)
             number = self.study.claim(trial, choice)
@@ -338,6 +353,9 @@ class Search:
                     break
                 continue  # its result may have been there already, from before the database was lost
             number, choice = self.waiting.popleft()
+            if number in self.study.dropped:
+                self.open.pop(number, None)
+                continue
             rung = self.stops.next_rung(number, self.runs.locate(choice))
             self.in_flight.add(self.runs.locate(choice).path)
             self.jobs.add(self.runs.make_job(choice, number, rung))
@@ -368,9 +386,7 @@ class Search:
         """How many choices are still to be sampled; those that failed are sampled anew."""
         if self.exhausted or self.is_flat():
             return 0
-        return self.config.search.trials - sum(
-            record.is_sampled and record.state != "FAIL" for record in self.study.records()
-        )
+        return self.config.search.trials - sum(record.fills_place for record in self.study.records())
 
     def is_flat(self) -> bool:
         """Whether the hypervolume has stopped growing, where that ends the search. Once it has, nothing is
@@ -417,6 +433,9 @@ class Search:
     def advance(self, number: int, choice: Choice) -> None:
         """Takes in what a choice's folder holds: a result, or a rung where it is judged; one that goes on
         waits for a place, before all that have not begun."""
+        if number not in self.open:  # dropped while another of its choices ran
+            return
+        self.stops.leave_out(self.study.dropped)
         run = self.runs.locate(choice)
         if not run.has_result and not self.stops.goes_on(number, run):
             told = self.stops.describe(run)
@@ -451,5 +470,5 @@ class Search:
 
     def note_end(self, record: Record) -> None:
         values = ", ".join(f"{name} {value:.6g}" for name, value in record.values.items())
-        LOG.info("trial %d %s: %s", record.number, record.state, values or record.reason)
+        LOG.info("trial %d %s: %s", record.number, record.state, values or record.dropped or record.reason)
         self.n_failures = self.n_failures + 1 if record.state == "FAIL" else 0

@@ -54,6 +54,11 @@ _CONTENTS = (
         r"artifacts",
         "pictures that the dashboard shows: generated images, and the training images nearest to them",
     ),
+    (
+        "track/",
+        r"track",
+        "what experiment trackers were told (search.track): choices, rewards, pictures, training images too",
+    ),
     ("slurm/", r"slurm", "records, scripts and logs of Slurm's jobs"),
     ("calibration-0/ and on", r"calibration-\d+", "short trials of a dry run"),
     (

@@ -116,6 +116,18 @@ def read_attributes(study: optuna.Study) -> dict[str, Any]:
     return get_storage(study).get_study_system_attrs(get_study_id(study))
 
 
+def read_attributes_below(study: optuna.Study, prefixes: Sequence[str]) -> dict[str, Any]:
+    """Those whose keys begin so, as the database has them now: all of them grow with every trial's note."""
+    from optuna.storages._rdb import models
+    from sqlalchemy import or_
+
+    table = models.StudySystemAttributeModel
+    named = or_(*(table.key.startswith(prefix, autoescape=True) for prefix in prefixes))
+    with _begin_transaction(get_storage(study)) as session:
+        rows = session.query(table).filter(table.study_id == get_study_id(study), named).all()
+        return {row.key: json.loads(row.value_json) for row in rows}
+
+
 def write_attribute(study: optuna.Study, key: str, value: Any) -> None:
     get_storage(study).set_study_system_attr(get_study_id(study), key, value)
 

@@ -63,9 +63,13 @@ def find_trial(records: Sequence[Record], number: int) -> Record:
     for record in records:
         if record.number == number and record.finished:
             return record
+        if record.number == number and record.dropped:
+            raise MemControlError(
+                f"trial {number} was dropped: {record.dropped}; memcontrol drop --undo has it count again"
+            )
     raise MemControlError(
         f"trial {number} is not among the finished ones: "
-        f"{', '.join(str(record.number) for record in records)}"
+        f"{', '.join(str(record.number) for record in records if record.finished)}"
     )
 
 
@@ -176,7 +180,8 @@ def choose_record(study: Study, trial: int | None, rule: str | None, limits: Seq
         return choose_trial(study.records(), rule or "knee", limits, study.limits)
     if rule or limits:
         raise MemControlError("--trial names one trial; --rule and --limit do not go with it")
-    return find_trial(require_finished(study.records()), trial)
+    require_finished(study.records())
+    return find_trial(study.records(), trial)
 
 
 def find_full(study: Study) -> Choice | None:
@@ -198,4 +203,6 @@ def explain_no_full(records: Sequence[Record]) -> str:
     failed = next((record for record in records if record.anchor == "full"), None)
     if failed is None:
         return "full fine-tuning is no anchor of this study (search.anchors), so nothing is compared with it"
+    if failed.dropped:
+        return f"the anchor 'full' was dropped, so nothing is compared with it: {failed.dropped}"
     return f"the anchor 'full' ended without a result, so nothing is compared with it: {failed.reason}"

@@ -12,6 +12,8 @@ from memcontrol.core.errors import MemControlError
 from memcontrol.core.reward_table import list_errors, list_losses
 from memcontrol.core.run_folder import StudyFolder
 
+DROPPED = "DROPPED"  # the state of a trial that an operator took out; Optuna has none for it
+
 
 @dataclass(frozen=True)
 class Record:
@@ -32,6 +34,7 @@ class Record:
     seconds: float = 0.0
     begun: str = ""  # local time, as ISO 8601
     ended: str = ""
+    dropped: str = ""  # why it counts for nothing; its state is then DROPPED
     folder: Path = field(default=Path(), compare=False, repr=False)  # the study's
 
     @property
@@ -52,6 +55,11 @@ class Record:
     def is_sampled(self) -> bool:
         """Whether it is one of the trials that `search.trials` counts."""
         return self.anchor is None and not self.is_variant
+
+    @property
+    def fills_place(self) -> bool:
+        """Whether it is one of search.trials: for one that failed or was dropped another is sampled."""
+        return self.is_sampled and self.state not in ("FAIL", DROPPED)
 
     @property
     def chosen(self) -> Choice:
@@ -86,7 +94,9 @@ class Record:
         return list_errors(self.rewards, self.objectives)
 
     def as_running(self) -> Record:
-        """As it was before it ended."""
+        """As it was before it ended; one that was dropped stays so."""
+        if self.dropped:
+            return self
         choice = self.candidates[0] if len(self.candidates) == 1 else None
         return Record(
             self.number,
@@ -98,6 +108,9 @@ class Record:
             begun=self.begun,
             folder=self.folder,
         )
+
+    def as_dropped(self, why: str) -> Record:
+        return replace(self, state=DROPPED, dropped=why)
 
     def as_dict(self) -> dict[str, Any]:
         """The form of every --json."""
@@ -113,6 +126,7 @@ class Record:
             "searched": self.searched,
             "replicates": list(self.replicates),
             "reason": self.reason or None,
+            "dropped": self.dropped or None,
             "seconds": self.seconds,
             "begun": self.begun,
             "ended": self.ended or None,

@@ -71,7 +71,7 @@ def estimate_pace(records: Sequence[Record], n_trials: int, n_workers: int) -> d
         return {}
     n_trained = sum(not record.is_variant for record in records if record.seconds and record.anchor != "none")
     mean = sum(lengths) / max(n_trained, 1)  # with what each fine-tuning is measured at beside
-    n_sampled = sum(record.is_sampled and record.state != "FAIL" for record in records)
+    n_sampled = sum(record.fills_place for record in records)
     n_left = max(0, n_trials - n_sampled) + sum(
         len(record.candidates) for record in records if record.state == "RUNNING" and not record.is_variant
     )

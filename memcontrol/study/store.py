@@ -23,16 +23,18 @@ from memcontrol.core.reward_table import MAXIMIZE, MINIMIZE, find_direction, lis
 from memcontrol.core.run_folder import StudyFolder
 from memcontrol.core.space import SearchSpace
 from memcontrol.study.artifacts import attach_pictures
-from memcontrol.study.database import StudyLock, Tell, retry_while_away
+from memcontrol.study.database import StudyLock, Tell, is_away, retry_while_away
 from memcontrol.study.foreign import ForeignTrial
 from memcontrol.study.identity import read_space
 from memcontrol.study.optuna_private import (
+    ENQUEUED,
     add_trial,
     close_storage,
     get_storage,
     get_trial_id,
     name_constraint,
     read_attributes,
+    read_attributes_below,
     renumber_trial,
     revise_trial,
     write_attribute,
@@ -53,6 +55,7 @@ from memcontrol.study.trials import (
 
 Returned = TypeVar("Returned")
 _CONFIRMED_KEY, _REPLICATES_KEY = "confirmed:", "replicates:"  # and the trial's number
+DROPPED_KEY, ORDER_KEY = "dropped:", "order:"  # what operators write while another process searches
 _OF_RESULT = ("choice", "rewards", "reason", "seconds", "rungs")  # what the database keeps of result.json
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 logging.getLogger("alembic").setLevel(logging.ERROR)
@@ -60,8 +63,8 @@ logging.getLogger("alembic").setLevel(logging.ERROR)
 
 class Study:
     """A study that is open: `records()` reads it, `begin`, `finish` and `confirm` write it. One process
-    writes, and so may keep what it read and wrote; a write that the database did not acknowledge is repeated
-    until it is, and happens once."""
+    writes, and so may keep what it read and wrote, less what operators ask for, which `heed` reads; a write
+    that the database did not acknowledge is repeated until it is, and happens once."""
 
     def __init__(
         self,
@@ -85,6 +88,7 @@ class Study:
         self.first: dict[tuple[Choice, ...], int] = {}  # by choices, the trial that ended well with them
         self.attributes: dict[str, Any] = {}
         self.turn = threading.RLock()  # whose it is to use the database, of this process's threads
+        self.dropped: dict[int, str] = {}  # why trials count for nothing, by their numbers
         self.patiently(self.read)
 
     @property
@@ -137,8 +141,28 @@ class Study:
 
     def read(self) -> None:
         self.attributes = select_own(read_attributes(self.inner))
+        self.gather_dropped()
         for trial in self.inner.get_trials(deepcopy=False):
             self.take_in(trial)
+
+    def heed(self) -> bool:
+        """Reads what operators have asked for meanwhile. Whether it could: a database that is away is not
+        waited for."""
+        try:
+            found = read_attributes_below(self.inner, [f"{OWN}{DROPPED_KEY}", f"{OWN}{ORDER_KEY}"])
+        except Exception as error:
+            if not is_away(error, self.url):
+                raise
+            return False
+        self.attributes |= select_own(found)
+        self.gather_dropped()
+        return True
+
+    def gather_dropped(self) -> None:
+        told = {name: value for name, value in self.attributes.items() if name.startswith(DROPPED_KEY)}
+        self.dropped = {
+            int(name.removeprefix(DROPPED_KEY)): value["why"] for name, value in told.items() if value
+        }
 
     def take_in(self, trial: optuna.trial.FrozenTrial) -> None:
         """One that was made by others is kept apart, and the copy of a finished one; one whose number another
@@ -191,10 +215,11 @@ class Study:
 
     def records(self) -> list[Record]:
         """All trials, as this process last read or wrote them."""
-        return list(self.kept.values())
+        return [self.record(number) for number in self.kept] if self.dropped else list(self.kept.values())
 
     def record(self, number: int) -> Record:
-        return self.kept[number]
+        record, why = self.kept[number], self.dropped.get(number)
+        return record.as_dropped(why) if why else record
 
     def confirm(self, number: int, rewards: dict[str, float]) -> None:
         """Records what a trial's fresh draws gave, and shows it in the trial."""
@@ -251,6 +276,15 @@ class Study:
             write_attribute(inner, key, value)
         time.sleep(time.monotonic() - started)
 
+    def drop(self, number: int, told: dict[str, Any] | None) -> None:
+        """Has a trial count for nothing from now on, or for what it is again. Plain Optuna shows why, and
+        that it is not feasible, so that it does not count it among the best either."""
+        self.write(f"{DROPPED_KEY}{number}", told)
+        self.gather_dropped()
+        shown = {"dropped": told["why"] if told else ""}
+        own = {name_constraint("dropped"): float(bool(told))}
+        self.patiently(lambda: revise_trial(self.storage, self.ids[number], (), shown, own))
+
     def begin(self, candidates: Sequence[Choice], space: SearchSpace, anchor: str | None = None) -> int:
         """Records a running trial, complete in one transaction: a crash leaves all of it or nothing. Returns
         its number."""
@@ -267,7 +301,7 @@ class Study:
 
         def write() -> int:
             nonlocal tried
-            if tried and (known := self.running(wanted)):
+            if tried and (known := self.find_asked(wanted, TrialState.RUNNING)):
                 return get_trial_id(known)
             tried = True
             if self.lock:
@@ -279,15 +313,44 @@ class Study:
 
         trial_id = self.patiently(write)
         frozen.number = self.patiently(lambda: self.storage.get_trial_number_from_id(trial_id))
-        if frozen.number in self.list_taken_numbers():
-            frozen.number = self.find_free_number()
-            self.patiently(lambda: renumber_trial(self.storage, trial_id, frozen.number))
+        frozen.number = self.settle_number(frozen.number, trial_id)
         self.keep(self.make_record(frozen), trial_id)
         return frozen.number
 
-    def running(self, candidates: list[dict]) -> optuna.trial.FrozenTrial | None:
-        """The running trial of these candidates, which no other ever has."""
-        trials = self.inner.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    def settle_number(self, number: int, trial_id: int) -> int:
+        """The number of a new trial, which gets a free one where another has, or had, its own."""
+        if number not in self.list_taken_numbers():
+            return number
+        free = self.find_free_number()
+        self.patiently(lambda: renumber_trial(self.storage, trial_id, free))
+        return free
+
+    def enqueue(self, choice: Choice) -> int:
+        """Asks for a trial of the choice, which the next place that is free in a search begins. It may be
+        asked for by any process, whoever searches. Returns its number."""
+        wanted = [choice.as_dict()]
+        asked = create_trial(
+            state=TrialState.WAITING,
+            system_attrs={
+                ENQUEUED: make_readable_params(choice, self.space),
+                f"{OWN}candidates": wanted,
+                f"{OWN}token": self.token,
+            },
+        )
+
+        def write() -> int:
+            known = self.find_asked(wanted, TrialState.WAITING)
+            return get_trial_id(known) if known else add_trial(self.inner, asked)
+
+        trial_id = self.patiently(write)
+        asked.number = self.patiently(lambda: self.storage.get_trial_number_from_id(trial_id))
+        asked.number = self.settle_number(asked.number, trial_id)
+        self.keep(self.make_record(asked), trial_id)
+        return asked.number
+
+    def find_asked(self, candidates: list[dict], state: TrialState) -> optuna.trial.FrozenTrial | None:
+        """The trial of these candidates in that state, which no other ever has."""
+        trials = self.inner.get_trials(deepcopy=False, states=(state,))
         return next(
             (trial for trial in trials if trial.system_attrs.get(f"{OWN}candidates") == candidates), None
         )
@@ -295,6 +358,7 @@ class Study:
     def claim(self, trial: ForeignTrial, choice: Choice) -> int:
         """Makes a trial ours that another program has enqueued, and begins it. Returns its number."""
         trial_id, params = trial.trial_id, make_readable_params(choice, self.space)
+        is_new = trial_id not in self.ids.values()
 
         def write() -> None:
             # ours from the first write on, so that a search that goes on begins it whatever follows
@@ -307,14 +371,25 @@ class Study:
 
         self.patiently(write)
         self.foreign.pop(trial.number, None)
-        self.keep(self.make_record(self.patiently(lambda: self.storage.get_trial(trial_id))), trial_id)
-        return trial.number
+        begun = copy.copy(self.patiently(lambda: self.storage.get_trial(trial_id)))
+        begun.number = self.settle_number(begun.number, trial_id) if is_new else trial.number
+        self.keep(self.make_record(begun), trial_id)
+        return begun.number
 
     def find_enqueued(self) -> list[ForeignTrial]:
-        """Trials that other programs wait for, as the database has them now."""
+        """Trials that operators and other programs wait for, as the database has them now."""
         waiting = self.patiently(lambda: self.inner.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
-        found = (make_foreign(trial) for trial in waiting)
-        return [trial for trial in found if trial.enqueued is not None]
+        found = map(self.make_enqueued, waiting)
+        return [trial for trial in found if trial.enqueued is not None and trial.number not in self.dropped]
+
+    def make_enqueued(self, trial: optuna.trial.FrozenTrial) -> ForeignTrial:
+        """With the whole choice, where memcontrol itself was asked; one that is known by its number here."""
+        found, candidates = make_foreign(trial), select_own(trial.system_attrs).get("candidates")
+        if not candidates or not self.is_own(trial):
+            return found
+        numbers = {trial_id: number for number, trial_id in self.ids.items()}
+        number = numbers.get(found.trial_id, found.number)
+        return replace(found, number=number, choice=Choice.from_dict(candidates[0]))
 
     def finish(self, number: int, results: Sequence[dict]) -> int:
         """Ends a trial with its candidates' results: the knee of the complete ones (the nearest to the ideal

@@ -16,7 +16,8 @@ from optuna.distributions import (
 )
 from optuna.trial import TrialState
 
-from memcontrol.core.choice import ANCHORS, Choice
+from memcontrol.core.choice import ANCHORS, EVERYTHING, Choice
+from memcontrol.core.config import flatten_keys
 from memcontrol.core.space import Coordinate, SearchSpace
 from memcontrol.study.foreign import ForeignTrial
 from memcontrol.study.optuna_private import ENQUEUED, get_trial_id
@@ -74,6 +75,16 @@ def make_attributes(record: Record) -> dict[str, float]:
     measured again, what the search had measured."""
     searched = {f"{name} (searched)": record.searched[name] for name in record.objectives}
     return record.rewards | (searched if record.confirmed else {})
+
+
+def describe_coordinates(choice: Choice | None, space: SearchSpace) -> dict[str, Any]:
+    """A choice in columns: each group as true or false, what a group differs in, and every other setting."""
+    if choice is None:
+        return dict.fromkeys(f"group.{name}" for name in space.groups)
+    values = choice.as_dict()
+    values.pop("groups")
+    on = {f"group.{name}": bool({name, EVERYTHING} & set(choice.groups)) for name in space.groups}
+    return on | flatten_keys(values)
 
 
 def make_readable_params(choice: Choice, space: SearchSpace) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from memcontrol.core.config import Config
 from memcontrol.core.published import hide_paths, publish_name
 from memcontrol.core.reward_table import REWARDS, format_reward
 from memcontrol.core.space import SearchSpace
-from memcontrol.study.record import Record
+from memcontrol.study.record import DROPPED, Record
 from memcontrol.view.front_data import TrialData, list_standings, name_places, name_standings
 from memcontrol.view.words import describe_choice, describe_membership, find_title, format_markdown_table
 
@@ -20,7 +20,13 @@ _ANCHORS = {
     "all": "plain PEFT: every group is trained; the best of three learning rates",
     "full": "full fine-tuning, which every mask is compared with; the best of three learning rates",
 }
-_STATES = {"COMPLETE": "complete", "RUNNING": "running", "PRUNED": "stopped early", "FAIL": "failed"}
+_STATES = {
+    "COMPLETE": "complete",
+    "RUNNING": "running",
+    "PRUNED": "stopped early",
+    "FAIL": "failed",
+    DROPPED: "dropped",
+}
 _MEASURED_AGAIN = (
     "The front was measured again over fresh draws, since the best of many are partly lucky. This table, the "
     "plots and the report show that; the dashboard's own graphs and lists show values as the search measured "
@@ -52,7 +58,9 @@ def _describe_groups(record: Record, space: SearchSpace) -> str:
 
 
 def _describe_end(record: Record) -> str:
-    """Why it ended without a result, where that is known."""
+    """Why it ended without a result, where that is known, or counts for nothing."""
+    if record.dropped:
+        return f"Dropped, and counts for nothing: {hide_paths(record.dropped, record.folder)}"
     if not record.reason:
         return ""
     why = hide_paths(record.reason, record.folder)

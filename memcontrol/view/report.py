@@ -15,6 +15,7 @@ from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import write_text
 from memcontrol.core.published import publish_config, publish_name
 from memcontrol.core.reward_table import BLIND_SPOTS, REWARDS
+from memcontrol.study.record import DROPPED
 from memcontrol.view.front_data import TrialData
 from memcontrol.view.html import (
     read_asset,
@@ -186,6 +187,7 @@ def _render_setting(facts: ReportData) -> str:
         "methods": ", ".join(space["methods"]),
         "learning rates": "; ".join(f"{method} {low:g} to {high:g}" for method, (low, high) in ranges),
         "ranks": ", ".join(map(str, space["rank"])),
+        **({"also decided": _list_settings(space["settings"])} if space["settings"] else {}),
         "each fine-tuning": _describe_fine_tuning(facts["config"]["inner"]),
         "scored on": _describe_scoring(facts["config"]["rewards"]),
         "objectives": ", ".join(f"{find_title(name)} ({way})" for name, way in objectives.items()),
@@ -194,6 +196,10 @@ def _render_setting(facts: ReportData) -> str:
         "hypervolume": _describe_volume(facts["hypervolume"]),
     }
     return render_section("Space and budget", render_definitions(rows))
+
+
+def _list_settings(settings: dict[str, str]) -> str:
+    return "; ".join(f"{key}: {options}" for key, options in settings.items())
 
 
 def _describe_fine_tuning(inner: dict[str, Any]) -> str:
@@ -215,9 +221,12 @@ def _describe_scoring(rewards: dict[str, Any]) -> str:
 
 def _describe_trials(trials: list[TrialData], search: dict[str, Any]) -> str:
     counts = Counter(trial["state"] for trial in trials)
-    states = [state for state in ("COMPLETE", "PRUNED", "FAIL", "RUNNING") if counts[state]]
+    states = [state for state in ("COMPLETE", "PRUNED", "FAIL", "RUNNING", DROPPED) if counts[state]]
     said = ", ".join(f"{counts[state]} {state.lower()}" for state in states)
-    return f"{said}; {search['sampler']} sampler, seed {search['seed']}"
+    dropped = "".join(
+        f"; trial {trial['trial']} is dropped: {trial['dropped']}" for trial in trials if trial["dropped"]
+    )
+    return f"{said}{dropped}; {search['sampler']} sampler, seed {search['seed']}"
 
 
 def _describe_volume(volume: dict[str, Any] | None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ from memcontrol.core.files import read_json
 from memcontrol.core.published import hide_paths, publish_config, publish_name
 from memcontrol.core.reward_table import REWARDS, list_objectives
 from memcontrol.core.run_folder import RunFolder, StudyFolder
-from memcontrol.core.space import SearchSpace
+from memcontrol.core.space import Coordinate, SearchSpace
 from memcontrol.core.version import __version__
 from memcontrol.search.importance import measure_importance
 from memcontrol.study.hypervolume import estimate_hypervolume, find_reference_point
@@ -87,8 +88,8 @@ def publish_report_data(data: Mapping[str, Any], folder: Path) -> dict[str, Any]
 
 def _publish_run(told: Mapping[str, Any], folder: Path, places: Sequence[Path]) -> dict[str, Any]:
     run = told["run"] and Path(told["run"]).relative_to(folder).as_posix()
-    reason = {"reason": hide_paths(told["reason"], *places)} if told.get("reason") else {}
-    return {**told, "run": run, **reason}
+    words = {key: hide_paths(told[key], *places) for key in ("reason", "dropped") if told.get(key)}
+    return {**told, "run": run, **words}
 
 
 def _summarize_space(space: SearchSpace, name: str) -> dict[str, Any]:
@@ -99,7 +100,15 @@ def _summarize_space(space: SearchSpace, name: str) -> dict[str, Any]:
         "methods": list(space.methods),
         "rank": list(space.rank),
         "learning_rate": {method: list(limits) for method, limits in space.learning_rate.items()},
+        "settings": {key: _describe_options(one) for key, one in {**space.over, **space.free}.items()},
     }
+
+
+def _describe_options(coordinate: Coordinate) -> str:
+    if coordinate.limits is None:
+        return ", ".join("off" if label is None else f"{label}" for label in coordinate.labels)
+    low, high = coordinate.limits
+    return f"{low:g} to {high:g}{' (log)' if coordinate.log else ''}"
 
 
 def _compute_trained_share(record: Record, block: dict[str, Any]) -> float:
@@ -196,20 +205,39 @@ def format_csv(facts: dict[str, Any]) -> str:
     names = [name for name in REWARDS if name in measured] + sorted(set(measured) - set(REWARDS))
     groups, out = facts["space"]["groups"], io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    head = ["trial", "anchor", "state", *_MARK_COLUMNS, *_CHOICE_COLUMNS, *groups, *names, "seconds"]
-    for row in (head, *(_list_cells(trial, groups, names) for trial in facts["trials"])):
-        writer.writerow([_guard_cell(cell) for cell in row])
+    settings = list(facts["space"]["settings"])
+    head = [
+        "trial",
+        "anchor",
+        "state",
+        *_MARK_COLUMNS,
+        *_CHOICE_COLUMNS,
+        *groups,
+        *settings,
+        *names,
+        "seconds",
+    ]
+    for row in (head, *(_list_cells(trial, groups, settings, names) for trial in facts["trials"])):
+        writer.writerow([guard_cell(cell) for cell in row])
     return out.getvalue()
 
 
-def _guard_cell(cell: Any) -> Any:
+def guard_cell(cell: Any) -> Any:
     """A name that a spreadsheet would take for a formula is made a text; numbers stay numbers."""
     is_formula = isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n"))
     held = cell.replace("\r", " ") if isinstance(cell, str) else cell  # which csv leaves unquoted
     return f"'{held}" if is_formula else held
 
 
-def _list_cells(trial: TrialData, groups: Sequence[str], names: Sequence[str]) -> list[Any]:
+def _write_setting(settings: dict[str, Any], key: str) -> Any:
+    """Its value; "off" for one that is, and nothing where the config's own counts."""
+    value = settings.get(key, "")
+    return "off" if value is None else json.dumps(value) if isinstance(value, dict) else value
+
+
+def _list_cells(
+    trial: TrialData, groups: Sequence[str], settings: Sequence[str], names: Sequence[str]
+) -> list[Any]:
     """Of one row."""
     choice = trial["choice"] or {}
     on = choice.get("groups", ())
@@ -220,6 +248,7 @@ def _list_cells(trial: TrialData, groups: Sequence[str], names: Sequence[str]) -
         *(int(trial[name]) for name in _MARK_COLUMNS),
         *(choice.get(name) for name in _CHOICE_COLUMNS),
         *(int(name in on or EVERYTHING in on) for name in groups),
+        *(_write_setting(choice.get("settings", {}), key) for key in settings),
         *(trial["rewards"].get(name, "") for name in names),
         trial["seconds"],
     ]
