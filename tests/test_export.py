@@ -337,3 +337,31 @@ def test_what_is_stored_in_half_is_loaded_in_one_type_by_the_cards_code(format, 
     assert kind in code and kind in describe_loading(tmp_path / "run", out)
     code += "\npipe('a digit', height=32, width=32, num_inference_steps=1, output_type='np')"
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
+
+
+def apply_as_comfyui(weight, found, name):
+    """As comfy/weight_adapter/lora.py and base.py (0.3.77) compute a patched weight at full strength."""
+    up, down = (found[f"{name}.{end}.weight"].double() for end in ("lora_up", "lora_down"))
+    change = (up.flatten(1) @ down.flatten(1)).reshape(weight.shape) * (found[f"{name}.alpha"] / len(down))
+    scale = found.get(f"{name}.dora_scale")
+    if scale is None:
+        return weight + change
+    assert scale.shape[0] == weight.shape[0] and scale.ndim == weight.ndim
+    norms = weight.reshape(len(weight), -1).norm(dim=1, keepdim=True)
+    return (weight + change) * scale / norms.reshape(len(weight), *[1] * (weight.ndim - 1))
+
+
+@pytest.mark.parametrize("method", ("lora", "dora"))
+def test_comfyui_computes_the_weights_that_were_measured(tmp_path, method):
+    tuned = finished_run(tmp_path / "run", "tiny", method).unet.state_dict()
+    found = load_file(export(tmp_path / "run", tmp_path / "out") / COMFYUI_FILE)
+    plain = open_pipeline("tiny").unet.state_dict()
+    n = 0
+    for key in plain:
+        name = f"lora_unet_{key.removesuffix('.weight').replace('.', '_')}"
+        if f"{name}.alpha" in found and key.endswith(".weight"):
+            n += 1
+            assert (f"{name}.dora_scale" in found) == (method == "dora")
+            made = apply_as_comfyui(plain[key].double(), found, name)
+            assert torch.allclose(made, tuned[key].double(), atol=1e-5), key
+    assert n == sum(name.endswith(".alpha") for name in found) > 20

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -261,11 +262,7 @@ def _make_comfyui_state(
 ) -> dict[str, torch.Tensor]:
     """ComfyUI reads a U-Net's LoRA under kohya's names and a transformer's under diffusers' ones; alpha is a
     tensor beside each."""
-    ends = {
-        "lora_A.weight": "lora_down.weight",
-        "lora_B.weight": "lora_up.weight",
-        "lora_magnitude_vector": "dora_scale",
-    }
+    ends = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
     layers = {
         module: layer
         for part in adapter.parts
@@ -278,8 +275,21 @@ def _make_comfyui_state(
         for end, kohya in ends.items():
             if f"{module}.{end}" in state:
                 found[f"{name}.{kohya if prefix == 'unet' else end}"] = state[f"{module}.{end}"]
+        if f"{module}.lora_magnitude_vector" in state:
+            found[f"{name}.dora_scale"] = _make_dora_scale(layer)
         found[f"{name}.alpha"] = torch.tensor(float(layer.scaling["default"] * layer.r["default"]))
     return found
+
+
+def _make_dora_scale(layer: Any) -> torch.Tensor:
+    """A DoRA's magnitudes [out, 1, ...] as ComfyUI's comfy/weight_adapter/base.py takes them: it divides by
+    the norms of the base's own rows, where peft, as the paper (arXiv 2402.09353, eq. 5), divides by those of
+    W0 + BA."""
+    weight = layer.get_base_layer().weight.detach().float()
+    changed = weight + layer.get_delta_weight("default").detach().float()
+    norms, own = (rows.flatten(1).norm(dim=1) for rows in (changed, weight))
+    magnitude = layer.lora_magnitude_vector["default"].weight.detach().float().flatten()
+    return (magnitude * own / norms).view(-1, *[1] * (weight.ndim - 1)).cpu().contiguous()
 
 
 def _write_peft(adapter: Adapter, out: Path) -> None:
