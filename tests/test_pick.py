@@ -11,6 +11,7 @@ from memcontrol.core.errors import MemControlError
 from memcontrol.study.pareto import Limit
 from memcontrol.study.pick import choose_trial, find_trial, select_front, select_ties, select_to_confirm
 from memcontrol.study.record import Record
+from memcontrol.view.tables import make_study_table
 
 
 def record(number, fid, memorization, anchor=None, low=0.0, state="COMPLETE", **more):
@@ -204,3 +205,13 @@ def test_ties_are_those_whose_place_the_errors_leave_open():
         and select_ties([best, lucky]) == [lucky]
         and select_ties([best, firm]) == []
     )
+
+
+def test_each_mark_of_a_trial_has_its_own_place():
+    """Two on the front of which one is there by chance only, one off it by chance, one off it; the pick was
+    measured again."""
+    best, lucky = record(4, 10.0, 0.10), record(5, 12.0, 0.0999, memorization_error=0.02)
+    near, far = record(6, 10.1, 0.11, memorization_error=0.02), record(7, 30.0, 0.3)
+    picked = replace(best, confirmed=best.searched)
+    rows = make_study_table([picked, lucky, near, far], 1, "", picked).rows
+    assert [name for name, *_ in rows] == [">* + 4", "  =  6", " *=  5", "     7"]

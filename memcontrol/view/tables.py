@@ -106,22 +106,22 @@ def make_study_table(
     limits: Sequence[Limit] = (),
 ) -> RewardsTable:
     """The finished trials of `records`: those on the front (of `among`, or of themselves) marked with *,
-    those that are on or off it within error only with =, the pick with >, with + those measured again, and
-    with ! those that keep not all `limits`."""
+    those that are on or off it within error only with = beside, the pick with >, with + those measured again,
+    and with ! those that keep not all `limits`."""
     complete = sorted((record for record in records if record.finished), key=lambda record: record.losses)
     others = [record for record in among or complete if record.finished]
-    places = {record.number: "*" for record in select_front(others)}
-    places |= {record.number: "=" for record in select_ties(others)}
+    front = {record.number for record in select_front(others)}
+    ties = {record.number for record in select_ties(others)}
     rows = [
         (
-            _mark_trial(record, places.get(record.number, " "), record is picked)
+            _mark_trial(record, record is picked, record.number in front, record.number in ties)
             + ("" if keeps_limits(record, limits) else " !"),
             describe_choice(record.chosen, n_groups),
             record.rewards,
         )
         for record in complete
     ]
-    note = "* on the front, = on or off it within error only, + measured again over fresh draws"
+    note = "* on the front, = on it (*=) or off it within error only, + measured again over fresh draws"
     if picked:
         note += ", > the pick"
     if limits:
@@ -129,10 +129,12 @@ def make_study_table(
     return RewardsTable(rows, title, list(complete[0].objectives) if complete else (), note)
 
 
-def _mark_trial(record: Record, place: str, is_picked: bool) -> str:
-    """Such as ">*+12 all": the pick, on the front, measured again, trial 12, the anchor `all`."""
+def _mark_trial(record: Record, is_picked: bool, is_on_front: bool, is_tied: bool) -> str:
+    """Such as ">*=+ 12 all": the pick, on the front, but for its error, measured again, trial 12, the anchor
+    `all`. Each mark has its own place."""
     name = f"{record.number} {record.anchor}" if record.anchor else str(record.number)
-    return f"{'>' if is_picked else ' '}{place}{'+' if record.confirmed else ' '}{name}"
+    marks = ((is_picked, ">"), (is_on_front, "*"), (is_tied, "="), (bool(record.confirmed), "+"))
+    return "".join(mark if holds else " " for holds, mark in marks) + f" {name}"
 
 
 def describe_gains(full: dict[str, float], picked: dict[str, float], apart: dict[str, Estimate]) -> list[str]:
