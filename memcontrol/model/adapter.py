@@ -264,13 +264,14 @@ class Adapter:
         if strength == 1:
             return
         state = self.state()
-        start = {name: tensor for part in self.parts for name, tensor in part.begin().items()}
+        begun = {name: tensor for part in self.parts for name, tensor in part.begin().items()}
+        start = {name: tensor.to(state[name]) for name, tensor in begun.items()}
         mean: State = {
-            name: (1 - strength) * start[name].to(tensor) + strength * tensor if name in start else tensor
+            name: (1 - strength) * start[name] + strength * tensor if name in start else tensor
             for name, tensor in state.items()
         }
         for part in self.parts:
-            mean |= part.weaken(mean, state, strength)
+            mean |= part.weaken(mean, start, state, strength)
         self.load_state(mean)
 
     def save(self, folder: Path, description: dict) -> None:

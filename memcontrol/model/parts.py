@@ -112,10 +112,9 @@ class Tuner(ABC):
     def begin(self) -> State:
         """`learned` as it was when it was injected."""
 
-    def weaken(self, mean: State, state: State, strength: float) -> State:
+    def weaken(self, mean: State, start: State, state: State, strength: float) -> State:
         """What must differ from the plain mean of the beginning and a state, weighted 1 - s and s, so that
         the change of every weight is s times the state's."""
-        start = {name: tensor.to(self.learned[name].device) for name, tensor in self.begin().items()}
         return self.average(mean, [start, state], [1 - strength, strength])
 
     def load(self, state: State) -> None:

@@ -153,11 +153,11 @@ class Peft(Tuner):
     def begin(self) -> State:
         return self.start
 
-    def weaken(self, mean: State, state: State, strength: float) -> State:
+    def weaken(self, mean: State, start: State, state: State, strength: float) -> State:
         """As factors of the same size where one of them is linear, such as LoRA's B, so that the method's
         standard file holds the weaker adapter."""
         if self.method not in _FACTORS:
-            return super().weaken(mean, state, strength)
+            return super().weaken(mean, start, state, strength)
         offsets = {f"{name}.offset" for name in self.layers}
         linear = (*_FACTORS[self.method], ".offset")
         return {
