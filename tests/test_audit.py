@@ -137,7 +137,7 @@ def test_planted_copies_are_found_first_and_shown(folders):
 
 
 def test_an_audit_takes_the_network_that_suits_its_images_and_says_why(photographs, tmp_path, monkeypatch):
-    from memcontrol.commands import judge
+    from memcontrol.auditing import judge
 
     sets = {
         part: photographs(12, folder=part, first=100 * number)

@@ -292,7 +292,9 @@ def test_a_csv_cell_of_a_name_is_no_formula_and_a_number_stays_one(name):
         **{"pick": False, "confirmed": False, "rewards": {"kid": -0.5, name: -1e-9}},
         "choice": {"groups": [name], "method": name, "rank": None, "learning_rate": 1e-3},
     }
-    rows = list(csv.reader(io.StringIO(format_csv({"trials": [trial], "space": {"groups": [name]}}))))
+    rows = list(
+        csv.reader(io.StringIO(format_csv({"trials": [trial], "space": {"groups": [name], "settings": {}}})))
+    )
     cells = [cell for row in rows for cell in row]
     numbers = [cell for cell in cells if cell.startswith("-")]
     assert numbers == ["-0.5", "-1e-09"]

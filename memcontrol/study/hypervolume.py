@@ -91,8 +91,8 @@ def is_flat(records: Sequence[Record], reference: Sequence[float], n: int) -> bo
     ended = _sort_by_end(record for record in sampled if record.state in ("COMPLETE", "PRUNED"))
     if len(ended) < n:
         return False
-    choices = {record.chosen for record in ended[-n:]}
-    last = {record.number for record in records if record.choice and record.choice.trained in choices}
+    last, choices = ({getattr(record, name) for record in ended[-n:]} for name in ("number", "choice"))
+    last |= {one.number for one in records if one.is_variant and one.candidates[0].trained in choices}
     now = estimate_hypervolume(records, reference)
     before = estimate_hypervolume([record for record in records if record.number not in last], reference)
     return now.value - before.value <= (now.error or 0)
