@@ -15,7 +15,7 @@ import pytest
 import yaml
 from commands import run, started
 from conftest import SMALL
-from postgres import postgresql  # noqa: F401
+from postgres import Postgres
 
 from memcontrol.core.run_folder import RunFolder
 from memcontrol.study.place import StudyPlace
@@ -45,7 +45,11 @@ def read_study(path):
 @pytest.mark.parametrize("storage", ("sqlite", "postgresql"))
 def test_no_training_is_paid_twice_and_no_record_is_lost(storage, tmp_path, request):
     path = tmp_path / "killed.yaml"
-    url = {} if storage == "sqlite" else {"storage": request.getfixturevalue("postgresql")}
+    url = {}
+    if storage == "postgresql":
+        server = Postgres(tmp_path / "pg")
+        request.addfinalizer(lambda: server.stop("immediate"))
+        url = {"storage": server.url}
     path.write_text(yaml.safe_dump({"name": "killed", **STUDY, **url}))
     folder, rng, ended = tmp_path / "runs" / "killed", random.Random(0), {}
     for _ in range(N_KILLS):
