@@ -8,8 +8,10 @@ import contextlib
 import json
 import random
 import signal
+import tempfile
 import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import yaml
@@ -37,6 +39,15 @@ STUDY = {
 }
 
 
+@pytest.fixture
+def postgres():
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        Path(folder).chmod(0o755)  # it runs as a user of its own
+        server = Postgres(Path(folder) / "pg")
+        yield server
+        server.stop("immediate")
+
+
 def read_study(path):
     with contextlib.closing(StudyPlace.load(path).open()) as study:
         return study.records(), study.inner.get_trials(deepcopy=False)
@@ -45,11 +56,7 @@ def read_study(path):
 @pytest.mark.parametrize("storage", ("sqlite", "postgresql"))
 def test_no_training_is_paid_twice_and_no_record_is_lost(storage, tmp_path, request):
     path = tmp_path / "killed.yaml"
-    url = {}
-    if storage == "postgresql":
-        server = Postgres(tmp_path / "pg")
-        request.addfinalizer(lambda: server.stop("immediate"))
-        url = {"storage": server.url}
+    url = {} if storage == "sqlite" else {"storage": request.getfixturevalue("postgres").url}
     path.write_text(yaml.safe_dump({"name": "killed", **STUDY, **url}))
     folder, rng, ended = tmp_path / "runs" / "killed", random.Random(0), {}
     for _ in range(N_KILLS):
