@@ -166,14 +166,15 @@ def stop_at(place: StudyPlace, now: bool) -> None:
 
 
 def hand_over_workers(place: StudyPlace) -> int | None:
-    """Where a search of the study runs, and with another number of workers than the config names, tells it
-    that number, and returns it; otherwise None."""
-    wanted = place.config.search.workers
-    if wanted is None or not is_being_searched(place) or not place.is_searched():
+    """Where a search of the study runs in this folder, and with another number of workers than the config
+    names, tells it that number, and returns it; otherwise None. Raises MemControlError where the config is
+    another one's: its name is used."""
+    wanted, held = place.config.search.workers, read_holder(place.folder).get("workers")
+    if wanted is None or held is None or not is_being_searched(place) or not place.is_searched():
         return None
-    with contextlib.closing(place.open()) as study:
+    with contextlib.closing(open_study(place.config, place.folder.path, place.file, create=True)) as study:
         order = find_workers(study)
-        if wanted == (order.value if order else read_holder(place.folder).get("workers")):
+        if wanted == (order.value if order else held):
             return None
         ask_for_workers(study, wanted)
     return wanted
