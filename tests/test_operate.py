@@ -211,6 +211,8 @@ class TestContract:
             memcontrol.search(file, workers=4, quiet=True)
             with pytest.raises(MemControlError, match="another search is running"):  # with as many
                 memcontrol.search(file, workers=4, executor="inline", quiet=True)
+            with pytest.raises(MemControlError, match=r"inner\.batch_size .*--name"):  # another study's
+                memcontrol.search(file, "inner.batch_size=3", workers=2, quiet=True)
 
         executor = Between(6, act)
         said = go_on(file, executor)
