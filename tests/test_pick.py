@@ -214,4 +214,4 @@ def test_each_mark_of_a_trial_has_its_own_place():
     near, far = record(6, 10.1, 0.11, memorization_error=0.02), record(7, 30.0, 0.3)
     picked = replace(best, confirmed=best.searched)
     rows = make_study_table([picked, lucky, near, far], 1, "", picked).rows
-    assert [name for name, *_ in rows] == [">* + 4", "  =  6", " *=  5", "     7"]
+    assert [name for name, *_ in rows] == [">* +4", "  = 6", " *= 5", "    7"]

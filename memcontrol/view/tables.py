@@ -70,7 +70,7 @@ class RewardsTable:
             title=self.title, title_justify="left", expand=False, caption=self.note, caption_justify="left"
         )
         table.add_column("trial", no_wrap=True)
-        table.add_column("choice", min_width=14)
+        table.add_column("choice", min_width=12)
         for name in columns:
             table.add_column(find_title(name), justify="right", min_width=8)
         for name, text, rewards in self.rows:
@@ -130,11 +130,11 @@ def make_study_table(
 
 
 def _mark_trial(record: Record, is_picked: bool, is_on_front: bool, is_tied: bool) -> str:
-    """Such as ">*=+ 12 all": the pick, on the front, but for its error, measured again, trial 12, the anchor
+    """Such as ">*=+12 all": the pick, on the front, but for its error, measured again, trial 12, the anchor
     `all`. Each mark has its own place."""
     name = f"{record.number} {record.anchor}" if record.anchor else str(record.number)
     marks = ((is_picked, ">"), (is_on_front, "*"), (is_tied, "="), (bool(record.confirmed), "+"))
-    return "".join(mark if holds else " " for holds, mark in marks) + f" {name}"
+    return "".join(mark if holds else " " for holds, mark in marks) + name
 
 
 def describe_gains(full: dict[str, float], picked: dict[str, float], apart: dict[str, Estimate]) -> list[str]:
