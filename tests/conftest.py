@@ -9,6 +9,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import contextlib
 import signal
 import sqlite3
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -62,6 +64,18 @@ def base():
     from memcontrol.model.base import load_base
 
     return load_base("tiny")
+
+
+@pytest.fixture(scope="module")
+def postgres():
+    """A PostgreSQL server of its own."""
+    from postgres import Postgres
+
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        Path(folder).chmod(0o755)  # it runs as a user of its own
+        server = Postgres(Path(folder) / "pg")
+        yield server
+        server.stop("immediate")
 
 
 @pytest.fixture

@@ -3,12 +3,11 @@ passwords, and errors that say what to do."""
 
 import subprocess
 import sys
-import tempfile
 import threading
 from pathlib import Path
 
 import pytest
-from postgres import BIN, PASSWORD, Postgres
+from postgres import BIN, PASSWORD
 
 from memcontrol.core.config import load_config
 from memcontrol.core.errors import MemControlError
@@ -19,15 +18,6 @@ from memcontrol.study.opening import open_study
 
 SPACE = load_space("digits")
 NAMES = iter(range(1000))
-
-
-@pytest.fixture(scope="module")
-def postgres():
-    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
-        Path(folder).chmod(0o755)
-        server = Postgres(Path(folder) / "pg")
-        yield server
-        server.stop("immediate")
 
 
 @pytest.fixture(params=["sqlite", "psycopg2", "psycopg"])

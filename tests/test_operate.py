@@ -2,17 +2,14 @@
 
 import contextlib
 import json
-import tempfile
 import time
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import optuna
 import pytest
 import yaml
 from commands import FORKS, run, started
-from postgres import Postgres
 from simulated import Simulated, search
 from test_foreign import Between
 from test_orchestrate import N_SAMPLED, study_in
@@ -35,15 +32,6 @@ SPACE = load_space("digits")
 GROUPS = list(SPACE.groups)[:2]
 RATE = 0.00123456789
 NAMES = iter(range(1000))
-
-
-@pytest.fixture(scope="module")
-def postgres():
-    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
-        Path(folder).chmod(0o755)
-        server = Postgres(Path(folder) / "pg")
-        yield server
-        server.stop("immediate")
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

@@ -19,6 +19,7 @@ ANCHORS: tuple[Anchor, ...] = ("none", "all", "full")  # what a search runs firs
 EVERYTHING = "*"  # stands for the whole denoiser, in the anchor `full`
 SAME_RATE = math.log(1.1)  # learning rates within 10 % count as the same choice
 STRENGTH_KEY, CHECKPOINT_KEY = "strength", "checkpoint"  # settings that no config has
+BUDGET_KEY = "inner.budget_images"
 OF_TRAINING = "inner."  # how the keys of settings begin that a fine-tuning depends on
 Frozen = str | int | float | bool | None | tuple  # a setting's value; a mapping as its sorted pairs
 

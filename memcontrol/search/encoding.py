@@ -10,10 +10,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from memcontrol.core.choice import SAME_RATE, Choice
+from memcontrol.core.choice import BUDGET_KEY, SAME_RATE, Choice
 from memcontrol.core.space import SearchSpace
 
-_BUDGET_COORDINATE = "inner.budget_images"
 _UNTRAINED = 0.25  # what sampling and scoring cost beside training
 _STEPS = (-0.3, -0.1, 0.1, 0.3)  # of the learning rate's place in its range, to its neighbours
 
@@ -76,7 +75,7 @@ class SpaceEncoding:
     def expand(self, rows: np.ndarray) -> np.ndarray:
         """Each row [N] at all that its fine-tuning is measured at, those at the same after each other:
         [variants, N, C + 1]."""
-        free = [range(len(options)) for options in list(self.options.values())[self.n_sampled :]]
+        free = (range(len(one.options)) for one in self.space.free.values())
         found = []
         for places in itertools.product(*free):
             found.append(rows.copy())
@@ -102,12 +101,12 @@ class SpaceEncoding:
     def estimate_costs(self, rows: np.ndarray) -> np.ndarray:
         """What each row's fine-tuning costs, as a share of one at the config's own budget: [N]. All the same
         where budgets are not searched over."""
-        coordinate = self.space.over.get(_BUDGET_COORDINATE)
+        coordinate = self.space.over.get(BUDGET_KEY)
         if coordinate is None:
             return np.ones(len(rows))
         budgets = np.array(coordinate.options, dtype=float)
         usual = coordinate.usual if isinstance(coordinate.usual, int) else budgets.max()
-        own = budgets[rows[:, self.names.index(_BUDGET_COORDINATE)].astype(int)]
+        own = budgets[rows[:, self.names.index(BUDGET_KEY)].astype(int)]
         return (own / usual + _UNTRAINED) / (1 + _UNTRAINED)
 
     def list_sampled(self) -> list[tuple]:
@@ -118,11 +117,8 @@ class SpaceEncoding:
         return np.array(
             [
                 [
-                    *(
-                        rng.randrange(len(options))
-                        for options in list(self.options.values())[: self.n_sampled]
-                    ),
-                    *([0] * (len(self.options) - self.n_sampled)),  # the config's own values
+                    *(rng.randrange(len(options)) for options in self.list_sampled()),
+                    *([0] * len(self.space.free)),  # the config's own values
                     rng.random(),
                 ]
                 for _ in range(n)

@@ -12,15 +12,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from memcontrol.core.choice import Choice
+from memcontrol.core.choice import BUDGET_KEY, Choice
 from memcontrol.core.config import Config, RewardsConfig
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.jobs import Calibrated, CalibrateJob, Calibration, GivenUp, TrialCost
 from memcontrol.core.run_folder import StudyFolder
 from memcontrol.core.settings import load_study_space
+from memcontrol.core.space import SearchSpace
 from memcontrol.execution.job_queue import JobQueue
 
-_BUDGET_KEY, _BATCH_KEY = "inner.budget_images", "inner.batch_size"
+_BATCH_KEY = "inner.batch_size"
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,11 @@ def predict_search(
     """From one calibration of each worker, all made at the same time; `anchors` are those of the search."""
     n_runs = {name: len(choices) for name, choices in anchors.items()} | {"sampled": config.search.trials}
     costs = {kind: [cost for one in calibrations for cost in one.by_kind[kind]] for kind in n_runs}
-    n_steps = dict.fromkeys(n_runs, float(config.inner.budget_steps)) | {"sampled": expect_steps(config)}
-    if n_variants := count_variants(config):  # of each sampled trial, and of each anchor that is trained
+    space = load_study_space(config)
+    n_steps = dict.fromkeys(n_runs, float(config.inner.budget_steps))
+    n_steps["sampled"] = expect_steps(config, space)
+    # of each sampled trial, and of each anchor that is trained
+    if n_variants := len(space.list_variants(Choice((), "full", 1.0))):
         n_trained = sum(name != "none" for name in anchors)
         n_runs["variants"] = n_variants * (config.search.trials + n_trained)
         costs["variants"], n_steps["variants"] = costs["sampled"], 0.0
@@ -118,17 +122,13 @@ def _estimate_stretch(one: Sequence[TrialCost], two: Sequence[TrialCost], n_batc
     return (once + (n_batches - 1) * min(max(twice - once, 0.0), once)) / once
 
 
-def expect_steps(config: Config) -> float:
+def expect_steps(config: Config, space: SearchSpace) -> float:
     """Of a sampled trial: the mean over what `search.over` says of budgets and batches."""
-    over, inner = load_study_space(config).over, config.inner
-    budgets = over[_BUDGET_KEY].options if _BUDGET_KEY in over else (inner.budget_images,)
+    over, inner = space.over, config.inner
+    budgets = over[BUDGET_KEY].options if BUDGET_KEY in over else (inner.budget_images,)
     sizes = over[_BATCH_KEY].options if _BATCH_KEY in over else (inner.batch_size,)
-    return statistics.mean(math.ceil(budget / size) for budget in budgets for size in sizes)  # type: ignore[operator]
-
-
-def count_variants(config: Config) -> int:
-    """How many further trials each fine-tuning is measured as."""
-    return len(load_study_space(config).list_variants(Choice((), "full", 1.0)))
+    pairs = ((float(budget), float(size)) for budget in budgets for size in sizes)  # type: ignore[arg-type]
+    return statistics.mean(math.ceil(budget / size) for budget, size in pairs)
 
 
 def _predict_run_seconds(costs: Sequence[TrialCost], n_steps: float, stretch: float) -> float:

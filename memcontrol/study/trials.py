@@ -102,10 +102,9 @@ def make_readable_distributions(params: dict[str, Any], space: SearchSpace) -> d
     lows, highs = zip(*space.learning_rate.values())
     found = make_distributions(space) | {"learning_rate": FloatDistribution(min(lows), max(highs), log=True)}
     # as numbers, of which a later search may have more; categories have to stay as they were
-    found |= {
-        name: FloatDistribution(float(min(one.options)), float(max(one.options)))  # type: ignore[type-var, arg-type]
-        for name, one in space.free.items()
-    }
+    for name, one in space.free.items():
+        shares: list[Any] = sorted(one.options)
+        found[name] = FloatDistribution(float(shares[0]), float(shares[-1]))
     return {name: found[name] for name in params}
 
 

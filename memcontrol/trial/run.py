@@ -23,13 +23,14 @@ from memcontrol.core.run_folder import RunFolder
 from memcontrol.core.spec import Spec, read_spec
 from memcontrol.data.split import format_ranges
 from memcontrol.model.adapter import Adapter
-from memcontrol.model.base import Base, count_bytes
+from memcontrol.model.base import count_bytes
 from memcontrol.model.batches import release_memory
 from memcontrol.model.cost import Cost
 from memcontrol.scoring.score import pool_scores
 from memcontrol.training.probe import choose_probe_size, measure_probe_rewards
-from memcontrol.training.rounds import ProcessGroup, TrainLog, train_rounds
+from memcontrol.training.rounds import ProcessGroup, TrainLog
 from memcontrol.training.shard import Material
+from memcontrol.trial.learning import fine_tune, learn
 from memcontrol.trial.loaded import LoadedModels, tell_nobody
 from memcontrol.trial.maps import map_pairs
 from memcontrol.trial.membership import Attack, Losses, measure_model, measure_untrained, plan_attack
@@ -43,7 +44,7 @@ from memcontrol.trial.samples import (
     score_samples,
     write_samples,
 )
-from memcontrol.trial.tuned import describe_log, find_learned, inject_choice, list_checkpoints, read_log
+from memcontrol.trial.tuned import inject_choice
 
 
 def run_trial(
@@ -76,7 +77,7 @@ def _lead_trial(
     try:
         # Train: to the end, or to a rung, which is then all.
         with memory.watch("train"):
-            log = _learn(folder, spec, loaded, adapter, partial(progress, "train"), rung)
+            log = learn(folder, spec, loaded, adapter, partial(progress, "train"), rung)
         if log.paused and rung:
             probe = partial(_probe_objectives, spec, loaded, attack, untrained)
             return _score_rung(run, rung, spec, loaded, adapter, log, started, progress, probe)
@@ -273,84 +274,6 @@ def _draw_afresh(spec: Spec, i: int) -> Spec:
     return replace(spec, purpose=f"{spec.purpose} confirmed {i}")
 
 
-def _fine_tune(
-    folder: Path,
-    spec: Spec,
-    loaded: LoadedModels,
-    adapter: Adapter,
-    progress: Callable[..., None],
-    team: ProcessGroup | None = None,
-    rung: float | None = None,
-) -> TrainLog:
-    """Trains the injected adapter, its rounds kept in the trial's folder; alone, or with the other processes
-    of a team; to the end or to a rung."""
-    base, inner = loaded.base(spec.config), spec.config.inner
-    recomputes = inner.gradient_checkpointing or adapter.is_low_memory
-    identity = f"{spec.config.base} {spec.choice} {spec.space} {loaded.train_images(spec).digest}"
-    rounds = _place_rounds(RunFolder(folder), base)
-    try:
-        with base.checkpoint_gradients(recomputes):
-            return train_rounds(
-                base,
-                adapter,
-                loaded.make_material(spec),
-                inner,
-                seed=spec.seed,
-                folder=rounds,
-                identity=identity,
-                progress=progress,
-                team=team or loaded.team(folder, spec, rung),
-                n_rounds=inner.rounds_to(rung) if rung else None,
-                may_halve=spec.config.search.accumulate_on_oom,
-            )
-    except BaseException as error:
-        if base.ranks.size > 1 and isinstance(error, Diverged):
-            raise  # each rank has seen it
-        # helpers would wait for ever for the end of a round that never comes, and for the next trial with it
-        loaded.close()
-        raise
-
-
-def _learn(
-    folder: Path,
-    spec: Spec,
-    loaded: LoadedModels,
-    adapter: Adapter,
-    progress: Callable[..., None],
-    rung: float | None,
-    team: ProcessGroup | None = None,
-) -> TrainLog:
-    """Has the adapter hold what the choice's fine-tuning learns: of a variant what that of its trial has
-    left, else by training, with a file of the adapter at each checkpoint of the search. To a rung, if there
-    is one; a choice's own checkpoint is the end."""
-    base, run, choice = loaded.base(spec.config), RunFolder(folder), spec.choice
-    source = base.ranks.agree(find_learned(folder, spec))
-    if source is not None:
-        adapter.read(source)
-        return read_log(source)
-    for share in list_checkpoints(spec, rung) if spec.purpose.startswith("search") else []:
-        path = run.checkpoint_file(share)
-        if base.ranks.agree(not path.is_file()):
-            log = _fine_tune(folder, spec, loaded, adapter, progress, team, share)
-            if base.ranks.rank == 0:
-                adapter.write(path, describe_log(log))
-    end = rung or (choice.checkpoint if choice.checkpoint < 1 else None)
-    return _fine_tune(folder, spec, loaded, adapter, progress, team, end)
-
-
-def _place_rounds(run: RunFolder, base: Base) -> Path:
-    """Where the rounds are kept. Ranks that share a base take the same steps, each over files of its own:
-    those above 0 begin with a copy of what rank 0 begins with."""
-    rank = base.ranks.rank
-    place = run.copy_of_rounds(rank) if rank else run.rounds
-    if rank:
-        shutil.rmtree(place, ignore_errors=True)
-        if run.rounds.is_dir():
-            shutil.copytree(run.rounds, place)
-    base.ranks.wait()
-    return place
-
-
 def help_trial(job: HelpJob, loaded: LoadedModels) -> None:
     """This rank's share of a trial that another process leads."""
     spec = read_spec(job.folder)
@@ -384,7 +307,7 @@ def _follow_trial(
     """All that goes through the denoiser, in the order of `run_trial`; nothing of it is written."""
     base = loaded.base(spec.config)
     try:
-        log = _learn(job.folder, spec, loaded, adapter, tell_nobody, job.rung, ProcessGroup())
+        log = learn(job.folder, spec, loaded, adapter, tell_nobody, job.rung, ProcessGroup())
     except Diverged:
         return
     if not (log.paused and job.rung):
@@ -412,7 +335,7 @@ def _train_shards(job: HelpJob, spec: Spec, loaded: LoadedModels) -> None:
     group = ProcessGroup(job.rank, job.size)
     adapter = inject_choice(loaded.base(spec.config).denoiser, spec)
     try:
-        _fine_tune(job.folder, spec, loaded, adapter, tell_nobody, group, job.rung)
+        fine_tune(job.folder, spec, loaded, adapter, tell_nobody, group, job.rung)
     finally:
         adapter.remove()
 

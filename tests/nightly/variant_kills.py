@@ -8,16 +8,13 @@ import contextlib
 import json
 import random
 import signal
-import tempfile
 import time
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import yaml
 from commands import run, started
 from conftest import SMALL
-from postgres import Postgres
 
 from memcontrol.core.run_folder import RunFolder
 from memcontrol.study.place import StudyPlace
@@ -37,15 +34,6 @@ STUDY = {
         "replicates": 1,
     },
 }
-
-
-@pytest.fixture
-def postgres():
-    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
-        Path(folder).chmod(0o755)  # it runs as a user of its own
-        server = Postgres(Path(folder) / "pg")
-        yield server
-        server.stop("immediate")
 
 
 def read_study(path):
