@@ -17,7 +17,7 @@ from memcontrol.cli.demo import add_demo
 from memcontrol.cli.export import add_export, add_recipe
 from memcontrol.cli.front import add_front
 from memcontrol.cli.importance import add_importance
-from memcontrol.cli.init import add_init
+from memcontrol.cli.init import add_doctor, add_init
 from memcontrol.cli.operate import add_clean, add_drop, add_enqueue, add_stop
 from memcontrol.cli.pick import add_pick
 from memcontrol.cli.report import add_report
@@ -36,6 +36,7 @@ def _add_completion(subparsers) -> None:
 _COMMANDS = (
     add_demo,
     add_init,
+    add_doctor,
     add_search,
     add_fork,
     add_enqueue,
