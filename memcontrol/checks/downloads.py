@@ -61,7 +61,9 @@ def check_base(config: Config) -> Finding:
         text = f"{config.base.id} holds no .safetensors file"
         return Finding("base", FAIL, text, "give a folder with weights, as save_pretrained writes it")
     if is_offline():
-        return Finding("base", FAIL, f"{config.base} is not in the Hub's cache, and HF_HUB_OFFLINE is set", cure)
+        return Finding(
+            "base", FAIL, f"{config.base} is not in the Hub's cache, and HF_HUB_OFFLINE is set", cure
+        )
     return Finding("base", WARN, f"{config.base} is not here yet: the search downloads it", cure)
 
 
@@ -69,7 +71,9 @@ def check_usual_extractor() -> Finding:
     """Without a study: which of those that need no Hub are here."""
     if find_photo_package():
         return Finding("extractor", OK, f"{TINY_NETWORK} and, for photographs, {PHOTO_NETWORK} are here")
-    text = f"{TINY_NETWORK}, which knows printed characters, is here; {PHOTO_NETWORK}, for photographs, is not"
+    text = (
+        f"{TINY_NETWORK}, which knows printed characters, is here; {PHOTO_NETWORK}, for photographs, is not"
+    )
     return Finding("extractor", OK, f"{text} ({PHOTO_EXTRA})")
 
 

@@ -1,4 +1,4 @@
-"""Owns what a check finds: a mark, a line and the cure; and that no check hangs, raises or shows a password."""
+"""Owns what a check finds: a mark, a line, a cure; and that none hangs, raises or shows a password."""
 
 from __future__ import annotations
 
@@ -26,13 +26,15 @@ Check = Callable[[], Finding]
 
 
 def run_check(name: str, check: Check, seconds: float) -> Finding:
-    """What the check finds; where it has not ended in time, or raised, that."""
+    """What the check finds; where it has not ended in time, or raised, that. A service that is silent would
+    make a search fail, what only takes long would not."""
     found: list[Finding] = []
     thread = threading.Thread(target=lambda: found.append(_finish_check(name, check)), daemon=True)
     thread.start()
     thread.join(seconds)
     if not found:
-        return Finding(name, FAIL, f"no answer within {seconds:g} seconds", _CURES_OF_SILENCE.get(name, ""))
+        text, cure = f"no answer within {seconds:g} seconds", _CURES_OF_SILENCE.get(name, "")
+        return Finding(name, FAIL if cure else WARN, text, cure)
     return found[0]
 
 

@@ -82,9 +82,9 @@ def count_free_gib() -> float:
 
 
 def check_folder(folder: Path, disk_gb: float | None) -> Finding:
-    """Whether the study's folder can be written, with the locks and databases that a study has there, and what
-    is left on its disk; of one that is not there yet, the folder that it will be made in. What is written
-    for it is gone again."""
+    """Whether the study's folder can be written, with the locks and databases that a study has there, and
+    what is left on its disk; of one that is not there yet, the folder that it will be made in. What is
+    written for it is gone again."""
     place = next(path for path in (folder, *folder.parents) if path.exists())
     try:
         with tempfile.TemporaryDirectory(prefix=".memcontrol-doctor-", dir=place) as trial:
@@ -95,7 +95,9 @@ def check_folder(folder: Path, disk_gb: float | None) -> Finding:
     said = f"{folder} can be written, {left:,.1f} GB are left"
     if left < _LITTLE_DISK_GB:
         state = FAIL if left < _NO_DISK_GB else WARN
-        cure = "free some space (du -sh runs/*; memcontrol clean STUDY.yaml --keep front), or search.keep: front"
+        cure = (
+            "free some space (du -sh runs/*; memcontrol clean STUDY.yaml --keep front), or search.keep: front"
+        )
         return Finding("folder", state, f"{said}: little", cure)
     if disk_gb and disk_gb > left:
         text = f"{said}, less than search.disk_gb, {disk_gb:g}"
@@ -121,4 +123,6 @@ def _explain_unwritable(place: Path, error: Exception) -> Finding:
     if isinstance(error, PermissionError) or not os.access(place, os.W_OK):
         return Finding("folder", FAIL, f"{place} cannot be written: {reason}", f"chmod u+rwx {quoted}")
     text = f"{place} takes no files with locks, as SQLite needs them: {reason}"
-    return Finding("folder", FAIL, text, "df -h, df -i (is it full?); on a network's disk use PostgreSQL (storage:)")
+    return Finding(
+        "folder", FAIL, text, "df -h, df -i (is it full?); on a network's disk use PostgreSQL (storage:)"
+    )

@@ -15,7 +15,7 @@ from packaging.specifiers import SpecifierSet
 
 from memcontrol.checks.finding import FAIL, OK, WARN, Finding
 
-_OURS = "memcontrol"
+_OWN_NAME = "memcontrol"
 _TOLD = ("torch", "diffusers", "transformers", "peft", "optuna")  # whose versions are told where all is well
 _BESIDE_TORCH = ("torchvision", "torchaudio")  # built for one version of it each
 
@@ -30,13 +30,13 @@ class _Unmet:
 
     def __str__(self) -> str:
         have = f"{self.needed.name} {self.installed}" if self.installed else f"{self.needed.name} is missing"
-        by = "" if self.by == _OURS else f", says {self.by}"
+        by = "" if self.by == _OWN_NAME else f", says {self.by}"
         return f"{have} (needed: {str(self.needed.specifier) or 'any'}{by})"
 
     @property
     def is_sure(self) -> bool:
         """Whether nothing works without it. What others say of versions is stricter than they are."""
-        return self.by == _OURS or self.installed is None
+        return self.by == _OWN_NAME or self.installed is None
 
 
 def check_python() -> Finding:
@@ -49,14 +49,14 @@ def check_python() -> Finding:
 
 def _find_wanted_python() -> str:
     try:
-        return importlib.metadata.metadata(_OURS)["Requires-Python"] or ">=3.11"
+        return importlib.metadata.metadata(_OWN_NAME)["Requires-Python"] or ">=3.11"
     except importlib.metadata.PackageNotFoundError:
         return ">=3.11"
 
 
 def check_packages() -> Finding:
     """All that memcontrol needs, and what that needs in turn."""
-    if _find_version(_OURS) is None:
+    if _find_version(_OWN_NAME) is None:
         text = "memcontrol is not installed as a package here, so that what it needs is not known"
         return Finding("packages", WARN, text, "pip install -c constraints.txt .")
     unmet = list(_list_unmet())
@@ -69,7 +69,7 @@ def check_packages() -> Finding:
 
 
 def _list_unmet() -> Iterator[_Unmet]:
-    todo, seen = [(_OURS, "")], {(_OURS, "")}
+    todo, seen = [(_OWN_NAME, "")], {(_OWN_NAME, "")}
     while todo:
         name, extra = todo.pop(0)
         for needed in _read_requirements(name, extra):
@@ -117,7 +117,9 @@ def _find_mismatch(name: str, version: str) -> str:
         return ""
     for needed in _read_requirements(name, ""):
         if needed.name == "torch" and not needed.specifier.contains(version, prereleases=True):
-            return f"{name} {_find_version(name)} is built for torch {needed.specifier}, and {version} is here"
+            return (
+                f"{name} {_find_version(name)} is built for torch {needed.specifier}, and {version} is here"
+            )
     return ""
 
 
@@ -135,9 +137,13 @@ def _check_build(torch) -> Finding:
     if is_used or not gpus:
         return Finding("torch", OK, said)
     if not (torch.version.cuda or torch.version.hip):
-        text = f"{said}, and this machine has {len(gpus)} GPU{'s' if len(gpus) > 1 else ''}: nothing uses them"
+        text = (
+            f"{said}, and this machine has {len(gpus)} GPU{'s' if len(gpus) > 1 else ''}: nothing uses them"
+        )
         plain = version.partition("+")[0]
         cure = f"pip install --force-reinstall torch=={plain}, from the index of your CUDA's builds"
         return Finding("torch", WARN, text, cure)
     text = f"{said}, finds none of the {len(gpus)} GPUs here: their driver is too old for it, or not running"
-    return Finding("torch", WARN, text, "nvidia-smi (shows the driver); then update it, or install an older build")
+    return Finding(
+        "torch", WARN, text, "nvidia-smi (shows the driver); then update it, or install an older build"
+    )

@@ -44,7 +44,9 @@ def _check_sqlite(url: str) -> Finding:
     if not path.exists():
         parent = next(folder for folder in path.parents if folder.exists())
         if not os.access(parent, os.W_OK):
-            return Finding("database", FAIL, f"{parent} cannot be written", f"chmod u+rwx {shlex.quote(str(parent))}")
+            return Finding(
+                "database", FAIL, f"{parent} cannot be written", f"chmod u+rwx {shlex.quote(str(parent))}"
+            )
         return Finding("database", OK, f"SQLite, {path}, which the search makes")
     if not os.access(path, os.W_OK):
         return Finding("database", FAIL, f"{path} cannot be written", f"chmod u+rw {shlex.quote(str(path))}")
@@ -150,7 +152,9 @@ def check_ray(config: Config | None) -> Finding:
 def _listen_for_ray(address: str) -> Finding:
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if not colon or not port.isdigit():
-        return Finding("ray", WARN, f"ray.address {address} is not looked at: it is no HOST:PORT", "ray status")
+        return Finding(
+            "ray", WARN, f"ray.address {address} is not looked at: it is no HOST:PORT", "ray status"
+        )
     try:
         socket.create_connection((host, int(port)), timeout=_SECONDS).close()
     except (OSError, OverflowError) as error:
@@ -174,6 +178,6 @@ def check_slurm(config: Config | None) -> Finding:
     except subprocess.TimeoutExpired:
         return Finding("slurm", FAIL, f"squeue has not answered in {_SECONDS:g} seconds", "scontrol ping")
     if done.returncode:
-        reason = " ".join(done.stderr.split())[:200]
+        reason = next(iter(done.stderr.splitlines()), f"it ends with {done.returncode}")[:200]
         return Finding("slurm", FAIL, f"squeue does not answer: {reason}", "scontrol ping")
     return Finding("slurm", OK, f"{shutil.which('sbatch')}, and its controller answers")

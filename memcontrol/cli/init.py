@@ -55,7 +55,9 @@ def _run_init(args: argparse.Namespace) -> int:
 
 
 def add_doctor(subparsers) -> None:
-    text = "look whether a search can work here: packages, device, memory, base, database, and a cure for each"
+    text = (
+        "look whether a search can work here: packages, device, memory, base, database, and a cure for each"
+    )
     doctor = add_command(subparsers, "doctor", _run_doctor, text)
     doctor.add_argument(
         "study",
@@ -92,12 +94,14 @@ _MARGIN = " " * 17  # below a finding's text
 
 
 def _print_finding(found: Finding) -> None:
-    """Lines of the terminal's width; into a pipe one, so that it can be searched. A cure is a line of its own,
-    which is never broken, since it is typed."""
+    """Lines of the terminal's width; into a pipe one, so that it can be searched. A cure is a line of its
+    own, which is never broken, since it is typed."""
     width = shutil.get_terminal_size().columns
     line = f"{found.state:5} {found.name:10} {escape_controls(found.text)}"
     if sys.stdout.isatty() or "COLUMNS" in os.environ:
-        line = textwrap.fill(line, max(width, 40), subsequent_indent=_MARGIN, break_on_hyphens=False, break_long_words=False)
+        line = textwrap.fill(
+            line, max(width, 40), subsequent_indent=_MARGIN, break_on_hyphens=False, break_long_words=False
+        )
     sys.stdout.write(f"{line}\n")
     if found.cure:
         sys.stdout.write(f"      cure:      {escape_controls(found.cure)}\n")
