@@ -76,8 +76,8 @@ def measure_importance(
         n = 0 if known is None else len(known.rows)
         n_wanted = sum(record.fills_place for record in records) + N_SPREAD - n
         raise MemControlError(
-            f"importance needs {N_SPREAD} trials that ended with a result, not counting the anchors none and "
-            f"full, which no point of the space stands for; this study has {n}, {N_SPREAD - n} too few: "
+            f"importance needs {N_SPREAD} ended trials, not counting the anchors none and full, which no "
+            f"point of the space stands for; this study has {n}, {N_SPREAD - n} too few: "
             f"memcontrol search {file} --trials {n_wanted}"
         )
     objectives = list_objectives(next(record.objectives for record in records if record.finished))

@@ -73,7 +73,9 @@ class RewardsTable:
         table.add_column("trial", no_wrap=True)
         table.add_column("choice", min_width=12, overflow="fold")
         for name in columns:
-            table.add_column(find_title(name), justify="right", min_width=8, overflow="fold")
+            title = find_title(name)
+            widest = max(8, *map(len, title.split()))
+            table.add_column(title, justify="right", min_width=widest, overflow="fold")
         for name, text, rewards in self.rows:
             table.add_row(name, text, *(format_reward(key, rewards) for key in columns))
         return table
