@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import socket
 import sqlite3
@@ -14,6 +15,7 @@ import pytest
 import yaml
 from commands import NEW_PROCESS, run
 from conftest import SMALL
+from postgres import PASSWORD
 
 import memcontrol
 from memcontrol.checks import downloads, fit, machine, packages, services
@@ -325,6 +327,29 @@ def test_a_postgresql_where_nobody_listens_shows_no_password(tmp_path):
     assert found.state == FAIL and "Connection refused" in found.text
     assert found.cure == "start PostgreSQL there, or correct host and port"
     assert "hidden-one" not in f"{found}"
+
+
+def test_a_postgresql_that_answers_is_asked_for_rights_and_tables(tmp_path, postgres):
+    import optuna
+    import sqlalchemy
+
+    def check(url=postgres.url):
+        return services.check_database(place_study(tmp_path, storage=url))
+
+    assert check().state == OK and "no tables yet" in check().text and PASSWORD not in check().text
+    optuna.storages.RDBStorage(postgres.url).engine.dispose()
+    assert check().state == OK and "schema v" in check().text
+    engine = sqlalchemy.create_engine(postgres.url)
+    with engine.begin() as connection:
+        connection.execute(sqlalchemy.text("CREATE ROLE looker LOGIN PASSWORD 'looks-only'"))
+    reader = re.sub("://[^@]*@", "://looker:looks-only@", postgres.url)
+    found = check(reader)
+    assert found.state == FAIL and "may only read" in found.text and "roles.sql" in found.cure
+    assert "looks-only" not in f"{found}"
+    with engine.begin() as connection:
+        connection.execute(sqlalchemy.text("UPDATE alembic_version SET version_num = 'v0.9.0.a'"))
+    engine.dispose()
+    assert check().state == FAIL and "optuna storage upgrade" in check().cure
 
 
 def test_a_server_that_never_answers_is_not_waited_for(tmp_path, monkeypatch):
