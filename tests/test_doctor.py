@@ -384,7 +384,7 @@ def test_slurm_that_is_not_there_or_does_not_answer(tmp_path, monkeypatch):
     for name in ("sbatch", "squeue", "scancel"):
         (tmp_path / name).write_text("#!/bin/sh\nexec /bin/sleep 60\n")
         (tmp_path / name).chmod(0o755)
-    monkeypatch.setattr(services, "_SECONDS", 0.3)
+    monkeypatch.setattr(services, "_ANSWER_SECONDS", 0.3)
     assert "has not answered" in services.check_slurm(config).text
     (tmp_path / "squeue").write_text("#!/bin/sh\necho down >&2\nexit 1\n")
     assert "does not answer: down" in services.check_slurm(config).text

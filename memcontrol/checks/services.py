@@ -26,7 +26,7 @@ from memcontrol.study.database import (
 )
 from memcontrol.study.place import StudyPlace
 
-_SECONDS = 4.0
+_ANSWER_SECONDS = 4.0
 _OWN_CLUSTER = Path("/tmp/ray/ray_current_cluster")  # where `ray start` writes its head's address
 _UPGRADE = "make a backup, then: optuna storage upgrade --storage URL (storage/README.md)"
 _TABLE = "alembic_version"  # where Optuna keeps its schema's version
@@ -88,7 +88,9 @@ def _check_server(url: str) -> Finding:
 
     arguments: dict[str, Any] = {}
     if is_postgresql(url):
-        arguments = {"connect_args": make_connection_arguments(f"statement_timeout={int(1000 * _SECONDS)}")}
+        arguments = {
+            "connect_args": make_connection_arguments(f"statement_timeout={int(1000 * _ANSWER_SECONDS)}")
+        }
     try:
         with sqlalchemy.create_engine(url, poolclass=NullPool, **arguments).connect() as connection:
             if is_postgresql(url):
@@ -156,7 +158,7 @@ def _listen_for_ray(address: str) -> Finding:
             "ray", WARN, f"ray.address {address} is not looked at: it is no HOST:PORT", "ray status"
         )
     try:
-        socket.create_connection((host, int(port)), timeout=_SECONDS).close()
+        socket.create_connection((host, int(port)), timeout=_ANSWER_SECONDS).close()
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         cure = "ray start --head on its machine, or correct ray.address"
@@ -174,9 +176,13 @@ def check_slurm(config: Config | None) -> Finding:
     require_slurm()
     try:
         words = ["squeue", "--noheader", "--name=memcontrol-doctor", "--format=%A"]
-        done = subprocess.run(words, capture_output=True, text=True, errors="replace", timeout=_SECONDS)
+        done = subprocess.run(
+            words, capture_output=True, text=True, errors="replace", timeout=_ANSWER_SECONDS
+        )
     except subprocess.TimeoutExpired:
-        return Finding("slurm", FAIL, f"squeue has not answered in {_SECONDS:g} seconds", "scontrol ping")
+        return Finding(
+            "slurm", FAIL, f"squeue has not answered in {_ANSWER_SECONDS:g} seconds", "scontrol ping"
+        )
     if done.returncode:
         reason = next(iter(done.stderr.splitlines()), f"it ends with {done.returncode}")[:200]
         return Finding("slurm", FAIL, f"squeue does not answer: {reason}", "scontrol ping")

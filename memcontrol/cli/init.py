@@ -90,7 +90,7 @@ def _run_doctor(args: argparse.Namespace) -> int:
     return int(bool(failed))
 
 
-_MARGIN = " " * 17  # below a finding's text
+_TEXT_MARGIN = " " * 17  # below a finding's text
 
 
 def _print_finding(found: Finding) -> None:
@@ -100,7 +100,11 @@ def _print_finding(found: Finding) -> None:
     line = f"{found.state:5} {found.name:10} {escape_controls(found.text)}"
     if sys.stdout.isatty() or "COLUMNS" in os.environ:
         line = textwrap.fill(
-            line, max(width, 40), subsequent_indent=_MARGIN, break_on_hyphens=False, break_long_words=False
+            line,
+            max(width, 40),
+            subsequent_indent=_TEXT_MARGIN,
+            break_on_hyphens=False,
+            break_long_words=False,
         )
     sys.stdout.write(f"{line}\n")
     if found.cure:

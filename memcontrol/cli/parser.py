@@ -86,7 +86,7 @@ def parse_arguments(top: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 # Numbers of the trials of the study that stands earlier on the line; a study that is not there has none.
-_TRIALS = {
+_TRIAL_COMPLETERS = {
     "bash": """
 _memcontrol_trials() {
   local word
@@ -115,7 +115,7 @@ def _run_completion(args: argparse.Namespace) -> int:
 
     top, spaces = make_parser(), list(list_shipped_spaces())
     completers = {  # by what help calls an argument, of an option by its name
-        "trial": {**dict.fromkeys(_TRIALS, "_memcontrol_trials"), "preamble": _TRIALS},
+        "trial": {**dict.fromkeys(_TRIAL_COMPLETERS, "_memcontrol_trials"), "preamble": _TRIAL_COMPLETERS},
         "study": shtab.glob("*.yaml", "*.yml"),
         "rule": _complete_words("rules", RULES),
         "NAME": _complete_words("spaces", ["auto", *spaces]),

@@ -13,8 +13,8 @@ from memcontrol.checks.finding import OK, Finding, run_check
 if TYPE_CHECKING:
     from memcontrol.study.place import StudyPlace
 
-_SECONDS = 10.0  # of most checks: each thing that is asked gives up before
-_LONG_SECONDS = 60.0  # of those that import torch or diffusers, which a slow disk makes long
+_CHECK_SECONDS = 10.0  # of most checks: each thing that is asked gives up before
+_IMPORT_SECONDS = 60.0  # of those that import torch or diffusers, which a slow disk makes long
 
 
 def doctor(study: str | Path | None = None) -> list[Finding]:
@@ -32,7 +32,7 @@ def examine(file: Path | None, name: str | None = None) -> Iterator[Finding]:
         yield from map(_run_step, _list_usual_steps())
         return
     place: list[StudyPlace] = []
-    yield run_check("study", lambda: _read_study(file, name, place), _LONG_SECONDS)
+    yield run_check("study", lambda: _read_study(file, name, place), _IMPORT_SECONDS)
     if place:
         yield from map(_run_step, _list_study_steps(place[0]))
 
@@ -45,14 +45,14 @@ class _Step:
     name: str
     check: str
     given: tuple[Any, ...] = ()
-    seconds: float = _SECONDS
+    seconds: float = _CHECK_SECONDS
 
 
 _OF_THE_MACHINE = (
     _Step("python", "packages.check_python"),
     _Step("packages", "packages.check_packages"),
-    _Step("torch", "packages.check_torch", seconds=_LONG_SECONDS),
-    _Step("device", "machine.check_device", seconds=_LONG_SECONDS),
+    _Step("torch", "packages.check_torch", seconds=_IMPORT_SECONDS),
+    _Step("device", "machine.check_device", seconds=_IMPORT_SECONDS),
 )
 
 
@@ -78,12 +78,12 @@ def _read_study(file: Path, name: str | None, place: list[StudyPlace]) -> Findin
 def _list_usual_steps() -> list[_Step]:
     """With the defaults, and results below this folder."""
     return [
-        _Step("memory", "machine.check_memory", (None, None), _LONG_SECONDS),
+        _Step("memory", "machine.check_memory", (None, None), _IMPORT_SECONDS),
         _Step("folder", "machine.check_folder", (Path.cwd(), None)),
-        _Step("fit", "fit.check_usual_fit", seconds=_LONG_SECONDS),
+        _Step("fit", "fit.check_usual_fit", seconds=_IMPORT_SECONDS),
         _Step("extractor", "downloads.check_usual_extractor"),
-        _Step("hub", "downloads.check_hub", seconds=_LONG_SECONDS),
-        _Step("ray", "services.check_ray", (None,), _LONG_SECONDS),
+        _Step("hub", "downloads.check_hub", seconds=_IMPORT_SECONDS),
+        _Step("ray", "services.check_ray", (None,), _IMPORT_SECONDS),
         _Step("slurm", "services.check_slurm", (None,)),
     ]
 
@@ -92,15 +92,15 @@ def _list_study_steps(place: StudyPlace) -> list[_Step]:
     config, file = place.config, place.file
     clip = [_Step("clip", "downloads.check_clip", (config.rewards.clip,))] if config.rewards.clip else []
     return [
-        _Step("memory", "machine.check_memory", (config, file), _LONG_SECONDS),
+        _Step("memory", "machine.check_memory", (config, file), _IMPORT_SECONDS),
         _Step("folder", "machine.check_folder", (place.folder.path, config.search.disk_gb)),
         _Step("data", "downloads.check_data", (config,)),
-        _Step("base", "downloads.check_base", (config,), _LONG_SECONDS),
-        _Step("fit", "fit.check_fit", (config, file), _LONG_SECONDS),
+        _Step("base", "downloads.check_base", (config,), _IMPORT_SECONDS),
+        _Step("fit", "fit.check_fit", (config, file), _IMPORT_SECONDS),
         _Step("extractor", "downloads.check_extractor", (config,)),
         *clip,
-        _Step("hub", "downloads.check_hub", seconds=_LONG_SECONDS),
-        _Step("database", "services.check_database", (place,)),
+        _Step("hub", "downloads.check_hub", seconds=_IMPORT_SECONDS),
+        _Step("database", "services.check_database", (place,), 2 * _CHECK_SECONDS),
         _Step("ray", "services.check_ray", (config,)),
         _Step("slurm", "services.check_slurm", (config,)),
     ]
