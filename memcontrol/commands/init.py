@@ -16,6 +16,7 @@ from typing import Any
 from memcontrol.checks.card import Card, describe_card, explain_too_small, propose_memory
 from memcontrol.core.choice import ANCHORS
 from memcontrol.core.config import (
+    BY_CAPTION,
     CALIBRATION,
     NAME,
     PARTS,
@@ -31,9 +32,10 @@ from memcontrol.core.files import write_text
 from memcontrol.core.published import HUB
 from memcontrol.core.run_folder import StudyFolder, locate_study_folder, refuse_results_among
 from memcontrol.data.dataset import is_dataset, list_splits, locate_images, plan_splits
-from memcontrol.data.look import WITHOUT_CAPTION, FolderSummary, summarize_folder
+from memcontrol.data.look import WITHOUT_CAPTION, FolderSummary, Look, summarize_folder
 from memcontrol.data.split import FEWEST_IMAGES, deal_parts
 from memcontrol.model.caption_length import describe_cut, is_long, open_clip_tokenizer
+from memcontrol.reading.groups import BY_FOLDER, LABEL, make_grouping
 from memcontrol.reading.parts import assign_parts, find_part
 from memcontrol.reading.threads import count_cores
 from memcontrol.scoring.extractor_table import (
@@ -62,6 +64,7 @@ _USES = {"train": "to fine-tune on", "holdout": "to compare with in the search",
 _SEED = 0
 _TRIALS = 20
 _N_DEALINGS = 32  # sizes of the training part that are tried
+_MOST_CLASSES, _FEWEST_OF_CLASS = 20, 8  # classes, and images of each, that data.label is proposed for
 _N_OF_A_KIND = 4  # warnings that are shown
 _PER_FEATURE = 4  # samples, and held-out images, below which FID is coarse
 # for large images, and the shorter side from which it sees what there is
@@ -218,6 +221,9 @@ def _list_data_lines(data: DataConfig, seen: FolderSummary, sizes: Mapping[str, 
     if seen.look.group:
         about = "who is in an image: nobody is in two parts; take it out where that is not so"
         lines.append(_format_line("  group", _dump_value(seen.look.group), about))
+    if label := _propose_label(seen):
+        about = "these look like classes: measures utility; take it out where they are not"
+        lines.append(_format_line("  label", label, about))
     if data.twins == "drop":
         about = "images that are nearly in two parts are left out of the one that is not trained on"
         lines.append(_format_line("  twins", "drop", about))
@@ -228,6 +234,30 @@ def _list_data_lines(data: DataConfig, seen: FolderSummary, sizes: Mapping[str, 
         about = f"{len(seen.unreadable)} cannot be decoded, or are too large"
         lines.append(_format_line("  skip_unreadable", "true", about))
     return lines
+
+
+def _propose_label(seen: FolderSummary) -> str | None:
+    """What data.label could be; None where neither captions nor folders look like classes."""
+    look = seen.look
+    if not any(record.further for record in look.records):
+        if _are_classes([record.caption for record in look.records], look):
+            return BY_CAPTION
+    try:
+        find = make_grouping(BY_FOLDER, look.tables, {}, LABEL)
+        labels = [find(record.file) for record in look.records]
+    except MemControlError:
+        return None
+    return BY_FOLDER if _are_classes(labels, look) else None
+
+
+def _are_classes(labels: Sequence[str], look: Look) -> bool:
+    """A few, of several images each, that are not who is in them."""
+    sizes = Counter(labels)
+    groups = {record.group for record in look.records}
+    pairs = {(label, record.group) for label, record in zip(labels, look.records)}
+    are_names = len(pairs) == len(groups) == len(sizes)
+    is_some = "" not in sizes and 2 <= len(sizes) <= _MOST_CLASSES
+    return is_some and min(sizes.values()) >= _FEWEST_OF_CLASS and not are_names
 
 
 def _list_inner_lines(n_train: int, budget: int) -> list[str]:

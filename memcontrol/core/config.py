@@ -59,6 +59,7 @@ FREE_KEYS = (
 Pages = Literal["refuse", "first", "all"]
 Fit = Literal["crop", "pad", "squash"]
 DIGITS = "digits"  # data.path of the images that are embedded
+BY_CAPTION = "caption"  # data.label where captions are the classes
 CHECKPOINT = ".safetensors"  # how a base in one file ends
 EMBEDDED = "tiny"  # the base that is embedded
 _OF_FILES = ("torchscript", "sscd")  # feature networks whose name holds a file's path
@@ -184,6 +185,10 @@ class DataConfig(Strict):
     """who is in an image, such as a patient: a column of the metadata (`patient_id`), a pattern on its path
     whose first group is the name (`"(p\\d+)_"`), `folder`, or `PatientID` of DICOM files. A group is in one
     part and one shard, and one unit of every error; none: each image for itself"""
+    label: Annotated[str, Field(min_length=1)] | None = None
+    """which class an image shows, for `utility`: `caption` where captions are the classes, `folder`, a column
+    of the metadata, or a pattern on its path whose first group is the name; none: `utility` is not
+    measured"""
     twins: Literal["refuse", "drop", "keep"] = "refuse"
     """images that are nearly the same (re-encoded, resized, turned, cropped) in two of the folders `train/`,
     `holdout/` and `test/`: refuse them, drop the one that is not trained on, or keep both. A pool that is
@@ -759,6 +764,17 @@ class Config(Strict):
             raise ValueError(
                 f"rewards.objectives has {attacks[0]}, which no rung of search.early_stopping measures; take "
                 "one of the two out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def utility_knows_classes(self) -> Config:
+        rewards = self.rewards
+        asked = [name for name in (*rewards.names, *rewards.limits) if name.startswith("utility")]
+        if not self.data.label and (missing := [name for name in asked if name not in rewards.functions]):
+            raise ValueError(
+                f"'{missing[0]}' is measured only where data.label says which class each image shows; set it "
+                "to caption, folder or a column of the metadata"
             )
         return self
 

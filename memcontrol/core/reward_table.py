@@ -37,6 +37,9 @@ _FEATURES, _NEIGHBOURS = "features of the samples", "nearest neighbours"
 _DENOISER = "four passes of 64 images through the denoiser"
 _LOSSES = "passes of some hundred images through the denoiser, a tenth of a trial at most"
 _ATTACK = "samples of its own (rewards.extraction)"
+_PROBE = "a logistic regression on features of the samples (with data.label)"
+_NETWORK = "a small network on the samples, in `retrain` alone (with data.label)"
+_TESTED = "standard error, bootstrap"
 _FREE = "none: known before training"
 
 REWARDS = {
@@ -112,6 +115,61 @@ REWARDS = {
         interval="standard error",
         cost="a CLIP model on the samples",
         meaning="how well samples fit their captions (with rewards.clip)",
+    ),
+    "utility": _RewardInfo(
+        title="utility",
+        form="{:.3f}",
+        direction=MAXIMIZE,
+        objective=True,
+        interval=_TESTED,
+        cost=_PROBE,
+        meaning="how well a classifier that has seen samples alone tells the classes of held-out images: AUROC, "
+        "mean over classes; 0.5 is chance",
+    ),
+    "utility_real": _RewardInfo(
+        title="utility of real images",
+        form="{:.3f}",
+        direction=_BESIDE,
+        objective=False,
+        interval=_TESTED,
+        cost=_PROBE,
+        meaning="the same of one that has seen as many training images, or all where they are fewer",
+    ),
+    "utility_gap": _RewardInfo(
+        title="utility, lost",
+        form="{:.3f}",
+        direction=MINIMIZE,
+        objective=False,
+        interval=_TESTED,
+        cost=_PROBE,
+        meaning="`utility_real` less `utility`, on the same draws of held-out images",
+    ),
+    "utility_network": _RewardInfo(
+        title="utility, network",
+        form="{:.3f}",
+        direction=_BESIDE,
+        objective=False,
+        interval=_TESTED,
+        cost=_NETWORK,
+        meaning="`utility` of a small convolutional network on 32 x 32 pixels",
+    ),
+    "utility_network_real": _RewardInfo(
+        title="utility of real images, network",
+        form="{:.3f}",
+        direction=_BESIDE,
+        objective=False,
+        interval=_TESTED,
+        cost=_NETWORK,
+        meaning="`utility_real` of such a network",
+    ),
+    "utility_network_gap": _RewardInfo(
+        title="utility, lost, network",
+        form="{:.3f}",
+        direction=_BESIDE,
+        objective=False,
+        interval=_TESTED,
+        cost=_NETWORK,
+        meaning="the one less the other",
     ),
     "memorization": _RewardInfo(
         title="memorization",
@@ -520,6 +578,7 @@ _ENOUGH_SAMPLES = 4  # samples for each feature, below which a FID ranks by chan
 
 MEMBERSHIP = ("membership", "epsilon")  # how the names of its figures begin
 OF_DENOISER = ("loss_gap", "noise_norm", *MEMBERSHIP)  # the same of what the denoiser itself is asked
+UTILITIES = tuple(name for name in REWARDS if name.startswith("utility"))
 COSTS = ("trained_fraction", "step_gflops", "memory_mib")
 OF_MODEL = (*OF_DENOISER, *COSTS)  # and not of its samples: no fresh draw changes them
 OBJECTIVES = tuple(name for name, reward in REWARDS.items() if reward.objective)

@@ -29,14 +29,15 @@ def count_at_once(side: int) -> int:
 @dataclass(frozen=True)
 class ImageRecord:
     """One image: its path inside the data folder (or its index among the digits), caption, hash of its
-    pixels, and the group of images that it belongs to, such as a person; empty: none but itself; and the
-    captions from which training draws beside the first."""
+    pixels, and the group of images that it belongs to, such as a person; empty: none but itself; the
+    captions from which training draws beside the first; and the class that it shows, where that is known."""
 
     name: str
     caption: str
     digest: str = ""
     group: str = ""
     further: tuple[str, ...] = ()
+    label: str = ""
 
     @property
     def file(self) -> str:
@@ -71,6 +72,11 @@ class Images:
     def groups(self) -> list[str]:
         """Who is in each image."""
         return [record.group or f"{self.source} {record.name}" for record in self.records]
+
+    @property
+    def labels(self) -> list[str]:
+        """Which class is in each image."""
+        return [record.label for record in self.records]
 
     @cached_property
     def digest(self) -> str:

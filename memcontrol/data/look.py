@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from memcontrol.core.config import DataConfig
+from memcontrol.core.config import BY_CAPTION, DataConfig
 from memcontrol.core.errors import MemControlError
 from memcontrol.data.dataset import Unpacked, read_unpacked
 from memcontrol.data.images import ImageRecord
@@ -23,7 +23,7 @@ from memcontrol.reading.captions import Captions, find_captions
 from memcontrol.reading.decode import TooLarge, decode_image, locate_page
 from memcontrol.reading.folder import Listing, list_folder
 from memcontrol.reading.greys import Greys, choose_greys, refuse_mixed_depths
-from memcontrol.reading.groups import join_rows, make_grouping, propose_grouping
+from memcontrol.reading.groups import GROUP, LABEL, join_rows, make_grouping, propose_grouping
 from memcontrol.reading.parts import assign_parts
 from memcontrol.reading.tables import Tables, read_tables
 
@@ -119,7 +119,8 @@ def look_at_images(
     groups = _find_groups(folder, list(found.images), group, tables, patients)
     captions = captions.leave_out_names(groups)
     greys = find_greys({folder / name: one for name, one in found.images.items() if one.kind})
-    records = [_make_image(name, one, groups, captions, seed) for name, one in found.images.items()]
+    labels = _find_labels(folder, list(found.images), config.label, tables, captions)
+    records = [_make_image(name, one, groups, labels, captions, seed) for name, one in found.images.items()]
     return Look(
         folder,
         records,
@@ -170,12 +171,17 @@ def _describe_captions(records: Sequence[ImageRecord]) -> Iterator[str]:
 
 
 def _make_image(
-    name: str, seen: Seen, groups: Mapping[str, str], captions: Captions, seed: int
+    name: str,
+    seen: Seen,
+    groups: Mapping[str, str],
+    labels: Mapping[str, str],
+    captions: Captions,
+    seed: int,
 ) -> ImageRecord:
     file, _ = locate_page(name)
     caption, *further = captions.shuffle(file, seed)
     group = groups.get(file) or (f"pages of {file}" if file != name else "")
-    return ImageRecord(name, caption, seen.digest, group, tuple(further))
+    return ImageRecord(name, caption, seen.digest, group, tuple(further), labels.get(file, ""))
 
 
 def _skip(
@@ -192,16 +198,39 @@ def _skip(
 
 
 def _find_groups(
-    folder: Path, names: Sequence[str], rule: str | None, tables: Tables, patients: Mapping[str, str]
+    folder: Path,
+    names: Sequence[str],
+    rule: str | None,
+    tables: Tables,
+    patients: Mapping[str, str],
+    key: str = GROUP,
 ) -> dict[str, str]:
-    """By file, as data.group says; empty for one that is of none. Raises MemControlError."""
+    """By file, as data.group says, or another key; empty for one that is of none. Raises MemControlError."""
     if not rule:
         return {}
     try:
-        find = make_grouping(rule, tables, patients)
+        find = make_grouping(rule, tables, patients, key)
         return {file: find(file) for file in dict.fromkeys(locate_page(name)[0] for name in names)}
     except MemControlError as error:
         raise MemControlError(f"{folder}: {error}") from None
+
+
+def _find_labels(
+    folder: Path, names: Sequence[str], rule: str | None, tables: Tables, captions: Captions
+) -> dict[str, str]:
+    """By file, as data.label says. Raises MemControlError."""
+    if rule != BY_CAPTION:
+        return _find_groups(folder, names, rule, tables, {}, LABEL)
+    found: dict[str, str] = {}
+    for file in dict.fromkeys(locate_page(name)[0] for name in names):
+        texts = [text for text in captions.texts.get(file, ()) if text]
+        if len(texts) != 1:
+            has = f"{len(texts)} captions" if texts else "no caption"
+            raise MemControlError(
+                f"{folder}: data.label is '{BY_CAPTION}', and image '{file}' has {has}; each image needs one"
+            )
+        found[file] = texts[0]
+    return found
 
 
 def _describe_ungrouped(groups: Mapping[str, str], rule: str | None) -> Iterator[str]:

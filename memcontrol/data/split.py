@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from memcontrol.core.config import CALIBRATION, DIGITS, PARTS, DataConfig
+from memcontrol.core.config import BY_CAPTION, CALIBRATION, DIGITS, PARTS, DataConfig
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.seeds import derive_seed
 from memcontrol.data.dataset import locate_images
@@ -49,7 +49,7 @@ def load_parts(
     found: dict[str, Any] = {}
     source = config.path
     if source == DIGITS:
-        parts, greys = split_records(list_digit_records(), config, seed), None
+        parts, greys = split_records(_list_labelled_digits(config.label), config, seed), None
         found["drawn"] = True
         _refuse_few(parts)
     else:
@@ -61,6 +61,16 @@ def load_parts(
         part: Images(source, resolution, tuple(records), config.fit, greys) for part, records in parts.items()
     }
     return Split(images, found | _count_groups(images, config))
+
+
+def _list_labelled_digits(rule: str | None) -> list[ImageRecord]:
+    """Raises MemControlError."""
+    if rule not in (None, BY_CAPTION):
+        raise MemControlError(
+            f"data.label is '{rule}', and of the embedded digits the caption alone tells the class; set it to "
+            f"{BY_CAPTION}"
+        )
+    return [replace(one, label=one.caption if rule else "") for one in list_digit_records()]
 
 
 def _refuse_few(parts: Mapping[str, Sequence[ImageRecord]]) -> None:
@@ -298,6 +308,7 @@ def dump_parts(parts: dict[str, Images]) -> dict:
             {"name": record.name, "caption": record.caption, "digest": record.digest}
             | ({"group": record.group} if record.group else {})
             | ({"further": list(record.further)} if record.further else {})
+            | ({"label": record.label} if record.label else {})
             for record in images.records
         ]
         for part, images in parts.items()

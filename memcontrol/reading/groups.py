@@ -1,10 +1,11 @@
-"""Owns groups: who is in an image, as its path, its folder or a column of the metadata tells, and how images
-that belong together are joined."""
+"""Owns groups: who is in an image, or which class it shows, as its path, its folder or a column of the metadata
+tells, and how images that belong together are joined."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import PurePosixPath
 
 from memcontrol.core.errors import MemControlError
@@ -12,67 +13,69 @@ from memcontrol.reading.dicom import PATIENT
 from memcontrol.reading.parts import is_part_folder
 from memcontrol.reading.tables import Tables, clean_text
 
-_FOLDER = "folder"
+BY_FOLDER = "folder"
+GROUP, LABEL = "data.group", "data.label"  # keys that say such a rule
 _COLUMN_NAMES = r"^(patient|subject|person|participant|identity)([ _-]?(id|name|number))?$"
 _NAME_PATTERN = r"(?i)((?:patient|subject|subj|person|case|pat|pt|id|p)[_-]?\d+)"
 _FEWEST_PROPOSED = 8  # groups, below which a coincidence may look like them
 FindGroup = Callable[[str], str]  # of an image by its path inside the folder
 
 
-def make_grouping(rule: str, tables: Tables, patients: Mapping[str, str]) -> FindGroup:
-    """What tells an image's group by data.group: a pattern, `folder`, a column of the metadata, or the
-    `patients` that DICOM files say; empty for one of these that says none. Else it raises MemControlError for
-    an image of which it is not known."""
+def make_grouping(rule: str, tables: Tables, patients: Mapping[str, str], key: str = GROUP) -> FindGroup:
+    """What tells an image's group, or its label, by what data.group, or another `key`, says: a pattern,
+    `folder`, a column of the metadata, or the `patients` that DICOM files say; empty for one of these that
+    says none. Else it raises MemControlError for an image of which it is not known."""
     if "(" in rule:
-        return _group_by_pattern(rule)
+        return _group_by_pattern(rule, key)
     if rule == PATIENT and tables.find_column([rule]) is None:
         if not patients:
-            raise MemControlError(
-                f"data.group is '{PATIENT}', and no image says one; DICOM files do, or a column"
-            )
+            raise MemControlError(f"{key} is '{PATIENT}', and no image says one; DICOM files do, or a column")
         return lambda name: patients.get(name, "")
-    return _group_by_folder if rule == _FOLDER else _group_by_column(rule, tables)
+    return partial(_group_by_folder, key) if rule == BY_FOLDER else _group_by_column(rule, tables, key)
 
 
-def _group_by_pattern(rule: str) -> FindGroup:
+def _name_unit(key: str) -> str:
+    """Group, or label."""
+    return key.rpartition(".")[2]
+
+
+def _group_by_pattern(rule: str, key: str) -> FindGroup:
     try:
         pattern = re.compile(rule)
     except re.error as error:
-        raise MemControlError(f"data.group is '{rule}', which is no regular expression: {error}") from None
+        raise MemControlError(f"{key} is '{rule}', which is no regular expression: {error}") from None
     if not pattern.groups:
-        raise MemControlError(
-            f"data.group is '{rule}', which has no group in parentheses that could be the name"
-        )
+        raise MemControlError(f"{key} is '{rule}', which has no group in parentheses that could be the name")
 
     def find(name: str) -> str:
         found = pattern.search(name)
         if not found or not found.group(1):
             raise MemControlError(
-                f"data.group is '{rule}', which does not match image '{name}'; each image needs a group"
+                f"{key} is '{rule}', which does not match image '{name}'; each image needs a {_name_unit(key)}"
             )
         return found.group(1)
 
     return find
 
 
-def _group_by_folder(name: str) -> str:
+def _group_by_folder(key: str, name: str) -> str:
     """The innermost folder, whichever part it lies in."""
     folders = PurePosixPath(name).parent.parts
     own = folders[1:] if folders and is_part_folder(folders[0]) else folders
     if not own:
         raise MemControlError(
-            f"data.group is '{_FOLDER}', and image '{name}' lies in no folder of its own; each image needs "
-            "a group"
+            f"{key} is '{BY_FOLDER}', and image '{name}' lies in no folder of its own; each image needs "
+            f"a {_name_unit(key)}"
         )
     return "/".join(own)
 
 
-def _group_by_column(rule: str, tables: Tables) -> FindGroup:
+def _group_by_column(rule: str, tables: Tables, key: str) -> FindGroup:
     column = tables.find_column([rule])
     if column is None:
         columns = ", ".join(tables.columns) or "none"
         raise MemControlError(
-            f"data.group is '{rule}': no pattern with a group in parentheses, not '{_FOLDER}', and no column "
+            f"{key} is '{rule}': no pattern with a group in parentheses, not '{BY_FOLDER}', and no column "
             f"of the metadata, which has {columns}"
         )
 
@@ -82,8 +85,8 @@ def _group_by_column(rule: str, tables: Tables) -> FindGroup:
         if len(said) != 1:
             has = f"{len(said)} of them" if said else "none"
             raise MemControlError(
-                f"data.group is '{rule}', and image '{name}' has {has} in the metadata; each image needs a "
-                "group"
+                f"{key} is '{rule}', and image '{name}' has {has} in the metadata; each image needs a "
+                f"{_name_unit(key)}"
             )
         return said.pop()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from memcontrol.scoring.labels import N_PERMUTATIONS, Labels
 from memcontrol.scoring.local import LocalSpace, average_cells
 from memcontrol.scoring.moved import MovedSpace
 from memcontrol.scoring.quality import Gaussian, fit_gaussian
+from memcontrol.scoring.utility import Classes, Utility, measure_utility
 
 COPY_RATES = {  # by descriptor
     "pixels": "copy_rate",
@@ -72,6 +73,8 @@ class Evidence:
     n_permutations: int = N_PERMUTATIONS  # of the labels of references
     images: np.ndarray | None = None  # uint8 [N, 3, H, W], the generated ones as they are
     captions: tuple[str, ...] = ()  # that they were generated from
+    classes: Classes | None = None  # what images show, where that is known
+    trains_network: bool = False  # whether utility is measured by a small network too
     # a CLIP model's embeddings of images and captions, [N, D] each
     clip: tuple[np.ndarray, np.ndarray] | None = None
     # of each space, what depends on references alone
@@ -109,6 +112,22 @@ class Evidence:
     @property
     def suspects(self) -> Suspects:
         return remember_once(self.cache, "suspects", lambda: find_suspects(self.spaces, self.n_judged))
+
+    @property
+    def utility(self) -> Utility | None:
+        """None where no two classes are known."""
+        if self.classes is None or not self.classes.can_be_told:
+            return None
+        return remember_once(self.cache, "utility", self._measure_utility)
+
+    def _measure_utility(self) -> Utility:
+        sides = (self.generated, self.train, self.holdout)
+        images = {"utility": [side.features for side in sides]}
+        if self.trains_network:
+            images["utility_network"] = [side.pixels for side in sides]
+        assert self.classes is not None, "there are classes"
+        remember = partial(remember_once, self.known["features"])
+        return measure_utility(images, self.classes, self.holdout_groups, self.seed, remember)
 
     @property
     def labels(self) -> Labels:

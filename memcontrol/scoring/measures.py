@@ -69,6 +69,11 @@ def _measure_text_fit(evidence: Evidence) -> Measured:
 
 
 @_register_measure
+def _measure_utility(evidence: Evidence) -> Measured:
+    return evidence.utility.to_rewards() if evidence.utility else {}
+
+
+@_register_measure
 def measure_memorization_distance(evidence: Evidence) -> Measured:
     pixels, features = (measure_memorization(evidence.whole_space(name)) for name in WHOLE)
     return {

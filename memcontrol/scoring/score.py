@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from statistics import mean
+from statistics import mean, stdev
 
 import numpy as np
 
 from memcontrol.core.estimate import Estimate, Measured, pool_estimates
+from memcontrol.core.reward_table import UTILITIES
 from memcontrol.scoring.evidence import WHOLE, Evidence
 from memcontrol.scoring.measures import MEASURES, combine_copy_rates, find_worst
 from memcontrol.scoring.own_rewards import compute_own_reward
@@ -48,6 +50,7 @@ def pool_scores(draws: Sequence[Measured]) -> Measured:
     pooled = {name: _pool_reward([draw[name] for draw in draws]) for name in draws[0]}
     # of the same held-out images each time: no draw adds to it
     pooled["authpct_holdout"] = draws[0]["authpct_holdout"]
+    pooled |= {name: _pool_utility(draws, name) for name in UTILITIES if name in draws[0]}
     distances = (_require_estimate(pooled, f"memorization_{space}") for space in WHOLE)
     return pooled | {"copying": combine_copy_rates(pooled), "memorization": find_worst(*distances)}
 
@@ -56,6 +59,15 @@ def _pool_reward(values: Sequence[Estimate | float]) -> Estimate | float:
     """The mean over draws; an Estimate where every draw gave one."""
     estimates = [value for value in values if isinstance(value, Estimate)]
     return pool_estimates(estimates) if len(estimates) == len(values) else mean(map(float, values))
+
+
+def _pool_utility(draws: Sequence[Measured], name: str) -> Estimate:
+    """The mean: its error is that of the reference, the same in each draw, and of what draws differ by."""
+    estimates = [_require_estimate(draw, name) for draw in draws]
+    values = [one.value for one in estimates]
+    common = mean(one.error or 0.0 for one in estimates)
+    apart = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return Estimate(mean(values), math.hypot(common, apart))
 
 
 def _require_estimate(measured: Measured, name: str) -> Estimate:

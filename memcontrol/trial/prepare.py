@@ -4,6 +4,7 @@ recorded."""
 from __future__ import annotations
 
 import platform
+from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.metadata import version
@@ -12,7 +13,7 @@ from pathlib import Path
 import torch
 
 from memcontrol.core.choice import Choice
-from memcontrol.core.config import CALIBRATION, DIGITS, Config, load_config
+from memcontrol.core.config import CALIBRATION, DIGITS, PARTS, Config, load_config
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import read_json, write_json
 from memcontrol.core.run_folder import StudyFolder
@@ -30,6 +31,7 @@ from memcontrol.model.families import Unconditional
 from memcontrol.scoring.evidence import Evidence
 from memcontrol.scoring.extractors import Extractor
 from memcontrol.scoring.own_rewards import check_rewards, compute_own_reward, find_directions
+from memcontrol.scoring.utility import FEWEST_OF_CLASS, MOST_CLASSES, Classes
 from memcontrol.trial.loaded import LoadedModels, TellStage, describe_images, tell_nobody
 from memcontrol.trial.membership import plan_attack
 
@@ -81,6 +83,7 @@ def prepare_study(
         warn(line)
     _warn_of_cut_captions(base, parts, warn)
     _check_shards(config, parts["train"])
+    _check_classes(config, parts, warn)
     _try_own_rewards(config, parts, extractor)
 
     # What the study was begun with.
@@ -141,7 +144,8 @@ def _try_own_rewards(config: Config, parts: dict[str, Images], extractor: Extrac
     )
     pixels, train = held.pixels(), known.pixels()
     seen, views = (describe_images([images], extractor.extract) for images in (pixels, train))
-    evidence = Evidence(seen, views, seen, images=pixels, captions=tuple(held.captions))
+    classes = Classes(held.labels, known.labels, held.labels) if config.data.label else None
+    evidence = Evidence(seen, views, seen, images=pixels, captions=tuple(held.captions), classes=classes)
     for place in config.rewards.functions.values():
         compute_own_reward(place, evidence)
 
@@ -262,6 +266,36 @@ def _check_shards(config: Config, images: Images) -> None:
         )
 
 
+def _check_classes(config: Config, parts: Mapping[str, Images], warn: Callable[[str], None]) -> None:
+    """Tells of classes that are too few images to be told, or in one part alone. Raises MemControlError where
+    there are too many to be classes, or too few to measure an objective by."""
+    if not config.data.label:
+        return
+    n_train = config.search.count_train(len(parts["train"]))
+    sizes = {part: Counter(parts[part].labels) for part in PARTS}
+    sizes["train"] = Counter(parts["train"].labels[:n_train])
+    names = sorted(set().union(*sizes.values()))
+    if len(names) > MOST_CLASSES:
+        raise MemControlError(
+            f"data.label is '{config.data.label}', which gives {len(names)} classes, such as '{names[0]}'; at "
+            f"most {MOST_CLASSES} are told apart: name what says the class, or take it out"
+        )
+    few = [name for name in names if min(count[name] for count in sizes.values()) < FEWEST_OF_CLASS]
+    asked = [name for name in (*config.rewards.names, *config.rewards.limits) if name.startswith("utility")]
+    if len(names) - len(few) < 2 and asked:
+        raise MemControlError(
+            f"'{asked[0]}' needs two classes with {FEWEST_OF_CLASS} images or more in each part, and by "
+            f"data.label '{config.data.label}' there are {len(names) - len(few)}; "
+            "name what says the class, or add images"
+        )
+    if few:
+        said = ", ".join(f"{count[few[0]]} {part}" for part, count in sizes.items())
+        warn(
+            f"data.label: of {len(names)} classes {len(few)} have under {FEWEST_OF_CLASS} images in a part, "
+            f"such as '{few[0]}' ({said}): utility says little of them"
+        )
+
+
 def _choose_resolution(config: Config, base) -> int:
     resolution, step = config.data.resolution or base.resolution, base.side_multiple
     if resolution % step:
@@ -316,7 +350,7 @@ def _tell_difference(known: Mapping[str, list[dict]], found: Mapping[str, list[d
             was, row = before.get(place, {}), now.get(place, {})
             if any(was.get(key) != row.get(key) for key in keys):
                 return f"the {what} (the first that differs: '{(row or was)['name']}') are"
-    return "the groups of images, or the scale of their greys, are"
+    return "the groups or classes of images, or the scale of their greys, are"
 
 
 def _describe_split(split: Split) -> list[str]:

@@ -113,6 +113,8 @@ def _lead_trial(
     costs = _list_costs(cost, n_trained / n_all)
     rewards = Rewards.from_estimates(measured | probes).to_plain() | costs
     result = _make_result(run, spec, loaded, log, rewards, n_trained, len(samples["images"]))
+    if evidence.utility:
+        result["utility_by_class"] = evidence.utility.describe_classes()
     now = time.monotonic()
     seconds = {"seconds": round(now - started, 2), "scoring_seconds": round(now - trained_at, 2)}
 

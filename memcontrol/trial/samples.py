@@ -19,11 +19,12 @@ from memcontrol.core.run_folder import RunFolder, StudyFolder
 from memcontrol.core.seeds import derive_seed
 from memcontrol.core.spec import Spec
 from memcontrol.data.cache import TensorRows, iterate_rows, map_bytes, map_tensors, write_tensors
-from memcontrol.data.images import count_at_once
+from memcontrol.data.images import Images, count_at_once
 from memcontrol.model.base import Base
 from memcontrol.scoring.evidence import Evidence, describe_broken_images
 from memcontrol.scoring.measures import N_PAIRED, measure_extraction
 from memcontrol.scoring.score import collect_contributions, collect_labels, score_evidence
+from memcontrol.scoring.utility import Classes
 from memcontrol.training.mitigations import add_random_words, add_text_noise, list_vocabulary
 from memcontrol.training.shard import Material
 from memcontrol.trial.loaded import LoadedModels, describe_images
@@ -176,9 +177,17 @@ def gather_evidence(samples: Mapping[str, np.ndarray], spec: Spec, loaded: Loade
         seed=spec.sampling_seed,
         images=images,
         captions=captions,
+        classes=_list_classes(samples["rows"], train, held) if spec.config.data.label else None,
+        trains_network=spec.reference == "test",  # once or twice a study, by `retrain`
         clip=loaded.clip(rewards.clip)(images, captions) if rewards.clip else None,
         known=loaded.known(spec),
     )
+
+
+def _list_classes(rows: np.ndarray, train: Images, held: Images) -> Classes:
+    """Of images generated from the captions of these rows, of training images and of the reference."""
+    labels = train.labels
+    return Classes([labels[row] for row in rows], labels, held.labels)
 
 
 def score_samples(
@@ -224,9 +233,15 @@ def describe_measurement(spec: Spec, loaded: LoadedModels) -> dict[str, object]:
         "sampling": sampling,
         "prompts_and_noise": spec.sampling_seed,
         **({} if precision.is_plain else {"precision": str(precision)}),
+        **({"classes": _digest_classes(spec, loaded)} if spec.config.data.label else {}),
         # what agreed was enough before
         **({"extracted": "what agrees and matches"} if rewards.extraction else {}),
     }
+
+
+def _digest_classes(spec: Spec, loaded: LoadedModels) -> str:
+    labels = (*loaded.train_images(spec).labels, *loaded.parts(spec)[spec.reference].labels)
+    return f"{derive_seed('classes', *labels):016x}"
 
 
 def save_contributions(path: Path, measured: Measured, prompts: np.ndarray) -> None:

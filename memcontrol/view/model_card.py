@@ -3,6 +3,7 @@ what was measured."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import yaml
 from memcontrol.core.config import CHECKPOINT, BaseConfig
 from memcontrol.core.files import write_text
 from memcontrol.core.published import publish_name
-from memcontrol.core.reward_table import BLIND_SPOTS, REWARDS, format_reward
+from memcontrol.core.reward_table import BLIND_SPOTS, REWARDS, UTILITIES, format_reward
 from memcontrol.core.run_folder import StudyFolder
 from memcontrol.core.spec import Spec
 from memcontrol.core.version import __version__
@@ -30,6 +31,10 @@ _CARD_REWARDS = (
     "fid",
     "kid",
     "recall",
+    "utility",
+    "utility_real",
+    "utility_network",
+    "utility_network_real",
     "memorization",
     "copy_rate",
     "copy_rate_features",
@@ -112,6 +117,7 @@ def compose_body(spec: Spec, result: dict[str, Any], code: str) -> str:
         describe_membership(result["rewards"]),
         _tell_how_measured(spec, result),
         _make_card_table(spec, columns),
+        _make_classes_table(result.get("utility_by_class", {})),
         "## Limits",
         "\n".join(f"- {line}" for line in _LIMITS),
     ]
@@ -181,6 +187,22 @@ def _make_card_table(spec: Spec, columns: dict[str, dict[str, float]]) -> str:
         if name in measured
     ]
     return format_markdown_table(["reward", *columns, "better", "meaning"], rows)
+
+
+def _make_classes_table(by_class: Mapping[str, Mapping[str, float]]) -> str:
+    """How useful samples are, by class; empty where that was not measured."""
+    if not by_class:
+        return ""
+    columns = [name for name in UTILITIES if name in next(iter(by_class.values()))]
+    rows = [
+        [
+            one.replace("|", "/"),
+            str(told["generated_images"]),
+            *(format_reward(name, told) for name in columns),
+        ]
+        for one, told in by_class.items()
+    ]
+    return format_markdown_table(["class", "samples", *(REWARDS[name].title for name in columns)], rows)
 
 
 def _list_shown_rewards(spec: Spec) -> list[str]:

@@ -43,6 +43,7 @@ from memcontrol.view.words import (
 ReportData = dict[str, Any]  # what report_data collects
 _BESIDE_OBJECTIVES = (
     "copy_rate",
+    "utility",
     "membership_auc",
     "trained_fraction",
 )  # rewards that a table of trials always has

@@ -25,6 +25,7 @@ _N_RANKED = 12  # trials that a rank correlation needs to say anything
 _COLUMNS = (
     "fid",
     "kid",
+    "utility",
     "memorization",
     "copy_rate",
     "membership_auc",
@@ -168,6 +169,7 @@ def describe_gains(full: dict[str, float], picked: dict[str, float], apart: dict
     chosen mask, and their difference."""
     names = {
         "fid": "FID",
+        "utility": "utility (AUROC; 0.5: chance)",
         "memorization": "memorization distance",
         "copy_rate": "copy rate",
         "membership_auc": "membership AUC (0.5: nothing is told)",
