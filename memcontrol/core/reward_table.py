@@ -123,8 +123,8 @@ REWARDS = {
         objective=True,
         interval=_TESTED,
         cost=_PROBE,
-        meaning="how well a classifier that has seen samples alone tells the classes of held-out images: AUROC, "
-        "mean over classes; 0.5 is chance",
+        meaning="how well a classifier that has seen samples alone tells the classes of held-out images: "
+        "AUROC, mean over classes; 0.5 is chance",
     ),
     "utility_real": _RewardInfo(
         title="utility of real images",

@@ -67,8 +67,8 @@ def _list_labelled_digits(rule: str | None) -> list[ImageRecord]:
     """Raises MemControlError."""
     if rule not in (None, BY_CAPTION):
         raise MemControlError(
-            f"data.label is '{rule}', and of the embedded digits the caption alone tells the class; set it to "
-            f"{BY_CAPTION}"
+            f"data.label is '{rule}', and of the embedded digits the caption alone tells the class; set it "
+            f"to {BY_CAPTION}"
         )
     return [replace(one, label=one.caption if rule else "") for one in list_digit_records()]
 

@@ -1,5 +1,5 @@
-"""Owns groups: who is in an image, or which class it shows, as its path, its folder or a column of the metadata
-tells, and how images that belong together are joined."""
+"""Owns groups: who is in an image, or which class it shows, as its path, its folder or a column of the
+metadata tells, and how images that belong together are joined."""
 
 from __future__ import annotations
 
@@ -51,7 +51,8 @@ def _group_by_pattern(rule: str, key: str) -> FindGroup:
         found = pattern.search(name)
         if not found or not found.group(1):
             raise MemControlError(
-                f"{key} is '{rule}', which does not match image '{name}'; each image needs a {_name_unit(key)}"
+                f"{key} is '{rule}', which does not match image '{name}'; each image needs a "
+                f"{_name_unit(key)}"
             )
         return found.group(1)
 

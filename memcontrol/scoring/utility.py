@@ -24,11 +24,11 @@ from memcontrol.core.seeds import derive_seed
 
 MOST_CLASSES = 100
 FEWEST_OF_CLASS = 2  # images in a part, of a class that something can be said of
-N_DRAWS = 200
+N_REDRAWN = 200
 _MOST_WEIGHTS = 2**22  # that are in memory at a time
 _STRENGTH = 0.1  # scikit-learn's C of the probe, over standardised features
 _MOST_ITERATIONS = 500
-_N_STEPS, _N_IN_STEP, _RATE = 300, 32, 3e-3  # of the network
+_NETWORK_STEPS, _N_IN_STEP, _RATE = 300, 32, 3e-3  # of the network
 _WIDTHS = (16, 32, 64)
 
 Score = Callable[[np.ndarray, Sequence[str], np.ndarray, Sequence[str]], np.ndarray]
@@ -163,7 +163,7 @@ def draw_weights(groups: Sequence[object]) -> np.ndarray:
     _, own = np.unique(np.asarray(groups), return_inverse=True)
     n = int(own.max()) + 1
     rng = np.random.default_rng(derive_seed("utility", "draws"))
-    drawn = rng.multinomial(n, np.full(n, 1 / n), size=N_DRAWS)  # [B, groups]
+    drawn = rng.multinomial(n, np.full(n, 1 / n), size=N_REDRAWN)  # [B, groups]
     return np.concatenate([np.ones((1, n), int), drawn]).astype(np.uint16)[:, own]
 
 
@@ -239,8 +239,8 @@ def score_by_network(
         torch.manual_seed(seed % 2**63)
         network = _make_network(len(known))
         optimizer = torch.optim.AdamW(network.parameters(), lr=_RATE)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, _N_STEPS)
-        for _ in range(_N_STEPS):
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, _NETWORK_STEPS)
+        for _ in range(_NETWORK_STEPS):
             rows = torch.randint(len(train), (_N_IN_STEP,))
             optimizer.zero_grad()
             cross_entropy(network(train[rows]), targets[rows]).backward()

@@ -277,8 +277,8 @@ def _check_classes(config: Config, parts: Mapping[str, Images], warn: Callable[[
     names = sorted(set().union(*sizes.values()))
     if len(names) > MOST_CLASSES:
         raise MemControlError(
-            f"data.label is '{config.data.label}', which gives {len(names)} classes, such as '{names[0]}'; at "
-            f"most {MOST_CLASSES} are told apart: name what says the class, or take it out"
+            f"data.label is '{config.data.label}', which gives {len(names)} classes, such as '{names[0]}'; "
+            f"at most {MOST_CLASSES} are told apart: name what says the class, or take it out"
         )
     few = [name for name in names if min(count[name] for count in sizes.values()) < FEWEST_OF_CLASS]
     asked = [name for name in (*config.rewards.names, *config.rewards.limits) if name.startswith("utility")]
