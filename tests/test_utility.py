@@ -105,14 +105,14 @@ def test_errors_are_a_bootstraps_by_group(size):
     groups = np.arange(len(TEST)) // size
     scores = score_by_probe(MADE, OF_MADE, TEST, NAMES)
     rng, labels, drawn = np.random.default_rng(9), np.array(OF_TEST), []
-    for _ in range(300):
+    for _ in range(150):
         chosen = rng.integers(groups.max() + 1, size=groups.max() + 1)
         rows = np.concatenate([np.flatnonzero(groups == one) for one in chosen])
         by_class = [roc_auc_score(labels[rows] == name, scores[rows, k]) for k, name in enumerate(NAMES)]
         drawn.append([*by_class, np.mean(by_class)])
     found = judge(groups=[str(one) for one in groups])
     own = [found.describe_classes()[name]["utility_error"] for name in NAMES]
-    assert [*own, found.to_rewards()["utility"].error] == pytest.approx(np.std(drawn, axis=0), rel=0.2)
+    assert [*own, found.to_rewards()["utility"].error] == pytest.approx(np.std(drawn, axis=0), rel=0.25)
 
 
 def test_the_error_of_a_class_is_delongs():
@@ -162,7 +162,7 @@ def test_a_class_that_is_missing_is_chance_or_left_out():
 
 
 def test_evidence_has_a_network_where_it_is_asked_for(monkeypatch):
-    """A network tells bright images from dark ones, and is the same again; without classes nothing is told."""
+    """A network tells bright images from dark ones, and is the same again; without classes none is."""
     monkeypatch.setattr(utility, "_NETWORK_STEPS", 25)
 
     def show(n, seed):
