@@ -35,6 +35,7 @@ ELSEWHERE = {  # other tests run these, each with what it needs
     "make test": "this",
     "make quick": "a part of this",
     "make check": ".ci/run",
+    "make docs": "test_docs",
     "make chaos": "test_chaos",
     "memcontrol audit --model my-pipeline": "test_audit and test_attack, sampling takes minutes",
     "memcontrol audit --model runwayml/": "test_attack, on a small base",
