@@ -31,7 +31,7 @@ chaos: $(VENV)/tested
 
 # The pages as a site, build/site/index.html; a warning, such as of a link that leads nowhere, is an error.
 docs: $(VENV)/tested
-	$(VENV)/bin/python -m sphinx -W --keep-going --quiet -c docs . build/site
+	$(VENV)/bin/python -m sphinx -W --keep-going --quiet -c docs -d build/doctrees . build/site
 
 # torch comes first and pinned: any looser request may fetch gigabytes of CUDA packages.
 $(VENV)/installed: pyproject.toml constraints.txt

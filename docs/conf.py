@@ -1,4 +1,4 @@
-"""Owns the site: which of the repository's pages it has, at their places, and the order in which one reads them.
+"""Owns the site: which of the repository's pages it has, each at its place, and the order that one reads in.
 
 `make docs` builds it into build/site with Sphinx, which reads the names in this file.
 """

@@ -3,9 +3,9 @@
     python docs/record.py terminal             run the page's commands on the page's study, picture by picture
     python docs/record.py pages STUDY.yaml     the report and the dashboard of a study, such as the demo's
 
-The page says what is run: a block of one command, then the pictures of it. `NAME.svg` is the terminal when the
-command has ended, `NAME-live.svg` the fullest screen that a display showed while it ran. The dashboard needs
-Chromium and `memcontrol[test]`.
+The page says what is run: a block of one command, then the pictures of it. `NAME.svg` is the terminal when
+the command has ended, `NAME-live.svg` the fullest screen that a display showed while it ran. The dashboard
+needs Chromium and `memcontrol[test]`.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from pathlib import Path
 _PAGE = Path(__file__).parent / "gallery.md"
 _PICTURES = _PAGE.parent / "gallery"
 _COLUMNS, _ROWS = 80, 50
+_SHOWN = "~/studies"  # in place of the folder that the commands run in
 _STUDY = "digits.yaml"  # which the page writes its only block of YAML to
 _MEMCONTROL = [sys.executable, "-m", "memcontrol.cli"]
 _CONTROL = re.compile(r"(\x1b\[[\d;?]*[A-Za-z]|\r?\n|\r)")
@@ -44,7 +45,8 @@ def record_terminal(folder: Path) -> None:
     (folder / _STUDY).write_text(study, encoding="utf-8")
     for command, names in find_recordings(text):
         print(f"$ {command}", flush=True)
-        screens = list(show_screens(run_in_terminal(shlex.split(command, comments=True)[1:], folder)))
+        output = run_in_terminal(shlex.split(command, comments=True)[1:], folder)
+        screens = list(show_screens(output.replace(str(folder), _SHOWN)))
         for name in names:
             screen = max(screens[:-1], key=count_signs) if name.endswith("-live") else screens[-1]
             write_picture(_PICTURES / f"{name}.svg", command, screen)
@@ -85,17 +87,17 @@ def read_some(terminal: int) -> bytes:
 
 
 def show_screens(output: str) -> Iterator[list[str]]:
-    """The lines on the terminal each time before a display goes up to write over them, and at the end. Knows
-    the controls that rich writes; colours are left in the lines."""
+    """The lines on the terminal each time before a display wipes some of them, and at the end. Knows the
+    controls that rich writes; colours are left in the lines."""
     lines, at = [""], 0
     for token in _CONTROL.split(output):
         if token.endswith("\n"):
             at += 1
             lines += [""] * (at == len(lines))
         elif token.endswith("A") and token.startswith("\x1b"):
-            yield list(lines)
             at = max(0, at - int(token[2:-1] or 1))
         elif token.endswith("K") and token.startswith("\x1b"):
+            yield list(lines)
             lines[at] = ""
         elif token.endswith("m") or not token.startswith(("\x1b", "\r")):
             lines[at] += token

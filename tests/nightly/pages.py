@@ -1,5 +1,5 @@
-"""The commands of the pages that fine-tune, where the README's test does not run them: searches, on any images;
-and the gallery's, recorded anew.
+"""The commands of the pages that fine-tune, where the README's test does not run them: searches, on any
+images; and the gallery's, recorded anew.
 
 `python -m pytest tests/nightly/pages.py`
 """
@@ -25,7 +25,7 @@ def list_searches(page):
 def test_every_search_of_a_page_runs_in_its_order(page, tmp_path, photographs):
     photographs(40, "images/xrays")
     run("init", "images/xrays", cwd=tmp_path, check=True)
-    with_small_budget(tmp_path / "xrays.yaml")
+    with_small_budget(tmp_path / "xrays.yaml", executor="local")
     for command in list_searches(page):
         done = run(*shlex.split(command, comments=True)[1:], cwd=tmp_path)
         assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
