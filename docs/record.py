@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import fcntl
 import io
+import json
 import os
 import pty
 import re
@@ -34,6 +35,7 @@ _COLUMNS, _ROWS = 80, 50
 _SHOWN = "~/studies"  # in place of the folder that the commands run in
 _STUDY = "digits.yaml"  # which the page writes its only block of YAML to
 _MEMCONTROL = [sys.executable, "-m", "memcontrol.cli"]
+_SETTLED_MILLISECONDS = 8000  # after which a dashboard has drawn what it asked for
 _CONTROL = re.compile(r"(\x1b\[[\d;?]*[A-Za-z]|\r?\n|\r)")
 _FONTS = re.compile(r"\s*@font-face \{.*?\}", re.DOTALL)  # which would be fetched from elsewhere
 
@@ -121,24 +123,30 @@ def write_picture(path: Path, command: str, screen: list[str]) -> None:
 
 
 def record_pages(study: Path) -> None:
-    """Writes the study's report as a page, and pictures of its dashboard."""
+    """Writes the study's report, and pictures of its dashboard: of the study, its note and the pick."""
     _PICTURES.mkdir(exist_ok=True)
-    subprocess.run([*_MEMCONTROL, "report", study, _PICTURES / "report.html"], check=True)
+    report = _PICTURES / "report.html"
+    subprocess.run([*_MEMCONTROL, "report", study, report], check=True)
+    report.chmod(0o644)  # of digits that anyone has
+    picked = subprocess.run([*_MEMCONTROL, "pick", study, "--json"], check=True, stdout=subprocess.PIPE)
+    number = json.loads(picked.stdout)["trial"]
+    views = {"dashboard": "", "dashboard-note": "/note", "dashboard-trial": f"/trials?numbers={number}"}
     with serve_dashboard(study) as address, open_browser() as browser:
-        for name, path, scheme in _VIEWS:
-            context = browser.new_context(viewport={"width": 1280, "height": 900}, color_scheme=scheme)
-            page = context.new_page()
-            page.goto(address)  # with the token, which a cookie carries from here on
-            page.goto(address.partition("?")[0].rstrip("/") + path, wait_until="networkidle")
-            page.wait_for_timeout(2000)  # milliseconds; plots move into their places
-            page.screenshot(path=_PICTURES / f"{name}.png")
-            context.close()
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page.goto(address)  # with the token, which a cookie carries from here on
+        for name, path in views.items():
+            page.goto(address.partition("?")[0] + path)
+            page.wait_for_timeout(_SETTLED_MILLISECONDS)
+            write_image(_PICTURES / f"{name}.png", page.screenshot())
 
 
-_VIEWS = (  # of the dashboard: a picture, its address, its colours
-    ("dashboard", "/dashboard/studies/0", "light"),
-    ("dashboard-trial", "/dashboard/studies/0/trials?numbers=2", "light"),
-)
+def write_image(path: Path, png: bytes) -> None:
+    """In as many colours as a page of text and points needs: a third of the bytes."""
+    from PIL import Image
+
+    Image.open(io.BytesIO(png)).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(
+        path, optimize=True
+    )
 
 
 @contextmanager
