@@ -144,9 +144,8 @@ def write_image(path: Path, png: bytes) -> None:
     """In as many colours as a page of text and points needs: a third of the bytes."""
     from PIL import Image
 
-    Image.open(io.BytesIO(png)).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(
-        path, optimize=True
-    )
+    image = Image.open(io.BytesIO(png)).convert("RGB")
+    image.quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 @contextmanager
