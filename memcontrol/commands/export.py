@@ -221,7 +221,9 @@ def describe_loading(run: Path, out: Path) -> str:
         loaded = (
             f'{opened}.load_lora_weights("{out}")' if is_plain else f"for {base}; its README.md has the code"
         )
-        return f"a LoRA: {loaded}; comfyui/ has it for ComfyUI"
+        others = "comfyui/ has it for ComfyUI"
+        kohya = ", kohya/ for sd-scripts" if (out / KOHYA_FILE).is_file() else ""
+        return f"a LoRA: {loaded}; {others}{kohya}"
     if RunFolder(out).adapter_file.is_file():
         loaded = f'memcontrol.load_adapter({opened}, "{out}")'
         return f"an adapter: {loaded if is_plain else f'for {base}; its README.md has the code'}"

@@ -74,7 +74,7 @@ def plan_call(exported: Exported, measured_with: Mapping[str, Any], prompt: str,
     """As a run's figures were measured."""
     sampling, family = measured_with["sampling"], exported.source.family
     steps, guidance = sampling["sampling_steps"], float(sampling["guidance"])
-    arguments = {"num_inference_steps": steps, **family.describe_call(exported.config, guidance)}
+    arguments = {**family.describe_call(exported.config, guidance), "num_inference_steps": steps}
     if exported.is_unconditional:
         return Call(None, seed, arguments)
     side = measured_with["resolution"]
@@ -201,11 +201,15 @@ def _write_late_guidance(n_without: int, guidance: float) -> list[str]:
 
 
 def _write_call(call: Call) -> list[str]:
-    prompt = [] if call.prompt is None else [json.dumps(call.prompt, ensure_ascii=False)]
-    given = [*prompt, *(f"{key}={value!r}" for key, value in call.arguments.items())]
+    prompt = [] if call.prompt is None else [_write_value(call.prompt)]
+    given = [*prompt, *(f"{key}={_write_value(value)}" for key, value in call.arguments.items())]
     given += ["callback_on_step_end=guide_late"] if call.late else []
     given.append(f"generator=torch.Generator().manual_seed({call.seed})")
     return ["image = pipe(", *(f"    {one}," for one in given), ").images[0]"]
+
+
+def _write_value(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
 
 
 def _add_imports(lines: list[str], exported: Exported) -> str:

@@ -3,7 +3,7 @@ calls a copy and whose prompt tells of no single image, drawn again by the expor
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,7 @@ from memcontrol.trial.card_code import Call, Exported, draw_image, open_exported
 from memcontrol.trial.samples import read_samples
 
 PICTURE_FILE = "example.png"
-N_SHARING = 5  # training images, of as many people, that must have a caption before it is shown
+N_SHARING = 5  # images of a study, of as many people, that must have a caption before it is shown
 _MOST_OFF = 4.0  # of 255, the mean over pixels: what 16 bits and another device change, and no other image
 _MOST_ON_CPU = 1e9  # parameters of a denoiser that draws an image within minutes there
 
@@ -42,38 +42,43 @@ class Sample:
 def list_shared_captions(spec: Spec) -> list[str]:
     """Training captions that tell of no single image or person, the most common first."""
     sharing: dict[str, set[str]] = defaultdict(set)
-    for row in _read_training_rows(spec):
-        sharing[row["caption"]].add(row.get("group") or row["name"])
-    shared = (caption for caption, images in sharing.items() if len(images) >= N_SHARING)
-    return sorted(shared, key=lambda caption: -len(sharing[caption]))
+    for part, rows in _read_rows(spec).items():
+        for row in rows:
+            sharing[row["caption"]].add(row.get("group") or f"{part} {row['name']}")
+    trained = Counter(row["caption"] for row in _read_rows(spec).get("train", []))
+    return [caption for caption, _ in trained.most_common() if len(sharing[caption]) >= N_SHARING]
 
 
 def find_instance_prompt(spec: Spec) -> str | None:
     """The caption that all training images have, where they have but one."""
-    captions = {row["caption"] for row in _read_training_rows(spec)}
+    captions = {row["caption"] for row in _read_rows(spec).get("train", [])}
     shared = list_shared_captions(spec)
     return shared[0] or None if len(captions) == 1 and shared else None
 
 
-def _read_training_rows(spec: Spec) -> list[dict[str, Any]]:
-    """Empty where the study's folder is not on this machine."""
+def _read_rows(spec: Spec) -> dict[str, list[dict[str, Any]]]:
+    """Of each part its images, of the training set those that were trained on; empty where the study's
+    folder is not on this machine."""
     folder = StudyFolder(spec.study_folder)
-    return folder.read_split()["parts"]["train"][: spec.n_train] if folder.split_file.is_file() else []
+    parts = folder.read_split()["parts"] if folder.split_file.is_file() else {}
+    return {part: rows[: spec.n_train] if part == "train" else rows for part, rows in parts.items()}
 
 
 def choose_sample(run: RunFolder, spec: Spec, tokenizer: Any) -> Sample:
     """Of those that no rule calls a copy and that are nearer to an unseen image than to any training image,
     in pixels and in features, the one for which that holds most. Raises Withheld."""
-    rewards, captions = spec.config.rewards, [row["caption"] for row in _read_training_rows(spec)]
+    captions = [row["caption"] for row in _read_rows(spec).get("train", [])]
     if not captions or not (run.samples_file.is_file() or run.old_samples_file.is_file()):
         raise Withheld("the run's samples, or the study's folder, are not on this machine")
-    if rewards.embedding_noise:
+    if spec.config.rewards.embedding_noise:
         raise Withheld("prompts were measured with noise on their encodings, which no call repeats")
     samples, shared = read_samples(run.path), set(list_shared_captions(spec))
     rows = samples["rows"].tolist()
     may_tell = np.array([captions[row] in shared for row in rows])
     if not may_tell.any():
-        raise Withheld(f"no caption is shared by {N_SHARING} training images, so each may tell of one")
+        raise Withheld(
+            f"no training caption is shared by {N_SHARING} images of the study, so that each may tell of one"
+        )
     margins = _measure_margins(run.read_contributions(), samples["rows"])
     margins[~may_tell] = np.inf
     chosen = int(margins.argmin())
