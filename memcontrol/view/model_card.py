@@ -113,7 +113,7 @@ def _write_license_name(text: str) -> str:
 def parse_license(card: str | None, files: str = "", page: str | None = None) -> License:
     """What the base's card says. `files` is the address that a link to a file beside the card begins with,
     `page` is where the base is to be found, on the Hub."""
-    values = _read_head(card or "")
+    values = _read_card_head(card or "")
     said, link, name = (values.get(key) for key in ("license", "license_link", "license_name"))
     if isinstance(said, list):
         said = said[0] if len(said) == 1 else None
@@ -126,7 +126,7 @@ def parse_license(card: str | None, files: str = "", page: str | None = None) ->
     return License(_OTHER, known or "license-of-the-base", where) if known or where else License()
 
 
-def _read_head(card: str) -> dict[str, Any]:
+def _read_card_head(card: str) -> dict[str, Any]:
     """The metadata of a card; empty where there is none, or it is broken."""
     found = re.match(r"\ufeff?---\r?\n(.*?)\r?\n---", card, re.DOTALL)
     try:
