@@ -305,6 +305,9 @@ def test_a_bases_license_goes_with_what_is_exported(tmp_path):
     data = read_card(out).data.to_dict()
     assert (data["license"], data["license_name"]) == ("other", "flux-1-dev-non-commercial-license")
     assert (out / data["license_link"]).read_text() == "terms"
+    (base / "LICENSE.md").unlink()
+    lost = export(tmp_path / "run", tmp_path / "lost", "denoiser", picture=False)
+    assert "license_link" not in read_card(lost).data.to_dict()  # which would lead nowhere
     given = export(tmp_path / "run", tmp_path / "given", "denoiser", license="mit", picture=False)
     assert read_card(given).data.to_dict()["license"] == "mit" and not (given / "LICENSE.md").exists()
 

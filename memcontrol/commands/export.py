@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -148,10 +149,13 @@ def _find_license(source: Source, out: Path) -> License:
         return parse_license(text, f"{place}/blob/{source.commit}/", place)
     card = Path(base.id) / "README.md"
     found = parse_license(card.read_text(encoding="utf-8", errors="replace") if card.is_file() else None)
-    beside = card.parent / (found.link or "")
-    if found.link and beside.is_file() and beside.parent == card.parent and beside.name != card.name:
-        shutil.copyfile(beside, out / beside.name)
-    return found
+    if not found.link or ":" in found.link:
+        return found
+    text = card.parent / found.link
+    if text.is_file() and text.parent == card.parent and not (out / text.name).exists():
+        shutil.copyfile(text, out / text.name)
+        return found
+    return replace(found, link=None)
 
 
 def _publish_names(path: Path) -> None:

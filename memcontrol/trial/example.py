@@ -115,11 +115,13 @@ def draw_picture(exported: Exported, call: Call, sample: Sample) -> None:
     """Writes what the exported files draw by the card's call, once it is seen to be the sample that was
     judged. Raises Withheld."""
     device = find_device()
-    if device.type == "cpu" and exported.n_parameters > _MOST_ON_CPU:
-        raise Withheld("there is no GPU here, on which so large a model draws one in good time")
-    pipeline = open_exported(exported).to(device)
-    with torch.no_grad():
-        image = draw_image(pipeline, exported, call)
+    if device.type == "cpu" and (exported.n_parameters > _MOST_ON_CPU or exported.kind == "float16"):
+        raise Withheld("there is no GPU here, on which such a model draws one in good time")
+    try:
+        with torch.no_grad():
+            image = draw_image(open_exported(exported).to(device), exported, call)
+    except torch.OutOfMemoryError:
+        raise Withheld("the GPU's memory does not suffice to draw one here") from None
     drawn = np.asarray(image.convert("RGB"), dtype=np.float64).transpose(2, 0, 1)
     if drawn.shape != sample.image.shape or np.abs(drawn - sample.image).mean() > _MOST_OFF:
         raise Withheld(
