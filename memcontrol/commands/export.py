@@ -151,9 +151,9 @@ def _find_license(source: Source, out: Path) -> License:
     found = parse_license(card.read_text(encoding="utf-8", errors="replace") if card.is_file() else None)
     if not found.link or ":" in found.link:
         return found
-    text = card.parent / found.link
-    if text.is_file() and text.parent == card.parent and not (out / text.name).exists():
-        shutil.copyfile(text, out / text.name)
+    beside = card.parent / found.link
+    if beside.is_file() and beside.parent == card.parent and not (out / beside.name).exists():
+        shutil.copyfile(beside, out / beside.name)
         return found
     return replace(found, link=None)
 
