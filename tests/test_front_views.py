@@ -13,13 +13,13 @@ from PIL import Image
 from memcontrol.core.choice import Choice
 from memcontrol.core.estimate import Estimate
 from memcontrol.core.reward_table import Objective
+from memcontrol.dashboard.note_text import write_standings
 from memcontrol.search.importance import Effect
 from memcontrol.study.record import Record
 from memcontrol.view.front_data import list_standings, make_axis, make_front_data, mark_trials
 from memcontrol.view.front_plotly import plot_front
 from memcontrol.view.front_png import draw_front, draw_front_png
 from memcontrol.view.front_svg import draw_front_svg
-from memcontrol.view.note_text import write_standings
 from memcontrol.view.report_results import render_drivers, render_standings
 from memcontrol.view.tables import make_importance_table
 

@@ -4,8 +4,8 @@ do."""
 import pytest
 
 from memcontrol.core.errors import MemControlError
-from memcontrol.view.dashboard_guard import guard_app, name_cookie
-from memcontrol.view.dashboard_prefix import check_prefix, put_below
+from memcontrol.dashboard.guard import guard_app, name_cookie
+from memcontrol.dashboard.prefix import check_prefix, put_below
 
 
 def ask(

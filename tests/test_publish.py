@@ -20,6 +20,7 @@ from simulated import Simulated, search
 from memcontrol.core.jobs import Done, TrialJob
 from memcontrol.core.run_folder import RunFolder, StudyFolder, locate_study_folder
 from memcontrol.core.space_yaml import load_space
+from memcontrol.dashboard.notes import Publisher
 from memcontrol.study import artifacts
 from memcontrol.study import hypervolume as growth
 from memcontrol.study.hypervolume import trace_hypervolume
@@ -27,7 +28,6 @@ from memcontrol.study.optuna_private import Notes
 from memcontrol.study.pareto import hypervolume
 from memcontrol.study.place import StudyPlace
 from memcontrol.study.store import Study
-from memcontrol.view.dashboard_notes import Publisher
 
 
 class Drawing(Simulated):
@@ -260,7 +260,7 @@ def test_what_the_thread_could_not_write_is_written_later(study_path, monkeypatc
 def test_a_publisher_writes_nothing_twice(study_path, monkeypatch):
     study = search(study_path, Drawing(1))
     monkeypatch.setattr(
-        "memcontrol.view.dashboard_notes.save_note",
+        "memcontrol.dashboard.notes.save_note",
         lambda *_: pytest.fail("a note that is there was written again"),
     )
     publisher = Publisher(load_space("digits"), StudyFolder(study.folder))

@@ -20,6 +20,8 @@ from optuna.storages import RDBStorage
 
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.run_folder import StudyFolder
+from memcontrol.dashboard.guard import LOOPBACK, App, guard_app
+from memcontrol.dashboard.prefix import check_prefix, put_below
 from memcontrol.study.artifacts import ReadOnlyStore
 from memcontrol.study.database import (
     connect_file,
@@ -29,8 +31,6 @@ from memcontrol.study.database import (
     make_engine_url,
 )
 from memcontrol.study.optuna_private import close_storage
-from memcontrol.view.dashboard_guard import LOOPBACK, App, guard_app
-from memcontrol.view.dashboard_prefix import check_prefix, put_below
 
 _TOKEN = r"[A-Za-z0-9_-]{16,}"
 _ANY = ("0.0.0.0", "::", "")  # noqa: S104  # all interfaces of the machine, which is reached by its name

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from memcontrol.core.errors import MemControlError
-from memcontrol.view.dashboard_guard import App
+from memcontrol.dashboard.guard import App
 
 _PREFIX = r"(/[A-Za-z0-9._~-]+)+"
 # where its page and its script name their own addresses (tests/test_seeing.py holds them to the version)

@@ -1,0 +1,1 @@
+"""Owns optuna-dashboard as it is served here: the guard before it, its address, and what a search writes for it."""
