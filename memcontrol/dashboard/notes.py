@@ -105,7 +105,7 @@ class Publisher(Observer):
         trials = mark_trials(records, find_pick(records, self.study), len(self.space.groups))
         for record in changed:
             if record.state != "RUNNING":
-                self.note(pen, notes, record.number, write_trial_note(record, self.space))
+                self.note(pen, notes, record.number, write_trial_note(record, self.space, config.data.path))
         self.note(pen, notes, None, write_study_note(config, self.space, trials, objectives, self.data, over))
         complete = [trial for trial in trials if trial["state"] == "COMPLETE"]
         if complete and len(objectives) > 1:
