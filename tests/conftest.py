@@ -297,6 +297,7 @@ SLOW_FILES = {  # that start processes or services, or fine-tune, by themselves
     "test_retries.py",
     "test_sampling.py",
     "test_search.py",
+    "test_report_layout.py",
     "test_seeing.py",
     "test_slurm.py",
     "test_spaces_shipped.py",

@@ -12,7 +12,7 @@ from memcontrol.view.front_data import FrontPoint
 _MOST_NUMBERED = 40  # points, beyond which only the front and the anchors have their numbers
 _ANGLES = [math.radians(degrees) for degrees in (-45, 45, 0, -135, 135, 180, -90, 90)]  # best first
 _NEAR, _FAR = (1.0, 1.5), (2.5, 4.0)  # how far from the mark, in heights of a letter
-_LETTER_WIDTH = 0.62  # of its height, a digit's
+_LETTER_WIDTH, _LINE_HEIGHT = 0.66, 1.3  # of its height, a digit's
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
@@ -60,7 +60,7 @@ def place_labels(
 def _list_candidates(
     point: FrontPoint, place: tuple[float, float], reaches: Sequence[float], size: float, mark: float
 ) -> list[PlacedLabel]:
-    half = len(str(point.trial)) * size * _LETTER_WIDTH / 2, size / 2
+    half = len(str(point.trial)) * size * _LETTER_WIDTH / 2, size * _LINE_HEIGHT / 2
     ring = mark * 2.2 if point.is_pick else mark
     found = []
     for reach in reaches:

@@ -16,7 +16,7 @@ from memcontrol.view.marks import MARKS, PICK
 
 _WIDTH, _HEIGHT = 480, 380
 _LEFT, _RIGHT, _TOP, _BOTTOM = 66, _WIDTH - 16, 14, _HEIGHT - 54  # of the field that the axes span
-_NUMBER_SIZE, _MARK = 11, 6  # of a trial's number, and half a mark's side
+_NUMBER_SIZE, _HALF_MARK = 11, 6  # of a trial's number, and half a mark's side
 _LOG_TICKS = ((1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,))  # times powers of ten: the first that has room
 
 
@@ -88,7 +88,7 @@ def draw_front_svg(data: FrontData) -> str:
     # what matters lies on top
     points = sorted(data.points, key=lambda point: (point.is_on_front, point.is_anchor))
     places = {point.trial: (across(point.x), up(point.y)) for point in points}
-    labels = place_labels(points, places, (_LEFT + 2, _TOP, _RIGHT, _BOTTOM - 2), _NUMBER_SIZE, _MARK)
+    labels = place_labels(points, places, (_LEFT + 2, _TOP, _RIGHT, _BOTTOM - 2), _NUMBER_SIZE, _HALF_MARK)
     parts = [
         *_draw_axes(across, up),
         *_draw_labels(data),
@@ -126,13 +126,16 @@ def _draw_labels(data: FrontData) -> list[str]:
     across, middle = (_LEFT + _RIGHT) / 2, (_TOP + _BOTTOM) / 2
     turned = f'transform="translate(16 {middle}) rotate(-90)"'
     return [
-        f'<text x="{across}" y="{_HEIGHT - 12}" text-anchor="middle">{_label_axis(data.x_axis)}</text>',
-        f'<text {turned} text-anchor="middle">{_label_axis(data.y_axis)}</text>',
+        _draw_title(data.x_axis, f'x="{across}" y="{_HEIGHT - 12}"', _RIGHT - _LEFT),
+        _draw_title(data.y_axis, turned, _BOTTOM - _TOP),
     ]
 
 
-def _label_axis(axis: FrontAxis) -> str:
-    return escape(axis.full_title)
+def _draw_title(axis: FrontAxis, place: str, length: float) -> str:
+    """An axis's, no longer than it: a letter is some half as wide as high."""
+    size = min(14.0, length / (0.58 * len(axis.full_title)))
+    style = f'style="font-size: {size:.1f}px" text-anchor="middle"'
+    return f"<text {place} {style}>{escape(axis.full_title)}</text>"
 
 
 def _draw_front_line(points: Sequence[FrontPoint], across: _AxisScale, up: _AxisScale) -> str:

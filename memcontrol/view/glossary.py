@@ -11,7 +11,7 @@ from memcontrol.view.html import render_code
 _TERMS = {  # by the words that stand for it, as a pattern, what it is called and means
     r"trials?": ("trial", "one fine-tuning of the base, with what was measured on its pictures"),
     r"fine-tun\w+": ("fine-tuning", "training a finished model further, on one's own images"),
-    r"base": ("base", "the model before that"),
+    r"base": ("base", "the model as it was before fine-tuning"),
     r"front": (
         "front",
         "the trials that no other beats in everything that was to be good: what is left to choose among",

@@ -52,7 +52,8 @@ def render_lay_page(facts: Mapping[str, Any], with_images: bool) -> str:
         *([_render_nearest(subject)] if with_images and subject.pick else []),
         _render_protection(facts, subject),
     ]
-    return f'<div class="lay">{"".join(parts)}</div>'
+    told = "".join(parts).replace(" %", "\N{NO-BREAK SPACE}%")
+    return f'<div class="lay">{told}</div>'
 
 
 def _describe_purpose(facts: Mapping[str, Any]) -> str:
@@ -132,7 +133,7 @@ def _render_model_pairs(name: str, model: LayModel) -> str:
     pairs = cut_pairs(RunFolder(Path(model.run)).pairs_picture)
     if not pairs:
         return ""
-    shown = "".join(_render_pair(*pair) for pair in pairs[:_N_PAIRS])
+    shown = "".join(_render_nearest_pair(*pair) for pair in pairs[:_N_PAIRS])
     return f'<figure><figcaption>{escape(name)}</figcaption><div class="pairs">{shown}</div></figure>'
 
 
@@ -159,7 +160,7 @@ def _cut_tile(picture: Image.Image, left: int, top: int, side: int) -> bytes:
     return buffer.getvalue()
 
 
-def _render_pair(generated: bytes, training: bytes, is_copy: bool) -> str:
+def _render_nearest_pair(generated: bytes, training: bytes, is_copy: bool) -> str:
     kind = "copy" if is_copy else "alike"
     images = "".join(
         f'<img alt="{what}" src="{make_data_uri("image/png", content)}">'
@@ -170,12 +171,13 @@ def _render_pair(generated: bytes, training: bytes, is_copy: bool) -> str:
 
 def _render_protection(facts: Mapping[str, Any], subject: Subject) -> str:
     rows = [
-        f"<tr><td>{escape(kind)}</td><td>{render_code(here)}</td><td>{render_code(missing)}</td></tr>"
+        f"<tr><td>{escape(kind)}</td><td data-label=here>{render_code(here)}</td>"
+        f'<td data-label="not here">{render_code(missing)}</td></tr>'
         for kind, (here, missing) in list_protection_evidence(facts, subject).items()
     ]
     return render_section(
         "What data protection asks",
         render_paragraph(PROTECTION_QUESTION),
         render_paragraph(PROTECTION_ANSWER),
-        render_table(["evidence", "what of it is here", "what is not"], rows, "plain"),
+        render_table(["evidence", "what of it is here", "what is not"], rows, "stacked"),
     )

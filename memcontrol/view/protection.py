@@ -22,7 +22,7 @@ PROTECTION_ANSWER = (
     "listed here, and the rest must come from elsewhere. It is no legal advice."
 )
 _ABSENT = "Nothing."
-_METHODS = {  # keys of `inner` under which training was made to copy less, where they are set
+_MILDER_TRAINING = {  # keys of `inner` under which training was made to copy less, where they are set
     "skip": "images that are learned already are skipped",
     "redistribution": "much-skipped images change their shard",
     "augmentation": "images near to being learned are varied",
@@ -105,7 +105,7 @@ def _tell_minimisation(facts: Mapping[str, Any], subject: Subject) -> tuple[str,
 def _tell_methods(facts: Mapping[str, Any], rewards: Mapping[str, float]) -> tuple[str, str]:
     """`epsilon_low` is a lower bound: it can show that a guarantee does not hold, and never that one does."""
     inner = facts["config"]["inner"]
-    used = [words for key, words in _METHODS.items() if inner.get(key)]
+    used = [words for key, words in _MILDER_TRAINING.items() if inner.get(key)]
     used += ["training in parts that are averaged"] * (inner["ensemble"]["shards"] > 1)
     here = f"Against copying: {', '.join(used)}." if used else "The choice of what is trained."
     missing = "No guarantee is proved here, such as that of differential privacy."

@@ -104,7 +104,7 @@ def render_standings(facts: ReportData) -> str:
     doubt = facts["doubt"]
     return render_section(
         name_standings(trials),
-        render_table(heads, [_render_standing(trial, names) for trial in trials]),
+        render_table(heads, [_render_standing(trial, names) for trial in trials], "standings"),
         render_paragraph(note, "note"),
         *([render_paragraph(f"{doubt[0].upper()}{doubt[1:]}.")] if doubt else []),
     )
@@ -193,7 +193,8 @@ def _render_share(name: str, share: float) -> str:
     """A cell, the darker the larger the share."""
     colour, title = f"rgba(var(--on), {0.07 + 0.78 * share:.2f})", f"{escape(name)}: {share:.0%}"
     text = f"{100 * share:.0f}" if share else ""
-    return f'<td style="background: {colour}" title="{title}">{text}</td>'
+    ink = "; color: var(--paper)" if share > 0.5 else ""
+    return f'<td style="background: {colour}{ink}" title="{title}">{text}</td>'
 
 
 def _describe_mask(trial: TrialData) -> str:
