@@ -63,7 +63,7 @@ def _tell_membership(rewards: Mapping[str, float]) -> tuple[str, str]:
         f"{100 * rewards['membership_tpr']:.0f} ({100 * low:.0f} to {100 * high:.0f}), and "
         f"{100 * rewards['membership_fpr']:.0f} of 100 others wrongly."
     )
-    return here, "Stronger attacks; a figure for each person by himself."
+    return here, "Stronger attacks; a figure for each person alone."
 
 
 def _tell_regurgitation(subject: Subject) -> tuple[str, str]:
