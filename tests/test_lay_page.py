@@ -49,6 +49,21 @@ def test_a_pick_that_does_not_copy_stands_beside_chance_and_full_fine_tuning():
     assert write_lay_quality(subject).startswith("Its pictures are as good as those of full fine-tuning")
 
 
+@pytest.mark.parametrize(
+    ("full", "ends"),
+    [
+        (make_rewards(26.8, copied=2), ", shows no copying: 2 (0.8 %)."),
+        (make_rewards(26.8, copied=2, leaning=0.001), ", leans towards them: 2 (0.8 %)."),
+        ({"fid": 26.8, "memorization": 0.1}, "; there is no full fine-tuning to compare it with."),
+    ],
+)
+def test_full_fine_tuning_need_not_copy(full, ends):
+    facts = make_facts(make_trio(full=full))
+    facts["trials"][1]["pick"], facts["trials"][2]["pick"] = False, True
+    said = write_lay_verdict(find_subject(facts))
+    assert said.endswith(ends)
+
+
 def test_a_pick_that_copies_is_said_to_copy_first():
     facts = make_facts(make_trio(pick=make_rewards(20.0, copied=52, p=0.001)))
     facts["trials"][1]["pick"], facts["trials"][2]["pick"] = False, True

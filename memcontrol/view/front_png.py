@@ -108,6 +108,8 @@ def _circle_pick(axes: Axes, pick: FrontPoint) -> None:
 
 def _number_points(axes: Axes, points: Sequence[FrontPoint]) -> None:
     """With trials' numbers, where there is room."""
+    from matplotlib import patheffects
+
     figure = axes.get_figure(root=True)
     assert figure is not None
     figure.draw_without_rendering()  # what lies where is known from then on
@@ -115,13 +117,14 @@ def _number_points(axes: Axes, points: Sequence[FrontPoint]) -> None:
     spots = axes.transData.transform([(point.x, point.y) for point in points]).tolist()
     places = {point.trial: (x, -y) for point, (x, y) in zip(points, spots)}  # downwards
     field = frame.x0, -frame.y1, frame.x1, -frame.y0
-    for trial, label in place_labels(points, places, field, 8 * scale, 4 * scale).items():
+    for trial, label in place_labels(points, places, field, 8 * scale, 5 * scale).items():
         x, y = axes.transData.inverted().transform((label.x, -label.y))
         line = {"arrowstyle": "-", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 0} if label.has_line else None
         spot = next((point.x, point.y) for point in points if point.trial == trial)
-        axes.annotate(
+        text = axes.annotate(
             str(trial), spot, (x, y), ha="center", va="center", fontsize=8, arrowprops=line, zorder=5
         )
+        text.set_path_effects([patheffects.withStroke(linewidth=2, foreground="white")])
 
 
 def _scale_x(axes: Axes, axis: FrontAxis) -> None:

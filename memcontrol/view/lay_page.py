@@ -60,7 +60,7 @@ def _describe_purpose(facts: Mapping[str, Any]) -> str:
     base = read_base(facts["config"]["base"]).without_paths()
     train = facts["data"].get("parts", {}).get("train", {}).get("images")
     images = publish_name(facts["config"]["data"]["path"])
-    own = f"{train:,} private images ({images})" if train else f"private images ({images})"
+    own = f"{train:,} images ({images})" if train else f"images ({images})"
     return (
         f"A program that makes pictures ({base}) was trained further on {own}. Such a program may learn "
         "images by heart and give them back. The study trained different parts of it, to find one that "

@@ -158,9 +158,8 @@ def _compare_with_full(subject: Subject, name: str) -> str:
         return "; there is no full fine-tuning to compare it with"
     count = say_count(full.rewards[name], full.n_images)
     too = " too" if subject.pick and subject.pick.grade == COPIES else ""
-    if full.grade == COPIES:
-        return f"; full fine-tuning, which changes the whole model, copies{too}: {count}"
-    return f"; full fine-tuning, which changes the whole model, shows {count}, and no copying"
+    grade = {COPIES: f" copies{too}", LEANS: " leans towards them", CLEAN: " shows no copying"}
+    return f"; full fine-tuning, which changes the whole model,{grade.get(full.grade, '')}: {count}"
 
 
 def write_lay_certainty(subject: Subject) -> str:

@@ -112,7 +112,7 @@ def _tell_methods(facts: Mapping[str, Any], rewards: Mapping[str, float]) -> tup
     if inner.get("privacy"):
         here = "Training under differential privacy, within the bound that the study file sets."
         missing = "Whether that bound is small enough; what the choice among trials told."
-    if "epsilon_low" in rewards:
+    if rewards.get("epsilon_low", 0.0) > 0:
         missing += f" If one held, its epsilon would be {rewards['epsilon_low']:.1f} at least."
     return here, missing
 
