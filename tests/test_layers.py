@@ -12,7 +12,7 @@ import memcontrol
 PACKAGE = Path(memcontrol.__file__).parent
 ORDER = (
     "core reading data model training scoring trial execution study search view dashboard auditing "
-    "recipes commands cli"
+    "recipes checks commands cli"
 ).split()
 TORCH = {"reading", "data", "model", "training", "scoring", "trial"}
 HEAD = {"study", "search", "view", "dashboard"}

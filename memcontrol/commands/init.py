@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from memcontrol.commands.card import Card, describe_card, explain_too_small, propose_memory
+from memcontrol.checks.card import Card, describe_card, explain_too_small, propose_memory
 from memcontrol.core.choice import ANCHORS
 from memcontrol.core.config import (
     CALIBRATION,
