@@ -90,6 +90,20 @@ def test_copies_in_another_sense_are_told_in_that_sense():
     assert said.endswith("; there is no full fine-tuning to compare it with.")
 
 
+def test_the_chosen_model_is_told_of_where_it_looks_worst_and_not_where_full_fine_tuning_does():
+    pick = {**make_rewards(20.0, copied=1), "local_copy_rate": 9 / 256, "local_copy_rate_swapped": 0.0}
+    full = {
+        **make_rewards(26.8, copied=52, p=0.001),
+        "local_copy_rate": 30 / 256,
+        "local_copy_rate_swapped": 0.0,
+    }
+    facts = make_facts(make_trio(pick=pick, full=full))
+    facts["trials"][1]["pick"], facts["trials"][2]["pick"] = False, True
+    said = write_lay_verdict(find_subject(facts))
+    assert "9 (3.5 %) come as near to a training image as a copy would, in a part of the picture" in said
+    assert said.endswith("30 (11.7 %).")
+
+
 def test_a_leaning_is_no_copying():
     facts = make_facts(make_trio(pick=make_rewards(25, copied=2, leaning=0.001)))
     said = write_lay_verdict(find_subject(facts))

@@ -111,13 +111,11 @@ def write_lay_verdict(subject: Subject) -> str:
 
 
 def choose_measure(subject: Subject) -> str:
-    """By which measure both models are told of: that by which the first one that copies does so most, whole
-    images as they are where none does."""
-    for model in subject.models.values():
-        if model.grade == COPIES:
-            names = [name for name in _MEASURES if name in model.rewards]
-            return max(names, key=lambda name: _measure_excess(model.rewards, name))
-    return "copy_rate"
+    """By which measure both models are told of: that by which the chosen one looks worst, so that its page
+    never has the kindest of several figures."""
+    rewards = subject.pick.rewards if subject.pick else {}
+    names = [name for name in _MEASURES if name in rewards]
+    return max(names, key=lambda name: _measure_excess(rewards, name), default="copy_rate")
 
 
 def _measure_excess(rewards: Mapping[str, float], name: str) -> float:
