@@ -40,20 +40,20 @@ def test_a_pick_that_does_not_copy_stands_beside_chance_and_full_fine_tuning():
     assert write_lay_verdict(subject) == (
         "No copying is seen in the chosen model: of 256 pictures that it made, 1 (0.4 %) comes as near to a "
         "training image as a copy would, where chance alone puts about 3 (1.0 %); full fine-tuning, which "
-        "changes the whole model, copies: 52 (20.3 %)."
+        "changes the whole model, does copy: 52 (20.3 %) of its 256 pictures."
     )
     assert write_lay_certainty(subject) == (
         "Of many more pictures, between 0.1 % and 2.2 % would come so near (with 95 % certainty), so copying "
         "that is rarer than one picture in 46 may have been missed."
     )
-    assert write_lay_quality(subject).startswith("Its pictures are as good as those of full fine-tuning")
+    assert write_lay_quality(subject).startswith("Its pictures are as like real ones as those of full fine-tuning")
 
 
 @pytest.mark.parametrize(
     ("full", "ends"),
     [
-        (make_rewards(26.8, copied=2), ", shows no copying: 2 (0.8 %)."),
-        (make_rewards(26.8, copied=2, leaning=0.001), ", leans towards them: 2 (0.8 %)."),
+        (make_rewards(26.8, copied=2), ", shows no copying: 2 (0.8 %) of its 256 pictures."),
+        (make_rewards(26.8, copied=2, leaning=0.001), ", leans towards them: 2 (0.8 %) of its 256 pictures."),
         ({"fid": 26.8, "memorization": 0.1}, "; there is no full fine-tuning to compare it with."),
     ],
 )
@@ -69,7 +69,7 @@ def test_a_pick_that_copies_is_said_to_copy_first():
     facts["trials"][1]["pick"], facts["trials"][2]["pick"] = False, True
     said = write_lay_verdict(find_subject(facts))
     assert said.startswith("Yes, the chosen model copies training images: of 256 pictures that it made, 52")
-    assert said.endswith("copies too: 52 (20.3 %).")
+    assert said.endswith("does copy too: 52 (20.3 %) of its 256 pictures.")
     assert "this test would call about one a copier" in write_lay_certainty(find_subject(facts))
 
 
@@ -101,13 +101,13 @@ def test_the_chosen_model_is_told_of_where_it_looks_worst_and_not_where_full_fin
     facts["trials"][1]["pick"], facts["trials"][2]["pick"] = False, True
     said = write_lay_verdict(find_subject(facts))
     assert "9 (3.5 %) come as near to a training image as a copy would, in a part of the picture" in said
-    assert said.endswith("30 (11.7 %).")
+    assert said.endswith("does copy: 30 (11.7 %) of its 256 pictures.")
 
 
 def test_a_leaning_is_no_copying():
     facts = make_facts(make_trio(pick=make_rewards(25, copied=2, leaning=0.001)))
     said = write_lay_verdict(find_subject(facts))
-    assert said.startswith("No picture of the chosen model stands out as a copy, but together they")
+    assert said.startswith("No single picture of the chosen model is shown to be a copy, but on average they")
 
 
 def test_a_pick_that_is_full_fine_tuning_is_compared_with_nothing():
@@ -138,11 +138,11 @@ def test_figures_of_the_search_are_said_to_be_optimistic_until_the_pick_is_retra
 
 def test_membership_is_told_in_natural_frequencies():
     said = write_lay_membership(find_subject(make_facts(make_trio())))
-    assert said.startswith("Something, more than by guessing. Of 100 training images an attacker")
-    named = "would name 12 rightly (4 to 24, with 95 % certainty), while wrongly naming 1 of 100 others"
+    assert said.startswith("Something, more than by guessing. Shown a training image beside another")
+    named = "would name 12 rightly as such (4 to 24), while wrongly naming 1 of 100 others"
     assert named in said
-    assert "points at the right one in 69 of 100 cases; guessing does so in 50." in said
-    assert "After full fine-tuning the same attacker names 80 of 100, and points right in 99" in said
+    assert "points at the right one in 69 of 100 cases (" in said
+    assert "After full fine-tuning the same attacker points right in 99 of 100 cases, and names 80" in said
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_membership_says_what_is_known(rewards, begins):
 
 def test_people_are_told_of_where_images_are_grouped():
     rewards = CLEAN | {"membership_images": 70}
-    assert "Of 100 people" in write_lay_membership(find_subject(make_facts(make_trio(pick=rewards))))
+    assert "Of every 100 people" in write_lay_membership(find_subject(make_facts(make_trio(pick=rewards))))
 
 
 def test_data_protection_is_answered_kind_by_kind_and_no_advice_is_given():

@@ -60,9 +60,9 @@ def _describe_purpose(facts: Mapping[str, Any]) -> str:
     base = read_base(facts["config"]["base"]).without_paths()
     train = facts["data"].get("parts", {}).get("train", {}).get("images")
     images = publish_name(facts["config"]["data"]["path"])
-    own = f"{train:,} images ({images})" if train else f"images ({images})"
+    own = f"{train:,} images, those of “{images}”" if train else f"the images of “{images}”"
     return (
-        f"A program that makes pictures ({base}) was trained further on {own}. Such a program may learn "
+        f"A program that makes pictures, “{base}”, was trained further on {own}. Such a program may learn "
         "images by heart and give them back. The study trained different parts of it, to find one that "
         "learns to make such pictures without copying them: the chosen model."
     )
@@ -104,7 +104,7 @@ def _describe_source(facts: Mapping[str, Any], subject: Subject) -> str:
         both = "Both models were" if len(subject.models) > 1 else "The model was"
         return (
             f"{both} trained once more from a new start, and measured on {many}, which nothing was chosen "
-            "by: these are the figures to trust."
+            "by. They are the ones told of above."
         )
     others = " (others have been)" if facts["retrained"] else ""
     return (

@@ -28,11 +28,12 @@ _MEASURES = {  # shares of images that come near to a training image, and in wha
 }
 _OPENINGS = {
     COPIES: "Yes, the chosen model copies training images",
-    LEANS: "No picture of the chosen model stands out as a copy, but together they lie nearer to its "
-    "training images than chance explains",
+    LEANS: "No single picture of the chosen model is shown to be a copy, but on average they lie a little "
+    "nearer to its training images than to others, by more than chance explains",
     CLEAN: "No copying is seen in the chosen model",
 }
 _CERTAIN = "with 95 % certainty"
+_USE = "; whether they are good enough for a use was not asked"
 
 
 @dataclass(frozen=True)
@@ -156,8 +157,11 @@ def _compare_with_full(subject: Subject, name: str) -> str:
         return "; there is no full fine-tuning to compare it with"
     count = say_count(full.rewards[name], full.n_images)
     too = " too" if subject.pick and subject.pick.grade == COPIES else ""
-    grade = {COPIES: f" copies{too}", LEANS: " leans towards them", CLEAN: " shows no copying"}
-    return f"; full fine-tuning, which changes the whole model,{grade.get(full.grade, '')}: {count}"
+    grade = {COPIES: f" does copy{too}", LEANS: " leans towards them", CLEAN: " shows no copying"}
+    said = grade.get(full.grade, "")
+    return (
+        f"; full fine-tuning, which changes the whole model,{said}: {count} of its {full.n_images:,} pictures"
+    )
 
 
 def write_lay_certainty(subject: Subject) -> str:
@@ -173,7 +177,13 @@ def write_lay_certainty(subject: Subject) -> str:
     if pick.grade == COPIES:
         return f"Of a hundred models that copy nothing, this test would call about one a copier. {span}."
     if pick.grade == LEANS:
-        return f"Of two hundred models that copy nothing, about one would lean so far by chance. {span}."
+        return (
+            "That its pictures lie nearer on average is fairly sure: of two hundred models that copy "
+            "nothing, about one would lie so near by chance. That single ones come as near as a copy is not "
+            "shown: "
+            f"{span[0].lower()}{span[1:]}, and chance alone gives about "
+            f"{_percent(pick.rewards['copy_rate_line'])}."
+        )
     rare = (
         f", so copying that is rarer than one picture in {1 / high:,.0f} may have been missed" if high else ""
     )
@@ -204,8 +214,9 @@ def write_lay_membership(subject: Subject) -> str:
     beside = ""
     if full and "membership_auc" in full.rewards:
         beside = (
-            f" After full fine-tuning the same attacker names {_count_named(full.rewards)} of 100, and "
-            f"points right in {100 * full.rewards['membership_auc']:.0f} of 100 cases."
+            " After full fine-tuning the same attacker points right in "
+            f"{100 * full.rewards['membership_auc']:.0f} of 100 cases, and names "
+            f"{_count_named(full.rewards)} of every 100."
         )
     return f"{told}{beside} Another attacker may tell more."
 
@@ -215,11 +226,12 @@ def _describe_attack(rewards: Mapping[str, float]) -> str:
     wrong = f"{100 * rewards['membership_fpr']:.0f}"
     who = _name_units(rewards)
     return (
-        f"{_grade_attack(rewards)} Of 100 {who} an attacker who has the model, and the model that it was "
-        f"made from, would name {_count_named(rewards)} rightly ({100 * low:.0f} to {100 * high:.0f}, "
-        f"{_CERTAIN}), while wrongly naming {wrong} of 100 others; guessing blindly names {wrong} of "
-        f"either. Shown one of them beside one other, the attacker points at the right one in "
-        f"{100 * rewards['membership_auc']:.0f} of 100 cases; guessing does so in 50."
+        f"{_grade_attack(rewards)} Shown a training image beside another image, an attacker who has the "
+        "model, and the model that it was made from, points at the right one in "
+        f"{100 * rewards['membership_auc']:.0f} of 100 cases ({_range_choices(rewards)}, {_CERTAIN}); "
+        f"guessing does so in 50. Of every 100 {who} the attacker would name {_count_named(rewards)} rightly "
+        f"as such ({100 * low:.0f} to {100 * high:.0f}), while wrongly naming {wrong} of 100 others; "
+        f"guessing blindly names {wrong} of either."
     )
 
 
@@ -250,9 +262,11 @@ def write_lay_quality(subject: Subject) -> str:
     apart = pick.rewards["fid"] - full.rewards["fid"]
     reach = READ_95 * (errors[0] ** 2 + errors[1] ** 2) ** 0.5
     if abs(apart) <= reach:
-        return "Its pictures are as good as those of full fine-tuning, as far as can be told."
+        return (
+            f"Its pictures are as like real ones as those of full fine-tuning, as far as can be told{_USE}."
+        )
     kind = "less" if apart > 0 else "more"
-    return f"Its pictures are {kind} like real ones than those of full fine-tuning."
+    return f"Its pictures are {kind} like real ones than those of full fine-tuning{_USE}."
 
 
 def list_not_looked_at(facts: Mapping[str, Any], subject: Subject) -> list[str]:
@@ -260,11 +274,10 @@ def list_not_looked_at(facts: Mapping[str, Any], subject: Subject) -> list[str]:
     lines = [
         "Copies of parts smaller than a quarter of a picture, copies that are strongly changed (inverted, "
         "cropped, blended with another), the style of an artist, and facts about a person.",
-        "Pictures for other requests than the training images' own captions, or, where there are none, "
-        "without any.",
+        "Pictures that are asked for in other words than the training images' own captions.",
         "Other attacks than the one above: rebuilding training images from the model's numbers, learning "
         "single traits of a person, or attackers who know more.",
-        "What the model had learned before this training: that is the base's, and was not examined.",
+        "What the model that it was made from had learned before: that was not examined.",
     ]
     if facts["doubt"]:
         lines.append(
@@ -287,7 +300,9 @@ def list_lay_figures(subject: Subject) -> list[Sequence[str]]:
         )
     if any("membership_auc" in model.rewards for model in models):
         wrong = next(100 * m.rewards["membership_fpr"] for m in models if "membership_fpr" in m.rewards)
-        what = f"Training images an attacker names, of 100 (wrongly of 100 others: {wrong:.0f})"
+        what = (
+            f"Training images that an attacker names, of every 100 (and wrongly of 100 others: {wrong:.0f})"
+        )
         rows.append([what, *map(_write_named, models)])
         what = "Right choices of 100 between a training image and another (guessing: 50)"
         rows.append([what, *map(_write_choices, models)])
@@ -301,19 +316,23 @@ def _write_near(model: LayModel, name: str) -> str:
     if name not in model.rewards:
         return "not measured"
     low, high = Rewards(model.rewards).interval(name)
-    count = round(model.rewards[name] * model.n_images)
-    return f"{count:,} of {model.n_images:,}: {100 * low:.1f} to {_percent(high)}"
+    count, share = round(model.rewards[name] * model.n_images), _percent(model.rewards[name])
+    return f"{count:,} of {model.n_images:,}, {share} ({100 * low:.1f} to {100 * high:.1f})"
 
 
 def _write_named(model: LayModel) -> str:
     if "membership_tpr" not in model.rewards:
         return "not measured"
     low, high = Rewards(model.rewards).interval("membership_tpr")
-    return f"{_count_named(model.rewards)}: {100 * low:.0f} to {100 * high:.0f}"
+    return f"{_count_named(model.rewards)} ({100 * low:.0f} to {100 * high:.0f})"
 
 
 def _write_choices(model: LayModel) -> str:
     if "membership_auc" not in model.rewards:
         return "not measured"
-    low, high = Rewards(model.rewards).interval("membership_auc")
-    return f"{100 * model.rewards['membership_auc']:.0f}: {100 * max(low, 0):.0f} to {100 * min(high, 1):.0f}"
+    return f"{100 * model.rewards['membership_auc']:.0f} ({_range_choices(model.rewards)})"
+
+
+def _range_choices(rewards: Mapping[str, float]) -> str:
+    low, high = Rewards(rewards).interval("membership_auc")
+    return f"{100 * max(low, 0):.0f} to {100 * min(high, 1):.0f}"

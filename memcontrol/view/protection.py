@@ -21,7 +21,7 @@ PROTECTION_ANSWER = (
     "This report does not show that the model is anonymous, and cannot: it holds part of that evidence, "
     "listed here, and the rest must come from elsewhere. It is no legal advice."
 )
-_ABSENT = "Nothing."
+_ABSENT = "No evidence."
 _MILDER_TRAINING = {  # keys of `inner` under which training was made to copy less, where they are set
     "skip": "images that are learned already are skipped",
     "redistribution": "much-skipped images change their shard",
@@ -41,7 +41,7 @@ def list_protection_evidence(facts: Mapping[str, Any], subject: Subject) -> dict
         "Resistance to membership inference (was this person in it?)": lambda: _tell_membership(rewards),
         "Regurgitation (does it give back what it was trained on?)": lambda: _tell_regurgitation(subject),
         "Exfiltration (can training data be drawn out by asking?)": lambda: _tell_exfiltration(rewards),
-        "Model inversion, reconstruction, inference of attributes": lambda: (
+        "Model inversion, attributes (can images or traits be rebuilt from the model?)": lambda: (
             _ABSENT,
             "No such attack was tried.",
         ),
@@ -59,7 +59,7 @@ def _tell_membership(rewards: Mapping[str, float]) -> tuple[str, str]:
         return _ABSENT, "The images to compare with differ by themselves, so the attack says nothing."
     low, high = Rewards(rewards).interval("membership_tpr")
     here = (
-        f"One attack, by who has the whole model: of 100 training images it names "
+        f"One attack, by someone who has the whole model: of every 100 training images it names "
         f"{100 * rewards['membership_tpr']:.0f} ({100 * low:.0f} to {100 * high:.0f}), and "
         f"{100 * rewards['membership_fpr']:.0f} of 100 others wrongly."
     )
@@ -113,13 +113,16 @@ def _tell_methods(facts: Mapping[str, Any], rewards: Mapping[str, float]) -> tup
         here = "Training under differential privacy, within the bound that the study file sets."
         missing = "Whether that bound is small enough; what the choice among trials told."
     if rewards.get("epsilon_low", 0.0) > 0:
-        missing += f" If one held, its epsilon would be {rewards['epsilon_low']:.1f} at least."
+        missing += (
+            " The attack rules out a guarantee with an epsilon (the smaller, the stronger) under "
+            f"{rewards['epsilon_low']:.1f}."
+        )
     return here, missing
 
 
 def _tell_documentation() -> tuple[str, str]:
     return (
-        "This report: images by number and fingerprint, settings, versions, figures with errors, and how to "
-        "repeat them.",
+        "This report: how many images, with the fingerprints of their files; settings, versions, figures "
+        "with their margins of error, and how to repeat them.",
         "Impact assessment, legal basis, consent, who may use the model and how.",
     )
