@@ -127,6 +127,7 @@ def test_a_trial_runs_on_every_family(family, inner, tmp_path, photographs):
         ("ddpm", "inner.captions.replace", 0.1, "inner.captions changes captions"),
         ("ddpm", "inner.norm_threshold", 1.0, "inner.norm_threshold changes captions"),
         ("ddpm", "rewards.random_words", 2, "has none; take it out"),
+        ("ddpm", "data.label", "caption", "has no captions to say what class"),
         ("sd3", "inner.min_snr", 5.0, "is a flow; take it out"),
         ("pixart", "rewards.guidance_from", 0.2, "cannot begin guidance late"),
         ("flux", "rewards.guidance_from", 0.2, "cannot begin guidance late"),

@@ -34,6 +34,7 @@ from memcontrol.scoring.utility import (
     weigh_auroc,
 )
 from memcontrol.trial.prepare import _check_classes
+from memcontrol.view.model_card import _make_classes_table
 
 NAMES = ("cat", "dog", "eel")
 D = 6
@@ -249,7 +250,7 @@ def test_what_cannot_be_measured_is_refused():
 
     def check(*labels, config=config):
         said = []
-        records = tuple(ImageRecord(str(i), "", label=label) for i, label in enumerate(labels))
+        records = tuple(ImageRecord(str(i), label[0], label=label) for i, label in enumerate(labels))
         _check_classes(
             config, dict.fromkeys(("train", "holdout", "test"), Images("x", 8, records)), said.append
         )
@@ -260,8 +261,20 @@ def test_what_cannot_be_measured_is_refused():
     with pytest.raises(MemControlError, match="'utility' needs two classes with 2 images or more in each"):
         check(*"aab")
     assert check(*"aab", config=config.replaced({"rewards.objectives": ("fid",)}))
+    assert "images of several classes have the caption 'a'" in check("a1", "a2", "a1", "a2")[0]
     with pytest.raises(MemControlError, match="which gives 150 classes, such as '0'; at most 100"):
         check(*map(str, range(150)))
+
+
+def test_a_card_names_classes_of_several_training_images_alone():
+    told = judge(
+        made=draw(90, 0), train=(TRAIN, ["ann" if row < 4 else of for row, of in enumerate(OF_TRAIN)])
+    )
+    shown = _make_classes_table(told.describe_classes() | {"ann": {"train_images": 4}})
+    assert "ann" not in shown and "utility of real images" in shown
+    cats = told.describe_classes()["cat"]
+    assert f"| cat | {OF_MADE.count('cat')} | {cats['utility']:.3f} ± {cats['utility_error']:.3f} |" in shown
+    assert _make_classes_table({}) == ""
 
 
 def shorten():

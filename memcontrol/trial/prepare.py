@@ -163,6 +163,11 @@ def check_mitigations(config: Config, base: Base) -> None:
     for key, value in on_text.items():
         if value and isinstance(base.family, Unconditional):
             raise MemControlError(f"{key} changes captions and base '{config.base}' has none; take it out")
+    if config.data.label and isinstance(base.family, Unconditional):
+        raise MemControlError(
+            f"data.label is '{config.data.label}', and base '{config.base}' has no captions to say what "
+            "class a sample is of; take it out"
+        )
     if inner.min_snr and base.family.flow:
         raise MemControlError(
             f"inner.min_snr weighs the steps of a diffusion and base '{config.base}' is a flow; take it out"
@@ -294,6 +299,20 @@ def _check_classes(config: Config, parts: Mapping[str, Images], warn: Callable[[
             f"data.label: of {len(names)} classes {len(few)} have under {FEWEST_OF_CLASS} images in a part, "
             f"such as '{few[0]}' ({said}): utility says little of them"
         )
+    if shared := _find_shared_caption(parts["train"]):
+        warn(
+            f"data.label: images of several classes have the caption '{shared[0]}': it does not tell a model "
+            "which class is meant, and utility is near chance where most are so"
+        )
+
+
+def _find_shared_caption(images: Images) -> list[str]:
+    """One of several classes, where there is any."""
+    classes: dict[str, str] = {}
+    for caption, label in zip(images.captions, images.labels):
+        if classes.setdefault(caption, label) != label:
+            return [caption]
+    return []
 
 
 def _choose_resolution(config: Config, base) -> int:
