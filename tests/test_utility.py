@@ -282,11 +282,11 @@ def shorten():
 
 
 def test_a_study_optimises_utility_and_retrain_has_a_network(study_file):
-    rewards = {"n_samples": 64, "sampling_steps": 1, "confirm": 2, "force": True}
+    rewards = {"n_samples": 32, "sampling_steps": 1, "confirm": 2, "force": True}
     study = study_file(
         data={"path": "digits", "train": 64, "holdout": 60, "test": 60, "label": "caption"},
         rewards={**rewards, "objectives": ["fid", "utility"]},
-        search={"trials": 0, "anchors": ["none", "all"], "workers": 1, "executor": "inline"},
+        search={"trials": 1, "anchors": ["none"], "workers": 1, "executor": "inline"},
     )
     run("search", study, check=True)
     folder = locate_study_folder(study, "small")
@@ -296,11 +296,11 @@ def test_a_study_optimises_utility_and_retrain_has_a_network(study_file):
         assert (
             0 < rewards["utility"] < 1 and rewards["utility_error"] > 0 and result["measured_with"]["classes"]
         )
-        assert len(by_class) == rewards["utility_classes"] == 10
+        assert len(by_class) == rewards["utility_classes"] > 5
         assert rewards["utility"] == pytest.approx(np.mean([one["utility"] for one in by_class.values()]))
         assert "utility_network" not in rewards
     assert len({result["rewards"]["utility_real"] for result in results}) == 1
-    assert results[0]["rewards"]["utility_real"] > 0.9
+    assert results[0]["rewards"]["utility_real"] > 0.8
     confirmed = [read_json(path)["rewards"] for path in folder.glob("*/confirmed.json")]
     assert confirmed and all(one["utility_error"] > 0 for one in confirmed)
     assert "utility" in run("front", study, check=True).stdout
