@@ -305,7 +305,6 @@ SLOW_FILES = {  # that start processes or services, or fine-tune, by themselves
     "test_slurm.py",
     "test_spaces_shipped.py",
     "test_stopping.py",
-    "test_utility.py",
     "test_variants.py",
 }
 
