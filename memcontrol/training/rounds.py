@@ -27,6 +27,7 @@ from memcontrol.model.parts import State
 from memcontrol.training.checkpoints import Checkpoints, describe_shard, fits_on_disk
 from memcontrol.training.loop import Loop
 from memcontrol.training.loss_memory import LossMemory
+from memcontrol.training.privacy import keep_seed
 from memcontrol.training.probe import measure_loss_gap
 from memcontrol.training.round_files import (
     STATE_KINDS,
@@ -300,6 +301,7 @@ class Rounds:
             self.derive_shard_seed(stored.shard.number),
             n_forward=self.n_forward,
             may_halve=self.may_halve,
+            private_seed=keep_seed(self.files.noise, self.inner.privacy) if self.inner.privacy else None,
         )
         loop.load_moments(stored.moments)
         if stored.scaler:

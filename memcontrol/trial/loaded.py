@@ -128,6 +128,7 @@ class LoadedModels:
             lambda: self.load_unseen(spec, "holdout"),
             images.groups if spec.config.data.group else (),
             images.further_captions,
+            images.groups,
         )
 
     def load_unseen(self, spec: Spec, part: str, progress: TellStage = tell_nobody) -> Encoded:

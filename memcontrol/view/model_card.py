@@ -21,6 +21,7 @@ from memcontrol.view.words import (
     describe_copied,
     describe_membership,
     describe_network_doubt,
+    describe_privacy,
     format_markdown_table,
     name_groups,
     write_verdict,
@@ -40,6 +41,7 @@ _CARD_REWARDS = (
     "membership_auc",
     "membership_tpr",
     "epsilon_low",
+    "epsilon",
     "loss_gap",
 )
 _LIMITS = (
@@ -110,6 +112,7 @@ def compose_body(spec: Spec, result: dict[str, Any], code: str) -> str:
         write_verdict(result["rewards"], result["n_samples"]),
         describe_copied(result["rewards"]),
         describe_membership(result["rewards"]),
+        describe_privacy(result["rewards"]),
         _tell_how_measured(spec, result),
         _make_card_table(spec, columns),
         "## Limits",

@@ -138,6 +138,20 @@ def describe_membership(rewards: Mapping[str, float]) -> str:
     return f"{said}{_describe_epsilon(rewards)}"
 
 
+def describe_privacy(rewards: Mapping[str, float]) -> str:
+    """The bound that a model's training kept to; empty where there is none."""
+    if "privacy_delta" not in rewards:
+        return ""
+    n, n_images = rewards["privacy_units"], rewards["privacy_images"]
+    units = "training images" if n == n_images else f"groups of the {n_images:,.0f} training images"
+    return (
+        f"Trained under differential privacy: epsilon {rewards['epsilon']:.2f} at delta "
+        f"{rewards['privacy_delta']:.1e} for each of {n:,.0f} {units} (one is added or removed). The bound is "
+        "that of this model's weights; figures that were measured with training images, and choices by such "
+        "figures, lie outside it."
+    )
+
+
 def _describe_epsilon(rewards: Mapping[str, float]) -> str:
     if "epsilon_low" not in rewards:
         return ""
