@@ -27,7 +27,8 @@ from memcontrol.core.files import read_json, write_json
 _TOLERANCE = 0.01  # of epsilon, below which the noise is searched no further
 _SEED_BITS = 128
 # Renyi orders: Opacus' own, and higher ones, without which no epsilon below 0.2 could be shown
-_ORDERS = (*(1 + x / 10 for x in range(1, 100)), *range(12, 64), *(2**k for k in range(6, 13)))
+_ORDERS = (*(1 + x / 10 for x in range(1, 100)), *range(12, 64), *(2.0**k for k in range(6, 13)))
+_COARSE = (1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, 256, 4096)  # quickly asked
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,8 @@ def _choose_delta(rule: PrivacyConfig, n: int, unit: str) -> float:
         return 1 / (10 * n)
     if rule.delta >= 1 / n:
         raise MemControlError(
-            f"inner.privacy.delta is {rule.delta:g} and there are {n} training {unit}s: a model that gave one "
-            f"of them away would keep to it; give less than {1 / n:.2g}, or auto"
+            f"inner.privacy.delta is {rule.delta:g} and there are {n} training {unit}s: a model that gave "
+            f"one of them away would keep to it; give less than {1 / n:.2g}, or auto"
         )
     return rule.delta
 
@@ -96,18 +97,25 @@ def _choose_delta(rule: PrivacyConfig, n: int, unit: str) -> float:
 @lru_cache(maxsize=64)
 def find_noise(epsilon: float, delta: float, rate: float, steps: int) -> float:
     """The least sigma, to a hundredth of epsilon, whose steps keep within it. Raises MemControlError."""
-    accountants = _import_accountants()
-    tolerance = min(_TOLERANCE, epsilon * _TOLERANCE)
+    near = _search_noise(epsilon, delta, rate, steps, _COARSE)
+    # any order gives a bound: the one that gives the best is not far from here
+    _, best = _ask_accountant(near, rate, steps, delta)
+    place = _ORDERS.index(best)
+    return _search_noise(epsilon, delta, rate, steps, _ORDERS[max(place - 3, 0) : place + 4])
+
+
+def _search_noise(epsilon: float, delta: float, rate: float, steps: int, orders: Sequence[float]) -> float:
+    search = _import_accountants().utils.get_noise_multiplier
+    tolerance, alphas = min(_TOLERANCE, epsilon * _TOLERANCE), list(orders)
     try:
         with _take_any_order():
-            return accountants.utils.get_noise_multiplier(
+            return search(
                 target_epsilon=epsilon,
                 target_delta=delta,
                 sample_rate=rate,
                 steps=steps,
-                accountant="rdp",
                 epsilon_tolerance=tolerance,
-                alphas=list(_ORDERS),
+                alphas=alphas,
             )
     except ValueError:
         raise MemControlError(
@@ -120,10 +128,15 @@ def find_noise(epsilon: float, delta: float, rate: float, steps: int) -> float:
 def count_epsilon(noise: float, rate: float, steps: int, delta: float) -> float:
     """The epsilon of so many steps, by the Renyi divergences of the sampled Gaussian mechanism (Mironov et
     al. 2019, arXiv 1908.10530), as Opacus adds them up."""
+    return max(_ask_accountant(noise, rate, steps, delta)[0], 0.0) if steps else 0.0
+
+
+def _ask_accountant(noise: float, rate: float, steps: int, delta: float) -> tuple[float, float]:
+    """Epsilon, and the order that gives it."""
     accountant = _import_accountants().RDPAccountant()
     accountant.history = [(noise, rate, steps)]
     with _take_any_order():
-        return float(accountant.get_epsilon(delta, alphas=list(_ORDERS))) if steps else 0.0
+        return accountant.get_privacy_spent(delta=delta, alphas=list(_ORDERS))
 
 
 def _take_any_order() -> warnings.catch_warnings:

@@ -15,7 +15,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -49,8 +49,7 @@ class PrivateSteps:
         self.account, self.units = open_account(inner, units), list_units(units)
         self.batch_size, self.n_draws = inner.batch_size, self.account.multiplicity
         self.sums = [torch.zeros_like(parameter) for parameter in self.parameters]
-        names = {id(parameter): name for name, parameter in base.denoiser.named_parameters()}
-        self.denoiser = _WithValues(base.denoiser, [names[id(each)] for each in self.parameters])
+        self.denoiser = _WithValues(base.denoiser, self.parameters)
         self.is_together = True  # until that was tried in vain
 
     def derive(self, purpose: str, number: int) -> int:
@@ -166,21 +165,31 @@ def _take(text: Text, rows: slice) -> Text:
 
 
 class _WithValues:
-    """A denoiser whose trained parameters have other values, as torch.func needs it."""
+    """A denoiser some of whose parameters have other values, as torch.func needs it."""
 
-    def __init__(self, denoiser: Any, names: Sequence[str]):
-        self.denoiser, self.names = denoiser, names
-        self.values: dict[str, Tensor] = {}
+    def __init__(self, denoiser: nn.Module, parameters: Sequence[Tensor]):
+        self.denoiser = denoiser
+        numbers = {id(parameter): i for i, parameter in enumerate(parameters)}
+        # Each place once. By its own look for tied weights torch would change a module that two others share
+        # (as DiffFit's scale of a weight and its bias) twice, and leave the second value in it.
+        self.places = {
+            f"{prefix}.{name}".removeprefix("."): numbers[id(parameter)]
+            for prefix, module in denoiser.named_modules()
+            for name, parameter in module.named_parameters(recurse=False)
+            if id(parameter) in numbers
+        }
+        self.values: Sequence[Tensor] = ()
 
     def hold(self, values: Sequence[Tensor]) -> _WithValues:
-        self.values = dict(zip(self.names, values))
+        self.values = values
         return self
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.denoiser, name)
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
+        held = {name: self.values[i] for name, i in self.places.items()}
         # the fused attention of a CPU knows no vmap
-        kernels = [SDPBackend.MATH] if next(iter(self.values.values())).device.type == "cpu" else []
-        with sdpa_kernel(kernels) if kernels else nullcontext():
-            return functional_call(self.denoiser, self.values, inputs, named)
+        is_on_cpu = self.values[0].device.type == "cpu"
+        with sdpa_kernel(SDPBackend.MATH) if is_on_cpu else nullcontext():
+            return functional_call(self.denoiser, held, inputs, named, tie_weights=False)

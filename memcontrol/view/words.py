@@ -146,9 +146,9 @@ def describe_privacy(rewards: Mapping[str, float]) -> str:
     units = "training images" if n == n_images else f"groups of the {n_images:,.0f} training images"
     return (
         f"Trained under differential privacy: epsilon {rewards['epsilon']:.2f} at delta "
-        f"{rewards['privacy_delta']:.1e} for each of {n:,.0f} {units} (one is added or removed). The bound is "
-        "that of this model's weights; figures that were measured with training images, and choices by such "
-        "figures, lie outside it."
+        f"{rewards['privacy_delta']:.1e} for each of {n:,.0f} {units} (one is added or removed). The bound "
+        "is that of this model's weights; figures that were measured with training images, and choices by "
+        "such figures, lie outside it."
     )
 
 
