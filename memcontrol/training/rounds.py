@@ -99,9 +99,10 @@ def train_rounds(
     """
     if not adapter.parameters():
         return TrainLog()
-    # groups are the material's; rounds from before that key are gone on with
+    # groups are the material's; rounds from before that key, and that of privacy, are gone on with
+    unset = {} if inner.privacy else {"privacy": True}
     rest = inner.model_dump_json(
-        exclude=dict.fromkeys(inner.memory_keys, True) | {"ensemble": {"split_groups"}}
+        exclude=dict.fromkeys(inner.memory_keys, True) | {"ensemble": {"split_groups"}} | unset
     )
     plan = hashlib.sha256(f"{identity} {seed} {rest}".encode()).hexdigest()
     _clear_other_plans(folder, plan, team)

@@ -111,7 +111,7 @@ def _lead_trial(
         measured = score_samples(samples, evidence, spec, loaded)
     with memory.watch("probe"):
         maps = map_pairs(run, spec, loaded, evidence)
-    costs = _list_costs(cost, n_trained / n_all) | list_bound(spec, material, log.n_steps)
+    costs = _list_costs(cost, n_trained / n_all, spec) | list_bound(spec, material, log.n_steps)
     rewards = Rewards.from_estimates(measured | probes).to_plain() | costs
     result = _make_result(run, spec, loaded, log, rewards, n_trained, len(samples["images"]))
     result |= describe_bound(spec, material, log.n_steps)
@@ -153,12 +153,12 @@ def _digest_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _list_costs(cost: Cost, trained_fraction: float) -> dict[str, float]:
+def _list_costs(cost: Cost, trained_fraction: float, spec: Spec) -> dict[str, float]:
     """What is known of the choice itself: the share that it trains of all parameters, what it adds included,
     and what a step costs."""
     return {
         "trained_fraction": trained_fraction,
-        "step_gflops": cost.step_gflops,
+        "step_gflops": cost.step_gflops * spec.config.inner.passes_per_image,
         "memory_mib": cost.memory_mib,
     }
 
@@ -208,7 +208,7 @@ def _score_rung(
     costs = list_bound(spec, material, log.n_steps)
     if set(COSTS) & set(spec.config.rewards.objectives):
         share = adapter.n_trained() / (base.n_parameters + adapter.n_added())
-        costs |= _list_costs(loaded.cost(spec, adapter, material.data), share)
+        costs |= _list_costs(loaded.cost(spec, adapter, material.data), share, spec)
     with adapter.fold():
         probes = probe()
         samples = sample_images(base, material, few, partial(progress, "rung"))
