@@ -49,17 +49,17 @@ def compared(folder: Path, seed: int) -> dict:
 
 
 def searched(folder: Path, name: str, rule: dict | None, seed: int):
-    from memcontrol.commands.demo import DEMO_STUDY
+    from benchmarks._digits_study import DIGITS_STUDY
     from memcontrol.execution.make import open_executor
     from memcontrol.search.observer import Observer
     from memcontrol.search.orchestrator import search_study
     from memcontrol.study.place import StudyPlace
 
     study = {
-        **DEMO_STUDY,
+        **DIGITS_STUDY,
         "name": f"{name}{seed}",
-        "inner": {**DEMO_STUDY["inner"], **BUDGET},
-        "rewards": {**DEMO_STUDY["rewards"], "confirm": 0},
+        "inner": {**DIGITS_STUDY["inner"], **BUDGET},
+        "rewards": {**DIGITS_STUDY["rewards"], "confirm": 0},
         "search": {"trials": N_TRIALS, "workers": 2, "seed": seed, "early_stopping": rule},
     }
     path, runs = folder / f"{name}{seed}.yaml", folder / "runs" / f"{name}{seed}"

@@ -128,12 +128,14 @@ def make_plain_chaos(chaos: type) -> type:
         def kill_worker(self) -> None:
             self.busy().kill()
 
-        def freeze_worker(self) -> None:
+        def freeze_workers(self) -> None:
             """Longer than the grace, then woken."""
-            worker = self.busy()
-            worker.send_signal(signal.SIGSTOP)
+            self.busy()  # from when on one is at work
+            for worker in self.workers:
+                worker.send_signal(signal.SIGSTOP)
             time.sleep(30)
-            worker.send_signal(signal.SIGCONT)
+            for worker in self.workers:
+                worker.send_signal(signal.SIGCONT)
 
         def kill_orchestrator(self) -> None:
             """There is none; what dies with ours dies here too: both workers."""

@@ -100,32 +100,32 @@ def measure(name: str, device: str) -> dict:
 
 def specs(folder: Path, device: str):
     """Loaded models, and the trials as a search hands them out."""
+    from benchmarks._digits_study import DIGITS_STUDY
     from benchmarks._models import stable_diffusion
-    from memcontrol.commands.demo import DEMO_STUDY
     from memcontrol.core.config import load_config
     from memcontrol.core.space_yaml import load_space
     from memcontrol.core.spec import Spec
     from memcontrol.trial.loaded import LoadedModels
     from memcontrol.trial.prepare import prepare_study
 
-    values = {**DEMO_STUDY, "name": "peers"}
+    values = {**DIGITS_STUDY, "name": "peers"}
     if SMALL:
         values |= {
-            "inner": {**DEMO_STUDY["inner"], "budget_images": 64, "batch_size": 16},
-            "rewards": {**DEMO_STUDY["rewards"], "n_samples": 16, "force": True, "sampling_steps": 2},
+            "inner": {**DIGITS_STUDY["inner"], "budget_images": 64, "batch_size": 16},
+            "rewards": {**DIGITS_STUDY["rewards"], "n_samples": 16, "force": True, "sampling_steps": 2},
         }
     if device == "cuda":
         held = {"holdout": 64, "test": 64} if SMALL else {}
         values |= {
             "base": stable_diffusion(device),
-            "data": {**DEMO_STUDY["data"], **held, "resolution": 512},
+            "data": {**DIGITS_STUDY["data"], **held, "resolution": 512},
             "inner": {
-                **DEMO_STUDY["inner"],
+                **DIGITS_STUDY["inner"],
                 "budget_images": 320 if SMALL else 1600,
                 "batch_size": 16,
                 "precision": "bfloat16",
             },
-            "rewards": {**DEMO_STUDY["rewards"], "n_samples": 16 if SMALL else 64, "force": True},
+            "rewards": {**DIGITS_STUDY["rewards"], "n_samples": 16 if SMALL else 64, "force": True},
         }
     config, loaded = load_config(values), LoadedModels()
     prepare_study(config.model_dump(mode="json"), folder, loaded, lambda line: None)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from memcontrol.commands.clean import clean
     from memcontrol.commands.compare import compare
     from memcontrol.commands.dashboard import dashboard
+    from memcontrol.commands.doctor import doctor
     from memcontrol.commands.export import export
     from memcontrol.commands.fork import fork
     from memcontrol.commands.front import front
@@ -44,6 +45,7 @@ __all__ = [
     "clean",
     "compare",
     "dashboard",
+    "doctor",
     "drop",
     "enqueue",
     "export",

@@ -36,7 +36,7 @@ OUTAGE_SECONDS = 20
 FAULTS = Counter(
     {
         "kill worker": 4,
-        "freeze worker": 2,
+        "freeze workers": 2,
         "kill orchestrator": 5,
         "terminate orchestrator": 3,
         "stop database": 3,
@@ -120,9 +120,9 @@ class Chaos:
     def n_ended(self) -> int:
         return len(list(self.folder.glob("*/result.json")))
 
-    def worker(self) -> psutil.Process | None:
-        """One at work on a run, told by the attempts in the run folders; never one whose third failure it
-        would be, which ends a run. None where all work is done."""
+    def find_workers(self) -> list[psutil.Process]:
+        """Those at work on a run, told by the attempts in the run folders; never one whose third failure it
+        would be, which ends a run. Empty where all work is done."""
         while self.search.poll() != 0:
             if self.search.poll() is not None:
                 self.begin()
@@ -142,26 +142,27 @@ class Chaos:
             busy = {read_attempts(run)[-1]["pid"] for run in runs if len(read_failures(run)) < N_TRIES - 1}
             found = [worker for worker in workers if worker.pid in busy]
             if found:
-                return found[0]
+                return found
             time.sleep(0.05)
+        return []
 
     def kill_worker(self) -> None:
-        if worker := self.worker():
-            worker.kill()
+        if workers := self.find_workers():
+            workers[0].kill()
         else:
             self.n_late += 1
 
-    def freeze_worker(self) -> None:
-        """Stopped past its time limit, then woken: by then it is dead, and wakes nobody."""
-        worker = self.worker()
-        if worker is None:
-            self.n_late += 1
-            return
-        worker.suspend()
+    def freeze_workers(self) -> None:
+        """All at work, as where a machine hangs (one alone would leave the other time to end the search):
+        stopped past their time limit, then woken: by then they are dead, and that wakes nobody."""
+        workers = self.find_workers()
+        self.n_late += not workers
+        for worker in workers:
+            worker.suspend()
         deadline = time.monotonic() + 2 * TIME_LIMIT_SECONDS
-        while worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
+        while any(map(is_alive, workers)) and time.monotonic() < deadline:
             time.sleep(0.5)
-        if worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE:
+        for worker in filter(is_alive, workers):
             worker.send_signal(signal.SIGCONT)
 
     def kill_orchestrator(self) -> None:
@@ -186,6 +187,10 @@ class Chaos:
         """Every place that the server has is taken, and those of the search are gone."""
         with self.server.exhausted():
             time.sleep(OUTAGE_SECONDS / 2)
+
+
+def is_alive(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
 def violations(study_file: Path, trials: int, n_kills: int) -> list[str]:
@@ -288,8 +293,8 @@ def disturbed_and_not(folder: Path, trials: int, faults: Counter, seed: int, say
         chaos = Chaos(write_study(folder, "disturbed", server.url, trials), server, trials, faults, seed, say)
         chaos.run()
         # an orchestrator's two workers go with it
-        n_kills = 2 * (faults["kill orchestrator"] + faults["terminate orchestrator"])
-        n_kills += faults["kill worker"] + faults["freeze worker"]
+        of_both = ("kill orchestrator", "terminate orchestrator", "freeze workers")
+        n_kills = faults["kill worker"] + 2 * sum(faults[fault] for fault in of_both)
         found = violations(chaos.study, trials, n_kills)
         if chaos.n_late:
             found.append(f"{chaos.n_late} faults came when all work was done; give it more trials")

@@ -274,6 +274,7 @@ SLOW_FILES = {  # that start processes or services, or fine-tune, by themselves
     "test_compose.py",
     "test_database.py",
     "test_demo.py",
+    "test_doctor.py",
     "test_encoding.py",
     "test_ensemble.py",
     "test_export.py",

@@ -109,7 +109,7 @@ def test_arms_of_the_inner_loop_are_trained_once_and_set_side_by_side(tmp_path, 
         "rewards": {"n_samples": 16, "force": True, "sampling_steps": 1, "confirm": 0},
         "data": {"path": "digits", "train": 20, "holdout": 20, "test": 20},
     }
-    monkeypatch.setattr(inner_loop, "DEMO_STUDY", {**inner_loop.DEMO_STUDY, **small})
+    monkeypatch.setattr(inner_loop, "DIGITS_STUDY", {**inner_loop.DIGITS_STUDY, **small})
     monkeypatch.setattr(
         inner_loop, "ARMS", {"plain training": {}, "skipping": {"skip": {"ratio": 1.1, "bins": 1}}}
     )

@@ -53,7 +53,7 @@ from memcontrol.execution.attempts import (
 )
 from memcontrol.execution.executor import Executor, pick_time_limit
 from memcontrol.execution.job_queue import JobQueue
-from memcontrol.execution.local import Inline, Local, choose_gpus
+from memcontrol.execution.local import Inline, Local, Worker, choose_gpus
 from memcontrol.execution.make import count_workers, describe_sharing, make_executor
 from memcontrol.execution.worker import run_job
 
@@ -201,6 +201,15 @@ def test_what_lies_in_the_working_directory_is_no_module_of_a_worker(tmp_path, m
         assert isinstance(until_end(made), Prepared)
     finally:
         made.close()
+
+
+@pytest.mark.parametrize(("n_cores", "n_workers", "n_threads"), [(1, 1, 1), (8, 2, 4), (3, 2, 1), (1, 2, 1)])
+def test_workers_share_the_cores_that_this_process_may_use(monkeypatch, n_cores, n_workers, n_threads):
+    """Not all that the machine has: under taskset or Slurm threads would fight for fewer."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(n_cores)))
+    monkeypatch.setattr(Worker, "spawn", lambda worker: None)
+    made = Local(n_workers)
+    assert {worker.n_threads for worker in made.workers} == {n_threads}
 
 
 def test_what_a_worker_prints_before_its_first_job_is_kept_and_told_where_it_dies(tmp_path, monkeypatch):

@@ -11,7 +11,8 @@ import memcontrol
 
 PACKAGE = Path(memcontrol.__file__).parent
 ORDER = (
-    "core reading data model training scoring trial execution study search view auditing recipes commands cli"
+    "core reading data model training scoring trial execution study search view auditing recipes checks "
+    "commands cli"
 ).split()
 TORCH, HEAD = {"reading", "data", "model", "training", "scoring", "trial"}, {"study", "search", "view"}
 MODULES = [path for name in ORDER for path in sorted((PACKAGE / name).glob("*.py"))]

@@ -317,3 +317,14 @@ def test_path_is_written_as_a_person_in_the_folder_would(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert shorten_path(tmp_path / "runs" / "a") == "runs/a"
     assert shorten_path(Path("/elsewhere/a")) == "/elsewhere/a"
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_first_pictures_are_told_once_when_the_first_run_that_trained_ends(clock, tmp_path, is_terminal):
+    display = make_display(is_terminal)
+    for name, choice in (("base", NONE), ("a", CHOICE), ("b", OTHER)):
+        (tmp_path / name).mkdir()
+        RunFolder(tmp_path / name).pairs_picture.touch()
+        run_for(display, clock, TrialJob(tmp_path / name, choice, 1), 10)
+    said = read(display).replace("\n", "")
+    assert said.count("first images") == 1 and str(tmp_path / "a") in said

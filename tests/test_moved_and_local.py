@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 from memcontrol.core.errors import MemControlError
 from memcontrol.scoring import local, moved
@@ -192,6 +193,35 @@ def test_the_local_statistic_under_permuted_labels_is_what_the_sets_themselves_g
     assert labels[0] == pytest.approx(
         float(measure_copy_rate(space)) - float(measure_swapped_rate(space)), abs=1e-9
     )
+
+
+@pytest.mark.parametrize("k", [12, 60])
+@pytest.mark.parametrize("n_trained", [3, 30, 56])
+def test_ratios_under_labels_are_of_the_nearest_of_each_side_by_hand(n_trained, k):
+    """With ties, and references of a query's own group; the k-th neighbour stands for a side that is farther.
+    Whether the side with fewer is looked through as a whole or met on the way from neighbour to neighbour."""
+    rng = np.random.default_rng(k)
+    apart = torch.from_numpy(rng.integers(1, 40, (25, 60)).astype(np.float32))
+    apart[rng.random(apart.shape) < 0.1] = torch.inf
+    sides = np.array([rng.permutation(60) < n_trained for _ in range(20)])
+    near = apart.topk(k, dim=1, largest=False)
+    expected = np.empty((25, 20))
+    for i, row in enumerate(apart.numpy()):
+        last = near.values[i][torch.isfinite(near.values[i])].max()
+        for j, side in enumerate(sides):
+            to_train, to_holdout = (min(row[one].min(), last) for one in (side, ~side))
+            expected[i, j] = to_train / to_holdout
+    few = local.list_few(sides)
+    for to_few in (None, local.find_least_among(apart, few)):
+        found = local.split_labels(near.values.numpy(), near.indices.numpy(), sides.T, to_few)
+        assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_side_that_is_empty_under_some_label_is_not_looked_through():
+    assert local.list_few(np.array([[True, False, False], [False, False, False]])) is None
+    assert [
+        list(rows) for rows in local.list_few(np.array([[True, False, False], [False, False, True]]))
+    ] == [[0], [2]]
 
 
 def test_blocks_give_what_all_at_once_gives(monkeypatch):

@@ -12,7 +12,7 @@ from sklearn.datasets import load_digits
 from test_dicom import write as write_dicom
 
 from memcontrol import search
-from memcontrol.commands.card import Card
+from memcontrol.checks.card import Card
 from memcontrol.core.choice import ANCHORS
 from memcontrol.core.config import RewardsConfig, load_config
 from memcontrol.core.errors import MemControlError

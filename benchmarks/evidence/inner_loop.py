@@ -13,7 +13,7 @@ import argparse
 import statistics
 from pathlib import Path
 
-from memcontrol.commands.demo import DEMO_STUDY
+from benchmarks._digits_study import DIGITS_STUDY
 from memcontrol.core.choice import EVERYTHING, Choice
 from memcontrol.core.config import Config, load_config
 from memcontrol.core.files import read_json, write_json
@@ -31,10 +31,10 @@ IET = {"ensemble": {"shards": 4, "moments": "reset"}, "rounds": 8}
 AGC = {"skip": {"ratio": 1.25, "start": "corrected", "bins": 50}}
 MSR, TAA = {"redistribution": {}}, {"augmentation": {}}
 # so that each of four shards is trained as long as plain training is
-LONG = {"budget_images": 4 * DEMO_STUDY["inner"]["budget_images"]}
+LONG = {"budget_images": 4 * DIGITS_STUDY["inner"]["budget_images"]}
 ARMS: dict[str, dict] = {
     "plain training": {},
-    "plain, a quarter of the steps": {"budget_images": DEMO_STUDY["inner"]["budget_images"] // 4},
+    "plain, a quarter of the steps": {"budget_images": DIGITS_STUDY["inner"]["budget_images"] // 4},
     "IET, moments reset": IET,
     "IET, moments averaged": {**IET, "ensemble": {"shards": 4, "moments": "averaged"}},
     "IET, moments kept (as published)": {**IET, "ensemble": {"shards": 4, "moments": "kept"}},
@@ -53,9 +53,9 @@ ARMS: dict[str, dict] = {
 def write_config(arm: str, seed: int) -> Config:
     return load_config(
         {
-            **DEMO_STUDY,
+            **DIGITS_STUDY,
             "name": "evidence",
-            "inner": {**DEMO_STUDY["inner"], **ARMS[arm]},
+            "inner": {**DIGITS_STUDY["inner"], **ARMS[arm]},
             "search": {"seed": seed},
         }
     )
@@ -91,7 +91,7 @@ def print_end(event: Event) -> None:
 def run_seed(seed: int, folder: Path, jobs: JobQueue) -> None:
     plain = write_config("plain training", seed)
     n_train = run_preparation(plain, StudyFolder(folder), jobs).sizes["train"]
-    space, choice, todo = load_space(DEMO_STUDY["space"]), Choice((EVERYTHING,), "full", RATE), []
+    space, choice, todo = load_space(DIGITS_STUDY["space"]), Choice((EVERYTHING,), "full", RATE), []
     for i, arm in enumerate(ARMS):
         run = RunFolder(folder / str(i))
         if not run.has_result:

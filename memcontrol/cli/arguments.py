@@ -52,6 +52,10 @@ def add_levels(parser: argparse.ArgumentParser) -> None:
 
 def add_study(command: argparse.ArgumentParser) -> None:
     command.add_argument("study", type=Path, metavar="STUDY.yaml", help="the study's YAML file")
+    add_name(command)
+
+
+def add_name(command: argparse.ArgumentParser) -> None:
     command.add_argument("--name", help="another name of the study than the file's")
 
 

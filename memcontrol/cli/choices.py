@@ -23,12 +23,12 @@ def _run_rewards(args: argparse.Namespace) -> int:
     from dataclasses import asdict
 
     from memcontrol.core.reward_table import REWARDS
-    from memcontrol.view.tables import make_rewards_table
+    from memcontrol.view.tables import RewardList
 
     if args.json:
         print_json({name: asdict(reward) for name, reward in REWARDS.items()})
     else:
-        print_table(make_rewards_table())
+        print_table(RewardList())
     return 0
 
 

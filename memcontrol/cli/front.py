@@ -39,16 +39,24 @@ def _run_front(args: argparse.Namespace) -> int:
 
 
 def _print_front(study: Study) -> None:
-    """With those that errors leave on or off it."""
-    from memcontrol.study.pick import require_finished, select_front, select_ties, select_to_confirm
+    """With those that errors leave on or off it, and the pick."""
+    from memcontrol.study.pick import (
+        find_pick,
+        require_finished,
+        select_front,
+        select_ties,
+        select_to_confirm,
+    )
     from memcontrol.view.tables import describe_spread, make_study_table
     from memcontrol.view.words import describe_network_doubt
 
     complete, n_groups = require_finished(study.records()), len(study.space.groups)
     records = select_front(complete)
-    shown = records + [record for record in select_ties(complete) if record not in records]
+    picked = find_pick(complete, study)
+    beside = [*select_ties(complete), *([picked] if picked else [])]  # limits may keep a pick off the front
+    shown = list({record.number: record for record in (*records, *beside)}.values())
     print_table(
-        make_study_table(shown, n_groups, f"{study.config.name}: front", None, complete, study.limits)
+        make_study_table(shown, n_groups, f"{study.config.name}: front", picked, complete, study.limits)
     )
     if spread := describe_spread(complete):
         say(make_console(), spread)

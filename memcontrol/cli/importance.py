@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import shlex
 
 from memcontrol.cli.arguments import add_command, add_json, add_study
 from memcontrol.cli.printing import print_table
-from memcontrol.core.console import print_json
+from memcontrol.core.console import make_console, print_json, say
 
 
 def add_importance(subparsers) -> None:
@@ -20,12 +22,17 @@ def add_importance(subparsers) -> None:
 def _run_importance(args: argparse.Namespace) -> int:
     from memcontrol.search.importance import measure_importance
     from memcontrol.study.place import StudyPlace
-    from memcontrol.view.tables import make_importance_table
+    from memcontrol.view.tables import describe_clear_effects, make_importance_table
 
-    study = StudyPlace.load(args.study, name=args.name).open()
-    effects = measure_importance(study.records(), study.space)
-    if args.json:
-        print_json([effect.as_dict() for effect in effects])
-    else:
+    file = shlex.quote(str(args.study))
+    with contextlib.closing(StudyPlace.load(args.study, name=args.name).open()) as study:
+        records = study.records()
+        effects = measure_importance(records, study.space, file)
+        if args.json:
+            print_json([effect.as_dict() for effect in effects])
+            return 0
         print_table(make_importance_table(effects, study.config.name))
+        n_trials = sum(record.fills_place for record in records)
+        if lost := describe_clear_effects(effects, file, n_trials):
+            say(make_console(), lost)
     return 0

@@ -1,13 +1,20 @@
-"""Owns `memcontrol init`: what it asks and prints."""
+"""Owns what comes before a search, `memcontrol init` and `memcontrol doctor`: what they ask and print."""
 
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
 import sys
+import textwrap
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from memcontrol.cli.arguments import add_command
-from memcontrol.core.console import make_console, say, warn
+from memcontrol.cli.arguments import add_command, add_json, add_name
+from memcontrol.core.console import escape_controls, make_console, print_json, say, warn
+
+if TYPE_CHECKING:
+    from memcontrol.checks.finding import Finding
 
 
 def add_init(subparsers) -> None:
@@ -45,3 +52,61 @@ def _run_init(args: argparse.Namespace) -> int:
     say(screen, f"next: memcontrol search {shorten_path(proposal.path)}")
     sys.stdout.write(f"{proposal.path}\n")
     return 0
+
+
+def add_doctor(subparsers) -> None:
+    text = (
+        "look whether a search can work here: packages, device, memory, base, database, and a cure for each"
+    )
+    doctor = add_command(subparsers, "doctor", _run_doctor, text)
+    doctor.add_argument(
+        "study",
+        type=Path,
+        nargs="?",
+        metavar="STUDY.yaml",
+        help="the study that is to be searched (default: none, this machine alone)",
+    )
+    add_name(doctor)
+    add_json(doctor, "a list of objects on stdout: name, state, text, cure")
+
+
+def _run_doctor(args: argparse.Namespace) -> int:
+    """1 where a search would fail."""
+    from dataclasses import asdict
+
+    from memcontrol.checks.finding import FAIL
+    from memcontrol.commands.doctor import examine
+
+    found = []
+    for one in examine(args.study, args.name):
+        found.append(one)
+        if not args.json:
+            _print_finding(one)
+    if args.json:
+        print_json([asdict(one) for one in found])
+    failed = [one.name for one in found if one.state == FAIL]
+    if failed:
+        say(make_console(), f"a search would fail: {', '.join(failed)}")
+    return int(bool(failed))
+
+
+_TEXT_MARGIN = " " * 17  # below a finding's text
+
+
+def _print_finding(found: Finding) -> None:
+    """Lines of the terminal's width; into a pipe one, so that it can be searched. A cure is a line of its
+    own, which is never broken, since it is typed."""
+    width = shutil.get_terminal_size().columns
+    line = f"{found.state:5} {found.name:10} {escape_controls(found.text)}"
+    if sys.stdout.isatty() or "COLUMNS" in os.environ:
+        line = textwrap.fill(
+            line,
+            max(width, 40),
+            subsequent_indent=_TEXT_MARGIN,
+            break_on_hyphens=False,
+            break_long_words=False,
+        )
+    sys.stdout.write(f"{line}\n")
+    if found.cure:
+        sys.stdout.write(f"      cure:      {escape_controls(found.cure)}\n")
+    sys.stdout.flush()

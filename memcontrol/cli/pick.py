@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from memcontrol.cli.arguments import add_command, add_json, add_pick_arguments, add_study
@@ -32,11 +33,11 @@ def _run_pick(args: argparse.Namespace) -> int:
         if args.json:
             print_json(make_json(record, study))
         else:
-            _print_pick(study, record, by_rule=args.trial is None)
+            _print_pick(study, record, args.study, by_rule=args.trial is None)
     return 0
 
 
-def _print_pick(study: Study, record: Record, by_rule: bool) -> None:
+def _print_pick(study: Study, record: Record, file: Path, by_rule: bool) -> None:
     from memcontrol.view.tables import make_study_table
 
     n_groups = len(study.space.groups)
@@ -46,5 +47,5 @@ def _print_pick(study: Study, record: Record, by_rule: bool) -> None:
         )
     )
     if by_rule:
-        warn_of_pick(study, record, make_console())
+        warn_of_pick(study, record, make_console(), file)
     sys.stdout.write(f"groups: {', '.join(record.chosen.groups) or '-'}\nrun: {record.run}\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 
 from memcontrol.core.console import warn
@@ -21,7 +22,7 @@ def make_json(record, study) -> dict:
     return record.as_dict() | kept
 
 
-def warn_of_pick(study, picked, screen) -> None:
+def warn_of_pick(study, picked, screen, file) -> None:
     """Of a pick that is the baseline itself, and of one that keeps no limits, since none does."""
     from memcontrol.study.pick import keeps_limits
 
@@ -30,7 +31,7 @@ def warn_of_pick(study, picked, screen) -> None:
             screen,
             "no mask on the front is as good as full fine-tuning in the first objective, within its error, "
             "so the pick is full fine-tuning itself; search on with more trials, or pick one that "
-            "`memcontrol front` lists: memcontrol pick ... --trial N",
+            f"memcontrol front lists: memcontrol pick {shlex.quote(str(file))} --trial N",
         )
     if picked and not keeps_limits(picked, study.limits):
         bounds = ", ".join(_describe_bound(limit, picked) for limit in study.limits)

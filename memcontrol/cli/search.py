@@ -155,7 +155,7 @@ def _show_study(study: Study, place: StudyPlace, screen) -> None:
 
     complete = require_finished(study.records())
     picked = find_pick(complete, study)
-    warn_of_pick(study, picked, screen)
+    warn_of_pick(study, picked, screen, place.file)
     screen.print(make_study_table(complete, len(place.space.groups), "trials", picked, None, study.limits))
     if len(study.config.rewards.objectives) > 1:
         picture = place.folder.front_picture

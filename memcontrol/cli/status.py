@@ -105,6 +105,7 @@ def _is_over(study: Study, n: int | None) -> bool:
 
 
 def _print_status(found: dict[str, Any], study: Study, place: StudyPlace) -> None:
+    from memcontrol.study.pick import find_pick
     from memcontrol.study.record import DROPPED
     from memcontrol.view.tables import make_study_table
 
@@ -124,9 +125,8 @@ def _print_status(found: dict[str, Any], study: Study, place: StudyPlace) -> Non
     _print_progress(found)
     for record, trial in zip(records, found["trials"]):
         _print_trial(record, trial["runs"], words[record.state], n_groups, found["searching"], place)
-    print_table(
-        make_study_table(records, n_groups, f"{study.config.name}: finished trials", None, None, study.limits)
-    )
+    title, picked = f"{study.config.name}: finished trials", find_pick(records, study)
+    print_table(make_study_table(records, n_groups, title, picked, None, study.limits))
 
 
 def _print_progress(found: dict[str, Any]) -> None:

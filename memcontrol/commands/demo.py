@@ -15,13 +15,13 @@ from memcontrol.core.files import make_private_folder
 DEMO_STUDY: dict[str, Any] = {
     "name": "demo",
     "base": "tiny",
-    "data": {"path": "digits", "train": 35, "holdout": 881, "test": 881},
+    "data": {"path": "digits", "train": 24, "holdout": 881, "test": 881},
     "space": "digits",
-    "inner": {"budget_images": 7360, "batch_size": 32, "caption_dropout": 0.0},
+    "inner": {"budget_images": 2944, "batch_size": 16, "caption_dropout": 0.0},
     "rewards": {
         "objectives": ["fid", "memorization"],
         "n_samples": 256,
-        "confirm": 2,
+        "confirm": 1,
         "sampling_steps": 8,
         "guidance": 2.0,
     },

@@ -4,7 +4,6 @@ value."""
 from __future__ import annotations
 
 import json
-import os
 import re
 import unicodedata
 from collections import Counter
@@ -14,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from memcontrol.commands.card import Card, describe_card, explain_too_small, propose_memory
+from memcontrol.checks.card import Card, describe_card, explain_too_small, propose_memory
 from memcontrol.core.choice import ANCHORS
 from memcontrol.core.config import (
     CALIBRATION,
@@ -36,6 +35,7 @@ from memcontrol.data.look import WITHOUT_CAPTION, FolderSummary, summarize_folde
 from memcontrol.data.split import FEWEST_IMAGES, deal_parts
 from memcontrol.model.caption_length import describe_cut, is_long, open_clip_tokenizer
 from memcontrol.reading.parts import assign_parts, find_part
+from memcontrol.reading.threads import count_cores
 from memcontrol.scoring.extractor_table import (
     EXTRACTORS,
     PHOTO_EXTRA,
@@ -320,7 +320,7 @@ def _list_network_lines(network: str, are_photographs: bool) -> list[str]:
 def _list_search_lines(base: str, kind: str, card: Card | None, budget: int) -> list[str]:
     """How many trials, which anchors, and how many at a time."""
     if card is None or not _is_planned(base, kind):
-        workers = card.n if card else min(os.cpu_count() or 1, 8)
+        workers = card.n if card else min(count_cores(), 8)
         return [
             _format_line(
                 "  trials", str(_TRIALS), f"beside the anchors: {', '.join(_ANCHOR_WORDS.values())}"

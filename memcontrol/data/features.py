@@ -96,7 +96,8 @@ def nearest(
 
     A float32 product, block by block, finds candidates; the distances of those that may be among the k
     nearest are then computed again as float64 differences, since the product form loses digits exactly for
-    near-copies. Ties go to the lower index. Memory beyond the inputs does not grow with their number.
+    near-copies; of a float64 product only those that it leaves in doubt. Ties go to the lower index. Memory
+    beyond the inputs does not grow with their number.
     """
     k = min(k, len(references))
     n_candidates = min(k + _N_SPARE, len(references))
@@ -124,12 +125,24 @@ def split_blocks(rows: np.ndarray, size: int = REFERENCE_BLOCK) -> list[np.ndarr
 
 @dataclass(frozen=True)
 class _Candidates:
-    """Of each query some references [N, n], their squared distances less the query's own square [N, n], and
-    by how much these may be wrong [N]."""
+    """Of each query some references [N, n], their squared distances less the query's own square [N, n], by
+    how much these may be wrong [N], and that square [N]."""
 
     rows: np.ndarray
     scores: np.ndarray
     errors: np.ndarray
+    squares: np.ndarray
+
+    def find_doubtful(self) -> np.ndarray:
+        """Whose distance has fewer than nine digits, or is as good as another's: [N, n]."""
+        errors = self.errors[:, None]
+        order = self.scores.argsort(axis=1)
+        is_close = np.diff(np.take_along_axis(self.scores, order, 1), axis=1) <= 2 * errors
+        doubtful = np.zeros(self.scores.shape, bool)
+        doubtful[:, 1:] |= is_close
+        doubtful[:, :-1] |= is_close
+        np.put_along_axis(doubtful, order, doubtful.copy(), 1)
+        return doubtful | (self.scores + self.squares[:, None] <= 1e9 * errors)
 
 
 def _score_candidates(queries: np.ndarray, references: np.ndarray, centre: np.ndarray, n: int) -> _Candidates:
@@ -148,7 +161,7 @@ def _score_candidates(queries: np.ndarray, references: np.ndarray, centre: np.nd
         best = values.gather(1, order), places.gather(1, order)
     lengths = torch.linalg.vector_norm(left, dim=1).double().numpy()
     errors = _bound_errors(lengths, longest, left.shape[1], np.float32)
-    return _Candidates(best[1].numpy(), best[0].double().numpy(), errors)
+    return _Candidates(best[1].numpy(), best[0].double().numpy(), errors, np.square(lengths))
 
 
 def _score_all(queries: np.ndarray, references: np.ndarray, centre: np.ndarray) -> _Candidates:
@@ -158,7 +171,7 @@ def _score_all(queries: np.ndarray, references: np.ndarray, centre: np.ndarray) 
     lengths = np.linalg.norm(left, axis=1)
     errors = _bound_errors(lengths, float(squares.max()) ** 0.5, left.shape[1], np.float64)
     rows = np.broadcast_to(np.arange(len(right)), (len(left), len(right)))
-    return _Candidates(rows, squares - 2 * left @ right.T, errors)
+    return _Candidates(rows, squares - 2 * left @ right.T, errors, np.square(lengths))
 
 
 def _bound_errors(lengths: np.ndarray, longest: float, d: int, dtype: type) -> np.ndarray:
@@ -185,11 +198,13 @@ def _least_columns(scores: Tensor, n: int, depth: int = 16) -> tuple[Tensor, Ten
 def _nearest_among(
     queries: np.ndarray, references: np.ndarray, candidates: _Candidates, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The k nearest of each query's candidates, by float64 differences of those that may be among them."""
+    """The k nearest of each query's candidates, by float64 differences of the doubtful that may be among
+    them."""
     most = np.partition(candidates.scores, k - 1, axis=1)[:, k - 1] + 2 * candidates.errors
     may_be = candidates.scores <= most[:, None]
-    squares = np.full(may_be.shape, np.inf)
-    for query, rows, chosen, found in zip(queries, candidates.rows, may_be, squares):
+    squares = np.where(may_be, candidates.scores + candidates.squares[:, None], np.inf)
+    open_rows = may_be & candidates.find_doubtful()
+    for query, rows, chosen, found in zip(queries, candidates.rows, open_rows, squares):
         difference = np.subtract(references[rows[chosen]], query, dtype=np.float64)
         found[chosen] = np.einsum("nd,nd->n", difference, difference)
     order = np.lexsort((candidates.rows, squares), axis=1)[:, :k]

@@ -19,6 +19,7 @@ from memcontrol.core.jobs import END_EVENTS, Event, Job, Lost, parse_event
 from memcontrol.core.run_folder import StudyFolder
 from memcontrol.execution.executor import Executor, describe_overrun, pick_time_limit
 from memcontrol.execution.worker import COMMAND
+from memcontrol.reading.threads import count_cores
 
 _GRACE_SECONDS = 8.0  # for checkpoints; Docker waits 10 before it kills
 _N_TOLD = 3  # lines of what a worker printed at its start
@@ -77,7 +78,7 @@ class Local(Executor):
         """At the first number that is free, which says on what GPU."""
         index = next(i for i in itertools.count() if all(worker.index != i for worker in self.workers))
         # whatever n_processes: sums round by the number of threads
-        threads = max(1, (os.cpu_count() or 1) // self.n_places)
+        threads = max(1, count_cores() // self.n_places)
         log = StudyFolder(self.folder).worker_log(index) if self.folder else None
         return Worker(index, threads, self.said, self.n_processes, log)
 

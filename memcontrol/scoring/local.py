@@ -30,6 +30,7 @@ _WINDOW, _STEP = 6, 2  # cells of a window's side, and from one window to the ne
 _GREY_FLOOR = 0.006  # of a window's distance, by cell, in 0..1: flat windows are as near as any others
 _MOST_DISTANCES = 2**22  # distances that are in memory at a time
 _N_FOR_ALL = 5  # neighbours that are looked at for all images and labels; few are open then
+_MOST_FEW = 64  # references of a side that are looked through as a whole
 _N_CELLS = PIXEL_SIDE // _LOCAL_CELL
 CORNERS = [
     (top, left)
@@ -185,23 +186,45 @@ def relabel_windows(
 ) -> tuple[np.ndarray, np.ndarray]:
     """r and swapped r of queries' cells [N, 768] under each labelling of the pool: [L, N] both."""
     sides = np.ascontiguousarray(labels.sides.T)  # [P, L]
+    few = list_few(labels.sides)
     least, swapped = (np.full((sides.shape[1], len(queries)), np.inf, np.float32) for _ in range(2))
     for block, _, apart in iterate_distances(queries, own, pool, labels.groups):
         near = apart.topk(labels.n_neighbours, dim=1, largest=False)
-        r = split_labels(near.values.numpy(), near.indices.numpy(), sides).T  # [L, n]
+        to_few = None if few is None else find_least_among(apart, few)
+        r = split_labels(near.values.numpy(), near.indices.numpy(), sides, to_few).T  # [L, n]
         np.minimum(least[:, block], r, out=least[:, block])
         np.minimum(swapped[:, block], 1 / r, out=swapped[:, block])
     return least, swapped
 
 
-def split_labels(distances: np.ndarray, rows: np.ndarray, sides: np.ndarray) -> np.ndarray:
+def list_few(sides: np.ndarray) -> list[np.ndarray] | None:
+    """Rows of the side that has fewer references, under each labelling [L, P]. None where they are so many
+    that the way from neighbour to neighbour is shorter, or none under one."""
+    is_few = sides if 2 * sides[0].sum() < sides.shape[1] else ~sides
+    n = is_few.sum(1)
+    return [np.nonzero(one)[0] for one in is_few] if 0 < n.min() and n.max() <= _MOST_FEW else None
+
+
+def find_least_among(apart: Tensor, few: list[np.ndarray]) -> np.ndarray:
+    """Of distances [n, P] the least to the rows of each labelling: [n, L]."""
+    columns = apart.T.contiguous()  # [P, n]
+    return torch.stack([columns[torch.from_numpy(rows)].amin(0) for rows in few], dim=1).numpy()
+
+
+def split_labels(
+    distances: np.ndarray, rows: np.ndarray, sides: np.ndarray, to_few: np.ndarray | None
+) -> np.ndarray:
     """d_T / d_H [n, L] of the nearest neighbours' distances and rows [n, k] under labels [P, L]; the last
-    neighbour stands for a side that has none among them."""
+    neighbour stands for a side that has none among them. `to_few` [n, L], where it is known, is the distance
+    to the side that has fewer references."""
     nearest = sides[rows[:, 0]]  # [n, L] whether the nearest is a training image
     is_known = np.isfinite(distances)
     last = distances[np.arange(len(rows)), is_known.sum(1) - 1]
     other = np.repeat(last[:, None], sides.shape[1], axis=1)
     is_open = np.ones(nearest.shape, bool)
+    if to_few is not None:
+        is_open = to_few == distances[:, :1]  # the nearest is one of the few: the other side is dense
+        np.minimum(other, to_few, out=other, where=~is_open)
     for j in range(1, min(_N_FOR_ALL, rows.shape[1])):
         found = is_open & (sides[rows[:, j]] != nearest) & is_known[:, j : j + 1]
         np.copyto(other, distances[:, j : j + 1], where=found)

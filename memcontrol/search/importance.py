@@ -60,21 +60,25 @@ def _say_option(option: object) -> object:
     return "off" if option is None else "on" if option == "{}" else option
 
 
-def measure_importance(records: Sequence[Record], space: SearchSpace) -> list[Effect]:
+def measure_importance(
+    records: Sequence[Record], space: SearchSpace, file: str = "STUDY.yaml"
+) -> list[Effect]:
     """Each coordinate's effects under the Gaussian process that sampling fits, their errors those of its
     posterior: a contrast of its values at the trials' choices with the coordinate at one end and at the
     other. Only choices that the change leaves possible count.
 
-    Raises MemControlError where too few trials have ended to fit anything.
+    Raises MemControlError where too few trials have ended to fit anything, with the command that has as many
+    of the study `file`.
     """
     encoding = SpaceEncoding(space)
     known = gather_training_set(records, encoding, ())
     if known is None or len(known.rows) < N_SPREAD:
         n = 0 if known is None else len(known.rows)
+        n_wanted = sum(record.fills_place for record in records) + N_SPREAD - n
         raise MemControlError(
-            f"importance needs {N_SPREAD} ended trials, not counting the anchors none and full, "
-            f"which no point of the space stands for; this study has {n}: search on, memcontrol "
-            f"search STUDY.yaml --trials {N_SPREAD}"
+            f"importance needs {N_SPREAD} ended trials, not counting the anchors none and full, which no "
+            f"point of the space stands for; this study has {n}, {N_SPREAD - n} too few: "
+            f"memcontrol search {file} --trials {n_wanted}"
         )
     objectives = list_objectives(next(record.objectives for record in records if record.finished))
     processes = _fit_objectives(known, encoding, len(objectives))

@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -42,6 +43,16 @@ def close_storage(storage: BaseStorage) -> None:
     """Ends the connections of a database, which would otherwise stay open until the process ends."""
     storage.remove_session()
     _unwrap(storage).engine.dispose()
+
+
+def find_schema_head() -> str:
+    """The version of its tables that this Optuna makes, by its migrations; no database is asked."""
+    from alembic.script import ScriptDirectory
+    from optuna.storages._rdb import storage
+
+    head = ScriptDirectory(str(Path(storage.__file__).parent / "alembic")).get_current_head()
+    assert head is not None, "there is one line of migrations"
+    return head
 
 
 @contextlib.contextmanager

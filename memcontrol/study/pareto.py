@@ -11,6 +11,7 @@ import numpy as np
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.reward_table import REWARDS
 
+RULES = ("knee", "quality", "memorization")  # by which `pick` chooses one trial
 BEYOND = 2.0  # standard errors of a difference that make it clear
 _LEAST = BEYOND / 2**0.5  # that many of both errors' sum are no more than BEYOND of the difference's
 _N_TOGETHER = 128  # points that others are compared with at a time

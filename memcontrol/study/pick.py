@@ -11,12 +11,11 @@ from memcontrol.core.choice import Choice
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.estimate import READ_95, Rewards
 from memcontrol.core.run_folder import RunFolder
-from memcontrol.study.pareto import Limit, find_clearly_beaten, find_front, find_knee, parse_limit
+from memcontrol.study.pareto import RULES, Limit, find_clearly_beaten, find_front, find_knee, parse_limit
 from memcontrol.study.record import Record
 from memcontrol.study.store import Study
 
 _LEAST_P = 0.05  # from which on copying cannot be told from chance
-_RULES = ("knee", "quality", "memorization")
 
 
 def require_finished(records: Sequence[Record]) -> list[Record]:
@@ -103,7 +102,7 @@ def choose_trial(
     if rule == "memorization":
         return min(points, key=lambda record: record.losses[::-1])
     if rule != "knee":
-        raise MemControlError(f"rule '{rule}' is unknown; allowed: {', '.join(_RULES)}")
+        raise MemControlError(f"rule '{rule}' is unknown; allowed: {', '.join(RULES)}")
     anchors = {record.anchor: record for record in complete if record.anchor}
     if full := anchors.get("full"):
         points = [record for record in points if _is_no_worse(record, full)] or points

@@ -81,6 +81,7 @@ class Display(Observer):
         self.begun_at: dict[Path, float] = {}
         self.live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
         self.note = note
+        self.has_picture = False
 
     def __enter__(self) -> Display:
         if self.live:
@@ -156,10 +157,18 @@ class Display(Observer):
             minutes = (time.monotonic() - self.started) / 60
             text = describe_choice(job.choice, self.n_groups)
             say(self.console, f"{minutes:.1f} min: {text}: {_name_end(job)}")
+        self.say_first_picture(job)
         if isinstance(job, TrialJob) and not _goes_on(job):
             self.done[-1 if job.number is None else job.number] += 1
             if job.choice.method != "none":  # it trains nothing and would make the rest look short
                 self.lengths.append(time.monotonic() - self.begun_at.pop(job.folder, time.monotonic()))
+
+    def say_first_picture(self, job: TrialJob | ConfirmJob) -> None:
+        """Of the first run that trained: something to look at while the others go on."""
+        picture = RunFolder(job.folder).pairs_picture
+        if not self.has_picture and job.choice.method != "none" and picture.is_file():
+            say(self.console, f"first images, beside their nearest training images: {shorten_path(picture)}")
+            self.has_picture = True
 
     def refresh(self) -> None:
         if time.monotonic() - self.shown < _REFRESH_SECONDS:

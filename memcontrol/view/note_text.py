@@ -152,6 +152,12 @@ def _count_states(trials: Sequence[TrialData], over: bool) -> str:
     return ", ".join(f"{counts[state]} {word}" for state, word in words.items() if counts[state])
 
 
+def _list_marks(trial: TrialData) -> list[str]:
+    """The four that tables of the terminal have as signs."""
+    again = ["measured again"] if trial["confirmed"] else []
+    return [*name_places(trial), *again, *(["**the pick**"] if trial["pick"] else [])]
+
+
 def write_standings(complete: Sequence[TrialData], objectives: Mapping[str, str]) -> str:
     rows = [
         [
@@ -159,7 +165,7 @@ def write_standings(complete: Sequence[TrialData], objectives: Mapping[str, str]
             trial["anchor"] or "sampled",
             trial["said"],
             *(format_reward(name, trial["rewards"]) for name in objectives),
-            ", ".join([*name_places(trial), *(["**the pick**"] if trial["pick"] else [])]),
+            ", ".join(_list_marks(trial)),
         ]
         for trial in list_standings(complete, objectives)
     ]

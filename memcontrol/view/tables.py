@@ -42,6 +42,7 @@ _DROPPED = (
     "membership_auc",
 )  # in this order, where there is no room
 _WIDE = 10_000
+_READABLE = 120  # columns in which five of a table can be read
 
 
 @dataclass(frozen=True)
@@ -72,21 +73,24 @@ class RewardsTable:
             title=self.title, title_justify="left", expand=False, caption=self.note, caption_justify="left"
         )
         table.add_column("trial", no_wrap=True)
-        table.add_column("choice", min_width=12)
+        table.add_column("choice", min_width=12, overflow="fold")
         for name in columns:
-            table.add_column(find_title(name), justify="right", min_width=8)
+            title = find_title(name)
+            widest = max(8, *map(len, title.split()))
+            table.add_column(title, justify="right", min_width=widest, overflow="fold")
         for name, text, rewards in self.rows:
             table.add_row(name, text, *(format_reward(key, rewards) for key in columns))
         return table
 
 
 def make_importance_table(effects: Sequence[Effect], name: str) -> Table:
-    """What each change does to each objective; what cannot be told from nothing (within two standard errors)
-    is dim."""
-    table = Table(title=f"{name}: what drives which reward", title_justify="left")
-    table.add_column("change")
+    """What each change does to each objective; what can be told from nothing (beyond two standard errors) has
+    a *."""
+    title, note = f"{name}: what drives which reward", "* beyond two standard errors"
+    table = Table(title=title, title_justify="left", caption=note, caption_justify="left")
+    table.add_column("change", overflow="fold")
     for objective in effects[0].effects if effects else ():
-        table.add_column(find_title(objective), justify="right")
+        table.add_column(find_title(objective), justify="right", overflow="fold")
     table.add_column("choices", justify="right")
     for effect in effects:
         cells = [_format_effect(value) for value in effect.effects.values()]
@@ -95,8 +99,25 @@ def make_importance_table(effects: Sequence[Effect], name: str) -> Table:
 
 
 def _format_effect(value: Estimate) -> Text:
-    error = value.error or 0
-    return Text(f"{value:+.3g} ± {error:.2g}", style="bold" if abs(value.value) > 2 * error else "dim")
+    mark = "*" if _is_clear(value) else " "
+    return Text(f"{value:+.3g} ± {value.error or 0:.2g} {mark}", style="bold" if mark == "*" else "")
+
+
+def _is_clear(value: Estimate) -> bool:
+    return abs(value.value) > 2 * (value.error or 0)
+
+
+def describe_clear_effects(effects: Sequence[Effect], file: str, n_trials: int) -> str:
+    """How many effects are lost in their errors, which fall with the root of the number of trials, and the
+    command that halves these; empty where none is."""
+    every = [value for effect in effects for value in effect.effects.values()]
+    n_clear = sum(map(_is_clear, every))
+    if n_clear == len(every):
+        return ""
+    return (
+        f"{n_clear} of {len(every)} effects are clear after {n_trials} trials; four times as many about "
+        f"halve the errors: memcontrol search {file} --trials {4 * n_trials}"
+    )
 
 
 def make_study_table(
@@ -116,7 +137,12 @@ def make_study_table(
     ties = {record.number for record in select_ties(others)}
     rows = [
         (
-            _mark_trial(record, record is picked, record.number in front, record.number in ties)
+            _mark_trial(
+                record,
+                picked is not None and record.number == picked.number,
+                record.number in front,
+                record.number in ties,
+            )
             + ("" if keeps_limits(record, limits) else " !"),
             describe_choice(record.chosen, n_groups),
             record.rewards,
@@ -178,7 +204,7 @@ def make_differences_table(
     it."""
     table = Table(title=title, title_justify="left", expand=False)
     for heading in ("reward", "first", "second", "first - second", "95 %, paired over prompts", "better"):
-        table.add_column(heading)
+        table.add_column(heading, overflow="fold")
     for name, value in apart.items():
         both = format_reward(name, first), format_reward(name, second)
         table.add_row(find_title(name), *both, *_format_difference(name, value), _name_better(name, value))
@@ -193,21 +219,30 @@ def _name_better(name: str, value: Estimate) -> str:
     return "first" if is_first else "second"
 
 
-def make_rewards_table() -> Table:
+class RewardList:
     """Every reward: its name in a study file, direction, interval, cost, meaning; * for those that can be
-    objectives."""
-    table = Table(expand=False)
-    for heading in ("name (* can be an objective)", "better", "interval", "cost", "meaning"):
-        table.add_column(heading)
-    for name, reward in REWARDS.items():
-        table.add_row(
-            f"{'*' if reward.objective else ' '} {name}",
-            reward.direction,
-            reward.interval,
-            reward.cost,
-            reward.meaning,
-        )
-    return table
+    objectives. On a narrow terminal less, so that it can be read."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        names = ["better", "interval", "cost", "meaning"]
+        note = "* can be an objective"
+        if options.max_width < _READABLE:
+            names = ["better", "meaning"]
+            note += "; interval and cost of each: a wider terminal, or --json"
+        table = Table(expand=False, caption=note, caption_justify="left")
+        table.add_column("name", no_wrap=True)  # it is typed
+        for name in names:
+            table.add_column(name, overflow="fold")
+        for name, reward in REWARDS.items():
+            told = {
+                "better": reward.direction,
+                "interval": reward.interval,
+                "cost": reward.cost,
+                "meaning": reward.meaning,
+            }
+            mark = "*" if reward.objective else " "
+            table.add_row(f"{mark} {name}", *(told[column] for column in names))
+        yield table
 
 
 def describe_rank_agreement(records: Sequence[Record]) -> str:
