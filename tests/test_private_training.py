@@ -11,27 +11,30 @@ import numpy as np
 import pytest
 import torch
 from commands import run
-from conftest import N_IMAGES
+from conftest import N_IMAGES, SMALL
 from scipy.special import gammaln, logsumexp
 from scipy.stats import binom, norm
 
+from benchmarks.evidence.privacy import ARMS, write_config
 from memcontrol.core.choice import Choice
 from memcontrol.core.config import InnerConfig, load_config
 from memcontrol.core.errors import Diverged, MemControlError
 from memcontrol.core.estimate import Rewards
 from memcontrol.core.reward_table import format_reward
-from memcontrol.core.settings import load_study_space
+from memcontrol.core.settings import configure_choice, load_study_space
 from memcontrol.core.space_yaml import load_space
+from memcontrol.core.spec import Spec
 from memcontrol.model.adapter import inject_adapter
 from memcontrol.scoring.membership import epsilon_low, score_membership
 from memcontrol.training import rounds, unit_gradients
 from memcontrol.training.losses import measure_losses
 from memcontrol.training.privacy import count_epsilon, find_noise, open_account
 from memcontrol.training.unit_gradients import PrivateSteps, list_units
+from memcontrol.trial.bound import describe_bound, list_bound
 from memcontrol.view.words import describe_privacy
 
 EACH = [str(row) for row in range(N_IMAGES)]
-SEEDED = {"privacy": {"seed": 5}}
+SEEDED = {"privacy": {"seed": 5, "multiplicity": 1}}
 
 
 def sum_by_hand(noise, rate, steps, delta):
@@ -361,7 +364,7 @@ def test_with_a_seed_all_numbers_are_the_same_and_without_one_none(trained, tmp_
         trained(folder="a", **settings, **SEEDED),
         trained(folder="b", **settings, **SEEDED),
     )
-    (_, secret), (_, other) = (trained(folder=name, **settings, privacy={}) for name in "cd")
+    (_, secret), (_, other) = (trained(folder=name, **settings, privacy={"multiplicity": 1}) for name in "cd")
     assert same(first, again) and not same(secret, other) and log.n_steps == 6
     kept = tmp_path / "c" / "noise.json"
     assert json.loads(kept.read_text()) != json.loads((tmp_path / "d" / "noise.json").read_text())
@@ -371,7 +374,7 @@ def test_with_a_seed_all_numbers_are_the_same_and_without_one_none(trained, tmp_
 def test_a_fine_tuning_that_goes_on_has_the_noise_that_it_would_have_had(trained, tmp_path, monkeypatch):
     """Killed after its first round, with the secret in its folder: to the same bits."""
     monkeypatch.setattr("secrets.randbits", lambda bits: 11)
-    settings = {"budget_images": 24, "batch_size": 4, "rounds": 2, "ema": 0.5, "privacy": {}}
+    settings = {"budget_images": 24, "batch_size": 4, "rounds": 2, "ema": 0.5, "privacy": {"multiplicity": 1}}
     _, whole = trained(folder="whole", **settings)
     with monkeypatch.context() as patch:
         patch.setattr(rounds.Rounds, "keep", keep_first := make_killing(rounds.Rounds.keep))
@@ -418,25 +421,53 @@ def test_a_denoiser_without_vmap_is_asked_one_by_one(trained, monkeypatch):
     assert all(torch.allclose(together[name], checked[name], rtol=0, atol=1e-4) for name in together)
 
 
-def test_a_study_searches_over_epsilon_and_says_what_bounds_each_model(study_file):
+def test_what_a_trial_says_of_its_bound(material, tmp_path):
+    def list_rewards(config, method, steps=5):
+        space = load_study_space(config)
+        choice = Choice(("*",) if method == "full" else (), method, 1e-3)
+        spec = Spec(configure_choice(config, choice), space, choice, tmp_path, "search", "holdout", N_IMAGES)
+        return list_bound(spec, material, steps), describe_bound(spec, material, steps)
+
+    private = study(inner={"budget_images": 40, "batch_size": 4, "privacy": {}})
+    rewards, said = list_rewards(private, "full")
+    assert (
+        rewards["epsilon"]
+        == said["privacy"]["epsilon"]
+        < list_rewards(private, "full", 10)[0]["epsilon"]
+        <= 8
+    )
+    assert (said["privacy"]["steps"], said["privacy"]["secret"], rewards["privacy_units"]) == (
+        5,
+        True,
+        N_IMAGES,
+    )
+    assert list_rewards(private, "none") == ({"epsilon": 0.0}, {})
+    searched = study(search={"over": {"inner.privacy": [None, {}]}})
+    assert list_rewards(searched, "full") == ({"epsilon": 1000.0}, {})
+    assert list_rewards(study(), "full") == ({}, {})
+
+
+def test_a_search_over_epsilon_says_what_bounds_each_model(study_file):
     path = study_file(
         inner={"budget_images": 32, "batch_size": 8, "rounds": 2},
-        rewards={"objectives": ["fid", "memorization", "epsilon"], "n_samples": 64, "force": True}
-        | {"sampling_steps": 1, "confirm": 1},
-        search={"trials": 1, "workers": 1, "executor": "inline", "anchors": ["none", "full"]}
+        rewards={**SMALL["rewards"], "objectives": ["fid", "memorization", "epsilon"], "confirm": 1},
+        search={**SMALL["search"], "anchors": ["none"]}
         | {"over": {"inner.privacy": [{"epsilon": 4, "multiplicity": 1}]}},
     )
     run("search", path, check=True)
     results = [json.loads(one.read_text()) for one in path.parent.rglob("result.json")]
-    by_kind = {result["choice"]["method"]: result for result in results}
     private = next(result for result in results if "privacy" in result)
     account, rewards = private["privacy"], private["rewards"]
-    assert by_kind["none"]["rewards"]["epsilon"] == 0 and by_kind["full"]["rewards"]["epsilon"] == 1000
     assert rewards["epsilon"] == account["epsilon"] == count_epsilon(account["noise"], 0.25, 4, 1 / 320) <= 4
     assert (account["unit"], account["units"], account["steps"], account["secret"]) == ("image", 32, 4, True)
     assert not list(path.parent.rglob("noise.json"))
     confirmed = [json.loads(one.read_text())["rewards"] for one in path.parent.rglob("confirmed.json")]
-    assert {4 >= found["epsilon"] or found["epsilon"] == 1000 for found in confirmed} == {True}
+    assert {0.0, rewards["epsilon"]} >= {found["epsilon"] for found in confirmed} != set()
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_arms_of_the_evidence_are_studies(arm):
+    assert (write_config(arm, 0).inner.privacy is None) == (ARMS[arm] is None)
 
 
 def audit(base, material, folder):
