@@ -358,6 +358,7 @@ NIGHTLY = {  # half a minute to two on a core each: `make nightly` runs them too
     "test_the_bytes_of_a_step_are_those_that_the_allocator_gives[bfloat16-groups1-full]",
     "test_solvers_are_compared_over_a_studys_runs",
     "test_the_model_card_tells_what_was_measured_and_its_code_runs[svdiff-None]",
+    "test_a_search_over_epsilon_says_what_bounds_each_model",
     "test_what_an_audit_shows_exceeds_the_bound_only_where_the_noise_is_gone",
 }
 
