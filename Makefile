@@ -4,7 +4,7 @@ VENV := .venv
 CODE := memcontrol tests benchmarks docs
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo check quick test nightly chaos clean
+.PHONY: demo check quick test nightly chaos docs clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/memcontrol demo --out runs/demo
@@ -28,6 +28,10 @@ quick: $(VENV)/tested
 # A search on a real PostgreSQL while everything it stands on is killed, frozen and stopped: five to ten minutes.
 chaos: $(VENV)/tested
 	OMP_NUM_THREADS=1 $(VENV)/bin/python tests/chaos.py
+
+# The pages as a site, build/site/index.html; a warning, such as of a link that leads nowhere, is an error.
+docs: $(VENV)/tested
+	$(VENV)/bin/python -m sphinx -W --keep-going --quiet -c docs -d build/doctrees . build/site
 
 # torch comes first and pinned: any looser request may fetch gigabytes of CUDA packages.
 $(VENV)/installed: pyproject.toml constraints.txt

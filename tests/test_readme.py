@@ -35,6 +35,7 @@ ELSEWHERE = {  # other tests run these, each with what it needs
     "make test": "this",
     "make quick": "a part of this",
     "make check": ".ci/run",
+    "make docs": "test_docs",
     "make chaos": "test_chaos",
     "memcontrol audit --model my-pipeline": "test_audit and test_attack, sampling takes minutes",
     "memcontrol audit --model runwayml/": "test_attack, on a small base",
@@ -99,10 +100,10 @@ def test_every_command_of_a_page_runs_in_its_order(page, folder):
             assert "## How much it copies" in (folder / exported / "README.md").read_text()
 
 
-def with_small_budget(study):
+def with_small_budget(study, executor="inline"):
     values = yaml.safe_load(study.read_text())
     study.write_text(
-        yaml.safe_dump({**values, **BUDGET, "search": {"trials": 1, "workers": 1, "executor": "inline"}})
+        yaml.safe_dump({**values, **BUDGET, "search": {"trials": 1, "workers": 1, "executor": executor}})
     )
 
 

@@ -28,12 +28,25 @@ def add_export(subparsers) -> None:
         default="float32",
         help="of a pipeline or denoiser (default: float32)",
     )
+    export.add_argument(
+        "--license",
+        metavar="ID",
+        help="as the Hub calls it, such as apache-2.0, or a name of your own (default: the base's)",
+    )
+    export.add_argument("--license-link", metavar="URL", help="where the text of a license of your own is")
+    export.add_argument(
+        "--no-picture",
+        dest="picture",
+        action="store_false",
+        help="leave out the card's picture, one of the samples, which the exported files draw again",
+    )
 
 
 def _run_export(args: argparse.Namespace) -> int:
     from memcontrol.commands.export import describe_loading, export
 
-    out = export(args.run_dir, args.out, args.format, args.precision)
+    more = (args.license, args.license_link, args.picture)
+    out = export(args.run_dir, args.out, args.format, args.precision, *more)
     sys.stdout.write(f"{out}\n")
     say(make_console(), describe_loading(args.run_dir, out))
     return 0

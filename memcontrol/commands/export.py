@@ -3,13 +3,18 @@ pipeline."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from memcontrol.core.config import EMBEDDED
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import make_public, name_full_disk, replace_file
 from memcontrol.core.published import publish_name
@@ -18,33 +23,56 @@ from memcontrol.core.spec import Spec, read_spec
 from memcontrol.model.adapter import Adapter, format_header
 from memcontrol.model.base import redraw_weights
 from memcontrol.model.families import name_denoiser
+from memcontrol.model.hub import read_hub_card
 from memcontrol.model.peft_parts import Peft
-from memcontrol.model.saved_adapter import LORA_FILE, is_own_file
+from memcontrol.model.saved_adapter import LORA_FILE
 from memcontrol.model.source import Source, find_base_path, find_source
+from memcontrol.recipes.original_names import name_sdxl_layer
+from memcontrol.trial.card_code import SOME_PROMPT, Exported, plan_call, write_code
+from memcontrol.trial.example import (
+    PICTURE_FILE,
+    Withheld,
+    choose_sample,
+    draw_picture,
+    find_instance_prompt,
+    list_shared_captions,
+)
 from memcontrol.trial.loaded import derive_scratch_seed
 from memcontrol.trial.tuned import inject_choice
-from memcontrol.view.model_card import write_card
+from memcontrol.view.model_card import License, Shown, choose_license, parse_license, write_card
 
 _FORMATS = ("adapter", "pipeline", "denoiser")
 EXPORT_PRECISIONS = ("float32", "bfloat16", "float16")
-COMFYUI_FILE = "comfyui/lora.safetensors"
+COMFYUI_FILE, KOHYA_FILE = "comfyui/lora.safetensors", "kohya/lora.safetensors"
 
 
-def export(run: str | Path, out: str | Path, format: str | None = None, precision: str = "float32") -> Path:
+def export(
+    run: str | Path,
+    out: str | Path,
+    format: str | None = None,
+    precision: str = "float32",
+    license: str | None = None,
+    license_link: str | None = None,
+    picture: bool = True,
+) -> Path:
     """Writes a run's model for plain diffusers to the new folder `out`. By default a LoRA as an adapter,
     anything else as a pipeline, and so a LoRA over a base that itself starts from an adapter. Returns the
     folder.
 
-    adapter: a LoRA or DoRA as diffusers' and ComfyUI's LoRA files, other adapters of peft in peft's format,
-    and whatever is no LoRA as a file for `memcontrol.load_adapter`. pipeline and denoiser: what was learned
-    is fused into the base in float32, unquantised, and saved in a `precision` of float32, bfloat16 or
-    float16. Raises MemControlError: no finished run, or `out` in use.
+    adapter: a LoRA or DoRA as diffusers' and ComfyUI's LoRA files, and kohya's where it reads another, other
+    adapters of peft in peft's format, and whatever is no LoRA as a file for `memcontrol.load_adapter`.
+    pipeline and denoiser: what was learned is fused into the base in float32, unquantised, and saved in a
+    `precision` of float32, bfloat16 or float16. The card, README.md, is under the `license` given, by an
+    identifier of the Hub or a name of one's own with its `license_link`, or else the base's. It shows a
+    `picture`, one of the samples that were measured, if one may be shown. Raises MemControlError: no finished
+    run, or `out` in use.
     """
     place, out = RunFolder(Path(run)), Path(out)
     spec = read_spec(place.path)
     _check_export(place, spec, out, format)
     if precision not in EXPORT_PRECISIONS:
         raise MemControlError(f"precision '{precision}' is unknown; allowed: {', '.join(EXPORT_PRECISIONS)}")
+    given = choose_license(license, license_link)
     with name_full_disk(out):
         # The base, with what was learned put into it.
         source = find_source(spec.pinned_base)
@@ -60,7 +88,7 @@ def export(run: str | Path, out: str | Path, format: str | None = None, precisio
         # The files, and the card that says what they are.
         out.mkdir(parents=True, exist_ok=True)
         if (format or _choose_format(adapter, spec)) == "adapter":
-            _write_adapter(adapter, place, part, out, spec)
+            _write_adapter(adapter, part, out, spec, source)
         else:
             adapter.fuse()
             pipeline.to(dtype=getattr(torch, precision))
@@ -68,11 +96,66 @@ def export(run: str | Path, out: str | Path, format: str | None = None, precisio
             (denoiser if format == "denoiser" else pipeline).save_pretrained(out)
         for path in out.rglob("*.json"):
             _publish_names(path)
+        exported = Exported(
+            out,
+            source,
+            part,
+            type(pipeline).__name__,
+            kind,
+            denoiser.config,
+            sum(parameter.numel() for parameter in denoiser.parameters()),
+            getattr(pipeline, "tokenizer", None),
+        )
+        del pipeline, denoiser, adapter  # the card's picture is drawn by what was written
+        shown = _show_example(exported, place, spec, picture)
+        write_card(out, spec, place.read_result(), shown, given or _find_license(source, out))
         make_public(out)  # safetensors keeps what it writes to its owner
-        code = _write_loading_code(out, source, type(pipeline).__name__, part, kind)
-        is_conditional = getattr(pipeline, "tokenizer", None) is not None
-        write_card(out, spec, place.read_result(), code, (out / LORA_FILE).is_file(), is_conditional)
     return out
+
+
+def _show_example(exported: Exported, run: RunFolder, spec: Spec, picture: bool) -> Shown:
+    """The card's code, and its picture where there may be one."""
+    measured, shared = run.read_result()["measured_with"], list_shared_captions(spec)
+    try:
+        if not picture:
+            raise Withheld("it was exported without one")
+        sample = choose_sample(run, spec, exported.tokenizer)
+        call = plan_call(exported, measured, sample.prompt, sample.seed)
+        draw_picture(exported, call, sample)
+        withheld = ""
+    except Withheld as reason:
+        prompt = next((caption for caption in shared if caption), SOME_PROMPT)
+        call, withheld = plan_call(exported, measured, prompt, 0), str(reason)
+    return Shown(
+        code=write_code(exported, call),
+        prompt=call.prompt,
+        picture=None if withheld else PICTURE_FILE,
+        withheld=withheld,
+        instance_prompt=find_instance_prompt(spec),
+        is_adapter=exported.is_adapter,
+        is_lora=exported.is_lora,
+        is_conditional=not exported.is_unconditional,
+    )
+
+
+def _find_license(source: Source, out: Path) -> License:
+    """The base's own, as its card says it; what the card has as a file beside it is copied."""
+    base = source.base
+    if base.id == EMBEDDED:
+        return License("apache-2.0")
+    if source.commit:
+        text = read_hub_card(source.path, source.commit)
+        place = f"https://huggingface.co/{source.path}"
+        return parse_license(text, f"{place}/blob/{source.commit}/", place)
+    card = Path(base.id) / "README.md"
+    found = parse_license(card.read_text(encoding="utf-8", errors="replace") if card.is_file() else None)
+    if not found.link or ":" in found.link:
+        return found
+    beside = card.parent / found.link
+    if beside.is_file() and beside.parent == card.parent and not (out / beside.name).exists():
+        shutil.copyfile(beside, out / beside.name)
+        return found
+    return replace(found, link=None)
 
 
 def _publish_names(path: Path) -> None:
@@ -121,80 +204,14 @@ def _choose_format(adapter: Adapter, spec: Spec) -> str:
     return "adapter" if _is_lora(adapter) and over_base else "pipeline"
 
 
-def _write_adapter(adapter: Adapter, run: RunFolder, part: str, out: Path, spec: Spec) -> None:
+def _write_adapter(adapter: Adapter, part: str, out: Path, spec: Spec, source: Source) -> None:
     """`part` is what the pipeline calls its denoiser."""
     if _is_lora(adapter):
-        _write_lora(adapter, part, out, spec)
+        is_sdxl = source.index["_class_name"] == "StableDiffusionXLPipeline"
+        _write_lora(adapter, part, out, spec, name_sdxl_layer if is_sdxl else str)
     else:
         adapter.save(out, spec.describe_published())
         _write_peft(adapter, out)
-
-
-def _write_loading_code(out: Path, source: Source, pipeline_class: str, part: str, kind: str | None) -> str:
-    """What a reader of the folder's card types, with the folder's name and, but for a Hub id, the base's in
-    place of paths; `part` is what the pipeline calls its denoiser, and `kind` the type to load all parts in,
-    where it must be said."""
-    typed = [f"torch_dtype=torch.{kind}"] if kind else []
-    if (out / "model_index.json").is_file():
-        given = ", ".join([f'"{out.name}"', *typed])
-        return _add_imports([f"pipe = DiffusionPipeline.from_pretrained({given})"])
-    denoiser_class = source.index[part][1]
-    if (out / LORA_FILE).is_file():
-        first, load = _write_start(source, part), f'pipe.load_lora_weights("{out.name}")'
-    elif RunFolder(out).adapter_file.is_file():
-        first, load = _write_start(source, part), f'memcontrol.load_adapter(pipe, "{out.name}")'
-    else:
-        opened = _write_opening(source, pipeline_class, f"{part}={part}", *typed)
-        given = ", ".join([f'"{out.name}"', *typed])
-        denoiser = f"{part} = {denoiser_class}.from_pretrained({given})"
-        return _add_imports([denoiser, f"pipe = {opened}"], pipeline_class, denoiser_class)
-    opened = _write_opening(source, pipeline_class, *typed)
-    return _add_imports([f"pipe = {opened}", *first, load], pipeline_class, denoiser_class)
-
-
-def _write_opening(source: Source, pipeline_class: str, *given: str) -> str:
-    """The call that opens the base."""
-    base = source.base
-    name = base.id if not Path(base.id).exists() else Path(base.id).name
-    settings = {"revision": base.revision, "variant": source.variant, "config": base.config}
-    known = {
-        key: value if "/" not in value or not Path(value).exists() else Path(value).name
-        for key, value in settings.items()
-        if value
-    }
-    more = [*(f'{key}="{value}"' for key, value in known.items()), *given]
-    call = f"{pipeline_class}.from_single_file" if base.is_file else "DiffusionPipeline.from_pretrained"
-    return f"{call}({', '.join(['TINY' if name == 'tiny' else json.dumps(name), *more])})"
-
-
-def _write_start(source: Source, part: str) -> list[str]:
-    """What puts the adapter that the base starts from into it."""
-    if source.base.adapter is None:
-        return []
-    place = Path(source.base.adapter)
-    if (place / "config.json").is_file():
-        return [f'pipe.{part} = {source.index[part][1]}.from_pretrained("{place.name}")']
-    if is_own_file(place):
-        return [f'memcontrol.load_adapter(pipe, "{place.name}").fuse()']
-    folder, name = (place.name, LORA_FILE) if place.is_dir() else (".", place.name)
-    return [
-        f'pipe.load_lora_weights("{folder}", weight_name="{name}")',
-        f'pipe.fuse_lora(components=["{part}"])',
-        "pipe.unload_lora_weights()",
-    ]
-
-
-def _add_imports(lines: list[str], *classes: str) -> str:
-    """The lines after the imports that they need."""
-    code = "\n".join(lines)
-    used = [name for name in ("DiffusionPipeline", *classes) if re.search(rf"\b{name}\.", code)]
-    imports = [
-        *(["import torch"] if "torch." in code else []),
-        *(["import memcontrol"] if "memcontrol." in code else []),
-        f"from diffusers import {', '.join(sorted(set(used)))}",
-        *(["from memcontrol.models import TINY"] if "TINY" in code else []),
-    ]
-    return "\n".join([*imports, "", *lines])
 
 
 def describe_loading(run: Path, out: Path) -> str:
@@ -208,7 +225,9 @@ def describe_loading(run: Path, out: Path) -> str:
         loaded = (
             f'{opened}.load_lora_weights("{out}")' if is_plain else f"for {base}; its README.md has the code"
         )
-        return f"a LoRA: {loaded}; comfyui/ has it for ComfyUI"
+        others = "comfyui/ has it for ComfyUI"
+        kohya = ", kohya/ for sd-scripts" if (out / KOHYA_FILE).is_file() else ""
+        return f"a LoRA: {loaded}; {others}{kohya}"
     if RunFolder(out).adapter_file.is_file():
         loaded = f'memcontrol.load_adapter({opened}, "{out}")'
         return f"an adapter: {loaded if is_plain else f'for {base}; its README.md has the code'}"
@@ -238,23 +257,48 @@ def _collect_peft_state(adapter: Adapter) -> dict[str, torch.Tensor]:
     }
 
 
-def _write_lora(adapter: Adapter, prefix: str, out: Path, spec: Spec) -> None:
-    """The standard LoRA file, its configuration in the header (without it a reader guesses alpha), and one
-    for ComfyUI."""
-    from safetensors.torch import save_file
-
+def _write_lora(adapter: Adapter, prefix: str, out: Path, spec: Spec, rename: Callable[[str], str]) -> None:
+    """The standard LoRA file, its configuration in the header (without it a reader guesses alpha), one for
+    ComfyUI, and one for kohya's sd-scripts where that reads other names (`rename`) or computes otherwise."""
     config, state = _find_lone_config(adapter), _collect_peft_state(adapter)
     settings = {f"{prefix}.{key}": value for key, value in _convert_settings(config.to_dict()).items()}
-    metadata = {"format": "pt", "memcontrol": format_header(spec.describe_published())}
-    (out / COMFYUI_FILE).parent.mkdir()
-    with replace_file(out / LORA_FILE, published=True) as part:
-        save_file(
-            {f"{prefix}.{name}": tensor for name, tensor in state.items()},
-            part,
-            metadata | {"lora_adapter_metadata": format_header(settings)},
-        )
-    with replace_file(out / COMFYUI_FILE, published=True) as part:
-        save_file(_make_comfyui_state(adapter, prefix, state), part, metadata)
+    metadata = _describe_file(spec)
+    standard = {f"{prefix}.{name}": tensor for name, tensor in state.items()}
+    _save_public(out / LORA_FILE, standard, metadata | {"lora_adapter_metadata": format_header(settings)})
+    _save_public(out / COMFYUI_FILE, _make_comfyui_state(adapter, prefix, state), metadata)
+    if prefix == "unet" and (config.use_dora or rename is not str):
+        with contextlib.suppress(MemControlError):  # layers outside of the blocks, which sd-scripts has not
+            _save_public(out / KOHYA_FILE, _make_kohya_state(adapter, state, rename), metadata)
+
+
+def _describe_file(spec: Spec) -> dict[str, str]:
+    """A LoRA file's header: what it was trained over, where, and how strong it is, for people; and all that
+    it was trained with."""
+    choice = spec.choice
+    return {
+        "format": "pt",
+        "base": str(spec.pinned_base.without_paths()),
+        "mask": ", ".join(choice.groups),
+        "strength": f"{choice.strength:g}",
+        "memcontrol": format_header(spec.describe_published()),
+    }
+
+
+def _save_public(path: Path, state: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    from safetensors.torch import save_file
+
+    with replace_file(path, published=True) as part:
+        save_file(state, part, metadata)
+
+
+_KOHYA_ENDS = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
+
+
+def _iterate_layers(adapter: Adapter) -> Iterator[tuple[str, Any]]:
+    """peft's layers by the names of the modules that they are around."""
+    for part in adapter.parts:
+        if isinstance(part, Peft):
+            yield from part.layers.items()
 
 
 def _make_comfyui_state(
@@ -262,34 +306,53 @@ def _make_comfyui_state(
 ) -> dict[str, torch.Tensor]:
     """ComfyUI reads a U-Net's LoRA under kohya's names and a transformer's under diffusers' ones; alpha is a
     tensor beside each."""
-    ends = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
-    layers = {
-        module: layer
-        for part in adapter.parts
-        if isinstance(part, Peft)
-        for module, layer in part.layers.items()
-    }
     found = {}
-    for module, layer in layers.items():
+    for module, layer in _iterate_layers(adapter):
         name = f"lora_unet_{module.replace('.', '_')}" if prefix == "unet" else f"{prefix}.{module}"
-        for end, kohya in ends.items():
-            if f"{module}.{end}" in state:
-                found[f"{name}.{kohya if prefix == 'unet' else end}"] = state[f"{module}.{end}"]
+        for end, kohya in _KOHYA_ENDS.items():
+            found[f"{name}.{kohya if prefix == 'unet' else end}"] = state[f"{module}.{end}"]
         if f"{module}.lora_magnitude_vector" in state:
-            found[f"{name}.dora_scale"] = _make_dora_scale(layer)
-        found[f"{name}.alpha"] = torch.tensor(float(layer.scaling["default"] * layer.r["default"]))
+            found[f"{name}.dora_scale"] = _shape_like_rows(layer, _make_comfyui_scale(layer))
+        found[f"{name}.alpha"] = _find_alpha(layer)
     return found
 
 
-def _make_dora_scale(layer: Any) -> torch.Tensor:
-    """A DoRA's magnitudes [out, 1, ...] as ComfyUI's comfy/weight_adapter/base.py takes them: it divides by
-    the norms of the base's own rows, where peft, as the paper (arXiv 2402.09353, eq. 5), divides by those of
-    W0 + BA."""
+def _make_kohya_state(
+    adapter: Adapter, state: dict[str, torch.Tensor], rename: Callable[[str], str]
+) -> dict[str, torch.Tensor]:
+    """As sd-scripts' networks.lora (networks/lora.py) has a LoRA, and LyCORIS, which it trains DoRA by, a
+    DoRA: that divides by the norms of the changed rows, as peft does, so that the scales are the magnitudes.
+    Raises MemControlError for a layer that has no name there."""
+    found = {}
+    for module, layer in _iterate_layers(adapter):
+        name = f"lora_unet_{rename(module).replace('.', '_')}"
+        for end, kohya in _KOHYA_ENDS.items():
+            found[f"{name}.{kohya}"] = state[f"{module}.{end}"].clone()
+        if f"{module}.lora_magnitude_vector" in state:
+            magnitude = layer.lora_magnitude_vector["default"].weight.detach().float().flatten()
+            found[f"{name}.dora_scale"] = _shape_like_rows(layer, magnitude)
+        found[f"{name}.alpha"] = _find_alpha(layer)
+    return found
+
+
+def _find_alpha(layer: Any) -> torch.Tensor:
+    return torch.tensor(float(layer.scaling["default"] * layer.r["default"]))
+
+
+def _shape_like_rows(layer: Any, scale: torch.Tensor) -> torch.Tensor:
+    """[out, 1, ...], by which readers tell scales of rows from those of columns."""
+    return scale.view(-1, *[1] * (layer.get_base_layer().weight.ndim - 1)).cpu().contiguous().clone()
+
+
+def _make_comfyui_scale(layer: Any) -> torch.Tensor:
+    """A DoRA's magnitudes [out] as ComfyUI's comfy/weight_adapter/base.py takes them: it divides by the norms
+    of the base's own rows, where peft, as the paper (arXiv 2402.09353, eq. 5), divides by those of W0 +
+    BA."""
     weight = layer.get_base_layer().weight.detach().float()
     changed = weight + layer.get_delta_weight("default").detach().float()
     norms, own = (rows.flatten(1).norm(dim=1) for rows in (changed, weight))
     magnitude = layer.lora_magnitude_vector["default"].weight.detach().float().flatten()
-    return (magnitude * own / norms).view(-1, *[1] * (weight.ndim - 1)).cpu().contiguous()
+    return magnitude * own / norms
 
 
 def _write_peft(adapter: Adapter, out: Path) -> None:

@@ -466,7 +466,7 @@ class Base:
             )
             call = self.make_conditional_call(generators, own, none, guidance, resolution)
             if guidance_from and guidance > 1:
-                call |= _delay_guidance(guidance, round(guidance_from * steps))
+                call |= delay_guidance(guidance, round(guidance_from * steps))
             return self.call_pipeline(call, steps, resolution)
 
         size = self.choose_sampling_batch(text, guidance, resolution)
@@ -567,7 +567,7 @@ def _convert_to_bytes(pixels: np.ndarray) -> np.ndarray:
     return (pixels * 255 + 0.5).astype(np.uint8)
 
 
-def _delay_guidance(guidance: float, n_without: int) -> dict:
+def delay_guidance(guidance: float, n_without: int) -> dict:
     """Arguments of a pipeline's call that leave the first steps without guidance."""
 
     def after(pipeline, step: int, timestep, tensors: dict) -> dict:

@@ -4,6 +4,7 @@ how it samples."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,6 +46,13 @@ class Family:
             **{f"negative_{name}": tensor for name, tensor in empty.items()},
             "guidance_scale": guidance,
         }
+
+    def describe_call(self, config, guidance: float) -> dict[str, Any]:
+        """Arguments of the pipeline's call on a caption itself that give what `make_call` gives on its
+        encodings; `config` is the denoiser's."""
+        # an explicit empty caption: SDXL takes zeros where none is given
+        guided = {"negative_prompt": ""} if guidance > 1 else {}
+        return {**guided, "guidance_scale": guidance, **self.length}
 
     def pack_latents(self, noise: Tensor) -> Tensor:
         """Noise [N, C, h, w] in the form in which the pipeline takes it."""
@@ -147,6 +155,12 @@ class _Flux(Family):
             return {**text, "guidance_scale": guidance}
         return {**super().make_call(pipeline, text, empty, 1.0), "true_cfg_scale": guidance}
 
+    def describe_call(self, config, guidance: float) -> dict[str, Any]:
+        if config.guidance_embeds or guidance == 1:
+            return {"guidance_scale": guidance, **self.length}
+        own = {"negative_prompt": "", "guidance_scale": 1.0, "true_cfg_scale": guidance}
+        return {**own, **self.length}
+
     def pack_latents(self, noise: Tensor) -> Tensor:
         tiles = noise.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # [N, C, h/2, 2, w/2, 2]
         return tiles.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # [N, h w / 4, 4 C]
@@ -199,6 +213,10 @@ class _PixArt(Family):
             "use_resolution_binning": False,
         }
 
+    def describe_call(self, config, guidance: float) -> dict[str, Any]:
+        plain = {"clean_caption": False, "use_resolution_binning": False}
+        return {**super().describe_call(config, guidance), **plain}
+
     def list_text_shapes(self, config) -> dict[str, tuple[int, ...]]:
         return {"prompt_embeds": (300, config.caption_channels), "prompt_attention_mask": (300,)}
 
@@ -208,6 +226,9 @@ class _Sana(_PixArt):
     2410.10629)."""
 
     flow = True
+
+    def describe_call(self, config, guidance: float) -> dict[str, Any]:
+        return {**super().describe_call(config, guidance), "complex_human_instruction": None}
 
     def predict(self, denoiser, noisy: Tensor, time: Tensor, text: Text) -> Tensor:
         mask, scaled = text["prompt_attention_mask"], time * denoiser.config.timestep_scale
@@ -222,6 +243,9 @@ class Unconditional(Family):
     guides_late = False
 
     def encode(self, pipeline, captions: Sequence[str], device: torch.device) -> Text:
+        return {}
+
+    def describe_call(self, config, guidance: float) -> dict[str, Any]:
         return {}
 
     def predict(self, denoiser, noisy: Tensor, time: Tensor, text: Text) -> Tensor:

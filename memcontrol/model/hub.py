@@ -64,3 +64,14 @@ def download(name: str, commit: str, variant: str | None, left_out: dict[str, An
     from diffusers import DiffusionPipeline
 
     return str(DiffusionPipeline.download(name, revision=commit, variant=variant, **left_out))
+
+
+def read_hub_card(name: str, commit: str) -> str | None:
+    """README.md, of the Hub or its cache; None where neither gives it."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        found = Path(hf_hub_download(name, "README.md", revision=commit))
+        return found.read_text(encoding="utf-8", errors="replace")
+    except Exception:  # of whichever library it asks with: a card is no condition of an export
+        return None

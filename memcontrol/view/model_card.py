@@ -1,8 +1,10 @@
-"""Owns the model card of an exported folder: README.md with the metadata that the Hugging Face Hub reads, and
-what was measured."""
+"""Owns the model card of an exported folder: README.md with the metadata that the Hugging Face Hub reads, its
+license, and what was measured."""
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import yaml
 
 from memcontrol.core.config import CHECKPOINT, BaseConfig
+from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import write_text
 from memcontrol.core.published import publish_name
 from memcontrol.core.reward_table import BLIND_SPOTS, REWARDS, format_reward
@@ -57,12 +60,103 @@ _PART_TITLES = {
 }
 
 
-def write_card(
-    out: Path, spec: Spec, result: dict[str, Any], code: str, is_lora: bool, is_conditional: bool
-) -> None:
-    """`code`: how the folder is loaded, in Python."""
-    head = yaml.safe_dump(make_metadata(spec, is_lora, is_conditional), sort_keys=False)
-    text = f"---\n{head}---\n\n{compose_body(spec, result, code)}"
+# what the Hub takes as `license` (huggingface.co/docs/hub/repositories-licenses), beside `other`
+HUB_LICENSES = frozenset(
+    """
+    apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0
+    bigcode-openrail-m afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc
+    cc0-1.0 cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0
+    cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0
+    cdla-sharing-1.0 cdla-permissive-1.0 cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1
+    eupl-1.2 agpl-3.0 gfdl gpl gpl-2.0 gpl-3.0 lgpl lgpl-2.1 lgpl-3.0 isc lppl-1.3c ms-pl apple-ascl
+    apple-amlr mpl-2.0 odc-by odbl openrail++ osl-3.0 postgresql ofl-1.1 ncsa unlicense zlib pddl lgpl-lr
+    deepfloyd-if-license llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 gemma unknown
+    """.split()
+)
+_OTHER, _UNKNOWN = "other", "unknown"
+
+
+@dataclass(frozen=True)
+class License:
+    """By the Hub's identifier, or `other` by a name and where its text is."""
+
+    id: str = _UNKNOWN
+    name: str | None = None
+    link: str | None = None
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        more = {"license_name": self.name, "license_link": self.link} if self.id == _OTHER else {}
+        return {"license": self.id, **{key: value for key, value in more.items() if value}}
+
+
+def choose_license(given: str | None, link: str | None) -> License | None:
+    """The one that is asked for; None where none is. Raises MemControlError for a name that is not the Hub's
+    and has no link."""
+    if given is None:
+        if link:
+            raise MemControlError("--license-link is given without --license; name the license too")
+        return None
+    if given in HUB_LICENSES:
+        return License(given)
+    if given == _OTHER or not link:
+        raise MemControlError(
+            f"license '{given}' is no identifier of the Hub's; give one, such as apache-2.0 or "
+            "creativeml-openrail-m, or a name of your own and with it --license-link, where its text is"
+        )
+    return License(_OTHER, _write_license_name(given), link)
+
+
+def _write_license_name(text: str) -> str:
+    """As the Hub takes it: small letters, digits, dots and hyphens."""
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
+
+
+def parse_license(card: str | None, files: str = "", page: str | None = None) -> License:
+    """What the base's card says. `files` is the address that a link to a file beside the card begins with,
+    `page` is where the base is to be found, on the Hub."""
+    values = _read_card_head(card or "")
+    said, link, name = (values.get(key) for key in ("license", "license_link", "license_name"))
+    if isinstance(said, list):
+        said = said[0] if len(said) == 1 else None
+    if not isinstance(said, str) or not said:
+        return License()
+    if said in HUB_LICENSES:
+        return License(said)
+    known = _write_license_name(str(name or (said if said != _OTHER else "")))
+    where = page if not isinstance(link, str) else link if ":" in link else f"{files}{link}"
+    return License(_OTHER, known or "license-of-the-base", where) if known or where else License()
+
+
+def _read_card_head(card: str) -> dict[str, Any]:
+    """The metadata of a card; empty where there is none, or it is broken."""
+    found = re.match(r"\ufeff?---\r?\n(.*?)\r?\n---", card, re.DOTALL)
+    try:
+        values = yaml.safe_load(found[1]) if found else None
+    except yaml.YAMLError:
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a card shows of the exported folder: the `code` that loads it and draws an image of a `prompt`,
+    none of an unconditional model; the file of the `picture` that it gives, or why it is `withheld`; the
+    `instance_prompt`, where all training images had the same; and what kind of export it is."""
+
+    code: str
+    prompt: str | None = None
+    picture: str | None = None
+    withheld: str = ""
+    instance_prompt: str | None = None
+    is_adapter: bool = False
+    is_lora: bool = False
+    is_conditional: bool = True
+
+
+def write_card(out: Path, spec: Spec, result: dict[str, Any], shown: Shown, license: License) -> None:
+    head = yaml.safe_dump(make_metadata(spec, shown, license), sort_keys=False, allow_unicode=True)
+    text = f"---\n{head}---\n\n{compose_body(spec, result, shown, license)}"
     write_text(out / "README.md", text, published=True)
 
 
@@ -76,14 +170,35 @@ def _find_baseline(spec: Spec, result: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def make_metadata(spec: Spec, is_lora: bool, is_conditional: bool) -> dict[str, Any]:
-    """The base only where the Hub knows it: a path of this machine is nobody's business."""
-    task, base = "text-to-image" if is_conditional else "unconditional-image-generation", spec.config.base.id
-    tags = ["diffusers", task, "memcontrol", *(["lora"] if is_lora else [])]
-    known = {}
-    if _is_public(base):
-        known = {"base_model": base, "base_model_relation": "adapter" if is_lora else "finetune"}
-    return {"license": "other", "library_name": "diffusers", "pipeline_tag": task, **known, "tags": tags}
+def make_metadata(spec: Spec, shown: Shown, license: License) -> dict[str, Any]:
+    """The base only where the Hub knows it: a path of this machine is nobody's business. Relations are the
+    Hub's: an adapter needs its base, a finetune has changed weights of its own; a denoiser that was drawn
+    anew is neither."""
+    task = "text-to-image" if shown.is_conditional else "unconditional-image-generation"
+    base, known = spec.config.base.id, {}
+    if _is_public(base) and not spec.config.inner.from_scratch:
+        known = {"base_model": base, "base_model_relation": "adapter" if shown.is_adapter else "finetune"}
+    pictured: dict[str, Any] = {}
+    if shown.picture:
+        pictured = {"widget": [{"text": shown.prompt or " ", "output": {"url": shown.picture}}]}
+    if shown.instance_prompt:
+        pictured["instance_prompt"] = shown.instance_prompt
+    return {
+        **license.metadata,
+        "library_name": "diffusers",
+        "pipeline_tag": task,
+        **known,
+        "tags": _list_tags(spec, shown, task),
+        **pictured,
+    }
+
+
+def _list_tags(spec: Spec, shown: Shown, task: str) -> list[str]:
+    """By the last one the Hub shows a LoRA's pictures first."""
+    methods = [method for method in spec.choice.methods if method not in ("none", "full")]
+    lora = ["lora"] if shown.is_lora else []
+    template = ["template:sd-lora"] if shown.is_lora and shown.picture else []
+    return list(dict.fromkeys(["diffusers", task, "memcontrol", *lora, *methods, *template]))
 
 
 def _is_public(base: str) -> bool:
@@ -96,7 +211,7 @@ def _describe_base(base: BaseConfig) -> str:
     return str(base if _is_public(base.id) else base.model_copy(update={"id": Path(base.id).name}))
 
 
-def compose_body(spec: Spec, result: dict[str, Any], code: str) -> str:
+def compose_body(spec: Spec, result: dict[str, Any], shown: Shown, license: License) -> str:
     full = _find_baseline(spec, result) if spec.choice.method != "full" else {}
     columns = {"this model": result["rewards"]}
     if full:
@@ -105,9 +220,10 @@ def compose_body(spec: Spec, result: dict[str, Any], code: str) -> str:
         f"# {spec.config.name}",
         "A fine-tuned diffusion model, and how much it copies its training images. MemControl "
         "searches which parameters to fine-tune, so that quality stays and copying goes.",
-        _list_facts(spec, result),
-        "## How to load it",
-        f"```python\n{code}\n```",
+        _list_facts(spec, result, license),
+        "## How to use it",
+        f"```python\n{shown.code}\n```",
+        _show_picture(shown),
         "## How much it copies",
         write_verdict(result["rewards"], result["n_samples"]),
         describe_copied(result["rewards"]),
@@ -121,7 +237,29 @@ def compose_body(spec: Spec, result: dict[str, Any], code: str) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _list_facts(spec: Spec, result: dict[str, Any]) -> str:
+def _show_picture(shown: Shown) -> str:
+    """What the code gives, or why that is not to be seen."""
+    if not shown.picture:
+        return f"The code draws as the figures below were measured. There is no picture: {shown.withheld}."
+    prompt = re.sub(r"([\\\[\]])", r"\\\1", shown.prompt or "without a prompt")
+    return (
+        f"![{prompt}]({shown.picture})\n\nThis is the image that the code gives, up to rounding: one of the "
+        "samples that the figures below were measured on. No rule calls it a copy of a training image, and "
+        "an unseen image is nearer to it than any training image."
+    )
+
+
+def _describe_license(license: License) -> str:
+    if license.id == _UNKNOWN:
+        return (
+            "the base does not say under which it is; its license and the rights in the images bind this "
+            "model. Whoever shares it says which, as `license` above (`memcontrol export --license`)"
+        )
+    named = f"[{license.name}]({license.link})" if license.link else f"`{license.name or license.id}`"
+    return f"{named}; the rights in the images, and the base's own license, bind this model too"
+
+
+def _list_facts(spec: Spec, result: dict[str, Any], license: License) -> str:
     """What it is made of and how."""
     config, choice = spec.config, spec.choice
     trained = format_reward("trained_fraction", result["rewards"])
@@ -136,8 +274,7 @@ def _list_facts(spec: Spec, result: dict[str, Any]) -> str:
         "Budget": _describe_budget(spec, result["measured_with"]["resolution"]),
         "Made by": f"[MemControl](https://arxiv.org/abs/2405.19458) {__version__}, study `{config.name}`, "
         f"choice `{choice.key}`; exported with {exported_with}",
-        "License": "the base's license and the rights in the images bind this model; say above, in place of "
-        "`other`, under which one it is shared",
+        "License": _describe_license(license),
     }
     return "\n".join(f"- **{name}**: {text}" for name, text in facts.items())
 
