@@ -297,7 +297,6 @@ def test_a_step_adds_up_clipped_means_of_each_units_draws(base, material, privat
                 expected = sum(min(1.0, clip / measure(g)) * g[i] for g in own) / 5
                 assert torch.allclose(parameter.grad, expected, rtol=0, atol=1e-6)
             assert torch.allclose(losses, base.denoise_alone(noised, text)[0], rtol=1e-5)
-            steps.begin()
 
 
 def test_a_denoiser_without_vmap_is_asked_one_by_one(base, material, private, monkeypatch):

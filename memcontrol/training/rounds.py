@@ -100,9 +100,9 @@ def train_rounds(
     if not adapter.parameters():
         return TrainLog()
     # groups are the material's; rounds from before that key, and that of privacy, are gone on with
-    unset = {} if inner.privacy else {"privacy": True}
+    unset = () if inner.privacy else ("privacy",)
     rest = inner.model_dump_json(
-        exclude=dict.fromkeys(inner.memory_keys, True) | {"ensemble": {"split_groups"}} | unset
+        exclude=dict.fromkeys((*inner.memory_keys, *unset), True) | {"ensemble": {"split_groups"}}
     )
     plan = hashlib.sha256(f"{identity} {seed} {rest}".encode()).hexdigest()
     _clear_other_plans(folder, plan, team)

@@ -80,8 +80,10 @@ class PrivateSteps:
         return [slice(start, start + size) for start in range(0, self.n_draws * n_units, size)]
 
     def begin(self) -> None:
-        """Nothing of a step is added up yet."""
+        """Nothing of a step is added up yet, and no gradient is left of another, which none would clip."""
         torch._foreach_zero_(self.sums)
+        for parameter in self.parameters:
+            parameter.grad = None
 
     def add(self, noised: Noised, text: Text, weights: Tensor | float, n_forward: int) -> Tensor:
         """Adds the clipped gradients of units, from M draws of each [u M] and weights of their losses [u M].
