@@ -485,7 +485,7 @@ def audit(base, material, folder):
     sides, digests = (material.data, material.holdout()), [str(row) for row in range(N_IMAGES)]
     adapter = inject_adapter(base.denoiser, load_space("digits"), Choice(("*",), "full", 2e-3), 0)
     rule = {"epsilon": 0.5, "multiplicity": 1, "seed": 1}
-    inner = InnerConfig(budget_images=3200, batch_size=N_IMAGES, privacy=rule)
+    inner = InnerConfig(budget_images=2000, batch_size=N_IMAGES, privacy=rule)
     try:
         rounds.train_rounds(
             base, adapter, material, inner, seed=0, folder=folder, progress=lambda *_, **said: None
