@@ -114,11 +114,11 @@ def studies() -> list[dict]:
     from memcontrol.core.config import load_config
     from memcontrol.core.run_folder import StudyFolder
     from memcontrol.core.space_yaml import load_space
+    from memcontrol.dashboard.notes import Publisher
     from memcontrol.study.hypervolume import estimate_hypervolume, find_reference_point, is_flat
     from memcontrol.study.keeping import select_surely_beaten
     from memcontrol.study.opening import open_study
     from memcontrol.study.pick import choose_trial, select_front, select_ties
-    from memcontrol.view.dashboard_notes import Publisher
 
     rows, space = [], load_space("sd15-blocks")
     for n in TRIALS:

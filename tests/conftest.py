@@ -298,6 +298,7 @@ SLOW_FILES = {  # that start processes or services, or fine-tune, by themselves
     "test_publish.py",
     "test_readme.py",
     "test_replicates.py",
+    "test_report_layout.py",
     "test_retries.py",
     "test_sampling.py",
     "test_search.py",

@@ -7,12 +7,12 @@ from memcontrol.core.files import write_json
 from memcontrol.core.jobs import ConfirmJob, Done, EncodeJob, Prepared, PrepareJob, TrialJob
 from memcontrol.core.run_folder import RunFolder
 from memcontrol.core.spec import read_spec
+from memcontrol.dashboard.notes import Publisher
 from memcontrol.execution.attempts import begin_attempt
 from memcontrol.execution.executor import Executor
 from memcontrol.search.observer import Observer, Observers
 from memcontrol.search.orchestrator import search_study
 from memcontrol.study.place import StudyPlace
-from memcontrol.view.dashboard_notes import Publisher
 
 
 def few_groups(choice):

@@ -385,7 +385,7 @@ def test_a_backup_comes_back_whole_and_never_over_studies(roles, tmp_path):
 
 def test_a_dashboard_by_the_reader_shows_the_study_and_changes_nothing(roles, tmp_path):
     """With a role that only reads, and with the owner's: its connection is told to refuse changes."""
-    from memcontrol.view.dashboard import find_study_id, make_application
+    from memcontrol.dashboard.server import find_study_id, make_application
 
     owner, reader = (
         roles.write_url("memcontrol", "own%27er", "memcontrol"),

@@ -13,13 +13,13 @@ from PIL import Image
 from memcontrol.core.choice import Choice
 from memcontrol.core.estimate import Estimate
 from memcontrol.core.reward_table import Objective
+from memcontrol.dashboard.note_text import write_standings
 from memcontrol.search.importance import Effect
 from memcontrol.study.record import Record
 from memcontrol.view.front_data import list_standings, make_axis, make_front_data, mark_trials
 from memcontrol.view.front_plotly import plot_front
 from memcontrol.view.front_png import draw_front, draw_front_png
 from memcontrol.view.front_svg import draw_front_svg
-from memcontrol.view.note_text import write_standings
 from memcontrol.view.report_results import render_drivers, render_standings
 from memcontrol.view.tables import make_importance_table
 
@@ -163,8 +163,13 @@ def read_png(data):
     (line,) = [line for line in axes.lines if line.get_label() == "front"]
     assert line.get_drawstyle() == "steps-post"  # first as far as the next point's x
     titles, is_log = (axes.get_xlabel(), axes.get_ylabel()), axes.get_xscale() == "log"
+    assert is_log == (", logarithmic)" in titles[0]) and ", logarithmic)" not in titles[1]
+    assert "95 % intervals" in [text.get_text() for text in axes.get_legend().get_texts()]
+    numbers = {text.get_text() for text in axes.texts}
+    assert numbers == {str(point.trial) for point in data.points}
     pyplot.close(figure)
     points = [tuple(point) for points in scattered.values() for point in points]
+    titles = tuple(title.replace(", logarithmic", "") for title in titles)
     return Drawing(points, intervals, line.get_xydata().tolist(), tuple(pick), titles, is_log)
 
 
@@ -190,7 +195,7 @@ def read_svg(data):
     text = draw_front_svg(data)
     root = ElementTree.fromstring(text)
     named = "{http://www.w3.org/2000/svg}"
-    labels = [element for element in root.iter(f"{named}text")]
+    labels = [element for element in root.iter(f"{named}text") if element.get("class") != "number"]
     titles = [label.text for label in labels[-2:]]
     is_log = ["logarithmic" in title for title in titles]
     ticks = [element for element in root.iter(f"{named}line") if element.get("class") == "tick"]

@@ -1,11 +1,14 @@
 """The guard before the dashboard: who may ask, and what may be written, whatever the app behind it would
 do."""
 
+import gzip
+
 import pytest
 
 from memcontrol.core.errors import MemControlError
-from memcontrol.view.dashboard_guard import guard_app, name_cookie
-from memcontrol.view.dashboard_prefix import check_prefix, put_below
+from memcontrol.dashboard.guard import guard_app, name_cookie
+from memcontrol.dashboard.prefix import check_prefix, put_below
+from memcontrol.dashboard.read_only import hide_buttons
 
 
 def ask(
@@ -169,3 +172,33 @@ def test_a_prefix_is_a_path():
     for wrong in ("x", "//x", "/a//b", '/"', "/a?b", "/a b", "/\n", "http://x", "/ä"):
         with pytest.raises(MemControlError, match="--prefix"):
             check_prefix(wrong)
+
+
+@pytest.mark.parametrize(
+    ("kind", "encoding", "changes"),
+    [
+        ("text/html; charset=utf-8", None, True),
+        ("text/html", "gzip", False),
+        ("application/json", None, False),
+    ],
+)
+def test_pages_of_a_read_only_dashboard_hide_what_writes(kind, encoding, changes):
+    """Pages alone: what is no page, or compressed, is passed on as it is."""
+    page = b"<html><head><title>t</title></head><body></head></body></html>"
+    sent = gzip.compress(page) if encoding else page
+    told = [("Content-Type", kind), ("Content-Length", str(len(sent))), ("X-Own", "1")]
+    told += [("Content-Encoding", encoding)] if encoding else []
+
+    def app(environ, start):
+        start("200 OK", told)
+        return [sent[:9], sent[9:]]
+
+    answers = []
+    body = b"".join(hide_buttons(app)({}, lambda status, headers: answers.append(dict(headers))))
+    assert int(answers[0]["Content-Length"]) == len(body) and answers[0]["X-Own"] == "1"
+    if not changes:
+        assert body == sent
+        return
+    style = body.partition(b"<style>")[2].partition(b"</style>")[0]
+    assert b"EditIcon" in style and b"UploadFileIcon" in style and b"display: none" in style
+    assert body.replace(b"<style>" + style + b"</style>", b"") == page

@@ -6,6 +6,7 @@ import itertools
 import json
 import sqlite3
 import threading
+from pathlib import Path
 
 import numpy as np
 import optuna
@@ -20,14 +21,16 @@ from simulated import Simulated, search
 from memcontrol.core.jobs import Done, TrialJob
 from memcontrol.core.run_folder import RunFolder, StudyFolder, locate_study_folder
 from memcontrol.core.space_yaml import load_space
+from memcontrol.dashboard.note_text import write_trial_note
+from memcontrol.dashboard.notes import Publisher
 from memcontrol.study import artifacts
 from memcontrol.study import hypervolume as growth
 from memcontrol.study.hypervolume import trace_hypervolume
 from memcontrol.study.optuna_private import Notes
 from memcontrol.study.pareto import hypervolume
 from memcontrol.study.place import StudyPlace
+from memcontrol.study.record import Record
 from memcontrol.study.store import Study
-from memcontrol.view.dashboard_notes import Publisher
 
 
 class Drawing(Simulated):
@@ -141,6 +144,16 @@ def test_what_a_person_adds_to_a_note_is_kept(study_path):
     study_path.write_text(study_path.read_text().replace("trials: 5", "trials: 6"))
     longer = search(study_path, Drawing(2))
     assert get_note(longer.inner).endswith("\nI like trial 3.") and "9 complete" in get_note(longer.inner)
+
+
+@pytest.mark.parametrize("kind", ["reason", "dropped"])
+def test_a_note_names_no_place_of_the_machine(kind):
+    """Spaces in the names of folders are no way out."""
+    said = "/data/ward 3/images/a.png is broken; see /srv/my runs/s/1a/log.txt or /home/me/x.py: no"
+    record = Record(3, "FAIL", (), folder=Path("/srv/my runs/s"), **{kind: said})
+    note = write_trial_note(record, load_space("digits"), "/data/ward 3/images")
+    assert "a.png is broken; see 1a/log.txt or x.py: no" in note
+    assert not any(place in note for place in ("/data", "/srv", "my runs", "ward 3", "/home"))
 
 
 def test_plots_hold_every_finished_trial_and_the_pick(study_path):
@@ -260,7 +273,7 @@ def test_what_the_thread_could_not_write_is_written_later(study_path, monkeypatc
 def test_a_publisher_writes_nothing_twice(study_path, monkeypatch):
     study = search(study_path, Drawing(1))
     monkeypatch.setattr(
-        "memcontrol.view.dashboard_notes.save_note",
+        "memcontrol.dashboard.notes.save_note",
         lambda *_: pytest.fail("a note that is there was written again"),
     )
     publisher = Publisher(load_space("digits"), StudyFolder(study.folder))

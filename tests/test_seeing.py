@@ -112,6 +112,22 @@ def test_a_trial_shows_its_note_and_its_images(dashboard, page):
     assert page.errors == []
 
 
+@pytest.mark.parametrize("path", ["", "/trials?numbers=3", "/note"])
+def test_a_read_only_dashboard_shows_no_button_that_writes(dashboard, page, path):
+    """Pencil, upload, create, rename and delete; the icons are still there, which tells that the names
+    hold."""
+    page.goto(at(dashboard, path))
+    hidden = {"": "UploadFileIcon", "/trials?numbers=3": "EditIcon", "/note": "EditIcon"}[path]
+    page.locator(f"[data-testid={hidden}]").first.wait_for(state="attached")
+    assert not page.locator(f"[data-testid={hidden}]").first.is_visible()
+    assert page.get_by_text("Upload a New File").filter(visible=True).count() == 0
+    page.goto(dashboard.partition("/studies")[0])
+    page.locator("[data-testid=RefreshIcon]").first.wait_for()
+    for icon in ("DeleteIcon", "AddBoxIcon", "DriveFileRenameOutlineIcon"):
+        page.locator(f"[data-testid={icon}]").first.wait_for(state="attached")
+        assert not page.locator(f"[data-testid={icon}]").first.is_visible(), icon
+
+
 def test_the_study_has_a_note(dashboard, page):
     page.goto(at(dashboard, "/note"))
     page.get_by_text("Front and anchors").wait_for()
@@ -329,6 +345,7 @@ def test_the_report_opens_from_a_file_and_asks_for_nothing(report, page, width, 
     assert [url for url in page.asked if not url.startswith("data:")] == [report.as_uri()]
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     for heading in (
+        "What data protection asks",
         "Quality and copying",
         "Front and anchors",
         "Which layers",
@@ -343,7 +360,7 @@ def test_the_report_opens_from_a_file_and_asks_for_nothing(report, page, width, 
     )
     dark = sum(map(int, re.findall(r"\d+", paper)[:3])) < 200
     assert dark == (scheme == "dark") != (sum(map(int, re.findall(r"\d+", ink)[:3])) < 200)
-    images = page.locator("img")
+    images = page.locator(".wide img")
     assert images.count() >= 1 and all(
         images.nth(i).evaluate("image => image.naturalWidth") > 500 for i in range(images.count())
     )

@@ -15,10 +15,10 @@ from memcontrol.core.choice import Choice
 from memcontrol.core.estimate import Estimate
 from memcontrol.core.reward_table import REWARDS
 from memcontrol.core.space_yaml import list_shipped_spaces
+from memcontrol.dashboard.note_text import write_standings
 from memcontrol.search.importance import Effect, measure_importance
 from memcontrol.study.pareto import Limit
 from memcontrol.study.record import Record
-from memcontrol.view.note_text import write_standings
 from memcontrol.view.tables import RewardList, describe_clear_effects, make_importance_table, make_study_table
 
 OBJECTIVES = {"kid": "minimize", "memorization": "minimize"}

@@ -1,9 +1,13 @@
 """A run's pictures: which image lies where, by the colours of their pixels."""
 
+import io
+
 import numpy as np
 import pytest
+from PIL import Image
 
-from memcontrol.trial.pictures import Strip, draw_pairs, draw_samples
+from memcontrol.trial.pictures import Strip, draw_pairs, draw_samples, save_png
+from memcontrol.view.lay_page import cut_pairs
 
 WHITE = (255, 255, 255)
 
@@ -66,6 +70,31 @@ def test_a_sample_stays_upright_and_small_ones_keep_their_pixels():
     tile = np.asarray(draw_samples(image))[:64, :64]
     expected = image[0].transpose(1, 2, 0).repeat(32, 0).repeat(32, 1)
     assert (tile == expected).all()
+
+
+def test_prompts_stand_below_their_samples_and_inside_their_columns():
+    captions = ["a handwritten three", "a photograph of a person in a very long room, smiling", ""] * 4
+    sheet, bare = (np.asarray(draw_samples(make_plain(14, 32), words)) for words in (captions, ()))
+    assert sheet.shape[1] == bare.shape[1] and sheet.shape[0] == bare.shape[0] + 2 * 3 * 12  # lines of 12
+    for i in range(12):
+        below = (sheet[64:100, i * 70 : i * 70 + 70] < 255).any((0, 2))
+        assert below.any() == bool(captions[i]) and not below[66:].any()
+    assert (sheet[:64, :64] == bare[:64, :64]).all()
+
+
+def test_a_picture_of_pairs_says_where_they_lie_and_which_are_copies(tmp_path):
+    """What the report cuts out of it is the last run's images, by their colours."""
+    first, last = make_strip(3, 32), make_strip(2, 32)
+    last.generated[:, 2] = 77
+    save_png(draw_pairs([first, last]), tmp_path / "pairs.png")
+    found = cut_pairs(tmp_path / "pairs.png")
+    assert [is_copy for *_, is_copy in found] == [True, False]
+    for i, (generated, training, _) in enumerate(found):
+        tiles = [Image.open(io.BytesIO(content)) for content in (generated, training)]
+        assert [tile.size for tile in tiles] == [(64, 64)] * 2
+        assert [tile.getpixel((9, 9)) for tile in tiles] == [(i, 100, 77), (100 + i, 100, 0)]
+    save_png(Image.new("RGB", (9, 9)), tmp_path / "older.png")
+    assert cut_pairs(tmp_path / "older.png") == cut_pairs(tmp_path / "none.png") == []
 
 
 @pytest.mark.parametrize(("side", "tile"), [(32, 64), (100, 128)])

@@ -51,7 +51,7 @@ def add_dashboard(subparsers) -> None:
 
 def _run_dashboard(args: argparse.Namespace) -> int:
     from memcontrol.commands.dashboard import open_dashboard
-    from memcontrol.view.dashboard import Serving
+    from memcontrol.dashboard.server import Serving
 
     token = None if args.no_token else args.token
     serving = Serving(args.host, args.port, token, args.writable, args.no_token, args.prefix)

@@ -7,8 +7,8 @@ import threading
 from pathlib import Path
 from wsgiref.simple_server import WSGIServer
 
+from memcontrol.dashboard.server import Serving, start_server
 from memcontrol.study.place import StudyPlace
-from memcontrol.view.dashboard import Serving, start_server
 
 
 def dashboard(

@@ -11,6 +11,7 @@ from memcontrol.core.config import describe_config
 from memcontrol.core.console import log_to_file, make_console, warn
 from memcontrol.core.errors import SearchEnded
 from memcontrol.core.jobs import Warned
+from memcontrol.dashboard.notes import Publisher
 from memcontrol.execution.executor import Executor
 from memcontrol.execution.make import count_workers, open_executor
 from memcontrol.search.observer import Observer, Observers
@@ -19,7 +20,6 @@ from memcontrol.search.track import Tracking, require_trackers
 from memcontrol.study.contents import make_study_folder
 from memcontrol.study.place import StudyPlace
 from memcontrol.study.record import Record
-from memcontrol.view.dashboard_notes import Publisher
 from memcontrol.view.live import Display, EventLog
 from memcontrol.view.words import describe_network_doubt
 

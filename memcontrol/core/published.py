@@ -39,6 +39,12 @@ def publish_name(given: str, may_be_hub: bool = False) -> str:
     return scheme + rest.rstrip("/").rpartition("/")[2]
 
 
+def list_own_places(folder: Path, images: str) -> tuple[Path, ...]:
+    """What a sentence about a study may name of this machine: its `folder`, where its images lie
+    (`data.path`), and whose home that is."""
+    return folder, folder.parent, Path(images), Path.home()
+
+
 def hide_paths(text: str, *places: Path) -> str:
     """A sentence with the names of files and folders in place of where they lie: below `places`, whatever is
     in their names, and wherever a path has no spaces."""

@@ -15,6 +15,7 @@ from memcontrol.core.config import CALIBRATION, DIGITS, PARTS, Config
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import read_json, write_json
 
+PAIRS_LAYOUT = "memcontrol pairs"  # under which a picture of pairs says where each lies, as JSON
 _MOST_ROWS = 10_000  # of split.json, beyond which it is a table by columns
 _SPLIT_COLUMNS = {"name": "", "caption": "", "digest": "", "group": "", "further": []}  # and what is none
 _MAY_LACK = ("group", "further")

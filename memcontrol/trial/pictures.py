@@ -3,16 +3,19 @@ the nearest held-out one."""
 
 from __future__ import annotations
 
+import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from memcontrol.core.files import replace_file
-from memcontrol.core.run_folder import RunFolder
+from memcontrol.core.run_folder import PAIRS_LAYOUT, RunFolder
 from memcontrol.core.spec import Spec
 from memcontrol.scoring.evidence import DESCRIPTORS, Evidence
 from memcontrol.trial.loaded import LoadedModels
@@ -20,6 +23,7 @@ from memcontrol.trial.loaded import LoadedModels
 _SMALL, _LARGE = 64, 128  # pixels of a tile's side: of images up to SMALL, and of larger ones
 _GAP, N_COLUMNS, _N_SAMPLES = 6, 12, 60
 _TITLE_WIDTH, _LINE = 72, 18
+_CAPTION_SIZE, _CAPTION_LINE, _CAPTION_LINES = 10, 12, 3  # of the prompts below samples, in pixels
 
 
 @dataclass(frozen=True)
@@ -103,24 +107,46 @@ def save_pictures(
     loaded: LoadedModels,
     maps: Mapping[int, np.ndarray],
 ) -> None:
-    save_png(draw_samples(samples["images"]), run.samples_picture)
+    save_png(draw_samples(samples["images"], evidence.captions), run.samples_picture)
     save_png(draw_pairs([make_strip("", samples, evidence, spec, loaded, maps)]), run.pairs_picture)
 
 
 def save_png(picture: Image.Image, path: Path) -> None:
+    """With what `draw_pairs` says of where its images lie."""
+    told = PngImagePlugin.PngInfo()
+    if PAIRS_LAYOUT in picture.info:
+        told.add_text(PAIRS_LAYOUT, picture.info[PAIRS_LAYOUT])
     with replace_file(path) as part:
-        picture.save(part, format="PNG")
+        picture.save(part, format="PNG", pnginfo=told)
 
 
-def draw_samples(images: np.ndarray) -> Image.Image:
-    """The first of uint8 [N, 3, H, W], in the order of their prompts, which all trials have in common."""
+def draw_samples(images: np.ndarray, captions: Sequence[str] = ()) -> Image.Image:
+    """The first of uint8 [N, 3, H, W], in the order of their prompts, which all trials have in common; each
+    prompt below its image, as far as it fits."""
     shown, side = images[:_N_SAMPLES], _choose_side(images)
-    sheet = Image.new(
-        "RGB", (N_COLUMNS * (side + _GAP), -(-len(shown) // N_COLUMNS) * (side + _GAP)), "white"
-    )
-    for i, image in enumerate(shown):
-        sheet.paste(_make_tile(image, side), (i % N_COLUMNS * (side + _GAP), i // N_COLUMNS * (side + _GAP)))
+    font = ImageFont.load_default(_CAPTION_SIZE)
+    texts = [_fit_caption(caption, font, side) for caption in captions[: len(shown)]]
+    n_lines = max((text.count("\n") + bool(text) for text in texts), default=0)
+    step = side + _GAP + n_lines * _CAPTION_LINE
+    size = N_COLUMNS * (side + _GAP), -(-len(shown) // N_COLUMNS) * step
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    places = [(i % N_COLUMNS * (side + _GAP), i // N_COLUMNS * step) for i in range(len(shown))]
+    for image, place in zip(shown, places):
+        sheet.paste(_make_tile(image, side), place)
+    for text, (left, top) in zip(texts, places):
+        draw.multiline_text((left, top + side + 1), text, fill="black", font=font, spacing=1)
     return sheet
+
+
+def _fit_caption(caption: str, font: Any, width: int) -> str:
+    """In lines that are no wider than so many pixels, the last one with dots where words are left out."""
+    n_letters = int(width / font.getlength("i"))
+    while True:
+        lines = textwrap.wrap(caption, n_letters, max_lines=_CAPTION_LINES, placeholder="…")
+        if n_letters == 1 or all(font.getlength(line) <= width for line in lines):
+            return "\n".join(lines)
+        n_letters -= 1
 
 
 def draw_pairs(strips: Sequence[Strip]) -> Image.Image:
@@ -153,6 +179,15 @@ def draw_pairs(strips: Sequence[Strip]) -> Image.Image:
                 fill="black",
                 font=font,
             )
+    tops = [s * height + _LINE for s in range(len(strips))]
+    copies = [strip.copies.tolist() for strip in strips]
+    told = {
+        "left": _TITLE_WIDTH,
+        "side": side,
+        "step": side + _GAP,
+        "strips": [{"top": top, "copies": found} for top, found in zip(tops, copies)],
+    }
+    sheet.info[PAIRS_LAYOUT] = json.dumps(told)
     return sheet
 
 

@@ -1,1 +1,1 @@
-"""Owns what people see: tables, the live display, the report, the dashboard, the model card."""
+"""Owns what people see: tables, the live display, the report, the model card."""

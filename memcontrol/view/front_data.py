@@ -19,7 +19,7 @@ from memcontrol.core.reward_table import (
 from memcontrol.study.pick import select_front, select_ties
 from memcontrol.study.record import Record
 from memcontrol.view.marks import MARKS, SAMPLED
-from memcontrol.view.words import describe_choice, find_title
+from memcontrol.view.words import describe_choice, find_prose_title, find_title
 
 TrialData = dict[str, Any]  # a trial as `report --json` prints it
 Interval = tuple[float, float]
@@ -71,7 +71,9 @@ def name_places(trial: TrialData) -> list[str]:
 def describe_trial(trial: TrialData) -> str:
     name = f", {MARKS[trial['anchor']].title}" if trial["anchor"] else ""
     pick = ", the pick" if trial["pick"] else ""
-    values = ", ".join(f"{find_title(key)} {format_reward(key, trial['rewards'])}" for key in trial["values"])
+    values = ", ".join(
+        f"{find_prose_title(key)} {format_reward(key, trial['rewards'])}" for key in trial["values"]
+    )
     return f"trial {trial['trial']}{name}{pick}: {trial['said']}: {values}"
 
 
@@ -87,6 +89,11 @@ class FrontAxis:
     @property
     def title(self) -> str:
         return f"{self.name} ({self.better})"
+
+    @property
+    def full_title(self) -> str:
+        """Of a drawing whose axis is logarithmic where that is better."""
+        return f"{self.name} ({self.better}, logarithmic)" if self.is_log else self.title
 
 
 @dataclass(frozen=True)

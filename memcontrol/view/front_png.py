@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from memcontrol.core.files import replace_file
 from memcontrol.view.front_data import LOG_TICKS, FrontAxis, FrontData, FrontPoint, list_xy, measure_reaches
+from memcontrol.view.front_labels import place_labels
 from memcontrol.view.marks import MARKS, PICK, SAMPLED
 
 if TYPE_CHECKING:
@@ -49,9 +50,10 @@ def draw_front(axes: Axes, data: FrontData, title: str) -> None:
     _scatter_anchors(axes, data)
     if data.pick:
         _circle_pick(axes, data.pick)
-    axes.set(xlabel=data.x_axis.title, ylabel=data.y_axis.title, title=title)
+    axes.set(xlabel=data.x_axis.full_title, ylabel=data.y_axis.title, title=title)
     _scale_x(axes, data.x_axis)
     axes.legend(fontsize=8)
+    _number_points(axes, data.points)
 
 
 def _scatter_sampled(axes: Axes, data: FrontData) -> None:
@@ -83,6 +85,7 @@ def _draw_intervals(axes: Axes, points: Sequence[FrontPoint]) -> None:
         xerr=measure_reaches(x, [point.x_interval for point in points]),
         yerr=measure_reaches(y, [point.y_interval for point in points]),
         fmt="none",
+        label="95 % intervals",
         ecolor="black",
         elinewidth=0.7,
         alpha=0.5,
@@ -101,6 +104,27 @@ def _circle_pick(axes: Axes, pick: FrontPoint) -> None:
         label="pick",
         zorder=4,
     )
+
+
+def _number_points(axes: Axes, points: Sequence[FrontPoint]) -> None:
+    """With trials' numbers, where there is room."""
+    from matplotlib import patheffects
+
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.draw_without_rendering()  # what lies where is known from then on
+    scale, frame = figure.dpi / 72, axes.get_window_extent()
+    spots = axes.transData.transform([(point.x, point.y) for point in points]).tolist()
+    places = {point.trial: (x, -y) for point, (x, y) in zip(points, spots)}  # downwards
+    field = frame.x0, -frame.y1, frame.x1, -frame.y0
+    for trial, label in place_labels(points, places, field, 8 * scale, 5 * scale).items():
+        x, y = axes.transData.inverted().transform((label.x, -label.y))
+        line = {"arrowstyle": "-", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 0} if label.has_line else None
+        spot = next((point.x, point.y) for point in points if point.trial == trial)
+        text = axes.annotate(
+            str(trial), spot, (x, y), ha="center", va="center", fontsize=8, arrowprops=line, zorder=5
+        )
+        text.set_path_effects([patheffects.withStroke(linewidth=2, foreground="white")])
 
 
 def _scale_x(axes: Axes, axis: FrontAxis) -> None:

@@ -6,14 +6,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from html import escape
+from typing import Any
 
 from memcontrol.core.estimate import READ_95
-from memcontrol.view.front_data import LOG_TICKS, FrontAxis, FrontData, FrontPoint
+from memcontrol.view.front_data import FrontAxis, FrontData, FrontPoint
+from memcontrol.view.front_labels import PlacedLabel, place_labels
 from memcontrol.view.html import read_asset
 from memcontrol.view.marks import MARKS, PICK
 
 _WIDTH, _HEIGHT = 480, 380
 _LEFT, _RIGHT, _TOP, _BOTTOM = 66, _WIDTH - 16, 14, _HEIGHT - 54  # of the field that the axes span
+_NUMBER_SIZE, _HALF_MARK = 11, 6  # of a trial's number, and half a mark's side
+_LOG_TICKS = ((1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,))  # times powers of ten: the first that has room
 
 
 class _AxisScale:
@@ -37,10 +41,25 @@ class _AxisScale:
     def place_ticks(self) -> list[float]:
         from matplotlib import ticker
 
-        linear, logarithmic = ticker.MaxNLocator(6, steps=[1, 2, 5, 10]), ticker.LogLocator(subs=LOG_TICKS)
-        places = logarithmic if self.is_log else linear
-        ticks = map(float, places.tick_values(self.low, self.high))
+        if not self.is_log:
+            return self._keep_inside(ticker.MaxNLocator(6, steps=[1, 2, 5, 10]))
+        for subs in _LOG_TICKS:
+            ticks = self._keep_inside(ticker.LogLocator(subs=subs, numticks=100))
+            if self._has_room(ticks):
+                break
+        return ticks
+
+    def _keep_inside(self, locator: Any) -> list[float]:
+        ticks = map(float, locator.tick_values(self.low, self.high))
         return [value for value in ticks if self.low <= value <= self.high]
+
+    def _has_room(self, ticks: Sequence[float]) -> bool:
+        """Whether no tick's label lies on the next one's: eight pixels for each of its letters across, a line
+        up."""
+        is_across = self.end > self.begin
+        lengths = [8.0 * (len(f"{value:g}") + 1) if is_across else 18.0 for value in ticks]
+        gaps = [abs(self(after) - self(before)) for before, after in zip(ticks, ticks[1:])]
+        return all(gap >= (a + b) / 2 for gap, a, b in zip(gaps, lengths, lengths[1:]))
 
     def __call__(self, value: float) -> float:
         form: Callable[[float], float] = math.log if self.is_log else float
@@ -68,11 +87,14 @@ def draw_front_svg(data: FrontData) -> str:
     )
     # what matters lies on top
     points = sorted(data.points, key=lambda point: (point.is_on_front, point.is_anchor))
+    places = {point.trial: (across(point.x), up(point.y)) for point in points}
+    labels = place_labels(points, places, (_LEFT + 2, _TOP, _RIGHT, _BOTTOM - 2), _NUMBER_SIZE, _HALF_MARK)
     parts = [
         *_draw_axes(across, up),
         *_draw_labels(data),
         _draw_front_line(data.front, across, up),
         *(_draw_point(point, across, up) for point in points),
+        *(_draw_number(trial, places[trial], label) for trial, label in labels.items()),
     ]
     return _wrap_svg(_WIDTH, _HEIGHT, "The Pareto front", parts)
 
@@ -104,13 +126,16 @@ def _draw_labels(data: FrontData) -> list[str]:
     across, middle = (_LEFT + _RIGHT) / 2, (_TOP + _BOTTOM) / 2
     turned = f'transform="translate(16 {middle}) rotate(-90)"'
     return [
-        f'<text x="{across}" y="{_HEIGHT - 12}" text-anchor="middle">{_label_axis(data.x_axis)}</text>',
-        f'<text {turned} text-anchor="middle">{_label_axis(data.y_axis)}</text>',
+        _draw_title(data.x_axis, f'x="{across}" y="{_HEIGHT - 12}"', _RIGHT - _LEFT),
+        _draw_title(data.y_axis, turned, _BOTTOM - _TOP),
     ]
 
 
-def _label_axis(axis: FrontAxis) -> str:
-    return escape(f"{axis.name} ({axis.better}, logarithmic)" if axis.is_log else axis.title)
+def _draw_title(axis: FrontAxis, place: str, length: float) -> str:
+    """An axis's, no longer than it: a letter is some half as wide as high."""
+    size = min(14.0, length / (0.58 * len(axis.full_title)))
+    style = f'style="font-size: {size:.1f}px" text-anchor="middle"'
+    return f"<text {place} {style}>{escape(axis.full_title)}</text>"
 
 
 def _draw_front_line(points: Sequence[FrontPoint], across: _AxisScale, up: _AxisScale) -> str:
@@ -130,6 +155,13 @@ def _draw_point(point: FrontPoint, across: _AxisScale, up: _AxisScale) -> str:
     place = f'data-trial="{point.trial}" transform="translate({x} {y})"'
     shape = f"<title>{escape(point.label)}</title>{MARKS[point.kind].shape}"
     return f'{bars}{ring}<g class="{kind}" tabindex="0" {place}>{shape}</g>'
+
+
+def _draw_number(trial: int, place: tuple[float, float], label: PlacedLabel) -> str:
+    """A trial's own, beside its mark."""
+    line = _draw_line("leader", *(f"{value:.1f}" for value in (*place, label.x, label.y)))
+    text = f'<text class="number" x="{label.x:.1f}" y="{label.y + 4:.1f}" text-anchor="middle">{trial}</text>'
+    return f"{line if label.has_line else ''}{text}"
 
 
 def _draw_error_bars(point: FrontPoint, across: _AxisScale, up: _AxisScale) -> str:

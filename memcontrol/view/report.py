@@ -1,5 +1,6 @@
 """Owns the report: one HTML page about a study that needs no network, made from its data and the pictures in
-its run folders; and its sections on how the study was made."""
+its run folders: a first page for everybody, then what specialists ask; and its sections on how the study was
+made."""
 
 from __future__ import annotations
 
@@ -13,10 +14,11 @@ import yaml
 from memcontrol.core.config import read_base
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import write_text
-from memcontrol.core.published import publish_config, publish_name
+from memcontrol.core.published import hide_paths, publish_config, publish_name
 from memcontrol.core.reward_table import BLIND_SPOTS, REWARDS
 from memcontrol.study.record import DROPPED
 from memcontrol.view.front_data import TrialData
+from memcontrol.view.glossary import gloss_sections
 from memcontrol.view.html import (
     read_asset,
     render_code,
@@ -28,6 +30,7 @@ from memcontrol.view.html import (
     render_section,
     render_table,
 )
+from memcontrol.view.lay_page import render_lay_page
 from memcontrol.view.report_results import (
     ReportData,
     add_names,
@@ -77,7 +80,11 @@ def render_page(facts: ReportData, with_images: bool) -> str:
         _render_reproduction,
         _render_limits,
     )
-    body = _render_question(facts) + "".join(section(facts) for section in sections)
+    told = gloss_sections([_render_question(facts), *(section(facts) for section in sections)])
+    body = (
+        f"{render_lay_page(facts, with_images)}"
+        f'<div class="special"><h1>{escape(facts["study"])}, for specialists</h1>{"".join(told)}</div>'
+    )
     script = f"<script>\n{read_asset('report.js')}</script>"
     title = f"{facts['study']}: MemControl"
     return render_document(title, read_asset("report.css"), f"{body}\n{script}", _POLICY)
@@ -96,7 +103,7 @@ def _render_question(facts: ReportData) -> str:
     answer = "No trial but the untrained base has finished yet."
     if picked:
         answer = _describe_answer(facts, picked, full)
-    return f"<h1>{escape(facts['study'])}</h1>{render_paragraph(asked)}{render_paragraph(answer, 'lead')}"
+    return render_section("Question and answer", render_paragraph(asked), render_paragraph(answer, "lead"))
 
 
 def _describe_answer(facts: ReportData, picked: TrialData, full: TrialData | None) -> str:
@@ -226,7 +233,9 @@ def _describe_trials(trials: list[TrialData], search: dict[str, Any]) -> str:
     states = [state for state in ("COMPLETE", "PRUNED", "FAIL", "RUNNING", DROPPED) if counts[state]]
     said = ", ".join(f"{counts[state]} {state.lower()}" for state in states)
     dropped = "".join(
-        f"; trial {trial['trial']} is dropped: {trial['dropped']}" for trial in trials if trial["dropped"]
+        f"; trial {trial['trial']} is dropped: {hide_paths(trial['dropped'])}"
+        for trial in trials
+        if trial["dropped"]
     )
     return f"{said}{dropped}; {search['sampler']} sampler, seed {search['seed']}"
 

@@ -16,7 +16,7 @@ from typing import Any
 from memcontrol.core.choice import EVERYTHING, Choice
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import read_json
-from memcontrol.core.published import hide_paths, publish_config, publish_name
+from memcontrol.core.published import hide_paths, list_own_places, publish_config, publish_name
 from memcontrol.core.reward_table import REWARDS, list_objectives
 from memcontrol.core.run_folder import RunFolder, StudyFolder
 from memcontrol.core.space import Coordinate, SearchSpace
@@ -74,7 +74,7 @@ def publish_report_data(data: Mapping[str, Any], folder: Path) -> dict[str, Any]
     """The same where it leaves this machine: run folders as seen from the study's `folder`, and names in
     place of paths."""
     config, images = data["config"], data["data"]
-    places = (folder, folder.parent, Path(config["data"]["path"]), Path.home())
+    places = list_own_places(folder, config["data"]["path"])
     return {
         **data,
         "config": publish_config(config),

@@ -36,6 +36,7 @@ from memcontrol.view.words import (
     describe_copied,
     describe_membership,
     describe_privacy,
+    find_prose_title,
     find_title,
     name_groups,
     write_verdict,
@@ -64,7 +65,7 @@ def _choose_columns(objectives: Iterable[str], runs: Sequence[Mapping[str, Any]]
 
 def describe_rewards(names: Sequence[str], rewards: dict[str, float]) -> str:
     return ", ".join(
-        f"{find_title(name)} {format_reward(name, rewards)}" for name in names if name in rewards
+        f"{find_prose_title(name)} {format_reward(name, rewards)}" for name in names if name in rewards
     )
 
 
@@ -77,8 +78,9 @@ def render_front(facts: ReportData) -> str:
     address = make_data_uri("image/svg+xml", chart.encode())
     link = f'<a download="{escape(facts["study"])}-front.svg" href="{address}">this figure as SVG</a>'
     about = (
-        "The line joins the front; bars are 95 % intervals of the front and the anchors; pale "
-        "points are sampled masks that others beat. Point at one, or tap it, to read what it is."
+        "Numbers are trials'. The line joins the front; bars are 95 % intervals of the front and the "
+        "anchors; pale points are sampled masks that others beat. Point at one, or tap it, to read what "
+        "it is."
     )
     if len(facts["objectives"]) > 2:
         first, second, *others = map(find_title, facts["objectives"])
@@ -104,7 +106,7 @@ def render_standings(facts: ReportData) -> str:
     doubt = facts["doubt"]
     return render_section(
         name_standings(trials),
-        render_table(heads, [_render_standing(trial, names) for trial in trials]),
+        render_table(heads, [_render_standing(trial, names) for trial in trials], "standings"),
         render_paragraph(note, "note"),
         *([render_paragraph(f"{doubt[0].upper()}{doubt[1:]}.")] if doubt else []),
     )
@@ -194,7 +196,8 @@ def _render_share(name: str, share: float) -> str:
     """A cell, the darker the larger the share."""
     colour, title = f"rgba(var(--on), {0.07 + 0.78 * share:.2f})", f"{escape(name)}: {share:.0%}"
     text = f"{100 * share:.0f}" if share else ""
-    return f'<td style="background: {colour}" title="{title}">{text}</td>'
+    ink = "; color: var(--paper)" if share > 0.5 else ""
+    return f'<td style="background: {colour}{ink}" title="{title}">{text}</td>'
 
 
 def _describe_mask(trial: TrialData) -> str:

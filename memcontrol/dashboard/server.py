@@ -20,6 +20,9 @@ from optuna.storages import RDBStorage
 
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.run_folder import StudyFolder
+from memcontrol.dashboard.guard import LOOPBACK, App, guard_app
+from memcontrol.dashboard.prefix import check_prefix, put_below
+from memcontrol.dashboard.read_only import hide_buttons
 from memcontrol.study.artifacts import ReadOnlyStore
 from memcontrol.study.database import (
     connect_file,
@@ -29,8 +32,6 @@ from memcontrol.study.database import (
     make_engine_url,
 )
 from memcontrol.study.optuna_private import close_storage
-from memcontrol.view.dashboard_guard import LOOPBACK, App, guard_app
-from memcontrol.view.dashboard_prefix import check_prefix, put_below
 
 _TOKEN = r"[A-Za-z0-9_-]{16,}"
 _ANY = ("0.0.0.0", "::", "")  # noqa: S104  # all interfaces of the machine, which is reached by its name
@@ -75,7 +76,9 @@ def make_application(url: str, folder: Path, writable: bool, token: str | None, 
         make_engine_url(url), engine_kwargs=arguments, skip_compatibility_check=True, skip_table_creation=True
     )
     store = FileSystemArtifactStore(StudyFolder(folder).artifacts) if writable else ReadOnlyStore(folder)
-    return put_below(guard_app(wsgi(storage, artifact_store=store), writable, token, prefix), prefix)
+    app = wsgi(storage, artifact_store=store)
+    shown = app if writable else hide_buttons(app)
+    return put_below(guard_app(shown, writable, token, prefix), prefix)
 
 
 def find_study_id(url: str, name: str) -> int:

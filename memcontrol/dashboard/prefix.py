@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from memcontrol.core.errors import MemControlError
-from memcontrol.view.dashboard_guard import App
+from memcontrol.dashboard.guard import App
+from memcontrol.dashboard.rewriting import rewrite_answers
 
 _PREFIX = r"(/[A-Za-z0-9._~-]+)+"
 # where its page and its script name their own addresses (tests/test_seeing.py holds them to the version)
@@ -33,31 +34,29 @@ def put_below(app: App, prefix: str) -> App:
     off the addresses that it passes on."""
     if not prefix:
         return app
-    rewritten: dict[bytes, bytes] = {}
+    written: dict[bytes, bytes] = {}
+    icon = f'<head><link rel="icon" href="{prefix}/favicon.ico">'.encode()  # else it is asked for at the root
+
+    def rewrite(content: bytes) -> bytes:
+        if content not in written:
+            written[content] = _ADDRESS.sub(prefix.encode(), content).replace(b"<head>", icon, 1)
+        return written[content]
+
+    moved = rewrite_answers(app, _REWRITTEN, rewrite)
 
     def answer(environ: dict[str, Any], start) -> Iterable[bytes]:
         path = environ.get("PATH_INFO", "")
         if path == prefix or path.startswith(f"{prefix}/"):
             environ = {**environ, "PATH_INFO": path.removeprefix(prefix) or "/"}
-        begun: list[Any] = []
-        body = app({**environ, "HTTP_ACCEPT_ENCODING": "identity"}, lambda *said: begun.extend(said))
-        status, headers, *rest = begun
-        moved = [
-            (name, _move_location(value, prefix) if name == "Location" else value) for name, value in headers
-        ]
-        if not any(name == "Content-Type" and value.startswith(_REWRITTEN) for name, value in headers):
-            start(status, moved, *rest)
-            return body
-        content = b"".join(body)
-        if hasattr(body, "close"):
-            body.close()
-        if content not in rewritten:
-            icon = f'<head><link rel="icon" href="{prefix}/favicon.ico">'  # else the browser asks at the root
-            moved_content = _ADDRESS.sub(prefix.encode(), content)
-            rewritten[content] = moved_content.replace(b"<head>", icon.encode(), 1)
-        others = [pair for pair in moved if pair[0] != "Content-Length"]
-        start(status, [*others, ("Content-Length", str(len(rewritten[content])))], *rest)
-        return [rewritten[content]]
+
+        def start_moved(status: str, headers: list[tuple[str, str]], *rest: Any) -> Any:
+            told = [
+                (name, _move_location(value, prefix) if name == "Location" else value)
+                for name, value in headers
+            ]
+            return start(status, told, *rest)
+
+        return moved({**environ, "HTTP_ACCEPT_ENCODING": "identity"}, start_moved)
 
     return answer
 
