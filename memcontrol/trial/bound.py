@@ -29,6 +29,7 @@ def list_bound(spec: Spec, material: Material, steps: int) -> dict[str, float]:
             "privacy_delta": account.delta,
             "privacy_units": account.n_units,
             "privacy_images": len(material.name_units()),
+            "privacy_secret": float(account.is_secret),
         }
     if not knows_bound(spec.config, spec.space):
         return {}
