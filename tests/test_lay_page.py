@@ -209,3 +209,16 @@ def test_code_needs_no_explanation():
     code = "<section><h2>a</h2><pre>front</pre></section>"
     assert "<dfn>front</dfn>" in gloss_sections([plain])[0] and "<dfn>" not in gloss_sections([code])[0]
     assert "<dfn>front</dfn>" not in gloss_sections([plain, plain])[1]
+
+
+@pytest.mark.parametrize(
+    ("bound", "said"),
+    [
+        ({}, "No guarantee is proved here"),
+        ({"epsilon": 1000.0}, "No guarantee is proved here"),
+        ({"epsilon": 7.96, "privacy_secret": 1.0}, "a guarantee with an epsilon of 7.96."),
+        ({"epsilon": 7.96, "privacy_secret": 0.0}, "void against whoever has the study file"),
+    ],
+)
+def test_a_guarantee_is_said_where_the_chosen_model_has_one(bound, said):
+    assert said in read_page(make_facts(make_trio(pick=CLEAN | bound)))

@@ -63,6 +63,7 @@ BY_CAPTION = "caption"  # data.label where captions are the classes
 CHECKPOINT = ".safetensors"  # how a base in one file ends
 EMBEDDED = "tiny"  # the base that is embedded
 _OF_FILES = ("torchscript", "sscd")  # feature networks whose name holds a file's path
+NO_BOUND = 1000.0  # stands for the epsilon of a model that was trained without a bound
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 Share = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -310,6 +311,41 @@ class CaptionsConfig(Strict):
         return bool(self.add_words or self.replace or self.repeat_word)
 
 
+def _refuse_unbounded(asked: Mapping[str, object], prefix: str = "inner.") -> None:
+    """Raises ValueError that names the first key whose reason is not false."""
+    for key, reason in asked.items():
+        if reason:
+            raise ValueError(
+                f"{prefix}{key} {reason}; inner.privacy could not bound what such a model tells: leave "
+                f"{prefix}{key} as it is by default, or inner.privacy out"
+            )
+
+
+class PrivacyConfig(Strict):
+    """Differential privacy (DP-SGD, arXiv 1607.00133): the model is nearly as likely without any one unit,
+    which is an image, or a group with all its images (`data.group`, or images that are nearly the same).
+
+    Each step draws each unit with chance inner.batch_size / units, clips its gradient, adds noise to the sum
+    and divides by inner.batch_size, however many were drawn. The noise follows from epsilon, delta, that
+    chance and the number of steps.
+    """
+
+    epsilon: Annotated[float, Field(gt=0, lt=NO_BOUND)] = 8.0
+    """the bound: with chance 1 - delta no output is more than exp(epsilon) times as likely with any one unit
+    as without it"""
+    delta: Annotated[float, Field(gt=0, lt=1)] | Literal["auto"] = "auto"
+    """the chance that the bound fails; `auto`: 1 / (10 units)"""
+    clip: Positive = 1.0
+    """norm to which each unit's gradient, over all that is trained, is clipped"""
+    multiplicity: Count = 4
+    """noise and timestep draws of each unit, averaged before its gradient is clipped (arXiv 2210.09929); the
+    budget counts them as one image. Those of a group are spread over its images"""
+    seed: int | None = None
+    """none: noise, and who is drawn, come from the operating system and are kept only until the fine-tuning
+    has ended, so that no other run has the same numbers. With a seed all have, and whoever knows it can take
+    the noise away again: for tests, not for models that are given away"""
+
+
 class InnerConfig(Strict):
     """One fine-tuning: its budget in images seen, batch and optimizer, and the training methods that fight
     copying."""
@@ -378,6 +414,8 @@ class InnerConfig(Strict):
     more"""
     augmentation: AugmentationConfig | None = None
     """IET-AGC+: images near the skip threshold are augmented; needs `skip`"""
+    privacy: PrivacyConfig | None = None
+    """differential privacy; `{}` turns it on with its defaults. Needs `memcontrol[privacy]`"""
 
     @model_validator(mode="after")
     def parts_fit(self) -> InnerConfig:
@@ -413,6 +451,35 @@ class InnerConfig(Strict):
                 f"x {self.rounds} rounds; raise the budget or lower one of them"
             )
         return self
+
+    @model_validator(mode="after")
+    def bound_holds(self) -> InnerConfig:
+        if self.privacy:
+            _refuse_unbounded(self._list_unbounded())
+        return self
+
+    def _list_unbounded(self) -> dict[str, object]:
+        """By key, what of it a private fine-tuning cannot have, and why; false where it asks for nothing of
+        the kind. All other keys change what is done with gradients that have their noise, or with one image
+        by itself."""
+        return {
+            "skip": self.skip and "leaves images out by a memory of other images' losses",
+            "redistribution": self.redistribution and "moves images by their losses",
+            "augmentation": self.augmentation and "trains on an image again by its loss",
+            "ensemble.shards": self.ensemble.shards > 1
+            and "has each image drawn more often, from fewer, which is not accounted for",
+            "norm_threshold": self.norm_threshold and "leaves images out by how the model knows them",
+            "stop_gap": self.stop_gap and "ends the training by the losses of training images",
+            "low_memory_full": self.low_memory_full
+            and "keeps one 16-bit gradient, where a unit's own and the sum of all are needed in 32",
+            "precision": self.precision == "float16"
+            and "is float16, under which gradients that overflow decide whether a step is taken",
+        }
+
+    @property
+    def passes_per_image(self) -> int:
+        """How often an image of the budget goes through the denoiser."""
+        return self.privacy.multiplicity if self.privacy else 1
 
     @property
     def memory_keys(self) -> tuple[str, ...]:
@@ -787,6 +854,22 @@ class Config(Strict):
                 f"{key} reserves {gpus:g} GPUs for a trial and search.gpus_per_trial is {wanted}; reserve "
                 f"{wanted}, or take {key} out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def bound_holds(self) -> Config:
+        if self.inner.privacy is None:
+            return self
+        one_image = "computes each batch in parts, where a unit's own gradient is needed whole"
+        _refuse_unbounded(
+            {
+                "base_precision": self.base_precision == "float16"
+                and "is float16, under which gradients that overflow decide whether a step is taken",
+                "search.gpus_per_trial": self.search.gpus_per_trial > 1 and one_image,
+                "base_offload": self.base_offload == "all" and one_image,
+            },
+            "",
+        )
         return self
 
     @property

@@ -19,6 +19,7 @@ _EXAMPLES = {
     "redistribution": "{share: 0.25}",
     "augmentation": "{rule: zone}",
     "captions": "{replace: 0.1}",
+    "privacy": "{epsilon: 8}",
     "rewards": "{objectives: [fid, memorization]}",
     "extraction": "{prompts: 16}",
     "search": "{trials: 20}",

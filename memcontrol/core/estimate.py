@@ -88,7 +88,7 @@ class Rewards:
 
     def interval(self, name: str) -> tuple[float, float]:
         """The 95 % interval; the value twice where nothing is known of its error."""
-        if name + _LOW in self.plain:
+        if self.has_ends(name):
             return self.plain[name + _LOW], self.plain[name + _HIGH]
         reach = READ_95 * self.plain.get(name + _ERROR, 0.0)
         return self.plain[name] - reach, self.plain[name] + reach
@@ -97,13 +97,17 @@ class Rewards:
         """The standard error, from what is beside the value; 0 where nothing is."""
         if name + _ERROR in self.plain:
             return self.plain[name + _ERROR]
-        if name + _LOW in self.plain:
+        if self.has_ends(name):
             return (self.plain[name + _HIGH] - self.plain[name + _LOW]) / (2 * READ_95)
         return 0.0
 
     def low(self, name: str) -> float | None:
         """The lower end of the interval, where one was measured."""
-        return self.plain.get(name + _LOW)
+        return self.plain[name + _LOW] if self.has_ends(name) else None
+
+    def has_ends(self, name: str) -> bool:
+        """Whether both ends were measured: `epsilon_low` is a reward of its own, and no end of `epsilon`."""
+        return name + _LOW in self.plain and name + _HIGH in self.plain
 
     def p(self, name: str) -> float:
         """The p-value of what the value says, such as that there is copying."""
@@ -117,7 +121,7 @@ class Rewards:
         text = form.format(self.plain[name])
         if name + _ERROR in self.plain:
             return f"{text} ± {form.format(self.plain[name + _ERROR])}{mark}"
-        if name + _LOW in self.plain:
+        if self.has_ends(name):
             return f"{text} ({form.format(self.plain[name + _LOW])}-{form.format(self.plain[name + _HIGH])})"
         return text
 

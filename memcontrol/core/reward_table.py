@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from memcontrol.core.config import NO_BOUND
 from memcontrol.core.estimate import Rewards, strip_end
 
 CLIP = math.log(4)
@@ -397,6 +398,16 @@ REWARDS = {
         cost=_LOSSES,
         meaning="what `epsilon_low` is at the most with so few images, if every guess is right",
     ),
+    "epsilon": _RewardInfo(
+        title="epsilon",
+        form="{:.2f}",
+        direction=MINIMIZE,
+        objective=True,
+        interval="exact",
+        cost=_FREE,
+        meaning="the bound of differential privacy that training kept to (inner.privacy); 0 for the "
+        "untrained base, 1000 stands for no bound",
+    ),
     "extraction_component": _RewardInfo(
         title="extracted, components",
         form="{:.1%}",
@@ -565,8 +576,9 @@ REWARDS = {
 BLIND_SPOTS = (  # what no reward sees
     "Copies of whole images, moved a little or turned, and of parts from a quarter of an image on, at their "
     "own place, are all that is seen: not smaller parts, not style, not facts about a person.",
-    "No figure here is a privacy guarantee: a model that shows no copies can still reveal who was "
-    "in the training set, and where membership is measured, it is by one attack; others may tell more.",
+    "No figure but epsilon, of a model trained with inner.privacy, is a privacy guarantee: a model that "
+    "shows no copies can still reveal who was in the training set, and where membership is "
+    "measured, it is by one attack; others may tell more.",
     # as `benchmarks copies` found; a test holds this to its table
     "Changed copies may be missed. Hardly any is found that is inverted, that is a part of a sixteenth of "
     "the image, or that lies elsewhere in it; of those blended half and half with another image or cropped "
@@ -576,11 +588,12 @@ BLIND_SPOTS = (  # what no reward sees
 
 _ENOUGH_SAMPLES = 4  # samples for each feature, below which a FID ranks by chance
 
-MEMBERSHIP = ("membership", "epsilon")  # how the names of its figures begin
+MEMBERSHIP = ("membership", "epsilon_")  # how the names of its figures begin
+EPSILON = "epsilon"  # of the accountant, and no figure of an attack
 OF_DENOISER = ("loss_gap", "noise_norm", *MEMBERSHIP)  # the same of what the denoiser itself is asked
 UTILITIES = tuple(name for name in REWARDS if name.startswith("utility"))
 COSTS = ("trained_fraction", "step_gflops", "memory_mib")
-OF_MODEL = (*OF_DENOISER, *COSTS)  # and not of its samples: no fresh draw changes them
+OF_MODEL = (*OF_DENOISER, *COSTS, EPSILON, "privacy_")  # and not of its samples: no fresh draw changes them
 OBJECTIVES = tuple(name for name, reward in REWARDS.items() if reward.objective)
 DIRECTIONS = {name: reward.direction for name, reward in REWARDS.items() if reward.direction != _BESIDE}
 
@@ -629,6 +642,8 @@ def read_interval(name: str, rewards: Mapping[str, float]) -> tuple[float, float
 
 def format_reward(name: str, rewards: Mapping[str, float]) -> str:
     """The value with its interval: "22.6 ± 0.8", "1.2% (0.4%-2.8%)"; empty where it was not measured."""
+    if name == EPSILON and rewards.get(name, 0.0) >= NO_BOUND:
+        return "no bound"
     form = REWARDS[name].form if name in REWARDS else "{:.3f}"
     few = name == "fid" and rewards.get("fid_samples_per_feature", _ENOUGH_SAMPLES) < _ENOUGH_SAMPLES
     return Rewards(rewards).written(name, form, " (few)" if few else "")

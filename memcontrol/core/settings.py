@@ -15,9 +15,11 @@ from memcontrol.core.choice import CHECKPOINT_KEY, OF_TRAINING, STRENGTH_KEY, Ch
 from memcontrol.core.config import Config, InnerConfig, Strict, get_value, set_at
 from memcontrol.core.config_errors import explain_problems
 from memcontrol.core.errors import MemControlError
+from memcontrol.core.reward_table import EPSILON
 from memcontrol.core.space import Coordinate, SearchSpace
 from memcontrol.core.space_yaml import load_space, parse_over
 
+PRIVACY_KEY = "inner.privacy"
 _OF_SAMPLING = ("rewards.guidance", "rewards.guidance_from", "rewards.sampling_steps")
 _MOST_VARIANTS = 24  # that a fine-tuning is measured at
 
@@ -42,7 +44,23 @@ def complete_space(space: SearchSpace, config: Config) -> SearchSpace:
         | _make_free_shares(CHECKPOINT_KEY, config.search.checkpoints),
     )
     _check_values(found, config)
+    _check_bound(config, found)
     return found
+
+
+def knows_bound(config: Config, space: SearchSpace) -> bool:
+    """Whether any fine-tuning of a study has a bound on what it tells."""
+    return config.inner.privacy is not None or any(key.startswith(PRIVACY_KEY) for key in space.over)
+
+
+def _check_bound(config: Config, space: SearchSpace) -> None:
+    """An epsilon that no fine-tuning has says nothing."""
+    asked = [name for name in (*config.rewards.objectives, *config.rewards.limits) if name == EPSILON]
+    if asked and not knows_bound(config, space):
+        _refuse_setting(
+            "rewards: epsilon is the bound that inner.privacy keeps to, and no fine-tuning has one; set "
+            "inner.privacy: {epsilon: 8}, or search over it, inner.privacy: [null, {epsilon: 8}]"
+        )
 
 
 def _refuse_setting(text: str) -> NoReturn:

@@ -12,7 +12,13 @@ from memcontrol.core.reward_table import REWARDS, format_reward
 from memcontrol.core.space import SearchSpace
 from memcontrol.study.record import DROPPED, Record
 from memcontrol.view.front_data import TrialData, list_standings, name_places, name_standings
-from memcontrol.view.words import describe_choice, describe_membership, find_title, format_markdown_table
+from memcontrol.view.words import (
+    describe_choice,
+    describe_membership,
+    describe_privacy,
+    find_title,
+    format_markdown_table,
+)
 
 YOURS = "\n\n---\n*What is written below this line is yours and is kept.*"
 _ANCHORS = {
@@ -42,6 +48,7 @@ def write_trial_note(record: Record, space: SearchSpace, images: str) -> str:
         _describe_groups(record, space),
         _describe_end(record, images),
         describe_membership(record.rewards) if record.rewards else "",
+        describe_privacy(record.rewards) if record.rewards else "",
         _write_rewards_table(record) if record.rewards else "",
         _describe_replicates(record),
     ]

@@ -326,10 +326,11 @@ class Base:
         # losses are gathered too: computed anew they might differ in a bit, and ranks then in what they skip
         return self.ranks.gather(loss, n), self.ranks.gather(predicted, n)
 
-    def denoise_alone(self, noised: Noised, text: Text) -> tuple[Tensor, Tensor]:
-        """The same, by this process."""
+    def denoise_alone(self, noised: Noised, text: Text, denoiser: Any = None) -> tuple[Tensor, Tensor]:
+        """The same, by this process, and by another callable in the denoiser's place where one is given."""
         with self.autocast():
-            predicted = self.family.predict(self.denoiser, noised.noisy, noised.times, self.cast(text))
+            asked = self.denoiser if denoiser is None else denoiser
+            predicted = self.family.predict(asked, noised.noisy, noised.times, self.cast(text))
         return (predicted.float() - noised.target.float()).square().mean(dim=(1, 2, 3)), predicted
 
     def cast(self, text: Text) -> Text:

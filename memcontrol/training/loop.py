@@ -44,6 +44,7 @@ from memcontrol.training.mitigations import (
 )
 from memcontrol.training.optimizers import FUSED, OPTIMIZERS, RoundedAdafactor
 from memcontrol.training.shard import Material, Shard
+from memcontrol.training.unit_gradients import PrivateSteps
 
 _SCREENINGS = 8  # batches that augmentation by rule `kept` may score for one step
 
@@ -117,9 +118,11 @@ class Loop:
         *,
         n_forward: int | None = None,
         may_halve: bool = True,
+        private_seed: int | None = None,
     ):
         """`n_forward` images go through the denoiser at a time, inner.micro_batch_size unless it was found
-        to be too many; `may_halve`: fewer where memory does not suffice."""
+        to be too many; `may_halve`: fewer where memory does not suffice. `private_seed`: what all draws of a
+        private fine-tuning follow from."""
         self.base, self.adapter, self.material = base, adapter, material
         self.inner, self.shard, self.seed = inner, shard, seed
         self.trained = adapter.trained()
@@ -141,7 +144,11 @@ class Loop:
         self.words = list_vocabulary(base.pipeline.tokenizer) if edits else []
         # on a CPU it would take the cores from the steps; edited captions are encoded on the device
         ahead = base.device.type == "cuda" and not edits
-        self.reader = ThreadPoolExecutor(1) if ahead else None
+        self.private: PrivateSteps | None = None
+        if inner.privacy:
+            assert private_seed is not None, "a seed that others know would undo the noise"
+            self.private = PrivateSteps(base, adapter, inner, material.name_units(), private_seed)
+        self.reader = ThreadPoolExecutor(1) if ahead and not inner.privacy else None
         self.ahead: dict[int, Future[Gathered]] = {}
 
     def take_slot(self, share: float) -> None:
@@ -161,7 +168,7 @@ class Loop:
         self.optimizer.zero_grad()
         losses: list[float] = []
         try:
-            n_kept = self.learn_augmented(losses)
+            n_kept = self.learn_private() if self.private else self.learn_augmented(losses)
             if not n_kept and not (self.inner.augmentation and self.inner.augmentation.rule == "kept"):
                 n_kept = self.learn_plain(losses)
         except RuntimeError as error:
@@ -179,6 +186,11 @@ class Loop:
     def flush(self) -> None:
         """Reads the losses of slots that nobody has looked at yet: a card need not wait for them within a
         slot. Raises Diverged."""
+        if self.private and not _are_finite(self.parameters):
+            raise Diverged(
+                f"weights are not finite after {self.shard.counts['steps']} steps (learning rate "
+                f"{self.adapter.said_rates()})"
+            )
         if not self.unread:
             return
         steps, losses = [n for n, _ in self.unread], torch.stack([loss for _, loss in self.unread]).tolist()
@@ -188,7 +200,8 @@ class Loop:
             self.shard.losses.append(loss)
 
     def check_loss(self, loss: float, n_steps: int) -> None:
-        if not math.isfinite(loss):
+        # a private fine-tuning goes on, whatever its images' losses are: only weights have their noise
+        if not math.isfinite(loss) and not self.private:
             raise Diverged(
                 f"the loss became {loss} after {n_steps} steps (learning rate {self.adapter.said_rates()})"
             )
@@ -204,6 +217,34 @@ class Loop:
             if n_kept == self.inner.batch_size:
                 break
         return n_kept
+
+    def learn_private(self) -> int:
+        """The gradient of a step that differs by little and noise whether or not any one unit is there. As
+        many images as a batch has on the average, by which it was divided."""
+        private = self.private
+        assert private is not None
+        number = self.shard.counts["batches"]
+        self.shard.counts["batches"] += 1
+        units, seen = private.draw_units(number), []
+        private.begin()
+        if units:
+            batch = self.place(self.gather_units(private, units, number))
+            for rows in private.list_slices(len(units), self.n_forward):
+                noised, text = batch.part(rows)
+                seen.append(private.add(noised, text, self.weights(noised.timesteps), self.n_forward))
+            self.unread.append((self.shard.counts["steps"], torch.cat(seen).nanmean()))
+        private.finish(number)
+        self.shard.counts["seen"] += len(units)
+        self.shard.counts["trained"] += len(units)
+        return self.inner.batch_size
+
+    def gather_units(self, private: PrivateSteps, units: Sequence[Tensor], number: int) -> Gathered:
+        """All draws of the units."""
+        data, generator = self.material.data, private.make_generator("step", number)
+        rows = private.draw_rows(units, generator)
+        return self.prepare(
+            rows, data.mean[rows], data.deviation[rows], generator, private.derive("captions", number)
+        )
 
     def learn_augmented(self, losses: list[float]) -> int:
         """Gradients of a batch of augmented images, once the queue holds one; rule `kept` first scores
@@ -467,6 +508,10 @@ class Loop:
     def load_shadows(self, state: dict[str, Tensor]) -> None:
         for shadow, name in zip(self.shadows, self.trained):
             shadow.copy_(state[name])
+
+
+def _are_finite(parameters: Sequence[Tensor]) -> bool:
+    return bool(torch.stack([parameter.isfinite().all() for parameter in parameters]).all())
 
 
 def _explain_lack(n_forward: int, error: Exception) -> torch.OutOfMemoryError:

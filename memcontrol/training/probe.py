@@ -57,7 +57,7 @@ def choose_probe_size(inner: InnerConfig, rewards: RewardsConfig, n_probes: int 
 def count_trial_passes(inner: InnerConfig, rewards: RewardsConfig) -> int:
     """Passes of one image forward that training and sampling take."""
     sampling = rewards.n_samples * rewards.sampling_steps * (1 if rewards.guidance == 1 else 2)
-    return _STEP_PASSES * inner.budget_images + sampling
+    return _STEP_PASSES * inner.budget_images * inner.passes_per_image + sampling
 
 
 @torch.no_grad()

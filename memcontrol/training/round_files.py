@@ -57,6 +57,11 @@ class RoundFiles:
         """The loss gap before anything was learned."""
         return self.folder / "start.json"
 
+    @property
+    def noise(self) -> Path:
+        """What the noise of a private fine-tuning follows from: a secret, which goes with the rounds."""
+        return self.folder / "noise.json"
+
     def shard(self, number: int, shard: int) -> Path:
         return self.folder / f"{number:04}-{shard:02}.safetensors"
 

@@ -27,6 +27,7 @@ from memcontrol.model.parts import State
 from memcontrol.training.checkpoints import Checkpoints, describe_shard, fits_on_disk
 from memcontrol.training.loop import Loop
 from memcontrol.training.loss_memory import LossMemory
+from memcontrol.training.privacy import keep_seed
 from memcontrol.training.probe import measure_loss_gap
 from memcontrol.training.round_files import (
     STATE_KINDS,
@@ -98,9 +99,10 @@ def train_rounds(
     """
     if not adapter.parameters():
         return TrainLog()
-    # groups are the material's; rounds from before that key are gone on with
+    # groups are the material's; rounds from before that key, and that of privacy, are gone on with
+    unset = () if inner.privacy else ("privacy",)
     rest = inner.model_dump_json(
-        exclude=dict.fromkeys(inner.memory_keys, True) | {"ensemble": {"split_groups"}}
+        exclude=dict.fromkeys((*inner.memory_keys, *unset), True) | {"ensemble": {"split_groups"}}
     )
     plan = hashlib.sha256(f"{identity} {seed} {rest}".encode()).hexdigest()
     _clear_other_plans(folder, plan, team)
@@ -300,6 +302,7 @@ class Rounds:
             self.derive_shard_seed(stored.shard.number),
             n_forward=self.n_forward,
             may_halve=self.may_halve,
+            private_seed=keep_seed(self.files.noise, self.inner.privacy) if self.inner.privacy else None,
         )
         loop.load_moments(stored.moments)
         if stored.scaler:

@@ -27,6 +27,8 @@ class Material:
     holdout: Callable[[], Encoded]
     groups: Sequence[str] = ()  # of each image, where a group must stay in one shard
     further_captions: Sequence[Sequence[str]] = ()  # of each image, where any has several
+    # of each image, the group that it shares with others, or a name of its own; empty: all their own
+    units: Sequence[str] = ()
 
     @cached_property
     def texts(self) -> list[str]:
@@ -38,6 +40,10 @@ class Material:
         """[N], equal within a group; None where there are no groups."""
         numbers = {name: number for number, name in enumerate(dict.fromkeys(self.groups))}
         return torch.tensor([numbers[name] for name in self.groups]) if numbers else None
+
+    def name_units(self) -> Sequence[str]:
+        """Of each image, whom a private fine-tuning's bound is about."""
+        return self.units or [str(row) for row in range(len(self.data.mean))]
 
 
 @dataclass

@@ -128,6 +128,7 @@ class LoadedModels:
             lambda: self.load_unseen(spec, "holdout"),
             images.groups if spec.config.data.group else (),
             images.further_captions,
+            images.groups,
         )
 
     def load_unseen(self, spec: Spec, part: str, progress: TellStage = tell_nobody) -> Encoded:
@@ -278,12 +279,14 @@ def _describe_step(spec: Spec, base: Base) -> StepSettings:
     n_forward = inner.micro_batch_size or inner.batch_size
     ranks = base.ranks.size
     # on a CPU the base's own values lie beside those that are trained as they are
+    # a private step holds the sum of units' gradients, and those of the units that are computed together
+    units = 0 if inner.privacy is None else max(n_forward // inner.passes_per_image, 1)
     originals = 4.0 if base.device.type == "cpu" and EVERYTHING in spec.choice.groups else 0.0
     return StepSettings(
         forward=-(-n_forward // ranks),
         accumulates=n_forward < inner.batch_size,
         moments=MOMENT_BYTES["adafactor" if is_low_memory(spec) else inner.optimizer],
-        copies=originals + (4.0 if inner.ema else 0.0),
+        copies=originals + (4.0 if inner.ema else 0.0) + 4.0 * units,
         beside=_count_autoencoder_bytes(base),
         precision=base.precision,
         on_card=base.device.type == "cuda",

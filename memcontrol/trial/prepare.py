@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 
-from memcontrol.core.choice import Choice
+from memcontrol.core.choice import Choice, thaw
 from memcontrol.core.config import CALIBRATION, DIGITS, PARTS, Config, load_config
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import read_json, write_json
 from memcontrol.core.run_folder import StudyFolder
-from memcontrol.core.settings import load_study_space
+from memcontrol.core.settings import PRIVACY_KEY, apply_settings, load_study_space
 from memcontrol.core.space import SearchSpace
 from memcontrol.core.spec import Spec
 from memcontrol.data.images import Images
@@ -32,6 +32,7 @@ from memcontrol.scoring.evidence import Evidence
 from memcontrol.scoring.extractors import Extractor
 from memcontrol.scoring.own_rewards import check_rewards, compute_own_reward, find_directions
 from memcontrol.scoring.utility import FEWEST_OF_CLASS, MOST_CLASSES, Classes
+from memcontrol.training.privacy import open_account
 from memcontrol.trial.loaded import LoadedModels, TellStage, describe_images, tell_nobody
 from memcontrol.trial.membership import plan_attack
 
@@ -84,6 +85,7 @@ def prepare_study(
     _warn_of_cut_captions(base, parts, warn)
     _check_shards(config, parts["train"])
     _check_classes(config, parts, warn)
+    _check_accounts(config, space, parts["train"])
     _try_own_rewards(config, parts, extractor)
 
     # What the study was begun with.
@@ -313,6 +315,18 @@ def _find_shared_caption(images: Images) -> list[str]:
         if classes.setdefault(caption, label) != label:
             return [caption]
     return []
+
+
+def _check_accounts(config: Config, space: SearchSpace, images: Images) -> None:
+    """Raises MemControlError where a private fine-tuning that a choice may ask for has no account on these
+    images."""
+    searched = space.over[PRIVACY_KEY].options if PRIVACY_KEY in space.over else ()
+    rules = [{PRIVACY_KEY: thaw(one)} for one in searched if one is not None]
+    units = images.groups[: config.search.count_train(len(images))]
+    for rule in [{}, *rules]:
+        inner = apply_settings(config, rule, "search.over").inner
+        if inner.privacy:
+            open_account(inner, units)
 
 
 def _choose_resolution(config: Config, base) -> int:

@@ -30,6 +30,7 @@ from memcontrol.scoring.score import pool_scores
 from memcontrol.training.probe import choose_probe_size, measure_probe_rewards
 from memcontrol.training.rounds import ProcessGroup, TrainLog
 from memcontrol.training.shard import Material
+from memcontrol.trial.bound import describe_bound, list_bound
 from memcontrol.trial.learning import fine_tune, learn
 from memcontrol.trial.loaded import LoadedModels, tell_nobody
 from memcontrol.trial.maps import map_pairs
@@ -110,11 +111,12 @@ def _lead_trial(
         measured = score_samples(samples, evidence, spec, loaded)
     with memory.watch("probe"):
         maps = map_pairs(run, spec, loaded, evidence)
-    costs = _list_costs(cost, n_trained / n_all)
+    costs = _list_costs(cost, n_trained / n_all, spec) | list_bound(spec, material, log.n_steps)
     rewards = Rewards.from_estimates(measured | probes).to_plain() | costs
     result = _make_result(run, spec, loaded, log, rewards, n_trained, len(samples["images"]))
     if evidence.utility:
         result["utility_by_class"] = evidence.utility.describe_classes()
+    result |= describe_bound(spec, material, log.n_steps)
     now = time.monotonic()
     seconds = {"seconds": round(now - started, 2), "scoring_seconds": round(now - trained_at, 2)}
 
@@ -153,12 +155,12 @@ def _digest_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _list_costs(cost: Cost, trained_fraction: float) -> dict[str, float]:
+def _list_costs(cost: Cost, trained_fraction: float, spec: Spec) -> dict[str, float]:
     """What is known of the choice itself: the share that it trains of all parameters, what it adds included,
     and what a step costs."""
     return {
         "trained_fraction": trained_fraction,
-        "step_gflops": cost.step_gflops,
+        "step_gflops": cost.step_gflops * spec.config.inner.passes_per_image,
         "memory_mib": cost.memory_mib,
     }
 
@@ -205,10 +207,10 @@ def _score_rung(
     itself those that are objectives. Writes the rung's file, and what each sample adds beside it."""
     few = _lower_samples(spec)
     base, material = loaded.base(spec.config), loaded.make_material(spec)
-    costs: dict[str, float] = {}
+    costs = list_bound(spec, material, log.n_steps)
     if set(COSTS) & set(spec.config.rewards.objectives):
         share = adapter.n_trained() / (base.n_parameters + adapter.n_added())
-        costs = _list_costs(loaded.cost(spec, adapter, material.data), share)
+        costs |= _list_costs(loaded.cost(spec, adapter, material.data), share, spec)
     with adapter.fold():
         probes = probe()
         samples = sample_images(base, material, few, partial(progress, "rung"))

@@ -25,6 +25,7 @@ from memcontrol.view.words import (
     describe_copied,
     describe_membership,
     describe_network_doubt,
+    describe_privacy,
     format_markdown_table,
     name_groups,
     write_verdict,
@@ -48,6 +49,7 @@ _CARD_REWARDS = (
     "membership_auc",
     "membership_tpr",
     "epsilon_low",
+    "epsilon",
     "loss_gap",
 )
 _LIMITS = (
@@ -232,6 +234,7 @@ def compose_body(spec: Spec, result: dict[str, Any], shown: Shown, license: Lice
         write_verdict(result["rewards"], result["n_samples"]),
         describe_copied(result["rewards"]),
         describe_membership(result["rewards"]),
+        describe_privacy(result["rewards"]),
         _tell_how_measured(spec, result),
         _make_card_table(spec, columns),
         _make_classes_table(result.get("utility_by_class", {})),

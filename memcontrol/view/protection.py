@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from memcontrol.core.config import NO_BOUND
 from memcontrol.core.estimate import Rewards
 from memcontrol.view.lay_words import Subject, choose_measure, say_count
 from memcontrol.view.words import has_unlike_sets
@@ -109,8 +110,12 @@ def _tell_methods(facts: Mapping[str, Any], rewards: Mapping[str, float]) -> tup
     used += ["training in parts that are averaged"] * (inner["ensemble"]["shards"] > 1)
     here = f"Against copying: {', '.join(used)}." if used else "The choice of what is trained."
     missing = "No guarantee is proved here, such as that of differential privacy."
-    if inner.get("privacy"):
-        here = "Training under differential privacy, within the bound that the study file sets."
+    bound = rewards.get("epsilon", NO_BOUND)
+    if 0 < bound < NO_BOUND:
+        here = f"Training under differential privacy: a guarantee with an epsilon of {bound:.3g}"
+        if not rewards.get("privacy_secret", 1):
+            here += ", void against whoever has the study file, by which its noise can be repeated"
+        here += "."
         missing = "Whether that bound is small enough; what the choice among trials told."
     if rewards.get("epsilon_low", 0.0) > 0:
         missing += (

@@ -212,9 +212,11 @@ def _list_settings(settings: dict[str, str]) -> str:
 def _describe_fine_tuning(inner: dict[str, Any]) -> str:
     n_shards = inner["ensemble"]["shards"]
     shards = f", {n_shards} shards" if n_shards > 1 else ""
+    rule = inner.get("privacy")
+    bound = f", under differential privacy of epsilon {rule['epsilon']:g}" if rule else ""
     return (
         f"{inner['budget_images']:,} images, batches of {inner['batch_size']}, {inner['rounds']} rounds, "
-        f"{inner['optimizer']}{shards}"
+        f"{inner['optimizer']}{shards}{bound}"
     )
 
 

@@ -35,6 +35,7 @@ from memcontrol.view.html import (
 from memcontrol.view.words import (
     describe_copied,
     describe_membership,
+    describe_privacy,
     find_prose_title,
     find_title,
     name_groups,
@@ -46,6 +47,7 @@ _BESIDE_OBJECTIVES = (
     "copy_rate",
     "utility",
     "membership_auc",
+    "epsilon",
     "trained_fraction",
 )  # rewards that a table of trials always has
 _PAIRS_TITLE = "Generated images and the training images nearest to them"
@@ -149,7 +151,8 @@ def render_retrained(facts: ReportData) -> str:
 
 def _judge_run(run: dict[str, Any]) -> str:
     verdict = write_verdict(run["rewards"], run["n_samples"])
-    return f"{verdict} {describe_membership(run['rewards'])}".strip()
+    parts = (verdict, describe_membership(run["rewards"]), describe_privacy(run["rewards"]))
+    return " ".join(part for part in parts if part)
 
 
 def render_masks(facts: ReportData) -> str:

@@ -29,6 +29,7 @@ _COLUMNS = (
     "memorization",
     "copy_rate",
     "membership_auc",
+    "epsilon",
     "amd_train",
     "amd_holdout",
     "trained_fraction",
@@ -38,6 +39,7 @@ _DROPPED = (
     "amd_train",
     "kid",
     "trained_fraction",
+    "epsilon",
     "membership_auc",
 )  # in this order, where there is no room
 _WIDE = 10_000

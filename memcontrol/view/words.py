@@ -154,6 +154,28 @@ def describe_membership(rewards: Mapping[str, float]) -> str:
     return f"{said}{_describe_epsilon(rewards)}"
 
 
+def describe_privacy(rewards: Mapping[str, float]) -> str:
+    """The bound that a model's training kept to; empty where there is none."""
+    if "privacy_delta" not in rewards:
+        return ""
+    n, n_images = rewards["privacy_units"], rewards["privacy_images"]
+    units = "training images" if n == n_images else f"groups of the {n_images:,.0f} training images"
+    known = (
+        ""
+        if rewards.get("privacy_secret", 1)
+        else (
+            " Its noise follows from a seed in the study file (inner.privacy.seed): against whoever has "
+            "that, there is no bound."
+        )
+    )
+    return (
+        f"Trained under differential privacy: epsilon {rewards['epsilon']:.2f} at delta "
+        f"{rewards['privacy_delta']:.1e} for each of {n:,.0f} {units} (one is added or removed). The bound "
+        "is that of this model's weights; figures that were measured with training images, and choices by "
+        f"such figures, lie outside it.{known}"
+    )
+
+
 def has_unlike_sets(rewards: Mapping[str, float]) -> bool:
     """Whether the base alone, untrained, tells training images from unseen ones, so that figures of
     membership mean nothing."""
