@@ -121,7 +121,7 @@ def _render_nearest(subject: Subject) -> str:
         return ""
     about = (
         "Of each pair the left picture was generated, and the right one is the training image nearest to it. "
-        "A frame, and the word copy below, mark what a rule calls a copy; a few are so by chance. "
+        "A frame, and the words below, mark what a rule calls as near as a copy; a few are so by chance. "
         "This part shows training images."
     )
     return render_section(_NEAREST, render_paragraph(about, "note"), *figures)
@@ -161,12 +161,12 @@ def _cut_tile(picture: Image.Image, left: int, top: int, side: int) -> bytes:
 
 
 def _render_nearest_pair(generated: bytes, training: bytes, is_copy: bool) -> str:
-    kind = "copy" if is_copy else "alike"
+    kind, said = ("copy", "near as a copy") if is_copy else ("alike", "alike")
     images = "".join(
         f'<img alt="{what}" src="{make_data_uri("image/png", content)}">'
         for what, content in (("generated", generated), ("training image", training))
     )
-    return f'<span class="pair {kind}">{images}<small>{kind}</small></span>'
+    return f'<span class="pair {kind}">{images}<small>{said}</small></span>'
 
 
 def _render_protection(facts: Mapping[str, Any], subject: Subject) -> str:
