@@ -316,7 +316,8 @@ def test_what_was_measured_on_a_dropped_fine_tuning_is_dropped_with_it(tmp_path)
     records = memcontrol.status(file)
     trained = next(record for record in records if record.is_sampled)
     (variant,) = [one for one in records if one.is_variant and one.chosen.trained == trained.chosen]
-    memcontrol.drop(file, trained.number, "no good")
+    said = run("drop", file, "--trial", trained.number, "--why", "no good", check=True).stdout
+    assert f"with it what was measured on its fine-tuning, trials {variant.number}" in said
     assert memcontrol.status(file)[variant.number].dropped == "no good"
     go_on(file)  # another is sampled, and measured at both
     found = memcontrol.status(file)

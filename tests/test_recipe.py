@@ -265,7 +265,7 @@ def resolve_ai_toolkit(files, denoiser, plan):
 def resolve_onetrainer(files, denoiser, plan):
     """modules/util/ModuleFilter.py; a filter that matches nothing is an error."""
     config = json.loads(files["recipe.json"])
-    assert config["layer_filter_regex"] is True and config["epochs"] == 8  # 100 steps of 4 over 50 images
+    assert config["layer_filter_regex"] is True and config["epochs"] == 9  # of 12 full batches
     check_training(config["learning_rate"], 100, config["batch_size"])
     filters = [text.strip() for text in config["layer_filter"].split(",")]
     taken = {text: [name for name in list_adapted(denoiser) if re.search(text, name)] for text in filters}
@@ -519,7 +519,7 @@ def test_the_command_and_the_function_write_a_trials_recipe(shown, tmp_path):
     wrapped = {name for name in plan.names if re.fullmatch(values["config"].target_modules, name)}
     assert wrapped == {target.module for target in plan.targets}
     printed = run("recipe", shown, "--for", "peft", "--trial", str(trial.number), check=True)
-    assert printed.stdout == found["recipe.py"] and "trained with inner.skip too" in printed.stderr
+    assert printed.stdout == found["recipe.py"] and "inner.skip too" in printed.stderr
     out = tmp_path / "out"
     command = ("recipe", shown, "--for", "onetrainer", "--trial", str(trial.number), "--out", out)
     assert run(*command, check=True).stdout == f"{out}/recipe.json\n"
@@ -545,7 +545,12 @@ def test_settings_of_a_choice_are_in_its_recipe():
     choice = space.choice(("mid_resnet",), "lora", 0.5).with_settings(settings)
     plan = plan_of_study(config, space, choice, 100)
     assert (plan.steps, plan.weight_decay, plan.epochs) == (80, 0.2, 8)
+    with pytest.raises(MemControlError, match="there are 9 images for batches of 10"):
+        _ = replace(plan, n_images=9).epochs
     text = write_recipe(plan, "peft")["recipe.py"]
+    assert "the trial was trained with inner.caption_dropout 0.1 too" in text
+    plain = plan_of_study(config.replaced({"inner.caption_dropout": 0.0}), space, choice, 100)
+    assert not any("trained with" in note for note in plain.notes)
     assert "after 20 of 80 steps" in text and "at a strength of 0.5" in text
     assert {target.alpha for target in plan.targets} == {1.0}  # training itself is at full strength
 

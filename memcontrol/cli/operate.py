@@ -69,9 +69,11 @@ def _run_drop(args: argparse.Namespace) -> int:
     from memcontrol.commands.operate import drop_at
     from memcontrol.study.place import StudyPlace
 
-    drop_at(StudyPlace.load(args.study, name=args.name), args.trial, args.why or "", args.undo)
+    others = drop_at(StudyPlace.load(args.study, name=args.name), args.trial, args.why or "", args.undo)
     said = "counts again" if args.undo else "counts for nothing from now on (--undo takes that back)"
-    sys.stdout.write(f"trial {args.trial} {said}\n")
+    named = ", ".join(map(str, others[:20])) + (", ..." if len(others) > 20 else "")
+    beside = f"; with it what was measured on its fine-tuning, trials {named}" if others else ""
+    sys.stdout.write(f"trial {args.trial} {said}{beside}\n")
     return 0
 
 

@@ -157,7 +157,7 @@ def _print_trial(
     if record.state != "RUNNING":
         return
     goes_on = "" if searching else " (the next search goes on with it)"
-    sys.stdout.write(f"trial {record.number} {word} ({record.anchor or 'sampled'}){goes_on}\n")
+    sys.stdout.write(f"trial {record.number} {word} ({record.origin}){goes_on}\n")
     for choice, run in zip(record.candidates, runs):
         what = describe_run(run, place.folder.path.is_dir())
         sys.stdout.write(f"  {describe_choice(choice, n_groups)}: {'' if searching else 'was: '}{what}\n")

@@ -140,13 +140,20 @@ def drop(study: str | Path, trial: int, why: str = "", *, undo: bool = False) ->
     drop_at(StudyPlace.load(study), trial, why, undo)
 
 
-def drop_at(place: StudyPlace, trial: int, why: str, undo: bool) -> None:
-    """The same, of a study's place."""
+def drop_at(place: StudyPlace, trial: int, why: str, undo: bool) -> list[int]:
+    """The same, of a study's place. Returns the other trials that go with it, which were measured on its
+    fine-tuning."""
     with contextlib.closing(place.open()) as study:
+        before = _list_dropped(study)
         if undo:
             restore_trial(study, trial)
         else:
             drop_trial(study, trial, why)
+        return sorted((before ^ _list_dropped(study)) - {trial})
+
+
+def _list_dropped(study: Study) -> set[int]:
+    return {record.number for record in study.records() if record.dropped}
 
 
 def stop(study: str | Path, *, now: bool = False) -> None:

@@ -58,7 +58,9 @@ def write_ai_toolkit(plan: RecipePlan) -> dict[str, str]:
         "model": {"name_or_path": plan.base, "arch": _AI_TOOLKIT[plan.architecture]},
     }
     job = {"job": "extension", "config": {"name": plan.name, "process": [process]}}
-    head = write_comment("python run.py recipe.yaml; datasets.folder_path is yours to name", *plan.notes)
+    unsaid = [f"its schedules have no warm-up, and the trial had one of {plan.warmup_steps} steps"]
+    notes = (*plan.notes, *(unsaid if plan.warmup_steps else ()))
+    head = write_comment("python run.py recipe.yaml; datasets.folder_path is yours to name", *notes)
     return {"recipe.yaml": head + yaml.safe_dump(job, sort_keys=False, width=1000)}
 
 

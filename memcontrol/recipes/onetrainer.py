@@ -21,7 +21,8 @@ _ONETRAINER = {
 
 def write_onetrainer(plan: RecipePlan) -> dict[str, str]:
     """modules/util/ModuleFilter.py: `layer_filter` is split at commas, and each regular expression searched
-    for in the names of Linear and Conv2d (modules/module/LoRAModule.py). Training ends after epochs."""
+    for in the names of Linear and Conv2d (modules/module/LoRAModule.py). Training ends after epochs, of full
+    batches alone (mgds' AspectBatchSorting)."""
     check_plan(plan, _ONETRAINER, ("lora", "dora", "loha"))
     kind = {"dora": "LORA"}.get(plan.method, plan.method.upper())
     values = {

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from memcontrol.core.errors import MemControlError
 from memcontrol.model.parts import Target
 
 ARCHITECTURES = {
@@ -51,8 +52,15 @@ class RecipePlan:
 
     @property
     def epochs(self) -> int:
-        """Passes over the images, for trainers that count nothing else."""
-        return max(1, round(self.steps * self.batch_size / self.n_images))
+        """Passes over the images that give at least as many steps, for a trainer that counts nothing else and
+        drops what fills no batch. Raises MemControlError where no batch is full."""
+        in_epoch = self.n_images // self.batch_size
+        if not in_epoch:
+            raise MemControlError(
+                f"it drops batches that are not full, and there are {self.n_images} images for batches of "
+                f"{self.batch_size}"
+            )
+        return -(-self.steps // in_epoch)
 
 
 def group_modules(plan: RecipePlan, value: Callable[[Target], Any]) -> dict[Any, list[str]]:

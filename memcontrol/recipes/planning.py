@@ -112,10 +112,11 @@ def _check_choice(choice: Choice, config: Config) -> None:
 
 
 def _list_left_behind(config: Config) -> list[str]:
-    """Keys of the study's inner loop that differ from their defaults and are in no recipe."""
-    usual = InnerConfig()
+    """Keys of the study's inner loop, with values that are plain, that say what no recipe holds."""
+    plain = InnerConfig(caption_dropout=0.0)  # what other trainers do unasked
+    found = {key: getattr(config.inner, key) for key in InnerConfig.model_fields if key not in _CARRIED}
     return [
-        f"inner.{key}"
-        for key in InnerConfig.model_fields
-        if key not in _CARRIED and getattr(config.inner, key) != getattr(usual, key)
+        f"inner.{key} {value:g}" if isinstance(value, float) else f"inner.{key}"
+        for key, value in found.items()
+        if value != getattr(plain, key)
     ]

@@ -31,6 +31,7 @@ def write_simpletuner(plan: RecipePlan) -> dict[str, str]:
         "num_train_epochs": 0,
         "train_batch_size": plan.batch_size,
         "max_grad_norm": plan.max_grad_norm,
+        "optimizer_config": f"weight_decay={plan.weight_decay}",
         **({"resolution": plan.resolution} if plan.resolution else {}),
     }
     return {"config.json": f"{json.dumps(values, indent=2)}\n"}

@@ -47,7 +47,7 @@ class TrackedTrial:
 
     @property
     def name(self) -> str:
-        return f"{self.record.number:04d}-{self.record.anchor or 'sampled'}-{self.record.chosen.key}"
+        return f"{self.record.number:04d}-{self.record.origin}-{self.record.chosen.key}"
 
     @property
     def identity(self) -> str:
@@ -62,7 +62,7 @@ class TrackedTrial:
     @property
     def parameters(self) -> dict[str, Any]:
         told = describe_coordinates(self.record.choice, self.space)
-        told |= {"state": self.record.state, "anchor": self.record.anchor or "sampled"}
+        told |= {"state": self.record.state, "anchor": self.record.origin}
         return told | ({"dropped": self.record.dropped} if self.record.dropped else {})
 
     @property

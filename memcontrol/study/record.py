@@ -47,6 +47,11 @@ class Record:
         return len(self.candidates) == 1 and self.candidates[0].is_variant
 
     @property
+    def origin(self) -> str:
+        """What it is: an anchor's name, "sampled", or "variant", which needs no training of its own."""
+        return self.anchor or ("variant" if self.is_variant else "sampled")
+
+    @property
     def is_outside(self) -> bool:
         """Whether no point of the space stands for it."""
         return self.anchor in ("none", "full") or (self.choice is not None and self.choice.is_outside)

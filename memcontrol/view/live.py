@@ -191,7 +191,7 @@ class Display(Observer):
         values = ", ".join(f"{name} {value:.3f}" for name, value in record.values.items())
         text = describe_choice(record.chosen, self.n_groups)
         what = values or f"{record.state.lower()}: {record.reason}"
-        return f"trial {record.number} ({record.anchor or 'sampled'}): {text}: {what}"
+        return f"trial {record.number} ({record.origin}): {text}: {what}"
 
     def block(self) -> Group:
         n_ended = sum(_has_ended(record) for record in self.records)
