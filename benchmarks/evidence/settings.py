@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -185,7 +186,8 @@ def format_table(found: Sequence[dict]) -> str:
             row["steps"],
         ]
         cells += [f"{row['hypervolume']:.3f} ± {row['error']:.3f}", f"{ratio:.2f}"]
-        cells.append("" if row is first else f"{reached:.0%} of its steps")
+        said = f"{reached:.0%} of its steps" if math.isfinite(reached) else "not reached"
+        cells.append("" if row is first else said)
         lines.append(f"| {' | '.join(map(str, cells))} |")
     for pair in PAIRS:
         own = [row for row in found if row["pair"] == list(pair)]
