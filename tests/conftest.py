@@ -312,6 +312,10 @@ SLOW_FILES = {  # that start processes or services, or fine-tune, by themselves
 
 NIGHTLY = {  # half a minute to two on a core each: `make nightly` runs them too
     "test_a_study_optimises_utility_and_retrain_has_a_network",
+    *(
+        f"test_each_file_gives_the_weights_that_were_measured[{method}]"
+        for method in ("loha", "oft", "ia3", "ln_tuning", "attention", "norm", "bias")
+    ),
     "test_no_picture_where_the_model_draws_another_image_or_none_is_wanted",
     "test_a_signal_ends_a_search_in_the_middle_of_trials_and_says_how_to_go_on[1-lead_a_session-killpg-129-SIGHUP]",
     "test_a_dry_run_of_a_folder_leaves_what_it_read_and_encoded",
