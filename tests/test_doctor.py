@@ -51,7 +51,8 @@ def test_a_study_that_is_well_is_told_so_and_nothing_is_left(tmp_path, monkeypat
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_each_finding_is_a_line_and_a_cure_is_never_broken(tmp_path):
+def test_each_finding_is_a_line_and_a_cure_is_never_broken(tmp_path, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
     away = {"search": {"executor": "ray"}, "ray": {"address": "127.0.0.1:1"}}
     file = place_study(tmp_path, rewards={**SMALL["rewards"], "extractor": "dinov2"}, **away).file
     piped = run("doctor", file)

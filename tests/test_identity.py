@@ -52,6 +52,7 @@ OTHER = {  # where a value cannot be changed by its kind alone
     "data.resolution": 64,
     "data.caption": "words",
     "data.group": "folder",
+    "data.label": "caption",
     "data.max_pixels": 10**9,
     "data.path": None,  # the images may move
     "inner.budget_images": 5000,

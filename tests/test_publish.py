@@ -21,6 +21,7 @@ from simulated import Simulated, search
 from memcontrol.core.jobs import Done, TrialJob
 from memcontrol.core.run_folder import RunFolder, StudyFolder, locate_study_folder
 from memcontrol.core.space_yaml import load_space
+from memcontrol.dashboard import notes
 from memcontrol.dashboard.note_text import write_trial_note
 from memcontrol.dashboard.notes import Publisher
 from memcontrol.study import artifacts
@@ -273,7 +274,8 @@ def test_what_the_thread_could_not_write_is_written_later(study_path, monkeypatc
 def test_a_publisher_writes_nothing_twice(study_path, monkeypatch):
     study = search(study_path, Drawing(1))
     monkeypatch.setattr(
-        "memcontrol.dashboard.notes.save_note",
+        notes,  # its name as a text would be that of the function `memcontrol.dashboard`
+        "save_note",
         lambda *_: pytest.fail("a note that is there was written again"),
     )
     publisher = Publisher(load_space("digits"), StudyFolder(study.folder))

@@ -86,7 +86,7 @@ def _run_doctor(args: argparse.Namespace) -> int:
         print_json([asdict(one) for one in found])
     failed = [one.name for one in found if one.state == FAIL]
     if failed:
-        say(make_console(), f"a search would fail: {', '.join(failed)}")
+        say(make_console(), f"memcontrol: a search would fail: {', '.join(failed)}")
     return int(bool(failed))
 
 

@@ -42,18 +42,18 @@ class _AxisScale:
         from matplotlib import ticker
 
         if not self.is_log:
-            return self._keep_inside(ticker.MaxNLocator(6, steps=[1, 2, 5, 10]))
+            return self.keep_inside(ticker.MaxNLocator(6, steps=[1, 2, 5, 10]))
         for subs in _LOG_TICKS:
-            ticks = self._keep_inside(ticker.LogLocator(subs=subs, numticks=100))
-            if self._has_room(ticks):
+            ticks = self.keep_inside(ticker.LogLocator(subs=subs, numticks=100))
+            if self.has_room(ticks):
                 break
         return ticks
 
-    def _keep_inside(self, locator: Any) -> list[float]:
+    def keep_inside(self, locator: Any) -> list[float]:
         ticks = map(float, locator.tick_values(self.low, self.high))
         return [value for value in ticks if self.low <= value <= self.high]
 
-    def _has_room(self, ticks: Sequence[float]) -> bool:
+    def has_room(self, ticks: Sequence[float]) -> bool:
         """Whether no tick's label lies on the next one's: eight pixels for each of its letters across, a line
         up."""
         is_across = self.end > self.begin
