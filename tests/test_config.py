@@ -235,8 +235,9 @@ SENTENCES = [
     ),
     (
         {"data": {"path": "digits", "batch_size": 4}},
-        "unknown key 'data.batch_size'; did you mean inner.batch_size? allowed: path, split, train, holdout, "
-        "test, calibration, resolution, fit, caption, group, label, twins, pages, max_pixels, skip_unreadable",
+        "unknown key 'data.batch_size'; did you mean inner.batch_size? allowed: path, split, train, "
+        "holdout, test, calibration, resolution, fit, caption, group, label, twins, pages, max_pixels, "
+        "skip_unreadable",
     ),
     (
         {"name": "a b", "inner": {"rounds": 0, "skip": {"ratios": 2}}},
