@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
 
 from benchmarks._digits_study import DIGITS_STUDY
@@ -89,13 +90,20 @@ def print_end(event: Event) -> None:
 
 
 def run_seed(seed: int, folder: Path, jobs: JobQueue) -> None:
-    plain = write_config("plain training", seed)
+    arms = {RunFolder(folder / str(i)): write_config(arm, seed) for i, arm in enumerate(ARMS)}
+    train_arms(folder, write_config("plain training", seed), arms, RATE, jobs)
+
+
+def train_arms(
+    folder: Path, plain: Config, arms: Mapping[RunFolder, Config], rate: float, jobs: JobQueue
+) -> None:
+    """Fine-tunes every parameter on the images of `plain`, as each config says, in its run folder; what is
+    there is not done again."""
     n_train = run_preparation(plain, StudyFolder(folder), jobs).sizes["train"]
-    space, choice, todo = load_space(DIGITS_STUDY["space"]), Choice((EVERYTHING,), "full", RATE), []
-    for i, arm in enumerate(ARMS):
-        run = RunFolder(folder / str(i))
+    space, choice, todo = load_space(plain.space), Choice((EVERYTHING,), "full", rate), []
+    for run, config in arms.items():
         if not run.has_result:
-            Spec(write_config(arm, seed), space, choice, folder, "evidence", "test", n_train).write(run.path)
+            Spec(config, space, choice, folder, "evidence", "test", n_train).write(run.path)
             todo.append(TrialJob(run.path, choice))
     for event in jobs.run(todo):
         if isinstance(event, GivenUp):

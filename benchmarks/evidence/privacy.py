@@ -13,18 +13,13 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.evidence.inner_loop import print_end
+from benchmarks.evidence.inner_loop import print_end, train_arms
 from memcontrol.commands.demo import DEMO_STUDY
-from memcontrol.core.choice import EVERYTHING, Choice
 from memcontrol.core.config import Config, load_config
 from memcontrol.core.files import read_json, write_json
-from memcontrol.core.jobs import GivenUp, TrialJob
-from memcontrol.core.run_folder import RunFolder, StudyFolder
-from memcontrol.core.space_yaml import load_space
-from memcontrol.core.spec import Spec
+from memcontrol.core.run_folder import RunFolder
 from memcontrol.execution.job_queue import JobQueue
 from memcontrol.execution.local import Local
-from memcontrol.search.orchestrator import run_preparation
 
 HERE = Path(__file__).parent
 RATE = 1e-3
@@ -76,16 +71,8 @@ def main() -> None:
 
 
 def run_seed(seed: int, folder: Path, jobs: JobQueue, arms: Sequence[str]) -> None:
-    n_train = run_preparation(write_config("no bound", seed), StudyFolder(folder), jobs).sizes["train"]
-    space, choice, todo = load_space(DEMO_STUDY["space"]), Choice((EVERYTHING,), "full", RATE), []
-    for arm in arms:
-        run = locate_run(arm, folder)
-        if not run.has_result:
-            Spec(write_config(arm, seed), space, choice, folder, "evidence", "test", n_train).write(run.path)
-            todo.append(TrialJob(run.path, choice))
-    for event in jobs.run(todo):
-        if isinstance(event, GivenUp):
-            raise SystemExit(f"{event.job.folder}: {event.reason}")
+    runs = {locate_run(arm, folder): write_config(arm, seed) for arm in arms}
+    train_arms(folder, write_config("no bound", seed), runs, RATE, jobs)
 
 
 def locate_run(arm: str, folder: Path) -> RunFolder:

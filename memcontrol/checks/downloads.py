@@ -162,7 +162,9 @@ def check_data(config: Config) -> Finding:
             return Finding("data", FAIL, f"{path} needs datasets", "pip install 'memcontrol[datasets]'")
         return Finding("data", OK, f"{path} is read from the Hub, or from what a search has kept")
     if not os.path.exists(path):
-        raise MemControlError(f"data.path {path}: no such folder; correct it, or seen from the study file")
+        raise MemControlError(
+            f"data.path {path}: no such folder; correct it (it is seen from the study file)"
+        )
     if not os.access(path, os.R_OK | (os.X_OK if os.path.isdir(path) else 0)):
         return Finding("data", FAIL, f"{path} cannot be read", f"chmod u+rX {shlex.quote(path)}")
     return Finding("data", OK, f"{path} can be read")
