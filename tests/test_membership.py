@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from commands import run
+from scipy.stats import gmean, sem
 from sklearn.metrics import roc_auc_score, roc_curve
 
 from memcontrol.core.config import InnerConfig, RewardsConfig, load_config
@@ -130,6 +131,16 @@ def test_score_is_the_mean_of_log_ratios_and_0_without_training():
     found = score_membership(base, tuned)
     assert found == pytest.approx([math.log(2), -math.log(2) / 2])
     assert (score_membership(base, base) == 0).all()
+
+
+def test_loss_on_unseen_images_is_scipys_geometric_mean_of_ratios():
+    before, after = RNG.uniform(0.5, 2, (2, 30, 1))
+    sides = (before[:10], before[10:]), (after[:10], after[10:])
+    names = [f"m{i}" for i in range(10)], [f"o{i}" for i in range(20)]
+    told = measure_membership(*sides, names, 0, is_drawn=False)["membership_holdout_loss"]
+    ratios = (after / before)[10:, 0]
+    assert told.value == pytest.approx(gmean(ratios), rel=1e-12)
+    assert told.error == pytest.approx(told.value * sem(np.log(ratios)), rel=1e-12)
 
 
 def test_group_counts_once_by_its_mean():

@@ -100,12 +100,19 @@ def train_arms(
     """Fine-tunes every parameter on the images of `plain`, as each config says, in its run folder; what is
     there is not done again."""
     n_train = run_preparation(plain, StudyFolder(folder), jobs).sizes["train"]
-    space, choice, todo = load_space(plain.space), Choice((EVERYTHING,), "full", rate), []
-    for run, config in arms.items():
-        if not run.has_result:
-            Spec(config, space, choice, folder, "evidence", "test", n_train).write(run.path)
-            todo.append(TrialJob(run.path, choice))
-    for event in jobs.run(todo):
+    space, choice = load_space(plain.space), Choice((EVERYTHING,), "full", rate)
+    specs = {
+        run: Spec(config, space, choice, folder, "evidence", "test", n_train) for run, config in arms.items()
+    }
+    train_specs(specs, jobs)
+
+
+def train_specs(specs: Mapping[RunFolder, Spec], jobs: JobQueue) -> None:
+    """Fine-tunes and scores each in its run folder; what is there is not done again."""
+    todo = [run for run in specs if not run.has_result]
+    for run in todo:
+        specs[run].write(run.path)
+    for event in jobs.run([TrialJob(run.path, specs[run].choice) for run in todo]):
         if isinstance(event, GivenUp):
             raise SystemExit(f"{event.job.folder}: {event.reason}")
 

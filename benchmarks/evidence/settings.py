@@ -11,8 +11,9 @@ import argparse
 import contextlib
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import yaml
@@ -29,15 +30,7 @@ from memcontrol.study.record import Record
 
 HERE = Path(__file__).parent
 N_MASKS, N_MORE, N_REDRAWS = 8, 4, 400
-BUDGET = DEMO_STUDY["inner"]["budget_images"]
 SKIP = {"ratio": 1.25, "start": "corrected", "bins": 50}  # which acts on so few images (inner_loop.md)
-OVER = {
-    "over": {
-        "inner.budget_images": {"low": BUDGET // 8, "high": BUDGET, "log": True, "steps": 6},
-        "inner.skip": [None, SKIP],
-    },
-    "strengths": [0.75, 0.5],
-}
 ARMS = {"masks": "masks alone", "settings": "masks, budget, skipping, strength"}
 PAIRS = (("fid", "memorization"), ("fid", "membership_auc"))
 
@@ -51,7 +44,7 @@ def main() -> None:
     parser.add_argument("--search-only", action="store_true")
     args = parser.parse_args()
     for seed in args.seeds:
-        search_arms(args.runs.resolve() / str(seed), seed)
+        search_arms(args.runs.resolve() / str(seed), make_study(seed))
     if args.search_only:
         return
     found = [
@@ -67,32 +60,42 @@ def main() -> None:
     print(format_table(found))
 
 
-def search_arms(folder: Path, seed: int) -> None:
+def make_study(seed: int) -> dict:
+    rewards = {**DEMO_STUDY["rewards"], "confirm": 4}
+    return {**DEMO_STUDY, "rewards": rewards, "search": {"workers": 1, "seed": seed}}
+
+
+def make_coordinates(budget: int) -> dict:
+    """What the second arm searches beside masks, as keys of `search`."""
+    over = {
+        "inner.budget_images": {"low": budget // 8, "high": budget, "log": True, "steps": 6},
+        "inner.skip": [None, SKIP],
+    }
+    return {"over": over, "strengths": [0.75, 0.5]}
+
+
+def search_arms(folder: Path, study: dict, n_masks: int = N_MASKS) -> None:
     """Both arms have the same anchors, which are trained once; then the first has masks, and the second more
     trials until it has taken as many steps."""
     folder.mkdir(parents=True, exist_ok=True)
     masks, other = folder / "masks.yaml", folder / "settings.yaml"
-    write_study(masks, seed, {})
+    write_study(masks, study)
     search(masks, trials=0)
     if not other.exists():
-        write_study(masks, seed, OVER)
+        write_study(masks, study, make_coordinates(study["inner"]["budget_images"]))
         fork(masks, "settings")
-        write_study(masks, seed, {})
-    search(masks, trials=N_MASKS)
+        write_study(masks, study)
+    search(masks, trials=n_masks)
     most, n = count_steps(read_records(masks)), 0
     while count_steps(read_records(other)) < most:
         n += N_MORE
         search(other, trials=n)
 
 
-def write_study(path: Path, seed: int, search_keys: dict) -> None:
-    study = {
-        **DEMO_STUDY,
-        "name": path.stem,
-        "rewards": {**DEMO_STUDY["rewards"], "confirm": 4},
-        "search": {"workers": 1, "seed": seed, **search_keys},
-    }
-    path.write_text(yaml.safe_dump(study, sort_keys=False))
+def write_study(path: Path, study: dict, search_keys: Mapping = MappingProxyType({})) -> None:
+    """Under the name of its file, with further keys of `search`."""
+    named = {**study, "name": path.stem, "search": {**study["search"], **search_keys}}
+    path.write_text(yaml.safe_dump(named, sort_keys=False))
 
 
 def read_records(path: Path) -> list[Record]:

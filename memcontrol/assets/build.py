@@ -285,7 +285,7 @@ def cosine_rate(optimizer, rate: float, share: float) -> None:
         group["lr"] = rate * min(1, 50 * share + 0.02) * (0.5 + 0.5 * np.cos(np.pi * share))
 
 
-def _train_vae(vae, images: torch.Tensor, n_steps: int, generator: torch.Generator, say) -> None:
+def train_vae(vae, images: torch.Tensor, n_steps: int, generator: torch.Generator, say) -> None:
     """L1 + MSE reconstruction with a light KL, then scales latents to unit deviation (latent diffusion,
     Rombach et al. 2022)."""
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=1e-4)
@@ -306,7 +306,14 @@ def _train_vae(vae, images: torch.Tensor, n_steps: int, generator: torch.Generat
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
 
 
-def _train_denoiser(
+@torch.no_grad()
+def encode_images(pipe, images: torch.Tensor) -> torch.Tensor:
+    """Latents [N, 4, 8, 8] of images [N, 3, 32, 32] in -1..1."""
+    latents = torch.cat([pipe.vae.encode(chunk).latent_dist.mean for chunk in images.split(128)])
+    return latents * pipe.vae.config.scaling_factor
+
+
+def train_denoiser(
     pipe, latents: torch.Tensor, captions: list[str], n_steps: int, generator: torch.Generator, say
 ) -> None:
     """Noise prediction with the text encoder trained along; one caption in ten is empty, for guidance. Keeps
@@ -389,15 +396,13 @@ def _build_assets(
     pipe = make_pipeline()
     say("autoencoder")
     with_clouds = torch.cat([images, to_tensor(draw_clouds(n_images // 4, rng))])
-    _train_vae(pipe.vae, with_clouds, vae_steps, generator, say)
-    with torch.no_grad():
-        latents = torch.cat([pipe.vae.encode(chunk).latent_dist.mean for chunk in images.split(128)])
-    latents = latents * pipe.vae.config.scaling_factor  # [N, 4, 8, 8]
+    train_vae(pipe.vae, with_clouds, vae_steps, generator, say)
+    latents = encode_images(pipe, images)
     say("feature network")
     network = _train_features(page, feature_steps, generator, say)
     save_file(network.state_dict(), out / "features.safetensors")
     say("denoiser")
-    _train_denoiser(pipe, latents, page.captions, denoiser_steps, generator, say)
+    train_denoiser(pipe, latents, page.captions, denoiser_steps, generator, say)
     pipe.save_pretrained(out / "tiny")
 
 

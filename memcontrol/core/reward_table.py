@@ -379,6 +379,16 @@ REWARDS = {
         meaning="the same by the untrained base; away from 0.5, both sets differ by themselves, and the "
         "others mean nothing",
     ),
+    "membership_holdout_loss": _RewardInfo(
+        title="loss on unseen images",
+        form="{:.3f}",
+        direction=MINIMIZE,
+        objective=True,
+        interval="standard error over images",
+        cost=_LOSSES,
+        meaning="the loss on unseen images over the untrained base's, their geometric mean; a training that "
+        "goes on while it rises learns by heart",
+    ),
     "epsilon_low": _RewardInfo(
         title="epsilon, at least",
         form="{:.2f}",

@@ -56,6 +56,12 @@ def membership_auc(members: np.ndarray, others: np.ndarray) -> Estimate:
     return Estimate(float(above.mean()), math.sqrt(variance))
 
 
+def _measure_loss(scores: np.ndarray) -> Estimate:
+    """The loss over the base's, as a geometric mean over those whose scores [N] are given."""
+    loss = math.exp(-scores.mean())
+    return Estimate(loss, loss * scores.std(ddof=1) / math.sqrt(len(scores)) if len(scores) > 1 else 0.0)
+
+
 def membership_tpr(members: np.ndarray, others: np.ndarray, false_positives: float) -> Estimate:
     """The share of members that are told where at most this share of others is taken for members, with the 95
     % interval of Clopper and Pearson (1934). Of scores that are equal, as many count as would by chance."""
@@ -127,6 +133,7 @@ def measure_membership(
         "membership_tpr": membership_tpr(members, others, share),
         "membership_fpr": share,
         "membership_base_auc": membership_auc(*before),
+        "membership_holdout_loss": _measure_loss(others),
         "membership_images": len(groups[0]),  # of members
         "membership_members": len(members),
         "membership_others": len(others),
