@@ -3,6 +3,7 @@ formula."""
 
 import math
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from memcontrol.training.loop import Gathered, Loop, Verdict, learning_rate_fact
 from memcontrol.training.loss_memory import LossMemory
 from memcontrol.training.optimizers import RoundedAdafactor, round_by_chance
 from memcontrol.training.shard import Shard
+from memcontrol.trial.loaded import limit_threads
 
 CHOICE = Choice(**KEYS)
 
@@ -443,3 +445,17 @@ def test_rounded_adafactor_is_torchs_on_float32_and_learns_in_bfloat16(kind):
     else:
         off, usual = ((each.float() - target).square().mean() for each in (ours, theirs))
         assert abs(float((off - usual).detach())) < 0.02 * float(target.square().mean())
+
+
+@pytest.mark.parametrize("side, n_threads", [(8, 1), (16, 1), (64, 2)])
+def test_a_base_of_small_latents_is_computed_by_one_thread(base, side, n_threads):
+    sized = SimpleNamespace(
+        device=base.device, n_parameters=base.n_parameters, resolution=4 * side, pixels_per_latent=4
+    )
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        limit_threads(sized)
+        assert torch.get_num_threads() == n_threads
+    finally:
+        torch.set_num_threads(before)

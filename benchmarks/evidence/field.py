@@ -4,7 +4,8 @@ photographs and digits, from bases that have seen others of their kind.
 `python -m benchmarks.evidence.field KIND [--images PATH] [--seeds 0 1 2] [--workers 2]`, where KIND is
 `xrays` or `cifar` (PATH: an .npz of images with labels, or a folder whose folders are the classes) or
 `digits`, writes field-KIND.json, field-KIND.md and field.png beside this file. Runs, images and the base are
-kept in runs/field, so a second call goes on. `--tables` writes the tables of what was run, and runs nothing.
+kept in runs/field, so a second call goes on. `--tables` writes the tables of what was run, and runs nothing;
+`digits --seeds 0 --workers 4 --minutes 8` is what a card does in so many minutes.
 
 In this order: the base; the budget, the smallest of a ladder at which full fine-tuning copies for sure; each
 method's learning rate, of three, by FID; then, for each seed (another split of the images), every arm on test
@@ -14,7 +15,9 @@ images, and two searches, whose picks are trained again and scored on test image
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -96,6 +99,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/field"))
     parser.add_argument("--tables", action="store_true")
     parser.add_argument("--no-picks", action="store_true", help="leave the two searches out")
+    parser.add_argument("--minutes", type=float, help="begin no arm after these, and no search")
     args = parser.parse_args()
     if not args.tables:
         if args.kind is None or (args.images is None) == (args.kind in KINDS):
@@ -108,11 +112,13 @@ def run_kind(args: argparse.Namespace) -> None:
     folder = (args.runs / args.kind).resolve()
     if args.kind in KINDS:
         prepare(KINDS[args.kind], args.images, folder)
-    executor = Local(args.workers)
+    executor, ends = Local(args.workers), time.monotonic() + 60 * (args.minutes or math.inf)
+    study = Field(args.kind, folder, JobQueue(executor, print_end), args.workers, ends)
     try:
-        study = Field(args.kind, folder, JobQueue(executor, print_end))
         for seed in args.seeds:
-            study.run_seed(seed, picks=not args.no_picks)
+            study.run_seed(seed, picks=not (args.no_picks or args.minutes))
+    except OutOfTime:
+        print("the time is over: the tables have what was done")
     finally:
         executor.close()
     rows = [row for seed in range(max(args.seeds) + 1) for row in study.read_rows(seed)]
@@ -150,19 +156,24 @@ def describe_study(kind: str, folder: Path, budget: int, seed: int) -> dict[str,
     }
 
 
+class OutOfTime(Exception):
+    pass
+
+
 class Field:
     """One kind's study: what was settled on the first seed's held-out images, and the arms of each seed."""
 
-    def __init__(self, kind: str, folder: Path, jobs: JobQueue):
+    def __init__(self, kind: str, folder: Path, jobs: JobQueue, at_a_time: int, ends: float):
         self.kind, self.folder, self.jobs = kind, folder, jobs
+        self.at_a_time, self.ends = at_a_time, ends
         self.file = folder / "settled.json"
         self.settled: dict[str, Any] = read_json(self.file) if self.file.exists() else {}
         self.sizes: dict[int, int] = {}
 
     def run_seed(self, seed: int, picks: bool) -> None:
+        """Raises OutOfTime."""
         budget = self.settle("budget", self.find_budget)
-        for method in RATES:
-            self.settle(f"rate of {method}", lambda method=method: self.find_rate(method, budget))
+        self.settle("rates", lambda: self.find_rates(budget))
         self.settle("stopped after", lambda: self.find_stop(budget))
         self.train(dict(self.list_arms(seed)), seed)
         if picks:
@@ -170,7 +181,7 @@ class Field:
             search_arms(self.folder / str(seed) / "searches", study, N_MASKS)
             self.train(dict(self.list_picks(seed)), seed)
 
-    def settle(self, name: str, find) -> Any:
+    def settle(self, name: str, find: Callable[[], Any]) -> Any:
         """Found once, and kept."""
         if name not in self.settled:
             self.settled[name] = find()
@@ -182,27 +193,33 @@ class Field:
         """The smallest of the ladder at which full fine-tuning, at the least of its rates, copies for sure;
         its end where none is enough."""
         for budget in LADDER:
-            rewards = self.measure(f"ladder-{budget}", "full", RATES["full"][0], budget)
+            (rewards,) = self.measure([("full", RATES["full"][0], budget)])
             if rewards["copy_rate_low"] > SURE:
                 return budget
         return LADDER[-1]
 
-    def find_rate(self, method: str, budget: int) -> float:
-        found = {rate: self.measure(f"{method}-{rate:g}", method, rate, budget) for rate in RATES[method]}
-        return min(found, key=lambda rate: found[rate]["fid"])
+    def find_rates(self, budget: int) -> dict[str, float]:
+        """By method, the rate with the least FID."""
+        tried = [(method, rate, budget) for method, rates in RATES.items() for rate in rates]
+        fids = dict(zip(tried, (rewards["fid"] for rewards in self.measure(tried))))
+        return {
+            method: min((one for one in tried if one[0] == method), key=fids.__getitem__)[1]
+            for method in RATES
+        }
 
     def find_stop(self, budget: int) -> int:
         """Images after which full fine-tuning has the least loss on held-out images."""
-        rate = self.settled["rate of full"]
-        budgets = [round(share * budget) for share in EARLIER]
-        found = {one: self.measure(f"stop-{one}", "full", rate, one) for one in budgets}
-        return min(found, key=lambda one: found[one]["membership_holdout_loss"])
+        tried = [("full", self.settled["rates"]["full"], round(share * budget)) for share in EARLIER]
+        losses = [rewards["membership_holdout_loss"] for rewards in self.measure(tried)]
+        return tried[losses.index(min(losses))][2]
 
-    def measure(self, name: str, method: str, rate: float, budget: int) -> dict[str, float]:
-        """Rewards on the first seed's held-out images."""
-        run = self.locate(0, f"settle-{name}")
-        train_specs({run: self.make_spec(0, method, rate, budget, {}, "holdout")}, self.jobs)
-        return read_rewards(run)
+    def measure(self, tried: Sequence[tuple[str, float, int]]) -> list[dict[str, float]]:
+        """Rewards of method, rate and budget on the first seed's held-out images."""
+        names = {
+            f"settle-{method}-{rate:g}-{budget}": (method, rate, budget) for method, rate, budget in tried
+        }
+        self.train({name: self.make_spec(0, *one, {}, "holdout") for name, one in names.items()}, 0)
+        return [read_rewards(self.locate(0, name)) for name in names]
 
     def make_spec(
         self,
@@ -232,10 +249,10 @@ class Field:
         yield NONE, self.make_spec(seed, "none", 0.0, budget, {})
         yield (
             EARLY,
-            self.make_spec(seed, "full", self.settled["rate of full"], self.settled["stopped after"], {}),
+            self.make_spec(seed, "full", self.settled["rates"]["full"], self.settled["stopped after"], {}),
         )
         for name, arm in ARMS.items():
-            rate = self.settled[f"rate of {arm.method}"]
+            rate = self.settled["rates"][arm.method]
             yield name, self.make_spec(seed, arm.method, rate, budget, arm.inner)
 
     def list_picks(self, seed: int) -> Iterator[tuple[str, Spec]]:
@@ -245,7 +262,13 @@ class Field:
             yield name, self.specify(seed, configure_choice(plain, choice), load_space("digits"), choice)
 
     def train(self, specs: Mapping[str, Spec], seed: int) -> None:
-        train_specs({self.locate(seed, name): spec for name, spec in specs.items()}, self.jobs)
+        """Raises OutOfTime."""
+        todo = [name for name in specs if not self.locate(seed, name).has_result]
+        for first in range(0, len(todo), self.at_a_time):
+            if time.monotonic() > self.ends:
+                raise OutOfTime
+            names = todo[first : first + self.at_a_time]
+            train_specs({self.locate(seed, name): specs[name] for name in names}, self.jobs)
 
     def locate(self, seed: int, name: str) -> RunFolder:
         return RunFolder(self.folder / str(seed) / name.replace(",", "").replace("'", "").replace(" ", "-"))

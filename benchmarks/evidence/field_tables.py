@@ -38,9 +38,7 @@ def write_tables(folder: Path) -> None:
 
 
 def describe_settled(found: dict[str, Any]) -> str:
-    rates = ", ".join(
-        f"{name.removeprefix('rate of ')} {value:g}" for name, value in found.items() if "rate of" in name
-    )
+    rates = ", ".join(f"{method} {rate:g}" for method, rate in found["rates"].items())
     return (
         f"Budget {found['budget']:,} images; stopped early after {found['stopped after']:,}; rates: {rates}. "
         f"Means over {len({row['seed'] for row in found['rows']})} splits with their standard errors."
