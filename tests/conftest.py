@@ -312,6 +312,22 @@ SLOW_FILES = {  # that start processes or services, or fine-tune, by themselves
 
 NIGHTLY = {  # half a minute to two on a core each: `make nightly` runs them too
     "test_a_study_optimises_utility_and_retrain_has_a_network",
+    "test_a_diverging_loss_prunes_the_trial_and_the_study_goes_on",
+    "test_strength_scales_it_and_none_is_the_base",
+    "test_what_an_older_version_made_becomes_its_owners_once",
+    "test_an_image_in_both_parts_is_dropped_or_kept_as_twins_are",
+    "test_a_reward_may_be_better_the_more",
+    "test_exports_give_the_runs_images_in_plain_diffusers[full]",
+    "test_a_process_that_dies_costs_an_attempt_and_no_number",
+    "test_training_lowers_the_loss",
+    "test_the_model_card_tells_what_was_measured_and_its_code_runs[difffit-adapter]",
+    "test_the_model_card_tells_what_was_measured_and_its_code_runs[bias-denoiser]",
+    "test_a_page_of_another_origin_reads_nothing[127.0.0.1-token]",
+    "test_a_page_of_another_origin_reads_nothing[127.0.0.1-no token]",
+    "test_borders_that_images_share_accuse_nobody[0.0]",
+    "test_a_steps_cost_falls_with_the_earliest_trained_block",
+    "test_actors_end_with_their_orchestrator[9]",
+    "test_a_stage_that_runs_out_of_memory_is_done_in_halves[score]",
     *(
         f"test_each_file_gives_the_weights_that_were_measured[{method}]"
         for method in ("loha", "oft", "ia3", "ln_tuning", "attention", "norm", "bias")
