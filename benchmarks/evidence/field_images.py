@@ -60,11 +60,16 @@ def read_classes(source: Path) -> tuple[np.ndarray, np.ndarray]:
             for path in sorted(folder.rglob("*"))
             if is_picture_suffix(path.suffix)
         ]
-        return np.stack([shrink(Image.open(path)) for path, _ in files]), np.array([one for _, one in files])
+        return np.stack([read_small(path) for path, _ in files]), np.array([label for _, label in files])
     with np.load(source, allow_pickle=False) as stored:
         arrays = [stored[name] for name in stored]
     images = [shrink(Image.fromarray(one)) for array in arrays if array.ndim >= 3 for one in array]
     return np.stack(images), np.concatenate([array for array in arrays if array.ndim == 1])
+
+
+def read_small(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return shrink(image)
 
 
 def shrink(image: Image.Image) -> np.ndarray:
