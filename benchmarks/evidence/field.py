@@ -122,7 +122,8 @@ def run_kind(args: argparse.Namespace) -> None:
     finally:
         executor.close()
     rows = [row for seed in range(max(args.seeds) + 1) for row in study.read_rows(seed)]
-    write_json(HERE / f"field-{args.kind}.json", {"kind": args.kind, **study.settled, "rows": rows})
+    if rows:
+        write_json(HERE / f"field-{args.kind}.json", {"kind": args.kind, **study.settled, "rows": rows})
 
 
 def describe_study(kind: str, folder: Path, budget: int, seed: int) -> dict[str, Any]:
