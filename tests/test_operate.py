@@ -118,7 +118,8 @@ class TestContract:
 
     def test_it_is_enqueued_before_any_search_and_after_one(self, file):
         early = memcontrol.enqueue(file, groups=GROUPS[:1], learning_rate=RATE)
-        assert [(one.number, one.state) for one in memcontrol.status(file)] == [(early, "WAITING")]
+        asked = [(one.number, one.state, one.origin) for one in memcontrol.status(file)]
+        assert asked == [(early, "WAITING", "enqueued")]
         go_on(file)
         assert assert_complete(file)[early].choice.learning_rate == RATE
         late = memcontrol.enqueue(file, groups=GROUPS, learning_rate=RATE)
@@ -127,6 +128,8 @@ class TestContract:
         go_on(file)
         found = assert_complete(file, n_more=1)
         assert found[late].finished and found[withdrawn].state == "DROPPED" and not found[withdrawn].begun
+        asked = {number for number, record in found.items() if record.origin == "enqueued"}
+        assert asked == {early, late, withdrawn} and found[late].is_sampled
 
     def test_a_dropped_trial_counts_for_nothing_and_another_is_sampled(self, file):
         with searching(file) as process:
