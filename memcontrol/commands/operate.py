@@ -15,7 +15,7 @@ from memcontrol.core.choice import Choice
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.reward_table import find_direction
 from memcontrol.core.space import SearchSpace
-from memcontrol.search.locks import read_holder
+from memcontrol.search.locks import read_holder, refuse_second_search
 from memcontrol.study.foreign import check_rate
 from memcontrol.study.opening import open_study
 from memcontrol.study.orders import (
@@ -174,14 +174,16 @@ def stop_at(place: StudyPlace, now: bool) -> None:
 
 def hand_over_workers(place: StudyPlace) -> int | None:
     """Where a search of the study runs in this folder, and with another number of workers than the config
-    names, tells it that number, and returns it; otherwise None. Raises MemControlError where the config is
-    another one's: its name is used."""
+    names, tells it that number, and returns it; None where none runs. Raises MemControlError where nothing is
+    to be handed over, and where the config is another one's: its name is used."""
     wanted, held = place.config.search.workers, read_holder(place.folder).get("workers")
     if wanted is None or held is None or not is_being_searched(place) or not place.is_searched():
+        refuse_second_search(place.folder)
         return None
     with contextlib.closing(open_study(place.config, place.folder.path, place.file, create=True)) as study:
         order = find_workers(study)
         if wanted == (order.value if order else held):
+            refuse_second_search(place.folder)
             return None
         ask_for_workers(study, wanted)
     return wanted
