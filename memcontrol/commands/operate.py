@@ -27,6 +27,7 @@ from memcontrol.study.orders import (
     restore_trial,
 )
 from memcontrol.study.place import StudyPlace
+from memcontrol.study.record import Record
 from memcontrol.study.store import Study
 
 
@@ -44,7 +45,7 @@ def enqueue(
     `front --json` holds; or its `groups`, a method (none: the space's first), a rank and a learning rate
     (none: the middle ones). Returns its trial's number. Raises MemControlError where the space has no such
     choice, or a trial has it."""
-    return enqueue_at(StudyPlace.load(study), choice, groups, method, rank, learning_rate)
+    return enqueue_at(StudyPlace.load(study), choice, groups, method, rank, learning_rate).number
 
 
 def enqueue_at(
@@ -54,8 +55,8 @@ def enqueue_at(
     method: str | None,
     rank: int | None,
     learning_rate: float | None,
-) -> int:
-    """The same, of a study's place."""
+) -> Record:
+    """The same, of a study's place. Returns the trial, which has the whole choice."""
     if (choice is None) == (not groups):
         raise MemControlError("give a choice, or groups and a method; one of the two")
     with _open_to_enqueue(place) as study:
@@ -63,7 +64,7 @@ def enqueue_at(
             wanted = make_choice(study.space, groups, method, rank, learning_rate)
         else:
             wanted = choice if isinstance(choice, Choice) else Choice.from_dict(dict(choice))
-        return enqueue_choice(study, wanted)
+        return study.record(enqueue_choice(study, wanted))
 
 
 @contextlib.contextmanager
