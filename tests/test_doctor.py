@@ -91,7 +91,11 @@ def test_every_key_that_is_wrong_is_a_finding_with_its_cure_in_lines(tmp_path, c
     file.write_text("name: a b\ndata: {path: digits, batch_size: 4}\ninner: {rounds: 0}\n")
     found = [one for one in memcontrol.doctor(file) if one.name == "study"]
     assert [one.state for one in found] == [FAIL] * 3
-    assert [re.search("key '([^']+)'", one.text)[1] for one in found] == ["name", "data.batch_size", "inner.rounds"]
+    assert [re.search("key '([^']+)'", one.text)[1] for one in found] == [
+        "name",
+        "data.batch_size",
+        "inner.rounds",
+    ]
     assert found[1].cure.startswith("did you mean inner.batch_size? allowed: path, split")
     assert found[2].cure == "it should be greater than or equal to 1"
     monkeypatch.setenv("COLUMNS", "80")

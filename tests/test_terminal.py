@@ -92,7 +92,12 @@ def test_how_many_trials_importance_lacks_is_a_command():
 
 
 def test_a_dashboards_note_has_the_same_four_marks():
-    trial = {"origin": "sampled", "said": "", "values": {"kid": 1.0, "memorization": 1.0}, "state": "COMPLETE"}
+    trial = {
+        "origin": "sampled",
+        "said": "",
+        "values": {"kid": 1.0, "memorization": 1.0},
+        "state": "COMPLETE",
+    }
     trial |= {"rewards": {"kid": 1.0, "memorization": 1.0}, "trial": 3}
     marked = {"front": True, "tie": True, "confirmed": True, "pick": True}
     note = write_standings([trial | marked], OBJECTIVES)

@@ -100,7 +100,9 @@ def test_pace_counts_what_is_left(study_file):
     assert estimate_pace([record, finished, waiting], 3, 2)["minutes_left"] == 2
     # both fine-tunings are measured at two strengths more, in half a minute each: three of these are left,
     # and of what one that is to come will be measured at, two
-    variant = replace(record, candidates=(choice.with_settings({"strength": 0.5}),), number=3, state="RUNNING")
+    variant = replace(
+        record, candidates=(choice.with_settings({"strength": 0.5}),), number=3, state="RUNNING"
+    )
     measured = replace(variant, number=4, state="COMPLETE", seconds=30.0)
     known = [finished, replace(finished, number=1), measured, *[variant] * 3]
     assert estimate_pace(known, 2, 1)["minutes_left"] == 1.5

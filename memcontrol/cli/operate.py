@@ -63,7 +63,9 @@ def _run_enqueue(args: argparse.Namespace) -> int:
     trial = enqueue_at(place, choice, groups, args.method, args.rank, args.lr)
     said = describe_choice(trial.chosen, len(place.space.groups))
     then = "the search that runs" if is_being_searched(place) else f"memcontrol search {args.study}"
-    sys.stdout.write(f"trial {trial.number} is enqueued: {said}; {then} begins it before any other is sampled\n")
+    sys.stdout.write(
+        f"trial {trial.number} is enqueued: {said}; {then} begins it before any other is sampled\n"
+    )
     return 0
 
 

@@ -95,14 +95,18 @@ def _settle_settings(choice: Choice, space: SearchSpace) -> tuple[tuple[str, Fro
     found = space.read_settings(space.find_point(choice))
     if astray := own.keys() - found:
         raise MemControlError(f"choice: setting {min(astray)} is of something that the choice turns off")
-    kept = {key: space.over[key].usual for key in found if _is_in_range(space.over[key].usual, space.over[key])}
+    kept = {
+        key: space.over[key].usual for key in found if _is_in_range(space.over[key].usual, space.over[key])
+    }
     return tuple(sorted({**found, **kept, **own}.items()))
 
 
 def _is_in_range(value: Any, coordinate: Coordinate) -> bool:
     """Whether it is a number of a range, on its grid or not."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return coordinate.limits is not None and is_number and coordinate.limits[0] <= value <= coordinate.limits[1]
+    return (
+        coordinate.limits is not None and is_number and coordinate.limits[0] <= value <= coordinate.limits[1]
+    )
 
 
 def _check_group(name: str, setting: Setting, space: SearchSpace) -> None:
