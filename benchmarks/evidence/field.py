@@ -86,6 +86,7 @@ ARMS: dict[str, Arm] = {
 }
 EARLY, NONE = "full, stopped at the best held-out loss", "no training"
 PICKS = {"pick, masks alone": "masks", "pick, everything searched": "settings"}
+TRANSFERRED = "the pick of"  # and which other kind's
 
 
 def main() -> None:
@@ -258,10 +259,18 @@ class Field:
             yield name, self.make_spec(seed, arm.method, rate, budget, arm.inner)
 
     def list_picks(self, seed: int) -> Iterator[tuple[str, Spec]]:
+        """The picks of this kind's searches, and of those that other kinds had: whether masks transfer."""
         plain = self.make_spec(seed, "full", RATES["full"][0], self.settled["budget"], {})
-        for name, study in PICKS.items():
-            choice = pick(self.folder / str(seed) / "searches" / f"{study}.yaml").chosen
-            yield name, replace(plain, config=configure_choice(plain.config, choice), choice=choice)
+        others = [path.name for path in self.folder.parent.iterdir() if path != self.folder]
+        places = {name: (self.folder, study) for name, study in PICKS.items()}
+        places |= {
+            f"{TRANSFERRED} {other}": (self.folder.parent / other, "masks") for other in sorted(others)
+        }
+        for name, (folder, study) in places.items():
+            file = folder / str(seed) / "searches" / f"{study}.yaml"
+            if file.exists():
+                choice = pick(file).chosen
+                yield name, replace(plain, config=configure_choice(plain.config, choice), choice=choice)
 
     def train(self, specs: Mapping[str, Spec], seed: int) -> None:
         """Raises OutOfTime."""
@@ -276,7 +285,8 @@ class Field:
         return RunFolder(self.folder / str(seed) / name.replace(",", "").replace("'", "").replace(" ", "-"))
 
     def read_rows(self, seed: int) -> Iterator[dict[str, Any]]:
-        for name in (NONE, "full fine-tuning", EARLY, *list(ARMS)[1:], *PICKS):
+        transferred = (f"{TRANSFERRED} {kind}" for kind in ("digits", *KINDS) if kind != self.kind)
+        for name in (NONE, "full fine-tuning", EARLY, *list(ARMS)[1:], *PICKS, *transferred):
             run = self.locate(seed, name)
             if run.has_result:
                 result = read_json(run.result_file)
