@@ -145,7 +145,7 @@ class TestContract:
         Spec(config, load_space("digits"), choice, tmp_path, "search", "holdout", 32).write(run)
         executor.submit(TrialJob(run, choice, rung=0.4))
         assert isinstance(until_end(executor), Done) and not RunFolder(run).result_file.exists()
-        (at_rung,) = RunFolder(run).read_rungs(config)
+        (at_rung,) = RunFolder(run).read_rungs(config.search.rungs, config.rewards.names)
         executor.submit(TrialJob(run, choice))
         assert isinstance(until_end(executor), Done)
         result = read_json(RunFolder(run).result_file)

@@ -57,7 +57,7 @@ def test_its_run_folders_are_read(place):
     config = read_spec(lora.path).config
     assert (
         lora.is_complete
-        and lora.read_rungs(config)[0]["rung"] == 0.5
+        and lora.read_rungs(config.search.rungs, config.rewards.names)[0]["rung"] == 0.5
         and lora.read_judgements()[0]["goes_on"]
     )
 

@@ -151,7 +151,7 @@ def check_hub() -> Finding:
 
 def check_data(config: Config) -> Finding:
     """Whether the images are where the study file says; they are not read."""
-    from memcontrol.core.config import DIGITS
+    from memcontrol.core.image_parts import DIGITS
     from memcontrol.core.published import HUB
 
     path = config.data.path

@@ -17,9 +17,7 @@ from memcontrol.checks.card import Card, describe_card, explain_too_small, propo
 from memcontrol.core.choice import ANCHORS
 from memcontrol.core.config import (
     BY_CAPTION,
-    CALIBRATION,
     NAME,
-    PARTS,
     BaseConfig,
     DataConfig,
     load_config,
@@ -29,6 +27,7 @@ from memcontrol.core.config import (
 from memcontrol.core.config_errors import NAME_RULE
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import write_text
+from memcontrol.core.image_parts import CALIBRATION, PARTS
 from memcontrol.core.published import HUB
 from memcontrol.core.run_folder import StudyFolder, locate_study_folder, refuse_results_among
 from memcontrol.data.dataset import is_dataset, list_splits, locate_images, plan_splits

@@ -24,9 +24,11 @@ from pydantic import (
     model_validator,
 )
 
+from memcontrol.core.bound import NO_BOUND
 from memcontrol.core.choice import ANCHORS, Anchor
 from memcontrol.core.config_errors import explain_problems
 from memcontrol.core.errors import MemControlError
+from memcontrol.core.image_parts import DIGITS
 from memcontrol.core.published import HUB, publish_name
 from memcontrol.core.space_yaml import name_space, parse_over
 from memcontrol.core.yaml_reader import parse_number, read_yaml
@@ -58,12 +60,10 @@ FREE_KEYS = (
 
 Pages = Literal["refuse", "first", "all"]
 Fit = Literal["crop", "pad", "squash"]
-DIGITS = "digits"  # data.path of the images that are embedded
 BY_CAPTION = "caption"  # data.label where captions are the classes
 CHECKPOINT = ".safetensors"  # how a base in one file ends
 EMBEDDED = "tiny"  # the base that is embedded
 _OF_FILES = ("torchscript", "sscd")  # feature networks whose name holds a file's path
-NO_BOUND = 1000.0  # stands for the epsilon of a model that was trained without a bound
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 Share = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -694,6 +694,11 @@ class SearchConfig(Strict):
         return self
 
     @property
+    def rungs(self) -> tuple[float, ...]:
+        """Shares of a trial's budget at which it is judged; empty without early stopping."""
+        return self.early_stopping.rungs if self.early_stopping else ()
+
+    @property
     def processes_per_trial(self) -> int:
         """Processes that share one trial in one way or the other, a GPU each."""
         return max(self.processes, self.gpus_per_trial)
@@ -1049,7 +1054,3 @@ def _name_places(config: Config) -> dict[str, Any]:
         "rewards.extractor": f"{kind}{colon}{_take_name(rest)}",
         "rewards.clip": rewards.clip and _take_name(rewards.clip),
     }
-
-
-PARTS = ("train", "holdout", "test")
-CALIBRATION = "calibration"  # a part that a study may have

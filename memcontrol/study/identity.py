@@ -9,9 +9,10 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from memcontrol.core.config import DIGITS, Config, flatten_keys
+from memcontrol.core.config import Config, flatten_keys
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import read_json
+from memcontrol.core.image_parts import DIGITS
 from memcontrol.core.published import HUB
 from memcontrol.core.run_folder import StudyFolder
 from memcontrol.core.settings import complete_space, load_study_space

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from memcontrol.core.config import NO_BOUND
+from memcontrol.core.bound import NO_BOUND
 from memcontrol.core.reward_table import EPSILON
 from memcontrol.core.settings import knows_bound
 from memcontrol.core.spec import Spec

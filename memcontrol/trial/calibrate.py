@@ -12,9 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from memcontrol.core.choice import EVERYTHING, Choice
-from memcontrol.core.config import DIGITS, Config, load_config
+from memcontrol.core.config import Config, load_config
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import make_private_folder
+from memcontrol.core.image_parts import DIGITS
 from memcontrol.core.jobs import Calibration, TrialCost
 from memcontrol.core.run_folder import RunFolder, StudyFolder
 from memcontrol.core.seeds import derive_seed

@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 
 from memcontrol.core.choice import Choice, thaw
-from memcontrol.core.config import CALIBRATION, DIGITS, PARTS, Config, load_config
+from memcontrol.core.config import Config, load_config
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import read_json, write_json
+from memcontrol.core.image_parts import CALIBRATION, DIGITS, PARTS
 from memcontrol.core.run_folder import StudyFolder
 from memcontrol.core.settings import PRIVACY_KEY, apply_settings, load_study_space
 from memcontrol.core.space import SearchSpace

@@ -184,7 +184,7 @@ def _make_result(
         "images_seen": log.images_seen,
         "first_loss": _keep_finite(log.first_loss),
         "last_loss": _keep_finite(log.last_loss),
-        "rungs": run.read_rungs(spec.config),
+        "rungs": run.read_rungs(spec.config.search.rungs, spec.config.rewards.names),
         "reference": spec.reference,
         "measured_with": describe_measurement(spec, loaded),
         "micro_batch_size": log.n_forward if log.n_forward < spec.config.inner.batch_size else None,

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from memcontrol.core.config import CALIBRATION
 from memcontrol.core.errors import Diverged
 from memcontrol.core.estimate import Estimate, Measured
 from memcontrol.core.files import replace_file
+from memcontrol.core.image_parts import CALIBRATION
 from memcontrol.core.run_folder import RunFolder, StudyFolder
 from memcontrol.core.seeds import derive_seed
 from memcontrol.core.spec import Spec
