@@ -3,10 +3,10 @@ search loop itself."""
 
 import random
 
+from memcontrol.config.spec import read_spec
 from memcontrol.core.files import write_json
 from memcontrol.core.jobs import ConfirmJob, Done, EncodeJob, Prepared, PrepareJob, TrialJob
 from memcontrol.core.run_folder import RunFolder
-from memcontrol.core.spec import read_spec
 from memcontrol.dashboard.notes import Publisher
 from memcontrol.execution.attempts import begin_attempt
 from memcontrol.execution.executor import Executor

@@ -11,8 +11,8 @@ import torch
 from commands import run
 from safetensors.torch import load_file
 
+from memcontrol.config.spec import read_spec
 from memcontrol.core.run_folder import RunFolder, StudyFolder
-from memcontrol.core.spec import read_spec
 from memcontrol.study.pick import choose_trial, select_front
 from memcontrol.study.place import StudyPlace
 

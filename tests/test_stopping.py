@@ -9,7 +9,9 @@ import yaml
 from simulated import Simulated, search
 from test_orchestrate import STEPS, STORAGE, Dead, dying
 
-from memcontrol.core.config import EarlyStopping, InnerConfig, load_config
+from memcontrol.config.inner import InnerConfig
+from memcontrol.config.load import load_config
+from memcontrol.config.search import EarlyStopping
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.run_folder import RunFolder, locate_study_folder
 from memcontrol.core.space_yaml import load_space

@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from memcontrol.checks.finding import FAIL, OK, WARN, Finding
-from memcontrol.core.config import Config
+from memcontrol.config.study import Config
 from memcontrol.core.errors import MemControlError
 from memcontrol.scoring.extractor_table import (
     EXTRACTORS,

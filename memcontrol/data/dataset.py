@@ -18,8 +18,8 @@ from typing import Any, TextIO
 
 from PIL import Image
 
+from memcontrol.config.data import DataConfig
 from memcontrol.core import interrupt
-from memcontrol.core.config import DataConfig
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import (
     make_private_folder,

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from memcontrol.core.config import BY_CAPTION, DataConfig
+from memcontrol.config.data import BY_CAPTION, DataConfig
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.image_parts import CALIBRATION, DIGITS, PARTS
 from memcontrol.core.seeds import derive_seed

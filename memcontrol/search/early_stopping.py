@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from memcontrol.core.config import Config, EarlyStopping
+from memcontrol.config.search import EarlyStopping
+from memcontrol.config.study import Config
 from memcontrol.core.files import write_json
 from memcontrol.core.reward_table import list_errors, list_losses, list_objectives
 from memcontrol.core.run_folder import RunFolder

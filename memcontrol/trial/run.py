@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
+from memcontrol.config.spec import Spec, read_spec
 from memcontrol.core.errors import Diverged
 from memcontrol.core.estimate import Measured, Rewards
 from memcontrol.core.files import write_json
 from memcontrol.core.jobs import HelpJob
 from memcontrol.core.reward_table import COSTS, OF_DENOISER, OF_MODEL
 from memcontrol.core.run_folder import RunFolder
-from memcontrol.core.spec import Spec, read_spec
 from memcontrol.data.split import format_ranges
 from memcontrol.model.adapter import Adapter
 from memcontrol.model.base import count_bytes
