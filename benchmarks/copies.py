@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -187,25 +187,42 @@ def take(views, rows: np.ndarray):
     return Descriptors(views.pixels[rows], views.features[rows])
 
 
-def judge_clean(name: str, soft: str, grouped: bool, n_held: int, seed: int) -> dict[str, float]:
-    """The rewards of images that copy nothing, held against as many training images as held-out ones."""
-    from memcontrol.scoring.evidence import Evidence
+def judge_clean(name: str, grouped: bool, n_held: int, seed: int) -> dict[str, dict[str, float]]:
+    """By what was done to them, the rewards of images that copy nothing, held against as many training images
+    as held-out ones."""
+    from memcontrol.scoring.evidence import Evidence, make_known
 
     rng = np.random.default_rng(seed)
-    images = load_pool(name)
+    images, known = load_pool(name), make_known()
     rows = rng.permutation(len(images))
-    generated = take(describe_pool(name, soft), rows[:N_GENERATED])
-    rest = rows[N_GENERATED:]
+    train, held, groups = draw_references(name, images, rows[N_GENERATED:], grouped, n_held, rng)
+    return {
+        soft: score(
+            Evidence(
+                take(describe_pool(name, soft), rows[:N_GENERATED]),
+                train,
+                held,
+                seed,
+                train_groups=groups[0],
+                holdout_groups=groups[1],
+                known=known,
+            )
+        )
+        for soft in SOFT
+    }
+
+
+def draw_references(
+    name: str, images: np.ndarray, rows: np.ndarray, grouped: bool, n_held: int, rng: np.random.Generator
+):
+    """Training images, held-out images, and who is in either."""
     if not grouped:
         real = describe_pool(name, AS_IT_IS)
-        train, held = rest[:n_held], rest[n_held : 2 * n_held]
-        return score(Evidence(generated, take(real, train), take(real, held), seed))
-    people = list(draw_people(images, rest, n_held, rng))
-    train, held = (
-        describe(np.concatenate([shown for _, shown in side])) for side in (people[::2], people[1::2])
-    )
-    groups = [[f"p{who}" for who, shown in side for _ in shown] for side in (people[::2], people[1::2])]
-    return score(Evidence(generated, train, held, seed, train_groups=groups[0], holdout_groups=groups[1]))
+        return take(real, rows[:n_held]), take(real, rows[n_held : 2 * n_held]), (None, None)
+    people = list(draw_people(images, rows, n_held, rng))
+    sides = people[::2], people[1::2]
+    train, held = (describe(np.concatenate([shown for _, shown in side])) for side in sides)
+    return train, held, [[f"p{who}" for who, shown in side for _ in shown] for side in sides]
 
 
 def draw_people(
@@ -236,17 +253,22 @@ def score(evidence) -> dict[str, float]:
     return Rewards.from_estimates(measured).to_plain()
 
 
-def judge_task(task: tuple[str, str, bool, int, int]) -> dict[str, float]:
+def judge_task(task: tuple[str, bool, int, int]) -> dict[str, dict[str, float]]:
     return judge_clean(*task)
 
 
 def count_false_alarms(
-    workers: ProcessPoolExecutor, name: str, soft: str, grouped: bool, n_held: int
-) -> dict:
+    workers: ProcessPoolExecutor, name: str, grouped: bool, n_held: int
+) -> dict[str, dict[str, float]]:
+    """By what was done to the images."""
+    tasks = [(name, grouped, n_held, seed) for seed in range(N_REPEATS)]
+    found = list(workers.map(judge_task, tasks, chunksize=5))
+    return {soft: count_accused([one[soft] for one in found]) for soft in SOFT}
+
+
+def count_accused(found: list[dict[str, float]]) -> dict[str, float]:
     from memcontrol.view.words import write_verdict
 
-    tasks = [(name, soft, grouped, n_held, seed) for seed in range(N_REPEATS)]
-    found = list(workers.map(judge_task, tasks, chunksize=10))
     visible = [write_verdict(one, N_GENERATED).startswith("Copying is visible") for one in found]
     return {
         "copied": mean(one["copy_rate"] for one in found),
@@ -306,26 +328,35 @@ def run(device: str) -> list[dict]:
     kept = Kept(Path(os.environ["KEPT"]) if "KEPT" in os.environ else None)
     with ProcessPoolExecutor(N_WORKERS) as workers:
         seen = [
-            kept.find(name, kind, "", partial(count_seen, workers, name, kind))
+            kept.find(name, [kind], "", lambda name=name, kind=kind: {kind: count_seen(workers, name, kind)})[
+                0
+            ]
             for name in names
             for kind in (*COPIES, *WITH_ANOTHER, *PATCHES, MOVED_PATCH)
         ]
         alarms = [
-            kept.find(
-                name,
-                soft + (f", {GROUP_SIZES[0]} to {GROUP_SIZES[1]} a person" if grouped else ""),
-                n_held,
-                partial(count_false_alarms, workers, name, soft, grouped, n_held),
-            )
-            for grouped in (False, True)
-            for soft in SOFT
-            for name in names
+            row
             for n_held in HELD_OUT
+            for grouped in (False, True)
+            for name in names
             if N_GENERATED + 2 * n_held <= len(load_pool(name))
+            for row in find_alarms(kept, workers, name, grouped, n_held)
         ]
     draw(alarms, seen, Path(__file__).parent / "results" / f"{datetime.date.today().isoformat()}-copies.png")
     columns = list(dict.fromkeys(key for row in (*alarms, *seen) for key in row))
     return [{key: row.get(key, "") for key in columns} for row in (*alarms, *seen)]
+
+
+def find_alarms(
+    kept: Kept, workers: ProcessPoolExecutor, name: str, grouped: bool, n_held: int
+) -> list[dict]:
+    people = f", {GROUP_SIZES[0]} to {GROUP_SIZES[1]} a person" if grouped else ""
+
+    def count() -> dict[str, dict]:
+        found = count_false_alarms(workers, name, grouped, n_held)
+        return {f"{soft}{people}": row for soft, row in found.items()}
+
+    return kept.find(name, [f"{soft}{people}" for soft in SOFT], n_held, count)
 
 
 @dataclass
@@ -334,20 +365,26 @@ class Kept:
 
     path: Path | None
 
-    def find(self, name: str, what: str, n_held: int | str, count: Callable[[], dict]) -> dict:
-        setting = {"images": name_images(name), "what": what, "held out": n_held}
-        network = {} if EXTRACTOR == "tiny" else {"extractor": EXTRACTOR}
-        key = json.dumps({**setting, "repeats": N_REPEATS, **network})
+    def find(
+        self, name: str, whats: list[str], n_held: int | str, count: Callable[[], dict[str, dict]]
+    ) -> list[dict]:
+        """Rows of one or more settings that are counted together."""
+        settings = [{"images": name_images(name), "what": what, "held out": n_held} for what in whats]
         lines = self.path.read_text().splitlines() if self.path and self.path.exists() else []
-        for line in lines:
-            known, found = json.loads(line)
-            if known == key:
-                return setting | found
-        found = count()
-        print(f"{setting} {found}", file=sys.stderr, flush=True)
-        if self.path:
-            self.path.write_text("\n".join([*lines, json.dumps([key, found])]) + "\n")
-        return setting | found
+        known = dict(map(json.loads, lines))
+        keys = [self.name_row(setting) for setting in settings]
+        if missing := [key for key in keys if key not in known]:
+            counted = count()
+            known |= {key: counted[what] for key, what in zip(keys, whats)}
+            for key in missing:
+                print(f"{key} {known[key]}", file=sys.stderr, flush=True)
+            if self.path:
+                self.path.write_text("".join(f"{json.dumps(row)}\n" for row in known.items()))
+        return [setting | known[key] for setting, key in zip(settings, keys)]
+
+    def name_row(self, setting: dict) -> str:
+        network = {} if EXTRACTOR == "tiny" else {"extractor": EXTRACTOR}
+        return json.dumps({**setting, "repeats": N_REPEATS, **network})
 
 
 def draw(alarms: list[dict], seen: list[dict], path: Path) -> None:

@@ -18,7 +18,7 @@ import argparse
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,7 @@ ARMS: dict[str, Arm] = {
 }
 EARLY, NONE = "full, stopped at the best held-out loss", "no training"
 PICKS = {"pick, masks alone": "masks", "pick, everything searched": "settings"}
+TRANSFERRED = "the pick of"  # and which other kind's
 
 
 def main() -> None:
@@ -233,18 +234,19 @@ class Field:
         reference: str = "test",
     ) -> Spec:
         study = describe_study(self.kind, self.folder, budget, seed)
-        config = load_config({**study, "inner": {**study["inner"], **inner}})
+        # what is an objective is measured on all images, however short the training
+        rewards = {**study["rewards"], "objectives": ["fid", "memorization", "membership_auc"]}
+        config = load_config({**study, "inner": {**study["inner"], **inner}, "rewards": rewards})
         space = load_space(SPACES.get(method, "digits"))
-        return self.specify(seed, config, space, make_choice(space, method, rate), reference)
+        choice, folder = make_choice(space, method, rate), self.folder / str(seed)
+        return Spec(config, space, choice, folder, "field", reference, self.split_images(seed, config))
 
-    def specify(
-        self, seed: int, config: Config, space: SearchSpace, choice: Choice, reference: str = "test"
-    ) -> Spec:
-        folder = self.folder / str(seed)
+    def split_images(self, seed: int, config: Config) -> int:
+        """Splits the images of a seed, once. Returns how many are fine-tuned on."""
         if seed not in self.sizes:
-            plain = load_config(describe_study(self.kind, self.folder, LADDER[0], seed))
-            self.sizes[seed] = run_preparation(plain, StudyFolder(folder), self.jobs).sizes["train"]
-        return Spec(config, space, choice, folder, "field", reference, self.sizes[seed])
+            folder = StudyFolder(self.folder / str(seed))
+            self.sizes[seed] = run_preparation(config, folder, self.jobs).sizes["train"]
+        return self.sizes[seed]
 
     def list_arms(self, seed: int) -> Iterator[tuple[str, Spec]]:
         budget = self.settled["budget"]
@@ -258,10 +260,18 @@ class Field:
             yield name, self.make_spec(seed, arm.method, rate, budget, arm.inner)
 
     def list_picks(self, seed: int) -> Iterator[tuple[str, Spec]]:
-        plain = load_config(describe_study(self.kind, self.folder, self.settled["budget"], seed))
-        for name, study in PICKS.items():
-            choice = pick(self.folder / str(seed) / "searches" / f"{study}.yaml").chosen
-            yield name, self.specify(seed, configure_choice(plain, choice), load_space("digits"), choice)
+        """The picks of this kind's searches, and of those that other kinds had: whether masks transfer."""
+        plain = self.make_spec(seed, "full", RATES["full"][0], self.settled["budget"], {})
+        others = [path.name for path in self.folder.parent.iterdir() if path != self.folder]
+        places = {name: (self.folder, study) for name, study in PICKS.items()}
+        places |= {
+            f"{TRANSFERRED} {other}": (self.folder.parent / other, "masks") for other in sorted(others)
+        }
+        for name, (folder, study) in places.items():
+            file = folder / str(seed) / "searches" / f"{study}.yaml"
+            if file.exists():
+                choice = pick(file).chosen
+                yield name, replace(plain, config=configure_choice(plain.config, choice), choice=choice)
 
     def train(self, specs: Mapping[str, Spec], seed: int) -> None:
         """Raises OutOfTime."""
@@ -276,7 +286,8 @@ class Field:
         return RunFolder(self.folder / str(seed) / name.replace(",", "").replace("'", "").replace(" ", "-"))
 
     def read_rows(self, seed: int) -> Iterator[dict[str, Any]]:
-        for name in (NONE, "full fine-tuning", EARLY, *list(ARMS)[1:], *PICKS):
+        transferred = (f"{TRANSFERRED} {kind}" for kind in ("digits", *KINDS) if kind != self.kind)
+        for name in (NONE, "full fine-tuning", EARLY, *list(ARMS)[1:], *PICKS, *transferred):
             run = self.locate(seed, name)
             if run.has_result:
                 result = read_json(run.result_file)
