@@ -21,7 +21,7 @@ import memcontrol
 from memcontrol.checks import downloads, fit, machine, packages, services
 from memcontrol.checks.card import Card
 from memcontrol.checks.finding import FAIL, OK, WARN, Finding, run_check
-from memcontrol.core.config import load_config
+from memcontrol.config.load import load_config
 from memcontrol.core.errors import MemControlError
 from memcontrol.model.cost import Cost
 from memcontrol.study.place import StudyPlace
