@@ -15,8 +15,8 @@ import torch
 
 from benchmarks._gpu_size import NO_CARD, Size, tell, telling_failures
 from benchmarks.utilisation import matrix_rate
+from memcontrol.config.inner import InnerConfig
 from memcontrol.core.choice import Choice
-from memcontrol.core.config import InnerConfig
 from memcontrol.core.space import SearchSpace
 from memcontrol.core.space_yaml import load_space
 from memcontrol.model.adapter import Adapter, inject_adapter

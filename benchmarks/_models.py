@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 
-from memcontrol.core.config import BaseConfig
+from memcontrol.config.base import BaseConfig
 from memcontrol.model.base import Base
 from memcontrol.model.encoded import Encoded
 from memcontrol.model.families import Family

@@ -33,7 +33,7 @@ init("images", "study.yaml", name="sized")
 """
 _PREPARE = """
 from pathlib import Path
-from memcontrol.core.config import load_config
+from memcontrol.config.load import load_config
 from memcontrol.core.run_folder import StudyFolder
 from memcontrol.trial.loaded import LoadedModels
 from memcontrol.trial.prepare import prepare_study

@@ -81,12 +81,12 @@ def run(device: str) -> list[dict]:
 
 def fine_tune(folder: Path, masks: list[str]) -> None:
     """Each mask in a folder of its name, from rung to rung to its end; what is finished stays as it is."""
+    from memcontrol.config.load import load_config
+    from memcontrol.config.spec import Spec
     from memcontrol.core.choice import Choice
-    from memcontrol.core.config import load_config
     from memcontrol.core.jobs import GivenUp, TrialJob
     from memcontrol.core.run_folder import RunFolder, StudyFolder
     from memcontrol.core.space_yaml import parse_space
-    from memcontrol.core.spec import Spec
     from memcontrol.execution.job_queue import JobQueue
     from memcontrol.execution.local import Local
     from memcontrol.search.orchestrator import run_preparation

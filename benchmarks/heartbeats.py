@@ -171,7 +171,7 @@ def make_plain_chaos(chaos: type) -> type:
 
 
 def count_faults(chaos) -> Counter:
-    from memcontrol.core.config import load_config
+    from memcontrol.config.load import load_config
     from memcontrol.core.run_folder import RunFolder
     from memcontrol.execution.attempts import read_attempts
     from memcontrol.study.opening import open_study

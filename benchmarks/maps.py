@@ -41,8 +41,9 @@ def plant_stamps(
 
 def measure_overlaps(trained: tuple, size: int, place: tuple[int, int] | None, seed: int) -> np.ndarray:
     """Intersection over union of each stamped image's region and its stamp [STAMPED]."""
+    from memcontrol.config.inner import InnerConfig
+    from memcontrol.config.load import load_config
     from memcontrol.core.choice import Choice
-    from memcontrol.core.config import InnerConfig, load_config
     from memcontrol.core.space_yaml import load_space
     from memcontrol.data.split import load_parts
     from memcontrol.model.adapter import inject_adapter

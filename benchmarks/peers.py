@@ -102,9 +102,9 @@ def specs(folder: Path, device: str):
     """Loaded models, and the trials as a search hands them out."""
     from benchmarks._digits_study import DIGITS_STUDY
     from benchmarks._models import stable_diffusion
-    from memcontrol.core.config import load_config
+    from memcontrol.config.load import load_config
+    from memcontrol.config.spec import Spec
     from memcontrol.core.space_yaml import load_space
-    from memcontrol.core.spec import Spec
     from memcontrol.trial.loaded import LoadedModels
     from memcontrol.trial.prepare import prepare_study
 

@@ -106,7 +106,7 @@ def replayed(
 ) -> tuple[list[str], int]:
     """The masks in the order in which their trials ended well, and the training steps of all: four workers,
     ends in random order."""
-    from memcontrol.core.config import EarlyStopping
+    from memcontrol.config.search import EarlyStopping
     from memcontrol.core.space_yaml import parse_space
     from memcontrol.search.early_stopping import RungResult, weigh_peers
     from memcontrol.search.sampler import Sampler

@@ -23,12 +23,15 @@ from benchmarks._problems import (
     Problem,
     ProblemWithSettings,
 )
+from memcontrol.reading.threads import count_cores
 
 N_SEEDS, N_WORKERS, CHECKS = int(os.environ.get("SEEDS", "10")), 4, (20, 50, 100)
 OURS = ("auto", "tpe", "nsga2", "random")
 OPTUNAS = ("Optuna's TPE", "Optuna's multivariate TPE", "Optuna's NSGA-II")
 SETTINGS = " with settings"
-KINDS = (*FAMILIES, *(f"{family}{SETTINGS}" for family in FAMILIES))
+ONLY = os.environ.get("ONLY", "")
+PLAIN = () if ONLY else FAMILIES
+KINDS = (*PLAIN, *(f"{family}{SETTINGS}" for family in FAMILIES))
 HERE = Path(__file__).parent
 
 
@@ -36,7 +39,7 @@ def run(device: str) -> list[dict]:
     tasks = [
         (family, system, seed) for family in KINDS for system in (*OURS, *OPTUNAS) for seed in range(N_SEEDS)
     ]
-    with get_context("spawn").Pool(os.cpu_count()) as pool:
+    with get_context("spawn").Pool(count_cores()) as pool:
         found = []
         for i, one in enumerate(pool.imap_unordered(measured, tasks)):
             found.append(one)
@@ -181,7 +184,10 @@ def drawn(found: list[dict]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(2, len(FAMILIES), figsize=(14, 7), sharey=True, layout="constrained")
+    rows, columns = len(KINDS) // len(FAMILIES), len(FAMILIES)
+    figure, panels = plt.subplots(
+        rows, columns, figsize=(14, 3.5 * rows), sharey=True, layout="constrained", squeeze=False
+    )
     for panel, family in zip(panels.flat, KINDS):
         for system in (*OURS, *OPTUNAS):
             own = [one["ratios"] for one in found if (one["family"], one["system"]) == (family, system)]
@@ -198,4 +204,4 @@ def drawn(found: list[dict]) -> None:
     for row in panels:
         row[0].set_ylabel("hypervolume / the true front's")
     panels[0, -1].legend(fontsize=8, loc="lower right")
-    figure.savefig(HERE / "evidence" / "sampling.png", dpi=110)
+    figure.savefig(HERE / "evidence" / f"sampling{f'-{ONLY}' if ONLY else ''}.png", dpi=110)

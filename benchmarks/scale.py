@@ -111,7 +111,7 @@ def caches() -> list[dict]:
 
 def studies() -> list[dict]:
     """Of a study whose trials have ended, in SQLite."""
-    from memcontrol.core.config import load_config
+    from memcontrol.config.load import load_config
     from memcontrol.core.run_folder import StudyFolder
     from memcontrol.core.space_yaml import load_space
     from memcontrol.dashboard.notes import Publisher

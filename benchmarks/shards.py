@@ -91,7 +91,7 @@ def measure(shards: str, device: str) -> dict:
     if shards == COPIES:
         return copied(10, device)
     from benchmarks._models import make_base, random_material, unet
-    from memcontrol.core.config import InnerConfig
+    from memcontrol.config.inner import InnerConfig
     from memcontrol.core.space_yaml import load_space
     from memcontrol.model.adapter import inject_adapter
     from memcontrol.training.rounds import train_rounds

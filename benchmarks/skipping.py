@@ -29,7 +29,8 @@ def measure(name: str, widths: tuple, side: int, batch: int, device: str) -> dic
     import torch
 
     from benchmarks._models import make_base, random_material, unet
-    from memcontrol.core.config import InnerConfig, SkipConfig
+    from memcontrol.config.inner import InnerConfig
+    from memcontrol.config.methods import SkipConfig
     from memcontrol.core.space_yaml import load_space
     from memcontrol.model.adapter import inject_adapter
     from memcontrol.training.loop import Loop

@@ -69,8 +69,8 @@ def ranked(folder: Path) -> list[dict]:
 def figures(run: Path, loaded, steps: int, ddim: bool) -> dict[str, float]:
     from diffusers import DDIMScheduler
 
+    from memcontrol.config.spec import read_spec
     from memcontrol.core.estimate import Rewards
-    from memcontrol.core.spec import read_spec
     from memcontrol.trial.samples import gather_evidence, sample_images, score_samples
     from memcontrol.trial.tuned import inject_choice
 

@@ -31,7 +31,9 @@ GLUE = "\0"  # a space that no line is broken at
 
 def generate_keys() -> str:
     """The keys of a study file, a section for each mapping, and those that may change once it was begun."""
-    from memcontrol.core.config import FREE_KEYS, Config, InnerConfig
+    from memcontrol.config.differing import FREE_KEYS
+    from memcontrol.config.inner import InnerConfig
+    from memcontrol.config.study import Config
 
     sections = [describe_model(path, model) for path, model in walk_models(Config)]
     keys = (*FREE_KEYS, *(f"inner.{key}" for key in InnerConfig().memory_keys))

@@ -23,7 +23,7 @@ import yaml
 from optuna.artifacts import get_all_artifact_meta
 from postgres import Postgres
 
-from memcontrol.core.config import load_config
+from memcontrol.config.load import load_config
 from memcontrol.core.run_folder import RunFolder, StudyFolder, locate_study_folder
 from memcontrol.execution.attempts import read_attempts, read_failures
 from memcontrol.execution.job_queue import N_TRIES

@@ -167,7 +167,7 @@ def photographs(tmp_path):
 @pytest.fixture(scope="session")
 def material(base, tmp_path_factory):
     """Twenty digits, encoded."""
-    from memcontrol.core.config import load_config
+    from memcontrol.config.load import load_config
     from memcontrol.data.split import load_parts
     from memcontrol.model.encoded import load_encoded
     from memcontrol.training.shard import Material
@@ -187,8 +187,8 @@ def material(base, tmp_path_factory):
 @pytest.fixture
 def memorized(base, material, tmp_path):
     """Within the block the base is a model that has learnt its twenty digits by heart."""
+    from memcontrol.config.inner import InnerConfig
     from memcontrol.core.choice import Choice
-    from memcontrol.core.config import InnerConfig
     from memcontrol.core.space_yaml import load_space
     from memcontrol.model.adapter import inject_adapter
     from memcontrol.training.rounds import train_rounds
@@ -217,8 +217,8 @@ def memorized(base, material, tmp_path):
 @pytest.fixture
 def trained(base, material, tmp_path):
     """Trains, and returns the log and what was learned."""
+    from memcontrol.config.inner import InnerConfig
     from memcontrol.core.choice import Choice
-    from memcontrol.core.config import InnerConfig
     from memcontrol.core.space_yaml import load_space
     from memcontrol.model.adapter import inject_adapter
     from memcontrol.model.precision import choose_precision

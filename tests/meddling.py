@@ -15,7 +15,7 @@ from chaos import SEARCH, Chaos, write_study
 from PIL import Image
 from postgres import Postgres
 
-from memcontrol.core.config import load_config
+from memcontrol.config.load import load_config
 from memcontrol.core.files import PACKAGE
 from memcontrol.core.run_folder import StudyFolder, locate_study_folder
 from memcontrol.search.locks import read_holder

@@ -3,8 +3,8 @@ are."""
 
 import random
 
+from memcontrol.config.load import load_config
 from memcontrol.core.choice import Choice
-from memcontrol.core.config import load_config
 from memcontrol.core.estimate import wilson_interval
 from memcontrol.study.pick import choose_trial
 from memcontrol.study.record import Record

@@ -3,10 +3,10 @@ search loop itself."""
 
 import random
 
+from memcontrol.config.spec import read_spec
 from memcontrol.core.files import write_json
 from memcontrol.core.jobs import ConfirmJob, Done, EncodeJob, Prepared, PrepareJob, TrialJob
 from memcontrol.core.run_folder import RunFolder
-from memcontrol.core.spec import read_spec
 from memcontrol.dashboard.notes import Publisher
 from memcontrol.execution.attempts import begin_attempt
 from memcontrol.execution.executor import Executor
@@ -86,11 +86,12 @@ class Simulated(Executor):
             told = {"rung": job.rung, "n_steps": round(100 * job.rung), "rewards": early, "seconds": 0}
             write_json(run.rung_file(job.rung), told)
             return Done(job)
+        config = read_spec(job.folder).config
         result = {
             "state": "COMPLETE",
             "choice": choice,
             "rewards": rewards,
-            "rungs": run.read_rungs(read_spec(job.folder).config),
+            "rungs": run.read_rungs(config.search.rungs, config.rewards.names),
             "n_steps": 100,
             "seconds": self.seconds,
         }

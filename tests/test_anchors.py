@@ -10,8 +10,8 @@ from conftest import SMALL
 from simulated import Simulated, search
 from test_orchestrate import study_in
 
+from memcontrol.config.load import load_config
 from memcontrol.core.choice import ANCHORS
-from memcontrol.core.config import load_config
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.jobs import Failed, TrialJob
 from memcontrol.core.run_folder import locate_study_folder

@@ -95,7 +95,7 @@ def test_a_yaml_that_would_not_end_is_one_line_in_every_reader(text, tmp_path):
     with pytest.raises(MemControlError, match="not valid YAML"):
         load_space(str(path))
     with pytest.raises(MemControlError, match="not valid YAML"):
-        from memcontrol.core.config import load_config
+        from memcontrol.config.load import load_config
 
         load_config({"name": "s", "data": "digits"}, [f"space={text}"])
 

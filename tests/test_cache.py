@@ -42,11 +42,12 @@ def test_file_is_not_there_where_making_it_failed(tmp_path):
     assert load_or_make(path, lambda: {"x": torch.ones(1)})["x"].tolist() == [1]
 
 
-def test_core_needs_neither_torch_nor_a_database():
+def test_core_and_config_need_neither_torch_nor_a_database():
     code = (
-        "import sys, pkgutil, importlib, memcontrol.core as core\n"
-        "for module in pkgutil.iter_modules(core.__path__):\n"
-        "    importlib.import_module(f'memcontrol.core.{module.name}')\n"
+        "import sys, pkgutil, importlib, memcontrol.core as core, memcontrol.config as config\n"
+        "for package in (core, config):\n"
+        "    for module in pkgutil.iter_modules(package.__path__):\n"
+        "        importlib.import_module(f'{package.__name__}.{module.name}')\n"
         "sys.exit(bool({'torch', 'safetensors', 'optuna', 'sqlalchemy'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from memcontrol.config.load import load_config
 from memcontrol.core.choice import ANCHORS
-from memcontrol.core.config import load_config
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.space_yaml import load_space
 from memcontrol.trial import calibrate

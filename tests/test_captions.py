@@ -12,10 +12,11 @@ from test_export import finished_run
 
 import memcontrol.model.encoded as encoded
 from memcontrol.commands.export import describe_loading, export
-from memcontrol.core.config import BaseConfig, load_config
+from memcontrol.config.base import BaseConfig
+from memcontrol.config.load import load_config
+from memcontrol.config.spec import read_spec
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.run_folder import RunFolder
-from memcontrol.core.spec import read_spec
 from memcontrol.data.split import load_parts
 from memcontrol.model.base import load_base
 from memcontrol.model.encoded import EncodingTask, MaskedTokens, load_encoded

@@ -38,7 +38,7 @@ def test_every_command_has_help_and_stands_in_its_page():
 
 
 def test_the_page_on_study_files_names_every_key():
-    from memcontrol.core.config import Strict
+    from memcontrol.config.strict import Strict
 
     text = (DOCS / "study-file.md").read_text()
     for model in Strict.__subclasses__():

@@ -5,8 +5,11 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from memcontrol.core.config import Config, find_differing_keys, load_config, parse_base
-from memcontrol.core.config_errors import Advice, explain_problem, explain_problems
+from memcontrol.config.base import parse_base
+from memcontrol.config.differing import find_differing_keys
+from memcontrol.config.load import load_config
+from memcontrol.config.problems import Advice, explain_problem, explain_problems
+from memcontrol.config.study import Config
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.run_folder import locate_study_folder
 
@@ -359,7 +362,7 @@ def test_where_results_go(tmp_path):
 
 
 def test_a_reward_of_ones_own_is_the_same_wherever_its_folder_lies(tmp_path):
-    from memcontrol.core.config import find_differing_keys
+    from memcontrol.config.differing import find_differing_keys
 
     def config(folder, function):
         (tmp_path / folder).mkdir(exist_ok=True)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from memcontrol.core.config import load_config
+from memcontrol.config.load import load_config
 from memcontrol.core.errors import MemControlError
 from memcontrol.data.split import dump_parts, format_ranges, load_parts, parse_parts
 from memcontrol.reading.decode import decode_image

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from postgres import BIN, PASSWORD
 
-from memcontrol.core.config import load_config
+from memcontrol.config.load import load_config
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.space_yaml import load_space
 from memcontrol.study import database

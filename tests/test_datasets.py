@@ -10,7 +10,7 @@ import pytest
 from commands import run
 from PIL import Image
 
-from memcontrol.core.config import load_config
+from memcontrol.config.load import load_config
 from memcontrol.core.errors import MemControlError
 from memcontrol.data import dataset as dataset_module
 from memcontrol.data.dataset import is_dataset, plan_splits, unpack_dataset

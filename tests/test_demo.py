@@ -4,7 +4,7 @@
 import pytest
 
 from memcontrol.commands.demo import write_demo_study
-from memcontrol.core.config import load_config
+from memcontrol.config.load import load_config
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.run_folder import locate_study_folder
 from memcontrol.core.space_yaml import load_space

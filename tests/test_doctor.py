@@ -22,7 +22,7 @@ from memcontrol.checks import downloads, fit, machine, packages, services
 from memcontrol.checks.card import Card
 from memcontrol.checks.finding import FAIL, OK, WARN, Finding, run_check
 from memcontrol.cli.init import _print_finding
-from memcontrol.core.config import load_config
+from memcontrol.config.load import load_config
 from memcontrol.core.errors import MemControlError
 from memcontrol.model.cost import Cost
 from memcontrol.study.place import StudyPlace

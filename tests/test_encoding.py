@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 import memcontrol.model.encoded as encoded
-from memcontrol.core.config import InnerConfig, RewardsConfig, load_config
+from memcontrol.config.inner import InnerConfig
+from memcontrol.config.load import load_config
+from memcontrol.config.rewards import RewardsConfig
 from memcontrol.data.cache import TensorRows, hold_lock, iterate_rows, map_bytes, write_tensors
 from memcontrol.data.split import load_parts
 from memcontrol.model.base import load_base

@@ -11,9 +11,9 @@ from commands import FORKS
 from conftest import CHOICE, N_IMAGES
 from safetensors.torch import load_file
 
+from memcontrol.config.inner import InnerConfig
 from memcontrol.core import interrupt
 from memcontrol.core.choice import Choice
-from memcontrol.core.config import InnerConfig
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.seeds import derive_seed
 from memcontrol.core.space_yaml import load_space
@@ -315,8 +315,8 @@ INNER = {
 
 
 def folder_of_trial(tmp_path, name, inner=INNER, processes=1):
-    from memcontrol.core.config import load_config
-    from memcontrol.core.spec import Spec
+    from memcontrol.config.load import load_config
+    from memcontrol.config.spec import Spec
     from memcontrol.trial.loaded import LoadedModels
     from memcontrol.trial.prepare import prepare_study
 

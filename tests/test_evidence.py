@@ -10,7 +10,7 @@ import yaml
 from commands import run
 from PIL import Image, ImageFilter
 
-from memcontrol.core.config import load_config
+from memcontrol.config.load import load_config
 from memcontrol.core.errors import MemControlError
 from memcontrol.data.features import pixel_features
 from memcontrol.scoring.evidence import Descriptors, Evidence
@@ -160,10 +160,10 @@ def test_large_images_are_shrunk_some_at_a_time_and_as_one_would(monkeypatch):
 
 
 def test_features_of_the_data_are_kept_on_disk_by_content(study_file):
-    from memcontrol.core.config import load_config
+    from memcontrol.config.load import load_config
+    from memcontrol.config.spec import Spec
     from memcontrol.core.run_folder import locate_study_folder
     from memcontrol.core.space_yaml import load_space
-    from memcontrol.core.spec import Spec
     from memcontrol.trial.loaded import LoadedModels
     from memcontrol.trial.prepare import prepare_study
     from memcontrol.trial.samples import gather_evidence
@@ -240,11 +240,11 @@ def test_what_a_study_does_not_measure_is_no_objective():
 
 
 def test_a_model_that_makes_flat_images_is_pruned_by_name(study_file, monkeypatch):
-    from memcontrol.core.config import load_config
+    from memcontrol.config.load import load_config
+    from memcontrol.config.spec import Spec
     from memcontrol.core.jobs import TrialJob
     from memcontrol.core.run_folder import locate_study_folder
     from memcontrol.core.space_yaml import load_space
-    from memcontrol.core.spec import Spec
     from memcontrol.execution.worker import attempt_trial
     from memcontrol.trial.loaded import LoadedModels
     from memcontrol.trial.prepare import prepare_study

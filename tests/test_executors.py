@@ -14,8 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from memcontrol.config.load import load_config
+from memcontrol.config.spec import Spec
 from memcontrol.core.choice import Choice
-from memcontrol.core.config import load_config
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import read_json, write_json
 from memcontrol.core.jobs import (
@@ -41,7 +42,6 @@ from memcontrol.core.jobs import (
 )
 from memcontrol.core.run_folder import RunFolder, locate_study_folder
 from memcontrol.core.space_yaml import load_space
-from memcontrol.core.spec import Spec
 from memcontrol.execution import job_queue, worker
 from memcontrol.execution.attempts import (
     Superseded,
@@ -145,7 +145,7 @@ class TestContract:
         Spec(config, load_space("digits"), choice, tmp_path, "search", "holdout", 32).write(run)
         executor.submit(TrialJob(run, choice, rung=0.4))
         assert isinstance(until_end(executor), Done) and not RunFolder(run).result_file.exists()
-        (at_rung,) = RunFolder(run).read_rungs(config)
+        (at_rung,) = RunFolder(run).read_rungs(config.search.rungs, config.rewards.names)
         executor.submit(TrialJob(run, choice))
         assert isinstance(until_end(executor), Done)
         result = read_json(RunFolder(run).result_file)
@@ -466,7 +466,7 @@ def test_what_lies_in_the_working_directory_is_no_module_of_an_actor(ray_cluster
     """`torch` is imported when the actor is there, and Ray puts the driver's directory first."""
     (tmp_path / "torch.py").write_text("raise RuntimeError('not the library')")
     code = (
-        "import sys\nfrom pathlib import Path\nfrom memcontrol.core.config import load_config\n"
+        "import sys\nfrom pathlib import Path\nfrom memcontrol.config.load import load_config\n"
         "from memcontrol.core.jobs import END_EVENTS, PrepareJob\n"
         "from memcontrol.execution.make import make_executor\n"
         "config = load_config({'name': 's', 'search': {'executor': 'ray', 'workers': 1},"

@@ -15,12 +15,12 @@ from test_adapters import disturb, make_space
 
 from memcontrol import load_adapter
 from memcontrol.commands.export import COMFYUI_FILE, LORA_FILE, describe_loading, export
-from memcontrol.core.config import load_config
+from memcontrol.config.load import load_config
+from memcontrol.config.spec import Spec, read_spec
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import read_json, write_json
 from memcontrol.core.run_folder import RunFolder
 from memcontrol.core.space_yaml import parse_space
-from memcontrol.core.spec import Spec, read_spec
 from memcontrol.model.source import find_base_path, open_pipeline
 from memcontrol.trial.tuned import inject_choice
 

@@ -16,11 +16,11 @@ from test_adapters import disturb, make_space
 from test_export import MEASURED, REWARDS, finished_run
 
 from memcontrol.commands.export import COMFYUI_FILE, KOHYA_FILE, LORA_FILE, export
+from memcontrol.config.load import load_config
+from memcontrol.config.spec import Spec
 from memcontrol.core.choice import SEARCHED_METHODS
-from memcontrol.core.config import load_config
 from memcontrol.core.files import write_json
 from memcontrol.core.run_folder import RunFolder
-from memcontrol.core.spec import Spec
 from memcontrol.model.source import open_pipeline
 from memcontrol.trial.tuned import inject_choice
 

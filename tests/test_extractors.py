@@ -226,7 +226,7 @@ def test_a_file_that_is_no_torchscript_is_named(tmp_path):
 
 
 def test_a_study_keeps_to_the_network_it_began_with(tmp_path):
-    from memcontrol.core.config import load_config
+    from memcontrol.config.load import load_config
     from memcontrol.trial.prepare import record_extractor
 
     config = load_config({"name": "a", "data": "digits"})

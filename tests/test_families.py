@@ -7,11 +7,11 @@ import torch
 import yaml
 from small_pipelines import SMALL, build
 
+from memcontrol.config.load import load_config
+from memcontrol.config.spec import Spec
 from memcontrol.core.choice import Choice
-from memcontrol.core.config import load_config
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.space_yaml import load_space
-from memcontrol.core.spec import Spec
 from memcontrol.model.base import load_base
 from memcontrol.model.source import make_empty_denoiser, open_pipeline, read_denoiser_config
 from memcontrol.trial.loaded import LoadedModels

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from memcontrol.commands.init import list_warnings, propose_study
-from memcontrol.core.config import load_config
+from memcontrol.config.load import load_config
 from memcontrol.core.errors import MemControlError
 from memcontrol.data.split import load_parts
 from memcontrol.reading.decode import decode_image

@@ -11,7 +11,8 @@ from commands import run
 from PIL import Image
 
 from memcontrol.commands.audit import audit
-from memcontrol.core.config import RedistributionConfig, load_config
+from memcontrol.config.load import load_config
+from memcontrol.config.methods import RedistributionConfig
 from memcontrol.core.errors import MemControlError
 from memcontrol.data.look import summarize_folder
 from memcontrol.data.split import dump_parts, load_parts, parse_parts

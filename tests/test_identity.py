@@ -13,7 +13,9 @@ from simulated import Simulated, search
 
 from memcontrol.commands.fork import fork
 from memcontrol.commands.status import status
-from memcontrol.core.config import FREE_KEYS, Config, flatten_keys, load_config
+from memcontrol.config.differing import FREE_KEYS, flatten_keys
+from memcontrol.config.load import load_config
+from memcontrol.config.study import Config
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.jobs import TrialJob
 from memcontrol.core.space_yaml import load_space

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from memcontrol.config.load import load_config
 from memcontrol.core import run_folder
-from memcontrol.core.config import load_config
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.run_folder import StudyFolder
 from memcontrol.data import index as index_module

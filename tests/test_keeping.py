@@ -233,7 +233,7 @@ def test_the_command_ends_with_one_line_where_the_folder_is_full(tmp_path):
 
 
 def test_a_bound_is_a_positive_number():
-    from memcontrol.core.config import load_config
+    from memcontrol.config.load import load_config
 
     with pytest.raises(MemControlError, match="search.disk_gb"):
         load_config({"name": "s", "data": "digits", "search": {"disk_gb": 0}})

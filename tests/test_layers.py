@@ -11,7 +11,7 @@ import memcontrol
 
 PACKAGE = Path(memcontrol.__file__).parent
 ORDER = (
-    "core reading data model training scoring trial execution study search view dashboard auditing "
+    "core config reading data model training scoring trial execution study search view dashboard auditing "
     "recipes checks commands cli"
 ).split()
 TORCH = {"reading", "data", "model", "training", "scoring", "trial"}

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from memcontrol.core.config import load_config
+from memcontrol.config.load import load_config
 from memcontrol.core.errors import MemControlError
 from memcontrol.execution import make
 from memcontrol.execution.local import Inline, Local, Worker

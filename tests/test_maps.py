@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from memcontrol.core.config import InnerConfig, RewardsConfig
+from memcontrol.config.inner import InnerConfig
+from memcontrol.config.rewards import RewardsConfig
 from memcontrol.training.maps import (
     compare_predictions,
     count_map_passes,

@@ -11,7 +11,9 @@ from commands import run
 from scipy.stats import gmean, sem
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from memcontrol.core.config import InnerConfig, RewardsConfig, load_config
+from memcontrol.config.inner import InnerConfig
+from memcontrol.config.load import load_config
+from memcontrol.config.rewards import RewardsConfig
 from memcontrol.core.files import read_json
 from memcontrol.core.run_folder import RunFolder, locate_study_folder
 from memcontrol.core.seeds import derive_seed

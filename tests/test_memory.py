@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from memcontrol.core.config import SkipConfig
+from memcontrol.config.methods import SkipConfig
 from memcontrol.training.loss_memory import LossMemory
 
 

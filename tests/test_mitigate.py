@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from memcontrol.core.config import CaptionsConfig
+from memcontrol.config.methods import CaptionsConfig
 from memcontrol.training.mitigations import (
     add_random_words,
     add_text_noise,

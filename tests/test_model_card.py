@@ -17,12 +17,12 @@ from test_adapters import disturb, make_space
 from test_export import REWARDS, finished_run
 
 from memcontrol.commands.export import LORA_FILE, export
-from memcontrol.core.config import load_config
+from memcontrol.config.load import load_config
+from memcontrol.config.spec import Spec, read_spec
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import write_json
 from memcontrol.core.run_folder import RunFolder, StudyFolder
 from memcontrol.core.space_yaml import load_space
-from memcontrol.core.spec import Spec, read_spec
 from memcontrol.data.cache import save_tensors
 from memcontrol.model.base import load_base
 from memcontrol.model.source import find_base_path

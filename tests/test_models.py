@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from memcontrol.core.config import load_config
+from memcontrol.config.load import load_config
 from memcontrol.data.split import load_parts
 from memcontrol.model.base import load_base
 from memcontrol.model.encoded import load_encoded

@@ -10,8 +10,8 @@ import torch
 import yaml
 from commands import run
 
+from memcontrol.config.spec import read_spec
 from memcontrol.core.files import PACKAGE
-from memcontrol.core.spec import read_spec
 from memcontrol.study.optuna_private import read_attributes
 from memcontrol.study.place import StudyPlace
 

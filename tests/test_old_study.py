@@ -11,8 +11,8 @@ import torch
 from commands import run
 from safetensors.torch import load_file
 
+from memcontrol.config.spec import read_spec
 from memcontrol.core.run_folder import RunFolder, StudyFolder
-from memcontrol.core.spec import read_spec
 from memcontrol.study.pick import choose_trial, select_front
 from memcontrol.study.place import StudyPlace
 
@@ -57,7 +57,7 @@ def test_its_run_folders_are_read(place):
     config = read_spec(lora.path).config
     assert (
         lora.is_complete
-        and lora.read_rungs(config)[0]["rung"] == 0.5
+        and lora.read_rungs(config.search.rungs, config.rewards.names)[0]["rung"] == 0.5
         and lora.read_judgements()[0]["goes_on"]
     )
 

@@ -9,7 +9,7 @@ import yaml
 from chaos import measure_front
 from simulated import Simulated, search
 
-from memcontrol.core.config import load_config
+from memcontrol.config.load import load_config
 from memcontrol.core.jobs import Failed, TrialJob
 from memcontrol.core.run_folder import locate_study_folder
 from memcontrol.execution.attempts import read_attempts

@@ -8,12 +8,13 @@ import torch
 import yaml
 from conftest import CHOICE, SMALL
 
+from memcontrol.config.inner import InnerConfig
+from memcontrol.config.load import load_config
+from memcontrol.config.spec import Spec
 from memcontrol.core.choice import Choice
-from memcontrol.core.config import InnerConfig, load_config
 from memcontrol.core.jobs import Done, Failed, TrialJob
 from memcontrol.core.run_folder import RunFolder
 from memcontrol.core.space_yaml import load_space
-from memcontrol.core.spec import Spec
 from memcontrol.execution.worker import run_job
 from memcontrol.model.adapter import inject_adapter
 from memcontrol.model.base import Base

@@ -12,7 +12,7 @@ from simulated import Simulated, search
 
 import memcontrol
 from memcontrol.cli import main
-from memcontrol.core import config as config_module
+from memcontrol.config import load
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.yaml_reader import read_yaml
 from memcontrol.study.place import StudyPlace
@@ -48,7 +48,7 @@ def reads(monkeypatch):
         paths.append(Path(path))
         return read_yaml(path, keys)
 
-    monkeypatch.setattr(config_module, "read_yaml", read)
+    monkeypatch.setattr(load, "read_yaml", read)
     return paths
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from memcontrol.core.config import load_config
+from memcontrol.config.load import load_config
 from memcontrol.core.jobs import Calibration, TrialCost
 from memcontrol.core.space_yaml import load_space
 from memcontrol.search.prediction import (

@@ -16,14 +16,15 @@ from scipy.special import gammaln, logsumexp
 from scipy.stats import binom, norm
 
 from benchmarks.evidence.privacy import ARMS, write_config
+from memcontrol.config.inner import InnerConfig
+from memcontrol.config.load import load_config
+from memcontrol.config.settings import configure_choice, load_study_space
+from memcontrol.config.spec import Spec
 from memcontrol.core.choice import Choice
-from memcontrol.core.config import InnerConfig, load_config
 from memcontrol.core.errors import Diverged, MemControlError
 from memcontrol.core.estimate import Rewards
 from memcontrol.core.reward_table import format_reward
-from memcontrol.core.settings import configure_choice, load_study_space
 from memcontrol.core.space_yaml import load_space
-from memcontrol.core.spec import Spec
 from memcontrol.model.adapter import inject_adapter
 from memcontrol.scoring.membership import epsilon_low, score_membership
 from memcontrol.training import rounds, unit_gradients

@@ -13,8 +13,9 @@ from test_dicom import write as write_dicom
 
 from memcontrol import search
 from memcontrol.checks.card import Card
+from memcontrol.config.load import load_config
+from memcontrol.config.rewards import RewardsConfig
 from memcontrol.core.choice import ANCHORS
-from memcontrol.core.config import RewardsConfig, load_config
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.run_folder import StudyFolder
 from memcontrol.data import index

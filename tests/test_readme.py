@@ -135,7 +135,7 @@ def serve(command, folder):
 
 @pytest.mark.parametrize("page", PAGES, ids=name_page)
 def test_the_studies_and_the_python_of_a_page_are_valid(page):
-    from memcontrol.core.config import load_config
+    from memcontrol.config.load import load_config
 
     for text in blocks(page, "yaml"):
         values = yaml.safe_load(text)

@@ -22,10 +22,10 @@ from torch import nn
 
 import memcontrol
 from memcontrol.cli.parser import make_parser
+from memcontrol.config.load import load_config
+from memcontrol.config.settings import load_study_space
 from memcontrol.core.choice import Choice, Setting
-from memcontrol.core.config import load_config
 from memcontrol.core.errors import MemControlError
-from memcontrol.core.settings import load_study_space
 from memcontrol.core.space_yaml import list_shipped_spaces, load_space, parse_space
 from memcontrol.model.adapter import find_targets
 from memcontrol.model.source import make_empty_denoiser

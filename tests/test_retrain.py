@@ -10,14 +10,15 @@ from simulated import Simulated, search
 
 import memcontrol.commands.retrain as retraining
 from memcontrol.commands.retrain import Retraining, has_result, log_retraining, run_retraining
+from memcontrol.config.differing import find_differing_keys
+from memcontrol.config.load import load_config
+from memcontrol.config.spec import read_spec
 from memcontrol.core.choice import Choice
-from memcontrol.core.config import find_differing_keys, load_config
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import write_json
 from memcontrol.core.jobs import Done, Failed, TrialJob
 from memcontrol.core.run_folder import RunFolder, StudyFolder
 from memcontrol.core.space_yaml import load_space
-from memcontrol.core.spec import read_spec
 
 CHOICE = Choice(("mid_attention",), "lora", 1e-3, 2)
 FULL = load_space("digits").list_anchors()["full"][1]

@@ -8,7 +8,7 @@ import pytest
 import scipy.linalg
 import scipy.stats
 
-from memcontrol.core.config import RewardsConfig
+from memcontrol.config.rewards import RewardsConfig
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.estimate import Estimate, wilson_interval
 from memcontrol.core.reward_table import OBJECTIVES, REWARDS

@@ -2,14 +2,14 @@
 
 import pytest
 
+from memcontrol.config.load import load_config
+from memcontrol.config.spec import read_spec
 from memcontrol.core.choice import Choice
-from memcontrol.core.config import load_config
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import write_json
 from memcontrol.core.jobs import TrialJob
 from memcontrol.core.run_folder import StudyFolder
 from memcontrol.core.space_yaml import load_space
-from memcontrol.core.spec import read_spec
 from memcontrol.search.runs import TrialRuns
 
 CHOICE, OTHER = (Choice(("mid_attention",), "lora", rate, 2) for rate in (1e-3, 2e-3))

@@ -7,10 +7,10 @@ import random
 import numpy as np
 import pytest
 
+from memcontrol.config.load import load_config
+from memcontrol.config.settings import configure_choice, is_allowed, load_study_space
 from memcontrol.core.choice import Choice
-from memcontrol.core.config import load_config
 from memcontrol.core.errors import MemControlError
-from memcontrol.core.settings import configure_choice, is_allowed, load_study_space
 from memcontrol.core.space_yaml import dump_space, parse_space
 from memcontrol.search.encoding import SpaceEncoding
 from memcontrol.view.words import describe_choice

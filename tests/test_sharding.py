@@ -11,13 +11,13 @@ from small_pipelines import SMALL, build
 from test_families import write_family_space
 from torch.distributed.fsdp import FSDPModule
 
+from memcontrol.config.load import load_config
+from memcontrol.config.spec import Spec
 from memcontrol.core.choice import Choice
-from memcontrol.core.config import load_config
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.jobs import ConfirmJob, Done, TrialJob
 from memcontrol.core.run_folder import RunFolder
 from memcontrol.core.space_yaml import load_space
-from memcontrol.core.spec import Spec
 from memcontrol.execution.attempts import read_failures
 from memcontrol.execution.job_queue import JobQueue
 from memcontrol.execution.local import Inline

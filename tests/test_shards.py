@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from memcontrol.core.config import RedistributionConfig
+from memcontrol.config.methods import RedistributionConfig
 from memcontrol.training.shards import deal_images, exchange_images
 
 CLASSES = torch.arange(103) % 10

@@ -9,8 +9,8 @@ import time
 import fake_slurm
 import pytest
 
+from memcontrol.config.clusters import SlurmConfig
 from memcontrol.core.choice import Choice
-from memcontrol.core.config import SlurmConfig
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import write_json
 from memcontrol.core.jobs import Done, EncodeJob, Lost, PrepareJob, TrialJob

@@ -18,11 +18,13 @@ from test_export import MEASURED, REWARDS
 
 from memcontrol.commands.export import COMFYUI_FILE, LORA_FILE, describe_loading, export
 from memcontrol.commands.init import init
-from memcontrol.core.config import BaseConfig, find_differing_keys, load_config, parse_base
+from memcontrol.config.base import BaseConfig, parse_base
+from memcontrol.config.differing import find_differing_keys
+from memcontrol.config.load import load_config
+from memcontrol.config.spec import Spec
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import read_json, write_json
 from memcontrol.core.run_folder import RunFolder, StudyFolder
-from memcontrol.core.spec import Spec
 from memcontrol.model.base import load_base
 from memcontrol.model.precision import Precision
 from memcontrol.model.source import TINY, find_source, make_empty_denoiser, open_pipeline

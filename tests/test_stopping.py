@@ -9,7 +9,9 @@ import yaml
 from simulated import Simulated, search
 from test_orchestrate import STEPS, STORAGE, Dead, dying
 
-from memcontrol.core.config import EarlyStopping, InnerConfig, load_config
+from memcontrol.config.inner import InnerConfig
+from memcontrol.config.load import load_config
+from memcontrol.config.search import EarlyStopping
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.run_folder import RunFolder, locate_study_folder
 from memcontrol.core.space_yaml import load_space
@@ -161,7 +163,7 @@ def test_a_restart_changes_no_decision(step, tmp_path, monkeypatch):
             assert known[: len(decided.get(path, []))] == decided.get(path, [])
             decided[path] = known
     search(study, Simulated()).close()
-    records, runs = read_state(study)
+    (records, runs), config = read_state(study), load_config(study)
     assert decided and all(
         json.loads(path.read_text())[: len(known)] == known for path, known in decided.items()
     )
@@ -169,7 +171,7 @@ def test_a_restart_changes_no_decision(step, tmp_path, monkeypatch):
     for number, run in runs.items():
         goes_on = all(judgement["goes_on"] for judgement in RunFolder(run).read_judgements())
         assert records[number].finished == goes_on and len(
-            RunFolder(run).read_rungs(load_config(study))
+            RunFolder(run).read_rungs(config.search.rungs, config.rewards.names)
         ) == len(RunFolder(run).read_judgements())
 
 

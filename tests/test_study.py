@@ -8,8 +8,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from memcontrol.config.load import load_config
 from memcontrol.core.choice import Choice
-from memcontrol.core.config import load_config
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.space_yaml import load_space, parse_space
 from memcontrol.model.adapter import format_header

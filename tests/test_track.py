@@ -13,7 +13,8 @@ from simulated import Simulated
 from test_orchestrate import study_in
 
 import memcontrol
-from memcontrol.core.config import find_differing_keys, load_config
+from memcontrol.config.differing import find_differing_keys
+from memcontrol.config.load import load_config
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import write_json
 from memcontrol.core.run_folder import RunFolder

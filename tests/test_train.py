@@ -11,8 +11,9 @@ import torch
 from conftest import CHOICE as KEYS
 from conftest import N_IMAGES
 
+from memcontrol.config.inner import InnerConfig
+from memcontrol.config.methods import AugmentationConfig, SkipConfig
 from memcontrol.core.choice import Choice
-from memcontrol.core.config import AugmentationConfig, InnerConfig, SkipConfig
 from memcontrol.core.errors import Diverged
 from memcontrol.core.seeds import derive_seed
 from memcontrol.core.space_yaml import load_space

@@ -8,7 +8,7 @@ import pytest
 from commands import run
 from PIL import Image, ImageEnhance
 
-from memcontrol.core.config import load_config
+from memcontrol.config.load import load_config
 from memcontrol.core.errors import MemControlError
 from memcontrol.data.split import load_parts
 from memcontrol.data.twins import find_twins, shrink_to_thumbnail

@@ -13,7 +13,8 @@ from scipy.optimize import minimize
 from sklearn.metrics import roc_auc_score
 
 from memcontrol.commands.init import _propose_label
-from memcontrol.core.config import DataConfig, load_config
+from memcontrol.config.data import DataConfig
+from memcontrol.config.load import load_config
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import read_json
 from memcontrol.core.run_folder import StudyFolder, locate_study_folder

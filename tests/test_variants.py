@@ -11,8 +11,8 @@ from commands import run
 from conftest import SMALL
 from safetensors.torch import load_file
 
+from memcontrol.config.spec import read_spec
 from memcontrol.core.run_folder import RunFolder
-from memcontrol.core.spec import read_spec
 from memcontrol.study.place import StudyPlace
 from memcontrol.trial.loaded import LoadedModels, tell_nobody
 from memcontrol.trial.run import run_trial

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from commands import run
 
-from memcontrol.core.config import load_config
+from memcontrol.config.load import load_config
 from memcontrol.core.run_folder import RunFolder, StudyFolder, locate_study_folder
 from memcontrol.core.space_yaml import load_space
 from memcontrol.execution.attempts import begin_attempt, note_failure

@@ -27,14 +27,15 @@ from benchmarks.evidence.field_tables import write_tables
 from benchmarks.evidence.inner_loop import AGC, IET, MSR, TAA, print_end, train_specs
 from benchmarks.evidence.settings import search_arms
 from memcontrol.commands.pick import pick
+from memcontrol.config.load import load_config
+from memcontrol.config.settings import configure_choice
+from memcontrol.config.spec import Spec
+from memcontrol.config.study import Config
 from memcontrol.core.choice import EVERYTHING, Choice
-from memcontrol.core.config import Config, load_config
 from memcontrol.core.files import read_json, write_json
 from memcontrol.core.run_folder import RunFolder, StudyFolder
-from memcontrol.core.settings import configure_choice
 from memcontrol.core.space import SearchSpace
 from memcontrol.core.space_yaml import load_space
-from memcontrol.core.spec import Spec
 from memcontrol.execution.job_queue import JobQueue
 from memcontrol.execution.local import Local
 from memcontrol.search.orchestrator import run_preparation

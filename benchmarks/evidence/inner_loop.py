@@ -15,13 +15,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from benchmarks._digits_study import DIGITS_STUDY
+from memcontrol.config.load import load_config
+from memcontrol.config.spec import Spec
+from memcontrol.config.study import Config
 from memcontrol.core.choice import EVERYTHING, Choice
-from memcontrol.core.config import Config, load_config
 from memcontrol.core.files import read_json, write_json
 from memcontrol.core.jobs import END_EVENTS, Event, GivenUp, TrialJob
 from memcontrol.core.run_folder import RunFolder, StudyFolder
 from memcontrol.core.space_yaml import load_space
-from memcontrol.core.spec import Spec
 from memcontrol.execution.job_queue import JobQueue
 from memcontrol.execution.local import Local
 from memcontrol.search.orchestrator import run_preparation
@@ -118,7 +119,7 @@ def train_specs(specs: Mapping[RunFolder, Spec], jobs: JobQueue) -> None:
 
 
 def row(arm: str, seed: int, folder: Path) -> dict:
-    from memcontrol.core.spec import read_spec
+    from memcontrol.config.spec import read_spec
     from memcontrol.data.features import pixel_features
     from memcontrol.scoring.published import mq
     from memcontrol.trial.loaded import LoadedModels

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from benchmarks.evidence.inner_loop import print_end, train_arms
 from memcontrol.commands.demo import DEMO_STUDY
-from memcontrol.core.config import Config, load_config
+from memcontrol.config.load import load_config
+from memcontrol.config.study import Config
 from memcontrol.core.files import read_json, write_json
 from memcontrol.core.run_folder import RunFolder
 from memcontrol.execution.job_queue import JobQueue

@@ -14,11 +14,11 @@ import numpy as np
 from torch import Tensor
 
 from memcontrol.auditing.judge import ShowProgress
-from memcontrol.core.config import parse_base
+from memcontrol.config.base import parse_base
+from memcontrol.config.spec import Spec
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.estimate import Measured
 from memcontrol.core.seeds import derive_seed
-from memcontrol.core.spec import Spec
 from memcontrol.data.images import Images
 from memcontrol.data.pictures import Pictures, wrap_samples
 from memcontrol.model.base import Base, load_base

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from memcontrol.auditing.attack import SAMPLING
-from memcontrol.core.config import DataConfig, Fit, Pages
+from memcontrol.config.data import DataConfig, Fit, Pages
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.run_folder import RunFolder
 from memcontrol.data.pictures import FITS

@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from memcontrol.checks.finding import FAIL, OK, WARN, Finding
-from memcontrol.core.config import Config
+from memcontrol.config.study import Config
 from memcontrol.core.errors import MemControlError
 from memcontrol.scoring.extractor_table import (
     EXTRACTORS,
@@ -151,7 +151,7 @@ def check_hub() -> Finding:
 
 def check_data(config: Config) -> Finding:
     """Whether the images are where the study file says; they are not read."""
-    from memcontrol.core.config import DIGITS
+    from memcontrol.core.image_parts import DIGITS
     from memcontrol.core.published import HUB
 
     path = config.data.path

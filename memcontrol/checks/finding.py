@@ -71,7 +71,7 @@ def fail_with(name: str, error: MemControlError) -> Finding:
     return Finding(name, FAIL, text, cure)
 
 
-_NEXT_FAULT = re.compile(r"; (?=(?:unknown )?key ')")  # as memcontrol.core.config_errors begins its sentences
+_NEXT_FAULT = re.compile(r"; (?=(?:unknown )?key ')")  # as memcontrol.config.problems begins its sentences
 
 
 def list_faults(found: Finding) -> list[Finding]:

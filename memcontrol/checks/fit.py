@@ -15,10 +15,10 @@ from memcontrol.checks.card import describe_card, explain_too_small, propose_mem
 from memcontrol.checks.downloads import find_base_folder
 from memcontrol.checks.finding import FAIL, OK, WARN, Finding
 from memcontrol.checks.machine import LIBRARIES_GIB, count_free_gib
+from memcontrol.config.settings import load_study_space
+from memcontrol.config.study import Config
 from memcontrol.core.choice import EVERYTHING, Choice
-from memcontrol.core.config import Config
 from memcontrol.core.files import read_json
-from memcontrol.core.settings import load_study_space
 from memcontrol.execution.local import list_gpus
 from memcontrol.execution.make import count_workers
 from memcontrol.model.cost import Cost, StepSettings, measure_cost

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from memcontrol.checks.finding import FAIL, OK, WARN, Finding
 
 if TYPE_CHECKING:
-    from memcontrol.core.config import Config
+    from memcontrol.config.study import Config
 
 LIBRARIES_GIB = 1.0  # what a worker holds before it has a model: torch, diffusers, and CUDA's own on a card
 _FREE_SHARE = 0.5  # of a card's memory: below it others are at work there

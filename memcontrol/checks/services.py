@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from memcontrol.checks.finding import FAIL, OK, WARN, Finding
-from memcontrol.core.config import Config
+from memcontrol.config.study import Config
 from memcontrol.study.database import (
     explain_open_error,
     hide_password,

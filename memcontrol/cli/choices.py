@@ -83,7 +83,7 @@ def _read_space(name: str, base: str) -> str:
 
     shipped = list_shipped_spaces()
     if name == "auto":
-        from memcontrol.core.config import parse_base
+        from memcontrol.config.base import parse_base
         from memcontrol.model.derive_space import derive_space
         from memcontrol.model.source import make_empty_denoiser
 
@@ -96,7 +96,7 @@ def _read_space(name: str, base: str) -> str:
 
 
 def _check_fit(args: argparse.Namespace) -> None:
-    from memcontrol.core.config import parse_base
+    from memcontrol.config.base import parse_base
     from memcontrol.core.space_yaml import load_space
     from memcontrol.model.cost import survey_space
     from memcontrol.model.source import make_empty_denoiser

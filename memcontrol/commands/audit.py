@@ -24,11 +24,12 @@ from memcontrol.auditing.attack import (
 )
 from memcontrol.auditing.audited import AuditSource
 from memcontrol.auditing.judge import AUTO, ShowProgress, choose_network, judge_images
-from memcontrol.core.config import CALIBRATION, Fit
+from memcontrol.config.data import Fit
+from memcontrol.config.spec import read_spec
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.estimate import Measured, Rewards
+from memcontrol.core.image_parts import CALIBRATION
 from memcontrol.core.run_folder import RunFolder, StudyFolder
-from memcontrol.core.spec import read_spec
 from memcontrol.data.images import Images
 from memcontrol.data.pictures import (
     FolderImages,

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from memcontrol.config.spec import read_spec
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.estimate import Estimate, paired_difference
 from memcontrol.core.run_folder import RunFolder
 from memcontrol.core.seeds import derive_seed
-from memcontrol.core.spec import read_spec
 from memcontrol.study.store import refuse_incomparable
 from memcontrol.trial.loaded import LoadedModels
 from memcontrol.trial.maps import read_maps

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from memcontrol.core.config import NAME
+from memcontrol.config.study import NAME
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import make_private_folder
 

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from memcontrol.core.config import EMBEDDED
+from memcontrol.config.base import EMBEDDED
+from memcontrol.config.spec import Spec, read_spec
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import make_public, name_full_disk, replace_file
 from memcontrol.core.published import publish_name
 from memcontrol.core.run_folder import RunFolder
-from memcontrol.core.spec import Spec, read_spec
 from memcontrol.model.adapter import Adapter, format_header
 from memcontrol.model.base import redraw_weights
 from memcontrol.model.families import name_denoiser

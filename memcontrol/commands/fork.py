@@ -11,14 +11,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from memcontrol.config.differing import find_differing_keys
+from memcontrol.config.settings import configure_choice
+from memcontrol.config.spec import OF_STUDY, read_spec
 from memcontrol.core.choice import EVERYTHING, Choice, thaw
-from memcontrol.core.config import find_differing_keys
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import write_json, write_text
 from memcontrol.core.run_folder import RunFolder, StudyFolder
-from memcontrol.core.settings import configure_choice
 from memcontrol.core.space import SearchSpace
-from memcontrol.core.spec import OF_STUDY, read_spec
 from memcontrol.scoring.own_rewards import find_directions
 from memcontrol.search.locks import hold_folder_lock
 from memcontrol.study.database import hold_study_lock

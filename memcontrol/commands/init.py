@@ -14,21 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from memcontrol.checks.card import Card, describe_card, explain_too_small, propose_memory
+from memcontrol.config.base import BaseConfig, parse_base, read_base
+from memcontrol.config.data import BY_CAPTION, DataConfig
+from memcontrol.config.load import load_config
+from memcontrol.config.problems import NAME_RULE
+from memcontrol.config.study import NAME
 from memcontrol.core.choice import ANCHORS
-from memcontrol.core.config import (
-    BY_CAPTION,
-    CALIBRATION,
-    NAME,
-    PARTS,
-    BaseConfig,
-    DataConfig,
-    load_config,
-    parse_base,
-    read_base,
-)
-from memcontrol.core.config_errors import NAME_RULE
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import write_text
+from memcontrol.core.image_parts import CALIBRATION, PARTS
 from memcontrol.core.published import HUB
 from memcontrol.core.run_folder import StudyFolder, locate_study_folder, refuse_results_among
 from memcontrol.data.dataset import is_dataset, list_splits, locate_images, plan_splits

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from memcontrol.config.settings import configure_choice
+from memcontrol.config.spec import Spec
+from memcontrol.config.study import Config, describe_config
 from memcontrol.core.choice import Choice
-from memcontrol.core.config import Config, describe_config
 from memcontrol.core.console import LOG, log_to_file
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.jobs import GivenUp, TrialJob
 from memcontrol.core.run_folder import RunFolder, StudyFolder, refuse_results_among
-from memcontrol.core.settings import configure_choice
 from memcontrol.core.space import SearchSpace
-from memcontrol.core.spec import Spec
 from memcontrol.execution.executor import Executor
 from memcontrol.execution.job_queue import N_TRIES, JobQueue, Show
 from memcontrol.execution.make import open_executor

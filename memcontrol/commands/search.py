@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from memcontrol.commands.operate import hand_over_workers
-from memcontrol.core.config import describe_config
+from memcontrol.config.study import describe_config
 from memcontrol.core.console import log_to_file, make_console, warn
 from memcontrol.core.errors import SearchEnded
 from memcontrol.core.jobs import Warned

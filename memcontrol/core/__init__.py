@@ -1,2 +1,2 @@
-"""Owns the common vocabulary: errors, config, choices and spaces, estimates, the files of a run; needs
+"""Owns the common vocabulary: errors, choices and spaces, rewards, estimates, the files of a run; needs
 neither torch nor a database."""

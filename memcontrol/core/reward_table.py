@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from memcontrol.core.config import NO_BOUND
+from memcontrol.core.bound import NO_BOUND
 from memcontrol.core.estimate import Rewards, strip_end
 
 CLIP = math.log(4)

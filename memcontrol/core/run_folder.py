@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from memcontrol.core.choice import Choice
-from memcontrol.core.config import CALIBRATION, DIGITS, PARTS, Config
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import read_json, write_json
+from memcontrol.core.image_parts import CALIBRATION, DIGITS, PARTS
 
 PAIRS_LAYOUT = "memcontrol pairs"  # under which a picture of pairs says where each lies, as JSON
 _MOST_ROWS = 10_000  # of split.json, beyond which it is a table by columns
@@ -167,11 +167,10 @@ class RunFolder:
         """What was decided at the trial's rungs: rung, goes_on, beaten_by, n_peers."""
         return read_json(self.judged_file) if self.judged_file.is_file() else []
 
-    def read_rungs(self, config: Config) -> list[dict]:
-        """What the trial was measured at, rung by rung: its share of the budget, and the objectives there
-        with what is told of their errors."""
-        rule, names = config.search.early_stopping, config.rewards.names
-        paths = [self.rung_file(rung) for rung in rule.rungs] if rule else []
+    def read_rungs(self, rungs: Sequence[float], names: tuple[str, ...]) -> list[dict]:
+        """What the trial was measured at, of these rungs: its share of the budget, and the rewards of these
+        names there with what is told of their errors."""
+        paths = [self.rung_file(rung) for rung in rungs]
         measured = [read_json(path) for path in paths if path.is_file()]
         return [{**one, "rewards": _select_rewards(one["rewards"], names)} for one in measured]
 

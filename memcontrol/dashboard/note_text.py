@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from memcontrol.core.config import Config
+from memcontrol.config.study import Config
 from memcontrol.core.published import hide_paths, list_own_places, publish_name
 from memcontrol.core.reward_table import REWARDS, format_reward
 from memcontrol.core.space import SearchSpace

@@ -18,8 +18,8 @@ from typing import Any, TextIO
 
 from PIL import Image
 
+from memcontrol.config.data import DataConfig
 from memcontrol.core import interrupt
-from memcontrol.core.config import DIGITS, PARTS, DataConfig
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import (
     make_private_folder,
@@ -28,6 +28,7 @@ from memcontrol.core.files import (
     read_json,
     write_json,
 )
+from memcontrol.core.image_parts import DIGITS, PARTS
 from memcontrol.core.published import HUB
 from memcontrol.data.cache import find_cache_folder, hold_lock
 from memcontrol.data.index import ShowDone

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from memcontrol.core.config import DIGITS, Fit
+from memcontrol.config.data import Fit
+from memcontrol.core.image_parts import DIGITS
 from memcontrol.reading.decode import decode_image, locate_page
 from memcontrol.reading.greys import Greys
 from memcontrol.reading.threads import map_in_threads

@@ -21,8 +21,8 @@ import numpy as np
 import PIL
 from PIL import Image
 
+from memcontrol.config.data import Pages
 from memcontrol.core import interrupt
-from memcontrol.core.config import Pages
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import name_full_disk, open_private
 from memcontrol.data.cache import hold_lock

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from memcontrol.core.config import BY_CAPTION, DataConfig
+from memcontrol.config.data import BY_CAPTION, DataConfig
 from memcontrol.core.errors import MemControlError
 from memcontrol.data.dataset import Unpacked, read_unpacked
 from memcontrol.data.images import ImageRecord

@@ -11,7 +11,7 @@ from statistics import median
 import numpy as np
 from PIL import Image
 
-from memcontrol.core.config import DataConfig, Fit
+from memcontrol.config.data import DataConfig, Fit
 from memcontrol.core.errors import MemControlError
 from memcontrol.data.images import Images, count_at_once, fit_square
 from memcontrol.data.index import ShowDone

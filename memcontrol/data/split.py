@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from memcontrol.core.config import BY_CAPTION, CALIBRATION, DIGITS, PARTS, DataConfig
+from memcontrol.config.data import BY_CAPTION, DataConfig
 from memcontrol.core.errors import MemControlError
+from memcontrol.core.image_parts import CALIBRATION, DIGITS, PARTS
 from memcontrol.core.seeds import derive_seed
 from memcontrol.data.dataset import locate_images
 from memcontrol.data.images import ImageRecord, Images, list_digit_records

@@ -6,7 +6,8 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from memcontrol.core.config import Config, SearchConfig
+from memcontrol.config.search import SearchConfig
+from memcontrol.config.study import Config
 from memcontrol.core.run_folder import StudyFolder
 from memcontrol.execution.executor import Executor
 from memcontrol.execution.local import Inline, Local, list_gpus

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from memcontrol.config.clusters import RayConfig
 from memcontrol.core import interrupt
-from memcontrol.core.config import RayConfig
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.jobs import END_EVENTS, Event, Job, Lost, Progress, parse_event
 from memcontrol.execution.executor import Executor, describe_overrun, pick_time_limit, read_new_progress

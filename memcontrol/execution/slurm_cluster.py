@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from memcontrol.core.config import SlurmConfig
+from memcontrol.config.clusters import SlurmConfig
 from memcontrol.core.console import LOG
 from memcontrol.core.files import make_private_folder
 from memcontrol.core.jobs import ConfirmJob, EncodeJob, Event, Job, Lost, Progress, TrialJob

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from memcontrol.config.clusters import SlurmConfig
 from memcontrol.core import interrupt
-from memcontrol.core.config import SlurmConfig
 from memcontrol.core.console import LOG
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import write_text

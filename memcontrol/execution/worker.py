@@ -145,7 +145,7 @@ def _confirm_folder(job: ConfirmJob, loaded, say: SendEvent) -> Done:
 def attempt_trial(job: TrialJob, loaded, say: SendEvent) -> Done:
     """One attempt at a trial, or at its way to a rung, in a folder that it takes over. One that diverges is
     pruned: its choice, not its process, is at fault."""
-    from memcontrol.core.spec import read_spec
+    from memcontrol.config.spec import read_spec
     from memcontrol.trial.run import run_trial
 
     attempt, run = begin_attempt(job.folder), RunFolder(job.folder)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memcontrol.core.config import BaseConfig
+from memcontrol.config.base import BaseConfig
 from memcontrol.data.images import Images
 from memcontrol.model.batches import (
     MOST_AT_A_TIME,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memcontrol.core.config import BaseConfig
+from memcontrol.config.base import BaseConfig
 from memcontrol.core.errors import MemControlError
 
 Text = dict[str, Tensor]  # a caption's encodings by the name of the pipeline's argument, each [N, ...]

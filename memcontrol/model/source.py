@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from memcontrol.core.config import CHECKPOINT, BaseConfig, read_base
+from memcontrol.config.base import CHECKPOINT, BaseConfig, read_base
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import PACKAGE, read_json
 from memcontrol.data.cache import digest_file, find_cache_folder, make_folder

@@ -9,8 +9,8 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
-from memcontrol.core.config import CALIBRATION, PARTS
 from memcontrol.core.errors import MemControlError
+from memcontrol.core.image_parts import CALIBRATION, PARTS
 from memcontrol.reading.tables import Tables, clean_text
 
 _NAMES = {

@@ -7,11 +7,12 @@ from typing import Any, cast
 
 from torch import nn
 
+from memcontrol.config.inner import InnerConfig
+from memcontrol.config.settings import configure_choice
+from memcontrol.config.study import Config
 from memcontrol.core.choice import EVERYTHING, Choice
-from memcontrol.core.config import Config, InnerConfig
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.run_folder import StudyFolder
-from memcontrol.core.settings import configure_choice
 from memcontrol.core.space import SearchSpace
 from memcontrol.model.adapter import find_targets
 from memcontrol.model.source import find_base_path, make_empty_denoiser

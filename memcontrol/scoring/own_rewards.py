@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-from memcontrol.core.config import RewardsConfig
+from memcontrol.config.rewards import RewardsConfig
 from memcontrol.core.errors import MemControlError, RewardFailed
 from memcontrol.core.estimate import Estimate, strip_end
 from memcontrol.core.reward_table import DIRECTIONS, MAXIMIZE, MINIMIZE, OBJECTIVES, find_direction

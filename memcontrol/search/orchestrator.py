@@ -11,15 +11,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from memcontrol.config.settings import is_allowed, load_study_space
+from memcontrol.config.spec import read_spec
+from memcontrol.config.study import Config
 from memcontrol.core.choice import Choice
-from memcontrol.core.config import Config
 from memcontrol.core.console import LOG
 from memcontrol.core.errors import FolderFull, MemControlError, SearchEnded, SpaceExhausted, TrialsKeepFailing
 from memcontrol.core.files import name_full_disk, remove_parts, write_json
 from memcontrol.core.jobs import EncodeJob, Event, GivenUp, Prepared, PrepareJob, TrialJob, Warned
 from memcontrol.core.run_folder import StudyFolder, refuse_results_among
-from memcontrol.core.settings import is_allowed, load_study_space
-from memcontrol.core.spec import read_spec
 from memcontrol.execution.attempts import read_failures
 from memcontrol.execution.executor import Executor
 from memcontrol.execution.job_queue import JobQueue

@@ -12,12 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from memcontrol.config.rewards import RewardsConfig
+from memcontrol.config.settings import load_study_space
+from memcontrol.config.study import Config
 from memcontrol.core.choice import BUDGET_KEY, Choice
-from memcontrol.core.config import Config, RewardsConfig
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.jobs import Calibrated, CalibrateJob, Calibration, GivenUp, TrialCost
 from memcontrol.core.run_folder import StudyFolder
-from memcontrol.core.settings import load_study_space
 from memcontrol.core.space import SearchSpace
 from memcontrol.execution.job_queue import JobQueue
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from memcontrol.config.settings import configure_choice
+from memcontrol.config.spec import Spec
+from memcontrol.config.study import Config
 from memcontrol.core.choice import Choice
-from memcontrol.core.config import Config
 from memcontrol.core.jobs import TrialJob
 from memcontrol.core.run_folder import RunFolder, StudyFolder
-from memcontrol.core.settings import configure_choice
 from memcontrol.core.space import SearchSpace
-from memcontrol.core.spec import Spec
 
 
 @dataclass(frozen=True)

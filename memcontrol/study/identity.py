@@ -9,12 +9,14 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from memcontrol.core.config import DIGITS, Config, flatten_keys
+from memcontrol.config.differing import flatten_keys
+from memcontrol.config.settings import complete_space, load_study_space
+from memcontrol.config.study import Config
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import read_json
+from memcontrol.core.image_parts import DIGITS
 from memcontrol.core.published import HUB
 from memcontrol.core.run_folder import StudyFolder
-from memcontrol.core.settings import complete_space, load_study_space
 from memcontrol.core.space import SearchSpace
 from memcontrol.core.space_yaml import dump_space, name_space, parse_space
 

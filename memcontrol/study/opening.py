@@ -13,7 +13,10 @@ from typing import Any
 import optuna
 from optuna.study import StudyDirection
 
-from memcontrol.core.config import Config, adopt_places, find_differing_keys, load_config
+from memcontrol.config.differing import find_differing_keys
+from memcontrol.config.load import load_config
+from memcontrol.config.places import adopt_places
+from memcontrol.config.study import Config
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.reward_table import MINIMIZE
 from memcontrol.core.run_folder import StudyFolder

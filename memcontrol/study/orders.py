@@ -6,9 +6,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from memcontrol.config.settings import configure_choice
 from memcontrol.core.choice import Choice
 from memcontrol.core.errors import MemControlError
-from memcontrol.core.settings import configure_choice
 from memcontrol.execution.attempts import format_now
 from memcontrol.study.database import name_process
 from memcontrol.study.foreign import settle_choice

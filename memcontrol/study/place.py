@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from memcontrol.core.config import Config, load_config
+from memcontrol.config.load import load_config
+from memcontrol.config.settings import load_study_space
+from memcontrol.config.study import Config
 from memcontrol.core.run_folder import StudyFolder, locate_study_folder
-from memcontrol.core.settings import load_study_space
 from memcontrol.core.space import SearchSpace
 from memcontrol.study.opening import is_searched, open_study, resolve_storage_url
 from memcontrol.study.store import Study

@@ -16,8 +16,9 @@ from typing import Any, TypeVar
 import optuna
 from optuna.trial import TrialState, create_trial
 
+from memcontrol.config.differing import flatten_keys
+from memcontrol.config.study import Config
 from memcontrol.core.choice import Choice
-from memcontrol.core.config import Config, flatten_keys
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.reward_table import MAXIMIZE, MINIMIZE, find_direction, list_losses
 from memcontrol.core.run_folder import StudyFolder

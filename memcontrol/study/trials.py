@@ -16,8 +16,8 @@ from optuna.distributions import (
 )
 from optuna.trial import TrialState
 
+from memcontrol.config.differing import flatten_keys
 from memcontrol.core.choice import ANCHORS, EVERYTHING, Choice
-from memcontrol.core.config import flatten_keys
 from memcontrol.core.space import Coordinate, SearchSpace
 from memcontrol.study.foreign import ForeignTrial
 from memcontrol.study.optuna_private import ENQUEUED, get_trial_id

@@ -7,8 +7,8 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+from memcontrol.config.inner import InnerConfig
 from memcontrol.core import interrupt
-from memcontrol.core.config import InnerConfig
 from memcontrol.data.cache import save_tensors
 from memcontrol.model.adapter import Adapter
 from memcontrol.training.loop import Loop

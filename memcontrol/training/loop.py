@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memcontrol.core.config import InnerConfig
+from memcontrol.config.inner import InnerConfig
 from memcontrol.core.errors import Diverged
 from memcontrol.core.seeds import derive_seed
 from memcontrol.model.adapter import Adapter

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memcontrol.core.config import SkipConfig
+from memcontrol.config.methods import SkipConfig
 
 _N_TIMESTEPS = 1000
 

@@ -10,7 +10,8 @@ import torch
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
-from memcontrol.core.config import InnerConfig, RewardsConfig
+from memcontrol.config.inner import InnerConfig
+from memcontrol.config.rewards import RewardsConfig
 from memcontrol.core.seeds import derive_seed
 from memcontrol.model.base import Base
 from memcontrol.model.families import Text

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from memcontrol.core.config import CaptionsConfig
+from memcontrol.config.methods import CaptionsConfig
 from memcontrol.core.seeds import derive_seed
 from memcontrol.model.families import Text
 

@@ -20,7 +20,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from memcontrol.core.config import InnerConfig, PrivacyConfig
+from memcontrol.config.inner import InnerConfig
+from memcontrol.config.methods import PrivacyConfig
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import read_json, write_json
 

@@ -10,7 +10,8 @@ from functools import partial
 import numpy as np
 import torch
 
-from memcontrol.core.config import InnerConfig, RewardsConfig
+from memcontrol.config.inner import InnerConfig
+from memcontrol.config.rewards import RewardsConfig
 from memcontrol.core.estimate import Estimate, Measured
 from memcontrol.core.seeds import derive_seed
 from memcontrol.model.base import Base, Noised

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from memcontrol.core.config import SkipConfig
+from memcontrol.config.methods import SkipConfig
 from memcontrol.data.cache import save_tensors
 from memcontrol.model.adapter import Adapter
 from memcontrol.model.parts import State

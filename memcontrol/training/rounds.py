@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memcontrol.core.config import InnerConfig, RedistributionConfig
+from memcontrol.config.inner import InnerConfig
+from memcontrol.config.methods import RedistributionConfig
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import read_json, write_json
 from memcontrol.core.seeds import derive_seed

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from memcontrol.core.config import RedistributionConfig
+from memcontrol.config.methods import RedistributionConfig
 from memcontrol.core.seeds import derive_seed
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from memcontrol.core.config import InnerConfig
+from memcontrol.config.inner import InnerConfig
 from memcontrol.core.seeds import derive_seed
 from memcontrol.model.adapter import Adapter
 from memcontrol.model.base import Base, Noised

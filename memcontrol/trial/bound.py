@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from memcontrol.core.config import NO_BOUND
+from memcontrol.config.settings import knows_bound
+from memcontrol.config.spec import Spec
+from memcontrol.core.bound import NO_BOUND
 from memcontrol.core.reward_table import EPSILON
-from memcontrol.core.settings import knows_bound
-from memcontrol.core.spec import Spec
 from memcontrol.training.privacy import Account, open_account
 from memcontrol.training.shard import Material
 

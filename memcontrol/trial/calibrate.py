@@ -11,16 +11,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from memcontrol.config.load import load_config
+from memcontrol.config.settings import load_study_space
+from memcontrol.config.spec import Spec
+from memcontrol.config.study import Config
 from memcontrol.core.choice import EVERYTHING, Choice
-from memcontrol.core.config import DIGITS, Config, load_config
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import make_private_folder
+from memcontrol.core.image_parts import DIGITS
 from memcontrol.core.jobs import Calibration, TrialCost
 from memcontrol.core.run_folder import RunFolder, StudyFolder
 from memcontrol.core.seeds import derive_seed
-from memcontrol.core.settings import load_study_space
 from memcontrol.core.space import SearchSpace
-from memcontrol.core.spec import Spec
 from memcontrol.model.batches import MOST_AT_A_TIME, is_out_of_memory
 from memcontrol.trial.loaded import LoadedModels
 from memcontrol.trial.memory import measure_peak_mib

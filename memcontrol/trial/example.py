@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from memcontrol.config.spec import Spec
 from memcontrol.core.run_folder import RunFolder, StudyFolder
 from memcontrol.core.seeds import derive_seed
-from memcontrol.core.spec import Spec
 from memcontrol.model.base import find_device
 from memcontrol.scoring.evidence import COPY_RATES, WHOLE
 from memcontrol.training.mitigations import add_random_words, list_vocabulary

@@ -9,11 +9,11 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from memcontrol.config.spec import Spec
 from memcontrol.core.choice import CHECKPOINT_KEY
 from memcontrol.core.errors import Diverged
 from memcontrol.core.files import read_json
 from memcontrol.core.run_folder import RunFolder, StudyFolder
-from memcontrol.core.spec import Spec
 from memcontrol.model.adapter import Adapter
 from memcontrol.model.base import Base
 from memcontrol.training.rounds import ProcessGroup, TrainLog, train_rounds

@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from memcontrol.config.spec import Spec
+from memcontrol.config.study import Config
 from memcontrol.core.choice import EVERYTHING
-from memcontrol.core.config import Config
 from memcontrol.core.errors import Diverged, MemControlError
 from memcontrol.core.jobs import HelpJob
 from memcontrol.core.run_folder import StudyFolder
 from memcontrol.core.seeds import derive_seed
-from memcontrol.core.spec import Spec
 from memcontrol.data.cache import load_or_make
 from memcontrol.data.features import pixel_features
 from memcontrol.data.images import Images, count_at_once

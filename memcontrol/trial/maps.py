@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from memcontrol.config.spec import Spec
 from memcontrol.core.files import replace_file
 from memcontrol.core.run_folder import RunFolder
-from memcontrol.core.spec import Spec
 from memcontrol.data.images import Images
 from memcontrol.model.families import Text
 from memcontrol.scoring.evidence import Evidence

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from memcontrol.config.spec import Spec
 from memcontrol.core.estimate import Measured
 from memcontrol.core.run_folder import StudyFolder
 from memcontrol.core.seeds import derive_seed
-from memcontrol.core.spec import Spec
 from memcontrol.data.cache import load_or_make, save_tensors
 from memcontrol.data.images import Images
 from memcontrol.model.base import Base

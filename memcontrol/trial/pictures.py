@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
+from memcontrol.config.spec import Spec
 from memcontrol.core.files import replace_file
 from memcontrol.core.run_folder import PAIRS_LAYOUT, RunFolder
-from memcontrol.core.spec import Spec
 from memcontrol.scoring.evidence import DESCRIPTORS, Evidence
 from memcontrol.trial.loaded import LoadedModels
 

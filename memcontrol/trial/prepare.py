@@ -12,14 +12,16 @@ from pathlib import Path
 
 import torch
 
+from memcontrol.config.load import load_config
+from memcontrol.config.settings import PRIVACY_KEY, apply_settings, load_study_space
+from memcontrol.config.spec import Spec
+from memcontrol.config.study import Config
 from memcontrol.core.choice import Choice, thaw
-from memcontrol.core.config import CALIBRATION, DIGITS, PARTS, Config, load_config
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import read_json, write_json
+from memcontrol.core.image_parts import CALIBRATION, DIGITS, PARTS
 from memcontrol.core.run_folder import StudyFolder
-from memcontrol.core.settings import PRIVACY_KEY, apply_settings, load_study_space
 from memcontrol.core.space import SearchSpace
-from memcontrol.core.spec import Spec
 from memcontrol.data.images import Images
 from memcontrol.data.split import Split, dump_parts, load_parts
 from memcontrol.data.twins import describe_plain

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
+from memcontrol.config.spec import Spec, read_spec
 from memcontrol.core.errors import Diverged
 from memcontrol.core.estimate import Measured, Rewards
 from memcontrol.core.files import write_json
 from memcontrol.core.jobs import HelpJob
 from memcontrol.core.reward_table import COSTS, OF_DENOISER, OF_MODEL
 from memcontrol.core.run_folder import RunFolder
-from memcontrol.core.spec import Spec, read_spec
 from memcontrol.data.split import format_ranges
 from memcontrol.model.adapter import Adapter
 from memcontrol.model.base import count_bytes
@@ -184,7 +184,7 @@ def _make_result(
         "images_seen": log.images_seen,
         "first_loss": _keep_finite(log.first_loss),
         "last_loss": _keep_finite(log.last_loss),
-        "rungs": run.read_rungs(spec.config),
+        "rungs": run.read_rungs(spec.config.search.rungs, spec.config.rewards.names),
         "reference": spec.reference,
         "measured_with": describe_measurement(spec, loaded),
         "micro_batch_size": log.n_forward if log.n_forward < spec.config.inner.batch_size else None,

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from memcontrol.core.config import CALIBRATION
+from memcontrol.config.spec import Spec
 from memcontrol.core.errors import Diverged
 from memcontrol.core.estimate import Estimate, Measured
 from memcontrol.core.files import replace_file
+from memcontrol.core.image_parts import CALIBRATION
 from memcontrol.core.run_folder import RunFolder, StudyFolder
 from memcontrol.core.seeds import derive_seed
-from memcontrol.core.spec import Spec
 from memcontrol.data.cache import TensorRows, iterate_rows, map_bytes, map_tensors, write_tensors
 from memcontrol.data.images import Images, count_at_once
 from memcontrol.model.base import Base

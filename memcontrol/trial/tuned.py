@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
+from memcontrol.config.spec import Spec
 from memcontrol.core.run_folder import RunFolder, StudyFolder
-from memcontrol.core.spec import Spec
 from memcontrol.model.adapter import Adapter, inject_adapter
 from memcontrol.trial.loaded import LoadedModels
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from memcontrol.core.config import read_base
+from memcontrol.config.base import read_base
 from memcontrol.core.published import publish_name
 from memcontrol.core.run_folder import PAIRS_LAYOUT, RunFolder
 from memcontrol.view.html import (

@@ -12,13 +12,13 @@ from typing import Any
 
 import yaml
 
-from memcontrol.core.config import CHECKPOINT, BaseConfig
+from memcontrol.config.base import CHECKPOINT, BaseConfig
+from memcontrol.config.spec import Spec
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import write_text
 from memcontrol.core.published import publish_name
 from memcontrol.core.reward_table import BLIND_SPOTS, REWARDS, UTILITIES, format_reward
 from memcontrol.core.run_folder import StudyFolder
-from memcontrol.core.spec import Spec
 from memcontrol.core.version import __version__
 from memcontrol.view.words import (
     describe_choice,

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from memcontrol.core.config import NO_BOUND
+from memcontrol.core.bound import NO_BOUND
 from memcontrol.core.estimate import Rewards
 from memcontrol.view.lay_words import Subject, choose_measure, say_count
 from memcontrol.view.words import has_unlike_sets

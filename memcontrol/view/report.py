@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from memcontrol.core.config import read_base
+from memcontrol.config.base import read_base
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import write_text
 from memcontrol.core.published import hide_paths, publish_config, publish_name

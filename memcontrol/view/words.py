@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from memcontrol.core.choice import EVERYTHING, Choice, Frozen, say_setting, thaw
-from memcontrol.core.config import DIGITS
 from memcontrol.core.estimate import Rewards
+from memcontrol.core.image_parts import DIGITS
 from memcontrol.core.reward_table import CLIP, FALSE_POSITIVES, REWARDS
 
 # p-values below it are said to be something; with clear copies that is one clean model in a hundred

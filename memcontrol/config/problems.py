@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
-NAME_RULE = "use letters, digits, '.', '_' and '-', a letter or digit first, 100 at most"  # of config.NAME
+NAME_RULE = "use letters, digits, '.', '_' and '-', a letter or digit first, 100 at most"  # of study.NAME
 _EXAMPLES = {
     "base": "{id: owner/name, revision: main}",
     "data": "{path: images}",

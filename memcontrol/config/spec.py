@@ -8,17 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from memcontrol.config.base import BaseConfig
+from memcontrol.config.differing import find_differing_keys
+from memcontrol.config.load import load_config
+from memcontrol.config.places import locate_config
+from memcontrol.config.study import Config
 from memcontrol.core.choice import Choice
-from memcontrol.core.config import (
-    DIGITS,
-    BaseConfig,
-    Config,
-    find_differing_keys,
-    load_config,
-    locate_config,
-)
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.files import read_json, write_json
+from memcontrol.core.image_parts import DIGITS
 from memcontrol.core.published import HUB, publish_config
 from memcontrol.core.run_folder import RunFolder, StudyFolder
 from memcontrol.core.seeds import derive_seed

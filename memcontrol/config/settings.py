@@ -11,9 +11,12 @@ from typing import Any, NoReturn
 
 from pydantic import ValidationError
 
+from memcontrol.config.inner import InnerConfig
+from memcontrol.config.load import set_at
+from memcontrol.config.problems import explain_problems
+from memcontrol.config.strict import Strict, get_value
+from memcontrol.config.study import Config
 from memcontrol.core.choice import CHECKPOINT_KEY, OF_TRAINING, STRENGTH_KEY, Choice, freeze, thaw
-from memcontrol.core.config import Config, InnerConfig, Strict, get_value, set_at
-from memcontrol.core.config_errors import explain_problems
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.reward_table import EPSILON
 from memcontrol.core.space import Coordinate, SearchSpace
