@@ -288,7 +288,7 @@ def test_an_audit_writes_into_a_folder_of_its_own(tmp_path):
 @pytest.mark.parametrize("name", ["=1+1", "+a", "-b", "@c", "\td", "\re", "=cmd|' /C calc'!A0"])
 def test_a_csv_cell_of_a_name_is_no_formula_and_a_number_stays_one(name):
     trial = {
-        **{"trial": 0, "anchor": name, "state": "COMPLETE", "seconds": 1.0, "front": True, "tie": False},
+        **{"trial": 0, "origin": name, "state": "COMPLETE", "seconds": 1.0, "front": True, "tie": False},
         **{"pick": False, "confirmed": False, "rewards": {"kid": -0.5, name: -1e-9}},
         "choice": {"groups": [name], "method": name, "rank": None, "learning_rate": 1e-3},
     }

@@ -2,6 +2,7 @@
 names, asked of the real parser and, where the README's test does not run it, run."""
 
 import argparse
+import contextlib
 import json
 import re
 import shlex
@@ -18,6 +19,7 @@ from test_orchestrate import study_in
 from test_readme import PAGES, ROOT, name_page
 
 from memcontrol.cli.parser import make_parser, parse_arguments
+from memcontrol.commands.trials import list_rows
 
 COMMAND = re.compile(r"(?:\$ |ExecStart=\S*/|exec )?((?:memcontrol|make) .*)")
 ASIDE = {  # blocks of these kinds show no command to type
@@ -170,3 +172,15 @@ def test_every_link_of_the_site_leads_somewhere(site):
             assert there.is_file(), f"{path.name}: {link}"
             if parts.fragment and there in site:
                 assert unquote(parts.fragment) in site[there].ids, f"{path.name}: {link}"
+
+
+def test_the_columns_of_trials_are_those_that_the_tutorial_lists(tmp_path):
+    file = study_in(tmp_path, trials=1, anchors=["none"], over={"inner.weight_decay": [0, 0.01]})
+    with contextlib.closing(search(file, Simulated())) as study:
+        names = list(list_rows(study)[0])
+    page = (ROOT / "docs" / "tutorial.md").read_text().partition("### The columns of `trials`")[2]
+    cells = re.findall(r"^\| (`.*?) \|", page.partition("##")[0], re.M)
+    listed = re.findall(r"`([\w.]+)`", " ".join(cells))
+    assert [name for name in listed if "." not in name] == [name for name in names if "." not in name]
+    begun = {name.partition(".")[0] for name in listed if "." in name}
+    assert begun == {name.partition(".")[0] for name in names if "." in name} | {"per_group", "confirmed"}

@@ -21,6 +21,7 @@ import memcontrol
 from memcontrol.checks import downloads, fit, machine, packages, services
 from memcontrol.checks.card import Card
 from memcontrol.checks.finding import FAIL, OK, WARN, Finding, run_check
+from memcontrol.cli.init import _print_finding
 from memcontrol.config.load import load_config
 from memcontrol.core.errors import MemControlError
 from memcontrol.model.cost import Cost
@@ -66,8 +67,6 @@ def test_each_finding_is_a_line_and_a_cure_is_never_broken(tmp_path, monkeypatch
 
 
 def test_lines_fit_eighty_columns(capsys, monkeypatch):
-    from memcontrol.cli.init import _print_finding
-
     monkeypatch.setenv("COLUMNS", "80")
     cure = "memcontrol search study.yaml " + "inner.micro_batch_size=1 " * 4 + "last"
     _print_finding(Finding("fit", FAIL, "much is said of it, " * 12, cure))
@@ -85,6 +84,24 @@ def test_a_study_that_cannot_be_read_is_a_finding(tmp_path):
     (tmp_path / "bad.yaml").write_text("name: bad\ndata: digits\nspase: digits\n")
     last = memcontrol.doctor(tmp_path / "bad.yaml")[-1]
     assert (last.name, last.state) == ("study", FAIL) and "spase" in last.text
+
+
+def test_every_key_that_is_wrong_is_a_finding_with_its_cure_in_lines(tmp_path, capsys, monkeypatch):
+    file = tmp_path / "bad.yaml"
+    file.write_text("name: a b\ndata: {path: digits, batch_size: 4}\ninner: {rounds: 0}\n")
+    found = [one for one in memcontrol.doctor(file) if one.name == "study"]
+    assert [one.state for one in found] == [FAIL] * 3
+    assert [re.search("key '([^']+)'", one.text)[1] for one in found] == [
+        "name",
+        "data.batch_size",
+        "inner.rounds",
+    ]
+    assert found[1].cure.startswith("did you mean inner.batch_size? allowed: path, split")
+    assert found[2].cure == "it should be greater than or equal to 1"
+    monkeypatch.setenv("COLUMNS", "80")
+    _print_finding(found[1])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 3 and max(map(len, lines)) <= 80
 
 
 def hide_packages(monkeypatch, *names):

@@ -8,7 +8,7 @@ from test_study import MIXED, SPACE
 
 from memcontrol.core.errors import MemControlError
 from memcontrol.search.encoding import SpaceEncoding
-from memcontrol.search.importance import measure_importance
+from memcontrol.search.importance import label_change, list_untold, measure_importance
 from memcontrol.study.record import Record
 
 
@@ -75,3 +75,19 @@ def test_only_changes_that_a_choice_can_have_count():
 def test_too_few_trials_are_named():
     with pytest.raises(MemControlError, match="importance needs 6 ended trials"):
         measure_importance(make_records(SPACE, 4, lambda choice, row: (1.0, 0.1)), SPACE)
+
+
+def test_what_no_two_trials_differ_in_is_left_out_and_rounding_is_nothing():
+    records = make_records(SPACE, 30, lambda choice, row: (float(len(choice.groups)), 0.1))
+    same = [record for record in records if "up_attention" in record.chosen.groups]
+    found = {effect.coordinate: effect.effects for effect in measure_importance(same, SPACE)}
+    assert list_untold(same, SPACE) == ["up_attention"] and "up_attention" not in found
+    assert list_untold(records, SPACE) == []
+    assert all(effect["memorization"].value == 0 for effect in found.values())  # all are 0.1
+    assert any(effect["fid"].value for effect in found.values())
+
+
+def test_a_setting_that_is_a_mapping_is_said_in_words():
+    label = label_change("inner.skip", None, '{"bins": 20, "ratio": 1.5}')
+    assert label == "inner.skip: off to bins 20, ratio 1.5"
+    assert label_change("inner.skip", None, "{}") == "inner.skip: off to on"

@@ -16,8 +16,9 @@ from simulated import Simulated, search
 from test_foreign import Between
 from test_orchestrate import study_in
 
+import memcontrol
 from memcontrol.core.errors import MemControlError
-from memcontrol.search.locks import is_searching
+from memcontrol.search.locks import hold_folder_lock, is_searching
 from memcontrol.search.observer import Observer
 from memcontrol.search.orchestrator import search_study
 from memcontrol.study.place import StudyPlace
@@ -41,6 +42,14 @@ def test_two_folders_that_share_a_sqlite_file_do_not_search_one_study_at_a_time(
     search(files[0], Between(5, begin_another)).close()
     place = StudyPlace.load(files[1])
     assert not is_searching(place.folder.path, place.url, "s")
+
+
+def test_a_second_search_is_refused_before_it_begins_a_worker(tmp_path, monkeypatch):
+    file = study_in(tmp_path)
+    monkeypatch.setattr("memcontrol.commands.search.open_executor", None)
+    with hold_folder_lock(StudyPlace.load(file).folder.path, workers=1):
+        with pytest.raises(MemControlError, match="another search is running in .*; wait for it or stop it"):
+            memcontrol.search(file, quiet=True)
 
 
 LOOK = """

@@ -209,8 +209,10 @@ def test_a_caption_of_few_images_or_of_one_person_is_not_shown(tmp_path):
 
 
 def test_no_picture_where_the_model_draws_another_image_or_none_is_wanted(tmp_path):
+    said = []
     measured_run(tmp_path / "run", "tiny", "lora")
-    out = export(tmp_path / "run", tmp_path / "without", picture=False)
+    out = export(tmp_path / "run", tmp_path / "without", picture=False, tell=said.append)
+    assert not said
     assert not (out / "example.png").exists() and "widget" not in read_card(out).data.to_dict()
     assert "There is no picture: it was exported without one" in read_card(out).text
     assert f'    "{PROMPT}",\n' in read_code(out) and "num_inference_steps=3" in read_code(out)
@@ -218,7 +220,8 @@ def test_no_picture_where_the_model_draws_another_image_or_none_is_wanted(tmp_pa
     other = np.random.default_rng(0).integers(0, 256, (N, 3, 32, 32), dtype=np.uint8)
     seen = {"images": torch.from_numpy(other), "rows": torch.arange(N), "seeds": torch.arange(N) + 7}
     save_tensors(samples, seen)
-    out = export(tmp_path / "run", tmp_path / "other")
+    out = export(tmp_path / "run", tmp_path / "other", tell=said.append)
+    assert len(said) == 1 and "they draw example.png now" in said[0]
     assert not (out / "example.png").exists() and "draws another image" in read_card(out).text
 
 

@@ -27,6 +27,7 @@ from memcontrol.search.observer import Observer
 from memcontrol.search.orchestrator import search_study
 from memcontrol.study.foreign import settle_choice
 from memcontrol.study.place import StudyPlace
+from memcontrol.view.words import describe_choice
 
 SPACE = load_space("digits")
 GROUPS = list(SPACE.groups)[:2]
@@ -118,7 +119,8 @@ class TestContract:
 
     def test_it_is_enqueued_before_any_search_and_after_one(self, file):
         early = memcontrol.enqueue(file, groups=GROUPS[:1], learning_rate=RATE)
-        assert [(one.number, one.state) for one in memcontrol.status(file)] == [(early, "WAITING")]
+        asked = [(one.number, one.state, one.origin) for one in memcontrol.status(file)]
+        assert asked == [(early, "WAITING", "enqueued")]
         go_on(file)
         assert assert_complete(file)[early].choice.learning_rate == RATE
         late = memcontrol.enqueue(file, groups=GROUPS, learning_rate=RATE)
@@ -127,6 +129,8 @@ class TestContract:
         go_on(file)
         found = assert_complete(file, n_more=1)
         assert found[late].finished and found[withdrawn].state == "DROPPED" and not found[withdrawn].begun
+        asked = {number for number, record in found.items() if record.origin == "enqueued"}
+        assert asked == {early, late, withdrawn} and found[late].is_sampled
 
     def test_a_dropped_trial_counts_for_nothing_and_another_is_sampled(self, file):
         with searching(file) as process:
@@ -254,7 +258,9 @@ def test_what_front_prints_is_enqueued_elsewhere(tmp_path):
     chosen = max(memcontrol.status(files[0]), key=lambda record: record.number)
     told = tmp_path / "choice.json"
     told.write_text(json.dumps([chosen.as_dict()]))
-    assert "trial 0 is enqueued; memcontrol search" in run("enqueue", files[1], "--choice", told).stdout
+    said = run("enqueue", files[1], "--choice", told).stdout
+    words = describe_choice(chosen.choice, len(SPACE.groups))
+    assert f"trial 0 is enqueued: {words}; memcontrol search" in said
     go_on(files[1])
     assert memcontrol.status(files[1])[0].choice == chosen.choice
     again = run("enqueue", files[1], "--choice", told)
@@ -299,6 +305,9 @@ def test_settings_of_a_choice_are_held_against_what_is_searched_over():
     key = "inner.budget_images"
     assert dict(settle_choice(make(settings={key: 1234}), space).settings)[key] == 1234
     assert dict(settle_choice(make(), space).settings) == {key: 1000, "inner.skip": None}
+    for usual, taken in ((1500, 1500), (500, 1000)):  # the config's own; the range does not hold the second
+        own = replace(space, over={**over, key: replace(over[key], usual=usual)})
+        assert dict(settle_choice(make(), own).settings)[key] == taken
     plain = make(settings={key: 9000, "inner.skip": "on"})
     assert settle_choice(plain.with_settings({"strength": 0.5}), space) == plain
     for settings, words in (

@@ -62,7 +62,7 @@ def test_limits():
     for text in ("fid<12", "fid<=", "fid<=a", "<=1"):
         with pytest.raises(MemControlError, match="REWARD<=NUMBER"):
             parse_limit(text, ["fid"])
-    with pytest.raises(MemControlError, match="this study has fid, kid"):
+    with pytest.raises(MemControlError, match="did you mean fid[?] memcontrol rewards lists all$"):
         parse_limit("fod<=1", ["kid", "fid"])
 
 

@@ -128,8 +128,10 @@ def test_what_did_not_finish_or_does_not_train_is_never_picked():
 def test_limits_that_none_keeps_say_what_was_reached():
     with pytest.raises(MemControlError, match="no finished trial keeps fid<=1; the best reached: fid 16"):
         choose_trial([FULL, record(3, 17.0, 0.03)], limits=["fid<=1"])
-    with pytest.raises(MemControlError, match="unknown reward 'beauty'"):
+    with pytest.raises(MemControlError, match="unknown reward 'beauty'; memcontrol rewards lists all$"):
         choose_trial([FULL], limits=["beauty<=1"])
+    with pytest.raises(MemControlError, match="unknown reward 'memorisation'; did you mean memorization\\?"):
+        choose_trial([FULL], limits=["memorisation<=1"])
     with pytest.raises(MemControlError, match="this study did not measure membership_auc"):
         choose_trial([FULL], limits=["membership_auc<=0.6"])
     with pytest.raises(MemControlError, match="allowed: knee, quality, memorization"):

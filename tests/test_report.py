@@ -91,7 +91,7 @@ def test_fates_add_up_and_cost_is_that_of_all_runs(shown, facts):
 def test_csv_has_a_row_for_each_trial(shown, facts):
     rows = list(csv.DictReader(io.StringIO(run("report", shown, "--csv").stdout)))
     for row, trial in zip(rows, facts["trials"], strict=True):
-        assert (int(row["trial"]), row["anchor"]) == (trial["trial"], trial["anchor"] or "sampled")
+        assert (int(row["trial"]), row["anchor"]) == (trial["trial"], trial["origin"])
         assert (
             float(row["fid"]) == trial["rewards"]["fid"]
             and float(row["copy_rate_high"]) == trial["rewards"]["copy_rate_high"]

@@ -69,10 +69,14 @@ def test_what_is_clear_is_marked_without_colour_and_what_is_missing_is_said():
     effects = [Effect("a", False, True, values, 3)]
     assert "+1 \u00b1 0.1 *" in show(make_importance_table(effects, "s"))
     assert "+0.1 \u00b1 0.1 *" not in show(make_importance_table(effects, "s"))
-    said = describe_clear_effects(effects, "my.yaml", 7)
-    assert said.startswith("1 of 2 effects") and said.endswith("memcontrol search my.yaml --trials 28")
+    records = [make_record(number, 1.0, 9.0) for number in range(7)]
+    variant = records[0].chosen.with_settings({"strength": 0.5})
+    measured = [replace(records[0], number=number, candidates=(variant,)) for number in (7, 8)]
+    said = describe_clear_effects(effects, "my.yaml", [*records, *measured])
+    assert said.startswith("1 of 2 effects are clear after 9 trials")
+    assert said.endswith("memcontrol search my.yaml --trials 28")
     clear = [Effect("a", False, True, {"kid": Estimate(1.0, 0.1)}, 3)]
-    assert describe_clear_effects(clear, "my.yaml", 7) == ""
+    assert describe_clear_effects(clear, "my.yaml", records) == ""
 
 
 def test_how_many_trials_importance_lacks_is_a_command():
@@ -88,7 +92,12 @@ def test_how_many_trials_importance_lacks_is_a_command():
 
 
 def test_a_dashboards_note_has_the_same_four_marks():
-    trial = {"anchor": None, "said": "", "values": {"kid": 1.0, "memorization": 1.0}, "state": "COMPLETE"}
+    trial = {
+        "origin": "sampled",
+        "said": "",
+        "values": {"kid": 1.0, "memorization": 1.0},
+        "state": "COMPLETE",
+    }
     trial |= {"rewards": {"kid": 1.0, "memorization": 1.0}, "trial": 3}
     marked = {"front": True, "tie": True, "confirmed": True, "pick": True}
     note = write_standings([trial | marked], OBJECTIVES)

@@ -12,7 +12,9 @@ from memcontrol.config.load import load_config
 from memcontrol.core.run_folder import RunFolder, StudyFolder, locate_study_folder
 from memcontrol.core.space_yaml import load_space
 from memcontrol.execution.attempts import begin_attempt, note_failure
+from memcontrol.search.locks import hold_folder_lock, is_searching
 from memcontrol.study.opening import open_study
+from memcontrol.study.orders import ask_to_stop
 from memcontrol.study.running import describe_run, estimate_pace, inspect_run
 
 SPACE = load_space("digits")
@@ -51,6 +53,7 @@ def test_status_of_an_interrupted_search_shows_its_runs(study_file):
     written = open_study(config, folder, study, create=True)
     candidates = SPACE.list_anchors()["all"]
     written.begin(candidates, SPACE, "all")
+    ask_to_stop(written, now=False)
     written.close()
     begin_attempt(folder / candidates[0].key).progress("train", 1, 2)
     text = run("status", study).stdout
@@ -59,8 +62,13 @@ def test_status_of_an_interrupted_search_shows_its_runs(study_file):
         f"attempt 1 on {socket.gethostname()}" in text
         and text.count("waits for a place") == len(candidates) - 1
     )
+    assert "the last search was stopped: memcontrol stop asked for it (" in text
+    with hold_folder_lock(folder):
+        said_meanwhile = run("status", study).stdout
+    assert "the search ends when its running trials have ended: memcontrol stop" in said_meanwhile
     said = json.loads(run("status", study, "--json").stdout)
     (trial,) = said["trials"]
+    assert said["stop"]["value"] == "gently"
     assert (
         not said["searching"]
         and said["study"] == "small"
@@ -88,11 +96,20 @@ def test_pace_counts_what_is_left(study_file):
         "runs_per_hour": 60,
         "minutes_left": 10,
     }
+    waiting = replace(record, number=2, state="WAITING")
+    assert estimate_pace([record, finished, waiting], 3, 2)["minutes_left"] == 2
+    # both fine-tunings are measured at two strengths more, in half a minute each: three of these are left,
+    # and of what one that is to come will be measured at, two
+    variant = replace(
+        record, candidates=(choice.with_settings({"strength": 0.5}),), number=3, state="RUNNING"
+    )
+    measured = replace(variant, number=4, state="COMPLETE", seconds=30.0)
+    known = [finished, replace(finished, number=1), measured, *[variant] * 3]
+    assert estimate_pace(known, 2, 1)["minutes_left"] == 1.5
+    assert estimate_pace(known, 3, 1)["minutes_left"] == 1.5 + 2 + 1
 
 
 def test_looking_at_a_search_leaves_no_holder_behind(tmp_path):
-    from memcontrol.search.locks import hold_folder_lock, is_searching
-
     assert not is_searching(tmp_path / "elsewhere", "sqlite://", "s")
     assert not is_searching(tmp_path, "sqlite://", "s") and not StudyFolder(tmp_path).holder_file.exists()
     with hold_folder_lock(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -68,3 +69,14 @@ def fail_with(name: str, error: MemControlError) -> Finding:
     """Its line is "what is wrong; what to do"."""
     text, _, cure = str(error).partition("; ")
     return Finding(name, FAIL, text, cure)
+
+
+_NEXT_FAULT = re.compile(r"; (?=(?:unknown )?key ')")  # as memcontrol.config.problems begins its sentences
+
+
+def list_faults(found: Finding) -> list[Finding]:
+    """A finding for each key of a study file that is wrong, of which one line names all; otherwise itself."""
+    if found.state != FAIL:
+        return [found]
+    line = "; ".join(filter(None, (found.text, found.cure)))
+    return [fail_with(found.name, MemControlError(fault)) for fault in _NEXT_FAULT.split(line)]

@@ -45,10 +45,11 @@ def add_export(subparsers) -> None:
 def _run_export(args: argparse.Namespace) -> int:
     from memcontrol.commands.export import describe_loading, export
 
-    more = (args.license, args.license_link, args.picture)
+    screen = make_console()
+    more = (args.license, args.license_link, args.picture, lambda line: say(screen, line))
     out = export(args.run_dir, args.out, args.format, args.precision, *more)
     sys.stdout.write(f"{out}\n")
-    say(make_console(), describe_loading(args.run_dir, out))
+    say(screen, describe_loading(args.run_dir, out))
     return 0
 
 

@@ -20,7 +20,7 @@ def add_importance(subparsers) -> None:
 
 
 def _run_importance(args: argparse.Namespace) -> int:
-    from memcontrol.search.importance import measure_importance
+    from memcontrol.search.importance import list_untold, measure_importance
     from memcontrol.study.place import StudyPlace
     from memcontrol.view.tables import describe_clear_effects, make_importance_table
 
@@ -32,7 +32,8 @@ def _run_importance(args: argparse.Namespace) -> int:
             print_json([effect.as_dict() for effect in effects])
             return 0
         print_table(make_importance_table(effects, study.config.name))
-        n_trials = sum(record.fills_place for record in records)
-        if lost := describe_clear_effects(effects, file, n_trials):
+        if untold := list_untold(records, study.space):
+            say(make_console(), f"no two trials differ in {', '.join(untold)}, of which nothing can be told")
+        if lost := describe_clear_effects(effects, file, records):
             say(make_console(), lost)
     return 0

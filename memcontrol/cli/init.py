@@ -84,7 +84,7 @@ def _run_doctor(args: argparse.Namespace) -> int:
             _print_finding(one)
     if args.json:
         print_json([asdict(one) for one in found])
-    failed = [one.name for one in found if one.state == FAIL]
+    failed = list(dict.fromkeys(one.name for one in found if one.state == FAIL))
     if failed:
         say(make_console(), f"memcontrol: a search would fail: {', '.join(failed)}")
     return int(bool(failed))
@@ -95,18 +95,21 @@ _TEXT_MARGIN = " " * 17  # below a finding's text
 
 def _print_finding(found: Finding) -> None:
     """Lines of the terminal's width; into a pipe one, so that it can be searched. A cure is a line of its
-    own, which is never broken, since it is typed."""
-    width = shutil.get_terminal_size().columns
-    line = f"{found.state:5} {found.name:10} {escape_controls(found.text)}"
+    own, which is not broken, since it is typed; but what a study file should say instead is words."""
+    _print_filled(f"{found.state:5} {found.name:10} {escape_controls(found.text)}")
+    if found.cure:
+        cure = f"      cure:      {escape_controls(found.cure)}"
+        _print_filled(cure) if found.name == "study" else sys.stdout.write(f"{cure}\n")
+    sys.stdout.flush()
+
+
+def _print_filled(line: str) -> None:
     if sys.stdout.isatty() or "COLUMNS" in os.environ:
         line = textwrap.fill(
             line,
-            max(width, 40),
+            max(shutil.get_terminal_size().columns, 40),
             subsequent_indent=_TEXT_MARGIN,
             break_on_hyphens=False,
             break_long_words=False,
         )
     sys.stdout.write(f"{line}\n")
-    if found.cure:
-        sys.stdout.write(f"      cure:      {escape_controls(found.cure)}\n")
-    sys.stdout.flush()

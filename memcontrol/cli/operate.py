@@ -53,15 +53,19 @@ def _run_enqueue(args: argparse.Namespace) -> int:
     from memcontrol.commands.clean import is_being_searched
     from memcontrol.commands.operate import enqueue_at, read_choice_file
     from memcontrol.study.place import StudyPlace
+    from memcontrol.view.words import describe_choice
 
     if args.choice and any(given is not None for given in (args.method, args.rank, args.lr)):
         raise MemControlError("--method, --rank and --lr go with --groups; --choice holds its own")
     place = StudyPlace.load(args.study, name=args.name)
     choice = read_choice_file(args.choice) if args.choice else None
     groups = [name.strip() for name in (args.groups or "").split(",") if name.strip()]
-    number = enqueue_at(place, choice, groups, args.method, args.rank, args.lr)
+    trial = enqueue_at(place, choice, groups, args.method, args.rank, args.lr)
+    said = describe_choice(trial.chosen, len(place.space.groups))
     then = "the search that runs" if is_being_searched(place) else f"memcontrol search {args.study}"
-    sys.stdout.write(f"trial {number} is enqueued; {then} begins it before any other is sampled\n")
+    sys.stdout.write(
+        f"trial {trial.number} is enqueued: {said}; {then} begins it before any other is sampled\n"
+    )
     return 0
 
 

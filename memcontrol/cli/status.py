@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +78,7 @@ def _read_status(place: StudyPlace, study: Study) -> dict[str, Any]:
     """What `--json` prints: of each trial also its runs, with the place and progress of those at work."""
     from memcontrol.execution.make import count_workers
     from memcontrol.search.locks import is_searching, read_holder
+    from memcontrol.study.orders import find_stop
     from memcontrol.study.running import estimate_pace, list_runs
     from memcontrol.view.report_data import summarize_hypervolume
 
@@ -84,10 +86,12 @@ def _read_status(place: StudyPlace, study: Study) -> dict[str, Any]:
     search, searching = place.config.search, is_searching(folder, study.url, study.config.name)
     plan = read_holder(place.folder) if searching else {}  # it may have been given other numbers
     n_trials, n_workers = plan.get("trials", search.trials), plan.get("workers") or count_workers(search)
+    stop = find_stop(study)  # which the next search takes back
     flat, pace = _is_over(study, search.stop_when_flat), estimate_pace(records, n_trials, n_workers)
     return {
         "study": study.config.name,
         "searching": searching,
+        "stop": asdict(stop) if stop else None,
         "flat": flat,
         **pace,
         **({"minutes_left": 0.0} if flat else {}),
@@ -133,13 +137,23 @@ def _print_progress(found: dict[str, Any]) -> None:
     if volume := found["hypervolume"]:
         point = ", ".join(f"{name} {value:.4g}" for name, value in volume["reference"].items())
         sys.stdout.write(f"hypervolume: {volume['value']:.4g} ± {volume['error']:.2g}, from {point}\n")
-    if found["flat"]:
+    if found["stop"]:
+        sys.stdout.write(f"{_describe_stop(found['stop'], found['searching'])}\n")
+    elif found["flat"]:
         sys.stdout.write(
             "the hypervolume has not grown beyond its noise, which ends the search (search.stop_when_flat)\n"
         )
     elif found["searching"] and "runs_per_hour" in found:
         pace, left = found["runs_per_hour"], found["minutes_left"]
         sys.stdout.write(f"about {pace:.0f} runs an hour, about {left:.1f} minutes left\n")
+
+
+def _describe_stop(stop: dict[str, Any], searching: bool) -> str:
+    asked = f"memcontrol stop asked for it ({stop['by']}, {stop['at']})"
+    if not searching:
+        return f"the last search was stopped: {asked}; the next one goes on"
+    when = "at its trials' checkpoints" if stop["value"] == "now" else "when its running trials have ended"
+    return f"the search ends {when}: {asked}"
 
 
 def _print_trial(

@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memcontrol.checks.finding import OK, Finding, run_check
+from memcontrol.checks.finding import OK, Finding, list_faults, run_check
 
 if TYPE_CHECKING:
     from memcontrol.study.place import StudyPlace
@@ -32,7 +32,8 @@ def examine(file: Path | None, name: str | None = None) -> Iterator[Finding]:
         yield from map(_run_step, _list_usual_steps())
         return
     place: list[StudyPlace] = []
-    yield run_check("study", lambda: _read_study(file, name, place), _IMPORT_SECONDS)
+    study = run_check("study", lambda: _read_study(file, name, place), _IMPORT_SECONDS)
+    yield from list_faults(study)
     if place:
         yield from map(_run_step, _list_study_steps(place[0]))
 

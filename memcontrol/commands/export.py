@@ -54,6 +54,7 @@ def export(
     license: str | None = None,
     license_link: str | None = None,
     picture: bool = True,
+    tell: Callable[[str], None] | None = None,
 ) -> Path:
     """Writes a run's model for plain diffusers to the new folder `out`. By default a LoRA as an adapter,
     anything else as a pipeline, and so a LoRA over a base that itself starts from an adapter. Returns the
@@ -64,7 +65,8 @@ def export(
     pipeline and denoiser: what was learned is fused into the base in float32, unquantised, and saved in a
     `precision` of float32, bfloat16 or float16. The card, README.md, is under the `license` given, by an
     identifier of the Hub or a name of one's own with its `license_link`, or else the base's. It shows a
-    `picture`, one of the samples that were measured, if one may be shown. Raises MemControlError: no finished
+    `picture`, one of the samples that were measured, if one may be shown; that it is drawn, which takes its
+    time, `tell` is told in a line. Raises MemControlError: no finished
     run, or `out` in use.
     """
     place, out = RunFolder(Path(run)), Path(out)
@@ -107,13 +109,15 @@ def export(
             getattr(pipeline, "tokenizer", None),
         )
         del pipeline, denoiser, adapter  # the card's picture is drawn by what was written
-        shown = _show_example(exported, place, spec, picture)
+        shown = _show_example(exported, place, spec, picture, tell)
         write_card(out, spec, place.read_result(), shown, given or _find_license(source, out))
         make_public(out)  # safetensors keeps what it writes to its owner
     return out
 
 
-def _show_example(exported: Exported, run: RunFolder, spec: Spec, picture: bool) -> Shown:
+def _show_example(
+    exported: Exported, run: RunFolder, spec: Spec, picture: bool, tell: Callable[[str], None] | None
+) -> Shown:
     """The card's code, and its picture where there may be one."""
     measured, shared = run.read_result()["measured_with"], list_shared_captions(spec)
     try:
@@ -121,6 +125,8 @@ def _show_example(exported: Exported, run: RunFolder, spec: Spec, picture: bool)
             raise Withheld("it was exported without one")
         sample = choose_sample(run, spec, exported.tokenizer)
         call = plan_call(exported, measured, sample.prompt, sample.seed)
+        if tell:
+            tell(f"the files are written; they draw {PICTURE_FILE} now, which --no-picture leaves out")
         draw_picture(exported, call, sample)
         withheld = ""
     except Withheld as reason:

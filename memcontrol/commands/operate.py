@@ -15,7 +15,7 @@ from memcontrol.core.choice import Choice
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.reward_table import find_direction
 from memcontrol.core.space import SearchSpace
-from memcontrol.search.locks import read_holder
+from memcontrol.search.locks import read_holder, refuse_second_search
 from memcontrol.study.foreign import check_rate
 from memcontrol.study.opening import open_study
 from memcontrol.study.orders import (
@@ -27,6 +27,7 @@ from memcontrol.study.orders import (
     restore_trial,
 )
 from memcontrol.study.place import StudyPlace
+from memcontrol.study.record import Record
 from memcontrol.study.store import Study
 
 
@@ -44,7 +45,7 @@ def enqueue(
     `front --json` holds; or its `groups`, a method (none: the space's first), a rank and a learning rate
     (none: the middle ones). Returns its trial's number. Raises MemControlError where the space has no such
     choice, or a trial has it."""
-    return enqueue_at(StudyPlace.load(study), choice, groups, method, rank, learning_rate)
+    return enqueue_at(StudyPlace.load(study), choice, groups, method, rank, learning_rate).number
 
 
 def enqueue_at(
@@ -54,8 +55,8 @@ def enqueue_at(
     method: str | None,
     rank: int | None,
     learning_rate: float | None,
-) -> int:
-    """The same, of a study's place."""
+) -> Record:
+    """The same, of a study's place. Returns the trial, which has the whole choice."""
     if (choice is None) == (not groups):
         raise MemControlError("give a choice, or groups and a method; one of the two")
     with _open_to_enqueue(place) as study:
@@ -63,7 +64,7 @@ def enqueue_at(
             wanted = make_choice(study.space, groups, method, rank, learning_rate)
         else:
             wanted = choice if isinstance(choice, Choice) else Choice.from_dict(dict(choice))
-        return enqueue_choice(study, wanted)
+        return study.record(enqueue_choice(study, wanted))
 
 
 @contextlib.contextmanager
@@ -174,14 +175,16 @@ def stop_at(place: StudyPlace, now: bool) -> None:
 
 def hand_over_workers(place: StudyPlace) -> int | None:
     """Where a search of the study runs in this folder, and with another number of workers than the config
-    names, tells it that number, and returns it; otherwise None. Raises MemControlError where the config is
-    another one's: its name is used."""
+    names, tells it that number, and returns it; None where none runs. Raises MemControlError where nothing is
+    to be handed over, and where the config is another one's: its name is used."""
     wanted, held = place.config.search.workers, read_holder(place.folder).get("workers")
     if wanted is None or held is None or not is_being_searched(place) or not place.is_searched():
+        refuse_second_search(place.folder)
         return None
     with contextlib.closing(open_study(place.config, place.folder.path, place.file, create=True)) as study:
         order = find_workers(study)
         if wanted == (order.value if order else held):
+            refuse_second_search(place.folder)
             return None
         ask_for_workers(study, wanted)
     return wanted

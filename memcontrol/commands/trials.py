@@ -59,6 +59,7 @@ def _describe_trial(record: Record) -> Row:
         "trial": record.number,
         "state": record.state,
         "anchor": record.anchor,
+        "origin": record.origin,
         "dropped": record.dropped or None,
         "reason": record.reason or None,
         "seconds": record.seconds or None,

@@ -34,6 +34,15 @@ def thaw(value: Frozen) -> Any:
     return {key: thaw(inside) for key, inside in value} if isinstance(value, tuple) else value
 
 
+def say_setting(value: Any) -> str:
+    """A setting's value in words: "0.01", "off", "bins 20, ratio 1.5"; "on" where defaults are all of it."""
+    if value is None or isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {say_setting(inside)}" for key, inside in value.items()) or "on"
+    return f"{value:g}" if isinstance(value, (int, float)) else str(value)
+
+
 @dataclass(frozen=True)
 class Setting:
     """How one group is trained."""

@@ -21,10 +21,11 @@ from memcontrol.view.words import (
 )
 
 YOURS = "\n\n---\n*What is written below this line is yours and is kept.*"
-_ANCHORS = {
+_ORIGINS = {
     "none": "the base as it is, untrained",
     "all": "plain PEFT: every group is trained; the best of three learning rates",
     "full": "full fine-tuning, which every mask is compared with; the best of three learning rates",
+    "enqueued": "a mask that somebody asked for",
 }
 _STATES = {
     "COMPLETE": "complete",
@@ -44,7 +45,7 @@ def write_trial_note(record: Record, space: SearchSpace, images: str) -> str:
     """What was trained, and every reward with its interval. `images`: where they lie, which no note names."""
     parts = [
         f"**{describe_choice(record.choice, len(space.groups))}**" if record.choice else "",
-        _ANCHORS.get(record.anchor or "", "a sampled mask"),
+        _ORIGINS.get(record.origin, "a sampled mask"),
         _describe_groups(record, space),
         _describe_end(record, images),
         describe_membership(record.rewards) if record.rewards else "",
@@ -163,7 +164,7 @@ def write_standings(complete: Sequence[TrialData], objectives: Mapping[str, str]
     rows = [
         [
             str(trial["trial"]),
-            trial["anchor"] or "sampled",
+            trial["origin"],
             trial["said"],
             *(format_reward(name, trial["rewards"]) for name in objectives),
             ", ".join(_list_marks(trial)),

@@ -3,11 +3,13 @@ rate, with its error."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from memcontrol.core.choice import say_setting
 from memcontrol.core.errors import MemControlError
 from memcontrol.core.estimate import Estimate
 from memcontrol.core.reward_table import list_objectives
@@ -16,6 +18,8 @@ from memcontrol.search.encoding import SpaceEncoding
 from memcontrol.search.gaussian_process import Process, fit_process
 from memcontrol.search.surrogate import N_SPREAD, TrainingSet, gather_training_set
 from memcontrol.study.record import Record
+
+_ROUNDING = 1e-9  # of the largest value, what the arithmetic leaves where there is no effect
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,10 @@ def label_change(coordinate: str, low: object, high: object) -> str:
 
 
 def _say_option(option: object) -> object:
-    """A setting that is off, and one that is on with its defaults."""
-    return "off" if option is None else "on" if option == "{}" else option
+    """A setting that is off, and one that is a mapping, of which a label holds the JSON."""
+    if option is None or (isinstance(option, str) and option.startswith("{")):
+        return say_setting(option and json.loads(option))
+    return option
 
 
 def measure_importance(
@@ -65,7 +71,8 @@ def measure_importance(
 ) -> list[Effect]:
     """Each coordinate's effects under the Gaussian process that sampling fits, their errors those of its
     posterior: a contrast of its values at the trials' choices with the coordinate at one end and at the
-    other. Only choices that the change leaves possible count.
+    other. Only choices that the change leaves possible count, and of what no two trials differ in nothing is
+    known (`list_untold`). What is nothing but rounding is 0.
 
     Raises MemControlError where too few trials have ended to fit anything, with the command that has as many
     of the study `file`.
@@ -82,19 +89,30 @@ def measure_importance(
         )
     objectives = list_objectives(next(record.objectives for record in records if record.finished))
     processes = _fit_objectives(known, encoding, len(objectives))
+    rounding = _ROUNDING * np.abs(known.values).max(0)  # [objectives]
     effects = []
     for contrast in _list_contrasts(encoding):
         pairs = _pair_rows(encoding, known.rows, contrast)
-        if not len(pairs):
+        if not len(pairs) or not np.ptp(known.rows[:, contrast.column]):
             continue
         there = encoding.seen(np.concatenate([pairs[:, 0], pairs[:, 1]]))  # [2 pairs, F]
         weights = np.repeat([-1 / len(pairs), 1 / len(pairs)], len(pairs))
         by_objective = {}
-        for objective, process in zip(objectives, processes):
-            value, error = process.contrast(there, weights)
-            by_objective[objective.name] = Estimate(objective.to_loss(value), error)
+        for objective, process, least in zip(objectives, processes, rounding):
+            value, error = (0.0 if abs(part) < least else part for part in process.contrast(there, weights))
+            by_objective[objective.name] = Estimate(objective.to_loss(value) if value else 0.0, error)
         effects.append(Effect(contrast.name, *_name_ends(encoding, contrast), by_objective, len(pairs)))
     return effects
+
+
+def list_untold(records: Sequence[Record], space: SearchSpace) -> list[str]:
+    """The coordinates in which no two trials differ that have ended, though they might."""
+    encoding = SpaceEncoding(space)
+    known = gather_training_set(records, encoding, ())
+    if known is None:
+        return []
+    untold = [one.name for one in _list_contrasts(encoding) if not np.ptp(known.rows[:, one.column])]
+    return ["learning rate" if name == "rate" else name for name in dict.fromkeys(untold)]
 
 
 def _fit_objectives(known: TrainingSet, encoding: SpaceEncoding, n_objectives: int) -> list[Process]:

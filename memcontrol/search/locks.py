@@ -34,11 +34,21 @@ def hold_folder_lock(folder: Path, **plan: Any) -> Iterator[None]:
             write_json(place.holder_file, {"holder": name_process(), "since": format_now(), **plan})
             yield
     except Timeout:
-        held = read_holder(place) or {"holder": "it has just begun", "since": "now"}
-        raise MemControlError(
-            f"another search is running in {folder} ({held['holder']}, since {held['since']}); wait "
-            "for it or stop it first"
-        ) from None
+        raise _explain_holder(place) from None
+
+
+def refuse_second_search(place: StudyFolder) -> None:
+    """Before anything is begun or loaded for one; `hold_folder_lock` makes sure. Raises MemControlError."""
+    if is_file_locked(place.lock_file):
+        raise _explain_holder(place)
+
+
+def _explain_holder(place: StudyFolder) -> MemControlError:
+    held = read_holder(place) or {"holder": "it has just begun", "since": "now"}
+    return MemControlError(
+        f"another search is running in {place.path} ({held['holder']}, since {held['since']}); wait "
+        "for it or stop it first"
+    )
 
 
 def read_holder(place: StudyFolder) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from memcontrol.core.choice import EVERYTHING, RANKED, Choice, Frozen, Setting, thaw
 from memcontrol.core.errors import MemControlError
-from memcontrol.core.space import SearchSpace
+from memcontrol.core.space import Coordinate, SearchSpace
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,18 @@ def _settle_settings(choice: Choice, space: SearchSpace) -> tuple[tuple[str, Fro
     found = space.read_settings(space.find_point(choice))
     if astray := own.keys() - found:
         raise MemControlError(f"choice: setting {min(astray)} is of something that the choice turns off")
-    return tuple(sorted({**found, **own}.items()))
+    kept = {
+        key: space.over[key].usual for key in found if _is_in_range(space.over[key].usual, space.over[key])
+    }
+    return tuple(sorted({**found, **kept, **own}.items()))
+
+
+def _is_in_range(value: Any, coordinate: Coordinate) -> bool:
+    """Whether it is a number of a range, on its grid or not."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return (
+        coordinate.limits is not None and is_number and coordinate.limits[0] <= value <= coordinate.limits[1]
+    )
 
 
 def _check_group(name: str, setting: Setting, space: SearchSpace) -> None:
@@ -116,8 +127,8 @@ def _check_group(name: str, setting: Setting, space: SearchSpace) -> None:
 
 
 def _read_in_range(name: str, value: Any, space: SearchSpace) -> Any:
-    low, high = space.over[name].limits or (0, 0)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+    if not _is_in_range(value, space.over[name]):
+        low, high = space.over[name].limits or (0, 0)
         raise MemControlError(f"{name} is {value!r}; allowed: {low:g} to {high:g}")
     return space.over[name].read_label(value)
 

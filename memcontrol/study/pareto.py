@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,8 +56,10 @@ def parse_limit(text: str, known: Sequence[str]) -> Limit:
             f"long); it has {', '.join(sorted(known))}"
         )
     if limit.reward not in known:
+        near = difflib.get_close_matches(limit.reward, known, 1)
+        hint = f"did you mean {near[0]}? " if near else ""
         raise MemControlError(
-            f"limit '{text}': unknown reward '{limit.reward}'; this study has {', '.join(sorted(known))}"
+            f"limit '{text}': unknown reward '{limit.reward}'; {hint}memcontrol rewards lists all"
         )
     return limit
 

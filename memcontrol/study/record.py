@@ -35,6 +35,7 @@ class Record:
     begun: str = ""  # local time, as ISO 8601
     ended: str = ""
     dropped: str = ""  # why it counts for nothing; its state is then DROPPED
+    enqueued: bool = False  # somebody asked for it: `memcontrol enqueue`, or another program
     folder: Path = field(default=Path(), compare=False, repr=False)  # the study's
 
     @property
@@ -48,8 +49,11 @@ class Record:
 
     @property
     def origin(self) -> str:
-        """What it is: an anchor's name, "sampled", or "variant", which needs no training of its own."""
-        return self.anchor or ("variant" if self.is_variant else "sampled")
+        """What it is: an anchor's name, "variant", which needs no training of its own, "enqueued" or
+        "sampled"."""
+        if self.anchor or self.is_variant:
+            return self.anchor or "variant"
+        return "enqueued" if self.enqueued else "sampled"
 
     @property
     def is_outside(self) -> bool:
@@ -58,7 +62,7 @@ class Record:
 
     @property
     def is_sampled(self) -> bool:
-        """Whether it is one of the trials that `search.trials` counts."""
+        """Whether it is one of the trials that `search.trials` counts, as those are that were enqueued."""
         return self.anchor is None and not self.is_variant
 
     @property
@@ -111,6 +115,7 @@ class Record:
             choice,
             self.objectives,
             begun=self.begun,
+            enqueued=self.enqueued,
             folder=self.folder,
         )
 
@@ -126,6 +131,7 @@ class Record:
             "choice": self.choice.as_dict() if self.choice else None,
             "run": str(self.run) if self.choice else None,
             "anchor": self.anchor,
+            "origin": self.origin,
             "rewards": self.rewards,
             "confirmed": bool(self.confirmed),
             "searched": self.searched,

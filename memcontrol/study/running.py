@@ -65,15 +65,23 @@ def describe_run(run: dict[str, Any], is_here: bool = True) -> str:
 
 
 def estimate_pace(records: Sequence[Record], n_trials: int, n_workers: int) -> dict[str, float]:
-    """`runs_per_hour` with all workers busy, and `minutes_left`; empty before the first run is finished."""
-    lengths = [record.seconds for record in records if record.seconds and record.anchor != "none"]
-    if not lengths:
+    """`runs_per_hour` with all workers busy, each with what its fine-tuning is measured at beside, and
+    `minutes_left`; empty before the first run is finished."""
+    timed = [record for record in records if record.seconds and record.anchor != "none"]
+    trained = [record.seconds for record in timed if not record.is_variant]
+    if not trained:
         return {}
-    n_trained = sum(not record.is_variant for record in records if record.seconds and record.anchor != "none")
-    mean = sum(lengths) / max(n_trained, 1)  # with what each fine-tuning is measured at beside
-    n_sampled = sum(record.fills_place for record in records)
-    n_left = max(0, n_trials - n_sampled) + sum(
-        len(record.candidates) for record in records if record.state == "RUNNING" and not record.is_variant
+    of_variant = _mean([record.seconds for record in timed if record.is_variant])
+    n_variants = sum(record.is_variant for record in records)
+    of_run = _mean(trained) + of_variant * n_variants / len(trained)
+    begun = [record for record in records if record.state in ("RUNNING", "WAITING")]
+    n_left = max(0, n_trials - sum(record.fills_place for record in records)) + sum(
+        len(record.candidates) for record in begun if not record.is_variant
     )
-    waves = math.ceil(n_left / n_workers)
-    return {"runs_per_hour": 3600 * n_workers / mean, "minutes_left": waves * mean / 60}
+    n_variants_left = sum(record.is_variant for record in begun)
+    seconds = math.ceil(n_left / n_workers) * of_run + math.ceil(n_variants_left / n_workers) * of_variant
+    return {"runs_per_hour": 3600 * n_workers / of_run, "minutes_left": seconds / 60}
+
+
+def _mean(lengths: Sequence[float]) -> float:
+    return sum(lengths) / len(lengths) if lengths else 0.0

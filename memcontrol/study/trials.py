@@ -66,6 +66,7 @@ def make_record(trial: optuna.trial.FrozenTrial, objectives: dict[str, str]) -> 
         anchor if anchor in ANCHORS else None,
         objectives=objectives,
         begun=format_time(trial.datetime_start),
+        enqueued=ENQUEUED in trial.system_attrs,
     ).as_running()
     return add_result(replace(begun, state=state, ended=format_time(trial.datetime_complete)), result)
 

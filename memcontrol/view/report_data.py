@@ -243,7 +243,7 @@ def _list_cells(
     on = choice.get("groups", ())
     return [
         trial["trial"],
-        trial["anchor"] or "sampled",
+        trial["origin"],
         trial["state"],
         *(int(trial[name]) for name in _MARK_COLUMNS),
         *(choice.get(name) for name in _CHOICE_COLUMNS),

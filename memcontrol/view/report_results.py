@@ -118,7 +118,7 @@ def _render_standing(trial: TrialData, names: Sequence[str]) -> str:
     places += ["+"] if trial["confirmed"] else []
     places += ["<b>the pick</b>"] if trial["pick"] else []
     rewards = [format_reward(name, trial["rewards"]) for name in names]
-    about = [escape(trial["anchor"] or "sampled"), escape(trial["said"])]
+    about = [escape(trial["origin"]), escape(trial["said"])]
     return render_row([str(trial["trial"]), *about, *rewards, ", ".join(places)], trial["trial"])
 
 

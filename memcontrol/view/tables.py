@@ -108,16 +108,20 @@ def _is_clear(value: Estimate) -> bool:
     return abs(value.value) > 2 * (value.error or 0)
 
 
-def describe_clear_effects(effects: Sequence[Effect], file: str, n_trials: int) -> str:
+def describe_clear_effects(effects: Sequence[Effect], file: str, records: Sequence[Record]) -> str:
     """How many effects are lost in their errors, which fall with the root of the number of trials, and the
     command that halves these; empty where none is."""
     every = [value for effect in effects for value in effect.effects.values()]
     n_clear = sum(map(_is_clear, every))
     if n_clear == len(every):
         return ""
+    # What they are learnt from, measurements of a fine-tuning at other settings included; --trials counts
+    # fine-tunings that are sampled.
+    n_ended = sum(record.state in ("COMPLETE", "PRUNED") and not record.is_outside for record in records)
+    n_sampled = sum(record.fills_place for record in records)
     return (
-        f"{n_clear} of {len(every)} effects are clear after {n_trials} trials; four times as many about "
-        f"halve the errors: memcontrol search {file} --trials {4 * n_trials}"
+        f"{n_clear} of {len(every)} effects are clear after {n_ended} trials; four times as many about "
+        f"halve the errors: memcontrol search {file} --trials {4 * n_sampled}"
     )
 
 

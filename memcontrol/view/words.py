@@ -3,12 +3,11 @@ a table in Markdown."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from memcontrol.core.choice import EVERYTHING, Choice, Frozen, thaw
+from memcontrol.core.choice import EVERYTHING, Choice, Frozen, say_setting, thaw
 from memcontrol.core.estimate import Rewards
 from memcontrol.core.image_parts import DIGITS
 from memcontrol.core.reward_table import CLIP, FALSE_POSITIVES, REWARDS
@@ -60,15 +59,10 @@ def describe_choice(choice: Choice, n_groups: int) -> str:
 
 
 def _describe_setting(key: str, value: Frozen) -> str:
-    """By the last part of its key: "weight_decay 0.01", "skip on"."""
+    """By the last part of its key: "weight_decay 0.01", "skip on", "skip (bins 20, ratio 1.5)"."""
     said = thaw(value)
-    if said is None or isinstance(said, bool):
-        text = "on" if said else "off"
-    elif isinstance(said, dict):
-        text = json.dumps(said) if said else "on"
-    else:
-        text = f"{said:g}" if isinstance(said, (int, float)) else said
-    return f"{key.rpartition('.')[2]} {text}"
+    text = say_setting(said)
+    return f"{key.rpartition('.')[2]} {f'({text})' if said and isinstance(said, dict) else text}"
 
 
 def format_markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
