@@ -113,7 +113,7 @@ class EarlyStopper:
             return True
         return all(
             judge_trial(run, *self.compare_at(number, run, one["rung"]), self.rule)["goes_on"]
-            for one in self._read_rungs(run)
+            for one in self.read_rungs(run)
         )
 
     def compare_at(
@@ -128,17 +128,17 @@ class EarlyStopper:
         """What a trial showed at a rung, which is read once: there are as many to compare with as trials."""
         run = self.runs[number]
         if (number, rung) not in self.found and run.rung_file(rung).is_file():
-            rewards = {one["rung"]: one["rewards"] for one in self._read_rungs(run)}[rung]
+            rewards = {one["rung"]: one["rewards"] for one in self.read_rungs(run)}[rung]
             images = run.read_rung_contributions(rung)
             self.found[number, rung] = RungResult.of(number, rewards, self.objectives, images)
         return self.found.get((number, rung))
 
-    def _read_rungs(self, run: RunFolder) -> list[dict]:
+    def read_rungs(self, run: RunFolder) -> list[dict]:
         return run.read_rungs(self.config.search.rungs, self.config.rewards.names)
 
     def describe(self, run: RunFolder) -> dict:
         """What the result of a trial that stopped says of it."""
-        last, measured = run.read_judgements()[-1], self._read_rungs(run)
+        last, measured = run.read_judgements()[-1], self.read_rungs(run)
         beaten = ", ".join(map(str, last["beaten_by"]))
         text = (
             f"stopped at {last['rung']:.0%} of its budget: beaten in every objective by "
