@@ -313,6 +313,10 @@ SLOW_FILES = {  # that start processes or services, or fine-tune, by themselves
 NIGHTLY = {  # half a minute to two on a core each: `make nightly` runs them too
     "test_a_study_optimises_utility_and_retrain_has_a_network",
     "test_a_diverging_loss_prunes_the_trial_and_the_study_goes_on",
+    "test_a_strength_that_is_added_is_measured_and_nothing_is_trained",
+    "test_a_run_is_told_on_images_of_folders_as_its_lora_is",
+    "test_every_part_of_the_gpus_script_is_rehearsed_on_a_cpu[step]",
+    "test_our_spaces_hide_nothing[sd15-projections]",
     "test_strength_scales_it_and_none_is_the_base",
     "test_what_an_older_version_made_becomes_its_owners_once",
     "test_an_image_in_both_parts_is_dropped_or_kept_as_twins_are",
