@@ -12,6 +12,7 @@ from conftest import CHOICE as KEYS
 from conftest import N_IMAGES
 
 from memcontrol.config.inner import InnerConfig
+from memcontrol.config.load import load_config
 from memcontrol.config.methods import AugmentationConfig, SkipConfig
 from memcontrol.core.choice import Choice
 from memcontrol.core.errors import Diverged
@@ -22,7 +23,7 @@ from memcontrol.training.loop import Gathered, Loop, Verdict, learning_rate_fact
 from memcontrol.training.loss_memory import LossMemory
 from memcontrol.training.optimizers import RoundedAdafactor, round_by_chance
 from memcontrol.training.shard import Shard
-from memcontrol.trial.loaded import limit_threads
+from memcontrol.trial.loaded import LoadedModels, choose_threads
 
 CHOICE = Choice(**KEYS)
 
@@ -448,15 +449,22 @@ def test_rounded_adafactor_is_torchs_on_float32_and_learns_in_bfloat16(kind):
         assert abs(float((off - usual).detach())) < 0.02 * float(target.square().mean())
 
 
-@pytest.mark.parametrize("side, n_threads", [(8, 1), (16, 1), (64, 2)])
+@pytest.mark.parametrize("side, n_threads", [(8, 1), (16, 1), (64, 6)])
 def test_a_base_of_small_latents_is_computed_by_one_thread(base, side, n_threads):
     sized = SimpleNamespace(
         device=base.device, n_parameters=base.n_parameters, resolution=4 * side, pixels_per_latent=4
     )
+    assert choose_threads(sized, 6) == n_threads
+
+
+def test_a_process_has_its_threads_again_when_its_models_are_closed():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        limit_threads(sized)
-        assert torch.get_num_threads() == n_threads
+        loaded = LoadedModels()
+        loaded.base(load_config({"name": "small", "data": "digits"}))
+        assert torch.get_num_threads() == 1
+        loaded.close()
+        assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)

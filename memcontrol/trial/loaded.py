@@ -54,13 +54,13 @@ def derive_scratch_seed(config: Config) -> int:
     return derive_seed(config.search.seed, "from scratch")
 
 
-def limit_threads(base: Base) -> None:
-    """On a CPU a small base is computed by one thread: several, which sleep while they wait, wait longer for
-    each other than its layers take. A step of the embedded one took two threads three times as long; at 38 M
-    parameters and 16 x 16 latents they began to gain."""
+def choose_threads(base: Base, n_threads: int) -> int:
+    """How many of so many threads compute a base: on a CPU a small one has one, since several, which sleep
+    while they wait, wait longer for each other than its layers take. A step of the embedded one took two
+    threads three times as long; at 38 M parameters and 16 x 16 latents they began to gain."""
     places = (base.resolution // base.pixels_per_latent) ** 2
-    if base.device.type == "cpu" and base.n_parameters * places < _ONE_THREAD:
-        torch.set_num_threads(1)
+    is_small = base.device.type == "cpu" and base.n_parameters * places < _ONE_THREAD
+    return 1 if is_small else n_threads
 
 
 class LoadedModels:
@@ -71,6 +71,7 @@ class LoadedModels:
         """`helper_command` starts the processes that share a trial's shards; without one a trial is trained
         by this process alone."""
         self.helper_command = helper_command
+        self.n_threads = torch.get_num_threads()  # which the process gets back
         self.libraries_mib = 0.0  # what the process held before its first base
         self.kept: dict[tuple, object] = {}
         self.meeting: Meeting | None = None  # of the processes that hold the base together
@@ -94,10 +95,11 @@ class LoadedModels:
             base = load_base(config.base, precision, config.base_offload, waits)
             if seed is not None:
                 redraw_weights(base.denoiser, seed)
-            limit_threads(base)
             return base
 
-        return self.once(("base", config.base, seed, precision, config.base_offload), load)
+        base = self.once(("base", config.base, seed, precision, config.base_offload), load)
+        torch.set_num_threads(choose_threads(base, self.n_threads))
+        return base
 
     def extractor(self, name: str) -> Extractor:
         return self.once(("extractor", name), lambda: load_extractor(name))
@@ -251,7 +253,9 @@ class LoadedModels:
         return self.helpers[rank]
 
     def close(self) -> None:
-        """Ends the helpers; what they held of a base is lost, and so is the rest."""
+        """Ends the helpers; what they held of a base is lost, and so is the rest. The process has its threads
+        again."""
+        torch.set_num_threads(self.n_threads)
         for process in self.helpers.values():
             process.kill()
             with contextlib.suppress(BrokenPipeError), process:
